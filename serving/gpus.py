@@ -18,6 +18,7 @@ VARIABLE = "CUDA_VISIBLE_DEVICES"
 ORDER, BY_BUS = "CUDA_DEVICE_ORDER", "PCI_BUS_ID"  # NVML's own; CUDA's own begins with the fastest
 FP8_CAPABILITY = (8, 9)  # compute capability of Ada, the first with FP8 tensor cores
 COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}
+VGPU = 2  # nvmlGpuVirtualizationMode_t, nvml.h: the GPU is a virtual machine's share of one
 FILLED = 0.95  # of a class's memory is enough to be in it: drivers keep some
 
 
@@ -154,6 +155,21 @@ def _slices(nvml: ModuleType, gpu: Any) -> list[Any]:
         with contextlib.suppress(nvml.NVMLError):  # no slice has this index
             slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
     return slices
+
+
+def is_part(nvml: ModuleType, gpu: Any) -> bool:
+    """Tell whether it is a part of a GPU: a slice (MIG), or the share of a virtual machine (vGPU).
+
+    Of a part much cannot be read, whatever its user does.
+    """
+    for query, answer in (
+        (nvml.nvmlDeviceIsMigDeviceHandle, 1),
+        (nvml.nvmlDeviceGetVirtualizationMode, VGPU),
+    ):
+        with contextlib.suppress(nvml.NVMLError):  # not of this GPU: then it is none
+            if query(gpu) == answer:
+                return True
+    return False
 
 
 def compute_mode(nvml: ModuleType, gpu: Any) -> str | None:

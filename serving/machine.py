@@ -28,10 +28,10 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import psutil
-from pydantic import BaseModel, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 
 from serving import gpus
 from serving.gpus import GpuError
@@ -59,6 +59,8 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     memory_bytes: PositiveInt  # host memory, or one GPU's
     caches_bytes: dict[str, int] = {}
     cpu_flags: tuple[str, ...] = ()  # the matrix extensions vLLM's CPU kernels choose between
+    # whether its GPUs are parts of one (MIG, vGPU); None on a CPU, and before it was recorded
+    parts: Annotated[bool | None, Field(exclude_if=lambda parts: parts is None)] = None
 
     @property
     def lacks_bf16(self) -> bool:
@@ -170,6 +172,7 @@ def _gpu() -> Machine | None:
             model=pynvml.nvmlDeviceGetName(handles[0]),
             count=len(handles),
             memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handles[0]).total),
+            parts=gpus.is_part(pynvml, handles[0]),
         )
     except pynvml.NVMLError as error:
         raise GpuError(

@@ -69,7 +69,7 @@ def facts(run: Run, load: Mapping[str, str] | None = None) -> dict[str, str]:
                 "endpoint_metrics": ", ".join(run.replicas) or "none apart from the endpoint's",
                 "load_workers_elsewhere": str(run.load_workers),
                 "machine": {
-                    **run.machine.model_dump(exclude={"memory_bytes"}),
+                    **run.machine.model_dump(exclude={"memory_bytes", "parts"}),
                     "memory": f"{run.machine.memory_bytes / 2**30:.0f} GiB",
                 },
                 # measured values, of which two digits are reproducible

@@ -60,7 +60,13 @@ from labs.judging.machine_speed import MachineSpeed, TimedTrial
 from labs.judging.measure import OtherWork, Trial
 from labs.judging.signals import Watch
 from labs.judging.timeline import Timeline
-from labs.judging.validity import Expected, Served
+from labs.judging.validity import (
+    Expected,
+    Served,
+    is_one_stream,
+    transport_s,
+    usual_transport_s,
+)
 from labs.lab import (
     NOT_FILED,
     OF_FORECASTS,
@@ -209,7 +215,8 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
     def expected(self, predictions: Predictions) -> Expected:
         """Say what its trials must show; what an old run did not record is not asked for."""
-        copied = predictions.in_virtual_time.copied if predictions.in_virtual_time else {}
+        forecasts = predictions.in_virtual_time or PointForecasts(points={})
+        found = {key: bands.get("prefix_hit_rate") for key, bands in forecasts.points.items()}
         return Expected(
             evidence=() if self.endpoint else self.rebuilt_lab().evidence,
             endpoint=self.endpoint is not None,
@@ -219,11 +226,13 @@ class Run(BaseModel, frozen=True, extra="forbid"):
                 and self.machine.kind == "gpu"
                 and self.started_at >= UNSEEN_HARDWARE_SINCE
             ),
+            gpu_part=self.endpoint is None and self.machine.parts is not False,
             model="" if self.endpoint else self.model,
             template_tokens=self.template_tokens,
             served=self.served,
             acceptance=predictions.acceptance,
-            least_copied={key: band.low for key, band in copied.items()},
+            least_copied={key: band.low for key, band in forecasts.copied.items()},
+            least_found={key: band.low for key, band in found.items() if band},
         )
 
     def points(self) -> list[Point]:
@@ -378,6 +387,7 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
     cpu_others: FiniteFloat | None = None  # share taken by other processes of this host
     cpu_engine: FiniteFloat | None = None  # share used by the engine; None before it was recorded
     gpu_others: int | None = None  # processes of others on the GPUs; None where not known
+    cpu_cores: int | None = None  # of this machine; None before it was recorded
     discarded: tuple[Discarded, ...] = ()  # the attempts before this one
     reference_before: ReferenceStep | None = None  # just before the load; None in older runs
     reference_after: ReferenceStep | None = None
@@ -394,7 +404,9 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
     @property
     def other_work(self) -> OtherWork:
         """Return what else used the machine during the trial."""
-        return OtherWork(self.cpu_steal, self.cpu_others, self.cpu_engine, self.gpu_others)
+        return OtherWork(
+            self.cpu_steal, self.cpu_others, self.cpu_engine, self.gpu_others, self.cpu_cores
+        )
 
 
 class Agreement(BaseModel, frozen=True, extra="forbid"):
@@ -565,13 +577,33 @@ class RunFolder:
         return last
 
     def played_s(self, points: Sequence[Point], lab: Lab) -> float:
-        """Return how long the trials on file took, in seconds, without engine starts."""
-        return sum(result.took_s for result in self._results(points, lab))
+        """Return how long the trials on file took, in seconds, without engine starts.
+
+        What was discarded of them is in it.
+        """
+        return sum(
+            result.took_s + sum(attempt.took_s for attempt in result.discarded)
+            for result in self._results(points, lab)
+        )
 
     def took_turns(self, points: Sequence[Point], lab: Lab) -> bool | None:
         """Tell whether engines took turns in the trials that succeeded; None where none has."""
         starts = [r.start for r in self._results(points, lab) if r.failed is None]
         return any(start is not None for start in starts) if starts else None
+
+    def transports_s(self, points: Sequence[Point], lab: Lab) -> dict[str, float]:
+        """Measure how long transport takes of each variant that has trials at one stream.
+
+        Raises DamagedError.
+        """
+        found: dict[str, list[float]] = {}
+        for point in filter(is_one_stream, points):
+            for repeat in range(1, lab.rounds + 1):
+                result = self.trial_result(point, repeat)
+                trial = None if result is None else self.trial(point, result, lab)
+                if trial and (took_s := transport_s(trial)) is not None:
+                    found.setdefault(point.variant.name, []).append(took_s)
+        return {variant: usual_transport_s(found_s) for variant, found_s in found.items()}
 
     def _results(self, points: Sequence[Point], lab: Lab) -> list[TrialResult]:
         trials = ((point, r) for point in points for r in range(1, lab.rounds + 1))

@@ -40,7 +40,9 @@ def caching(trial: Trial) -> bool:
     return trial.point.flags.enable_prefix_caching
 
 
-def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
+def cached_tokens(
+    trial: Trial, template_tokens: int | None, least_rate: float | None = None
+) -> Bounds | None:
     """Bound the prompt tokens that the engine must have found in its prefix cache.
 
     `template_tokens` is the most that all prompts share by their chat template. The texts after it,
@@ -58,6 +60,10 @@ def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
     - Every sample of a prompt but the first finds the prompt.
     - Of shuffled documents, and of anything that may or may not stay in the cache, only the most
       is known.
+    - A request that failed may have found nothing, and may have left nothing to one other.
+
+    Where the least is not known to the token, it is 15% below `least_rate`, the low end of the
+    forecast's band of the hit rate, where there is a forecast.
     """
     if not caching(trial):
         return Bounds(0, 0)
@@ -67,14 +73,21 @@ def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
     workload = trial.point.workload
     head = SHARED_BY_TEMPLATE if template_tokens is None else template_tokens
     of_task = SHARED_BY_TASK if workload.task != "continue" else 0
-    low = high = 0
+    high, least = 0, list[int]()
+    unknown = vary = _counts_vary(trial)
     for record in trial.records:
         shared = _shared(trial, record, cache)
         alike = of_task if record.alike_tokens is None else record.alike_tokens
         most = cache.whole(_looked_up_tokens(trial, record) - 1)
         high += min(most, cache.whole(head + alike + shared.most))
-        low += min(most, cache.whole(shared.least))
-    return Bounds(0 if _counts_vary(trial) else low, high)
+        least.append(min(most, cache.whole(shared.least)) if record.ok else 0)
+        unknown |= shared.least < shared.most
+    failed = sum(not record.ok for record in trial.records)
+    low = 0.0 if vary else max(0.0, sum(least) - failed * max(least, default=0))
+    if unknown and least_rate is not None:
+        found = least_rate * sum(r.prompt_tokens or 0 for r in trial.records if r.ok)
+        low = max(low, (1 - BAND) * min(found, high))
+    return Bounds(low, high)
 
 
 def _looked_up_tokens(trial: Trial, record: RequestRecord) -> int:
@@ -158,13 +171,11 @@ def _counts_vary(trial: Trial) -> bool:
     """Tell whether the least number of cached tokens cannot be known.
 
     A preempted request loses its blocks, a draft head that shares the target's cache leaves out the
-    last block, adapters have caches of their own, and a request that failed may never have been
-    looked up.
+    last block, and adapters have caches of their own.
     """
     preempted = trial.engine.values.get(metrics.PREEMPTIONS, 0.0) if trial.engine else 0.0
-    failed = any(not record.ok for record in trial.records)
     point = trial.point
-    return bool(preempted or failed or point.flags.speculative_config or point.workload.adapters)
+    return bool(preempted or point.flags.speculative_config or point.workload.adapters)
 
 
 def drafted_tokens(trial: Trial) -> Bounds | None:

@@ -140,6 +140,20 @@ class Sampling:
         starts = [self.starts[point] for point in pair] if turns else []
         return effect(*arms, starts=starts, looks=self.looks)
 
+    def mean(self, point: str, repeats: Repeats, metric: str, confidence: float) -> Interval | None:
+        """Compute a point's mean with an interval that covers at all looks with this confidence.
+
+        Where engines take turns, the starts of its own count as they do in an effect.
+        """
+        values, starts = by_repeat(repeats, metric), self.starts.get(point, {})
+        if not values:
+            return None
+        by_start = _means_by_start(values, starts) if starts else []
+        units = by_start if len(by_start) >= ENOUGH_STARTS else list(values.values())
+        few = len(by_start) if len(by_start) < ENOUGH_STARTS else 0
+        level = 1 - (1 - confidence) / self.looks
+        return mean_interval(units, level, METRICS[metric].most, few)
+
 
 SAMPLED_ONCE = Sampling()  # all engines resident together, one look
 
@@ -224,23 +238,27 @@ class ForecastAtPoint(BaseModel, frozen=True, extra="forbid"):
 
 
 def mean_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE, most: float = math.inf
+    values: Sequence[float],
+    confidence: float = CONFIDENCE,
+    most: float = math.inf,
+    starts: int = 0,
 ) -> Interval:
     """Compute the mean over repeats and its Student-t interval.
 
     Where that would reach below zero, which no time, rate, count or share can, the interval is that
     of the mean's logarithm, by the delta method: from mean / f to mean f, with f = exp(half width /
     mean). A simulation compares the two (`tests/unit/test_intervals.py`). It ends at `most`, beyond
-    which the figure cannot be, so that this takes nothing from its coverage.
+    which the figure cannot be, so that this takes nothing from its coverage. Where `starts` says on
+    how many starts of an engine the values were measured, it is widened by what starts differ by.
     """
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(value=mean, low=None, high=None, n=len(values))
-    half = (
-        _t_quantile(len(values), confidence)
-        * float(np.std(values, ddof=1))
-        / math.sqrt(len(values))
-    )
+    error, freedom = float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1.0
+    if starts:
+        of_starts = ((START_SPREAD * mean) ** 2 / starts, START_FREEDOM)
+        error, freedom = _standard_error([(error**2, len(values) - 1), of_starts])
+    half = _student(freedom, confidence) * error
     low, high = mean - half, mean + half
     if min(values) >= 0 and mean > 0 and half > mean:
         factor = math.exp(half / mean)
@@ -610,14 +628,18 @@ def judge_forecast(
     point: str,
     repeats: Repeats,
     prediction: Prediction,
+    sampling: Sampling = SAMPLED_ONCE,
 ) -> ForecastResult:
-    """Compare the mean over a point's repeats with what was forecast for it."""
+    """Compare the mean over a point's repeats with what was forecast for it.
+
+    What became of the forecast is decided by an interval that is as wide as those of claims.
+    """
     return ForecastResult(
         metric=forecast.metric,
         point=point,
         measured=over_repeats(repeats, forecast.metric),
         prediction=prediction,
         outcome=prediction_outcome(
-            prediction, over_repeats(repeats, forecast.metric, TWO_ONE_SIDED)
+            prediction, sampling.mean(point, repeats, forecast.metric, TWO_ONE_SIDED)
         ),
     )

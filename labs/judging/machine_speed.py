@@ -21,6 +21,10 @@ MOST_CHANGED = 0.25
 """The least change of a step's time, up or down, that counts as a jump. It is 3.5 standard
 deviations of the ratio of two steps; one step has 5% within 100 s on a quiet virtual machine."""
 
+DISTURBING = 1.5
+"""The least ratio of a step's times before and after a trial, up or down, at which the trial is
+measured again: six standard deviations on a quiet virtual machine."""
+
 MOST_SPREAD = 2.0
 """The largest spread that earlier runs are believed: a damaged one must not undo a forecast."""
 
@@ -89,11 +93,27 @@ def jump(trial: TimedTrial, run: MachineSpeed) -> str | None:
         typical = run.reading if part == "reading" else run.computing
         before_s, after_s = (part_s(step, part) for step in (trial.before, trial.after))
         if _changed(after_s / before_s):
-            return f"{part} took {after_s / before_s:.2f} times as long after the trial as before"
+            return _after_and_before(part, after_s / before_s)
         beside = math.sqrt(before_s * after_s) / typical.median_s
         if _changed(beside):
             return f"{part} took {beside:.2f} times as long beside the trial as in the run's median"
     return None
+
+
+def large_jump(trial: TimedTrial) -> str | None:
+    """Say how the machine's speed jumped along a trial by more than DISTURBING; None: it did not.
+
+    It takes no other trial to tell.
+    """
+    for part in PARTS:
+        ratio = part_s(trial.after, part) / part_s(trial.before, part)
+        if max(ratio, 1 / ratio) > DISTURBING:
+            return _after_and_before(part, ratio)
+    return None
+
+
+def _after_and_before(part: Part, ratio: float) -> str:
+    return f"{part} took {ratio:.2f} times as long after the trial as before"
 
 
 def _changed(ratio: float) -> bool:

@@ -59,6 +59,7 @@ class OtherWork:
     other_processes_share: float | None = None  # used by other processes of this machine
     engine_share: float | None = None  # used by the engine
     gpu_processes: int | None = None  # of others, on the GPUs of this machine
+    cores: int | None = None  # of this machine
 
 
 @dataclass(frozen=True)

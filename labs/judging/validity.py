@@ -12,14 +12,22 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 from scipy import stats
 
 from labs.judging import dose
 from labs.judging.judge import Caveat
-from labs.judging.machine_speed import MOST_CHANGED, TimedTrial, jump, machine_speed
+from labs.judging.machine_speed import (
+    MOST_CHANGED,
+    TimedTrial,
+    jump,
+    large_jump,
+    machine_speed,
+)
 from labs.judging.measure import (
     Trial,
     client_ttft_mean_s,
@@ -37,6 +45,8 @@ from serving import metrics, random_weights, telemetry
 from serving.engines import DEFAULT_ENGINE, ENGINES
 from serving.telemetry import POWER_CAP, SLOWDOWNS
 
+Floats = NDArray[np.float64]
+
 LATE_S, LATE_SHARE = 0.005, 0.05  # a send counts as late beyond both
 MOST_LATE = 0.05
 MOST_LOOP_LAG_S = 0.02  # at the 99th percentile
@@ -50,14 +60,19 @@ MOST_SLOWED = 0.01  # share of the window; one sample can be a change of load
 MOST_CAPPED = 0.5
 MOST_STEAL = 0.02  # share of all CPU time
 MOST_OTHERS = 0.05  # of the CPU time that the engine uses
-LEAST_OTHERS = 0.005  # of all CPU time: less is one tick or two of the system's clock
+LEAST_OTHERS_CORES = 0.01  # of the CPU time of one core: less is a tick or two of its clock
+LEAST_OTHERS = 0.005  # of all CPU time, where the number of cores was not recorded
 MOST_TREND = 0.2  # by which a step may change along the window
 TREND_P = 0.01
 TREND_SLICES, LEAST_SLICES, LEAST_GAPS = 10, 8, 3  # of the window; of these filled; gaps in each
+MOST_GAPS = 10  # that add to the weight of a part: the streams of a batch share its steps
+ALIKE_LOAD = 1.2  # by which the requests in decode may differ where steps are compared
+LEAST_APART = 0.2  # of the variance of time, that is left where load is held equal
 OTHER_TOKENIZER = 0.05  # by which an endpoint's count of a prompt's tokens may differ
 TTFT_APART_S, TTFT_APART_SHARE = 0.010, 0.05  # client's mean beyond the engine's: the larger
+SPEED_JUMPED = "the machine's speed jumped"
 TOKENIZE_S = 3e-6  # per token, with a fast tokenizer on one core
-TRANSPORT_S = 0.010  # HTTP parsing, templating and tokenizing, before the engine's clock starts
+TRANSPORT_S = 0.010  # at most: HTTP and templating, before the engine's clock starts
 
 
 class Served(BaseModel, frozen=True, extra="forbid"):
@@ -81,11 +96,15 @@ class Expected:
     endpoint: bool = False  # it was neither started nor configured by the lab
     metrics_read: bool = True  # False: from the start, the endpoint showed no metrics
     on_gpus: bool = False  # of this machine, and a GPU whose state cannot be read is to be named
+    gpu_part: bool = False  # these are parts of a GPU (MIG, vGPU), which often do not show it
     model: str = ""  # the name under which the base model answers; empty where it is not known
     template_tokens: int | None = None  # the most that the chat template puts before every text
     served: Mapping[str, Served] = field(default_factory=dict)  # by variant
     acceptance: Mapping[str, float] = field(default_factory=dict)  # by point: of a drafted token
     least_copied: Mapping[str, float] = field(default_factory=dict)  # by point: share accepted
+    # by variant, of those measured at one stream: what transport adds to the engine's TTFT
+    transport_s: Mapping[str, float] = field(default_factory=dict)
+    least_found: Mapping[str, float] = field(default_factory=dict)  # by point: forecast's hit rate
 
 
 def caveats_of(trial: Trial, expected: Expected) -> list[Caveat]:
@@ -97,8 +116,9 @@ def disturbances_of(trial: Trial, expected: Expected) -> list[Caveat]:
     """List what may be otherwise in another attempt at this trial."""
     caveats = [*_errors(trial), *_lost(trial)]
     if trial.measured_requests:
-        for check in (_sent, _late_loop, _counted_alike, _ttft_apart, _throttled, _trend):
+        for check in (_sent, _late_loop, _counted_alike, _throttled, _trend):
             caveats += check(trial)
+        caveats += _ttft_apart(trial, expected)
     return [*caveats, *_other_work(trial, expected), *_unreadable(trial, expected)]
 
 
@@ -212,24 +232,90 @@ def _counted_alike(trial: Trial) -> Iterator[Caveat]:
             )
 
 
-def _ttft_apart(trial: Trial) -> Iterator[Caveat]:
-    """Check that the client's mean TTFT is the engine's, and what transport and tokenizing take."""
-    engine_s, client_s = engine_ttft_mean_s(trial), client_ttft_mean_s(trial)
-    histogram = trial.engine and trial.engine.histograms.get(metrics.TTFT)
-    admitted = len(trial.records) - len(trial.turned_away)
-    if not engine_s or not client_s or not histogram or histogram.count != admitted:
+def _ttft_apart(trial: Trial, expected: Expected) -> Iterator[Caveat]:
+    """Check that the client's mean TTFT is the engine's, and what transport and tokenizing take.
+
+    The engine's covers any part of the requests that failed. Of each of those the client only knows
+    that its first token cannot have taken longer than it waited, so the mean over the others lies
+    between two bounds.
+    """
+    if not (trial.engine and (histogram := trial.engine.histograms.get(metrics.TTFT))):
+        return  # named where the engine's metrics are checked
+    answered, client_s = [r for r in trial.records if r.ok], client_ttft_mean_s(trial)
+    of_failed = round(histogram.count) - len(answered)
+    if not 0 <= of_failed <= len(trial.failed):
+        if histogram.count != trial.engine.values.get(metrics.REQUESTS):  # else the counts say it
+            text = (
+                f"its histogram of TTFT counts {histogram.count:.0f} requests, and"
+                f" {len(answered)} were answered"
+            )
+            yield _caveat(trial, "engine's metrics incomplete", text)
         return
-    prompt_tokens = np.mean([r.prompt_tokens or 0 for r in trial.records if r.ok])
-    transport_s = TRANSPORT_S + TOKENIZE_S * float(prompt_tokens)
-    apart_s = max(TTFT_APART_S, TTFT_APART_SHARE * engine_s)
-    if not engine_s - apart_s <= client_s <= engine_s + transport_s + apart_s:
+    if client_s is None:
+        return
+    waits_s = sorted((r.over_s - r.sent_s for r in trial.failed), reverse=True)
+    low_s = (histogram.sum - sum(waits_s[:of_failed])) / len(answered)
+    high_s = histogram.sum / len(answered)
+    each_s = expected.transport_s.get(trial.point.variant.name, TRANSPORT_S)
+    more_s = _queued_s(trial, each_s) + _tokenizing_s(trial)
+    apart_s = max(TTFT_APART_S, TTFT_APART_SHARE * high_s)
+    if not low_s - apart_s <= client_s <= high_s + more_s + apart_s:
+        engine = f"{1000 * high_s:.1f}"
+        if of_failed:
+            engine = f"between {1000 * max(0.0, low_s):.1f} and {engine}"
         yield _caveat(
             trial,
             "TTFT differs",
-            f"mean TTFT is {1000 * client_s:.1f} ms at the client and {1000 * engine_s:.1f} ms in"
-            f" the engine: the generator or the network adds more than {1000 * apart_s:.0f} ms to"
-            " what transport and tokenizing take",
+            f"mean TTFT is {1000 * client_s:.1f} ms at the client and {engine} ms in the engine:"
+            f" the generator or the network adds more than {1000 * apart_s:.0f} ms to what"
+            " transport and tokenizing take",
         )
+
+
+def _tokenizing_s(trial: Trial) -> float:
+    """Estimate how long the mean prompt of a trial takes to be tokenized."""
+    return TOKENIZE_S * float(np.mean([r.prompt_tokens or 0 for r in trial.records if r.ok]))
+
+
+def _queued_s(trial: Trial, each_s: float) -> float:
+    """Return how long transport takes in the mean, where it takes `each_s` of a request alone.
+
+    One process of the server takes requests in, one after another, so those that are sent together
+    wait for each other. TRANSPORT_S at most.
+    """
+    sends_s = sorted(r.sent_s for r in trial.records if not r.choice)
+    took_s, free_s = 0.0, -math.inf
+    for sent_s in sends_s:
+        free_s = max(sent_s, free_s) + each_s
+        took_s += free_s - sent_s
+    return min(TRANSPORT_S, took_s / len(sends_s))
+
+
+def is_one_stream(point: Point) -> bool:
+    """Tell whether a point has no more than one answer under way at a time."""
+    return point.load.kind in ("concurrent", "waves") and point.sequences == 1
+
+
+def transport_s(one_stream: Trial) -> float | None:
+    """Measure how long transport takes, in a trial at one stream, in seconds.
+
+    It is what the client's mean TTFT has beyond the engine's and beyond tokenizing. None where the
+    two are not of the same requests.
+    """
+    engine_s, client_s = engine_ttft_mean_s(one_stream), client_ttft_mean_s(one_stream)
+    histogram = one_stream.engine and one_stream.engine.histograms.get(metrics.TTFT)
+    if not engine_s or not client_s or not histogram:
+        return None
+    whole = histogram.count == len(one_stream.records) and not one_stream.failed
+    return client_s - engine_s - _tokenizing_s(one_stream) if whole else None
+
+
+def usual_transport_s(found_s: Sequence[float]) -> float:
+    """Take the median of what was found at one stream, from 0 to TRANSPORT_S.
+
+    A client that is always late is late at one stream, too.
+    """
+    return min(TRANSPORT_S, max(0.0, median(found_s)))
 
 
 def _throttled(trial: Trial) -> Iterator[Caveat]:
@@ -259,23 +345,122 @@ def _trend(trial: Trial) -> Iterator[Caveat]:
     """Check that a step took as long at the end of the window as at its beginning.
 
     The load of a closed loop is the same all along, so a trend is the machine's or the engine's.
+    In waves and in an open loop the requests in decode come and go, so that steps are compared with
+    those of as many requests. That withholds no verdict: in a window of few waves, or soon after
+    the start of an open loop, contexts grow along the window, and steps with them.
     """
-    if trial.point.load.open_loop or trial.point.load.kind == "waves":
+    load = trial.point.load
+    varying = load.open_loop or load.kind == "waves"
+    change = _change_at_equal_load(trial) if varying else _change(trial)
+    if load.kind in ("ramp", "day"):  # its own change takes work beside the steps, too
+        change = None
+    if change is None:
+        yield _caveat(
+            trial,
+            "trend not checked",
+            f"too few steps{' with as many requests in decode' * varying} lie along the window to"
+            " tell whether the engine slowed in it",
+            blocks=False,
+        )
         return
-    times, steps_s = step_times_s(trial)
-    if len(times) < LEAST_SLICES:
-        return
-    start, end = trial.summary.window_s
-    log_change = float(stats.theilslopes(np.log(steps_s), times)[0]) * (end - start)
-    significant = stats.kendalltau(times, steps_s).pvalue < TREND_P
-    if abs(log_change) > math.log1p(MOST_TREND) and significant:
+    log_change, p = change
+    test = "the jackknife's p" if varying else "Theil-Sen's slope; Kendall's p"
+    if abs(log_change) > math.log1p(MOST_TREND) and p < TREND_P:
+        equal = " with as many requests in decode" * varying
+        context = ", unless contexts became as much longer" * varying
         yield _caveat(
             trial,
             "trend in the window",
-            f"a step took {math.exp(log_change):.2g} times as long at the end of the window as at"
-            f" its beginning (Theil-Sen's slope; Kendall's p < {TREND_P}): warm the engine up for"
-            " longer, or end what else uses the machine",
+            f"a step{equal} took {math.exp(log_change):.2g} times as long at the end of the window"
+            f" as at its beginning ({test} < {TREND_P}): warm the engine up for longer, or end what"
+            f" else uses the machine{context}",
+            blocks=not varying,
         )
+
+
+def _change(trial: Trial) -> tuple[float, float] | None:
+    """Return by how much the logarithm of a step's length changed along the window, with its p.
+
+    None where too little of the window has steps.
+    """
+    times, steps_s = step_times_s(trial)
+    if len(times) < LEAST_SLICES:
+        return None
+    slope = float(stats.theilslopes(np.log(steps_s), times)[0])
+    return slope * trial.window_length_s, float(stats.kendalltau(times, steps_s).pvalue)
+
+
+def _change_at_equal_load(trial: Trial) -> tuple[float, float] | None:
+    """Return the same change among steps with as many requests in decode, with its p.
+
+    The gaps between chunks are parted by tenths of the window and by the number of requests in
+    decode; the median of each part counts as often as it has gaps, up to ten. Fitted are a level
+    for each number of requests and one slope over time, whose error comes from leaving out each
+    tenth in turn (jackknife). None where too few tenths have parts, or where load and time rose
+    together, so that they cannot be told apart.
+    """
+    parts = _gaps_by_time_and_load(trial)
+    gaps_s = {part: found for part, found in parts.items() if len(found) >= LEAST_GAPS}
+    tenths = {tenth for tenth, _ in gaps_s}
+    if len(tenths) < LEAST_SLICES:
+        return None
+    times, loads = np.array(list(gaps_s), float).T
+    logs = np.log([np.median(found) for found in gaps_s.values()])
+    weights = np.array([min(len(found), MOST_GAPS) for found in gaps_s.values()], float)
+    table = np.array([times, logs, loads, weights])
+    slope = _slope_at_equal_load(*table)
+    without_each = [_slope_at_equal_load(*table[:, times != tenth]) for tenth in tenths]
+    others = [other for other in without_each if other is not None]
+    n = len(tenths)
+    if slope is None or len(others) < n:
+        return None
+    error = math.sqrt((n - 1) * float(np.var(others)))
+    p = 2 * float(stats.t.sf(abs(slope) / error, n - 1)) if error else float(not slope)
+    return slope * TREND_SLICES, p
+
+
+def _slope_at_equal_load(
+    times: Floats, logs: Floats, loads: Floats, weights: Floats
+) -> float | None:
+    """Fit a slope over time with a level for each load; None where load and time rose together."""
+    of_times, of_logs = (array - _means_of(loads, array, weights) for array in (times, logs))
+    spread = float(np.average(of_times**2, weights=weights))
+    if spread <= LEAST_APART * float(np.cov(times, aweights=weights, ddof=0)):
+        return None
+    return float(np.average(of_times * of_logs, weights=weights)) / spread
+
+
+def _means_of(groups: Floats, values: Floats, weights: Floats) -> Floats:
+    """Return for each value the weighted mean of its group."""
+    _, group = np.unique(groups, return_inverse=True)
+    means: Floats = np.bincount(group, weights * values) / np.bincount(group, weights)
+    return means[group]
+
+
+def _gaps_by_time_and_load(trial: Trial) -> dict[tuple[int, int], list[float]]:
+    """Part the gaps between chunks, in seconds, by tenths of the window and by requests in decode.
+
+    The second number is the same where about as many were in decode. A gap whose step computed a
+    prompt, too, is left out: a first token came with it, or, in waves, was still to come.
+    """
+    start, end = trial.summary.window_s
+    waves = trial.point.load.kind == "waves"
+    decodes = [r for r in trial.records if r.chunks]
+    firsts, lasts = (np.sort([r.chunks[i][0] for r in decodes]) for i in (0, -1))
+    sends = np.sort([r.sent_s for r in decodes])
+    parts: dict[tuple[int, int], list[float]] = {}
+    for record in (r for r in decodes if r.ok and len(r.chunks) > 1):
+        ends_s, gaps_s = np.array([at for at, _ in record.chunks[1:]]), record.chunk_gaps_s
+        halves_s = np.divide(gaps_s, 2)  # tokens of one step come one after another
+        begun, by_then = np.searchsorted(firsts, [ends_s - halves_s, ends_s + halves_s])
+        prompts = (np.searchsorted(sends, ends_s) if waves else by_then) - begun
+        at_once = np.searchsorted(firsts, ends_s) - np.searchsorted(lasts, ends_s)
+        for at, gap_s, n, new in zip(ends_s, gaps_s, at_once, prompts, strict=True):
+            if start <= at < end and gap_s > 0 and not new:
+                slice_ = int((at - start) / (end - start) * TREND_SLICES)
+                alike = round(math.log(max(1, n)) / math.log(ALIKE_LOAD))
+                parts.setdefault((slice_, alike), []).append(gap_s)
+    return parts
 
 
 def step_times_s(trial: Trial) -> tuple[list[float], list[float]]:
@@ -320,7 +505,8 @@ def _other_work(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     of = "the engine's CPU time" if engine_share is not None else "the CPU time that was left"
     if engine_share is None:
         engine_share = 1 - other_work.other_processes_share
-    if other_work.other_processes_share > max(LEAST_OTHERS, MOST_OTHERS * engine_share):
+    least = LEAST_OTHERS_CORES / other_work.cores if other_work.cores else LEAST_OTHERS
+    if other_work.other_processes_share > max(least, MOST_OTHERS * engine_share):
         relative = other_work.other_processes_share / engine_share if engine_share else math.inf
         yield _caveat(
             trial,
@@ -366,7 +552,10 @@ def _exhausted(trial: Trial) -> Iterator[Caveat]:
 
 
 def _unseen_hardware(trial: Trial, expected: Expected) -> Iterator[Caveat]:
-    """Name the checks of a GPU that could not be made: a part of one (MIG, vGPU) refuses them."""
+    """Name the checks of a GPU that could not be made.
+
+    A part of a GPU (MIG, vGPU) refuses them, whatever its user does; of any other they can be made.
+    """
     inside = telemetry.within(trial.telemetry, *trial.summary.window_s)
     unread = [
         what
@@ -377,11 +566,10 @@ def _unseen_hardware(trial: Trial, expected: Expected) -> Iterator[Caveat]:
         if not is_known
     ]
     if expected.on_gpus and unread:
-        text = (
-            f"the GPU does not show {', nor '.join(unread)}, as a part of a GPU (MIG, vGPU) often"
-            " does not: this is not ruled out"
-        )
-        yield _caveat(trial, "hardware could not be read", text, blocks=False)
+        ruled_out = f"the GPU does not show {', nor '.join(unread)}: this is not ruled out"
+        part = ", as a part of a GPU (MIG, vGPU) often does not"
+        text = ruled_out.replace(":", f"{part}:") if expected.gpu_part else ruled_out
+        yield _caveat(trial, "hardware could not be read", text, blocks=not expected.gpu_part)
 
 
 def _too_few(trial: Trial) -> Iterator[Caveat]:
@@ -524,7 +712,8 @@ def _cached(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     hits = trial.engine.values.get(metrics.PREFIX_HITS)
     if hits is None:
         return  # named where the engine's metrics are checked
-    bounds = dose.cached_tokens(trial, expected.template_tokens)
+    least = expected.least_found.get(trial.point.key)
+    bounds = dose.cached_tokens(trial, expected.template_tokens, least)
     if bounds is None:
         if not expected.endpoint:
             text = "the engine does not say how large a block of its prefix cache is"
@@ -554,6 +743,8 @@ ECHOED = {  # flag -> the info metric and the label under which the engine says 
 
 
 ARGUMENTS = {  # flags that a server's log names, unless they have vLLM's default
+    "async-scheduling": None,
+    "attention-backend": None,
     "enable-chunked-prefill": None,
     "max-cpu-loras": None,
     "max-lora-rank": "16",
@@ -569,7 +760,7 @@ ARGUMENTS = {  # flags that a server's log names, unless they have vLLM's defaul
 
 
 def _not_given(trial: Trial, expected: Expected) -> Iterator[str]:
-    """Name the flags that the server says it was given with another value, or not at all.
+    """Name the flags that the server says it was given otherwise than set, or did not get.
 
     What it was given was not read from its log in old runs.
     """
@@ -578,9 +769,12 @@ def _not_given(trial: Trial, expected: Expected) -> Iterator[str]:
     if given is None or not expected.served or trial.point.variant.engine != DEFAULT_ENGINE:
         return
     for flag, default in ARGUMENTS.items():
+        name = flag.replace("-", "_")
         if flag not in trial.point.flags:
+            if name in given:
+                yield f"the server says that it was given {name}={given[name]}, which was not set"
             continue
-        wanted, name = str(trial.point.flags[flag]), flag.replace("-", "_")
+        wanted = str(trial.point.flags[flag])
         if (said := given.get(name, default)) != wanted:
             yield f"the server says that it was given {name}={said}, but {wanted} was set"
 
@@ -720,6 +914,17 @@ def first_trial_slow(repeats: Repeats, point: str) -> list[Caveat]:
     return []
 
 
+def speed_jumped_within(trial: TimedTrial) -> list[Caveat]:
+    """Name a jump of the machine's speed from before a trial to after it, if it was large.
+
+    The trial is then measured again, as what it measured lies between two machines.
+    """
+    if what := large_jump(trial):
+        text = f"the reference step's {what}"
+        return [Caveat(name=SPEED_JUMPED, text=text, point=trial.point)]
+    return []
+
+
 def speed_jumped(trials: Sequence[TimedTrial]) -> list[Caveat]:
     """Name the trials around which the machine's own speed jumped, by its reference steps.
 
@@ -730,7 +935,7 @@ def speed_jumped(trials: Sequence[TimedTrial]) -> list[Caveat]:
     rule = f"a jump is more than {MOST_CHANGED:.0%}"
     return [
         Caveat(
-            name="the machine's speed jumped",
+            name=SPEED_JUMPED,
             text=f"the reference step's {what} ({rule}): measure again on a quiet machine",
             point=trial.point,
         )

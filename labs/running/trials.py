@@ -12,12 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
+import psutil
 import requests
 
 from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
 from labs.judging.measure import Trial, output_tokens_per_s, ran_out, requests_per_s
 from labs.judging.text import point_label
-from labs.judging.validity import disturbances_of
+from labs.judging.validity import (
+    disturbances_of,
+    is_one_stream,
+    speed_jumped_within,
+    transport_s,
+    usual_transport_s,
+)
 from labs.lab import LabError, Point, Variant
 from labs.running.counts import Counts, counted_since
 from labs.running.engines import Engines
@@ -148,6 +155,7 @@ class Trials:
         self._played = self._again = 0  # trials of this sitting; attempts that were discarded
         self._sent = 0  # requests, in all attempts at this trial
         self._took_s = 0.0  # all of them
+        self._transports_s: dict[str, list[float]] = {}  # by variant, of its trials at one stream
         self._beside_s = PER_TRIAL_S  # the most that a trial took beside warm-up and window
 
     def due(self, trials: Iterable[tuple[Point, int]]) -> list[tuple[Point, int]]:
@@ -252,13 +260,25 @@ class Trials:
             return Played(result, f"failed: {why.splitlines()[0]}", [], None)
 
     def _disturbed(self, point: Point, result: TrialResult) -> Discarded | None:
-        """Say what disturbed an attempt so that it allows no verdict; None where nothing did."""
+        """Say what disturbed an attempt so that it is to be measured again; None: nothing did.
+
+        Whatever allows no verdict does, and a large jump of the machine's speed, which allows one.
+        """
         trial = self._folder.trial(point, result, self._setup.lab)
         if trial is None:
             return None
-        expected = self._folder.run().expected(self._folder.predictions())
+        variant = point.variant.name
+        found_s = self._transports_s.get(variant, [])
+        expected = replace(
+            self._folder.run().expected(self._folder.predictions()),
+            transport_s={variant: usual_transport_s(found_s)} if found_s else {},
+        )
         reasons = {c.name: c.text for c in disturbances_of(trial, expected) if c.blocks}
+        jumps = speed_jumped_within(result.timed) if result.timed else []
+        reasons |= {c.name: c.text for c in jumps}
         if not reasons:
+            took_s = transport_s(trial) if is_one_stream(point) else None
+            self._transports_s[variant] = [*found_s, *([] if took_s is None else [took_s])]
             return None
         return Discarded(
             reasons=reasons,
@@ -370,6 +390,7 @@ class Trials:
             cpu_others=shares.other_processes,
             cpu_engine=shares.engine,
             gpu_others=foreign_processes,
+            cpu_cores=psutil.cpu_count(),
             took_s=round(time.monotonic() - began, 3),
         )
         return Played(result, rate, succeeded, engine_counters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from labs.filing import engine_series
 from labs.filing.bounded import DamagedError
@@ -104,7 +104,8 @@ def computed(folder: RunFolder) -> Summary:
     """Compute the summary of a run from its recorded trials; raises DamagedError."""
     run = folder.run()
     lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
-    measured = _measure(folder, lab, points, run.expected(predictions))
+    expected = replace(run.expected(predictions), transport_s=folder.transports_s(points, lab))
+    measured = _measure(folder, lab, points, expected)
     values, caveats = measured.values, measured.caveats
     pairs = [
         (claim, t, b, confounded(claim, t, b))
@@ -130,7 +131,7 @@ def computed(folder: RunFolder) -> Summary:
             for claim, t, b, own in pairs
         ],
         forecasts=[
-            judge_forecast(forecast, key, values.get(key, {}), prediction)
+            judge_forecast(forecast, key, values.get(key, {}), prediction, context.sampling)
             for forecast in lab.forecasts
             for key, prediction in predictions.forecasts[forecast.name].items()
         ],

@@ -27,6 +27,8 @@ def make_nvml(**changed: object) -> ModuleType:
         "nvmlDeviceGetHandleByIndex": lambda i: i,
         "nvmlDeviceGetUUID": lambda h: f"GPU-{h}",
         "nvmlDeviceGetMigMode": unsupported,
+        "nvmlDeviceIsMigDeviceHandle": lambda h: 0,
+        "nvmlDeviceGetVirtualizationMode": lambda h: 0,
         "nvmlDeviceGetPowerUsage": lambda h: 1000 * WATTS,
         "nvmlDeviceGetTotalEnergyConsumption": lambda h: int(WATTS * 1000 * time.time()),
         "nvmlDeviceGetClockInfo": lambda h, kind: 1755,

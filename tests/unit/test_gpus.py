@@ -82,6 +82,33 @@ def test_of_a_gpu_in_slices_one_is_seen(
     assert seen(monkeypatch, wanted, 2) == found
 
 
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        ({}, False),
+        ({"nvmlDeviceIsMigDeviceHandle": lambda h: 1}, True),
+        ({"nvmlDeviceGetVirtualizationMode": lambda h: 1}, False),  # passed through whole
+        ({"nvmlDeviceGetVirtualizationMode": lambda h: 2}, True),
+        (
+            {"nvmlDeviceIsMigDeviceHandle": unsupported,
+             "nvmlDeviceGetVirtualizationMode": unsupported},
+            False,
+        ),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_gpu_is_known_as_one(
+    changed: dict[str, Any], part: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = make_nvml(
+        nvmlDeviceGetName=lambda h: "Abacus",
+        nvmlDeviceGetMemoryInfo=lambda h: SimpleNamespace(total=80 * GIB, used=0),
+        **changed,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv(gpus.VARIABLE, raising=False)
+    assert machine.detect().parts is part
+
+
 def test_only_the_gpus_that_the_engines_use_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     """A colleague's work on another visible GPU disturbs no trial."""
     nvml = three()

@@ -18,6 +18,7 @@ from labs.judging.judge import (
     Interval,
     Judgement,
     PredictionOutcome,
+    Sampling,
     VerdictKind,
     _explain,
     effect,
@@ -448,6 +449,39 @@ def test_forecast_is_compared_with_the_mean_over_repeats() -> None:
     assert judge_forecast(forecast, "on", {}, PREDICTION).outcome == "open"
     steady = {r: {"batch": x} for r, x in enumerate((2.0, 2.01, 2.02))}
     assert judge_forecast(forecast, "on", steady, PREDICTION).outcome == "held"
+
+
+def test_a_forecast_is_judged_by_an_interval_as_wide_as_a_claims() -> None:
+    """Of two looks each has half the error, and few starts of an engine widen it."""
+    forecast = Forecast(name="f", metric="batch", arm=Arm(), predict=lambda point: PREDICTION)
+    values = {r: {"batch": 2.0 + 0.15 * (r % 3)} for r in range(1, 7)}
+    starts = {count: {r: 1 + r % count for r in range(1, 7)} for count in (1, 3, 6)}
+
+    def outcome(sampling: Sampling, p: float) -> str:
+        prediction = PREDICTION.model_copy(update={"value": p})
+        return judge_forecast(forecast, "on", values, prediction, sampling).outcome
+
+    def high(sampling: Sampling) -> float:
+        interval = sampling.mean("on", values, "batch", 0.9)
+        assert interval
+        assert interval.high
+        return interval.high
+
+    once, twice = Sampling(), Sampling(looks=2)
+    plain = mean_interval([row["batch"] for row in values.values()], 0.9).high
+    assert high(once) == plain
+    assert high(twice) > high(once)
+    of_one, of_three, of_six = (high(Sampling(starts={"on": s})) for s in starts.values())
+    assert of_one > of_three > high(once)
+    assert of_six == pytest.approx(plain)  # a start for each: their own spread is in it
+    assert high(Sampling(starts={"off": starts[1]})) == high(once)
+    edge = 1.25 * (high(once) + high(twice)) / 2  # between the two ends
+    for p in (edge, 1 / 1.25 * (high(once) + high(twice)) / 2):
+        assert {outcome(once, p), outcome(twice, p)} in ({"held", "open"}, {"refuted", "open"})
+    assert (
+        judge_forecast(forecast, "on", values, PREDICTION, twice).measured
+        == judge_forecast(forecast, "on", values, PREDICTION).measured
+    )  # the figure that is shown everywhere
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -16,7 +17,7 @@ from labs import FIRST, LABS
 from labs.changes import parse_changes
 from labs.findings.parts import parts_of
 from labs.judging.metrics import trial_metrics
-from labs.judging.validity import ECHOED
+from labs.judging.validity import ARGUMENTS, ECHOED
 from labs.lab import (
     NO_TEXT,
     Arm,
@@ -504,6 +505,38 @@ def test_every_lab_runs_against_itself(lab: Lab, points: list[Point]) -> None:
             assert factors(treatment, baseline) == []
             assert claim.predict(treatment, baseline).value == 1
     assert twins.digest() != lab.digest()
+
+
+PROVED_BY: dict[str, tuple[str, ...]] = {  # flag -> what its lab asks its engines' logs for
+    "compilation-config": ("cudagraph_mode", "compilation_mode"),
+    "structured-outputs-config": ("structured_outputs_backend",),
+    "attention-config": ("max_num_splits",),
+    "enable-lora": ("max_lora",),
+    "hf-overrides": ("sliding_window",),
+    "watermark": ("watermark",),
+}
+BY_DOSE = {"speculative-config"}  # tokens drafted and accepted (`labs/judging/dose.py`)
+BY_ANSWERS = {"lora-modules"}  # each names the adapter that it came from
+
+
+@RESOLVED
+def test_every_flag_in_which_two_engines_differ_is_proved(lab: Lab) -> None:
+    """Asynchronous scheduling and kernels of attention were compared and proved by nothing."""
+    asked = {(e.arm.variant, e.label) for e in lab.evidence}
+    for above, below in itertools.combinations(lab.variants, 2):
+        if above.engine != below.engine or not ENGINES[above.engine].shown_metrics():
+            continue  # of other engines, or of one without a log to read, the report says so
+        flags = [lab.flags_of(v) for v in (above, below)]
+        for flag in {f for own in flags for f in own if flags[0].get(f) != flags[1].get(f)}:
+            if flag in {*ECHOED, *ARGUMENTS} | BY_DOSE | BY_ANSWERS:
+                continue
+            setting = [v for v in (above, below) if flag in v.flags]
+            assert setting, flag
+            for variant in setting:
+                labels = PROVED_BY.get(flag, ())
+                assert any((variant.name, label) in asked for label in labels), (
+                    f"nothing proves {flag} of {variant.name}"
+                )
 
 
 @RESOLVED

@@ -176,13 +176,13 @@ def on(engine: str) -> Point:
 def named(engine: str, shown: Snapshot | None) -> dict[str, bool]:
     """The caveats of a good trial on this engine -> whether they block."""
     times = [10 + i for i in range(8)]
-    found = [make_record([(t + 0.15, 1), (t + 0.2, 1)], sent_s=t, index=i, prompt_tokens=6,
-                         asked_tokens=2) for i, t in enumerate(times)]  # fmt: skip
+    found = [make_record([(t + 0.15 + 0.05 * k, 1) for k in range(4)], sent_s=t, index=i,
+                         prompt_tokens=6) for i, t in enumerate(times)]  # fmt: skip
     trial = make_trial(found, engine=shown, point=on(engine))
-    trial = replace(trial, asked=[Asked(6, 2)] * 8)
+    trial = replace(trial, asked=[Asked(6, 4)] * 8)
     if shown is not None:
         counted = {
-            metrics.PROMPT_TOKENS: 6.0 * 8, metrics.GENERATION_TOKENS: 2.0 * 8,
+            metrics.PROMPT_TOKENS: 6.0 * 8, metrics.GENERATION_TOKENS: 4.0 * 8,
             metrics.RUNNING: 0.0, metrics.WAITING: 0.0,
         }  # fmt: skip
         if not shown.values:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from labs.filing.results import RunFolder, TrialResult, snapshot_json
+from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
 from labs.lab import LabError, Point
 from labs.running.clock import Clock
 from labs.running.counts import Counts
@@ -23,6 +23,7 @@ from loadtests import records
 from loadtests.structures import Structure
 from serving import guard
 from serving.engines.base import EngineError
+from serving.reference_step import ReferenceStep
 from tests.unit.builders import make_engine, make_record, make_summary, write_run
 
 ANSWERED = make_record([(11.0, 1), (12.0, 3)])
@@ -61,6 +62,7 @@ class Script(Trials):
         setup: Any = SimpleNamespace(lab=lab, points=points, keep_disturbed=keep, clock=Clock())
         self.said, self.lags_s, nothing = list[str](), [*lags_s], cast(Any, None)
         self.remaining, self.skipped, self.gap_s = list[float](), list[int](), 0.1
+        self.steps = list[ReferenceStep]()  # before and after each attempt; none: not timed
         progress: Any = SimpleNamespace(
             message=self.said.append, trial_done=lambda text, left: self.remaining.append(left)
         )
@@ -70,6 +72,9 @@ class Script(Trials):
     def end_call(self) -> None:
         """Leave no time for anything but what a call begins with."""
         self._setup.clock.ends = time.monotonic()
+
+    def _time_reference(self) -> ReferenceStep | None:
+        return self.steps.pop(0) if self.steps else None
 
     def _play(self, point: Point, repeat: int, name: str, began: float) -> Played:
         lag_s = self.lags_s.pop(0)
@@ -133,6 +138,70 @@ def test_it_is_measured_again_at_most_twice_and_then_keeps_its_caveat(tmp_path: 
     assert "1, 1 of them twice. Reasons: generator's loop lagged (2)" in " ".join(
         report.write(folder).read_text().split()
     )
+
+
+def steps(*factors: float) -> list[ReferenceStep]:
+    return [ReferenceStep(reading_s=0.01, computing_s=0.005 * factor) for factor in factors]
+
+
+def jumping(tmp_path: Path, *factors: float) -> tuple[Script, TrialResult, RunFolder]:
+    """Attempts before and after each of which a step took so many times as long."""
+    folder = write_run(tmp_path)
+    point = folder.run().points()[-1]
+    trials = Script(folder, [0.01] * (len(factors) // 2))
+    trials.steps = steps(*factors)
+    trials.play(point, 1)
+    result = folder.trial_result(point, 1)
+    assert result
+    return trials, result, folder
+
+
+@pytest.mark.parametrize(("after", "again"), [(1.45, 0), (1.55, 1), (1 / 1.45, 0), (1 / 1.55, 1)])
+def test_a_trial_along_which_the_machines_speed_jumps_is_measured_again(
+    after: float, again: int, tmp_path: Path
+) -> None:
+    trials, result, _ = jumping(tmp_path, 1.0, after, after, after)
+    assert len(result.discarded) == again
+    assert len(trials.lags_s) == 1 - again
+    for discarded in result.discarded:
+        assert list(discarded.reasons) == ["the machine's speed jumped"]
+        assert "computing took" in trials.said[0]
+
+
+def test_a_machine_that_jumps_each_time_leaves_the_caveat_that_it_is(tmp_path: Path) -> None:
+    """After two more attempts; what was measured last has its verdict."""
+    trials, result, folder = jumping(tmp_path, 1.0, 1.6, 1.0, 1.6, 1.0, 1.6, 1.0, 1.0)
+    assert (len(result.discarded), len(trials.lags_s)) == (2, 1)
+    jumps = [c for c in summarise(folder).caveats if c.name == "the machine's speed jumped"]
+    assert [c.blocks for c in jumps] == [False]
+    report.write(folder)
+
+
+def test_what_transport_takes_is_known_from_the_variants_undisturbed_trials_at_one_stream(
+    tmp_path: Path,
+) -> None:
+    folder = write_run(tmp_path)
+    one, two = (p for p in folder.run().points() if p.variant.name == "on")
+    trials = Script(folder, [2.5, 0.01, 0.01])
+    for point in (one, two):
+        trials.play(point, 1)
+    ((variant, found_s),) = trials._transports_s.items()
+    assert variant == "on"
+    assert found_s == pytest.approx([0.001], abs=5e-5)
+
+
+def test_what_was_discarded_counts_as_time_of_the_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    lab, points = folder.run().rebuilt_lab(), folder.run().points()
+    before_s = folder.played_s(points, lab)
+    result = folder.trial_result(points[0], 1)
+    assert result
+    lost = Discarded(
+        reasons={}, loop_lag_max_s=None, cpu_steal=None, cpu_others=None, cpu_engine=None, took_s=8
+    )
+    longer = result.model_copy(update={"discarded": (lost,), "took_s": result.took_s + 1})
+    write_json(folder.trial_folder(points[0], 1) / "trial.json", longer)
+    assert folder.played_s(points, lab) == before_s + 9
 
 
 def test_a_disturbed_first_trial_of_a_call_is_measured_again_only_where_it_fits(

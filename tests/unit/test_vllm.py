@@ -46,11 +46,13 @@ def test_what_a_server_was_given_is_read_without_addresses_and_paths() -> None:
         " [LoRAModulePath(name='tenant-0', path='/a/b', base_model_name=None)], 'host':"
         " '127.0.0.1', 'port': 45505, 'middleware': ['serving.guard.Guard'], 'model': '/a/b',"
         " 'enforce_eager': True, 'max_num_seqs': 16, 'scheduling_policy': 'priority',"
-        " 'watermark': 0.05, 'speculative_config': {'method': 'ngram'}}"
+        " 'watermark': 0.05, 'async_scheduling': False, 'attention_backend': 'TRITON_ATTN',"
+        " 'speculative_config': {'method': 'ngram'}}"
     )
     assert arguments(line) == {
         "enforce_eager": "True", "max_num_seqs": "16", "scheduling_policy": "priority",
-        "watermark": "0.05", "method": "ngram",
+        "watermark": "0.05", "async_scheduling": "False", "attention_backend": "TRITON_ATTN",
+        "method": "ngram",
     }  # fmt: skip
     assert arguments("") == {}
 

@@ -82,6 +82,8 @@ def _add_flags(add: Add) -> None:
     add("--attention-config", type=json.loads, default={}, help="said in the log, and nothing else")
     add("--structured-outputs-config", type=json.loads, default={}, help="backend of it: said in"
         " the log; answers begin as their structure demands, and go on as all others")  # fmt: skip
+    add("--async-scheduling", action=argparse.BooleanOptionalAction,
+        help="said in the log, and nothing else")  # fmt: skip
     add("--enforce-eager", action=argparse.BooleanOptionalAction, default=False,
         help="said in the log, and nothing else")  # fmt: skip
     add("--load-format", default="auto", help="dummy: it says that it drew random weights")
