@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
@@ -34,6 +34,7 @@ from labs.changes import in_words, known_names, parts_kept, set_field
 from labs.errors import LabError as LabError  # a part of the vocabulary
 from labs.errors import NotApplicable as NotApplicable
 from labs.errors import did_you_mean
+from loadtests.admission import QueueLimits
 from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
 from loadtests.trace import TraceRow
 from loadtests.workload import Fixed, Name, Workload
@@ -108,6 +109,7 @@ class Point:
     about: Mapping[str, Any] = field(default_factory=dict)  # derived model -> its maker's record
     measured_s: tuple[float, float] = (0.0, 0.0)  # what is sent from the one to the other counts
     slo: SLO | None = None
+    admission_by_client: bool = False  # limits on the queue are the load generator's
 
     @property
     def flags(self) -> VllmFlags:
@@ -117,6 +119,21 @@ class Point:
         defaults, and raises KeyError where vLLM's flag has none.
         """
         return VllmFlags(self.variant.flags)
+
+    @property
+    def engine_flags(self) -> VllmFlags:
+        """Those of the flags that the engine is started with."""
+        return self.flags.without_queue_limits() if self.admission_by_client else self.flags
+
+    @property
+    def client_limits(self) -> QueueLimits | None:
+        """The limits on the queue that the load generator holds; None where it holds none."""
+        if not self.admission_by_client or not self.flags.turns_away:
+            return None
+        flags = self.flags
+        return QueueLimits(
+            requests=flags.max_num_queued_reqs, prompt_tokens=flags.max_num_queued_tokens
+        )
 
     @property
     def key(self) -> str:
@@ -303,7 +320,7 @@ NOTHING_ELSE: dict[str, Any] = {
     "findings": (), "plots": (), "limits": {}, "next_knobs": (),
 }  # fmt: skip
 """What is about a lab's own question, and has no meaning once its engines are put to another."""
-NOT_FILED = ("acceptance", "guessed", "masking", "arithmetic", "made_here")
+NOT_FILED = ("acceptance", "guessed", "masking", "arithmetic", "searched", "made_here")
 """The fields of a lab that are in no file; what they predicted and what was served are on file."""
 ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
 """What a quick run of any lab does without, unless the lab says otherwise."""
@@ -389,6 +406,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     timeout_s: Seconds = 60.0  # longest silence within one response
     # processes that share the sending of requests
     load_processes: Annotated[int, Field(gt=0, le=256)] = 1
+    # the load generator holds the limits on the engines' queues, which their version has not; an
+    # engine's own are left out of files and digests
+    admission_by_client: Annotated[bool, Field(exclude_if=lambda by_client: not by_client)] = False
     seed: NonNegativeInt = 0
     scales: dict[str, dict[str, Any]] = {}
     quick: dict[str, Any] = {}
@@ -406,6 +426,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     # what its findings are held against, by what it is of, `memory at 4096`; None: nothing
     arithmetic: Annotated[
         Callable[[Lab, Point], dict[str, Prediction]] | None, Field(exclude=True)
+    ] = None
+    # the points of which only a forecast is made, from those that are measured: they differ from
+    # these in settings of the scheduler, so that a step is the same
+    searched: Annotated[
+        Callable[[Sequence[Point]], Sequence[Point]] | None, Field(exclude=True)
     ] = None
     left_out: tuple[str, ...] = ()  # with random weights or without an engine, with its reason
     # the variants whose engines cannot serve the model here; none is left out of files
@@ -667,12 +692,17 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         })  # fmt: skip
 
     def flags_of(self, variant: Variant) -> VllmFlags:
-        """Return all flags that the variant's engine is started with.
+        """Return all flags of a variant, those that the load generator may hold among them.
 
         The lab's own are for the default engine, and another has them by other names.
         """
         shared = self.flags if variant.engine == DEFAULT_ENGINE else {}
         return VllmFlags({**shared, **variant.flags})
+
+    def engine_flags_of(self, variant: Variant) -> VllmFlags:
+        """Return those of its flags that the variant's engine is started with."""
+        flags = self.flags_of(variant)
+        return flags.without_queue_limits() if self.admission_by_client else flags
 
     @property
     def all_flags(self) -> list[VllmFlags]:
@@ -763,6 +793,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
                 about or {},
                 (warmup_s := self.warmup_of(workload), warmup_s + self.window_s),
                 self.slo,
+                self.admission_by_client,
             )
             for variant in self.variants
             for workload, lengths in sent

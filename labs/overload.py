@@ -10,13 +10,17 @@ nobody is served in time: goodput falls to nothing.
 *Admission control* turns away what could not be answered in time anyhow. With a limit on the
 requests in the engine (`max-num-queued-reqs`) the wait has a bound, and goodput stays near
 min(lambda, mu): those that are let in are served in time, the others know at once (HTTP 503) that
-they are to ask elsewhere. `max-num-queued-tokens` sets the same bound in prompt tokens. A
+they are to ask elsewhere. `max-num-queued-tokens` sets the same bound in prompt tokens. vLLM has
+these limits since 0.32; before an earlier one the load generator holds them, by the same rule. A
 *priority* (`scheduling-policy`) turns nobody away, and lets one class of requests pass the others.
 
 The loads are multiples of the capacity, which is found first: it is what the engine without a limit
 completes in a closed loop that keeps its batch full (`concurrent`), in the first repeat. The rates
 of all later trials are set by that figure alone. The forecast finds its own capacity in the same
 way, in virtual time.
+
+Which batch and which limit serve most in time is looked for by forecast, over a grid of both at the
+heaviest load, before any engine starts; a few of them are measured.
 
 An operator would rather see it coming. On a ramp, and on a compressed day if asked for
 (`day:0.3/1.4`), each signal has a threshold that was set beforehand, and the time from its alarm
@@ -27,6 +31,10 @@ what people will wait for (`slo.ttft_s`), the loads (`workloads.mixed.loads`).
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 from labs import theory
 from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
@@ -140,6 +148,34 @@ def batch_ratio(treatment: Point, baseline: Point) -> Prediction:
     )
 
 
+IN_ENGINE = (1.0, 1.25, 1.5)  # limits on requests, in multiples of the batch: 1 lets nobody wait
+
+
+def searched(points: Sequence[Point]) -> list[Point]:
+    """List a grid of batches and of limits at the flood, of which only a forecast is made.
+
+    The batches are the powers of two from the smallest that is measured to the largest.
+    """
+    measured = {
+        (p.flags.max_num_seqs, limit): p
+        for p in points
+        if p.workload.name == "flood" and (limit := p.flags.max_num_queued_reqs)
+    }
+    if not measured:
+        return []
+    smallest, largest = (of(batch for batch, _ in measured) for of in (min, max))
+    base = next(iter(measured.values()))
+    batches = [2**i for i in range(largest.bit_length()) if smallest <= 2**i <= largest]
+    grid = dict.fromkeys((b, math.ceil(times * b)) for b in batches for times in IN_ENGINE)
+    return [
+        replace(base, variant=base.variant.but(
+            f"batch-{b}-limit-{limit}", {"max-num-seqs": b, "max-num-queued-reqs": limit}
+        ))
+        for b, limit in grid
+        if (b, limit) not in measured
+    ]  # fmt: skip
+
+
 def knobs(limit: int, patience_s: int) -> tuple[str, ...]:
     return (
         f'SET="variants.capped.flags.max-num-queued-reqs={limit}" lets more wait: they are served,'
@@ -148,8 +184,8 @@ def knobs(limit: int, patience_s: int) -> tuple[str, ...]:
         " too late only after a longer time",
         'SET=\'workloads.mixed.loads=["capacity:0.7","capacity:1.1","capacity:1.5"]\' looks'
         " closer at the loads near the capacity (claims about other loads are left out)",
-        'SET=\'variants=["unbounded","priority"]\' leaves the limits out, which vLLM before 0.32'
-        " does not have",
+        "SET=admission_by_client=true has the load generator hold the limits, as it does where the"
+        " engine's vLLM has none",
     )
 
 
@@ -314,6 +350,7 @@ LAB = Lab(
         Evidence(arm=Arm(variant="priority"), kind="stays", metric=metrics.TURNED_AWAY),
         Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
     ),
+    searched=searched,
     findings=("admission", "classes", "best-flags", "signals", "alarms"),
     plots=("goodput", "ramp"),
     slo=SLO(ttft_s=0.6, tpot_s=0.15),

@@ -18,6 +18,7 @@ import gevent
 import gevent.event
 from gevent.queue import SimpleQueue
 
+from loadtests.admission import Admission
 from loadtests.arrivals import Contended, Replay, Waves, send_times
 from loadtests.connection import Pieces
 from loadtests.plan import (
@@ -60,6 +61,8 @@ class Load:
         self._long_answers_left = self._long_prompts_left
         self._intrusions = iter([r for r in requests if r.intruder])
         self.sent = self.in_flight = self.failures = 0
+        counted = plan.requests.with_name(f"in-flight-{plan.trial}")
+        self.admission = Admission(plan.admission, plan.share, counted) if plan.admission else None
         self.adapters: Counter[str] = Counter()  # of the requests in flight
         self._adapted = any(r.adapter for r in requests)
         self.loop_lag_s: float | None = None  # the worst since the last report

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import orjson
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveFloat
 
+from loadtests.admission import QueueLimits
 from loadtests.arrivals import Arrival, Contended, Waves
 from loadtests.records import LONGEST_S
 from loadtests.workload import Request, intrudes
@@ -51,7 +52,8 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     keep_text: bool = False
     capacity_per_s: float | None = None  # of which an arrival's rate may be a multiple
     slo_s: dict[str, float] = {}  # ttft, tpot, itl: lines on a dashboard
-    turns_away: bool = False  # the engine limits its queue: what it refuses has not failed
+    turns_away: bool = False  # the queue is limited: what is refused has not failed
+    admission: QueueLimits | None = None  # that the client holds, where the engine has none
     # where the server's dialect is another than vLLM's, in which bodies are written:
     fields: dict[str, Any] = {}  # of every body, set to these; None leaves a field out
     model_names: dict[str, str] = {}  # that it gives models in its answers -> the lab's
@@ -181,6 +183,7 @@ class PlannedRequest(BaseModel, frozen=True, extra="forbid"):
     index: int
     output_tokens: int
     body: str
+    prompt_tokens: int = 0
     intruder: bool = False
     due_s: float | None = None  # in the trace that is replayed
     adapter: str | None = None
@@ -227,6 +230,7 @@ def write_requests(path: Path, requests: list[Request], model: str) -> None:
                 index=request.index,
                 output_tokens=request.output_tokens,
                 body=orjson.dumps(body(request, model)).decode(),
+                prompt_tokens=request.prompt_tokens,
                 intruder=request.intruder,
                 due_s=request.due_s,
                 adapter=request.adapter,

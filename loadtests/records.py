@@ -30,8 +30,11 @@ from typing import IO
 import orjson
 
 FORMAT_VERSION = 1
-TURNED_AWAY = ("HTTP 503", "HTTP 429")
-"""How the error of a request begins that a server turned away, as it had no room for it."""
+BY_CLIENT = "not sent"
+"""How the error of a request begins that the load generator turned away: `loadtests/admission.py`.
+"""
+TURNED_AWAY = ("HTTP 503", "HTTP 429", BY_CLIENT)
+"""How the error of a request begins that was turned away, as there was no room for it."""
 OPTIONAL = ("text", "model", "choice", "alike_tokens")  # left out of a line where they are None
 LONGEST_S = 7 * 24 * 3600.0  # that a trial may take
 MOST_TOKENS = 10_000_000  # of a request
@@ -74,7 +77,7 @@ class RequestRecord:
 
     @property
     def turned_away(self) -> bool:
-        """Whether the server refused it for lack of room: no tokens came, and it said so."""
+        """Whether the server, or the client in its place, refused it for lack of room."""
         return not self.chunks and (self.error or "").startswith(TURNED_AWAY)
 
     @property

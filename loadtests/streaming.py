@@ -53,10 +53,14 @@ def connect(load: Load) -> Connection:
 
 
 def stream(connection: Connection, turn: Turn, load: Load) -> Ended:
-    """Send one request and read its answer."""
-    pieces: Pieces = []
+    """Send one request and read its answer, unless the client's own limits turn it away."""
+    request, admission = turn.request, load.admission
+    if admission and (refusal := admission.refusal(request)):
+        at = now()
+        return Ended(turn, [], at, at, refusal, False)
+    admitted = admission.admit(request) if admission else None
+    pieces: Pieces = [] if admitted is None else admitted
     error, connection_failed = None, False
-    request = turn.request
     load.in_flight += 1
     if request.adapter:
         load.adapters[request.adapter] += 1
@@ -71,6 +75,8 @@ def stream(connection: Connection, turn: Turn, load: Load) -> Ended:
         connection_failed = True
     end = now() if error or not pieces else pieces[-1][0]
     load.in_flight -= 1
+    if admitted is not None:
+        admitted.end()
     if request.adapter:
         load.adapters[request.adapter] -= 1
     return Ended(turn, pieces, sent, end, error, connection_failed)

@@ -132,7 +132,9 @@ def check_flags(names: Iterable[str], request: RunRequest, machine: Machine) -> 
                 scale_of(machine), request.quick, request.changes, bool(request.weights)
             )
             for variant in lab.variants:
-                sets.setdefault(variant.engine, []).append(lab.flags_of(variant))
+                own = lab.flags_of(variant)
+                known = sets.setdefault(variant.engine, [])
+                known += [own, own.without_queue_limits()]  # where an older vLLM has none
     for engine, flags in sets.items():
         with contextlib.suppress(EngineError):
             ENGINES[engine].check_flags(flags)

@@ -99,6 +99,8 @@ def current_lab(run: Run) -> Lab:
         raise LabError(f"there is no lab {name} any more")
     lab = LABS[name].at(run.scale, run.quick, _changes(run), run.dummy)
     lab = lab.without(dict.fromkeys(run.lab.get("absent", ()), "its engine was absent"))
+    by_client = {"admission_by_client": bool(run.lab.get("admission_by_client"))}
+    lab = lab.model_copy(update=by_client)
     return lab.against_itself() if run.aa else lab
 
 

@@ -82,6 +82,7 @@ from loadtests.plan import TrialSummary
 from loadtests.workload import Name
 from serving import metrics, telemetry, whole
 from serving.attention import AttentionTimes
+from serving.engines.base import FlagValue
 from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import Histogram, KvUse, Snapshot
 from serving.models import ROOT, Shape
@@ -292,6 +293,13 @@ class Band(BaseModel, frozen=True, extra="forbid"):
     geometric_mean: FiniteFloat | None = None
 
 
+class Searched(BaseModel, frozen=True, extra="forbid"):
+    """A point of which only a forecast is made: its flags, and its figures in one play."""
+
+    flags: dict[str, FlagValue]
+    figures: dict[str, FiniteFloat]  # by metric
+
+
 class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     """The forecasts of every point, from vLLM's own scheduler run in virtual time."""
 
@@ -308,6 +316,8 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     timelines: Annotated[dict[str, Timeline], Field(exclude_if=lambda t: not t)] = {}
     # point -> mean and peak share of the KV cache, each the mean over its plays at the timed step
     kv_use: Annotated[dict[str, KvUse], Field(exclude_if=lambda use: not use)] = {}
+    # settings among which the best are looked for, beside those that are measured
+    searched: Annotated[tuple[Searched, ...], Field(exclude_if=lambda points: not points)] = ()
 
     def ratio(
         self, metric: str, treatment: str, baseline: str, of_means: bool = False

@@ -34,6 +34,7 @@ from labs.judging.signals import SIGNALS as SIGNAL_NAMES
 from labs.judging.text import interval, number
 from labs.lab import SLO, Point
 from loadtests.arrivals import Offered, Ramp
+from serving.engines.vllm import VllmFlags
 
 # ------------------------------------------------------------------ what is served in time
 
@@ -43,7 +44,8 @@ class Offer:
     """Holds what a variant made of an offered load."""
 
     variant: str
-    limited: bool  # it turns requests away
+    limited: bool  # it, or the client in its place, turns requests away
+    by_client: bool
     times: float  # the capacity
     offered_per_s: float  # as it was sent
     goodput_per_s: float
@@ -54,6 +56,10 @@ class Offer:
     turned_away: float | None  # share of what was sent
     late_from_s: float | None  # when the first request was sent that waited longer than the SLO
     fluid_late_from_s: float | None  # t*; None below the capacity and with a limit
+
+    @property
+    def title(self) -> str:
+        return f"{self.variant} (client's limit)" if self.by_client else self.variant
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,7 @@ def _offer(context: Context, point: Point, forecasts: Forecasts) -> Offer | None
     return Offer(
         variant=point.variant.name,
         limited=limited,
+        by_client=limited and point.admission_by_client,
         times=times,
         offered_per_s=fmean(_sent_per_s(trial) for trial in trials),
         goodput_per_s=goodput_per_s,
@@ -140,7 +147,7 @@ def tell_admission(facts: Admission) -> Finding:
          "TTFT, p50, mean of repeats", "First late after", "t*"]
     ]  # fmt: skip
     rows += [
-        [o.variant, f"{o.times:g}x", number(o.offered_per_s, "req/s"),
+        [o.title, f"{o.times:g}x", number(o.offered_per_s, "req/s"),
          number(o.goodput_per_s, "req/s"), interval(o.goodput_interval, "req/s"),
          number(o.forecast_per_s, "req/s"), number(o.turned_away, "share"),
          number(o.ttft_p50_s, "s"), number(o.late_from_s, "s"), number(o.fluid_late_from_s, "s")]
@@ -266,16 +273,38 @@ class Flags:
 
 
 @dataclass(frozen=True)
+class ForecastFlags:
+    """Holds what a batch and a limit would make of the flood, by forecast alone."""
+
+    batch: int  # max-num-seqs
+    limit: int  # max-num-queued-reqs
+    goodput_per_s: float | None
+    output_tokens_per_s: float | None
+    tpot_mean_s: float | None
+
+
+@dataclass(frozen=True)
 class BestFlags:
-    """Holds all variants that were sent the flood."""
+    """Holds all variants that were sent the flood, and what else was forecast for it."""
 
     times: float | None  # the capacity
     flags: tuple[Flags, ...]
+    searched: tuple[ForecastFlags, ...] = ()  # none in older runs
 
     def best(self, of: Callable[[Flags], float | None]) -> Flags | None:
         """Picks the variant of which this is most; None where none has it."""
         known = [f for f in self.flags if of(f) is not None]
         return max(known, key=lambda f: (of(f) or 0.0, f.variant), default=None)
+
+    def best_searched(
+        self, of: Callable[[ForecastFlags], float | None]
+    ) -> tuple[ForecastFlags, float] | None:
+        """Picks the setting that was only forecast of which this is most, and how much that is."""
+        known = [(value, i) for i, f in enumerate(self.searched) if (value := of(f)) is not None]
+        if not known:
+            return None
+        value, place = max(known)
+        return self.searched[place], value
 
 
 def best_flags(context: Context) -> BestFlags:
@@ -302,15 +331,31 @@ def best_flags(context: Context) -> BestFlags:
             for p in offered
             if isinstance(p.load, Offered) and p.load.times == most
         ),
+        _searched(context),
+    )
+
+
+def _searched(context: Context) -> tuple[ForecastFlags, ...]:
+    played = context.predictions.in_virtual_time
+    return tuple(
+        ForecastFlags(
+            batch=flags.max_num_seqs,
+            limit=flags.max_num_queued_reqs or 0,
+            goodput_per_s=point.figures.get("goodput_per_s"),
+            output_tokens_per_s=point.figures.get("output_tokens_per_s"),
+            tpot_mean_s=point.figures.get("tpot_mean_s"),
+        )
+        for point in (played.searched if played else ())
+        for flags in [VllmFlags(point.flags)]
     )
 
 
 def _limit(point: Point) -> str:
-    requests = point.flags.get("max-num-queued-reqs")
-    tokens = point.flags.get("max-num-queued-tokens")
+    requests, tokens = point.flags.max_num_queued_reqs, point.flags.max_num_queued_tokens
+    by_client = " (client's)" if point.admission_by_client else ""
     if requests is not None:
-        return f"{requests} requests"
-    return "none" if tokens is None else f"{tokens} prompt tokens"
+        return f"{requests} requests{by_client}"
+    return "none" if tokens is None else f"{tokens} prompt tokens{by_client}"
 
 
 def tell_best_flags(facts: BestFlags) -> Finding:
@@ -326,6 +371,11 @@ def tell_best_flags(facts: BestFlags) -> Finding:
          *([number(f.usd_per_million_tokens, "USD")] if priced else [])]
         for f in facts.flags
     ]  # fmt: skip
+    rows += [
+        ["forecast alone", str(f.batch), f"{f.limit} requests", number(f.goodput_per_s, "req/s"),
+         "–", number(f.output_tokens_per_s, "tok/s"), "–", "–", *(["–"] if priced else [])]
+        for f in facts.searched
+    ]  # fmt: skip
     lines = [
         _agreement("most goodput", facts.best(lambda f: f.forecast_goodput_per_s),
                    facts.best(lambda f: f.valid_goodput_per_s),
@@ -334,6 +384,9 @@ def tell_best_flags(facts: BestFlags) -> Finding:
                    facts.best(lambda f: f.forecast_tokens_per_s),
                    facts.best(lambda f: f.valid_tokens_per_s),
                    all(f.tokens_are_valid for f in facts.flags)),
+        foreseen_goodput(facts),
+        foreseen_throughput(facts),
+        *([MEASURE] if facts.searched else []),
     ]  # fmt: skip
     at = f", at {facts.times:g}x the capacity" if facts.times else ""
     title = f"Which flags serve most in time, and which most for the money{at}"
@@ -349,6 +402,49 @@ def _agreement(what: str, forecast: Flags | None, measured: Flags | None, all_va
         return f"{came}; none was forecast."
     same = forecast.variant == measured.variant
     return f"{came}; the forecast was {'the same' if same else f'`{forecast.variant}`'}."
+
+
+MEASURE = (
+    "To measure another setting in the place of `capped`:"
+    ' `SET="variants.capped.flags.max-num-seqs=<batch>'
+    ' variants.capped.flags.max-num-queued-reqs=<limit>"`.'
+)
+
+
+def foreseen_goodput(facts: BestFlags) -> str:
+    """Tells the best setting of all that were forecast for goodput; "" without a search."""
+    alone = facts.best_searched(lambda f: f.goodput_per_s)
+    return _foreseen(facts, "goodput", "req/s", alone, lambda f: f.forecast_goodput_per_s)
+
+
+def foreseen_throughput(facts: BestFlags) -> str:
+    """Tells the best setting of all that were forecast for throughput; "" without a search."""
+    alone = facts.best_searched(lambda f: f.output_tokens_per_s)
+    return _foreseen(facts, "throughput", "tok/s", alone, lambda f: f.forecast_tokens_per_s)
+
+
+def _foreseen(
+    facts: BestFlags,
+    what: str,
+    unit: str,
+    alone: tuple[ForecastFlags, float] | None,
+    forecast: Callable[[Flags], float | None],
+) -> str:
+    if alone is None:
+        return ""
+    best, value = alone
+    among = f"Of {len(facts.searched)} more settings that were forecast, one play each"
+    found = (
+        f"{among}, max-num-seqs {best.batch} with a limit of {best.limit} requests has the most"
+        f" {what}, {number(value, unit)}"
+    )
+    measured = facts.best(forecast)
+    if measured is None:
+        return f"{found}."
+    expected = forecast(measured) or 0.0
+    than = f"the most that is forecast for a measured variant, {number(expected, unit)}"
+    compared = f"{'more' if value > expected else 'no more'} than {than} (`{measured.variant}`)"
+    return f"{found}: {compared}."
 
 
 BEST_FLAGS = Conclusion("best-flags", best_flags, tell_best_flags)
@@ -617,7 +713,8 @@ def why_admit(run: JudgedRun) -> str | None:
     return (
         f"Of {number(limited.offered_per_s, 'req/s')} offered ({facts.most:g}x the capacity),"
         f" {number(without.goodput_per_s, 'req/s')} were served within the SLO without a limit, and"
-        f" {number(limited.goodput_per_s, 'req/s')} with one, which turned"
+        f" {number(limited.goodput_per_s, 'req/s')} with"
+        f" {'one that the client holds' if limited.by_client else 'one'}, which turned"
         f" {number(limited.turned_away, 'share')} away.{when}"
     )
 
@@ -636,6 +733,7 @@ def chat_service(run: JudgedRun) -> str | None:
         f"Under the heaviest load `{best.variant}` (max-num-seqs {best.batch}, limit {best.limit})"
         f" served most within the SLO, {number(best.goodput_per_s, 'req/s')} at a TPOT of"
         f" {number(best.tpot_mean_s, 's')}, among {among}.{foreseen}"
+        f" {foreseen_goodput(facts)}".rstrip()
     )
 
 
@@ -652,7 +750,7 @@ def document_service(run: JudgedRun) -> str | None:
         f"The price per token falls as throughput rises. `{best.variant}` (max-num-seqs"
         f" {best.batch}) had the highest throughput,"
         f" {number(best.output_tokens_per_s, 'tok/s')}{price}, at a TPOT of"
-        f" {number(best.tpot_mean_s, 's')}.{foreseen}"
+        f" {number(best.tpot_mean_s, 's')}.{foreseen} {foreseen_throughput(facts)}".rstrip()
     )
 
 

@@ -11,6 +11,12 @@ from labs.judging.judge import Interval, Judgement, PredictionOutcome, tally
 from labs.lab import Lab, Prediction
 from serving.machine import Ceilings
 
+ADMISSION_BY_CLIENT = (
+    "this vLLM has no limit on its queue, so the load generator holds the limits and turns requests"
+    " away itself, by the rule of vLLM's own limit: unfinished requests, here from the send to the"
+    " end of the answer, or tokens of prompts without a first token."
+)
+
 
 def number(value: float | None, unit: str = "1") -> str:
     """Write a value with three significant digits and its unit; times below a second in ms.

@@ -665,7 +665,8 @@ def _treated(trial: Trial, expected: Expected) -> Iterator[Caveat]:
         yield _caveat(trial, "treatment not applied", fault)
     for item in expected.evidence:
         if item.arm.matches(trial.point) and not _evidence_holds(item, trial):
-            yield _caveat(trial, "treatment not applied", f"the engine does not show {item}")
+            who = "client" if _is_of_client(item, trial) else "engine"
+            yield _caveat(trial, "treatment not applied", f"the {who} does not show {item}")
 
 
 def _answered_by(trial: Trial, expected: Expected) -> Iterator[Caveat]:
@@ -768,13 +769,14 @@ def _not_given(trial: Trial, expected: Expected) -> Iterator[str]:
     given = trial.engine.info.get(metrics.ENGINE_ARGUMENTS)
     if given is None or not expected.served or trial.point.variant.engine != DEFAULT_ENGINE:
         return
+    flags = trial.point.engine_flags
     for flag, default in ARGUMENTS.items():
         name = flag.replace("-", "_")
-        if flag not in trial.point.flags:
+        if flag not in flags:
             if name in given:
                 yield f"the server says that it was given {name}={given[name]}, which was not set"
             continue
-        wanted = str(trial.point.flags[flag])
+        wanted = str(flags[flag])
         if (said := given.get(name, default)) != wanted:
             yield f"the server says that it was given {name}={said}, but {wanted} was set"
 
@@ -863,9 +865,24 @@ def _evidence_holds(evidence: Evidence, trial: Trial) -> bool:
     if evidence.kind == "absent":
         return evidence.metric not in trial.engine.values
     increase = trial.engine.values.get(evidence.metric)
+    if _is_of_client(evidence, trial):
+        increase = sum(r.turned_away for r in trial.records)
     if increase is None:  # a counter that was renamed proves nothing
         return False
     return increase > 0 if evidence.kind == "rises" else increase == 0
+
+
+def _is_of_client(evidence: Evidence, trial: Trial) -> bool:
+    """Tell whether the client's records have what was turned away: the engine has no limit.
+
+    vLLM counts that since it has limits: before, a missing counter proves nothing, and the client
+    sees what is refused.
+    """
+    assert trial.engine
+    if evidence.metric != metrics.TURNED_AWAY:
+        return False
+    counts = evidence.metric in trial.engine.values
+    return trial.point.admission_by_client or not (counts or trial.point.flags.turns_away)
 
 
 def _steps_before(trial: Trial) -> float:

@@ -167,7 +167,7 @@ class Engines:
         engine = ENGINES[variant.engine](
             variant.name,
             setup.weights.get(variant.name, setup.model),
-            with_places(setup.lab.flags_of(variant), setup.places),
+            with_places(setup.lab.engine_flags_of(variant), setup.places),
             kind=setup.machine.kind,
             log=self._logs / f"engine-{variant.name}.log",
             command=setup.engine_command,

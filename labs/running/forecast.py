@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from labs.filing.results import Band, PointForecasts
+from labs.filing.results import Band, PointForecasts, Searched
 from labs.judging.machine_speed import usual_spread
+from labs.judging.metrics import METRICS
 from labs.lab import Lab, Point, Prediction, Variant
 from labs.running.copied_text import Copies, read_answers, share_copied
 from labs.running.forecaster import started
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from labs.running.step_timing import (
+    EngineSteps,
     config_of,
     described,
     earlier_speeds,
@@ -66,6 +69,7 @@ def forecast(
         if not all(capacities):
             points = [p for p in points if not isinstance(p.load, OfCapacity)]
         all_plays = trials.played(points, capacities)
+        searched = _searched(trials, points, steps[points[0].key], capacities[0])
     return PointForecasts(
         points={plays.point.key: plays.bands(setup.lab) for plays in all_plays},
         without=without,
@@ -76,6 +80,34 @@ def forecast(
         kv_use=KvUse.over_trials({p.point.key: p.kv_uses for p in all_plays if p.kv_uses}),
         step_times=described(steps.values()),
         machine_spread=spread,
+        searched=searched,
+    )
+
+
+def _searched(
+    trials: VirtualTrials,
+    points: Sequence[Point],
+    step: tuple[EngineSteps, EngineSteps, EngineSteps],
+    capacity_per_s: float | None,
+) -> tuple[Searched, ...]:
+    """Forecast the settings that the lab looks among, beside those that it measures.
+
+    Raises ForecastError.
+    """
+    search = trials.setup.lab.searched
+    if not search or not (alone := search(points)):
+        return ()
+    plays = replace(trials, steps={point.key: step for point in alone})
+    return tuple(
+        Searched(
+            flags=dict(point.flags),
+            figures={
+                name: value
+                for name, value in figures.items()
+                if METRICS[name].forecast and value is not None
+            },
+        )
+        for point, figures in zip(alone, plays.figures(alone, capacity_per_s), strict=True)
     )
 
 

@@ -14,7 +14,7 @@ from labs.errors import did_you_mean
 from labs.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
 from labs.findings.parts import parts_of
 from labs.judging.metrics import trial_metrics
-from labs.judging.text import ceilings_text
+from labs.judging.text import ADMISSION_BY_CLIENT, ceilings_text
 from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point
 from labs.running import derived_models
 from labs.running.chat_writer import writer_of
@@ -126,7 +126,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         require_memory(lab, machine, model)
         if not datasheet:
             require_compiler(lab, machine)
-        check_flags(lab)
+        lab = with_flags_here(lab, progress)
     require_prompts(lab, writer)
     places, weights = _derived(lab, model, progress, request.quick)
     ceilings = datasheet_ceilings(datasheet) if datasheet else measured_ceilings(machine, progress)
@@ -419,16 +419,29 @@ def require_sizes(lab: Lab, model: models.Model) -> None:
         engine.require_sizes(variant.name, flags, model, longest)
 
 
-def check_flags(lab: Lab) -> None:
-    """Check that each engine accepts the flags of its variants.
+def with_flags_here(lab: Lab, progress: ProgressDisplay) -> Lab:
+    """Check the flags as `check_flags` does, and say so where the load generator holds limits."""
+    checked = check_flags(lab)
+    if checked.admission_by_client and any(flags.turns_away for flags in lab.all_flags):
+        progress.message(f"Note: {ADMISSION_BY_CLIENT}")
+    return checked
 
-    Raises EngineError; NotApplicable where the engine's version lacks a flag.
+
+def check_flags(lab: Lab) -> Lab:
+    """Check that each engine accepts the flags of its variants; return the lab as it runs here.
+
+    Where an engine's version cannot limit its queue, the load generator does, for all variants.
+    Raises EngineError; NotApplicable where the version lacks another flag.
     """
     for name in dict.fromkeys(v.engine for v in lab.variants):
+        own = [v for v in lab.variants if v.engine == name]
         try:
-            ENGINES[name].check_flags([lab.flags_of(v) for v in lab.variants if v.engine == name])
+            ENGINES[name].check_flags([lab.engine_flags_of(v) for v in own])
         except Unsupported as reason:
-            raise NotApplicable(str(reason)) from reason
+            if lab.admission_by_client or not any(flags.turns_away for flags in lab.all_flags):
+                raise NotApplicable(str(reason)) from reason
+            return check_flags(lab.model_copy(update={"admission_by_client": True}))
+    return lab
 
 
 def require_known_names(lab: Lab) -> None:

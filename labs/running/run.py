@@ -99,6 +99,7 @@ def _write_and_show_predictions(
         section(
             "Predicted, before any engine starts",
             tables.in_virtual_time(setup.lab, forecasts) if forecasts else None,
+            tables.searched(forecasts) if forecasts else None,
             tables.predictions(setup.lab, predictions),
             bullets(report.formulas(setup.lab, predictions)),
         )
@@ -201,7 +202,7 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         argv={
             v.name: [
                 f"<{v.weights}>" if v.weights else model,
-                *ENGINES[v.engine].flag_argv(lab.flags_of(v)),
+                *ENGINES[v.engine].flag_argv(lab.engine_flags_of(v)),
             ]
             for v in lab.variants
         },

@@ -350,6 +350,7 @@ class Trials:
             capacity_per_s=self._capacity_per_s() if of_capacity else None,
             slo_s=lab.slo.by_name(),
             turns_away=point.flags.turns_away,
+            admission=point.client_limits,
             fields=dict(engine.request_fields),
             model_names=dict(engine.model_names),
             reconnects=engine.closes_connections,

@@ -21,6 +21,7 @@ from labs.running.copied_text import Copies
 from labs.running.forecaster import Forecaster
 from labs.running.resolve import Setup
 from labs.running.step_timing import FASTER, Steps, served_folder
+from loadtests.admission import QueueLimits
 from loadtests.arrivals import Contended, Replay, Waves, send_times
 from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s
 from loadtests.records import TURNED_AWAY, RequestRecord
@@ -61,6 +62,21 @@ class VirtualTrials:
         """Find the requests/s that the first trial of a point serves. Raises ForecastError."""
         (plays,) = self.played([point], NO_CAPACITIES)
         return [play.figures["requests_per_s"] for play in (plays.as_timed[0], *plays.shifted)]
+
+    def figures(self, points: Sequence[Point], capacity_per_s: float | None) -> list[Figures]:
+        """Play each of these points once, at the expected step; return what each play came to.
+
+        Raises ForecastError.
+        """
+        once = [(1, 1.0)]
+        self.forecaster.send(
+            ForecastPlan(
+                tokenizer=self.setup.model.path,
+                engines=tuple(self._engine(p, 0, once, [capacity_per_s]) for p in points),
+            )
+        )
+        lab, plays = self.setup.lab, self.forecaster.plays()
+        return [measure(_trial(lab, p, play)) for p, play in zip(points, plays, strict=True)]
 
     def played(self, points: Sequence[Point], capacities: Capacities) -> list[PointPlays]:
         """Play all trials of these points; return the plays of each. Raises ForecastError.
@@ -119,9 +135,9 @@ class VirtualTrials:
         """Plan an engine with the step at this end of the band: 0 is the expected one."""
         setup = self.setup
         step_times, draft_times = self.steps[point.key][end]
-        flags = with_places(point.variant.flags, setup.places)
+        flags = with_places(point.engine_flags, setup.places)
         if setup.datasheet:
-            defaults = defaults_on_a_gpu(setup.machine, point.shape, point.variant.flags)
+            defaults = defaults_on_a_gpu(setup.machine, point.shape, point.engine_flags)
             flags = as_one_gpu({**defaults, **flags})
         return PlannedEngine(
             argv=(
@@ -222,6 +238,7 @@ def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) 
     else:
         duration_s, seed = warmup_s + lab.window_s, lab.draw_seed(repeat)
         schedule_s = send_times(load, duration_s, seed, capacity_per_s) or ()
+    limits = point.client_limits or QueueLimits()
     return Traffic(
         kind="waves" if isinstance(load, Waves) else "open" if load.open_loop else "closed",
         users=load.users,
@@ -232,6 +249,8 @@ def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) 
         least_counted=LEAST_COUNTED,
         least_intruders=LEAST_COUNTED,
         most_held_open_s=most_held_open_s(lab.window_s),
+        most_requests=limits.requests,
+        most_prompt_tokens=limits.prompt_tokens,
     )
 
 

@@ -46,4 +46,5 @@ def page(
                 (Code(name), f" has no forecast: {why}") for name, why in forecasts.without.items()
             ),
         ),
+        section("Other settings, one play each", tables.searched(forecasts)),
     )

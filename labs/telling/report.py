@@ -18,6 +18,7 @@ from labs.judging.judge import Caveat
 from labs.judging.machine_speed import MachineSpeed
 from labs.judging.metrics import METRICS, main_columns
 from labs.judging.text import (
+    ADMISSION_BY_CLIENT,
     claim_outcome,
     decided_text,
     number,
@@ -181,6 +182,8 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
             " real; the text is not, so quality is not measured."
         )
         result += [("Left out: ", parse(what), ".") for what in run.lab.get("left_out", ())]
+    if run.lab.get("admission_by_client"):
+        result.append(f"The limits are the client's: {ADMISSION_BY_CLIENT}")
     if summary.failed:
         result.append(f"Trials that failed: {len(summary.failed)}. This run is not complete.")
     if summary.missing:

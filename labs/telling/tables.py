@@ -166,6 +166,31 @@ def in_virtual_time(lab: Lab, forecasts: PointForecasts, also: Collection[str] =
     )
 
 
+OF_SEARCH = ("goodput_per_s", "output_tokens_per_s", "tpot_mean_s")
+
+
+def searched(forecasts: PointForecasts) -> Table | None:
+    """Tabulate the settings that are only forecast by what differs among them; None without any."""
+    points = forecasts.searched
+    flags = [
+        flag
+        for flag in dict.fromkeys(flag for point in points for flag in point.flags)
+        if len({str(point.flags.get(flag)) for point in points}) > 1
+    ]
+    if not flags:
+        return None
+    return table(
+        (*flags, *(METRICS[metric].title for metric in OF_SEARCH)),
+        (
+            [
+                *(str(point.flags.get(flag, "–")) for flag in flags),
+                *(number(point.figures.get(m), METRICS[m].unit) for m in OF_SEARCH),
+            ]
+            for point in points
+        ),
+    )
+
+
 def _shares(kv_use: Mapping[str, KvUse], point: str) -> list[str]:
     """Write the mean and the peak; nothing where there is neither of any point."""
     if not kv_use:

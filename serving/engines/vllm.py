@@ -101,6 +101,20 @@ class VllmFlags(TypedFlags):
         return any(self.get(flag) is not None for flag in QUEUE_LIMITS)
 
     @property
+    def max_num_queued_reqs(self) -> int | None:
+        """The most requests that wait or run; one beyond them is turned away. None: any number."""
+        return None if self.get(QUEUE_LIMITS[0]) is None else self.integer(QUEUE_LIMITS[0])
+
+    @property
+    def max_num_queued_tokens(self) -> int | None:
+        """The tokens of prompts without a first token from which on requests are turned away."""
+        return None if self.get(QUEUE_LIMITS[1]) is None else self.integer(QUEUE_LIMITS[1])
+
+    def without_queue_limits(self) -> VllmFlags:
+        """Return these flags without those that limit the queue."""
+        return VllmFlags({flag: at for flag, at in self.items() if flag not in QUEUE_LIMITS})
+
+    @property
     def kv_cache_memory_bytes(self) -> int:
         return self.integer("kv-cache-memory-bytes")
 
@@ -565,8 +579,8 @@ def _check_names(argvs: Iterable[Sequence[str]], options: Sequence[str]) -> None
         if argument not in options:
             if (newer := SINCE.get(argument.removeprefix("--"))) is not None:
                 raise Unsupported(
-                    f"vLLM {Vllm.version()} has no flag {argument}, which came with {newer}: leave"
-                    " out the variants that set it (SET='variants=[..]'), or name another VLLM="
+                    f"vLLM {Vllm.version()} has no flag {argument}, which came with {newer}:"
+                    " choose a variant that does not set it, or name another VLLM="
                 )
             near = difflib.get_close_matches(argument, options, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "see vLLM's engine arguments"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Literal, Protocol
@@ -69,6 +70,9 @@ class Traffic(BaseModel, frozen=True, extra="forbid"):
     least_counted: int = 1  # requests, or one a user, that the window is held open for
     least_intruders: int = 0  # and as many of `intruders`
     most_held_open_s: float = 120.0  # after the warm-up
+    # limits that the client holds, by the rule of `VirtualEngine.add`; None: no limit
+    most_requests: int | None = None  # unfinished
+    most_prompt_tokens: int | None = None  # of prompts without a first token
 
 
 class Prompt(BaseModel, frozen=True, extra="forbid"):
@@ -96,6 +100,34 @@ class VirtualAnswer(BaseModel, extra="forbid"):
     chunks: list[tuple[float, int]] = []
     in_window: bool
     turned_away_s: float | None = None  # when it was refused, where it was
+
+
+class _Admission:
+    """What a client that limits the queue knows to be in the engine, at each of its sends.
+
+    A step that is under way at a send has not told the client yet what it ends.
+    """
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.most, self.most_tokens = traffic.most_requests, traffic.most_prompt_tokens
+        self.unfinished = 0
+        self.prefilling: dict[str, int] = {}  # answer -> its prompt's tokens, before its first
+        self.received: deque[tuple[float, str, bool]] = deque()  # (when, answer, its last token)
+
+    def admits(self, requests: int, at_s: float) -> bool:
+        """Tell whether so many more may be sent at this time."""
+        while self.received and self.received[0][0] <= at_s:
+            _, name, last = self.received.popleft()
+            self.prefilling.pop(name, None)
+            self.unfinished -= last
+        over = self.most is not None and self.unfinished + requests > self.most
+        prompt_tokens = sum(self.prefilling.values())
+        return not over and (self.most_tokens is None or prompt_tokens < self.most_tokens)
+
+    def sent(self, name: str, prompt_tokens: int) -> None:
+        """Count one answer of a request that is sent."""
+        self.unfinished += 1
+        self.prefilling[name] = prompt_tokens
 
 
 class Play(BaseModel, extra="forbid"):
@@ -151,6 +183,8 @@ class _Trial:
         self.intruder_answers_left = self.intruders_left
         self.awaited = 0  # requests that count and have not been answered
         self.load_over = self.answered_under_load = False  # of a closed loop
+        limited = (traffic.most_requests, traffic.most_prompt_tokens) != (None, None)
+        self.admission = _Admission(traffic) if limited else None
 
     @property
     def now_s(self) -> float:
@@ -229,10 +263,13 @@ class _Trial:
         else:
             self.counted += counts
         self.awaited += counts
-        self.free_s = max(self.free_s, at_s) + self.delays.serial_s
+        admitted = not self.admission or self.admission.admits(prompt.choices, at_s)
+        if admitted:
+            self.free_s = max(self.free_s, at_s) + self.delays.serial_s
         delivered_s = max(self.free_s, at_s + self.delays.request_s) + prompt.compile_s
         request = self.order = self.order + 1
         self.unanswered[request] = prompt.choices
+        refused: list[str] = []
         for choice in range(prompt.choices):
             name = f"{prompt.index}-{'i' if intruder else 'r'}-{self.order}-{len(self.answers)}"
             self.request_of[name] = request
@@ -242,9 +279,17 @@ class _Trial:
                 in_window=counts, choice=choice if prompt.choices > 1 else None,
             )  # fmt: skip
             self.order += 1
+            if not admitted:
+                self.answers[name].turned_away_s = at_s
+                refused.append(name)
+                continue
+            if self.admission:
+                self.admission.sent(name, len(prompt.token_ids))
             heapq.heappush(self.deliveries, (delivered_s, self.order, name, prompt))
         if intruder and self.traffic.intruder_every_s:
             self.intruder_name = name
+        for name in refused:
+            self._answered(name, self.answers[name], at_s)
 
     @property
     def _latest_s(self) -> float:
@@ -302,6 +347,8 @@ class _Trial:
         at_s = self.now_s + self.delays.response_s
         for name, (tokens, last) in outputs.items():
             answer = self.answers[name]
+            if self.admission and (tokens or last):
+                self.admission.received.append((at_s, name, last))
             if tokens and self.ends_only and len(answer.chunks) > 1:
                 answer.chunks[-1] = (at_s, answer.chunks[-1][1] + tokens)
             elif tokens:

@@ -22,13 +22,14 @@ from dashboards import prometheus
 from labs import LABS
 from labs.lab import Lab, NotApplicable, Variant, factors
 from labs.running.resolve import check_flags, require_devices
+from loadtests.admission import QueueLimits
 from serving import metrics
 from serving.engines import ENGINES, vllm
 from serving.engines.base import Engine, EngineError, Flags, Server, Unsupported
 from serving.engines.endpoint import Endpoint
 from serving.machine import Machine
 from serving.models import Model
-from tests.unit.builders import SHAPE, make_lab, make_point
+from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_point
 
 CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34)
 PROGRAM = """
@@ -177,17 +178,28 @@ def test_why_an_engine_died_is_read_off_its_log(tmp_path: Path) -> None:
     assert started.snapshot() is None
 
 
-def test_a_flag_that_this_vllm_does_not_have_yet_leaves_the_lab_out(
+def test_limits_that_this_vllm_does_not_have_yet_are_the_clients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overload = LABS["overload"].at("cpu", quick=False)
     flags = [a for v in overload.variants for a in vllm.Vllm.flag_argv(overload.flags_of(v))]
     older = {f for f in flags if f.startswith("--") and "queued" not in f}  # before 0.32
-    known = {"options": sorted(older), "accepted": []}
+    without = [overload.flags_of(v).without_queue_limits() for v in overload.variants]
+    accepted = [vllm._digest(vllm.Vllm.flag_argv(flags)) for flags in without]
+    known = {"options": sorted(older), "accepted": accepted}
     monkeypatch.setattr(vllm, "CACHE", tmp_path)
     (tmp_path / f"vllm-{vllm.Vllm.version()}-flags.json").write_text(json.dumps(known))
-    with pytest.raises(NotApplicable, match=r"no flag --max-num-queued-\w+, which came with 0\.32"):
-        check_flags(overload)
+    held = check_flags(overload)
+    assert held.digest() != overload.digest()
+    points = {p.variant.name: p for p in held.points(SHAPE, CEILINGS)}
+    assert points["capped"].client_limits == QueueLimits(requests=11)
+    assert points["capped-tokens"].client_limits == QueueLimits(prompt_tokens=72)
+    assert points["priority"].client_limits is None
+    assert points["narrow"].flags.turns_away
+    assert not any("queued" in flag for p in points.values() for flag in p.engine_flags)
+    assert all(p.client_limits is None for p in overload.points(SHAPE, CEILINGS))
+    with pytest.raises(EngineError, match="no flag --max-num-queued-reqs, which came with"):
+        vllm.Vllm.check_flags([overload.flags_of(overload.variants[1])])
     misspelled = make_lab(flags={"max-num-sequences": 4})
     with pytest.raises(EngineError, match="did you mean --max-num-seqs"):
         check_flags(misspelled)

@@ -14,10 +14,12 @@ import pytest
 from labs import LABS, theory
 from labs.chunked_prefill import context_tokens
 from labs.filing.results import (
+    Band,
     Finding,
     PointForecasts,
     Predictions,
     RunFolder,
+    Searched,
     TrialResult,
     snapshot_json,
     write_gzip,
@@ -245,7 +247,7 @@ def test_the_link_that_a_split_of_prefill_needs(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ overload
 
 
-def overloaded(home: Path) -> Context:
+def overloaded(home: Path, by_client: bool = False) -> Context:
     """Two in a batch; the capacity is 2 req/s, and a request may wait for a second."""
     plain = Variant(name="unbounded", flags={"max-num-seqs": 2})
     lab = make_lab(
@@ -262,6 +264,7 @@ def overloaded(home: Path) -> Context:
         ),
         claims=(),
         evidence=(),
+        admission_by_client=by_client,
     )
     values: dict[str, Values] = {
         "unbounded/full/concurrent-3": {"requests_per_s": [2.0, 2.5]},
@@ -315,6 +318,15 @@ def test_goodput_stands_beside_what_was_offered(tmp_path: Path) -> None:
     assert found.lines[0].startswith("The capacity is 2 req/s")
 
 
+def test_a_limit_that_the_client_holds_is_called_so(tmp_path: Path) -> None:
+    found = overloaded(tmp_path, by_client=True)
+    names = [name for (name,) in cells(ADMISSION.finding(found), 0)]
+    assert names == ["unbounded", "unbounded", "capped (client's limit)"]
+    limits = {name: limit for name, limit in cells(BEST_FLAGS.finding(found), 0, 2)}
+    assert limits["capped"] == "4 requests (client's)"
+    assert limits["unbounded"] == "none"
+
+
 def test_a_class_that_is_served_first_is_told_from_the_other(tmp_path: Path) -> None:
     found = CLASSES.finding(overloaded(tmp_path))
     assert found.title.endswith("at 2x the capacity")
@@ -329,6 +341,34 @@ def test_the_best_flags_may_differ_for_goodput_and_for_throughput(tmp_path: Path
     found = BEST_FLAGS.finding(overloaded(tmp_path))
     assert "`capped` has the most goodput as measured; none was forecast." in found.lines[0]
     assert "`unbounded` has the most throughput" in found.lines[1]
+
+
+def test_the_best_of_what_was_only_forecast_is_named(tmp_path: Path) -> None:
+    """Runs from before there was a search have no such lines."""
+    run = overloaded(tmp_path)
+    before = BEST_FLAGS.finding(run)
+    grid = tuple(
+        Searched(
+            flags={"max-num-seqs": batch, "max-num-queued-reqs": 2 * batch},
+            figures={"goodput_per_s": goodput, "output_tokens_per_s": tokens_per_s},
+        )
+        for batch, goodput, tokens_per_s in ((4, 2.5, 9.0), (8, 2.0, 12.0))
+    )
+    band = {"goodput_per_s": Band(value=1.8, low=1.7, high=1.9)}
+    forecasts = PointForecasts(points={"capped/mixed/capacity-2": band}, searched=grid)
+    predictions = Predictions(effects={}, forecasts={}, in_virtual_time=forecasts)
+    write_json(tmp_path / "run" / "predictions.json", predictions)
+    found = BEST_FLAGS.finding(replace(run))  # which reads its files anew
+    assert len(found.rows) == len(before.rows) + 2
+    assert cells(found, 0, 1, 2, 3, 4)[-1] == ["forecast alone", "8", "16 requests", "2 req/s", "–"]
+    goodput, throughput, _ = found.lines[2:]
+    assert "max-num-seqs 4 with a limit of 8 requests has the most goodput, 2.5 req/s: more" in (
+        goodput
+    )
+    assert "than the most that is forecast for a measured variant, 1.8 req/s (`capped`)" in goodput
+    assert "max-num-seqs 8" in throughput
+    assert throughput.endswith("12 tok/s.")  # none was forecast for a measured variant
+    assert len(before.lines) == 2
 
 
 def withheld(found: Context, point: str, metrics: tuple[str, ...] = ()) -> Context:

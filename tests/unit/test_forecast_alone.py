@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.filing.results import PointForecasts, Predictions
+from labs.filing.results import PointForecasts, Predictions, Searched
 from labs.judging.machine_speed import MachineSpeed, PartSpeed
 from labs.lab import Lab, LabError
 from labs.running import run as running
@@ -26,6 +26,7 @@ from labs.running.resolve import (
 from labs.running.run import forecast_alone, run_lock
 from labs.running.step_timing import _step_of, steps_as_timed
 from labs.running.virtual_trials import _traffic, as_one_gpu
+from labs.telling import tables
 from serving.engines.vllm import VllmFlags
 from serving.gpus import Datasheet
 from serving.models import bundled
@@ -144,6 +145,20 @@ def test_on_a_gpu_flags_that_the_step_cannot_see_have_no_forecast_where_they_dif
     assert set(_reasons("tiled-attention", here)) == {"unsplit"}
     assert set(_reasons("diagnosis", here)) == {"slow-step"}
     assert not _reasons("single-stream", here, variants=["default"])
+
+
+def test_a_page_lists_what_else_was_forecast_by_what_differs() -> None:
+    figures = {"goodput_per_s": 2.5, "tpot_mean_s": 0.04}
+    grid = tuple(
+        Searched(flags={"max-num-seqs": batch, "enforce-eager": True}, figures=figures)
+        for batch in (4, 8)
+    )
+    assert tables.searched(PointForecasts(points={})) is None
+    found = tables.searched(PointForecasts(points={}, searched=grid))
+    assert found
+    assert found.rows[0][0] == "4"
+    assert len(found.header) == 1 + len(tables.OF_SEARCH)
+    assert list(found.rows[1]) == ["8", "2.5 req/s", "–", "40 ms"]
 
 
 def test_a_flag_that_all_engines_share_leaves_them_their_forecast() -> None:

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from labs import LABS
 from labs.lab import Lab, LabError, Point
+from labs.overload import searched
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
 
 LAB = LABS["overload"].at("cpu", quick=False)
@@ -45,6 +46,32 @@ def test_the_capacity_is_found_in_a_closed_loop() -> None:
     assert make_lab(workloads=(make_workload("concurrent:1", "capacity:2"),)).finds_capacity
     with pytest.raises(LabError, match="found at the first load of the first workload"):
         LABS["overload"].at("cpu", quick=False, changes={"workloads": ["mixed"]})
+
+
+@pytest.mark.parametrize(("scale", "settings"), [("cpu", 12), ("gpu-80", 14)])
+def test_a_grid_of_batches_and_limits_is_forecast_beside_what_is_measured(
+    scale: str, settings: int
+) -> None:
+    lab = LABS["overload"].at(scale, quick=False)
+    points = lab.points(SHAPE, CEILINGS)
+    grid = searched(points)
+    flags = [(p.flags.max_num_seqs, p.flags.max_num_queued_reqs) for p in grid]
+    measured = [(p.flags.max_num_seqs, p.flags.max_num_queued_reqs) for p in points]
+    assert len(set(flags)) == len(flags) == settings
+    assert not set(flags) & set(measured)
+    assert {batch for batch, _ in flags} == (
+        {2, 4, 8, 16, 32} if scale == "cpu" else {8, 16, 32, 64, 128}
+    )
+    assert all(batch <= limit for batch, limit in flags if limit)
+    assert {(p.workload.name, str(p.load)) for p in grid} == {("flood", "capacity:4")}
+    assert "searched" not in lab.resolved()
+    assert not searched(lab.against_itself().points(SHAPE, CEILINGS))
+
+
+def test_without_a_limit_on_requests_there_is_nothing_to_look_among() -> None:
+    changes = {"variants": ["unbounded", "priority"]}
+    lab = LABS["overload"].at("cpu", quick=False, changes=changes)
+    assert searched(lab.points(SHAPE, CEILINGS)) == []
 
 
 def test_an_aa_run_finds_the_capacity_first() -> None:

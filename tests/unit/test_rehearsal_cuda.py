@@ -82,6 +82,19 @@ def test_every_lab_resolves_to_engines_of_the_default_model(card: Card, tmp_path
         assert ("VLLM_USE_FLASHINFER_SAMPLER", "0") in start.variables
 
 
+@pytest.mark.parametrize("limits_queues", [True, False])
+def test_a_vllm_that_cannot_limit_its_queue_is_not_told_to(
+    limits_queues: bool, tmp_path: Path
+) -> None:
+    card = CARDS["h100"]
+    machine = Machine(kind="gpu", model=card.name, count=1, memory_bytes=card.memory_bytes)
+    found = [*starts.of_lab("overload", "real", True, machine, tmp_path, limits_queues)]
+    argv = {start.variant: " ".join(start.argv) for start in found}
+    assert len(argv) == 6
+    assert ("--max-num-queued-reqs 48" in argv["capped"]) == limits_queues
+    assert any("queued" in words for words in argv.values()) == limits_queues
+
+
 def test_a_lab_that_needs_real_weights_is_left_out_with_random_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

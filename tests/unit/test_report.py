@@ -298,6 +298,13 @@ def test_a_claim_without_points_is_named_and_not_lost(folder: RunFolder) -> None
     assert note == "Claims for which this run has no points: faster."
 
 
+def test_a_run_whose_limits_the_client_held_says_so(folder: RunFolder) -> None:
+    run = folder.run()
+    held = run.model_copy(update={"lab": {**run.lab, "admission_by_client": True}})
+    (note,) = report.notes(held, folder.summary())
+    assert str(note).startswith("The limits are the client's: this vLLM has no limit on its queue")
+
+
 def test_a_run_with_random_weights_says_so_first(folder: RunFolder) -> None:
     lab = {**folder.run().lab, "left_out": ("quality: there is no text",)}
     changed = {"dummy": True, "model": "llama-8b-dummy", "lab": lab}

@@ -63,6 +63,16 @@ def test_the_lab_of_a_manifest_is_the_lab_that_ran(
     assert asked.reproduces == run.run_id
 
 
+def test_limits_that_the_client_held_are_no_other_settings(folder: RunFolder) -> None:
+    """But it is another lab than one whose engine held them."""
+    run = run_of("overload", folder.run())
+    held = run.model_copy(update={"lab": {**run.lab, "admission_by_client": True}})
+    assert not manifest.is_stale(held)
+    assert reproduce.request(held).lab.admission_by_client
+    (fact,) = manifest.differences(manifest.facts(run), manifest.facts(held))
+    assert (fact.what, fact.a, fact.b) == ("lab.admission_by_client", "none", "True")
+
+
 def test_variables_of_a_manifest_are_never_set(folder: RunFolder) -> None:
     run = run_of(next(iter(LABS)), folder.run())
     variables = {"LD_PRELOAD": "/tmp/theirs.so", "VLLM_PLUGINS": "theirs"}

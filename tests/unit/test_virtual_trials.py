@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +133,44 @@ def test_loads_are_multiples_of_the_capacity_that_each_step_serves(
     }
     expected, faster, slower = (offered[step_s] for step_s in STEPS_S)
     assert slower < expected < faster
+
+
+def test_settings_to_look_among_are_played_once_and_are_no_points(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As their step that of the first point is taken."""
+
+    def searched(points: Sequence[Point]) -> list[Point]:
+        (base,) = (p for p in points if p.key == "on/short/capacity-1.5")
+        twice = base.variant.but("batch-2", {"max-num-seqs": 2, "max-num-queued-reqs": 3})
+        return [replace(base, variant=twice)]
+
+    lab = make_lab(workloads=(make_workload("concurrent:2", "capacity:1.5"),), searched=searched)
+    found = forecast_of(lab, forecaster := Playing(), monkeypatch)
+    (alone,) = found.searched
+    assert not [key for key in found.points if "batch-2" in key]
+    assert (alone.flags["max-num-seqs"], alone.flags["max-num-queued-reqs"]) == (2, 3)
+    assert alone.figures["ttft_p50_s"] == pytest.approx(STEPS_S[0])
+    (engine,) = forecaster.plans[-1].engines
+    (trial,) = engine.trials
+    assert (trial.repeat, trial.traffic.kind) == (1, "open")
+    assert not forecast_of(make_lab(), Playing(), monkeypatch).searched
+
+
+def test_limits_of_the_client_are_played_in_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    off = Variant(name="off")
+    limited = off.but("on", {"max-num-queued-reqs": 3, "max-num-queued-tokens": 40})
+    for by_client in (False, True):
+        lab = make_lab(variants=(off, limited), admission_by_client=by_client)
+        forecast_of(lab, forecaster := Playing(), monkeypatch)
+        argv = {word for e in forecaster.plans[-1].engines for word in e.argv}
+        held = {
+            (t.traffic.most_requests, t.traffic.most_prompt_tokens)
+            for e in forecaster.plans[-1].engines
+            for t in e.trials
+        }
+        assert ("--max-num-queued-reqs" in argv) != by_client
+        assert held == ({(None, None), (3, 40)} if by_client else {(None, None)})
 
 
 def test_without_a_capacity_no_multiple_of_it_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:

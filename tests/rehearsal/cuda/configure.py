@@ -30,7 +30,7 @@ from tests.rehearsal.cuda.starts import Refused, starts
 PARSER = make_arg_parser(FlexibleArgumentParser())
 OPTIONS = frozenset(PARSER._option_string_actions)
 COMPILED = "attends by FlashInfer, which compiles kernels as it starts and needs a CUDA toolkit"
-LATER = [f"--{flag}" for flag in SINCE if f"--{flag}" not in OPTIONS]
+LIMITS_QUEUES = all(f"--{flag}" in OPTIONS for flag in SINCE)
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,13 @@ def attention(config: Any) -> str:
 
 
 def checks(home: Path) -> Iterator[Check]:
-    for start in starts(machines.detect(), home):
+    for start in starts(machines.detect(), home, LIMITS_QUEUES):
         what = f"engines, {start.weights} weights{', QUICK=1' if start.quick else ''}"
         if isinstance(start, Refused):
             error = last_line(start.error)
             yield Check(what=what, name=start.lab, error=error, applies=start.applies)
             continue
         name = f"{start.lab}: {start.variant}"
-        if later := [flag for flag in LATER if flag in start.argv]:
-            error = f"this vLLM has no {later[0]}: the lab is skipped unless SET= leaves it out"
-            yield Check(what=what, name=name, error=error, applies=False)
-            continue
         made = outcome(start.argv, start.variables)
         yield Check(what=what, name=name, error=made.error, note=made.note)
 

@@ -53,8 +53,10 @@ class Refused:
     applies: bool  # it should resolve
 
 
-def starts(machine: Machine, home: Path) -> Iterator[Start | Refused]:
+def starts(machine: Machine, home: Path, limits_queues: bool = True) -> Iterator[Start | Refused]:
     """Resolve every lab, full and quick, with the default model and with random weights.
+
+    `limits_queues` says whether this vLLM can limit its queue, as the load generator does else.
 
     The default models are folders in `home` with a configuration alone.
     """
@@ -62,13 +64,15 @@ def starts(machine: Machine, home: Path) -> Iterator[Start | Refused]:
         for quick in (False, True):
             for name in LABS:
                 try:
-                    yield from of_lab(name, weights, quick, machine, home)
+                    yield from of_lab(name, weights, quick, machine, home, limits_queues)
                 except (LabError, ModelError, EngineError) as error:
                     needs_weights = isinstance(error, ModelError) and weights == "random"
                     yield Refused(name, weights, quick, str(error), not needs_weights)
 
 
-def of_lab(name: str, weights: str, quick: bool, machine: Machine, home: Path) -> Iterator[Start]:
+def of_lab(
+    name: str, weights: str, quick: bool, machine: Machine, home: Path, limits_queues: bool = True
+) -> Iterator[Start]:
     """Check what `labs.running.resolve.resolve` does before an engine starts, in its order."""
     setting = "dummy" if weights == "random" else ""
     lab = lab_of(RunRequest(LABS[name], quick=quick, weights=setting), models.scale_of(machine))
@@ -81,14 +85,14 @@ def of_lab(name: str, weights: str, quick: bool, machine: Machine, home: Path) -
         model = dummy.resolve(machine)
     else:
         model = real.model(home, models.default_name(machine))
-    lab = lab.without(others)
+    lab = lab.without(others).model_copy(update={"admission_by_client": not limits_queues})
     require_sizes(lab, model)
     require_memory(lab, machine, model)
     serves = {name: _derived(model, name, home) for name in lab.derived()
               if name not in NEED_NO_WEIGHTS}  # fmt: skip
     places = {name: derived.path for name, derived in serves.items()}
     for variant in lab.variants:
-        flags = with_places(lab.flags_of(variant), places)
+        flags = with_places(lab.engine_flags_of(variant), places)
         served = serves.get(variant.weights, model)
         variables = {
             **Vllm.environment("gpu", served, lab.all_flags), **Vllm.controls(flags),
