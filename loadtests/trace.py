@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,16 @@ COLUMNS = (
     ("timestamp", "input_length", "output_length"),
 )
 MOST_BYTES = 256 * 2**20
-MOST_ROWS = 4096  # the first ones, since a run's manifest holds them
+MOST_ROWS = 4096  # of a run: its manifest holds them, and each has a prompt that is written first
+MOST_PLANNED_ROWS = 1_000_000  # of a plan or a forecast, which send nothing and file nothing
 
 
-def read_trace(path: Path) -> tuple[TraceRow, ...]:
-    """Read a trace in order of time; raises ValueError, which names the request and the reason."""
+def read_trace(path: Path, most_rows: int = MOST_ROWS) -> tuple[TraceRow, ...]:
+    """Read the first `most_rows` requests of a trace, in order of time.
+
+    No more than twice as many are held at any moment, however long the file is. Raises ValueError,
+    which names the request and the reason.
+    """
     if path.exists() and not path.is_file():
         raise ValueError(f"the trace {path} cannot be read: it is not a regular file")
     try:
@@ -38,14 +44,25 @@ def read_trace(path: Path) -> tuple[TraceRow, ...]:
             )
         with path.open(newline="") as file:
             lines = map(json.loads, file) if path.suffix == ".jsonl" else csv.DictReader(file)
-            rows = list(_rows(path, lines))
+            rows = _first(_rows(path, lines), most_rows)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
         raise ValueError(f"the trace {path} cannot be read: {error}") from error
     if not rows:
         raise ValueError(f"the trace {path} holds no requests")
-    rows.sort(key=lambda row: row[0])
     first_s = rows[0][0]
-    return tuple((round(at_s - first_s, 6), p, o) for at_s, p, o in rows[:MOST_ROWS])
+    return tuple((round(at_s - first_s, 6), p, o) for at_s, p, o in rows)
+
+
+def _first(rows: Iterable[TraceRow], most_rows: int) -> list[TraceRow]:
+    """Sort rows by their time and return the first so many."""
+    kept: list[TraceRow] = []
+    for row in rows:
+        kept.append(row)
+        if len(kept) == 2 * most_rows:
+            kept.sort(key=itemgetter(0))
+            del kept[most_rows:]
+    kept.sort(key=itemgetter(0))
+    return kept[:most_rows]
 
 
 def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:

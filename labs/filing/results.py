@@ -302,6 +302,8 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     timelines: Annotated[dict[str, Timeline], Field(exclude_if=lambda t: not t)] = {}
     # point -> mean and peak share of the KV cache, each the mean over its plays at the timed step
     kv_use: Annotated[dict[str, KvUse], Field(exclude_if=lambda use: not use)] = {}
+    # point -> `mean` and `peak` with their bands; in runs from before that kept them, none
+    kv_bands: Annotated[dict[str, dict[str, Band]], Field(exclude_if=lambda bands: not bands)] = {}
 
     def ratio(
         self, metric: str, treatment: str, baseline: str, of_means: bool = False
