@@ -50,7 +50,9 @@ def read_trace(path: Path, most_rows: int = MOST_ROWS) -> tuple[TraceRow, ...]:
     if not rows:
         raise ValueError(f"the trace {path} holds no requests")
     first_s = rows[0][0]
-    return tuple((round(at_s - first_s, 6), p, o) for at_s, p, o in rows)
+    for place, (at_s, prompt, output) in enumerate(rows):  # in place: there may be a million
+        rows[place] = (round(at_s - first_s, 6), prompt, output)
+    return tuple(rows)
 
 
 def _first(rows: Iterable[TraceRow], most_rows: int) -> list[TraceRow]:
@@ -67,6 +69,7 @@ def _first(rows: Iterable[TraceRow], most_rows: int) -> list[TraceRow]:
 
 def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:
     kinds: set[str] = set()
+    same: dict[int, int] = {}  # a length that comes again is kept once
     for number, line in enumerate(lines, 1):
         if not isinstance(line, dict):
             raise ValueError(f"{path}, request {number}: it is not an object with named fields")
@@ -79,7 +82,8 @@ def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:
         at, prompt, output = (fields[name] for name in names)
         try:
             at_s, kind = _seconds(at, "input_length" in names)
-            row = (at_s, int(prompt), int(output))
+            prompt, output = int(prompt), int(output)
+            row = (at_s, same.setdefault(prompt, prompt), same.setdefault(output, output))
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, request {number}: {error}") from error
         kinds.add(kind)

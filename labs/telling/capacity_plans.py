@@ -334,15 +334,18 @@ def fleet_row(fleet: FleetForecast) -> list[Inline]:
     ]
 
 
-def fleet_note(fleets: Sequence[FleetForecast]) -> Paragraph:
-    """Say how several replicas were played."""
+def fleet_note(fleets: Sequence[FleetForecast], several: bool = True) -> Paragraph:
+    """Say how the replicas were played, of which there are `several`."""
+    requests = f" {fleets[0].expected.requests if fleets else 0:,} requests count"
+    preparing = "prepares its requests one after another, in 2 ms, as measured on two CPU cores"
+    if not several:
+        return Paragraph((Emphasis("Forecast."), f"{requests}. The engine's server {preparing}."))
     return Paragraph((
         Emphasis("Forecast."),
-        f" {fleets[0].expected.requests if fleets else 0:,} requests count, the same for"
-        " each router. The network between router and replicas takes no time, each replica's server"
-        " prepares its requests one after another, in 2 ms, as measured on two CPU cores, and"
-        " replicas do not fail. The prefix-aware router follows the rule of SGLang's: a prompt goes"
-        " where its beginning was sent before, unless that replica is overloaded.",
+        f"{requests}, the same for each router. The network between router and replicas takes no"
+        f" time, each replica's server {preparing}, and replicas do not fail. The prefix-aware"
+        " router follows the rule of SGLang's: a prompt goes where its beginning was sent before,"
+        " unless that replica is overloaded.",
     ))  # fmt: skip
 
 

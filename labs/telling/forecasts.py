@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from labs.filing.results import Predictions
-from labs.judging.text import counted, number, point_label
+from labs.judging.text import number, point_label
 from labs.lab import Lab
 from labs.telling import tables
 from labs.telling.capacity_plans import FLEET, FleetForecast, fleet_note, fleet_row
@@ -63,16 +63,23 @@ def page_of_fleets(
     run_on_file: str = "",
 ) -> Section:
     """Build the page of engines behind a router, `points` by load; the rest is as for `page`."""
-    served = counted(replicas, "replica") + " of each engine"
     fleets = [fleet for of in points.values() for fleet in of]
     rows = [[point_label(key, lab), *fleet_row(f)] for key, of in points.items() for f in of]
+    header: list[Inline] = ["Point", *FLEET]
+    several = replicas > 1
+    if not several:  # no router has a choice
+        header, rows = (
+            [header[0], *header[2:]],
+            [[point, *figures] for point, _, *figures in rows],
+        )
+    of_each = f"{replicas} replicas of each engine, " if several else ""
     return section(
-        f"{lab.title}: {served}, forecast for {machine.model}",
+        f"{lab.title}: {of_each}forecast for {machine.model}",
         _basis(lab, model, machine, by_datasheet, run_on_file, "The objective is met by requests"),
         section(
             "Open loads",
-            table(("Point", *FLEET), rows),
-            fleet_note(fleets) if fleets else None,
+            table(header, rows),
+            fleet_note(fleets, several) if fleets else None,
             _without(without),
         ),
     )

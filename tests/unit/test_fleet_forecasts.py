@@ -76,6 +76,21 @@ def test_every_engine_plays_the_trace_behind_every_router(played: list[ForecastP
     assert text.count("| least-loaded | 50% |") == 2
 
 
+def test_one_engine_is_told_without_a_router(played: list[ForecastPlan]) -> None:
+    setup = make_setup(make_lab().replaying(TRACE))
+    found = found_of(setup, FleetSize(1, ("round-robin",)))
+    text = markdown.document(
+        forecasts.page_of_fleets(
+            setup.lab, "abacus-1", SimpleNamespace(model="Abacus", describe=lambda: "an abacus"),  # type: ignore[arg-type]
+            1, found.points, {}, by_datasheet=False,
+        )
+    )  # fmt: skip
+    assert "outer" not in text
+    assert "replica" not in text
+    assert "| Point | Within the objective |" in text
+    assert text.count("| 50% |") >= 2
+
+
 def test_of_a_labs_own_loads_the_open_ones_are_shared(played: list[ForecastPlan]) -> None:
     lab = make_lab(workloads=(make_workload("concurrent:2", "poisson:2"),), claims=(), evidence=())
     found = found_of(make_setup(lab), FleetSize(2, ("round-robin",)))
