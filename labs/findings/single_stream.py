@@ -76,11 +76,12 @@ def phase(context: Context, variant: str, name: PhaseName) -> Phase | None:
     shape, prompt, kv_value_bytes = point.shape, point.prompt_tokens, point.flags.kv_value_bytes
     if name == "prefill":
         moved = shape.step_bytes(prompt) + prompt * shape.kv_bytes_per_token(kv_value_bytes)
-        flop, alone_s = theory.prefill_flops(shape, prompt), times and prefill_s(times, prompt)
+        flop = theory.prefill_flops(shape, prompt)
+        alone_s = prefill_s(times, prompt) if times else None
         return Phase(prompt, seconds, flop, moved, point, alone_s)
     at = point.context_tokens
     moved = theory.decode_bytes(shape, 1, at, kv_value_bytes)
-    step_s = times and decode_s(times, 1, at)
+    step_s = decode_s(times, 1, at) if times else None
     return Phase(1, seconds, theory.decode_flops(shape, 1, at), moved, point, step_s)
 
 

@@ -171,7 +171,7 @@ def _shares(forecasts: PointForecasts, point: str) -> list[str]:
     if not forecasts.kv_use:
         return []
     use, bands = forecasts.kv_use.get(point), forecasts.kv_bands.get(point, {})
-    shares = {"mean": use and use.mean, "peak": use and use.peak}
+    shares = {"mean": use.mean if use else None, "peak": use.peak if use else None}
     return [
         _band(bands[which], "share") if which in bands else number(share, "share")
         for which, share in shares.items()
