@@ -155,10 +155,14 @@ def stand_in(context: Context, point: Point) -> StepTimes | None:
 
 
 def decode_s(times: StepTimes, batch: float, context_tokens: float) -> float:
-    """Computes the seconds of a stand-in step in which so many requests decode, on average."""
-    few, share = int(batch), batch % 1
+    """Computes the seconds of a stand-in step in which so many requests decode, on average.
+
+    A mean over time may be below 1; a step that brings a token has at least one.
+    """
+    few, share = divmod(max(1.0, batch), 1)
     fewer_s, more_s = (
-        times.seconds(Step([Piece(1, round(context_tokens))] * n, n)) for n in (few, few + 1)
+        times.seconds(Step([Piece(1, round(context_tokens))] * n, n))
+        for n in (int(few), int(few) + 1)
     )
     return fewer_s + share * (more_s - fewer_s)
 

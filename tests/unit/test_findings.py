@@ -42,7 +42,7 @@ from labs.findings.speculative_decoding import (
     speed_ups,
     tokens_a_step,
 )
-from labs.findings.steps import Parts
+from labs.findings.steps import Parts, decode_s
 from labs.findings.weight_quantization import NEEDLES, OUTLIERS
 from labs.findings.weights import WEIGHTS
 from labs.judging.evaluation import Evaluation, Passage, ScoredCompletion
@@ -1081,6 +1081,15 @@ def test_a_pass_has_its_stand_in_where_one_was_timed(tmp_path: Path) -> None:
     labels = {text.get_text() for text in plt.gcf().legends[0].get_texts()}
     assert {"launching", "the engine's own", "the rest"} <= labels
     plt.close("all")
+
+
+def test_a_step_that_brings_a_token_has_at_least_one_request() -> None:
+    """Between whole numbers of requests its time is interpolated."""
+    times = StepTimes(
+        tokens=(1, 2), linear_s=(1, 3), rows=(1, 2), head_s=(0, 0), attention_pair_s=0,
+        attention_read_s=0,
+    )  # fmt: skip
+    assert [decode_s(times, batch, 8) for batch in (0.9, 1, 1.25, 2)] == [1, 1, 1.5, 3]
 
 
 def test_whose_step_was_timed_is_not_guessed(tmp_path: Path) -> None:
