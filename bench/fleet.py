@@ -18,7 +18,6 @@ from labs.running.resolve import machine_of
 from labs.telling import instruments
 from serving import models
 from serving.engines.vllm import Vllm
-from serving.forecasting.datasheet import EXPECTED
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -130,7 +129,7 @@ def _plan(case: Case, requests: Path) -> ForecastPlan:
     )
     engine = PlannedEngine(
         argv=served.argv(PROMPT_TOKENS + LONGEST_OUTPUT + 1),
-        step_times=served.step_times(EXPECTED),
+        step_times=served.steps[0],
         replicas=case.replicas,
         on_cuda=True,
         trials=(trial,),

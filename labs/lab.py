@@ -36,7 +36,7 @@ from labs.errors import NotApplicable as NotApplicable
 from labs.errors import did_you_mean
 from loadtests.admission import QueueLimits
 from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
-from loadtests.trace import TraceRow
+from loadtests.trace import MOST_ROWS, TraceRow
 from loadtests.workload import Fixed, Name, Workload
 from serving import gpus
 from serving.engines import DEFAULT_ENGINE, ENGINES
@@ -681,9 +681,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             name="trace",
             prompt_tokens=Fixed(tokens=prompt_tokens),
             output_tokens=Fixed(tokens=output_tokens),
-            trace=trace,
+            trace=trace[:MOST_ROWS],
             loads=(Replay(speed=1.0),),
-        )
+        ).model_copy(update={"trace": trace})  # the bound is a run's, and this is never run
         return self.model_copy(update={
             "workloads": (workload,),
             "requests": len(trace), "repeats": 1, "curve_repeats": 0, "most_repeats": 0,

@@ -8,11 +8,11 @@ Mooncake's JSON lines (`timestamp` in milliseconds, `input_length`, `output_leng
 from __future__ import annotations
 
 import csv
-import heapq
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,13 +26,15 @@ COLUMNS = (
 )
 MOST_BYTES = 256 * 2**20
 MOST_LINE = 2**18  # characters of a request: Mooncake's longest name some hundred blocks
-MOST_ROWS = 4096  # the first ones, since a run's manifest holds them
+MOST_ROWS = 4096  # of a run: its manifest holds them, and each has a prompt that is written first
+MOST_PLANNED_ROWS = 1_000_000  # of a plan or a forecast, which send nothing and file nothing
 
 
 def read_trace(path: Path, most_rows: int = MOST_ROWS) -> tuple[TraceRow, ...]:
-    """Read the first requests of a trace in order of time, `most_rows` at the most.
+    """Read the first `most_rows` requests of a trace, in order of time.
 
-    No more of them are held in memory. Raises ValueError, which names the request and the reason.
+    No more than twice as many are held at any moment, however long the file is. Raises ValueError,
+    which names the request and the reason.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"the trace {path} cannot be read: it is not a regular file")
@@ -44,13 +46,15 @@ def read_trace(path: Path, most_rows: int = MOST_ROWS) -> tuple[TraceRow, ...]:
         with path.open(newline="") as file:
             lines = _lines(path, file)
             named = map(json.loads, lines) if path.suffix == ".jsonl" else csv.DictReader(lines)
-            rows = heapq.nsmallest(most_rows, _rows(path, named), key=lambda row: row[0])
+            rows = _first(_rows(path, named), most_rows)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
         raise ValueError(f"the trace {path} cannot be read: {error}") from error
     if not rows:
         raise ValueError(f"the trace {path} holds no requests")
     first_s = rows[0][0]
-    return tuple((round(at_s - first_s, 6), p, o) for at_s, p, o in rows)
+    for place, (at_s, prompt, output) in enumerate(rows):  # in place: there may be a million
+        rows[place] = (round(at_s - first_s, 6), prompt, output)
+    return tuple(rows)
 
 
 def _lines(path: Path, file: IO[str]) -> Iterator[str]:
@@ -65,8 +69,21 @@ def _lines(path: Path, file: IO[str]) -> Iterator[str]:
         yield line
 
 
+def _first(rows: Iterable[TraceRow], most_rows: int) -> list[TraceRow]:
+    """Sort rows by their time and return the first so many."""
+    kept: list[TraceRow] = []
+    for row in rows:
+        kept.append(row)
+        if len(kept) == 2 * most_rows:
+            kept.sort(key=itemgetter(0))
+            del kept[most_rows:]
+    kept.sort(key=itemgetter(0))
+    return kept[:most_rows]
+
+
 def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:
     kinds: set[str] = set()
+    same: dict[int, int] = {}  # a length that comes again is kept once
     for number, line in enumerate(lines, 1):
         if not isinstance(line, dict):
             raise ValueError(f"{path}, request {number}: it is not an object with named fields")
@@ -79,7 +96,8 @@ def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:
         at, prompt, output = (fields[name] for name in names)
         try:
             at_s, kind = _seconds(at, "input_length" in names)
-            row = (at_s, int(prompt), int(output))
+            prompt, output = int(prompt), int(output)
+            row = (at_s, same.setdefault(prompt, prompt), same.setdefault(output, output))
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, request {number}: {error}") from error
         kinds.add(kind)

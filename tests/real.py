@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,11 +19,14 @@ from labs import LABS
 from labs.changes import parse_changes
 from labs.filing.results import MachineFile, Run, RunFolder, write_json
 from labs.lab import Lab
+from labs.running.chat_writer import writer_of
 from labs.running.counts import ENGINE_METRICS
 from labs.running.resolve import require_compiler
-from serving import machine, metrics
+from loadtests import plan
+from serving import machine, metrics, models
 from serving.engines import ENGINES
 from serving.engines.base import EngineError
+from serving.forecasting.__main__ import _tokenizer
 from serving.models import ROOT
 from tests import forecaster
 from tests.fake.conftest import CEILINGS
@@ -130,6 +134,8 @@ def lab_on_a_cpu(lab: str, results: Path, command: str = "tests.small") -> None:
     command = AS_READERS_DO if lab == FRONT_DOOR else command
     folder = quick_run(lab, results, settings, model=model, command=command)
     check_run(folder, makes_sense=sizes.layers is None)
+    check_forecasts(folder)
+    check_prompts(folder, models.resolve(machine.detect(), model))
     check_dashboards(folder)
 
 
@@ -192,6 +198,49 @@ def check_run(folder: RunFolder, makes_sense: bool = True) -> None:
     assert all(claim.title in report for claim in lab.claims if claim.name in judged)
     assert (folder.path / "report.html").exists()
     assert all((folder.path / f"{name}.svg").exists() for name in ("effects", *lab.plots))
+
+
+def check_forecasts(folder: RunFolder) -> None:
+    """The forecast of every load beside the engine that then ran: what both count, and no time.
+
+    With a draft model the engine has fewer blocks than the scheduler by itself: it leaves room for
+    the draft's keys and values.
+    """
+    lab, points, summary = folder.run().rebuilt_lab(), folder.run().points(), folder.summary()
+    forecasts = folder.predictions().in_virtual_time
+    assert forecasts
+    without = {p.key for p in points if p.variant.name in forecasts.without}
+    assert forecasts.points.keys() == {p.key for p in points} - without
+    written_s = (folder.path / "predictions.json").stat().st_mtime
+    for point, result, _ in folder.trials(points, lab):
+        assert result.summary
+        assert written_s < result.summary.started_unix_s, point.key
+    measured = {(f.point, f.metric): f for f in summary.in_virtual_time if f.measured}
+    for point in (p for p in points if p.key not in without):
+        capacity = measured[point.key, "kv_capacity_tokens"]
+        assert capacity.measured
+        if not point.flags.speculative_config.get("model"):
+            assert capacity.measured.value == capacity.value, point.key
+        hits = measured.get((point.key, "prefix_hit_rate"))
+        if hits and hits.measured and not point.flags.enable_prefix_caching:
+            assert (hits.value, hits.measured.value) == (0, 0), point.key
+
+
+def check_prompts(folder: RunFolder, model: models.Model) -> None:
+    """The forecaster's prompts have as many tokens as the engine counted."""
+    lab, points = folder.run().rebuilt_lab(), folder.run().points()
+    writer, first = writer_of(model), {p.workload.name: p for p in reversed(points)}
+    tokenize = _tokenizer(str(model.path))
+    for workload in lab.workloads:
+        (request,) = workload.requests(1, lab.draw_seed(1), writer)
+        point = first[workload.name]
+        result = folder.trial_result(point, 1)
+        assert result
+        trial = folder.trial(point, result, lab)
+        assert trial
+        counted = {r.prompt_tokens for r in trial.records if r.index == 0 and not r.turned_away}
+        assert counted <= {len(tokenize(json.dumps(plan.body(request, model.name))))}
+        assert counted or trial.turned_away
 
 
 def all_count(lab: Lab, what: str) -> bool:

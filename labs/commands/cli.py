@@ -37,8 +37,10 @@ from labs.commands import (
 from labs.commands.interactive import PORT, WEB_PORT, start_locust_ui
 from labs.commands.load_worker import send_load
 from labs.commands.options import (
+    ALL,
     DpOption,
     EngineOption,
+    FleetOption,
     KeyOption,
     LabName,
     ListenOption,
@@ -49,6 +51,7 @@ from labs.commands.options import (
     PriceOption,
     QuickOption,
     ReplicasOption,
+    RouterOption,
     SeedOption,
     SetOption,
     SloOption,
@@ -57,7 +60,9 @@ from labs.commands.options import (
     UnsafeOption,
     WeightsOption,
     addresses,
+    on_file_of,
     price_of,
+    routers_of,
     settings_of,
     slo_of,
     trace_of,
@@ -79,6 +84,7 @@ from labs.lab import Lab, LabError, NotApplicable
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
 from labs.running.clock import Clock, TimeUsedUp
+from labs.running.fleets import FleetSize
 from labs.running.resolve import (
     RunRequest,
     is_dummy,
@@ -88,10 +94,11 @@ from labs.running.resolve import (
     require_harmless,
 )
 from labs.running.resume import CannotResume
-from labs.running.run import forecast_alone
+from labs.running.run import forecast_alone, forecast_fleets_alone
 from labs.running.run import run as run_lab
 from labs.telling import forecasts, markdown, report, residuals
-from labs.telling.document import Paragraph, bullets, section, table_of
+from labs.telling.document import Paragraph, Section, bullets, section, table_of
+from loadtests.trace import MOST_ROWS, TraceRow
 from serving import bundle, machine, models, whole
 from serving.engines import ENGINES
 from serving.engines.base import with_places
@@ -370,11 +377,14 @@ def forecast_lab(
             envvar="LABS_MACHINE",
             help=f"A GPU that this machine need not have: {', '.join(short_names())}. Its steps are"
             " computed from its datasheet and published efficiencies; MODEL= names a shape that"
-            " ships with the lab, or a model folder.",
+            " ships with the lab, or a model folder. Or a machine on file, by the name of its"
+            " folder in results/, or one of its runs, which timed the step of its model.",
         ),
     ] = "",
     tp: TpOption = 1,
     trace: TraceOption = None,
+    replicas: FleetOption = 0,
+    router: RouterOption = ALL,
     slo: SloOption = "",
     out: MarkdownOut = None,
     quick: QuickOption = False,
@@ -388,23 +398,31 @@ def forecast_lab(
 
     vLLM's own scheduler plays every load point in virtual time, over a step of the model's shape
     that is timed on this machine. `MACHINE=h100` forecasts it for a GPU that is not here instead,
-    `TP=4` for several of these that share each layer. `TRACE=` puts the lab's engines under your
-    traffic in place of the lab's loads, and goodput counts what meets the objective `SLO=`.
+    `TP=4` for several of these that share each layer, `MACHINE=` with a folder of results for a
+    machine that was measured. `TRACE=` puts the lab's engines under your traffic in place of the
+    lab's loads, and goodput counts what meets the objective `SLO=`. `REPLICAS=4` sets so many of
+    each engine behind a router, which shares the requests of open loads among them.
     """
     with reported_errors(), ConsoleProgress() as progress:
-        shape_alone = card and not (model and Path(model).is_dir())
+        on_file = on_file_of(card)
+        if on_file:
+            model, weights = model or on_file.model, on_file.weights
+        elif card and not (model and Path(model).is_dir()):
+            weights = "dummy"  # of a GPU that is not here only the shape counts
         all_changes = {**_parallel(tp, dp=1, pp=1), **_objective(slo), **_changes(changes, seed)}
         rows = trace_of(trace) if trace else ()
-        machine_of(card)  # refused once, and not for each lab
+        size = _fleet_size(replicas, router, rows)
+        if not on_file:
+            machine_of(card)  # refused once, and not for each lab
         written, without = [], list[str]()
         for chosen in LABS.values() if lab == "all" else [_lab(lab)]:
             request = RunRequest(
                 chosen, quick, changes=all_changes, model=model,
-                weights="dummy" if shape_alone else weights, card=card,
+                weights=weights, card=card, on_file=on_file,
                 unsafe_flags=unsafe_flags, trace=rows,
             )  # fmt: skip
             try:
-                setup, predictions = forecast_alone(request, progress)
+                page = _forecast_page(request, size, progress)
             except NotApplicable as reason:
                 page = section(chosen.title, Paragraph(str(reason)))
             except EXPECTED_ERRORS as reason:
@@ -412,10 +430,6 @@ def forecast_lab(
                     raise
                 without.append(chosen.name)
                 page = section(chosen.title, Paragraph(f"No forecast: {reason}"))
-            else:
-                page = forecasts.page(
-                    setup.lab, setup.model.name, setup.machine, predictions, bool(card)
-                )
             progress.show(page)
             written.append(page)
         if out:
@@ -423,6 +437,38 @@ def forecast_lab(
             whole.write(out, markdown.document(only))
         if without:
             raise LabError(f"labs without a forecast, for the reasons above: {', '.join(without)}")
+
+
+def _fleet_size(replicas: int, router: str, trace: Sequence[TraceRow]) -> FleetSize | None:
+    """Say how many of each engine are forecast; None where a lab's own forecast is asked for.
+
+    A trace that is too long for a run is played as a fleet is, of one, which keeps less of it.
+    Raises LabError.
+    """
+    routers = routers_of(router)
+    if replicas:
+        return FleetSize(replicas, routers if replicas > 1 else routers[:1])
+    if router != ALL:
+        raise LabError(f"ROUTER={router} has nothing to route to: say how many with REPLICAS=")
+    return FleetSize(1, routers[:1]) if len(trace) > MOST_ROWS else None
+
+
+def _forecast_page(
+    request: RunRequest, size: FleetSize | None, progress: ConsoleProgress
+) -> Section:
+    """Forecast a lab, or its engines as fleets, and tell it."""
+    run_on_file = request.on_file.run if request.on_file else ""
+    if size:
+        setup, fleets = forecast_fleets_alone(request, size, progress)
+        return forecasts.page_of_fleets(
+            setup.lab, setup.model.name, setup.machine, size.replicas, fleets.points,
+            fleets.without, setup.datasheet is not None, run_on_file,
+        )  # fmt: skip
+    setup, predictions = forecast_alone(request, progress)
+    return forecasts.page(
+        setup.lab, setup.model.name, setup.machine, predictions, setup.datasheet is not None,
+        run_on_file,
+    )  # fmt: skip
 
 
 @app.command("score-forecasts")

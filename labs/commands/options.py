@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.models import ParameterInfo
 
+from labs.errors import did_you_mean
 from labs.lab import LONGEST_S, SLO, LabError
-from loadtests.trace import MOST_ROWS, TraceRow, read_trace
+from labs.running.capacity_plan import MOST_REPLICAS
+from labs.running.machines_on_file import MachineOnFile, on_file
+from loadtests.trace import MOST_PLANNED_ROWS, TraceRow, read_trace
+from serving.forecasting.fleet import ROUTERS
+from serving.gpus import short_names
 
+ALL = "all"  # routers, one after another
 LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
 SetOption = Annotated[
     str,
@@ -75,9 +81,23 @@ TraceOption = Annotated[
     Path | None,
     typer.Option(
         envvar="LABS_TRACE",
-        help=f"Traffic to replay: its first {MOST_ROWS:,} requests (`docs/knobs.md` lists the"
-        " formats).",
+        help=f"Traffic to replay: its first {MOST_PLANNED_ROWS:,} requests (`docs/knobs.md` lists"
+        " the formats).",
     ),
+]
+FleetOption = Annotated[
+    int,
+    typer.Option(
+        "--replicas",
+        envvar="LABS_REPLICAS",
+        min=0,
+        max=MOST_REPLICAS,
+        help="The number of replicas; 0: one in a forecast, in a plan as many as the rate needs.",
+    ),
+]
+RouterOption = Annotated[
+    str,
+    typer.Option(envvar="LABS_ROUTER", help=f"Between replicas: {ALL}, or {', '.join(ROUTERS)}."),
 ]
 PriceOption = Annotated[
     float,
@@ -158,11 +178,33 @@ def slo_of(text: str) -> SLO:
 
 
 def trace_of(path: Path) -> tuple[TraceRow, ...]:
-    """Read a trace; raises LabError."""
+    """Read a trace that is planned for or forecast, and not sent; raises LabError."""
     try:
-        return read_trace(path)
+        return read_trace(path, MOST_PLANNED_ROWS)
     except ValueError as error:
         raise LabError(str(error)) from error
+
+
+def on_file_of(name: str) -> MachineOnFile | None:
+    """Find the machine on file that MACHINE= names; None where a GPU has that name, or nothing.
+
+    Raises LabError where no run of that machine can stand for it.
+    """
+    return None if name in short_names() else on_file(name)
+
+
+def routers_of(name: str) -> tuple[str, ...]:
+    """Return the router that ROUTER= names, or all of them; raises LabError."""
+    require_known("ROUTER", name, (ALL, *ROUTERS))
+    return tuple(ROUTERS) if name == ALL else (name,)
+
+
+def require_known(setting: str, given: str, known: Sequence[str]) -> None:
+    """Raise LabError where a setting names none of those that are known."""
+    if given not in known:
+        raise LabError(
+            f"there is no {setting}={given}{did_you_mean(given, known)} ones are {', '.join(known)}"
+        )
 
 
 def pair(setting: str, text: str, meaning: str) -> tuple[float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -11,23 +10,27 @@ from typing import Annotated
 import typer
 
 from labs.commands.options import (
+    FleetOption,
     MarkdownOut,
     PriceOption,
+    RouterOption,
     SloOption,
     TraceOption,
+    on_file_of,
     pair,
     price_of,
+    require_known,
+    routers_of,
     slo_of,
     trace_of,
 )
 from labs.commands.terminal import ConsoleProgress, reported_errors
-from labs.errors import did_you_mean
 from labs.lab import LabError
 from labs.running.capacity_plan import (
-    MOST_REPLICAS,
     PRECISIONS,
     Question,
     model_named,
+    model_on_file,
     plan,
 )
 from labs.running.resolve import machine_of
@@ -35,7 +38,6 @@ from labs.telling import capacity_plans, markdown
 from labs.telling.capacity_plans import Demand
 from serving import whole
 from serving.dummy import SHAPES
-from serving.forecasting.fleet import ROUTERS
 from serving.gpus import short_names
 
 app = typer.Typer()
@@ -46,13 +48,19 @@ MOST_DOCUMENTS = 100_000
 
 CardOption = Annotated[
     str,
-    typer.Option("--machine", envvar="LABS_MACHINE", help=f"The GPU: {', '.join(short_names())}."),
+    typer.Option(
+        "--machine",
+        envvar="LABS_MACHINE",
+        help=f"The GPU: {', '.join(short_names())}; or a machine on file, by the name of its folder"
+        " in results/, or one of its runs.",
+    ),
 ]
 ShapeOption = Annotated[
     str,
     typer.Option(
         envvar="LABS_MODEL",
-        help=f"A shape that ships with the lab ({', '.join(SHAPES)}), or a model folder.",
+        help=f"A shape that ships with the lab ({', '.join(SHAPES)}), or a model folder; default:"
+        " llama-8b, and on a machine on file the model whose step was timed there.",
     ),
 ]
 PrecisionOption = Annotated[
@@ -80,18 +88,6 @@ GpusOption = Annotated[
         help="The GPUs that share each layer of a replica (tensor parallelism), over NVLink.",
     ),
 ]
-ReplicasOption = Annotated[
-    int,
-    typer.Option(
-        envvar="LABS_REPLICAS",
-        min=0,
-        max=MOST_REPLICAS,
-        help="The number of replicas; 0: as many as the rate needs.",
-    ),
-]
-RouterOption = Annotated[
-    str, typer.Option(envvar="LABS_ROUTER", help=f"all, or one of {', '.join(ROUTERS)}.")
-]
 ApiPriceOption = Annotated[
     float,
     typer.Option(
@@ -106,7 +102,7 @@ ApiPriceOption = Annotated[
 @app.command("plan")
 def plan_capacity(
     card: CardOption,
-    model: ShapeOption = "llama-8b",
+    model: ShapeOption = "",
     precision: PrecisionOption = "bf16",
     gpus: GpusOption = 1,
     rate: RateOption = 0.0,
@@ -114,22 +110,22 @@ def plan_capacity(
     documents: DocumentsOption = "",
     trace: TraceOption = None,
     slo: SloOption = "1000/50",
-    replicas: ReplicasOption = 0,
+    replicas: FleetOption = 0,
     router: RouterOption = "all",
     price: PriceOption = 0.0,
     api_price: ApiPriceOption = 0.0,
     out: MarkdownOut = None,
 ) -> None:
-    """Plan capacity on a GPU that is not here, in some minutes. Nothing is started or measured.
+    """Plan capacity on a machine that is not here, in some minutes. Nothing is started or measured.
 
     Does the model fit? Which rate does one GPU serve within the objective? How many GPUs does this
     traffic need, and what does the router change? How much use makes a rented GPU cheaper than
     tokens from an API?
     """  # fmt: skip
     with reported_errors(), ConsoleProgress() as progress:
-        machine, _ = machine_of(card)
-        _require_known("PRECISION", precision, PRECISIONS)
-        _require_known("ROUTER", router, ("all", *ROUTERS))
+        on_file = on_file_of(card)
+        machine = on_file.machine if on_file else machine_of(card)[0]
+        require_known("PRECISION", precision, PRECISIONS)
         question = Question(
             precision=precision,
             card=card,
@@ -137,23 +133,16 @@ def plan_capacity(
             demand=_demand(rate, lengths, documents, trace),
             slo=slo_of(slo),
             replicas=replicas or None,
-            routers=tuple(ROUTERS) if router == "all" else (router,),
+            routers=routers_of(router),
             usd_per_hour=price_of(price),
             api_usd_per_million=api_price or None,
-            model=model_named(machine, model),
+            model=model_on_file(on_file, model) if on_file else model_named(machine, model),
+            on_file=on_file,
         )
         page = capacity_plans.page(plan(question, progress))
         progress.show(page)
         if out:
             whole.write(out, markdown.document(page))
-
-
-def _require_known(setting: str, given: str, known: Sequence[str]) -> None:
-    """Raise LabError where a setting names none of those that are known."""
-    if given not in known:
-        raise LabError(
-            f"there is no {setting}={given}{did_you_mean(given, known)} ones are {', '.join(known)}"
-        )
 
 
 def _demand(rate: float, lengths: str, documents: str, trace: Path | None) -> Demand:

@@ -318,6 +318,8 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     kv_use: Annotated[dict[str, KvUse], Field(exclude_if=lambda use: not use)] = {}
     # settings among which the best are looked for, beside those that are measured
     searched: Annotated[tuple[Searched, ...], Field(exclude_if=lambda points: not points)] = ()
+    # point -> `mean` and `peak` with their bands; in runs from before that kept them, none
+    kv_bands: Annotated[dict[str, dict[str, Band]], Field(exclude_if=lambda bands: not bands)] = {}
 
     def ratio(
         self, metric: str, treatment: str, baseline: str, of_means: bool = False

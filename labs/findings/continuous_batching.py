@@ -20,7 +20,17 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, PLAYED, legend_of_all, plt, thinned
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
-from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts, draw_parts
+from labs.findings.steps import (
+    Parts,
+    alike,
+    counted_in_turn,
+    decode_s,
+    draw_parts,
+    header,
+    parts_mean,
+    prefill_s,
+    stand_in,
+)
 from labs.findings.sweep import concurrency_sweep, step_line
 from labs.judging.metrics import METRICS
 from labs.judging.text import number, ratio_number
@@ -40,7 +50,7 @@ class StepAtLoad:
 
 
 def steps_at_loads(context: Context) -> tuple[StepAtLoad, ...]:
-    """Splits TPOT at each load of the sweep.
+    """Splits TPOT at each load of the sweep, with the stand-in step where it was timed.
 
     A step reads the weights once, and the keys and values of the requests in decode; it computes
     their tokens and, spread over the steps, the prefills of others that come between two tokens.
@@ -55,26 +65,34 @@ def steps_at_loads(context: Context) -> tuple[StepAtLoad, ...]:
         prefills = (point.load.users - 1) / point.output_tokens
         flop = theory.decode_flops(shape, size, at)
         flop += prefills * theory.prefill_flops(shape, point.prompt_tokens)
+        times, prompt = stand_in(context, point), point.prompt_tokens
         parts = Parts(
             measured_s=tpot_s,
             reading_s=moved_bytes / ceilings.memory_bandwidth_bytes_per_s,
             computing_s=flop / ceilings.bf16_flops_per_s,
+            stand_in_s=(
+                decode_s(times, size, at) + prefills * prefill_s(times, prompt, size, at)
+                if times
+                else None
+            ),
         )
         steps.append(StepAtLoad(point.load.users, size, parts))
     return tuple(steps)
 
 
 def tell_steps(facts: tuple[StepAtLoad, ...]) -> Finding:
-    rows = [["In flight", "Requests in decode", "TPOT, mean", "Reading", "Computing", "The rest"]]
+    parts = alike(s.parts for s in facts)
+    rows = [["In flight", "Requests in decode", "TPOT, mean", *header(parts)]]
     rows += [
-        [str(s.users), number(s.batch), number(s.parts.measured_s, "s"), *s.parts.cells()]
-        for s in facts
+        [str(s.users), number(s.batch), number(s.parts.measured_s, "s"), *own.cells()]
+        for s, own in zip(facts, parts, strict=True)
     ]
     ends = dict.fromkeys((*facts[:1], *facts[-1:]))
     lines = [s.parts.sentence(f"At {s.users} in flight an output token") for s in ends]
     lines.append(
-        f"{PARTS_MEAN} Weights are read once a step; computing counts the tokens of the requests in"
-        f" decode, and the prefills of others that come between two tokens. {COUNTED_IN_TURN}"
+        f"{parts_mean(parts)} Weights are read once a step; computing counts the tokens of the"
+        " requests in decode, and the prefills of others that come between two tokens."
+        f" {counted_in_turn(parts)}"
     )
     return Finding(title="What is a step made of?", rows=rows, lines=lines)
 
@@ -88,7 +106,8 @@ def draw_steps(facts: tuple[StepAtLoad, ...]) -> str | None:
     ax.set_xlabel("requests in flight")
     ax.set_ylabel("TPOT, mean (ms)")
     figure.legend(loc="outside right upper", frameon=False)
-    return f"What the time of an output token goes to at each load. {PARTS_MEAN}"
+    means = parts_mean(s.parts for s in facts)
+    return f"What the time of an output token goes to at each load. {means}"
 
 
 STEPS = Conclusion("steps", steps_at_loads, tell_steps, draw_steps)
@@ -166,7 +185,7 @@ def _time_sentences(steps: tuple[StepAtLoad, ...]) -> list[str]:
     )
     return [
         last.parts.sentence(f"At {last.users} in flight an output token"),
-        PARTS_MEAN,
+        parts_mean([last.parts]),
         f"By the time measured {limits}.",
     ]
 
@@ -179,8 +198,8 @@ def one_stream(run: JudgedRun) -> str | None:
         return None
     bandwidth = point.ceilings.memory_bandwidth_bytes_per_s
     most_per_s = bandwidth / point.shape.step_bytes(1)
-    alone = [s.parts.sentence("A step") for s in run.once(steps_at_loads) if s.users == 1]
-    made_of = f" {alone[0]} {PARTS_MEAN}" if alone else ""
+    alone = [s.parts for s in run.once(steps_at_loads) if s.users == 1]
+    made_of = f" {alone[0].sentence('A step')} {parts_mean(alone)}" if alone else ""
     return (
         f"{bandwidth / 1e9:,.1f} GB/s over {point.shape.step_bytes(1) / 1e6:,.0f} MB of weights is"
         f" at most {number(most_per_s, 'tok/s')}. Measured: {number(1 / tpot_s, 'tok/s')} (1 /"

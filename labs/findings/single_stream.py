@@ -12,7 +12,17 @@ from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
-from labs.findings.steps import COUNTED_IN_TURN, PARTS_MEAN, Parts, draw_parts
+from labs.findings.steps import (
+    Parts,
+    alike,
+    counted_in_turn,
+    decode_s,
+    draw_parts,
+    header,
+    parts_mean,
+    prefill_s,
+    stand_in,
+)
 from labs.judging.judge import Effect, verdict_kind
 from labs.judging.text import number, sentences, times_with_interval
 from labs.lab import Point
@@ -32,15 +42,17 @@ class Phase:
     flop: float
     moved_bytes: float
     point: Point
+    stand_in_s: float | None  # as it was timed before the engine started, where it was
 
     @property
     def parts(self) -> Parts:
-        """Splits the pass into reading and computing at the measured ceilings, and the rest."""
+        """Splits the pass into reading and computing at the measured ceilings, and what is left."""
         ceilings = self.point.ceilings
         return Parts(
             measured_s=self.seconds,
             reading_s=self.moved_bytes / ceilings.memory_bandwidth_bytes_per_s,
             computing_s=self.flop / ceilings.bf16_flops_per_s,
+            stand_in_s=self.stand_in_s,
         )
 
     @property
@@ -60,13 +72,17 @@ def phase(context: Context, variant: str, name: PhaseName) -> Phase | None:
     seconds = context.mean(point, METRIC_OF[name]) if point else None
     if point is None or not seconds:
         return None
+    times = stand_in(context, point)
     shape, prompt, kv_value_bytes = point.shape, point.prompt_tokens, point.flags.kv_value_bytes
     if name == "prefill":
         moved = shape.step_bytes(prompt) + prompt * shape.kv_bytes_per_token(kv_value_bytes)
-        return Phase(prompt, seconds, theory.prefill_flops(shape, prompt), moved, point)
+        flop = theory.prefill_flops(shape, prompt)
+        alone_s = prefill_s(times, prompt) if times else None
+        return Phase(prompt, seconds, flop, moved, point, alone_s)
     at = point.context_tokens
     moved = theory.decode_bytes(shape, 1, at, kv_value_bytes)
-    return Phase(1, seconds, theory.decode_flops(shape, 1, at), moved, point)
+    step_s = decode_s(times, 1, at) if times else None
+    return Phase(1, seconds, theory.decode_flops(shape, 1, at), moved, point, step_s)
 
 
 # ------------------------------------------------------------------------------- the two phases
@@ -91,26 +107,26 @@ def default_phases(context: Context) -> Phases:
 
 def tell_phases(facts: Phases) -> Finding:
     """Shows each phase's work, what its time is made of, and which ceiling is nearer."""
+    parts = alike(p.parts for p in facts.measured.values())
     rows = [[
-        "Phase", "Time of a pass", "Reading", "Computing", "The rest", "Tokens/s", "FLOP per byte",
-        "Nearer ceiling",
+        "Phase", "Time of a pass", *header(parts), "Tokens/s", "FLOP per byte", "Nearer ceiling",
     ]]  # fmt: skip
     rows += [
         [
             f"{name}, {p.tokens:,.0f} token{'s' * (p.tokens > 1)}",
             number(p.seconds, "s"),
-            *p.parts.cells(),
+            *own.cells(),
             number(p.tokens / p.seconds),
             number(p.flop_per_byte),
             p.nearer_ceiling,
         ]
-        for name, p in facts.measured.items()
+        for (name, p), own in zip(facts.measured.items(), parts, strict=True)
     ]
     lines = []
     if facts.decode and facts.prefill:
         lines = [
             contrast_sentence(facts.decode, facts.prefill),
-            f"{PARTS_MEAN} {COUNTED_IN_TURN}",
+            f"{parts_mean(parts)} {counted_in_turn(parts)}",
             "FLOP and bytes follow from the model's shape and are not counted on the device. The"
             " *nearer ceiling* compares the work with this machine's ridge,"
             f" {number(facts.decode.point.ceilings.ridge_flops_per_byte)} FLOP per byte: it would"
@@ -267,7 +283,8 @@ def fastest_sentence(facts: FlagEffects) -> str | None:
     if facts.fastest is None:
         return None
     variant, best = facts.fastest
-    return f"`{variant}` decodes fastest. {best.parts.sentence('Its step')} {PARTS_MEAN}"
+    means = parts_mean([best.parts])
+    return f"`{variant}` decodes fastest. {best.parts.sentence('Its step')} {means}"
 
 
 def draw_flags(facts: FlagEffects) -> str | None:
@@ -296,7 +313,8 @@ def draw_flags(facts: FlagEffects) -> str | None:
                   ncols=2 * len(measured), frameon=False)  # fmt: skip
     both = "decode (left) and prefill (right)"
     what = both if len(measured) == 2 else "decode" if decode else "the long prompt's prefill"
-    return f"What the time of a pass goes to, in {what}. {PARTS_MEAN}"
+    means = parts_mean([*decode.values(), *prefill.values()])
+    return f"What the time of a pass goes to, in {what}. {means}"
 
 
 FLAGS = Conclusion("flags", flag_effects, tell_flags, draw_flags)
@@ -315,7 +333,7 @@ def two_phases(run: JudgedRun) -> str | None:
     limits = " and ".join(f"{p.parts.limit} {name}" for name, p in phases.measured.items())
     return (
         f"{contrast_sentence(phases.decode, phases.prefill)} By the work alone {nearer}. {made_of}"
-        f" {PARTS_MEAN} On this machine {limits}."
+        f" {parts_mean(p.parts for p in phases.measured.values())} On this machine {limits}."
     )
 
 

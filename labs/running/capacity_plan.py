@@ -1,8 +1,8 @@
-"""Plan the serving of a model on GPUs that are not here: does it fit, how many, at what price?
+"""Plan the serving of a model on machines that are not here: does it fit, how many, at what price?
 
 A model's memory is arithmetic. Everything about time is a forecast: vLLM's own scheduler in virtual
-time, over steps from a datasheet and published efficiencies (`serving/forecasting/`). Nothing here
-is measured, and nothing is recorded.
+time, over steps from a datasheet and published efficiencies (`serving/forecasting/`), or over one
+that a run on file timed (`machines_on_file.py`). Nothing here is measured, and nothing is recorded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,9 +23,10 @@ from labs.filing.results import Band
 from labs.judging.measure import in_time, percentile
 from labs.lab import SLO, LabError
 from labs.running.forecaster import Forecaster, play_all, side_by_side
+from labs.running.machines_on_file import MachineOnFile
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import machine_of
-from labs.running.step_timing import is_eight_bit
+from labs.running.step_timing import ends_of_band, is_eight_bit
 from labs.running.virtual_trials import as_one_gpu, defaults_on_a_gpu, records
 from labs.telling.capacity_plans import (
     Alone,
@@ -40,12 +42,11 @@ from labs.telling.capacity_plans import (
 from loadtests.arrivals import Poisson
 from serving import dummy, models
 from serving.engines.base import FlagValue
-from serving.engines.vllm import Vllm, VllmFlags, usable_bytes
+from serving.engines.vllm import CPU_KV_BYTES, PROCESS_BYTES, Vllm, VllmFlags, usable_bytes
 from serving.forecasting.datasheet import (
     EXPECTED,
     FASTER,
     SLOWER,
-    Efficiency,
     reason_against_sharing,
     step_times,
 )
@@ -61,9 +62,10 @@ from serving.forecasting.traffic import Delays, Traffic
 from serving.gpus import Datasheet
 from serving.host_memory import available_bytes
 from serving.machine import Machine
-from serving.models import Model, ModelError
+from serving.models import Model, ModelError, Shape
 
 PRECISIONS = ("bf16", "fp8", "w8a8", "w4a16-gptq")
+DEFAULT_SHAPE = "llama-8b"
 SHARE = 0.95  # of the requests must meet the objective
 GRIDS = ((0.4, 0.6, 0.75, 0.9, 1.05, 1.25), (1.5, 1.9, 2.4, 3.0))
 """Rates tried, in units of the closed form's estimate; the second where a faster step serves all of
@@ -73,12 +75,16 @@ MOST_REPLICAS = 64
 LONGEST_OUTPUT = 4  # drawn outputs are cut at so many times their mean
 ENDS = (EXPECTED, FASTER, SLOWER)
 MOST_PROCESSES = 16  # that play loads side by side
-FORECASTER_BYTES = 1.5e9  # of memory for each of them
+FORECASTER_BYTES = 1.5e9  # of memory for each of them, and for every request of its longest play
+REQUEST_BYTES = 4e3
 
 
 @dataclass(frozen=True)
 class Question:
-    """Holds what a reader wants to serve: a model, on a GPU, for a demand, within an objective."""
+    """Holds what a reader wants to serve: a model, on a GPU, for a demand, within an objective.
+
+    The GPU is one with a datasheet, or a machine on file.
+    """
 
     model: Model
     precision: str
@@ -90,10 +96,12 @@ class Question:
     routers: tuple[str, ...] = ()
     usd_per_hour: float | None = None
     api_usd_per_million: float | None = None
+    on_file: MachineOnFile | None = None  # in the place of the GPU
 
 
 def model_named(machine: Machine, name: str) -> Model:
     """Find a shape that ships with the lab, or the model in a folder; raises ModelError."""
+    name = name or DEFAULT_SHAPE
     if not (folder := Path(name)).is_dir():
         return dummy.resolve(machine, name)
     if models.is_quantized(folder):
@@ -104,23 +112,39 @@ def model_named(machine: Machine, name: str) -> Model:
     return models.resolve(machine, name)
 
 
+def model_on_file(on_file: MachineOnFile, name: str) -> Model:
+    """Find the model whose step was timed on a machine; raises LabError for another."""
+    on_file.require_name(name)
+    if on_file.dummy:
+        return dummy.resolve(on_file.machine, name or on_file.model)
+    return models.resolve(on_file.machine, name or on_file.model)
+
+
 def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
     """Answer a question about capacity. Raises LabError where a setting is impossible."""
-    machine, sheet = machine_of(question.card)
-    if sheet is None:
-        raise LabError("a plan is made for a GPU with a datasheet: name it with MACHINE=h100")
-    if why := reason_against_sharing(question.model.shape, sheet, question.gpus):
-        raise LabError(f"TP={question.gpus}: {why}")
-    served = Served.of(question.model, question.precision, machine, sheet, question.gpus)
+    on_file = question.on_file
+    if on_file:
+        machine = on_file.machine
+        served, fits = _on_file(question, on_file)
+    else:
+        machine, sheet = machine_of(question.card)
+        if sheet is None:
+            raise LabError("a plan is made for a machine that is not here: name one with MACHINE=")
+        if why := reason_against_sharing(question.model.shape, sheet, question.gpus):
+            raise LabError(f"TP={question.gpus}: {why}")
+        served = Served.of(question.model, question.precision, machine, sheet, question.gpus)
+        fits = tuple(_fits(question, machine, sheet))
     answer = CapacityPlan(
         model=question.model.name.removesuffix(dummy.SUFFIX),
-        card=machine.model,
+        card=machine.model if machine.kind == "gpu" else machine.describe(),
+        on_cpu=machine.kind == "cpu",
+        run=on_file.run if on_file else "",
         precision=question.precision,
         gpus=question.gpus,
         demand=question.demand,
         slo=question.slo,
         share=SHARE,
-        fits=tuple(_fits(question, machine, sheet)),
+        fits=fits,
     )
     if served.room_tokens < question.demand.tokens:
         return answer
@@ -132,7 +156,7 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
             " MACHINE or MODEL"
         )
     answer = replace(answer, alone=_request_alone(served, question.demand))
-    with side_by_side(_processes()) as forecasters:
+    with side_by_side(processes(len(question.demand.trace))) as forecasters:
         player = _Player(served, question, forecasters, progress)
         rates = tuple(_rates(player))
         answer = replace(answer, rates=rates, capacity_per_s=_capacity(rates))
@@ -148,25 +172,42 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
 
 @dataclass(frozen=True)
 class Served:
-    """Holds a model as one replica serves it, on a GPU or on several that share each layer."""
+    """Holds a model as one replica serves it, on a machine or on GPUs that share each layer."""
 
     model: Model
-    sheet: Datasheet
-    gpus: int
     flags: VllmFlags
-    eight_bit: bool
+    steps: tuple[StepTimes, ...]  # at each of ENDS
+    bandwidth_bytes_per_s: float  # of the memory: the datasheet's, or as it was measured
+    on_cuda: bool = True
 
     @classmethod
     def of(
         cls, model: Model, precision: str, machine: Machine, sheet: Datasheet, gpus: int = 1
     ) -> Served:
+        """Serve it on a GPU by its datasheet, or on several. Raises ModelError."""
         if precision != "bf16":
             folder = dummy.derive(model, precision)
             model = models.load(folder, folder.name)
         config = json.loads((model.path / "config.json").read_text())
         shared: dict[str, FlagValue] = {"tensor-parallel-size": gpus}
         flags = as_one_gpu({**defaults_on_a_gpu(machine, model.shape, shared), **shared})
-        return cls(model, sheet, gpus, flags, is_eight_bit(config))
+        eight_bit = is_eight_bit(config)
+        steps = (step_times(model.shape, sheet, e, eight_bit=eight_bit, gpus=gpus) for e in ENDS)
+        return cls(model, flags, tuple(steps), gpus * sheet.memory_bandwidth_bytes_per_s)
+
+    @classmethod
+    def on_file(cls, model: Model, on_file: MachineOnFile) -> Served:
+        """Serve it as it is on a machine by what a run there timed."""
+        machine = on_file.machine
+        return cls(
+            model,
+            defaults_on_a_gpu(machine, model.shape, {})
+            if machine.kind == "gpu"
+            else defaults_on_a_cpu(machine, model.shape),
+            ends_of_band(on_file.step, on_file.spread),
+            on_file.ceilings.memory_bandwidth_bytes_per_s,
+            on_cuda=machine.kind == "gpu",
+        )
 
     @property
     def room_tokens(self) -> float:
@@ -179,17 +220,45 @@ class Served:
         """The tokens of the longest request: one fills the cache, or all of the positions."""
         return min(self.model.shape.max_positions, int(self.room_tokens)) - 1
 
-    def step_times(self, efficiency: Efficiency) -> StepTimes:
-        return step_times(
-            self.model.shape, self.sheet, efficiency, eight_bit=self.eight_bit, gpus=self.gpus
-        )
-
     def argv(self, longest_tokens: int) -> tuple[str, ...]:
         more = {"max-model-len": longest_tokens, "enable-prefix-caching": True}
         return (
             *(*Vllm.model_argv(self.model.path), "--load-format", "dummy"),
             *Vllm.flag_argv({**self.flags, **more}),
         )
+
+
+def defaults_on_a_cpu(machine: Machine, shape: Shape) -> VllmFlags:
+    """Return vLLM's own settings on a CPU that a plan needs, with eager steps, as are timed there.
+
+    The KV cache has what vLLM takes by default, or what weights and processes leave if that is
+    less.
+    """
+    left_bytes = machine.memory_bytes - shape.held_bytes - PROCESS_BYTES
+    return VllmFlags(
+        {
+            "block-size": 16,
+            "kv-cache-memory-bytes": int(min(CPU_KV_BYTES, left_bytes)),
+            "enforce-eager": True,
+        }
+    )
+
+
+def _on_file(question: Question, on_file: MachineOnFile) -> tuple[Served, tuple[Fit, ...]]:
+    """Serve a model on a machine on file, and say how it fits. Raises LabError."""
+    on_file.require(question.model)
+    if question.precision != "bf16" or question.gpus != 1:
+        raise LabError(
+            f"on {on_file.machine.slug} one device's step in BF16 was timed: leave PRECISION and TP"
+            " out, or name a GPU by its datasheet with MACHINE="
+        )
+    served, shape = Served.on_file(question.model, on_file), question.model.shape
+    kv_bytes = max(0, served.flags.kv_cache_memory_bytes)
+    fit = Fit(
+        "bf16", shape.held_bytes, shape.held_bytes + kv_bytes, shape.kv_bytes_per_token(),
+        served.room_tokens, served.room_tokens / question.demand.tokens,
+    )  # fmt: skip
+    return served, (fit,)
 
 
 def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fit]:
@@ -211,12 +280,11 @@ def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fi
 def _request_alone(served: Served, demand: Demand) -> Alone:
     shape = served.model.shape
     context = int(demand.prompt_tokens + demand.output_tokens / 2)
-    step_s = [served.step_times(e).seconds(Step([Piece(1, context)], 1)) for e in ENDS]
+    step_s = [times.seconds(Step([Piece(1, context)], 1)) for times in served.steps]
     prompt_s = [
-        served.step_times(e).seconds(Step([Piece(int(demand.prompt_tokens), 0)], 1)) for e in ENDS
+        times.seconds(Step([Piece(int(demand.prompt_tokens), 0)], 1)) for times in served.steps
     ]
-    bandwidth = served.gpus * served.sheet.memory_bandwidth_bytes_per_s
-    ceiling = bandwidth / theory.decode_bytes(shape, 1, context)
+    ceiling = served.bandwidth_bytes_per_s / theory.decode_bytes(shape, 1, context)
     return Alone(ceiling, over([1 / s for s in step_s]), over(prompt_s))
 
 
@@ -226,7 +294,7 @@ def _estimate_per_s(served: Served, question: Question) -> float:
     With b requests in flight a request's share of the engine is its own prefill and its part of
     the steps; the largest batch is the one that keeps TPOT, or fills the cache.
     """
-    demand, times = question.demand, served.step_times(EXPECTED)
+    demand, times = question.demand, served.steps[0]
     shared = demand.document_tokens * demand.documents < served.room_tokens / 2
     prompt = int(demand.prompt_tokens)
     cached = min(prompt - 1, demand.document_tokens) if shared else 0
@@ -323,14 +391,19 @@ def _fleets(player: _Player, replicas: int) -> Iterator[FleetForecast]:
         _Job(load, end, replicas, router) for router in question.routers for end in range(len(ENDS))
     ]
     plays = player.play(jobs, f"{replicas} replicas")
-    for router, (expected, *ends) in zip(question.routers, _by_load(plays), strict=True):
-        ttft_p99_s = [p.ttft_p99_s for p in (expected, *ends) if p.ttft_p99_s is not None]
-        yield FleetForecast(
-            router,
-            expected,
-            over([p.within for p in (expected, *ends)]),
-            over(ttft_p99_s) if len(ttft_p99_s) == len(ENDS) else None,
-        )
+    for router, of_router in zip(question.routers, _by_load(plays), strict=True):
+        yield fleet_forecast(router, of_router)
+
+
+def fleet_forecast(router: str, plays: Sequence[Latencies]) -> FleetForecast:
+    """Gather a router's plays: as expected, with a faster and with a slower step."""
+    ttft_p99_s = [p.ttft_p99_s for p in plays if p.ttft_p99_s is not None]
+    return FleetForecast(
+        router,
+        plays[0],
+        over([p.within for p in plays]),
+        over(ttft_p99_s) if len(ttft_p99_s) == len(plays) else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -343,6 +416,12 @@ class _Load:
     def output_tokens(self) -> int:
         """The tokens of all answers, by which the time goes that a play takes."""
         return sum(request.output_tokens for request in self.requests)
+
+    def write(self, path: Path) -> Path:
+        """Write the requests as JSON lines; return the path."""
+        with path.open("w") as file:
+            file.writelines(request.model_dump_json() + "\n" for request in self.requests)
+        return path
 
 
 @dataclass(frozen=True)
@@ -406,10 +485,36 @@ def _longest_output(demand: Demand, most_tokens: int) -> float:
     return min(LONGEST_OUTPUT * demand.output_tokens, most_tokens - int(demand.prompt_tokens))
 
 
-def _processes() -> int:
-    """Count the forecasters that this machine has cores and memory for."""
-    room = int(available_bytes() / FORECASTER_BYTES)
+def processes(requests: int = 0) -> int:
+    """Count the forecasters that this machine has cores and memory for.
+
+    `requests` are those of the longest play.
+    """
+    room = int(available_bytes() / (FORECASTER_BYTES + requests * REQUEST_BYTES))
     return max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, room))
+
+
+def serial_delays(replicas: int) -> Delays:
+    """Return the delays of a fleet: its servers prepare requests side by side, each in turn."""
+    return Delays(serial_s=Delays().serial_s / replicas)
+
+
+def in_order(
+    forecasters: Sequence[Forecaster],
+    plans: Sequence[ForecastPlan],
+    slo: SLO,
+    progress: ProgressDisplay,
+    where: str,
+) -> list[Latencies]:
+    """Play plans of one trial each; return what the clients of each would observe, in order."""
+    played: dict[int, Latencies] = {}
+    progress.waiting(f"loading vLLM's scheduler, for {where}")
+    for number, play in play_all(forecasters, plans):
+        played[number] = latencies(play, slo)
+        progress.waiting(
+            f"playing {where} in virtual time: {len(played)} of {len(plans)} loads done"
+        )
+    return [played[number] for number in range(len(plans))]
 
 
 @dataclass(frozen=True)
@@ -424,29 +529,26 @@ class _Player:
     def play(self, jobs: Sequence[_Job], where: str) -> list[Latencies]:
         """Play every job; return what the clients of each would observe, in order."""
         longest_first = sorted(range(len(jobs)), key=lambda n: -jobs[n].load.output_tokens)
-        played: dict[int, Latencies] = {}
         with TemporaryDirectory(prefix="lab-plan-") as folder:
-            plans = [self._plan(jobs[n], Path(folder) / f"{n}.jsonl") for n in longest_first]
-            self.progress.waiting(f"loading vLLM's scheduler, for {where}")
-            for place, play in play_all(self.forecasters, plans):
-                played[longest_first[place]] = _latencies(play, self.question.slo)
-                self.progress.waiting(
-                    f"playing {where} in virtual time: {len(played)} of {len(jobs)} loads done"
-                )
-        return [played[number] for number in range(len(jobs))]
+            written = dict[int, Path]()  # by load, which several jobs may share
+            for load in (job.load for job in jobs):
+                if id(load) not in written:
+                    written[id(load)] = load.write(Path(folder) / f"{len(written)}.jsonl")
+            plans = [self._plan(jobs[n], written[id(jobs[n].load)]) for n in longest_first]
+            slo = self.question.slo
+            played = in_order(self.forecasters, plans, slo, self.progress, where)
+        return [of for _, of in sorted(zip(longest_first, played, strict=True), key=itemgetter(0))]
 
     def _plan(self, job: _Job, requests: Path) -> ForecastPlan:
-        """Write a job's requests, and plan its only trial."""
-        requests.write_text("".join(r.model_dump_json() + "\n" for r in job.load.requests))
+        """Plan a job's only trial, whose requests are in a file."""
         engine = PlannedEngine(
             argv=self.served.argv(self._longest_tokens + 1),
-            step_times=self.served.step_times(ENDS[job.end]),
+            step_times=self.served.steps[job.end],
             replicas=job.replicas,
-            on_cuda=True,
+            on_cuda=self.served.on_cuda,
             trials=(_trial(job, requests),),
         )
-        # the servers of a fleet prepare requests side by side, each one after another
-        delays = Delays(serial_s=Delays().serial_s / job.replicas)
+        delays = serial_delays(job.replicas)
         return ForecastPlan(tokenizer=models.bundled(), delays=delays, engines=(engine,))
 
     @property
@@ -476,15 +578,18 @@ def _trial(job: _Job, requests: Path) -> PlannedTrial:
     )
 
 
-def _latencies(play: ForecastPlay, slo: SLO) -> Latencies:
-    counted = [r for r in records(play.play) if r.in_window]
-    ttft_s = [r.ttft_s for r in counted if r.ttft_s is not None]
-    tpot_s = [r.tpot_s for r in counted if r.tpot_s is not None]
-    within = sum(in_time(r, slo) for r in counted) / len(counted)
+def latencies(play: ForecastPlay, slo: SLO) -> Latencies:
+    """Measure what the clients of a play would observe, over the requests that count."""
+    requests, in_slo, ttft_s, tpot_s = 0, 0, list[float](), list[float]()
+    for record in (r for r in records(play.play) if r.in_window):
+        requests += 1
+        in_slo += in_time(record, slo)
+        ttft_s += () if record.ttft_s is None else (record.ttft_s,)
+        tpot_s += () if record.tpot_s is None else (record.tpot_s,)
     looked_up = play.counters.get("prefix_queries", 0)
     return Latencies(
-        requests=len(counted),
-        within=within,
+        requests=requests,
+        within=in_slo / requests,
         ttft_p50_s=percentile(ttft_s, 50),
         ttft_p99_s=percentile(ttft_s, 99),
         tpot_p50_s=percentile(tpot_s, 50),

@@ -14,21 +14,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from labs.filing.results import Band, PointForecasts, Searched
-from labs.judging.machine_speed import usual_spread
+from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.judging.metrics import METRICS
 from labs.lab import Lab, Point, Prediction, Variant
 from labs.running.copied_text import Copies, read_answers, share_copied
-from labs.running.forecaster import started
+from labs.running.forecaster import Forecaster, started
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from labs.running.step_timing import (
     EngineSteps,
+    Steps,
     config_of,
     described,
     earlier_speeds,
     served_folder,
     steps_as_timed,
     steps_by_datasheet,
+    steps_on_file,
 )
 from labs.running.virtual_trials import NO_CAPACITIES, PointPlays, VirtualTrials
 from loadtests.arrivals import OfCapacity
@@ -51,15 +53,10 @@ def forecast(
     points = [p for p in setup.points if p.variant.name not in without]
     if not points:
         return PointForecasts(points={}, without=without)
-    speeds = [] if setup.datasheet else earlier_speeds(setup.machine)
-    spread = usual_spread(speeds, setup.lab.repeats)
+    speeds = [] if setup.elsewhere else earlier_speeds(setup.machine)
+    spread = setup.on_file.spread if setup.on_file else usual_spread(speeds, setup.lab.repeats)
     with started() as forecaster:
-        if setup.datasheet:
-            steps = steps_by_datasheet(setup, points, setup.datasheet)
-        else:
-            # alone on the machine: beside another process that works, steps take a third longer
-            progress.waiting("timing the stand-in step, for the forecast")
-            steps = steps_as_timed(setup, points, speeds, forecaster)
+        steps = steps_of(setup, points, speeds, forecaster, progress)
         copies = read_answers(setup, points, requests, forecaster, progress)
         progress.waiting("playing every load on vLLM's scheduler in virtual time")
         trials = VirtualTrials(setup, requests, steps, copies, spread, forecaster)
@@ -78,6 +75,7 @@ def forecast(
         watches={plays.point.key: plays.watches for plays in all_plays if plays.watches},
         timelines={plays.point.key: line for plays in all_plays if (line := plays.timeline)},
         kv_use=KvUse.over_trials({p.point.key: p.kv_uses for p in all_plays if p.kv_uses}),
+        kv_bands={p.point.key: bands for p in all_plays if (bands := p.kv_bands(setup.lab))},
         step_times=described(steps.values()),
         machine_spread=spread,
         searched=searched,
@@ -109,6 +107,26 @@ def _searched(
         )
         for point, figures in zip(alone, plays.figures(alone, capacity_per_s), strict=True)
     )
+
+
+def steps_of(
+    setup: Setup,
+    points: Sequence[Point],
+    speeds: Sequence[MachineSpeed],
+    forecaster: Forecaster,
+    progress: ProgressDisplay,
+) -> Steps:
+    """Find how long the steps of these points take: from a datasheet, from a run on file, or timed.
+
+    `speeds` are those of earlier runs on this machine. Raises ForecastError.
+    """
+    if setup.datasheet:
+        return steps_by_datasheet(setup, points, setup.datasheet)
+    if setup.on_file:
+        return steps_on_file(points, setup.on_file)
+    # alone on the machine: beside another process that works, steps take a third longer
+    progress.waiting("timing the stand-in step, for the forecast")
+    return steps_as_timed(setup, points, speeds, forecaster)
 
 
 UNSEEN: dict[str, object] = {
@@ -143,19 +161,35 @@ def reason_against(setup: Setup, variant: Variant) -> str | None:
         return "communication between devices was not timed"
     if setup.model.shape.experts:
         return "routed experts were not timed"
+    if setup.on_file and (why := _untimed_on_file(setup, variant)):
+        return why
     if setup.machine.kind == "cpu":
         return None if flags.enforce_eager else "a compiled step was not timed"
     return _untimed_on_a_gpu(setup, variant)
 
 
-def _untimed_on_a_gpu(setup: Setup, variant: Variant) -> str | None:
+def _untimed_on_file(setup: Setup, variant: Variant) -> str | None:
+    """Say what in this variant's step is not in the one on file, which is the model's own."""
+    if VllmFlags(setup.lab.flags_of(variant)).speculative_config.get("model"):
+        return "the step of a draft model is not on file"
+    return _other_kernels(setup, variant)
+
+
+def _other_kernels(setup: Setup, variant: Variant) -> str | None:
+    """Say which operators this variant has in the place of the model's own, or beside them."""
     if _has_quantized_weights(setup, variant):
         return "the kernels of quantized weights were not timed"
     if _has_quantized_cache(setup, variant):
         return "attention to a quantized cache was not timed"
-    flags = VllmFlags(setup.lab.flags_of(variant))
-    if flags.get("enable-lora"):
+    if VllmFlags(setup.lab.flags_of(variant)).get("enable-lora"):
         return "vLLM's operators for adapters were not timed"
+    return None
+
+
+def _untimed_on_a_gpu(setup: Setup, variant: Variant) -> str | None:
+    if why := _other_kernels(setup, variant):
+        return why
+    flags = VllmFlags(setup.lab.flags_of(variant))
     if flags.enforce_eager:
         return "an eager step was not timed: what is timed there is replayed as a CUDA graph"
     return _unseen(setup.lab, variant)

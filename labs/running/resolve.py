@@ -16,9 +16,10 @@ from labs.findings.parts import parts_of
 from labs.judging.metrics import trial_metrics
 from labs.judging.text import ADMISSION_BY_CLIENT, ceilings_text
 from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point
-from labs.running import derived_models
+from labs.running import derived_models, machines_on_file
 from labs.running.chat_writer import writer_of
 from labs.running.clock import Clock
+from labs.running.machines_on_file import MachineOnFile
 from labs.running.probes import PROBES, TEXT_PROBES
 from labs.running.progress import ProgressDisplay
 from labs.telling.plots import plots_of
@@ -56,7 +57,8 @@ class RunRequest:
     reproduces: str = ""  # the run whose resolved lab this is
     scale: str = ""  # of that lab; else this machine's
     engine_command: Sequence[str] = ()  # in the place of the engines' own
-    card: str = ""  # a GPU that is not here, by its short name: it can only be forecast
+    card: str = ""  # a machine that is not here, by its name: it can only be forecast
+    on_file: MachineOnFile | None = None  # that machine, where no GPU with a datasheet has the name
     trace: tuple[TraceRow, ...] = ()  # traffic that is forecast in place of the lab's own
     usd_per_hour: float | None = None  # the price of the machine
     unsafe_flags: bool = False  # flags are passed on that may load code or open an address
@@ -78,10 +80,16 @@ class Setup:
     endpoint: Endpoint | None
     engine_command: Sequence[str]
     datasheet: Datasheet | None = None  # of the GPU that is not here
+    on_file: MachineOnFile | None = None  # the machine that is not here
     keep_disturbed: bool = False  # a disturbed trial is not measured again
     clock: Clock = field(default_factory=Clock)
     load_workers: LoadWorkers | None = None
     quick: bool = False
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the machine is not here, so that nothing can be timed or started on it."""
+        return self.datasheet is not None or self.on_file is not None
 
     @property
     def users(self) -> int:
@@ -102,7 +110,10 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     if request.replicas and not request.endpoint:
         raise LabError("ENDPOINT_METRICS names replicas behind an ENDPOINT: give its address, too")
     elsewhere, keep_disturbed = load_workers_of(request), keeps_disturbed()
-    machine, datasheet = machine_of(request.card)
+    on_file = request.on_file
+    machine, datasheet = (on_file.machine, None) if on_file else machine_of(request.card)
+    if on_file:
+        on_file.require_name(request.model)
     lab = lab_of(request, models.scale_of(machine))
     if datasheet:  # there may be as many GPUs as are asked for
         machine = machine.model_copy(update={"count": max(f.devices for f in lab.all_flags)})
@@ -114,6 +125,8 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     model = model_of(machine, request.model, request.weights)
     if datasheet:
         require_shared_layers(lab, model, datasheet)
+    if on_file:
+        on_file.require(model)
     if model.dummy:
         require_no_reading(lab)
     if not request.engine_command:
@@ -124,14 +137,12 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     endpoint = _endpoint(request, lab)
     if not endpoint:
         require_memory(lab, machine, model)
-        if not datasheet:
+        if not (datasheet or on_file):
             require_compiler(lab, machine)
         lab = with_flags_here(lab, progress)
     require_prompts(lab, writer)
     places, weights = _derived(lab, model, progress, request.quick)
-    ceilings = datasheet_ceilings(datasheet) if datasheet else measured_ceilings(machine, progress)
-    each = "each, " if machine.count > 1 else ""
-    about = ceilings_text(ceilings, f"{each}by its datasheet" if datasheet else "")
+    ceilings, about = _ceilings(machine, datasheet, on_file, progress)
     _introduce(machine, model, about, progress)
     points = lab.points(
         model.shape,
@@ -151,11 +162,29 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         endpoint=endpoint,
         engine_command=request.engine_command,
         datasheet=datasheet,
+        on_file=on_file,
         keep_disturbed=keep_disturbed,
         clock=request.clock,
         load_workers=elsewhere,
         quick=request.quick,
     )
+
+
+def _ceilings(
+    machine: Machine,
+    datasheet: Datasheet | None,
+    on_file: MachineOnFile | None,
+    progress: ProgressDisplay,
+) -> tuple[Ceilings, str]:
+    """Find a machine's ceilings, and tell them as text with where they are from."""
+    if on_file:
+        return on_file.ceilings, ceilings_text(on_file.ceilings, f"as the run {on_file.run} had it")
+    if datasheet:
+        each = "each, " if machine.count > 1 else ""
+        ceilings = datasheet_ceilings(datasheet)
+        return ceilings, ceilings_text(ceilings, f"{each}by its datasheet")
+    ceilings = measured_ceilings(machine, progress)
+    return ceilings, ceilings_text(ceilings)
 
 
 def _endpoint(request: RunRequest, lab: Lab) -> Endpoint | None:
@@ -247,8 +276,9 @@ def machine_of(card: str) -> tuple[Machine, Datasheet | None]:
         return machines.detect(), None
     known = {sheet.short_name: (model, sheet) for model, sheet in DATASHEETS.items()}
     if card not in known:
-        meant = did_you_mean(card, known)
-        raise LabError(f"there is no GPU {card!r}{meant} ones are {', '.join(known)}")
+        meant = did_you_mean(card, [*known, *(on_file := machines_on_file.named())])
+        and_these = f", and of machines on file {', '.join(on_file)}" if on_file else ""
+        raise LabError(f"there is no GPU {card!r}{meant} ones are {', '.join(known)}{and_these}")
     model, sheet = known[card]
     return Machine(kind="gpu", model=model, count=1, memory_bytes=sheet.memory_bytes), sheet
 

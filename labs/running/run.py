@@ -28,6 +28,13 @@ from labs.lab import LabError
 from labs.running import backfill, engine_series
 from labs.running.attention import time_attention
 from labs.running.engines import resident_groups
+from labs.running.fleets import (
+    FleetForecasts,
+    FleetSize,
+    forecast_fleets,
+    require_open_loads,
+    write_lengths,
+)
 from labs.running.forecast import forecast, ratio_of_forecasts
 from labs.running.forecaster import ForecastError
 from labs.running.harness import open_harness
@@ -44,6 +51,7 @@ from labs.telling import pages, report, tables
 from labs.telling.document import bullets, section
 from labs.telling.summary import summarise
 from loadtests.plan import sent_sha256
+from loadtests.trace import MOST_ROWS
 from serving import models, whole
 from serving.engines import ENGINES
 from serving.install import scratch_of
@@ -222,17 +230,37 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
 def forecast_alone(request: RunRequest, progress: ProgressDisplay) -> tuple[Setup, Predictions]:
     """Predict a lab's points and claims without running it.
 
-    For a GPU that is not here one repeat is played, whose prompts are enough work, and a run that
-    is under way is not disturbed by anything timed. Raises what `run` raises before its engines
-    start, and ForecastError.
+    For a machine that is not here one repeat is played, whose prompts are enough work, and a run
+    that is under way is not disturbed by anything timed. Raises what `run` raises before its
+    engines start, and ForecastError.
     """
     with _scratch_beside_a_run() if request.card else _scratch_locked() as work:
         setup = resolve(request, progress)
-        if setup.datasheet:
+        if setup.elsewhere:
             setup = replace(setup, lab=setup.lab.model_copy(update={"repeats": 1}))
         progress.waiting("writing the prompts")
         write_requests(setup, work)
         return setup, predict(setup, forecast(setup, _request_files(setup, work), progress))
+
+
+def forecast_fleets_alone(
+    request: RunRequest, size: FleetSize, progress: ProgressDisplay
+) -> tuple[Setup, FleetForecasts]:
+    """Forecast a lab's engines, several of each behind a router, under its open loads.
+
+    A long trace has no prompts, only lengths. Raises what `forecast_alone` raises.
+    """
+    with _scratch_beside_a_run() if request.card else _scratch_locked() as work:
+        setup = resolve(request, progress)
+        setup = replace(setup, lab=setup.lab.model_copy(update={"repeats": 1}))
+        require_open_loads(setup)
+        progress.waiting("writing the requests")
+        if len(request.trace) > MOST_ROWS:
+            write_lengths(setup, work)
+        else:
+            write_requests(setup, work)
+        files = _request_files(setup, work)
+        return setup, forecast_fleets(setup, files, size, progress)
 
 
 @contextlib.contextmanager

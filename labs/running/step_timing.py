@@ -12,6 +12,7 @@ from labs.filing.results import all_runs
 from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.lab import Point, Variant
 from labs.running.forecaster import Forecaster
+from labs.running.machines_on_file import MachineOnFile
 from labs.running.resolve import Setup
 from serving import machine as machines
 from serving import models
@@ -148,6 +149,12 @@ def steps_as_timed(
         )
 
     return {p.key: (at(p, 0), at(p, 1), at(p, 2)) for p in points}
+
+
+def steps_on_file(points: Sequence[Point], on_file: MachineOnFile) -> Steps:
+    """Take the step of every one of these points from a run on a machine that is not here."""
+    expected, faster, slower = ends_of_band(on_file.step, on_file.spread)
+    return {p.key: ((expected, None), (faster, None), (slower, None)) for p in points}
 
 
 def steps_by_datasheet(setup: Setup, points: Sequence[Point], sheet: Datasheet) -> Steps:

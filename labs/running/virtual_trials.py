@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
@@ -114,6 +114,15 @@ class VirtualTrials:
             ),
         )
 
+    def of_a_fleet(self, point: Point, end: int, replicas: int, router: str) -> PlannedEngine:
+        """Plan the first trial of a point on several of its engines behind a router.
+
+        Of each answer only both ends are kept, as there may be a hundred thousand.
+        """
+        engine = self._engine(point, end, [(1, 1.0)], NO_CAPACITIES)
+        trials = (t.model_copy(update={"router": router, "ends_only": True}) for t in engine.trials)
+        return engine.model_copy(update={"replicas": replicas, "trials": tuple(trials)})
+
     def _repeats(self, point: Point) -> list[tuple[int, float]]:
         """List the plays at the expected step: a repeat, and a factor on its step.
 
@@ -136,7 +145,7 @@ class VirtualTrials:
         setup = self.setup
         step_times, draft_times = self.steps[point.key][end]
         flags = with_places(point.engine_flags, setup.places)
-        if setup.datasheet:
+        if setup.elsewhere and setup.machine.kind == "gpu":
             defaults = defaults_on_a_gpu(setup.machine, point.shape, point.engine_flags)
             flags = as_one_gpu({**defaults, **flags})
         return PlannedEngine(
@@ -370,20 +379,35 @@ class PointPlays:
 
     def bands(self, lab: Lab) -> dict[str, Band]:
         """Return the band of each metric in which the mean of the lab's trials is expected."""
-        # trials of a run share the speed that these plays differ in
-        repeats = 1 if isinstance(self.point.load, Contended) else lab.repeats_of(self.point)
         as_timed, shifted = (
             [play.figures for play in plays] for plays in (self.as_timed, self.shifted)
         )
-        return _bands(as_timed, shifted, repeats)
+        names = (name for name, metric in METRICS.items() if metric.forecast)
+        return _bands(as_timed, shifted, self._repeats(lab), names)
+
+    def kv_bands(self, lab: Lab) -> dict[str, Band]:
+        """Return the bands of the mean and the peak share of the KV cache in use, if it is known.
+
+        What a faster and a slower step, and chance, change is found as for any other figure.
+        """
+        as_timed, shifted = (
+            [play.kv_use.model_dump() if play.kv_use else {} for play in plays]
+            for plays in (self.as_timed, self.shifted)
+        )
+        return _bands(as_timed, shifted, self._repeats(lab), KvUse.model_fields)
+
+    def _repeats(self, lab: Lab) -> int:
+        """Count the trials that are independent: those beside long prompts share their speed."""
+        return 1 if isinstance(self.point.load, Contended) else lab.repeats_of(self.point)
 
 
 def _bands(
     as_timed: Sequence[Mapping[str, float | None]],
     shifted: Sequence[Mapping[str, float | None]],
     repeats: int,
+    names: Iterable[str],
 ) -> dict[str, Band]:
-    """Take each metric's mean over plays, how far another step shifts it, and what chance adds.
+    """Take each figure's mean over plays, how far another step shifts it, and what chance adds.
 
     `as_timed` holds the figures of each play, `shifted` those of the first at FASTER and SLOWER.
     `repeats` independent trials will be measured. Their mean differs by chance from that of the
@@ -391,7 +415,7 @@ def _bands(
     it lies beyond all plays.
     """
     bands = {}
-    for name in (name for name, metric in METRICS.items() if metric.forecast):
+    for name in names:
         values = [v for row in as_timed if (v := row.get(name)) is not None]
         if not values:
             continue

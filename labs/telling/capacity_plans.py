@@ -21,7 +21,7 @@ from labs.telling.document import (
     table,
 )
 from loadtests.trace import TraceRow
-from serving.engines.vllm import ACTIVATION_BYTES, MEMORY_SHARE
+from serving.engines.vllm import ACTIVATION_BYTES, CPU_KV_BYTES, MEMORY_SHARE, PROCESS_BYTES
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ class CapacityPlan:
     slo: SLO
     share: float
     fits: tuple[Fit, ...]
+    on_cpu: bool = False
+    run: str = ""  # on file, that timed the step; empty where a datasheet gives it
     alone: Alone | None = None
     rates: tuple[RateForecast, ...] = ()
     capacity_per_s: Band | None = None
@@ -127,7 +129,11 @@ class CapacityPlan:
     @property
     def replica(self) -> str:
         """Name what serves a copy of the model."""
-        return "GPU" if self.gpus == 1 else f"replica of {self.gpus} GPUs"
+        return self.device if self.gpus == 1 else f"replica of {self.gpus} GPUs"
+
+    @property
+    def device(self) -> str:
+        return "machine" if self.on_cpu else "GPU"
 
 
 def page(plan: CapacityPlan) -> Section:
@@ -139,10 +145,9 @@ def page(plan: CapacityPlan) -> Section:
             (
                 Strong("Arithmetic and forecast; nothing was measured."),
                 " Memory is arithmetic. Times are forecasts by vLLM's own scheduler in virtual"
-                " time, over steps computed from the GPU's datasheet and published efficiencies,"
-                " which ",
-                Code("serving/forecasting/datasheet.py"),
-                " names. A band (in parentheses) spans a faster and a slower step.",
+                " time, over steps ",
+                *_origin(plan.run),
+                ". A band (in parentheses) spans a faster and a slower step.",
                 " GPUs that share each layer exchange results over NVLink, at its datasheet's"
                 " bandwidth and published shares of it; none was timed here."
                 if plan.gpus > 1
@@ -162,8 +167,19 @@ def page(plan: CapacityPlan) -> Section:
     )
 
 
+def _origin(run: str) -> tuple[Inline, ...]:
+    """Say where the steps are from."""
+    if run:
+        return ("that were timed on such a machine before the run ", Code(run))
+    return (
+        "computed from the GPU's datasheet and published efficiencies, which ",
+        Code("serving/forecasting/datasheet.py"),
+        " names",
+    )
+
+
 def _replicas(plan: CapacityPlan) -> str:
-    return counted(plan.replicas or 0, "GPU" if plan.gpus == 1 else "replica")
+    return counted(plan.replicas or 0, plan.device if plan.gpus == 1 else "replica")
 
 
 def _demand(demand: Demand) -> str:
@@ -223,7 +239,7 @@ def _answer(plan: CapacityPlan) -> Paragraph:
     if plan.demand.rate_per_s and plan.replicas:
         text += f" {plan.demand.rate_per_s:.3g} requests/s are forecast on {plan.replicas} of them."
     elif plan.demand.rate_per_s:
-        text += " The demand needs more GPUs than a plan can forecast."
+        text += f" The demand needs more {plan.device}s than a plan can forecast."
     return Paragraph(Strong(text))
 
 
@@ -242,10 +258,16 @@ def _fit(plan: CapacityPlan) -> Sequence[Block]:
     of_memory, each = (
         ("the GPU's memory", "") if plan.gpus == 1 else (f"the memory of {plan.gpus} GPUs", " each")
     )
+    room = (
+        f" The KV cache has {CPU_KV_BYTES / 1e9:.1f} GB, which is vLLM's default on a CPU, or what"
+        f" weights and processes ({PROCESS_BYTES / 1e9:.1f} GB) leave where that is less."
+        if plan.on_cpu
+        else f" {usable / 1e9:.1f} GB of {of_memory} are usable: {MEMORY_SHARE:.0%}, which is"
+        f" vLLM's default, less {ACTIVATION_BYTES / 1e9:g} GB{each} for activations."
+    )
     formula = (
         Emphasis("Arithmetic."),
-        f" {usable / 1e9:.1f} GB of {of_memory} are usable: {MEMORY_SHARE:.0%}, which is vLLM's"
-        f" default, less {ACTIVATION_BYTES / 1e9:g} GB{each} for activations. The weights are the"
+        f"{room} The weights are the"
         " linear layers at their precision and the embeddings at 16 bits. A token's keys and"
         " values are"
         f" {plan.fits[0].kv_bytes_per_token:,.0f} bytes: 2 x layers x KV heads x head dim x 2. A"
@@ -294,30 +316,42 @@ def _one_replica(plan: CapacityPlan) -> Sequence[Block]:
     return table(header, rows), Paragraph(note) if rows else Paragraph("")
 
 
-def _fleet(plan: CapacityPlan) -> Sequence[Block]:
-    rows: list[list[Inline]] = [
-        [
-            f.router,
-            with_band(f.within, "share"),
-            number(f.expected.ttft_p50_s, "s"),
-            with_band(f.ttft_p99_s, "s"),
-            number(f.expected.tpot_p99_s, "s"),
-            number(f.expected.hit_rate, "share"),
-            f"{f.expected.preemptions:,}",
-        ]
-        for f in plan.fleets
+FLEET = ("Router", "Within the objective", "TTFT p50", "TTFT p99", "TPOT p99", "Prefix hits",
+         "Preemptions")  # fmt: skip
+"""The header of what `fleet_row` writes."""
+
+
+def fleet_row(fleet: FleetForecast) -> list[Inline]:
+    """Write what clients of a fleet would observe, for each column of FLEET."""
+    return [
+        fleet.router,
+        with_band(fleet.within, "share"),
+        number(fleet.expected.ttft_p50_s, "s"),
+        with_band(fleet.ttft_p99_s, "s"),
+        number(fleet.expected.tpot_p99_s, "s"),
+        number(fleet.expected.hit_rate, "share"),
+        f"{fleet.expected.preemptions:,}",
     ]
-    header = ("Router", "Within the objective", "TTFT p50", "TTFT p99", "TPOT p99", "Prefix hits",
-              "Preemptions")  # fmt: skip
-    note = (
+
+
+def fleet_note(fleets: Sequence[FleetForecast], several: bool = True) -> Paragraph:
+    """Say how the replicas were played, of which there are `several`."""
+    requests = f" {fleets[0].expected.requests if fleets else 0:,} requests count"
+    preparing = "prepares its requests one after another, in 2 ms, as measured on two CPU cores"
+    if not several:
+        return Paragraph((Emphasis("Forecast."), f"{requests}. The engine's server {preparing}."))
+    return Paragraph((
         Emphasis("Forecast."),
-        f" {plan.fleets[0].expected.requests if plan.fleets else 0:,} requests count, the same for"
-        " each router. The network between router and replicas takes no time, each replica's server"
-        " prepares its requests one after another, in 2 ms, as measured on two CPU cores, and"
-        " replicas do not fail. The prefix-aware router follows the rule of SGLang's: a prompt goes"
-        " where its beginning was sent before, unless that replica is overloaded.",
-    )
-    return (table(header, rows), Paragraph(note)) if rows else ()
+        f"{requests}, the same for each router. The network between router and replicas takes no"
+        f" time, each replica's server {preparing}, and replicas do not fail. The prefix-aware"
+        " router follows the rule of SGLang's: a prompt goes where its beginning was sent before,"
+        " unless that replica is overloaded.",
+    ))  # fmt: skip
+
+
+def _fleet(plan: CapacityPlan) -> Sequence[Block]:
+    rows = [fleet_row(fleet) for fleet in plan.fleets]
+    return (table(FLEET, rows), fleet_note(plan.fleets)) if rows else ()
 
 
 def _money(plan: CapacityPlan) -> Sequence[Block]:

@@ -349,7 +349,7 @@ def _in_virtual_time(facts: Facts) -> Section:
         if before.points
         else None,
         tables.closed_forms(facts.lab, facts.summary, facts.predictions),
-        tables.kv_use(facts.lab, before.kv_use, facts.summary.kv_use),
+        tables.kv_use(facts.lab, before, facts.summary.kv_use),
         Paragraph(KV_USE) if before.kv_use else None,
         Paragraph("No forecast:") if without else None,
         bullets(without),

@@ -60,6 +60,15 @@ PACE = (
     " by themselves; the last column tells which. This explains misses, and excuses none: the pace"
     " is taken from what was measured."
 )
+AIMS = (
+    "What forecasts are meant to reach, on one machine in the newest run of each lab. It was stated"
+    " before the runs that are judged by it, and nothing is fitted to reach it. Claims count"
+    " whatever predicted them, and all figures with a band that are listed below."
+)
+CLAIMS_NEAR = 52 / 61  # within 25%, as 52 of 61 claims would be
+CLAIMS_DISTANCE = 0.08  # the median, at most
+POINTS_DISTANCE = {"output_tokens_per_s": 0.10, "tpot_mean_s": 0.10, "ttft_mean_s": 0.15}
+WITHIN_BANDS = (0.80, 0.97)  # more would show bands that are too wide
 LEAST_TIMED = 6  # figures of a run, whose median is its pace
 NONE = "No full run on file has a valid figure that was predicted."
 LinkTo = Callable[[RunFolder], str]  # the address of what tells a run
@@ -127,9 +136,13 @@ def _is_near(share: float) -> bool:
     return 1 / AGREEMENT <= share <= AGREEMENT
 
 
+def _median_distance(shares: Iterable[float]) -> float:
+    return median(abs(share - 1) for share in shares)
+
+
 def median_distance(shares: Sequence[float]) -> str:
     """Say how far measured / predicted lies from 1, the median of these, as a percentage."""
-    distance = median(abs(share - 1) for share in shares)
+    distance = _median_distance(shares)
     return f"{distance:.0%}" if math.isfinite(distance) else "infinite"
 
 
@@ -225,6 +238,7 @@ def page(reported: Sequence[Residual], link: LinkTo, kept: Sequence[Residual] = 
     return section(
         "Forecast beside measured",
         Paragraph(INTRODUCTION if reported else NONE),
+        section("Aims", Paragraph(AIMS), _aims(now)) if now else None,
         section(
             "By machine and figure, in the newest run of each lab",
             _grouped(now, ("Machine", "Figure"), lambda r: (r.machine, r.group)),
@@ -255,6 +269,64 @@ def page(reported: Sequence[Residual], link: LinkTo, kept: Sequence[Residual] = 
         if misses
         else None,
     )
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What forecasts on a machine are meant to reach, and what they reached."""
+
+    what: str
+    wanted: str
+    found: str
+    met: bool
+
+
+def aims_of(reported: Sequence[Residual]) -> list[Aim]:
+    """List the aims beside what these residuals of one machine show; without figures there is none.
+
+    Shares and distances are held against the aims as they are, and not as they are printed.
+    """
+    claims = [r for r in reported if r.group in (BY_FORECAST, BY_FORMULA)]
+    within = [r.within for r in reported if r.within is not None]
+    aims = []
+    if claims:
+        near, share = _share([r.near for r in claims])
+        wanted = f"at least {CLAIMS_NEAR:.0%}"
+        aims.append(Aim("Claims within 25%", wanted, near, share >= CLAIMS_NEAR))
+        aims.append(_distance_aim("Claims", claims, CLAIMS_DISTANCE))
+    for metric, most in POINTS_DISTANCE.items():
+        title = METRICS[metric].title
+        if figures := [r for r in reported if r.group == title]:
+            aims.append(_distance_aim(title, figures, most))
+    if within:
+        low, high = WITHIN_BANDS
+        inside, share = _share(within)
+        wanted = f"{low:.0%} to {high:.0%}"
+        aims.append(Aim("Figures within their band", wanted, inside, low <= share <= high))
+    return aims
+
+
+def _distance_aim(what: str, figures: Sequence[Residual], most: float) -> Aim:
+    shares = [r.share for r in figures]
+    found = f"{median_distance(shares)} over {len(shares)}"
+    met = _median_distance(shares) <= most
+    return Aim(f"{what}: median distance", f"at most {most:.0%}", found, met)
+
+
+def _share(held: Sequence[bool]) -> tuple[str, float]:
+    """Count how many hold, in words, with their share."""
+    share = sum(held) / len(held)
+    return f"{sum(held)} of {len(held)} ({share:.0%})", share
+
+
+def _aims(now: Sequence[Residual]) -> Table:
+    machines = dict.fromkeys(r.machine for r in now)
+    rows = [
+        [machine, aim.what, aim.wanted, aim.found, "met" if aim.met else "missed"]
+        for machine in machines
+        for aim in aims_of([r for r in now if r.machine == machine])
+    ]
+    return table(("Machine", "Aim", "Wanted", "Found", "Met?"), rows)
 
 
 def paces_of(reported: Iterable[Residual]) -> dict[Path, float]:

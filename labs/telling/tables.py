@@ -159,7 +159,7 @@ def in_virtual_time(lab: Lab, forecasts: PointForecasts, also: Collection[str] =
             [
                 point_label(key, lab),
                 *(_band(bands.get(metric), METRICS[metric].unit) for metric in metrics),
-                *_shares(forecasts.kv_use, key),
+                *_shares(forecasts, key),
             ]
             for key, bands in forecasts.points.items()
         ),
@@ -191,12 +191,16 @@ def searched(forecasts: PointForecasts) -> Table | None:
     )
 
 
-def _shares(kv_use: Mapping[str, KvUse], point: str) -> list[str]:
-    """Write the mean and the peak; nothing where there is neither of any point."""
-    if not kv_use:
+def _shares(forecasts: PointForecasts, point: str) -> list[str]:
+    """Write the mean and the peak, with bands where there are; nothing without any of a point."""
+    if not forecasts.kv_use:
         return []
-    use = kv_use.get(point)
-    return [number(share, "share") for share in ((use.mean, use.peak) if use else (None, None))]
+    use, bands = forecasts.kv_use.get(point), forecasts.kv_bands.get(point, {})
+    shares = {"mean": use.mean if use else None, "peak": use.peak if use else None}
+    return [
+        _band(bands[which], "share") if which in bands else number(share, "share")
+        for which, share in shares.items()
+    ]
 
 
 def _band(band: Band | None, unit: str) -> str:
@@ -225,17 +229,18 @@ def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
     return table(header, rows)
 
 
-def kv_use(lab: Lab, forecast: Mapping[str, KvUse], measured: Mapping[str, KvUse]) -> Table:
+def kv_use(lab: Lab, forecasts: PointForecasts, measured: Mapping[str, KvUse]) -> Table:
     """Tabulate how much of the KV cache was in use at each point; empty without forecasts."""
     rows: list[list[Inline]] = []
-    for point, foreseen in forecast.items():
+    for point in forecasts.kv_use:
         came = measured.get(point)
+        mean, peak = _shares(forecasts, point)
         rows.append(
             [
                 point_label(point, lab),
-                number(foreseen.mean, "share"),
+                mean,
                 number(came.mean if came else None, "share"),
-                number(foreseen.peak, "share"),
+                peak,
                 number(came.peak if came else None, "share"),
             ]
         )

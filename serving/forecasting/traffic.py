@@ -13,10 +13,11 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Literal, Protocol
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from serving.forecasting.copying import Copied
 
@@ -88,8 +89,14 @@ class Prompt(BaseModel, frozen=True, extra="forbid"):
     copied: Copied = ()  # what a lookup of n-grams finds in its answer, where that is known
 
 
-class VirtualAnswer(BaseModel, extra="forbid"):
-    """An answer as the client would observe it; chunks are (arrival in seconds, tokens)."""
+@dataclass(slots=True, kw_only=True)
+class VirtualAnswer:
+    """An answer as the client would observe it; chunks are (arrival in seconds, tokens).
+
+    It is no model by itself, as a play may hold a hundred thousand: a fifth of the memory.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     index: int
     asked_tokens: int
@@ -97,7 +104,7 @@ class VirtualAnswer(BaseModel, extra="forbid"):
     choice: int | None = None  # which answer of its request, where that asked for several
     scheduled_s: float | None
     sent_s: float
-    chunks: list[tuple[float, int]] = []
+    chunks: list[tuple[float, int]] = field(default_factory=list)
     in_window: bool
     turned_away_s: float | None = None  # when it was refused, where it was
 

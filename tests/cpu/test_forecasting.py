@@ -428,7 +428,7 @@ def test_a_plan_is_the_same_by_one_process_and_by_two(monkeypatch: pytest.Monkey
 
 
 def plan_on(question: Question, processes: int, monkeypatch: pytest.MonkeyPatch) -> CapacityPlan:
-    monkeypatch.setattr(capacity_plan, "_processes", lambda: processes)
+    monkeypatch.setattr(capacity_plan, "processes", lambda _: processes)
     return capacity_plan.plan(question, SilentProgress())
 
 

@@ -182,7 +182,7 @@ def test_the_longest_plays_begin_first_and_all_come_back_in_order(
         return reversed([*enumerate(begun)])  # as they end
 
     monkeypatch.setattr(capacity_plan, "play_all", noted)
-    monkeypatch.setattr(capacity_plan, "_latencies", lambda play, slo: play)
+    monkeypatch.setattr(capacity_plan, "latencies", lambda play, slo: play)
     loads = [capacity_plan._drawn(player.question, rate, 8000) for rate in (100.0, 300.0, 200.0)]
     played: list[Any] = [*player.play([capacity_plan._Job(load, 0) for load in loads], "here")]
     assert played == [len(load.schedule_s) for load in loads]
@@ -203,17 +203,19 @@ def test_engines_are_built_for_the_longest_request_of_any_load(
 def test_there_are_no_more_processes_than_cores_and_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def processes(cores: int, memory_bytes: float) -> int:
+    def processes(cores: int, memory_bytes: float, requests: int = 0) -> int:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
         monkeypatch.setattr(
             psutil, "virtual_memory", lambda: SimpleNamespace(available=memory_bytes)
         )
-        return capacity_plan._processes()
+        return capacity_plan.processes(requests)
 
     assert processes(2, 1e12) == 2
     assert processes(256, 1e12) == capacity_plan.MOST_PROCESSES
     assert processes(256, 3.9 * capacity_plan.FORECASTER_BYTES) == 3
     assert processes(256, 0) == 1
+    most = round(capacity_plan.FORECASTER_BYTES / capacity_plan.REQUEST_BYTES)
+    assert processes(256, 4 * capacity_plan.FORECASTER_BYTES, most) == 2
 
 
 def test_a_mixture_of_experts_is_planned_with_what_can_be_derived() -> None:

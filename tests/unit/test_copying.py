@@ -129,12 +129,14 @@ def test_no_two_plays_of_a_contended_load_have_the_same_speed() -> None:
 def test_a_band_holds_what_hangs_on_chance() -> None:
     """First tokens that wait or do not, by which of two prompts comes first."""
     waits = [{"ttft_mean_s": s} for s in (0.2, 0.2, 1.4, 0.2, 1.4)]
-    band = _bands(waits, [waits[0], waits[0]], 5)["ttft_mean_s"]
+    names = ("ttft_mean_s",)
+    band = _bands(waits, [waits[0], waits[0]], 5, names)["ttft_mean_s"]
     assert band.value == pytest.approx(0.68)
     assert 0.2 <= band.low < 0.5
     assert 1.0 < band.high <= 1.4
     assert band.geometric_mean == pytest.approx((0.2**3 * 1.4**2) ** 0.2)
-    steady = _bands([{"ttft_mean_s": 0.2}] * 5, [{"ttft_mean_s": s} for s in (0.18, 0.236)], 5)
+    ends = [{"ttft_mean_s": s} for s in (0.18, 0.236)]
+    steady = _bands([{"ttft_mean_s": 0.2}] * 5, ends, 5, names)
     assert (steady["ttft_mean_s"].low, steady["ttft_mean_s"].high) == pytest.approx((0.18, 0.236))
     assert by_chance([0.3], 1) == 0.0
 

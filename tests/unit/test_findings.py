@@ -27,6 +27,7 @@ from labs.filing.results import (
 )
 from labs.findings.chunked_prefill import TOKEN_BUDGET
 from labs.findings.context import Context
+from labs.findings.drawing import plt
 from labs.findings.kv_quantization import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
 from labs.findings.multi_lora import ADAPTER_COST, TENANT_LEAKS, TENANT_MEMORY
 from labs.findings.overload import ADMISSION, ALARMS, BEST_FLAGS, CLASSES, SIGNALS
@@ -34,7 +35,7 @@ from labs.findings.parts import Conclusion, parts_of
 from labs.findings.prefix_caching import A_STRANGER, TIMING_LEAK
 from labs.findings.quality import QUALITY
 from labs.findings.quantization_tools import TOOLS_COMPARED
-from labs.findings.single_stream import FLAGS, PHASES, phase
+from labs.findings.single_stream import FLAGS, PHASES, flag_effects, phase
 from labs.findings.speculative_decoding import (
     ACCEPTANCE,
     SAME_TEXT,
@@ -42,7 +43,7 @@ from labs.findings.speculative_decoding import (
     speed_ups,
     tokens_a_step,
 )
-from labs.findings.steps import Parts
+from labs.findings.steps import Parts, decode_s
 from labs.findings.weight_quantization import NEEDLES, OUTLIERS
 from labs.findings.weights import WEIGHTS
 from labs.judging.evaluation import Evaluation, Passage, ScoredCompletion
@@ -56,6 +57,7 @@ from loadtests.records import RequestRecord
 from loadtests.workload import Adapters, Fixed, Intruder
 from serving import metrics
 from serving.adapters import mark_of
+from serving.forecasting.step import StepTimes
 from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import (
     CEILINGS,
@@ -1058,6 +1060,86 @@ def test_the_parts_of_a_step_add_up_as_they_are_printed(measured_s: float, limit
     assert parts.limit == limit
     sentence = parts.sentence("A step")
     assert ("overlap" in sentence) == (measured_s < 0.00939 + 0.00132)
+
+
+@pytest.mark.parametrize(
+    ("stand_in_s", "parts_ms", "told"),
+    [
+        (0.020, [9.4, 1.3, 9.3, 6.3], "6.3 ms (24%) the engine's own."),
+        (0.028, [9.4, 1.3, 17.3, -1.7], "less 1.7 ms (7%) by which the engine was faster."),
+        (0.009, [9.4, 1.3, 0.0, 15.6], "0.0 ms (0%) launching, 15.6 ms"),
+    ],
+)
+def test_a_step_with_a_timed_stand_in_has_four_parts(
+    stand_in_s: float, parts_ms: list[float], told: str
+) -> None:
+    """Also where the engine was faster than it, or where it reads and computes at once."""
+    parts = Parts(0.0263, 0.00939, 0.00132, stand_in_s)
+    numbers = [cell.removesuffix("%)").split(" ms (") for cell in parts.cells()]
+    assert [float(ms) for ms, _ in numbers] == pytest.approx(parts_ms)
+    assert sum(float(ms) for ms, _ in numbers) == pytest.approx(26.3)
+    assert sum(int(share) for _, share in numbers) == 100
+    assert parts.rest_s == pytest.approx(parts.launching_s + parts.engine_s)
+    assert told in parts.sentence("A step")
+
+
+def with_stand_in(found: Context, *variants: str, steps: int = 1) -> Context:
+    """The same run, forecast over steps of one second and one second more for each token."""
+    keys = [p.key for p in found.points if p.variant.name in variants]
+    band = {"tpot_mean_s": Band(value=1, low=1, high=1)}
+    times = StepTimes(
+        tokens=(0, 100), linear_s=(1, 101), rows=(1, 2), head_s=(0, 0), attention_pair_s=0,
+        attention_read_s=0,
+    )  # fmt: skip
+    forecasts = PointForecasts(
+        points=dict.fromkeys(keys, band), step_times=[times.model_dump()] * steps
+    )
+    before = Predictions(effects={}, forecasts={}, in_virtual_time=forecasts)
+    write_json(found.folder.path / "predictions.json", before)
+    return found
+
+
+def test_a_pass_has_its_stand_in_where_one_was_timed(tmp_path: Path) -> None:
+    values: dict[str, Values] = {
+        "default decode": {"tpot_mean_s": 3}, "default prefill": {"ttft_mean_s": 20},
+        "eager decode": {"tpot_mean_s": 3}, "eager prefill": {"ttft_mean_s": 20},
+    }  # fmt: skip
+    found = with_stand_in(alone(tmp_path, values), "default")
+    decode, prefill = phase(found, "default", "decode"), phase(found, "default", "prefill")
+    eager = phase(found, "eager", "decode")
+    assert decode
+    assert prefill
+    assert eager
+    assert (decode.stand_in_s, prefill.stand_in_s, eager.stand_in_s) == (2, 9, None)
+    finding = PHASES.finding(found)
+    assert finding.rows[0][2:6] == ["Reading", "Computing", "Launching", "The engine's own"]
+    assert "stand-in step, timed before the engine started" in " ".join(finding.lines)
+    figure = FLAGS.draw
+    assert figure
+    assert "these two are told as one, the rest" in (figure(flag_effects(found)) or "")
+    labels = {text.get_text() for text in plt.gcf().legends[0].get_texts()}
+    assert {"launching", "the engine's own", "the rest"} <= labels
+    plt.close("all")
+
+
+def test_a_step_that_brings_a_token_has_at_least_one_request() -> None:
+    """Between whole numbers of requests its time is interpolated."""
+    times = StepTimes(
+        tokens=(1, 2), linear_s=(1, 3), rows=(1, 2), head_s=(0, 0), attention_pair_s=0,
+        attention_read_s=0,
+    )  # fmt: skip
+    assert [decode_s(times, batch, 8) for batch in (0.9, 1, 1.25, 2)] == [1, 1, 1.5, 3]
+
+
+def test_whose_step_was_timed_is_not_guessed(tmp_path: Path) -> None:
+    """Of a lab with several models or kinds of kernels, several steps are on file."""
+    found = with_stand_in(
+        alone(tmp_path, {"default decode": {"tpot_mean_s": 3}}), "default", steps=2
+    )
+    decode = phase(found, "default", "decode")
+    assert decode
+    assert decode.stand_in_s is None
+    assert PHASES.finding(found).rows[0][2:5] == ["Reading", "Computing", "The rest"]
 
 
 def test_mbu_and_mfu_beside_the_flags_are_those_of_every_point(tmp_path: Path) -> None:

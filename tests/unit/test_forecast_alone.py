@@ -27,6 +27,7 @@ from labs.running.run import forecast_alone, run_lock
 from labs.running.step_timing import _step_of, steps_as_timed
 from labs.running.virtual_trials import _traffic, as_one_gpu
 from labs.telling import tables
+from loadtests.trace import MOST_ROWS
 from serving.engines.vllm import VllmFlags
 from serving.gpus import Datasheet
 from serving.models import bundled
@@ -58,6 +59,10 @@ class Resolved:
     lab: Lab
     datasheet: Datasheet | None
 
+    @property
+    def elsewhere(self) -> bool:
+        return self.datasheet is not None
+
 
 def resolved(request: RunRequest) -> Resolved:
     return Resolved(request.lab, machine_of(request.card)[1])
@@ -88,6 +93,13 @@ def test_engines_are_forecast_under_a_trace_in_place_of_the_labs_loads() -> None
         lab_of(RunRequest(lab, trace=((0.0, 8, 8), (0.0, 9, 9))), "cpu")
 
 
+def test_a_trace_that_is_too_long_for_a_run_is_forecast_as_a_whole() -> None:
+    trace = tuple((0.5 * i, 100, 20) for i in range(MOST_ROWS + 1))
+    lab = lab_of(RunRequest(LABS["chunked-prefill"], trace=trace), "cpu")
+    assert lab.workloads[0].trace == trace
+    assert lab.window_s == trace[-1][0]
+
+
 def test_gpus_that_share_layers_are_faster_and_hold_more() -> None:
     """The ceilings and the KV cache of four; to the scheduler they are one."""
     lab = LABS["kv-quantization"].at("gpu-80", quick=False)
@@ -110,7 +122,7 @@ def test_a_kv_head_is_never_divided() -> None:
 def test_what_cannot_be_shared_has_no_forecast() -> None:
     copies = LABS["continuous-batching"].at("gpu-80", False, {"flags.data-parallel-size": 2})
     setup: Any = SimpleNamespace(
-        lab=copies, endpoint=None, engine_command=(), datasheet=machine_of("h100")[1]
+        lab=copies, endpoint=None, engine_command=(), datasheet=machine_of("h100")[1], on_file=None
     )
     assert "data parallelism" in (reason_against(setup, copies.variants[0]) or "")
     shared = LABS["continuous-batching"].at("gpu-24", False, {"flags.tensor-parallel-size": 2})
@@ -127,7 +139,7 @@ def _reasons(name: str, here: bool = True, **changes: Any) -> dict[str, str]:
     setup: Any = SimpleNamespace(
         lab=lab, endpoint=None, engine_command=(), weights={}, places={},
         machine=SimpleNamespace(kind="gpu"), model=SimpleNamespace(shape=SHAPE, path=bundled()),
-        datasheet=None if here else machine_of("h100")[1],
+        datasheet=None if here else machine_of("h100")[1], on_file=None,
     )  # fmt: skip
     return {v.name: why for v in lab.variants if (why := reason_against(setup, v))}
 

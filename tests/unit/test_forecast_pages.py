@@ -266,6 +266,32 @@ def of_a_run(folder: RunFolder, group: str, unit: str, measured: float) -> Resid
     )  # fmt: skip
 
 
+def test_the_aims_are_told_beside_what_was_reached(folder: RunFolder) -> None:
+    """Three of four claims are within 25%, and none of two times within its band."""
+    claims = [of_a_run(folder, residuals.BY_FORECAST, "x", share) for share in (1.0, 1.02, 1.2)]
+    claims.append(of_a_run(folder, residuals.BY_FORMULA, "x", 2.0))
+    times = [of_a_run(folder, "TPOT, mean", "s", 1.12) for _ in range(2)]
+    rates = [of_a_run(folder, "Output throughput", "tok/s", 1.05) for _ in range(8)]
+    found = {aim.what: (aim.found, aim.met) for aim in residuals.aims_of([*claims, *times, *rates])}
+    assert found == {
+        "Claims within 25%": ("3 of 4 (75%)", False),
+        "Claims: median distance": ("11% over 4", False),
+        "Output throughput: median distance": ("5% over 8", True),
+        "TPOT, mean: median distance": ("12% over 2", False),
+        "Figures within their band": ("8 of 10 (80%)", True),
+    }
+    text = markdown.document(residuals.page([*claims, *times, *rates], lambda folder: "report.md"))
+    assert "| abacus | Claims within 25% | at least 85% | 3 of 4 (75%) | missed |" in text
+    assert "| abacus | Figures within their band | 80% to 97% | 8 of 10 (80%) | met |" in text
+    assert residuals.aims_of([]) == []
+
+
+def test_bands_that_hold_everything_miss_their_aim(folder: RunFolder) -> None:
+    inside = [of_a_run(folder, "TTFT, mean", "s", 1.0) for _ in range(100)]
+    *_, bands = residuals.aims_of(inside)
+    assert (bands.found, bands.met) == ("100 of 100 (100%)", False)
+
+
 def test_a_miss_is_told_beside_the_pace_of_its_run(folder: RunFolder) -> None:
     """Of a machine that was half as fast as when its step was timed."""
     slow = [of_a_run(folder, "TPOT, mean", "s", 2.0) for _ in range(4)]

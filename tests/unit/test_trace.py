@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from labs.commands.options import trace_of
 from loadtests import trace
 from loadtests.trace import read_trace
 
@@ -48,7 +49,19 @@ def test_a_request_without_an_answer_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_long_trace_is_kept_from_its_beginning(tmp_path: Path) -> None:
-    assert [row[0] for row in read_trace(written(tmp_path, PLAIN), most_rows=2)] == [0.0, 0.5]
+    """By time, whatever the order in the file: the earliest may come last."""
+    assert [row[0] for row in read_trace(written(tmp_path, PLAIN), 2)] == [0.0, 0.5]
+    shuffled = sorted(range(50), key=lambda at: at * 37 % 50)
+    text = "timestamp,input_tokens,output_tokens\n" + "".join(f"{at},8,8\n" for at in shuffled)
+    assert [row[0] for row in read_trace(written(tmp_path, text), 3)] == [0.0, 1.0, 2.0]
+
+
+def test_a_plan_reads_more_of_a_trace_than_a_run(tmp_path: Path) -> None:
+    """A run files every row, and writes and sends a prompt for it; a plan does neither."""
+    rows = "".join(f"{at},8,8\n" for at in range(trace.MOST_ROWS + 1))
+    path = written(tmp_path, f"timestamp,input_tokens,output_tokens\n{rows}")
+    assert len(read_trace(path)) == trace.MOST_ROWS
+    assert len(trace_of(path)) == trace.MOST_ROWS + 1
 
 
 def test_no_more_of_a_trace_is_in_memory_than_is_kept(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from labs.lab import Lab, Point, Variant
 from labs.running import forecast
 from labs.running.virtual_trials import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
+from labs.telling import markdown, tables
 from loadtests.workload import Intruder
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedTrial
 from serving.forecasting.traffic import Play, VirtualAnswer
@@ -61,6 +63,7 @@ class Playing:
 def make_setup(lab: Lab) -> Any:
     return SimpleNamespace(
         lab=lab, points=lab.points(SHAPE, CEILINGS), places={}, weights={}, datasheet=None,
+        on_file=None, elsewhere=False,
         model=SimpleNamespace(path=Path("model"), dummy=False),
         machine=SimpleNamespace(kind="cpu", slug="abacus"),
     )  # fmt: skip
@@ -223,7 +226,21 @@ def test_the_cache_in_use_is_the_mean_over_the_plays_at_the_expected_step(
     assert found.kv_use.keys() == found.points.keys()
     for use in found.kv_use.values():
         assert (use.mean, use.peak) == pytest.approx((0.3, 0.6))
-    assert forecast_of(make_lab(), Playing(one_engine=False), monkeypatch).kv_use == {}
+    without = forecast_of(make_lab(), Playing(one_engine=False), monkeypatch)
+    assert without.kv_use == without.kv_bands == {}
+
+
+def test_the_cache_in_use_has_a_band_as_other_figures_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A faster and a slower step use 0.9 of it where the first play, as timed, uses 0.2."""
+    found = forecast_of(make_lab(), Playing(), monkeypatch)
+    assert found.kv_bands.keys() == found.kv_use.keys()
+    for key, bands in found.kv_bands.items():
+        assert bands["mean"].value == pytest.approx(found.kv_use[key].mean)
+        assert bands["peak"].value == pytest.approx(found.kv_use[key].peak)
+        assert bands["mean"].low <= 0.3
+        assert bands["mean"].high == pytest.approx(0.9)
+    told = markdown.fragment([tables.in_virtual_time(make_lab(), found)])
+    assert re.search(r"\| 30% \(\d+% to 90%\) \|", told)
 
 
 def test_the_first_play_of_what_a_lab_draws_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

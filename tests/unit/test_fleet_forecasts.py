@@ -1,0 +1,136 @@
+"""A lab's engines behind a router: what is played, and what has nothing to route."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from labs.commands.cli import _fleet_size, app
+from labs.lab import LabError
+from labs.running import capacity_plan, fleets
+from labs.running.fleets import FleetSize, forecast_fleets, require_open_loads, write_lengths
+from labs.running.trials import requests_file
+from labs.telling import forecasts, markdown
+from loadtests.trace import MOST_ROWS
+from serving.forecasting.plan import ForecastPlan, SyntheticRequest
+from tests.unit.builders import make_lab, make_workload
+from tests.unit.test_capacity_plan import SilentProgress, latencies
+from tests.unit.test_virtual_trials import make_setup, steps_of
+
+TRACE = tuple((0.5 * i, 100 + i, 20) for i in range(41))
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> list[ForecastPlan]:
+    """The plans that are played; each play has half of its requests within the objective."""
+    plans: list[ForecastPlan] = []
+
+    def play_all(_: Any, given: Sequence[ForecastPlan]) -> Iterator[tuple[int, Any]]:
+        plans.extend(given)
+        return reversed([*enumerate(given)])  # the last ends first
+
+    monkeypatch.setattr(fleets, "started", lambda: nullcontext(None))
+    monkeypatch.setattr(fleets, "side_by_side", lambda _: nullcontext([]))
+    monkeypatch.setattr(fleets, "steps_of", lambda setup, points, *_: steps_of(points))
+    monkeypatch.setattr(fleets, "reason_against", lambda *_: None)
+    monkeypatch.setattr(capacity_plan, "play_all", play_all)
+    monkeypatch.setattr(capacity_plan, "latencies", lambda *_: latencies(0.5))
+    return plans
+
+
+def found_of(setup: Any, size: FleetSize) -> fleets.FleetForecasts:
+    files = {w.name: [Path("requests.jsonl")] for w in setup.lab.workloads}
+    return forecast_fleets(setup, files, size, SilentProgress())
+
+
+def test_every_engine_plays_the_trace_behind_every_router(played: list[ForecastPlan]) -> None:
+    setup = make_setup(make_lab().replaying(TRACE))
+    found = found_of(setup, FleetSize(3, ("round-robin", "least-loaded")))
+    assert {key: [f.router for f in of] for key, of in found.points.items()} == {
+        f"{variant}/trace/replay-1": ["round-robin", "least-loaded"] for variant in ("off", "on")
+    }
+    assert len(played) == 2 * 2 * 3  # engines, routers, and a step as expected, faster, slower
+    for plan in played:
+        (engine,) = plan.engines
+        (trial,) = engine.trials
+        assert engine.replicas == 3
+        assert plan.delays.serial_s == 0.002 / 3
+        assert trial.ends_only
+        assert trial.traffic.schedule_s == tuple(row[0] for row in TRACE)
+    text = markdown.document(
+        forecasts.page_of_fleets(
+            setup.lab, "abacus-1", SimpleNamespace(model="Abacus", describe=lambda: "an abacus"),  # type: ignore[arg-type]
+            3, found.points, {"eager": "it was not timed"}, by_datasheet=False,
+        )
+    )  # fmt: skip
+    assert "3 replicas of each engine, forecast for Abacus" in text
+    assert "nothing was measured" in text
+    assert "`eager` has no forecast: it was not timed" in text
+    assert text.count("| least-loaded | 50% |") == 2
+
+
+def test_one_engine_is_told_without_a_router(played: list[ForecastPlan]) -> None:
+    setup = make_setup(make_lab().replaying(TRACE))
+    found = found_of(setup, FleetSize(1, ("round-robin",)))
+    text = markdown.document(
+        forecasts.page_of_fleets(
+            setup.lab, "abacus-1", SimpleNamespace(model="Abacus", describe=lambda: "an abacus"),  # type: ignore[arg-type]
+            1, found.points, {}, by_datasheet=False,
+        )
+    )  # fmt: skip
+    assert "outer" not in text
+    assert "replica" not in text
+    assert "| Point | Within the objective |" in text
+    assert text.count("| 50% |") >= 2
+
+
+def test_of_a_labs_own_loads_the_open_ones_are_shared(played: list[ForecastPlan]) -> None:
+    lab = make_lab(workloads=(make_workload("concurrent:2", "poisson:2"),), claims=(), evidence=())
+    found = found_of(make_setup(lab), FleetSize(2, ("round-robin",)))
+    assert set(found.points) == {"off/short/poisson-2", "on/short/poisson-2"}
+
+
+def test_what_waits_for_answers_has_nothing_to_route() -> None:
+    for load in ("concurrent:2", "waves:2"):
+        lab = make_lab(workloads=(make_workload(load),), claims=(), evidence=())
+        with pytest.raises(LabError, match="no load whose requests come at times of their own"):
+            require_open_loads(make_setup(lab))
+
+
+def test_a_long_trace_is_written_as_lengths(tmp_path: Path) -> None:
+    setup = make_setup(make_lab().replaying(TRACE))
+    write_lengths(setup, tmp_path)
+    lines = requests_file(tmp_path, setup.lab.workloads[0], 1).read_text().splitlines()
+    written = [SyntheticRequest.model_validate(json.loads(line)) for line in lines]
+    assert [(r.index, r.prompt_tokens, r.output_tokens) for r in written] == [
+        (i, prompt, output) for i, (_, prompt, output) in enumerate(TRACE)
+    ]
+
+
+def test_which_forecasts_are_played_as_fleets() -> None:
+    assert _fleet_size(0, "all", TRACE) is None
+    assert _fleet_size(0, "all", TRACE * (MOST_ROWS // 20)) == FleetSize(1, ("round-robin",))
+    assert _fleet_size(1, "all", TRACE) == FleetSize(1, ("round-robin",))
+    assert _fleet_size(4, "least-loaded", ()) == FleetSize(4, ("least-loaded",))
+    assert len(_fleet_size(4, "all", ()).routers) == 3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["--router", "least-loaded"], "has nothing to route to: say how many with REPLICAS="),
+        (["--router", "random", "--replicas", "2"], "there is no ROUTER=random"),
+        (["--machine", "h1000"], "no GPU 'h1000': did you mean h100?"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(settings: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["forecast", "--lab", "chunked-prefill", *settings])
+    assert done.exit_code != 0
+    assert said in " ".join(done.output.replace("│", "").split())

@@ -1,0 +1,204 @@
+"""A machine by what a run on it left: which runs count, what is refused, what rests on it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from labs import LABS
+from labs.commands.options import on_file_of
+from labs.filing import results
+from labs.filing.results import Band, PointForecasts, RunFolder, write_json
+from labs.lab import SLO, LabError
+from labs.running import capacity_plan, machines_on_file
+from labs.running.capacity_plan import Question, plan
+from labs.running.forecast import reason_against, steps_of
+from labs.running.machines_on_file import MachineOnFile, on_file
+from labs.running.resolve import machine_of
+from labs.telling import capacity_plans, markdown
+from labs.telling.capacity_plans import Demand
+from serving.forecasting.step import StepTimes
+from serving.machine import Machine
+from serving.models import BUNDLED, bundled, load
+from tests.unit.builders import CEILINGS, MACHINE, SHAPE, write_run
+from tests.unit.test_capacity_plan import SilentProgress, latencies
+from tests.unit.test_forecasting import TIMES
+
+CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=8 * 2**30)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def timed(folder: RunFolder, *steps: StepTimes, spread: float = 1.1) -> RunFolder:
+    """The same run, before whose engines these steps were timed."""
+    band = {"tpot_mean_s": Band(value=1, low=1, high=1)}
+    forecasts = PointForecasts(
+        points={p.key: band for p in folder.run().points()},
+        step_times=[s.model_dump() for s in steps],
+        machine_spread=spread,
+    )
+    before = folder.predictions().model_copy(update={"in_virtual_time": forecasts})
+    write_json(folder.path / "predictions.json", before)
+    return folder
+
+
+def larger(tokens: int) -> StepTimes:
+    return TIMES.model_copy(update={"tokens": (*TIMES.tokens[:-1], tokens)})
+
+
+def test_a_machine_is_found_by_its_name_and_a_run_by_its_path(home: Path) -> None:
+    run = timed(write_run(home), TIMES)
+    for name in (MACHINE.slug, str(home / MACHINE.slug), str(run.path)):
+        found = on_file(name)
+        assert found
+        assert (found.machine, found.ceilings) == (MACHINE, CEILINGS)
+        assert (found.model, found.shape, found.step) == ("abacus-1", SHAPE, TIMES)
+        assert found.run == "/".join(run.path.parts[-3:])
+        assert found.spread == 1.1
+    assert machines_on_file.named() == [MACHINE.slug]
+
+
+def test_of_a_machine_the_largest_step_counts_and_then_the_newest(home: Path) -> None:
+    timed(write_run(home, "20260101"), larger(4096))
+    newest = timed(write_run(home, "20260102"), larger(4096))
+    timed(write_run(home, "20260103"), larger(2048))
+    damaged = timed(write_run(home, "20260104"), larger(9000))
+    (damaged.path / "predictions.json").write_text("{")
+    found = on_file(MACHINE.slug)
+    assert found
+    assert Path(found.run).name == newest.path.name
+
+
+def test_a_run_that_timed_several_steps_or_none_is_refused_with_the_reason(home: Path) -> None:
+    run = write_run(home)
+    with pytest.raises(
+        LabError, match=r"nothing on file tells how long a step takes .* timed no step"
+    ):
+        on_file(MACHINE.slug)
+    timed(run, TIMES, larger(64))
+    with pytest.raises(LabError, match="timed 2 steps, and which is the model's own is not told"):
+        on_file(str(run.path))
+
+
+def test_a_step_of_quantized_parts_is_not_the_models_own(home: Path) -> None:
+    run = timed(write_run(home, flags={"kv-cache-dtype": "fp8"}), TIMES)
+    with pytest.raises(LabError, match="timed no step of the model as it is"):
+        on_file(str(run.path))
+
+
+def test_a_name_that_nothing_has_is_refused_with_those_that_are_known(home: Path) -> None:
+    timed(write_run(home), TIMES)
+    assert on_file_of("h100") is None
+    assert on_file_of("") is None
+    name = MACHINE.slug[:-1]
+    assert on_file_of(name) is None
+    with pytest.raises(
+        LabError, match=f"did you mean {MACHINE.slug}.* h100.*on file {MACHINE.slug}"
+    ):
+        machine_of(name)
+
+
+@pytest.fixture
+def measured() -> MachineOnFile:
+    """The bundled model, at a tenth of a second for each token of a step."""
+    model = load(bundled(), BUNDLED)
+    step = StepTimes(
+        tokens=(0, 1000), linear_s=(0, 100), rows=(0, 1000), head_s=(0, 0), attention_pair_s=0,
+        attention_read_s=0,
+    )  # fmt: skip
+    return MachineOnFile("abacus/lab/run", CPU, CEILINGS, BUNDLED, False, model.shape, step, 1.0)
+
+
+def test_only_engines_with_the_models_own_step_are_forecast_on_it(measured: MachineOnFile) -> None:
+    def reasons(name: str) -> dict[str, str]:
+        lab = LABS[name].at("cpu", quick=False)
+        setup: Any = SimpleNamespace(
+            lab=lab, endpoint=None, engine_command=(), datasheet=None, on_file=measured, weights={},
+            places={}, machine=CPU, model=load(bundled(), BUNDLED),
+        )  # fmt: skip
+        return {v.name: why for v in lab.variants if (why := reason_against(setup, v))}
+
+    assert not reasons("chunked-prefill")
+    assert not reasons("prefix-caching")
+    assert set(reasons("multi-lora").values()) == {"vLLM's operators for adapters were not timed"}
+    assert "attention to a quantized cache was not timed" in reasons("kv-quantization").values()
+    assert "the step of a draft model is not on file" in reasons("speculative-decoding").values()
+
+
+def test_its_steps_have_the_bands_of_a_timed_step(measured: MachineOnFile) -> None:
+    points = LABS["continuous-batching"].at("cpu", quick=False).points(measured.shape, CEILINGS)
+    setup: Any = SimpleNamespace(datasheet=None, on_file=replace(measured, spread=1.1))
+    nobody: Any = None
+    found = steps_of(setup, points, [], nobody, SilentProgress())
+    assert found.keys() == {p.key for p in points}
+    (expected, _), (faster, _), (slower, _) = found[points[0].key]
+    assert expected == measured.step
+    assert faster.linear_s[1] == pytest.approx(90 / 1.1)
+    assert slower.linear_s[1] == pytest.approx(118 * 1.1)
+
+
+def asked(measured: MachineOnFile, **more: Any) -> Question:
+    settings: dict[str, Any] = {
+        "model": load(bundled(), BUNDLED), "precision": "bf16", "card": CPU.slug,
+        "demand": Demand(100, 20), "slo": SLO(ttft_s=20, tpot_s=1),
+        "on_file": measured,
+    }  # fmt: skip
+    return Question(**settings | more)
+
+
+def test_a_plan_for_it_rests_on_what_was_measured(
+    measured: MachineOnFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[Any] = []
+
+    def played(player: Any, jobs: Any, where: str) -> list[Any]:
+        planned.extend(player._plan(job, Path("requests.jsonl")).engines[0] for job in jobs)
+        return [latencies(0.5) for _ in jobs]
+
+    monkeypatch.setattr(capacity_plan._Player, "play", played)
+    monkeypatch.setattr(capacity_plan, "side_by_side", lambda _: nullcontext([]))
+    answer = plan(asked(measured), SilentProgress())
+    assert answer.alone
+    assert answer.alone.tokens_per_s.value == pytest.approx(10)  # a tenth of a second for a token
+    assert answer.alone.prompt_s.low == pytest.approx(0.9 * 10)
+    assert {engine.on_cuda for engine in planned} == {False}
+    assert all("--enforce-eager" in engine.argv for engine in planned)
+    (fit,) = answer.fits
+    assert fit.usable_bytes - fit.weight_bytes == pytest.approx(4 * 2**30)
+    text = markdown.document(capacity_plans.page(answer))
+    assert "timed on such a machine before the run `abacus/lab/run`" in text
+    assert "datasheet" not in text
+    assert "GPU" not in text
+    assert "## One machine" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"precision": "fp8"}, "one device's step in BF16 was timed"),
+        ({"gpus": 2}, "one device's step in BF16 was timed"),
+    ],
+)
+def test_what_was_not_timed_there_is_refused(
+    measured: MachineOnFile, more: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(LabError, match=said):
+        plan(asked(measured, **more), SilentProgress())
+
+
+def test_another_model_than_the_timed_one_is_refused(measured: MachineOnFile) -> None:
+    other = replace(measured, shape=SHAPE, model="abacus-1")
+    with pytest.raises(LabError, match=f"step of abacus-1 was timed, .* nothing of {BUNDLED}"):
+        plan(asked(other), SilentProgress())
+    with pytest.raises(LabError, match=r"tells nothing of llama-8b: leave MODEL out"):
+        capacity_plan.model_on_file(measured, "llama-8b")
+    assert capacity_plan.model_on_file(measured, "").shape == measured.shape
