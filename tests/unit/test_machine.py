@@ -96,7 +96,8 @@ def test_a_process_that_may_not_pin_memory_has_no_measured_link(
         def refusing(*_: object, pin_memory: bool = False, **__: object) -> Tensor:
             if pin_memory:
                 raise RuntimeError("CUDA error: out of memory")
-            return ones()
+            tensor: Tensor = ones()
+            return tensor
 
         torch.ones = refusing  # type: ignore[attr-defined]
         return torch
