@@ -61,9 +61,7 @@ def copying_pays_from_tokens(
     """
     body_flops = 2 * (shape.matmul_params - shape.head_params)
     copied_flops = shape.kv_bytes_per_token(kv_value_bytes) * flops_per_s / link_bytes_per_s
-    return max(
-        0.0, (copied_flops - body_flops) / (2 * shape.layers * shape.heads * shape.head_dim)
-    )
+    return max(0.0, (copied_flops - body_flops) / (2 * shape.layers * shape.heads * shape.head_dim))
 
 
 def link_that_pays_bytes_per_s(

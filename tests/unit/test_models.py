@@ -307,7 +307,7 @@ def test_a_cpu_has_no_memory_beside_its_own_to_offload_to() -> None:
     require_devices(lab, gpu(81_559))
     cpu = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**30)
     require_devices(lab.without({"offload": "it needs a GPU"}), cpu)
-    with pytest.raises(NotApplicable, match="offload offloads its KV cache .*: this needs a GPU"):
+    with pytest.raises(NotApplicable, match=r"offload offloads its KV cache .*: this needs a GPU"):
         require_devices(lab, cpu)
 
 
