@@ -10,6 +10,13 @@ where arithmetic is dear. And what is rounded is lost: quality is measured on th
 `fp8` has 4 exponent and 3 mantissa bits (e4m3), `e5m2` the other way round. The `tight` pair has so
 little KV memory that preemption can be seen.
 
+What is evicted need not be lost. With `--kv-offloading-size` vLLM also keeps blocks in the host's
+memory, and copies them back when a prompt that begins alike returns. That takes the bytes of its
+keys and values over the link to the host (PCIe), where computing them again takes its FLOP: a fast
+link beats a slow prefill at any length, a slow link only at lengths at which attention, which grows
+as the square, is most of the work. A request that runs has all of its keys and values in the GPU's
+own memory, so no longer prompt fits. On a CPU both memories are the same one, and vLLM refuses.
+
 Turn: the types that get the long context (`workloads.far.only`), the memory
 (`variants.fp8-tight.flags.kv-cache-memory-bytes`), the context
 (`workloads.far.prompt_tokens.tokens`).
@@ -17,6 +24,7 @@ Turn: the types that get the long context (`workloads.far.only`), the memory
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from labs import theory
@@ -74,6 +82,38 @@ def batch_gain(quantized: Point, plain: Point) -> Prediction:
     )
 
 
+def returning_s(point: Point) -> float:
+    """Return the TTFT of a prompt that returns: what is copied back, and what is left to compute.
+
+    Prompts that come in turn are all kept, or each is evicted before it returns: by the KV cache,
+    and by the host's memory where the engine has any.
+    """
+    prefix, flags = point.workload.prefix, point.flags
+    value = value_bytes(point)
+    each_bytes = (point.prompt_tokens + point.output_tokens) * point.shape.kv_bytes_per_token(value)
+    groups, shared = (prefix.groups, prefix.tokens) if prefix else (1, 0)
+    kept, copy_s = shared // flags.block_size * flags.block_size, 0.0
+    if groups * each_bytes > flags.kv_parts(point.shape.kv_heads) * flags.kv_cache_memory_bytes:
+        if groups * each_bytes > flags.kv_offloading_bytes:
+            kept = 0
+        copy_s = theory.kv_copy_s(point.shape, kept, point.ceilings.link_bytes_per_s, value)
+    return copy_s + theory.prefill_left_s(point.shape, point.ceilings, point.prompt_tokens, kept)
+
+
+def copied_back(offloading: Point, recomputing: Point) -> Prediction:
+    link = "was measured" if offloading.ceilings.host_bytes_per_s else "is taken as PCIe 4.0 x16"
+    return Prediction(
+        value=returning_s(offloading) / returning_s(recomputing),
+        formula="(kept tokens x KV bytes / link + FLOP left / rate) / (FLOP / rate)",
+        assumptions=(
+            f"the link to the host's memory {link}",
+            "copying reaches that rate, and is over before the rest of the prompt is computed",
+            "prefill runs at the measured BF16 rate",
+        ),
+        source="FLOP: Kaplan et al. 2020; vLLM, KV offloading connector",
+    )
+
+
 PLAIN = Variant(name="bf16", flags={"kv-cache-dtype": "auto"})
 FP8 = PLAIN.but("fp8", {"kv-cache-dtype": "fp8_e4m3"})
 TIGHT = {"kv-cache-memory-bytes": 12 * 2**20, "max-model-len": 512}
@@ -105,14 +145,109 @@ EVIDENCE = tuple(
     Evidence.echo(name, metrics.CACHE_CONFIG, "cache_dtype", dtype)
     for name, dtype in DTYPES.items()
 )
-# vLLM's FlashAttention does not have it, its Triton kernels take it for e4m3 without a word, and
-# FlashInfer compiles its own with a CUDA toolkit, which few machines have
-WITHOUT_E5M2 = {
-    "variants": [v.model_dump() for v in VARIANTS if v.name != "e5m2"],
-    "evidence": [e.model_dump() for e in EVIDENCE if e.arm.variant != "e5m2"],
-    "workloads.near.only": ("bf16", "fp8"),
-    "probed": ("bf16", "fp8"),
-}
+WORKLOADS = (
+    near_or_far("near", 128, "bf16", "fp8", "e5m2"),
+    near_or_far("far", 2048, "bf16", "fp8"),
+    Workload(
+        name="growing",
+        prompt_tokens=Fixed(tokens=72),
+        output_tokens=Fixed(tokens=32),  # a fourth block for the last of them
+        only=("bf16-tight", "fp8-tight"),
+        loads=tuple(Concurrent(users=n) for n in (4, 12)),
+    ),
+)
+CLAIMS = (
+    Claim(
+        name="capacity",
+        title="In 8 bits the same memory holds twice the tokens",
+        metric="kv_capacity_tokens",
+        treatment=Arm(variant="fp8", workload="near"),
+        baseline=Arm(variant="bf16", workload="near"),
+        expect="rises",
+        predict=capacity_gain,
+    ),
+    Claim(
+        name="batch",
+        title="In 8 bits twice the requests run at once where memory is short",
+        metric="batch",
+        treatment=Arm(variant="fp8-tight", workload="growing", load="concurrent:12"),
+        baseline=Arm(variant="bf16-tight", workload="growing", load="concurrent:12"),
+        expect="rises",
+        predict=batch_gain,
+    ),
+    Claim(
+        name="near",
+        title="Over a short context 8 bits gain nothing: there is little to read",
+        metric="tpot_mean_s",
+        treatment=Arm(variant="fp8", workload="near"),
+        baseline=Arm(variant="bf16", workload="near"),
+        expect="unchanged",
+        predict=step_ratio,
+    ),
+    Claim(
+        name="far",
+        title="Over a long context 8 bits make a shorter step: half the bytes are read",
+        metric="tpot_mean_s",
+        treatment=Arm(variant="fp8", workload="far"),
+        baseline=Arm(variant="bf16", workload="far"),
+        expect="falls",
+        predict=step_ratio,
+    ),
+)
+# A GPU's: prompts in turn, more of them than the KV cache holds, and the host's memory beside it
+RECOMPUTE = PLAIN.but("recompute", {"max-model-len": 8192})
+OFFLOAD = RECOMPUTE.but("offload", {"kv-offloading-size": 8.0})
+RETURNING = Workload(
+    name="returning",
+    prompt_tokens=Fixed(tokens=8000),
+    output_tokens=Fixed(tokens=8),
+    prefix=Prefix(tokens=7936, groups=6),
+    primed=True,  # so that each prompt is one that returns
+    only=(RECOMPUTE.name, OFFLOAD.name),
+    loads=(Concurrent(users=1),),
+)
+COPIED_BACK = Claim(
+    name="returning",
+    title="A prompt that returns after it was evicted has its first token sooner where its keys and"
+    " values are copied back than where they are computed again",
+    metric="ttft_mean_s",
+    treatment=Arm(variant=OFFLOAD.name, workload="returning"),
+    baseline=Arm(variant=RECOMPUTE.name, workload="returning"),
+    expect="falls",
+    predict=copied_back,
+)
+OF_OFFLOADING = (
+    Evidence(arm=Arm(variant=OFFLOAD.name), kind="rises", metric=metrics.KV_LOADED_BYTES),
+    Evidence(arm=Arm(variant=RECOMPUTE.name), kind="absent", metric=metrics.KV_LOADED_BYTES),
+)
+
+
+def on_a_gpu() -> dict[str, Any]:
+    """Leave out e5m2, and add what only a GPU can do, to all that the lab has elsewhere.
+
+    vLLM's FlashAttention does not have e5m2, its Triton kernels take it for e4m3 without a word,
+    and FlashInfer compiles its own with a CUDA toolkit, which few machines have.
+    """
+    parts: dict[str, Sequence[Variant | Evidence | Workload | Claim]] = {
+        "variants": (*(v for v in VARIANTS if v.name != "e5m2"), RECOMPUTE, OFFLOAD),
+        "evidence": (*(e for e in EVIDENCE if e.arm.variant != "e5m2"), *OF_OFFLOADING),
+        "workloads": (*WORKLOADS, RETURNING),
+        "claims": (*CLAIMS, COPIED_BACK),
+    }
+    return {
+        **{name: [part.model_dump() for part in of] for name, of in parts.items()},
+        "workloads.near.only": ("bf16", "fp8"),
+        "probed": ("bf16", "fp8"),
+    }
+
+
+def returning(memory_bytes: int, host_gib: float) -> dict[str, Any]:
+    """Set the KV memory that returning prompts overflow, and the host's, which holds them all."""
+    pair = (RECOMPUTE.name, OFFLOAD.name)
+    return {
+        **{f"variants.{name}.flags.kv-cache-memory-bytes": memory_bytes for name in pair},
+        f"variants.{OFFLOAD.name}.flags.kv-offloading-size": host_gib,
+    }
 
 
 def knobs(tight_bytes: int, far_tokens: int) -> tuple[str, ...]:
@@ -124,12 +259,19 @@ def knobs(tight_bytes: int, far_tokens: int) -> tuple[str, ...]:
     )
 
 
+SHORT_RETURNING = (
+    'SET="workloads.returning.prompt_tokens.tokens=1000 workloads.returning.prefix.tokens=960'
+    ' workloads.returning.prefix.groups=48" sends short prompts that return: is copying still'
+    " faster?"
+)
+
+
 def tight(memory_bytes: int) -> dict[str, Any]:
     """Set the tight pair's KV memory on a GPU, where its requests are longer."""
     sizes = {"kv-cache-memory-bytes": memory_bytes, "max-model-len": 1024}
     pair = ("bf16-tight", "fp8-tight")
     changes = {f"variants.{name}.flags.{flag}": n for name in pair for flag, n in sizes.items()}
-    return {**changes, "next_knobs": knobs(memory_bytes, 24576)}
+    return {**changes, "next_knobs": (*knobs(memory_bytes, 24576), SHORT_RETURNING)}
 
 
 LAB = Lab(
@@ -148,55 +290,8 @@ LAB = Lab(
         # later pieces of a prompt read what earlier ones left in the cache, quantized
         "max-num-batched-tokens": 256,
     },
-    workloads=(
-        near_or_far("near", 128, "bf16", "fp8", "e5m2"),
-        near_or_far("far", 2048, "bf16", "fp8"),
-        Workload(
-            name="growing",
-            prompt_tokens=Fixed(tokens=72),
-            output_tokens=Fixed(tokens=32),  # a fourth block for the last of them
-            only=("bf16-tight", "fp8-tight"),
-            loads=tuple(Concurrent(users=n) for n in (4, 12)),
-        ),
-    ),
-    claims=(
-        Claim(
-            name="capacity",
-            title="In 8 bits the same memory holds twice the tokens",
-            metric="kv_capacity_tokens",
-            treatment=Arm(variant="fp8", workload="near"),
-            baseline=Arm(variant="bf16", workload="near"),
-            expect="rises",
-            predict=capacity_gain,
-        ),
-        Claim(
-            name="batch",
-            title="In 8 bits twice the requests run at once where memory is short",
-            metric="batch",
-            treatment=Arm(variant="fp8-tight", workload="growing", load="concurrent:12"),
-            baseline=Arm(variant="bf16-tight", workload="growing", load="concurrent:12"),
-            expect="rises",
-            predict=batch_gain,
-        ),
-        Claim(
-            name="near",
-            title="Over a short context 8 bits gain nothing: there is little to read",
-            metric="tpot_mean_s",
-            treatment=Arm(variant="fp8", workload="near"),
-            baseline=Arm(variant="bf16", workload="near"),
-            expect="unchanged",
-            predict=step_ratio,
-        ),
-        Claim(
-            name="far",
-            title="Over a long context 8 bits make a shorter step: half the bytes are read",
-            metric="tpot_mean_s",
-            treatment=Arm(variant="fp8", workload="far"),
-            baseline=Arm(variant="bf16", workload="far"),
-            expect="falls",
-            predict=step_ratio,
-        ),
-    ),
+    workloads=WORKLOADS,
+    claims=CLAIMS,
     forecasts=(
         Forecast(name="capacity", metric="kv_capacity_tokens",
                  arm=Arm(workload="near"), predict=capacity),
@@ -222,8 +317,9 @@ LAB = Lab(
                 "kv-cache-memory-bytes": 12 * 2**30,
                 "max-num-batched-tokens": 2048,
             },
-            **WITHOUT_E5M2,
+            **on_a_gpu(),
             **tight(2 * 2**30),
+            **returning(2 * 2**30, 8.0),
             # 16 requests' keys and values are few bytes beside a small model's weights, too
             "workloads.near.prompt_tokens.tokens": 256,
             "workloads.near.prefix.tokens": 192,
@@ -242,8 +338,11 @@ LAB = Lab(
             "warmup_s": 3,
             "window_s": 6,
         },
-        "gpu-16": {"flags.kv-cache-memory-bytes": 4 * 2**30, **tight(2**30)},
-        "gpu-141": tight(6 * 2**30),
+        "gpu-16": {
+            "flags.kv-cache-memory-bytes": 4 * 2**30, **tight(2**30), **returning(2**30, 4.0),
+        },
+        "gpu-24": returning(2**30, 4.0),
+        "gpu-141": {**tight(6 * 2**30), **returning(4 * 2**30, 16.0)},
     },
     quick={
         "repeats": 1,
@@ -252,10 +351,12 @@ LAB = Lab(
     limits={
         "cpu": "Capacity, preemption and quality are the engine's own and carry over. Speed does"
         " not: this CPU widens 8-bit values in software, so that long contexts decode slower with"
-        " them, where a GPU reads half the bytes and gains.",
+        " them, where a GPU reads half the bytes and gains. Offloading to the host is arithmetic"
+        " here: vLLM refuses it on a CPU.",
         "gpu": "The long context is shared by all requests, so that it is prefilled once; each"
         " still reads it for itself in decode. `e5m2` is left out: of vLLM's kernels for a GPU only"
-        " those that a CUDA toolkit has to compile keep it apart from e4m3.",
+        " those that a CUDA toolkit has to compile keep it apart from e4m3. Prompts return one"
+        " after another: with many at a time copies share the link, and overlap with computing.",
     },
     next_knobs=(
         'SET=\'workloads.far.only=["bf16","fp8","e5m2"]\' sends the long context to the coarser'

@@ -98,7 +98,7 @@ def hit_rate(point: Point) -> Prediction:
 OFF = Variant(name="off", flags={"enable-prefix-caching": False})
 ON = OFF.but("on", {"enable-prefix-caching": True})
 FEW, MANY = 8, 32
-SAMPLED = {"one": 1, "apart": FEW, "together": FEW, "many": MANY}
+SAMPLED = {"one": 1, "apart": FEW, "together": FEW, "many": MANY, "many-together": MANY}
 
 
 def workload(name: str, together: bool = False, only: tuple[str, ...] = ()) -> Workload:
@@ -114,8 +114,11 @@ def workload(name: str, together: bool = False, only: tuple[str, ...] = ()) -> W
     )
 
 
+SHARING = tuple(name for name, count in SAMPLED.items() if count > 1)  # find their prompt cached
 # a load that one side names is the same on no other: each number of samples has its own
 EIGHT = Arm(variant="on", workload="apart", load=f"waves:{FEW}")
+THIRTY_TWO = Arm(variant="on", workload="many", load=f"waves:{MANY}")
+ANOTHER_WAVE = "the same samples take a wave of one request, or of as many requests"
 ANOTHER_NUMBER = "a wave holds all samples of one prompt, so it grows with their number"
 
 LAB = Lab(
@@ -136,6 +139,7 @@ LAB = Lab(
         workload("apart"),
         workload("together", together=True),
         workload("many", only=("on",)),
+        workload("many-together", together=True, only=("on",)),
     ),
     claims=(
         Claim(
@@ -164,7 +168,17 @@ LAB = Lab(
             baseline=EIGHT,
             expect="unchanged",
             predict=throughput_ratio,
-            coupled="the same samples take a wave of one request, or of as many requests",
+            coupled=ANOTHER_WAVE,
+        ),
+        Claim(
+            name="many-together",
+            title="32 samples by `n=32` in one request cost the engine what 32 requests do",
+            metric="output_tokens_per_s",
+            treatment=Arm(variant="on", workload="many-together"),
+            baseline=THIRTY_TWO,
+            expect="unchanged",
+            predict=throughput_ratio,
+            coupled=ANOTHER_WAVE,
         ),
         Claim(
             name="together-shared",
@@ -204,7 +218,7 @@ LAB = Lab(
             arm=Arm(variant="on", workload=name),
             predict=hit_rate,
         )
-        for name in ("apart", "together", "many")
+        for name in SHARING
     ),
     evidence=(
         *(
@@ -216,7 +230,7 @@ LAB = Lab(
             Evidence(
                 arm=Arm(variant="on", workload=name), kind="rises", metric=metrics.PREFIX_HITS
             )
-            for name in ("apart", "together", "many")
+            for name in SHARING
         ),
         Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
     ),
@@ -231,7 +245,7 @@ LAB = Lab(
     window_s=3,  # of whole waves
     repeats=3,
     scales={
-        "cpu": {"most_s": 330.0},  # the probe takes a minute
+        "cpu": {"most_s": 300.0},  # the probe takes a minute
         "gpu": {
             "flags": {
                 "block-size": 16,

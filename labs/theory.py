@@ -42,6 +42,39 @@ def prefill_left_s(shape: Shape, ceilings: Ceilings, tokens: float, cached_token
     return max(compute_s, weights_s)
 
 
+def kv_copy_s(
+    shape: Shape, tokens: float, link_bytes_per_s: float, kv_value_bytes: float = 2
+) -> float:
+    """Seconds to copy the keys and values of `tokens` over a link, by its rate alone."""
+    return tokens * shape.kv_bytes_per_token(kv_value_bytes) / link_bytes_per_s
+
+
+def copying_pays_from_tokens(
+    shape: Shape, flops_per_s: float, link_bytes_per_s: float, kv_value_bytes: float = 2
+) -> float:
+    """Tokens of a prefix from which on copying its KV takes less time than computing it again.
+
+    Copying N tokens takes k N / r, with k bytes a token and a link of r bytes/s; prefilling them
+    2 (P N + L d N^2) / F (`prefill_flops`), with F FLOP/s. They are equal at N = (k F / r - 2 P) /
+    (2 L d), and where that is below 0, copying is the faster at any length. What both need once, a
+    step that reads the weights, is left out.
+    """
+    body_flops = 2 * (shape.matmul_params - shape.head_params)
+    copied_flops = shape.kv_bytes_per_token(kv_value_bytes) * flops_per_s / link_bytes_per_s
+    return max(0.0, (copied_flops - body_flops) / (2 * shape.layers * shape.heads * shape.head_dim))
+
+
+def link_that_pays_bytes_per_s(
+    shape: Shape, flops_per_s: float, kv_value_bytes: float = 2
+) -> float:
+    """The rate of a link above which copying KV beats computing it again at any length.
+
+    k F / 2 P: above it the bytes of a token are copied sooner than its weights are multiplied.
+    """
+    body_flops = 2 * (shape.matmul_params - shape.head_params)
+    return shape.kv_bytes_per_token(kv_value_bytes) * flops_per_s / body_flops
+
+
 def quadratic_share(shape: Shape, tokens: float) -> float:
     """The share of a prefill's FLOP that grows as N^2: 2 L d N^2 of `prefill_flops`."""
     squared = 2 * shape.layers * shape.heads * shape.head_dim * tokens**2

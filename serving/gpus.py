@@ -65,15 +65,22 @@ class Datasheet:
     bf16_flops_per_s: float
     fp8_flops_per_s: float | None = None
     link_bytes_per_s: float | None = None  # of NVLink to other GPUs, one way; None: it has none
+    host_bytes_per_s: float | None = None  # of PCIe to the host's memory, one way
 
 
 DATASHEETS = {  # by the name NVML gives: SXM and PCIe cards of one name differ
-    "NVIDIA H100 80GB HBM3": Datasheet("h100", 81559 * 2**20, 3.35e12, 989e12, 1979e12, 450e9),
-    "NVIDIA H200": Datasheet("h200", 143771 * 2**20, 4.8e12, 989e12, 1979e12, 450e9),
-    "NVIDIA A100-SXM4-80GB": Datasheet("a100", 81920 * 2**20, 2.04e12, 312e12, None, 300e9),
-    "NVIDIA L4": Datasheet("l4", 23034 * 2**20, 0.30e12, 121e12, 242e12),
-    "NVIDIA GeForce RTX 4090": Datasheet("rtx-4090", 24564 * 2**20, 1.008e12, 165e12, 330e12),
+    "NVIDIA H100 80GB HBM3": Datasheet(
+        "h100", 81559 * 2**20, 3.35e12, 989e12, 1979e12, 450e9, 64e9
+    ),
+    "NVIDIA H200": Datasheet("h200", 143771 * 2**20, 4.8e12, 989e12, 1979e12, 450e9, 64e9),
+    "NVIDIA A100-SXM4-80GB": Datasheet("a100", 81920 * 2**20, 2.04e12, 312e12, None, 300e9, 32e9),
+    "NVIDIA L4": Datasheet("l4", 23034 * 2**20, 0.30e12, 121e12, 242e12, None, 32e9),
+    "NVIDIA GeForce RTX 4090": Datasheet(
+        "rtx-4090", 24564 * 2**20, 1.008e12, 165e12, 330e12, None, 32e9
+    ),
 }
+PCIE_4_BYTES_PER_S = 32e9
+"""PCIe 4.0 x16, one way, by its specification: taken where no link to the host was measured."""
 
 
 def short_names() -> list[str]:

@@ -1,13 +1,14 @@
-"""The machine: its hardware, and the two ceilings that every prediction starts from.
+"""The machine: its hardware, and the ceilings that every prediction starts from.
 
 The ceilings are measured on the serving device with the threads the engine will have:
 
 - memory bandwidth: a copy far larger than the caches, bytes read plus bytes written per second
   (the STREAM "copy" convention, McCalpin 1995);
 - BF16 rate: the best of a few square matrix products, 2 n^3 floating-point operations each;
-  FP8 likewise (E4M3, scaled, fast accumulation) where the GPU has it.
+  FP8 likewise (E4M3, scaled, fast accumulation) where the GPU has it;
+- on a GPU also the link to the host's memory: a copy from pinned memory there, bytes per second.
 
-`python -m serving.machine` prints both as JSON; torch is imported only there.
+`python -m serving.machine` prints them as JSON; torch is imported only there.
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
     memory_bandwidth_bytes_per_s: PositiveFloat
     bf16_flops_per_s: PositiveFloat
     fp8_flops_per_s: PositiveFloat | None = None  # where the device multiplies FP8
+    # from the host's memory to a GPU; not known of a CPU, nor of a GPU measured without it
+    host_bytes_per_s: Annotated[
+        PositiveFloat | None, Field(exclude_if=lambda rate: rate is None)
+    ] = None
     threads: PositiveInt
     torch: str
     measured_at: str
@@ -102,14 +107,20 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
         """The arithmetic intensity where memory and compute take equally long (Williams 2009)."""
         return self.bf16_flops_per_s / self.memory_bandwidth_bytes_per_s
 
+    @property
+    def link_bytes_per_s(self) -> float:
+        """The rate from the host's memory: measured, or by the specification of PCIe 4.0 x16."""
+        return self.host_bytes_per_s or gpus.PCIE_4_BYTES_PER_S
+
     def times(self, devices: int) -> Ceilings:
         """Return the limits of several such devices that share the work of each layer."""
-        fp8 = self.fp8_flops_per_s
+        fp8, link = self.fp8_flops_per_s, self.host_bytes_per_s
         return self.model_copy(
             update={
                 "memory_bandwidth_bytes_per_s": devices * self.memory_bandwidth_bytes_per_s,
                 "bf16_flops_per_s": devices * self.bf16_flops_per_s,
                 "fp8_flops_per_s": devices * fp8 if fp8 else None,
+                "host_bytes_per_s": devices * link if link else None,  # each has its own
             }
         )
 
@@ -321,7 +332,7 @@ def compiler(kind: str) -> tuple[str, str]:
 # are left out too, since they may contain a password.
 READ_BY_ENGINE = re.compile(
     r"(VLLM|OMP|GOMP|KMP|MKL|ONEDNN|DNNL|CUDA|NVIDIA|NCCL|TORCH|PYTORCH|TRITON|HF|TRANSFORMERS"
-    r"|TOKENIZERS|MALLOC)_|LD_PRELOAD$"
+    r"|TOKENIZERS|MALLOC|LMFE)_|LD_PRELOAD$"
 )
 SECRET = re.compile(r"TOKEN$|TOKEN_|KEY|SECRET|PASSW|CREDENTIAL|AUTH")
 
@@ -414,15 +425,25 @@ def _measure(kind: str) -> Ceilings:
 
         return float(2 * n**3 / best_s(product, 5))
 
+    def host_bytes_per_s() -> float:
+        source = torch.ones(GIB // 4, dtype=torch.uint8, pin_memory=True)
+        target = torch.empty(GIB // 4, dtype=torch.uint8, device=device)
+        return float(GIB // 4 / best_s(lambda: target.copy_(source, non_blocking=True), 2))
+
     sizes = (1024, 2048) if device == "cpu" else (4096, 8192)
     fp8 = None
     if device == "cuda" and torch.cuda.get_device_capability() >= gpus.FP8_CAPABILITY:
         with contextlib.suppress(RuntimeError):  # this build of torch has no kernel for it
             fp8 = max(map(fp8_flops_per_s, sizes))
+    link = None
+    if device == "cuda":
+        with contextlib.suppress(RuntimeError):  # this process may not pin memory
+            link = host_bytes_per_s()
     return Ceilings(
         memory_bandwidth_bytes_per_s=copy_bytes_per_s(),
         bf16_flops_per_s=max(map(matmul_flops_per_s, sizes)),
         fp8_flops_per_s=fp8,
+        host_bytes_per_s=link,
         threads=threads,
         torch=torch.__version__,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),

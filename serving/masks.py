@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from serving import making
+from serving.lm_format_enforcer import AS_OTHERS, NAME, offer_moved_classes
 from serving.making import MakerError
 
 BACKENDS = {
     "xgrammar": ("backend_xgrammar", "XgrammarBackend"),
     "guidance": ("backend_guidance", "GuidanceBackend"),
     "outlines": ("backend_outlines", "OutlinesBackend"),
-    "lm-format-enforcer": ("backend_lm_format_enforcer", "LMFormatEnforcerBackend"),
+    NAME: ("backend_lm_format_enforcer", "LMFormatEnforcerBackend"),
 }
 """Name of `--structured-outputs-config` -> module and class of vllm/v1/structured_output."""
 
@@ -95,6 +96,8 @@ def timed(
 
 
 def _backend(name: str) -> Any:
+    offer_moved_classes()
+    os.environ.update(AS_OTHERS)
     module, class_ = BACKENDS[name]
     return getattr(importlib.import_module(f"vllm.v1.structured_output.{module}"), class_)
 

@@ -35,6 +35,7 @@ SPEC_DRAFTS = "vllm:spec_decode_num_drafts_total"
 SPEC_DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
 SPEC_ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
 SPEC_ACCEPTED_AT = "vllm:spec_decode_num_accepted_tokens_per_pos_total"  # by label `position`
+KV_LOADED_BYTES = "vllm:kv_offload_load_bytes_total"  # from the host's memory, where it offloads
 TURNED_AWAY = "vllm:admission_rejections_total"  # by a limit on what waits; of vLLM 0.32, not 0.26
 LORA = "vllm:lora_requests_info"
 ENGINE_CONFIG = "engine_config"  # not a metric: the settings that the engine logs at its start
@@ -58,7 +59,8 @@ def position(index: int) -> str:
 
 
 def is_counter(name: str) -> bool:
-    return name in (*COUNTERS, *SPECULATION, TURNED_AWAY) or name.startswith(f"{SPEC_ACCEPTED_AT}:")
+    with_a_setting = (*SPECULATION, TURNED_AWAY, KV_LOADED_BYTES)
+    return name in (*COUNTERS, *with_a_setting) or name.startswith(f"{SPEC_ACCEPTED_AT}:")
 
 
 def is_known(name: str) -> bool:

@@ -17,6 +17,7 @@ from labs.context_retrieval import (
 from labs.filing.results import AT, Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import plt
+from labs.findings.offloading import CopyOrCompute, break_even_sentence
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import CONFIDENCE, TWO_ONE_SIDED, Interval, prediction_outcome
@@ -338,6 +339,7 @@ class Ways:
     tokens: int
     window: int | None
     ways: tuple[Way, ...]
+    offload: CopyOrCompute | None
 
     def of(self, method: str) -> Way | None:
         return next((w for w in self.ways if w.method == method), None)
@@ -395,7 +397,14 @@ def ways(context: Context) -> Ways | None:
             )
         )
     windows = [w for p in context.points if (w := p.flags.sliding_window)]
-    return Ways(tokens, windows[0] if windows else None, tuple(kv_ways)) if kv_ways else None
+    if not kv_ways:
+        return None
+    return Ways(
+        tokens=tokens,
+        window=windows[0] if windows else None,
+        ways=tuple(kv_ways),
+        offload=CopyOrCompute.of(context.points[0]) if context.points else None,
+    )
 
 
 def _beside_base(
@@ -453,6 +462,8 @@ def tell_ways(facts: Ways | None) -> Finding:
         " layers share their keys and values must be trained so. Evicting is at the published"
         f" {EVICTED_SHARE:.0%}, sharing at every second layer."
     )
+    if facts.offload:
+        lines.append(break_even_sentence(facts.offload))
     return Finding(title=title, rows=rows, lines=lines)
 
 
@@ -504,7 +515,7 @@ def which_way(run: JudgedRun) -> str | None:
         for w in facts.measured
     ]
     rest = [f"{w.title} {facts.ratio(w):.2f}" for w in facts.ways if w.variant is None]
-    return sentences(
+    text = sentences(
         [
             f"at {facts.tokens:,} tokens, measured: {'; '.join(ran)}",
             f"by arithmetic, not run: {'; '.join(rest)} of the bytes",
@@ -512,6 +523,7 @@ def which_way(run: JudgedRun) -> str | None:
             " how any model is served",
         ]
     )
+    return f"{text} {break_even_sentence(facts.offload)}" if facts.offload else text
 
 
 # --------------------------------------------------------------------------------------- its plots

@@ -12,6 +12,7 @@ from dashboards.palette import VARIANTS
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import draw_forecasts, plt
+from labs.findings.offloading import CopyOrCompute, break_even_sentence
 from labs.findings.parts import IN_PART, Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.findings.quality import QUALITY, compared, in_brief, treatments_of
@@ -247,6 +248,7 @@ class MemoryLadder:
     kv_bytes_per_token: float  # in BF16
     max_positions: int  # of the model
     steps: tuple[Step, ...]
+    offload: CopyOrCompute
 
 
 def memory_ladder(context: Context) -> MemoryLadder | None:
@@ -263,7 +265,8 @@ def memory_ladder(context: Context) -> MemoryLadder | None:
     measured_eight = context.mean(eight, "kv_capacity_tokens") if eight else None
     twice = measured_eight or 2 * capacity
     freed_bytes = 0.75 * (plain.shape.weight_bytes - 2 * plain.shape.head_params)
-    offloaded_bytes = 256 * 2**20
+    with_4_bits = twice + freed_bytes / (per_token / 2)
+    returning = _of_recomputing(context)
     steps = (
         Step("as it is", capacity, "–", "measured" if measured else "arithmetic"),
         Step(
@@ -278,16 +281,34 @@ def memory_ladder(context: Context) -> MemoryLadder | None:
             "FP8 KV cache", twice, _price(context), "measured" if measured_eight else "arithmetic"
         ),
         Step(
-            "and 4-bit weights", twice + freed_bytes / (per_token / 2),
+            "and 4-bit weights", with_4_bits,
             "see the weight-quantization lab", "arithmetic",
             how="¾ of the bytes of all weights except the output head become cache",
         ),
         Step(
-            "and 256 MiB of offload", twice + (freed_bytes + offloaded_bytes) / (per_token / 2),
-            "every step copies offloaded data back in", "arithmetic, not run",
+            "and KV offload to the host's memory", with_4_bits,
+            "a prompt that returns is copied back"
+            + (f", with {times_with_interval(returning)} the TTFT of computing it again"
+               if returning else ""),
+            "measured" if returning else "arithmetic, not run",
+            how="what runs has to be in the engine's own memory, so no longer prompt fits; what was"
+            " evicted is kept",
         ),
     )  # fmt: skip
-    return MemoryLadder(memory, per_token, plain.shape.max_positions, steps)
+    offload = CopyOrCompute.of(plain)
+    return MemoryLadder(memory, per_token, plain.shape.max_positions, steps, offload)
+
+
+def _of_recomputing(context: Context) -> Interval | None:
+    """Divides the TTFT of a prompt copied back by that of one computed again; None if not valid."""
+    at = {p.variant.name: p for p in context.points if p.workload.name == "returning"}
+    if not {"offload", "recompute"} <= at.keys():
+        return None
+    copied, computed = at["offload"], at["recompute"]
+    if context.withholds("ttft_mean_s", copied, computed):
+        return None
+    measured = context.effect(copied, computed, "ttft_mean_s")
+    return measured.ratio if measured else None
 
 
 def _price(context: Context) -> str:
@@ -332,6 +353,7 @@ def tell_ladder(facts: MemoryLadder | None) -> Finding:
         " bytes a token in BF16. The steps before the FP8 cache change no answer. From there on"
         " each step has a price in quality or time; the worst measured one is given. The"
         f" model itself ends at {facts.max_positions:,} positions.",
+        break_even_sentence(facts.offload),
     ]
     return Finding(title=title, rows=rows, lines=lines)
 
@@ -388,7 +410,10 @@ def memory_steps(run: JudgedRun) -> str | None:
         f" price: {s.price if s.price != '–' else 'none'})"
         for s in ladder.steps
     ]
-    return f"In this order, with the largest prompt and the price of each: {'; '.join(steps)}."
+    return (
+        f"In this order, with the largest prompt and the price of each: {'; '.join(steps)}."
+        f" {break_even_sentence(ladder.offload)}"
+    )
 
 
 # -------------------------------------------------------------------------------------- its plots

@@ -367,7 +367,7 @@ def heads_compared(context: Context) -> HeadsCompared | None:
     if near is None or far is None:
         return None
     shape, flags = near.shape, near.flags
-    served = {p.shape.kv_heads: n for n in ("mha", "gqa") if (p := at.get((n, "near")))}
+    served = {p.shape.kv_heads: n for n in ("mqa", "mha", "gqa") if (p := at.get((n, "near")))}
     heads = []
     for count in sorted({shape.heads, shape.kv_heads, 1}, reverse=True):
         of, variant = replace(shape, kv_heads=count), served.get(count, "")
@@ -505,6 +505,8 @@ def heads_saved(run: JudgedRun) -> str | None:
     if held:
         text += f" Measured, grouped beside multi-head: {held} the tokens in the same memory"
         text += f", and {step} the TPOT over {facts.far_tokens:,.0f} tokens" if step else ""
+        one = run.ratio("one-head")
+        text += f"; one for all beside grouped: {one} the tokens" if one else ""
         text += "."
     return text
 

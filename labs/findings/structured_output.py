@@ -438,7 +438,8 @@ def constrained_decoding(run: JudgedRun) -> str | None:
     waits = [
         f"{ratio} with {backend}"
         for claim, backend in (
-            ("unseen", "xgrammar"), ("unseen-guidance", "guidance"), ("unseen-outlines", "outlines")
+            ("unseen", "xgrammar"), ("unseen-guidance", "guidance"),
+            ("unseen-outlines", "outlines"), ("unseen-lm-format-enforcer", "lm-format-enforcer"),
         )
         if (ratio := run.ratio(claim))
     ]  # fmt: skip
@@ -510,7 +511,7 @@ def _bars(
                    yerr=reach([measured], scale), capsize=3, color=VARIANTS[x],
                    alpha=0.45 if workload == "seen" else 1, label=label)  # fmt: skip
             label = None  # once is enough
-    ax.set_xticks(range(len(names)), names)
+    ax.set_xticks(range(len(names)), [name.replace("-", "\n") for name in names])
     return drawn
 
 

@@ -185,7 +185,7 @@ def make(
         except ModelError as reason:
             raise NotApplicable(str(reason)) from reason
     folder = place(model, name)
-    if is_made(folder, model):
+    if is_made(folder, model) and not _lacks_a_backend(folder):
         return folder
     try:
         if not (made_here or folder.exists()) and (downloaded := models.sibling(model, name)):
@@ -210,9 +210,14 @@ def make(
         if is_made(folder, model):
             return folder
     with _folder_lock(folder, report):
-        if not is_made(folder, model):
+        if not is_made(folder, model) or _lacks_a_backend(folder):
             if folder.exists():
-                report(f"{folder.name} was made from another model of this name: it is made again")
+                why = (
+                    "lacks a backend that could not be used"
+                    if is_made(folder, model)
+                    else "was made from another model of this name"
+                )
+                report(f"{folder.name} {why}: it is made again")
                 shutil.rmtree(folder)
             report(f"Making {recipe.what}{lesser} (once, {time_text(minutes, model)})")
             _make(recipe, name, model, folder, share, report)
@@ -230,6 +235,13 @@ def is_made(folder: Path, model: Model) -> bool:
     if not record.exists():
         return model.dummy or "/" in model.name or model.name == models.BUNDLED
     return record.read_text() == models.files_sha256(model.path)
+
+
+def _lacks_a_backend(folder: Path) -> bool:
+    """Tell whether a study could not use a backend; with other packages it may by now."""
+    record = folder / models.RECORD
+    backends = json.loads(record.read_text()).get("backends", {}) if record.exists() else {}
+    return any(timed["error"] for timed in backends.values())
 
 
 @contextlib.contextmanager

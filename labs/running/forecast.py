@@ -155,6 +155,8 @@ def reason_against(setup: Setup, variant: Variant) -> str | None:
         return "the engine is not the vLLM of this environment"
     if flags.speculative_config and setup.lab.acceptance is None:
         return "how many drafts are accepted is not known beforehand"
+    if flags.kv_offloading_bytes:
+        return "copying keys and values back from the host's memory was not timed"
     if setup.datasheet:
         return _unpublished(flags) or _undivided_draft(setup, flags) or _unseen(setup.lab, variant)
     if flags.devices > 1:

@@ -289,6 +289,7 @@ def datasheet_ceilings(sheet: Datasheet) -> Ceilings:
         memory_bandwidth_bytes_per_s=sheet.memory_bandwidth_bytes_per_s,
         bf16_flops_per_s=sheet.bf16_flops_per_s,
         fp8_flops_per_s=sheet.fp8_flops_per_s,
+        host_bytes_per_s=sheet.host_bytes_per_s,
         threads=1,
         torch="",
         measured_at="never: a datasheet's figures",

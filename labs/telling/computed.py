@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from labs import theory
 from labs.findings.parts import parts_of
 from labs.judging.text import number
 from labs.questions import QUESTIONS
@@ -23,7 +24,7 @@ from serving.dummy import SHAPES
 from serving.engines.vllm import MEMORY_SHARE, usable_bytes
 from serving.forecasting.datasheet import EXPECTED, FASTER, SLOWER, step_times
 from serving.forecasting.step import Piece, Step
-from serving.gpus import DATASHEETS, Datasheet
+from serving.gpus import DATASHEETS, PCIE_4_BYTES_PER_S, Datasheet
 from serving.models import Shape
 
 CARD = "NVIDIA H100 80GB HBM3"  # of every example
@@ -166,7 +167,13 @@ def _rent_or_buy() -> Computed:
 def _smaller_cache() -> Computed:
     """Compute what each way to a smaller cache leaves of one long request."""
     name, context, window = "llama-8b", 32_768, 4096
+    card, sheet = _card()
     shape = shipped_shape(name)
+    flops_per_s = EXPECTED.computing * sheet.bf16_flops_per_s
+    prefill_s = theory.prefill_flops(shape, context) / flops_per_s
+    link = sheet.host_bytes_per_s or PCIE_4_BYTES_PER_S
+    copy_s = theory.kv_copy_s(shape, context, link)
+    pays = theory.link_that_pays_bytes_per_s(shape, flops_per_s)
     each, eight = shape.kv_bytes_per_token(2), shape.kv_bytes_per_token(1)
     return Computed(
         "arithmetic",
@@ -175,7 +182,12 @@ def _smaller_cache() -> Computed:
         f" {window:,} tokens that matter {_gb(each * window)}; where each two layers share them"
         f" {_gb(each * context / 2)}. The factors multiply. The first is a setting of the engine;"
         " a window and shared layers have to be trained into the model. What each costs in quality"
-        " is no arithmetic.",
+        " is no arithmetic. Nothing is lost where what is evicted stays in the host's memory: an"
+        f" {card} copies it back at {number(link / 1e9, 'GB/s')} (its datasheet) in"
+        f" {number(copy_s, 's')}, and computes it again in {number(prefill_s, 's')} at"
+        f" {number(EXPECTED.computing, 'share')} of its FLOP/s. Over a link of more than"
+        f" {number(pays / 1e9, 'GB/s')} copying is the faster at any length, over a slower one only"
+        " from some length on.",
         "make plan MACHINE=h100 MODEL=llama-8b LENGTHS=32000/500",
     )
 

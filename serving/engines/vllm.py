@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 import requests
 
-from serving import guard, metrics, random_weights, whole
+from serving import guard, lm_format_enforcer, metrics, random_weights, whole
 from serving import machine as machines
 from serving.engines import vllm_harmless
 from serving.engines.base import (
@@ -154,6 +154,11 @@ class VllmFlags(TypedFlags):
         return 1 if dtype.startswith(("fp8", "int8")) else 2
 
     @property
+    def kv_offloading_bytes(self) -> int:
+        """The host's memory for blocks that the KV cache has evicted; 0 where there is none."""
+        return int(float(str(self.get("kv-offloading-size", 0))) * 2**30)  # it is in GiB
+
+    @property
     def enable_prefix_caching(self) -> bool:
         return self.get("enable-prefix-caching") is not False
 
@@ -170,6 +175,12 @@ class VllmFlags(TypedFlags):
         """The settings of speculative decoding; empty without it."""
         value = self.get("speculative-config", {})
         return dict(value) if isinstance(value, dict) else dict(json.loads(str(value)))
+
+    @property
+    def structured_outputs_backend(self) -> str:
+        """The backend that compiles structures; vLLM chooses one for each where it is `auto`."""
+        config = self.get("structured-outputs-config", {})
+        return str(config.get("backend", "auto")) if isinstance(config, dict) else "auto"
 
     @property
     def max_loras(self) -> int:
@@ -298,6 +309,9 @@ class Vllm(Engine):
             env["HF_HUB_OFFLINE"] = "1"
         if model.dummy:  # trained routers spread tokens evenly; a random one prefers a few experts
             env["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = "uniform_random"
+        backends = {VllmFlags(flags).structured_outputs_backend for flags in beside}
+        if lm_format_enforcer.NAME in backends:
+            env |= lm_format_enforcer.AS_OTHERS
         if kind == "gpu":
             # FlashInfer's sampler is for top-k and top-p, and all requests are greedy. It is
             # compiled as the engine starts, which needs a CUDA toolkit that few machines have.
@@ -387,6 +401,11 @@ class Vllm(Engine):
                 f"TP x PP x DP = {vllm_flags.devices} needs as many GPUs, and this machine has"
                 f" {gpus}: lower them, or span machines with"
                 " SET=flags.distributed-executor-backend=ray"
+            )
+        if machine.kind == "cpu" and vllm_flags.kv_offloading_bytes:
+            raise Unsupported(
+                f"{variant} offloads its KV cache from a GPU to the host's memory, and vLLM refuses"
+                " that on a CPU, where both are the same memory: this needs a GPU"
             )
         if machine.kind == "cpu" and "synthetic" in json.dumps(vllm_flags.speculative_config):
             raise Unsupported(

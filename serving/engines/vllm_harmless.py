@@ -99,6 +99,7 @@ class Harmless(
     watermark: float = 0
     gpu_memory_utilization: float = 0
     cpu_offload_gb: float = 0
+    kv_offloading_size: float = 0
     enable_prefix_caching: bool = False
     prefix_caching_hash_algo: Word = ""
     # the model and how it is computed

@@ -35,6 +35,21 @@ print(json.dumps(accepted))
 """
 
 
+IMPORTED = """
+from serving import masks
+for name in masks.BACKENDS:
+    masks._backend(name)
+import lmformatenforcer.integrations.vllm
+print("MistralTokenizer" in dir(lmformatenforcer.integrations.vllm))
+"""
+
+
+def test_lm_format_enforcer_imports_what_vllm_has_moved() -> None:
+    argv = [sys.executable, "-c", IMPORTED]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[-1:]) == (0, ["True"]), done.stderr[-2000:]
+
+
 def accepted(*asked: tuple[dict[str, Any], Sequence[str]]) -> list[list[bool]]:
     """For each schema, whether an answer with each of these names is let through.
 

@@ -14,6 +14,7 @@ from labs.running import derived_models
 from loadtests.structures import FORMS
 from serving import prune
 from serving.adapters import mark_of
+from serving.kv_heads import kv_heads_of
 from serving.masks import BACKENDS
 from serving.models import Model
 from serving.outliers import SCHEMES
@@ -99,8 +100,8 @@ def make(
     if name == "draft":
         config["num_hidden_layers"] = DRAFT_LAYERS
         (folder / "about.json").write_text(json.dumps({"acceptance": ACCEPTANCE}))
-    if name == "mha":
-        config["num_key_value_heads"] = config["num_attention_heads"]
+    if name in ("mha", "mqa"):
+        config["num_key_value_heads"] = kv_heads_of(name, config)
     (folder / "config.json").write_text(json.dumps(config))
     if name in prune.METHODS:
         _pruned(model, folder, prune.Method.parse(name))

@@ -38,6 +38,10 @@ def test_figures_by_hand() -> None:
     # 131,072 bytes a token: 2 x 32 layers x 8 KV heads x 128 x 2 bytes
     assert "take 4.29 GB. In 8 bits they take 2.15 GB" in text("KV-8")
     assert "4,096 tokens that matter 0.537 GB" in text("KV-8")
+    # 4.29 GB at 64 GB/s; 2 x 6.98e9 x 32,768 + 2 x 32 x 4096 x 32,768^2 FLOP at 504 TFLOP/s
+    assert "at 64 GB/s (its datasheet) in 67.1 ms, and computes it again in 1.46 s" in text("KV-8")
+    # 131,072 bytes at 504 TFLOP/s, by 2 x 6.98e9 FLOP a token
+    assert "more than 4.74 GB/s copying" in text("KV-8")
     # 2 x 7.5e9 FLOP a token and attention at 51% of 989 TFLOP/s: 121 ms
     assert "needs 121 ms (81.7 ms to 143 ms) for a prompt of 4,000 tokens" in text("SD-4")
 

@@ -86,6 +86,20 @@ def test_another_model_of_the_same_name_gets_its_own(
     assert make(other, "draft", pytest.fail, quick) == folder
 
 
+def test_a_study_that_lacks_a_backend_is_made_again(model: Model) -> None:
+    """It may work by now, with another version of its package or of what imports it."""
+    folder = make(model, "masks", lambda _: None)
+    backends: dict[str, dict[str, str | None]] = {"one": {"error": None}, "two": {"error": None}}
+    (folder / models.RECORD).write_text(json.dumps({"backends": backends}))
+    assert make(model, "masks", pytest.fail) == folder
+    backends["two"]["error"] = "ImportError: no"
+    (folder / models.RECORD).write_text(json.dumps({"backends": backends}))
+    said: list[str] = []
+    assert make(model, "masks", said.append) == folder
+    assert said[0] == f"{folder.name} lacks a backend that could not be used: it is made again"
+    assert not (folder / models.RECORD).exists()
+
+
 @pytest.mark.parametrize(("name", "kept"), [("lab/base-1B", True), ("checkpoint-1000", False)])
 def test_what_was_made_before_its_origin_was_recorded_is_kept_where_the_name_says_it(
     model: Model, name: str, kept: bool

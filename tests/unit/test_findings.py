@@ -30,6 +30,7 @@ from labs.findings.context import Context
 from labs.findings.drawing import plt
 from labs.findings.kv_quantization import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
 from labs.findings.multi_lora import ADAPTER_COST, TENANT_LEAKS, TENANT_MEMORY
+from labs.findings.offloading import CopyOrCompute, break_even_sentence
 from labs.findings.overload import ADMISSION, ALARMS, BEST_FLAGS, CLASSES, SIGNALS
 from labs.findings.parts import Conclusion, parts_of
 from labs.findings.prefix_caching import A_STRANGER, TIMING_LEAK
@@ -694,10 +695,35 @@ def test_the_memory_ladder_climbs(tmp_path: Path) -> None:
     rows = cells(MEMORY_LADDER.finding(run), 1, 2)
     assert rows[0][0] == rows[1][0] == rows[2][0] == "640 tokens"
     # 3/4 of 2000 bytes of weights less 16 x 8 values of the head, at 16 bytes a token
-    assert [r[0] for r in rows[3:]] == [
-        "1,280 tokens", "1,362 tokens", f"{1280 + (1308 + 2**28) / 16:,.0f} tokens"
-    ]  # fmt: skip
+    # offloading frees nothing for a request that runs
+    assert [r[0] for r in rows[3:]] == ["1,280 tokens", "1,362 tokens", "1,362 tokens"]
     assert rows[3][1] == "at worst *TPOT, mean* 1.25x (1.25 to 1.25) over a long context"
+
+
+def test_offloading_is_priced_as_measured_or_is_said_to_be_arithmetic(tmp_path: Path) -> None:
+    ladder = MEMORY_LADDER.finding(caches(tmp_path / "cpu", {}))
+    assert cells(ladder, 2, 3)[-1][0] == "a prompt that returns is copied back"
+    assert cells(ladder, 2, 3)[-1][1].startswith("arithmetic, not run: what runs has to be")
+    # 32 bytes a token at 1e7 FLOP/s, by 2 x 872 FLOP a token
+    assert "32 bytes a token back over a link of 32 GB/s (PCIe 4.0 x16" in ladder.lines[-1]
+    assert "at any length of the prefix. Any link of more than 0.000183 GB/s" in ladder.lines[-1]
+    variants = [Variant(name=n, flags={"kv-cache-memory-bytes": 32 * 640})
+                for n in ("bf16", "bf16-tight", "recompute", "offload")]  # fmt: skip
+    lab = make_lab(variants=tuple(variants), workloads=(make_workload(name="returning"),),
+                   claims=(), evidence=())  # fmt: skip
+    measured = context(tmp_path / "gpu", lab, {
+        "recompute/returning/concurrent-1": {"ttft_mean_s": 0.4},
+        "offload/returning/concurrent-1": {"ttft_mean_s": 0.1},
+    })  # fmt: skip
+    price, known = cells(MEMORY_LADDER.finding(measured), 2, 3)[-1]
+    assert price == (
+        "a prompt that returns is copied back, with 0.25x (0.25 to 0.25) the TTFT of computing it"
+        " again"
+    )
+    assert known.startswith("measured: ")
+    slow = replace(CopyOrCompute.of(measured.points[0]), link_is_measured=True, pays_from_tokens=45)
+    assert "GB/s (measured)" in (text := break_even_sentence(slow))
+    assert "from 45 tokens of prefix on" in text
 
 
 def test_a_failed_gate_is_part_of_the_price(tmp_path: Path) -> None:

@@ -125,6 +125,13 @@ def test_what_cannot_be_shared_has_no_forecast() -> None:
         lab=copies, endpoint=None, engine_command=(), datasheet=machine_of("h100")[1], on_file=None
     )
     assert "data parallelism" in (reason_against(setup, copies.variants[0]) or "")
+    offloads = LABS["kv-quantization"].at("gpu-80", quick=False)
+    setup = SimpleNamespace(
+        lab=offloads, endpoint=None, engine_command=(), places={}, datasheet=machine_of("h100")[1]
+    )
+    reasons = {v.name: reason_against(setup, v) for v in offloads.variants}
+    assert reasons["recompute"] is None
+    assert (reasons["offload"] or "").endswith("from the host's memory was not timed")
     shared = LABS["continuous-batching"].at("gpu-24", False, {"flags.tensor-parallel-size": 2})
     model: Any = SimpleNamespace(shape=SHAPE)
     sheet = machine_of("l4")[1]

@@ -10,7 +10,7 @@ import pytest
 
 from labs import LABS, theory
 from labs.chunked_prefill import long_ttft
-from labs.lab import Lab, Point
+from labs.lab import Lab, Point, factors
 from loadtests.plan import LEAST_COUNTED
 from serving import dummy
 from serving.forecasting.datasheet import EXPECTED, FASTER
@@ -97,6 +97,29 @@ def test_long_requests_of_one_user_do_not_run_out(card: str, random: bool) -> No
         steps_s = point.output_tokens * FASTER.step_s
         sent = (lab.warmup_s + lab.window_s) / (request_s + steps_s)
         assert 2 * sent < lab.requests, point.key
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_prompts_that_return_were_evicted_and_are_all_in_the_hosts_memory(
+    card: str, random: bool
+) -> None:
+    """And copying them back is forecast to pay, over the slowest link that a card has."""
+    lab = lab_on("kv-quantization", card, random)
+    at = {p.variant.name: p for p in points_on(lab, card, random) if p.workload.name == "returning"}
+    recompute, offload = at["recompute"], at["offload"]
+    prefix = offload.workload.prefix
+    assert prefix is not None
+    prompt_bytes = offload.prompt_tokens * offload.shape.kv_bytes_per_token()
+    # one that runs fits, and so many fewer than come in turn that none is left as it returns
+    assert prompt_bytes < recompute.flags.kv_cache_memory_bytes < (prefix.groups - 1) * prompt_bytes
+    assert 1.2 * prefix.groups * prompt_bytes < offload.flags.kv_offloading_bytes
+    assert offload.flags.kv_offloading_bytes <= 16 * 2**30
+    assert factors(offload, recompute) == ["--kv-offloading-size"]
+    (claim,) = (c for c in lab.claims if c.name == "returning")
+    assert claim.predict(offload, recompute).value < 0.5
+    assert not [v for v in LABS["kv-quantization"].at("cpu", quick=False).variants
+                if v.name in at]  # fmt: skip
 
 
 DRAFTS = {  # class of memory -> weights of the published draft and KV of a token, in bytes

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 from labs.telling import tables
-from serving import machine
+from serving import gpus, machine
 from serving.machine import GIB, Ceilings, Machine
 
 H100 = Machine(kind="gpu", model="NVIDIA H100 80GB HBM3", count=1, memory_bytes=80 * GIB)
@@ -27,7 +28,7 @@ class Tensor:
     def t(self) -> Tensor:
         return self
 
-    def copy_(self, source: Tensor) -> None:
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> None:
         self.clock.now_s += 2.0
 
     def __matmul__(self, other: Tensor) -> Tensor:
@@ -47,7 +48,8 @@ def make_torch(clock: Clock, capability: tuple[int, int], free_bytes: int) -> Mo
         clock.now_s += 0.5
 
     torch = ModuleType("torch")
-    made = {name: lambda *_, **__: Tensor(clock) for name in ("ones", "randn", "empty_like")}
+    names = ("ones", "randn", "empty", "empty_like")
+    made = {name: lambda *_, **__: Tensor(clock) for name in names}
     cuda = SimpleNamespace(
         synchronize=lambda: None,
         get_device_capability=lambda: capability,
@@ -69,8 +71,10 @@ def measured(
     return machine._measure("gpu")
 
 
-def test_a_hopper_gpu_has_three_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hopper_gpu_has_three_ceilings_and_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measured(monkeypatch, (9, 0))
+    assert found.host_bytes_per_s == found.link_bytes_per_s == GIB / 4 / 2.0
+    assert found.times(4).host_bytes_per_s == 4 * GIB / 4 / 2.0
     assert found.memory_bandwidth_bytes_per_s == 2 * 4 * GIB / 2.0
     assert found.bf16_flops_per_s == 2 * 8192**3 / 1.0
     assert found.fp8_flops_per_s == 2 * 8192**3 / 0.5
@@ -78,6 +82,31 @@ def test_a_hopper_gpu_has_three_ceilings(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_gpu_without_fp8_has_two(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured(monkeypatch, (8, 0)).fp8_flops_per_s is None
+
+
+def test_a_process_that_may_not_pin_memory_has_no_measured_link(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = make_torch
+
+    def without_pinning(*given: Any) -> ModuleType:
+        torch = made(*given)
+        ones = torch.ones
+
+        def refusing(*_: object, pin_memory: bool = False, **__: object) -> Tensor:
+            if pin_memory:
+                raise RuntimeError("CUDA error: out of memory")
+            tensor: Tensor = ones()
+            return tensor
+
+        torch.ones = refusing  # type: ignore[attr-defined]
+        return torch
+
+    monkeypatch.setattr("tests.unit.test_machine.make_torch", without_pinning)
+    found = measured(monkeypatch, (9, 0))
+    assert found.host_bytes_per_s is None
+    assert found.link_bytes_per_s == gpus.PCIE_4_BYTES_PER_S
+    assert "host_bytes_per_s" not in found.model_dump()  # as in files from before
 
 
 def test_the_copy_fits_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

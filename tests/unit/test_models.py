@@ -303,6 +303,15 @@ def test_too_little_memory_is_said_before_anything_starts() -> None:
     require_memory(LABS["kv-quantization"].at(scale, False, parts), machine, large)
 
 
+def test_a_cpu_has_no_memory_beside_its_own_to_offload_to() -> None:
+    lab = LABS["kv-quantization"].at("gpu-80", quick=False)
+    require_devices(lab, gpu(81_559))
+    cpu = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**30)
+    require_devices(lab.without({"offload": "it needs a GPU"}), cpu)
+    with pytest.raises(NotApplicable, match=r"offload offloads its KV cache .*: this needs a GPU"):
+        require_devices(lab, cpu)
+
+
 def test_each_copy_of_a_model_holds_weights_and_a_kv_cache() -> None:
     """On a CPU all copies share the host's memory; on GPUs each has a GPU of its own."""
     _, _, model = of_the_class("kv-quantization", CLASSES[0], random=False)

@@ -27,7 +27,7 @@ from labs.findings.paged_kv import (
     tell_watermarks,
     tiles_or_pages,
 )
-from labs.lab import Lab, Point
+from labs.lab import Lab, Point, factors
 from labs.paged_kv import admitted, held_tokens, kept_free_blocks, replay, replayed
 from serving import gpus
 from tests.unit.builders import CEILINGS, SHAPE, make_point
@@ -308,6 +308,27 @@ def test_a_number_of_heads_that_was_not_run_is_arithmetic(tmp_path: Path) -> Non
     rows = cells(HEADS.finding(replace(run, points=points)), 0, 1, 4, 7)
     assert rows[1] == ["grouped (GQA)", "2", "measured", "10 ms"]
     assert rows[2] == ["multi-query (MQA)", "1", "arithmetic", "–"]
+
+
+def test_on_a_gpu_one_head_for_all_is_served_too(tmp_path: Path) -> None:
+    lab = LABS["paged-kv"].at("gpu-80", quick=False)
+    wide = replace(SHAPE, heads=4, kv_heads=2)
+    weights = {"mha": replace(wide, kv_heads=4), "mqa": replace(wide, kv_heads=1)}
+    points = lab.points(wide, CEILINGS, weights)
+    (claim,) = (c for c in lab.claims if c.name == "one-head")
+    ((one, grouped),) = lab.pairs(claim, points)
+    assert (one.variant.name, factors(one, grouped)) == ("mqa", ["weights"])
+    assert claim.predict(one, grouped).value == pytest.approx(2, rel=0.01)
+    measured = context(tmp_path, lab, {
+        f"{name}/near/concurrent-1": {"tpot_mean_s": 0.01, "kv_capacity_tokens": tokens}
+        for name, tokens in (("mha", 1000), ("gqa", 2000), ("mqa", 4000))
+    })  # fmt: skip
+    rows = cells(HEADS.finding(replace(measured, points=points)), 0, 3, 4)
+    assert rows[-1] == ["multi-query (MQA)", "4,000", "measured"]
+    run = judged_run(measured, [judged("heads", 2.0), judged("one-head", 2.0)])
+    assert (heads_saved(run) or "").endswith("one for all beside grouped: 2.00x (1.82 to 2.20)"
+                                             " the tokens.")  # fmt: skip
+    assert "mqa" not in [v.name for v in LAB.variants]  # on a CPU
 
 
 def test_traffic_is_arithmetic_and_requests_do_not_depend_on_it(tmp_path: Path) -> None:

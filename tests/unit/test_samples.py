@@ -43,7 +43,7 @@ from labs.judging.sampling import (
 )
 from labs.judging.validity import Expected, caveats_of
 from labs.lab import Point, Variant
-from labs.many_samples import hit_rate
+from labs.many_samples import SAMPLED, hit_rate
 from labs.running import probes
 from labs.running.probes import ProbedEngine
 from loadtests import records
@@ -241,16 +241,21 @@ def test_hits_are_the_whole_blocks_of_all_but_the_first_sample() -> None:
     """Of 319 tokens nine blocks of 32 are whole."""
     assert hit_rate(point("on", "apart")).value == pytest.approx(7 * 288 / (8 * 320))
     assert hit_rate(point("on", "together")).value == hit_rate(point("on", "apart")).value
-    assert hit_rate(point("on", "many")).value == pytest.approx(31 * 288 / (32 * 320))
+    for name in ("many", "many-together"):
+        assert hit_rate(point("on", name)).value == pytest.approx(31 * 288 / (32 * 320))
     assert hit_rate(point("off", "apart")).value == 0
 
 
 def test_samples_are_as_many_however_they_are_asked_for() -> None:
-    assert [point("on", name).sequences for name in ("one", "apart", "together", "many")] == [
-        1, 8, 8, 32
-    ]  # fmt: skip
-    together = next(c for c in LAB.claims if c.name == "together")
-    assert together.predict(point("on", "together"), point("on", "apart")).value == 1
+    assert {name: point("on", name).sequences for name in SAMPLED} == {
+        "one": 1, "apart": 8, "together": 8, "many": 32, "many-together": 32
+    }  # fmt: skip
+    for name, apart in (("together", "apart"), ("many-together", "many")):
+        (claim,) = (c for c in LAB.claims if c.name == name)
+        ((one_request, requests),) = LAB.pairs(claim, list(POINTS))
+        assert (one_request, requests) == (point("on", name), point("on", apart))
+        assert (one_request.load.users, requests.load.users) == (1, requests.sequences)
+        assert claim.predict(one_request, requests).value == 1
     shared = next(c for c in LAB.claims if c.name == "shared")
     assert 1 < shared.predict(point("on", "apart"), point("off", "apart")).value < 8
 

@@ -87,6 +87,19 @@ def test_prefill_of_a_cached_prompt_reads_the_weights_once() -> None:
     assert theory.prefill_left_s(SHAPE, CEILINGS, 100, 99.9) == 0.002
 
 
+def test_copying_pays_from_where_attention_takes_longer_than_the_link() -> None:
+    # 32 bytes a token; 2 x 872 FLOP a token and 32 N^2 FLOP at 1e7 FLOP/s: 174.4 us and 3.2 us N
+    assert theory.kv_copy_s(SHAPE, 100, 1e5) == pytest.approx(100 * 32 / 1e5)
+    slow, fast = 1e5, 2e5
+    n = theory.copying_pays_from_tokens(SHAPE, 1e7, slow)
+    assert n == pytest.approx((320e-6 - 174.4e-6) / 3.2e-6)
+    body_s = (theory.prefill_flops(SHAPE, n) - 2 * 128) / 1e7
+    assert body_s == pytest.approx(theory.kv_copy_s(SHAPE, n, slow))
+    assert theory.copying_pays_from_tokens(SHAPE, 1e7, fast) == 0
+    assert slow < theory.link_that_pays_bytes_per_s(SHAPE, 1e7) < fast
+    assert theory.copying_pays_from_tokens(SHAPE, 1e7, slow, kv_value_bytes=1) == 0
+
+
 def test_throughput_of_long_answers_is_batch_over_step() -> None:
     for batch in (1, 4):
         step_s = theory.decode_step_s(SHAPE, CEILINGS, batch, 1e6 / 2 + 1)

@@ -39,6 +39,7 @@ from tests.rehearsal.cuda.checks import Check, last_line, write
 SOURCES = Path(vllm.__file__).parent
 FLAGS: Flags = {
     "max-model-len": 1024, "enable-lora": True, "enforce-eager": True, "watermark": 0.05,
+    "kv-offloading-size": 1.0,
     "speculative-config": {
         "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4,
     },
@@ -88,7 +89,8 @@ def _metrics(minor: str, config: Any) -> Iterator[Check]:
     logger.log_engine_initialized()
     exposed = prometheus_client.generate_latest().decode()
     names = set(re.findall(r"^# TYPE (\S+)", exposed, re.MULTILINE))
-    for name in (*engine.GOLDEN[minor], *metrics.SPECULATION, metrics.LORA):
+    with_a_setting = (*metrics.SPECULATION, metrics.LORA, metrics.KV_LOADED_BYTES)
+    for name in (*engine.GOLDEN[minor], *with_a_setting):
         yield Check(what="metrics", name=name, error="" if name in names else "not registered")
 
 
@@ -137,8 +139,9 @@ def _hooks() -> Iterator[Check]:
             error = f"{type(reason).__name__}: {last_line(str(reason))}"
         yield Check(what="hooks", name=what, error=error)
     plugins = {point.name for point in metadata.entry_points(group="vllm.general_plugins")}
-    error = "" if "end_with_parent" in plugins else "vLLM would not find it"
-    yield Check(what="hooks", name="vllm.general_plugins: end_with_parent", error=error)
+    for plugin in ("end_with_parent", "lm_format_enforcer"):
+        error = "" if plugin in plugins else "vLLM would not find it"
+        yield Check(what="hooks", name=f"vllm.general_plugins: {plugin}", error=error)
     try:
         Vllm.check_flags([FLAGS])
         error = ""
