@@ -13,7 +13,7 @@ from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
-from labs.findings.parts import ARITHMETIC, Conclusion, Headline, ReportParts
+from labs.findings.parts import ARITHMETIC, IN_PART, Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.findings.quality import QUALITY, figure_of, treatments_of
 from labs.judging.judge import Interval
@@ -684,7 +684,7 @@ PARTS = ReportParts(
         "CO-6": cliff,
         "CO-8": qat,
     },
-    kinds={"CO-5": ARITHMETIC, "CO-8": ARITHMETIC},
+    kinds={"CO-4": IN_PART, "CO-5": ARITHMETIC, "CO-8": ARITHMETIC},
     plots={"cliff": draw_cliff},
     published=PUBLISHED,
     headline=Headline(
