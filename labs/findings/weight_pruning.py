@@ -420,8 +420,9 @@ def tell_experts(facts: Experts) -> Finding:
     lines = [
         f"Arithmetic, of {facts.name}: {facts.params / 1e9:.1f} billion parameters, of which a"
         f" token is multiplied with {facts.active_params / 1e9:.1f} billion"
-        f" ({facts.active_params / facts.params:.0%}). No mixture of experts is served in this lab."
-        " All experts take memory; what is saved is reading and arithmetic, with dense kernels.",
+        f" ({facts.active_params / facts.params:.0%}). No mixture of experts is served in this lab:"
+        " `mixture-of-experts` serves one of random weights. All experts take memory; what is saved"
+        " is reading and arithmetic, with dense kernels.",
         "Routing is taken to be even, and each token's independent of the others': a step needs"
         " E (1 - (1 - k/E)^tokens) of E experts. So a large batch reads nearly all of them, while"
         " each token is still multiplied with its own only.",

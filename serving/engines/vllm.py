@@ -275,7 +275,7 @@ class Vllm(Engine):
         if model.path.exists():
             env["HF_HUB_OFFLINE"] = "1"
         if model.dummy:  # trained routers spread tokens evenly; a random one prefers a few experts
-            env["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = "uniform_random"
+            env[random_weights.ROUTING] = "uniform_random" if kind == "gpu" else random_weights.EVEN
         if kind == "gpu":
             # FlashInfer's sampler is for top-k and top-p, and all requests are greedy. It is
             # compiled as the engine starts, which needs a CUDA toolkit that few machines have.
@@ -444,7 +444,9 @@ class Vllm(Engine):
         found = re.search(r"^.*Initializing a V1 LLM engine.*$", text, re.MULTILINE)
         given = re.search(r"^.*non-default args: .*$", text, re.MULTILINE)
         kernel = re.search(r"^.*Using FlashAttention version.*$", text, re.MULTILINE)
-        settings = [match[0] if match else "" for match in (found, given, kernel)]
+        built = re.search(r"^.*Resolved architecture: .*$", text, re.MULTILINE)
+        routed = re.search(r"^.*Simulating MoE routing using.*$", text, re.MULTILINE)
+        settings = [match[0] if match else "" for match in (found, given, kernel, built, routed)]
         read = {
             metrics.ENGINE_CONFIG: resolved("\n".join(settings)),
             metrics.ZEROS: random_weights.read(text),
@@ -581,6 +583,8 @@ _RESOLVED = {  # in vLLM 0.31 and 0.32
     # of what was given beside the defaults
     "max_num_splits": re.compile(r"flash_attn_max_num_splits_for_cuda_graph'?[=:]\s*(\d+)"),
     "watermark": re.compile(r"'watermark': ([\d.]+)"),
+    "architecture": re.compile(r"Resolved architecture: (\w+)"),  # of the first model it loads
+    "routing": re.compile(r"MoE routing using an? (\w+) strategy"),
     "flash_attention": re.compile(r"Using FlashAttention version (\d+)"),
 }
 

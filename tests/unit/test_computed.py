@@ -82,6 +82,7 @@ def test_every_question_says_how_it_is_answered_or_what_would_answer_it() -> Non
     assert kind_of("SO-1", ["continuous-batching"]) == "measured"
     assert kind_of("CO-8", ["weight-pruning"]) == ARITHMETIC
     assert kind_of("CO-4", ["weight-pruning"]) == IN_PART
+    assert kind_of("CO-4", ["weight-pruning", "mixture-of-experts"]) == IN_PART
     assert kind_of("KV-8", ["context-retrieval", "kv-quantization"]) == "measured, arithmetic"
 
 

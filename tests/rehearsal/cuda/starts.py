@@ -76,9 +76,9 @@ def of_lab(name: str, weights: str, quick: bool, machine: Machine, home: Path) -
     require_known_names(lab)
     require_harmless(lab)
     require_devices(lab, machine)
-    if setting:
+    if setting or lab.shape:
         require_no_reading(lab)
-        model = dummy.resolve(machine)
+        model = dummy.resolve(machine, lab.shape)
     else:
         model = real.model(home, models.default_name(machine))
     lab = lab.without(others)
