@@ -20,6 +20,7 @@ from typing import Any
 
 EXTENSION = "serving.vllm_worker.RandomWeights"  # for --worker-extension-cls, 0.26 and 0.32
 ROUTING = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
+ROUTED = "Tokens are sent to experts by {}"  # the line of the log that says so
 EVEN = "lab_even"  # `EvenRouting`, by the name under which vLLM knows it
 STD = 1e-3 / 3**0.5  # of the 16-bit weights that vLLM draws: uniform within 0.001
 # The largest of n normal numbers is about so many standard deviations off (n: a channel's 4,096, a

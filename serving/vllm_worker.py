@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from serving.random_weights import EVEN, ROUTING, EvenRouting, filled
+from serving.random_weights import EVEN, ROUTED, ROUTING, EvenRouting, filled
 
 
 class RandomWeights:
@@ -29,6 +29,7 @@ def _add_even_routing() -> None:
     )
 
     RoutingSimulator.register_strategy(EVEN, EvenRouting(DistributionBasedRouting("uniform")))
+    print(ROUTED.format(EVEN), flush=True)  # vLLM names it at the first step, after its start
 
 
 _extend_the_loader()

@@ -445,7 +445,7 @@ class Vllm(Engine):
         given = re.search(r"^.*non-default args: .*$", text, re.MULTILINE)
         kernel = re.search(r"^.*Using FlashAttention version.*$", text, re.MULTILINE)
         built = re.search(r"^.*Resolved architecture: .*$", text, re.MULTILINE)
-        routed = re.search(r"^.*Simulating MoE routing using.*$", text, re.MULTILINE)
+        routed = re.search(r"^.*Tokens are sent to experts by.*$", text, re.MULTILINE)
         settings = [match[0] if match else "" for match in (found, given, kernel, built, routed)]
         read = {
             metrics.ENGINE_CONFIG: resolved("\n".join(settings)),
@@ -584,7 +584,7 @@ _RESOLVED = {  # in vLLM 0.31 and 0.32
     "max_num_splits": re.compile(r"flash_attn_max_num_splits_for_cuda_graph'?[=:]\s*(\d+)"),
     "watermark": re.compile(r"'watermark': ([\d.]+)"),
     "architecture": re.compile(r"Resolved architecture: (\w+)"),  # of the first model it loads
-    "routing": re.compile(r"MoE routing using an? (\w+) strategy"),
+    "routing": re.compile(r"Tokens are sent to experts by (\w+)"),
     "flash_attention": re.compile(r"Using FlashAttention version (\d+)"),
 }
 

@@ -12,7 +12,7 @@ from labs import LABS, theory
 from labs.lab import NotApplicable
 from labs.running.derived_models import about, make, with_weights
 from serving import dummy, models, random_weights
-from serving.engines.vllm import Vllm
+from serving.engines.vllm import Vllm, resolved
 from serving.machine import Machine
 from serving.models import Model
 
@@ -60,6 +60,8 @@ def test_vllm_is_told_to_draw_the_weights_itself() -> None:
     assert argv[argv.index("--worker-extension-cls") + 1] == random_weights.EXTENSION
     routed = [Vllm.environment(kind, model)[random_weights.ROUTING] for kind in ("gpu", "cpu")]
     assert routed == ["uniform_random", random_weights.EVEN]
+    log = f"(Worker pid=1) {random_weights.ROUTED.format(random_weights.EVEN)}\n"
+    assert resolved(log)["routing"] == random_weights.EVEN
     real = Model("real", model.path, model.shape)
     assert "--load-format" not in Vllm.server_argv(real, {}, 1)
     assert "VLLM_MOE_ROUTING_SIMULATION_STRATEGY" not in Vllm.environment("gpu", real)

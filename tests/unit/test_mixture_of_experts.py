@@ -16,9 +16,17 @@ from labs.findings.mixture_of_experts import BATCHES, SERVED, draw_batches, mixt
 from labs.findings.parts import parts_of
 from labs.judging.judge import is_within
 from labs.lab import Lab
-from labs.mixture_of_experts import ACTIVE, NEARLY, TOTAL, experts_needed, step_ratio
+from labs.mixture_of_experts import (
+    ACTIVE,
+    NEARLY,
+    TOTAL,
+    experts_needed,
+    step_ratio,
+    step_s,
+)
 from labs.telling import dials
 from serving import dummy, gpus
+from serving.forecasting.datasheet import EXPECTED
 from serving.machine import Ceilings
 from serving.models import Shape, shape_of
 from tests.unit.builders import CEILINGS
@@ -112,6 +120,16 @@ def test_the_margin_tells_both_bounds_apart(scale: str) -> None:
     apart = 1 / ratio(lab.shape, "one-total", lab)
     assert apart > (1 + NEARLY) ** 2
     assert {c.margin for c in lab.claims if c.expect == "unchanged"} == {NEARLY}
+
+
+@pytest.mark.parametrize("card", dials.cards_of(LAB), ids=lambda card: card.card)
+def test_requests_do_not_run_out_on_any_card(card: dials.Hardware) -> None:
+    """There are more than each model could answer in a trial if a step took reading alone."""
+    lab = LABS["mixture-of-experts"].at(card.scale, quick=False).model_copy(update={"repeats": 1})
+    for point in lab.points(card.shape, card.ceilings, card.weights):
+        request_s = point.output_tokens * (step_s(point) + EXPECTED.step_s)
+        sent = point.load.users * ((lab.warmup_s + lab.window_s) / request_s + 1)
+        assert sent < lab.requests, point.key
 
 
 def test_variants_differ_in_their_weights_alone() -> None:
