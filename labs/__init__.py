@@ -36,6 +36,7 @@ def _labs() -> dict[str, Lab]:
             _lab("weight_quantization"),
             _lab("context_retrieval"),
             _lab("weight_pruning"),
+            _lab("mixture_of_experts"),
             _lab("multi_lora"),
             _lab("structured_output"),
             _lab("many_samples"),

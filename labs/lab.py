@@ -370,6 +370,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     variants: Annotated[tuple[Variant, ...], Field(min_length=1, max_length=MOST_POINTS)]
     # of every variant of the default engine; a variant's own flags override them
     flags: dict[str, FlagValue] = {}
+    # of serving/dummy.py: what it serves, with random weights, in the place of the machine's model
+    shape: Annotated[str, Field(exclude_if=lambda shape: not shape)] = ""
     workloads: Annotated[tuple[Workload, ...], Field(min_length=1, max_length=MOST_POINTS)]
     claims: Annotated[tuple[Claim, ...], Field(max_length=100)]
     forecasts: Annotated[tuple[Forecast, ...], Field(max_length=100)] = ()

@@ -7,8 +7,9 @@ each vocabulary here. Prompts are therefore text of an exact length; answers hol
 the tokenizer, which decode to nothing, and end at the length asked for (`ignore_eos`).
 
 What a lab derives from the served model is made in the same way: a draft is the same architecture
-with fewer layers, other KV heads and fewer bits a weight are a config that says so, adapters are
-random matrices of the real shape. What depends on text, such as a study of activations, is refused.
+with fewer layers, other KV heads, fewer bits a weight and a dense model in the place of a mixture
+of experts are a config that says so, adapters are random matrices of the real shape. What depends
+on text, such as a study of activations, is refused.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SHAPES: dict[str, str] = {
     "llama-70b": "Llama 3.1 70B: dense, 8 KV heads for 64",
     "llama-1b": "Llama 3.2 1B: dense, tied embeddings",
     "moe-30b": "Qwen3 30B-A3B: a mixture of 128 experts, 8 for each token",
+    "moe-3b": "nobody's: a mixture of 40 experts, 8 for each token, sized for a GPU of 16 GB",
+    "moe-tiny": "nobody's: a mixture of 32 experts, 4 for each token, sized for a CPU",
     "llama-tiny": "nobody's: sized for a CPU, with a vocabulary beyond the tokenizer's",
 }
 HOME = Path(__file__).parent / "shapes"
@@ -98,6 +101,30 @@ def _kv_heads(method: str) -> Maker:
         return _folder(name, {**config, "num_key_value_heads": heads})
 
     return make
+
+
+def dense(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Describe the dense model that stands beside a mixture of experts of Qwen3's architecture.
+
+    `name` is one of `DENSE`. Layers, attention, embeddings and head are the mixture's; its one MLP
+    is as wide as the experts that it stands for. The router is left out: of each layer it is a
+    matrix of hidden size x experts. Raises ModelError where the config is of another architecture.
+    """
+    if config.get("model_type") != "qwen3_moe":
+        raise ModelError(f"{name} stands beside a mixture of experts of Qwen3's architecture alone")
+    of_experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
+                  "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob")  # fmt: skip
+    return {
+        **{field: value for field, value in config.items() if field not in of_experts},
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "intermediate_size": config[DENSE[name]] * config["moe_intermediate_size"],
+    }
+
+
+def _dense(name: str) -> Maker:
+    """Return a maker of folders whose config describes a dense model."""
+    return lambda folder, config: _folder(folder, dense(config, name))
 
 
 def quantized(config: dict[str, Any], precision: str) -> dict[str, Any]:
@@ -200,10 +227,13 @@ QUANTIZATIONS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     ),
     "w4a16-gptq": (_numbers(4, "int", "group", group_size=128), None, "pack-quantized"),
 }
+DENSE = {"dense-total": "num_experts", "dense-active": "num_experts_per_tok"}
+"""Dense model beside a mixture of experts -> the field with the number of experts it stands for."""
 DERIVED: dict[str, Maker] = {
     "draft": _draft,
     "adapters": _adapters,
     "mha": _kv_heads("mha"),
     "mqa": _kv_heads("mqa"),
+    **{name: _dense(name) for name in DENSE},
     **{precision: _quantized(precision) for precision in QUANTIZATIONS},
 }

@@ -328,7 +328,7 @@ def _unpacked(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
-    """Compute a shape from config.json alone, for models of Llama's or Qwen3 MoE's architecture.
+    """Compute a shape from config.json alone, for models of Llama's, Qwen3's or its MoE's kind.
 
     The scales of quantized layers are counted if there is one a group, not if there is one a
     channel.
@@ -339,7 +339,8 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     width = config["moe_intermediate_size"] if experts else config["intermediate_size"]
     expert = layers * 3 * hidden * width  # gate, up and down of every layer; dense: the only one
     attention = layers * 2 * hidden * head_dim * (size["heads"] + size["kv_heads"])
-    norms = hidden + layers * 2 * (hidden + (head_dim if experts else 0))  # Qwen3's: of Q and K too
+    of_heads = str(config.get("model_type", "")).startswith("qwen3")  # norms of Q and K too
+    norms = hidden + layers * 2 * (hidden + (head_dim if of_heads else 0))
     embedding = size["vocab"] * hidden
     tied = bool(config["tie_word_embeddings"])
     linear = attention + expert * (experts or 1)

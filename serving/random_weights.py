@@ -19,6 +19,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 EXTENSION = "serving.vllm_worker.RandomWeights"  # for --worker-extension-cls, 0.26 and 0.32
+ROUTING = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
+ROUTED = "Tokens are sent to experts by {}"  # the line of the log that says so
+EVEN = "lab_even"  # `EvenRouting`, by the name under which vLLM knows it
 STD = 1e-3 / 3**0.5  # of the 16-bit weights that vLLM draws: uniform within 0.001
 # The largest of n normal numbers is about so many standard deviations off (n: a channel's 4,096, a
 # group's 128), and becomes the largest value of the type.
@@ -125,6 +128,27 @@ def fault(shares: Mapping[str, str]) -> str:
         if float(share) > MOST_ZEROS[int(bits)]:
             return f"{float(share):.1%} of the random {bits}-bit weights are zero"
     return ""
+
+
+class EvenRouting:
+    """Sends each token of a mixture to experts drawn evenly, whose ids have 32 bits.
+
+    A strategy of vLLM's `RoutingSimulator`. It draws as vLLM's own `uniform_random` does (`uniform`
+    is that one), whose ids have 64 bits: vLLM's CPU kernel for experts refuses those (0.32).
+    """
+
+    def __init__(self, uniform: Any) -> None:
+        self.uniform = uniform
+
+    def route_tokens(
+        self, hidden_states: Any, router_logits: Any, top_k: int, indices_type: Any = None
+    ) -> tuple[Any, Any]:
+        """Return (weights, ids) of each token's experts, both of shape (tokens, top_k)."""
+        import torch
+
+        ids = indices_type or torch.int32
+        weights, drawn = self.uniform.route_tokens(hidden_states, router_logits, top_k, ids)
+        return weights, drawn
 
 
 def filled(load: Callable[..., None]) -> Callable[..., None]:

@@ -1,11 +1,15 @@
 """Hook into vLLM's worker before it loads random weights (`serving/random_weights.py`).
 
+On a CPU it also registers the routing by which tokens are sent to experts evenly.
+
 It is named by `--worker-extension-cls`, and only a worker may import it.
 """
 
 from __future__ import annotations
 
-from serving.random_weights import filled
+import os
+
+from serving.random_weights import EVEN, ROUTED, ROUTING, EvenRouting, filled
 
 
 class RandomWeights:
@@ -18,4 +22,16 @@ def _extend_the_loader() -> None:
     DummyModelLoader.load_weights = filled(DummyModelLoader.load_weights)
 
 
+def _add_even_routing() -> None:
+    from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import (
+        DistributionBasedRouting,
+        RoutingSimulator,
+    )
+
+    RoutingSimulator.register_strategy(EVEN, EvenRouting(DistributionBasedRouting("uniform")))
+    print(ROUTED.format(EVEN), flush=True)  # vLLM names it at the first step, after its start
+
+
 _extend_the_loader()
+if os.environ.get(ROUTING) == EVEN:
+    _add_even_routing()

@@ -91,8 +91,13 @@ def with_ceilings(results: Path) -> Path:
 
 
 def derived_for(lab: str) -> list[str]:
-    """Name the models that a lab derives in its sizes for a CPU; none where no test runs it."""
-    return [] if sizes_of(lab).not_real else in_sizes_for_a_cpu(lab).derived()
+    """Name the models that a lab derives in its sizes for a CPU; none where no test runs it.
+
+    Those of a shape with random weights are configurations, which take an instant.
+    """
+    if sizes_of(lab).not_real or LABS[lab].shape:
+        return []
+    return in_sizes_for_a_cpu(lab).derived()
 
 
 def in_sizes_for_a_cpu(lab: str) -> Lab:

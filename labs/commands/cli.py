@@ -89,6 +89,7 @@ from labs.running.resolve import (
     RunRequest,
     is_dummy,
     machine_of,
+    model_for,
     model_of,
     require_devices,
     require_harmless,
@@ -556,7 +557,7 @@ def serve(
                 f"{chosen.name} is served by {engine.title}, and this command starts vLLM alone:"
                 " choose another VARIANT"
             )
-        served = model_of(host, model, weights)
+        served = model_for(resolved, host, model, weights)
         require_port(port, "PORT")
         engine.check_flags([flags])
         alone = resolved.model_copy(update={"variants": (chosen,), "studies": ()})

@@ -28,6 +28,7 @@ from labs.running import derived_models
 from labs.running.resolve import (
     check_flags,
     is_dummy,
+    model_for,
     model_of,
     require_compiler,
     require_devices,
@@ -91,7 +92,12 @@ def examine(wanted: str, weights: str = "") -> tuple[list[Check], list[Ability]]
             Ability(name, False, "vLLM has to be installed first (see above)") for name in LABS
         ]
     random = is_dummy(weights)
-    return lines, [_ability(lab, machine, model, about_model, random) for lab in LABS.values()]
+    return lines, [
+        _ability_in_its_shape(lab, machine, wanted, weights)
+        if lab.shape
+        else _ability(lab, machine, model, about_model, random)
+        for lab in LABS.values()
+    ]
 
 
 # ------------------------------------------------------------------------------------ the machine
@@ -301,6 +307,18 @@ def _ability(
     if to_download := [n for n in missing if n in published]:
         notes.append(f"downloads {', '.join(to_download)} first")
     return Ability(lab.name, True, "; ".join(notes))
+
+
+def _ability_in_its_shape(lab: Lab, machine: Machine, wanted: str, weights: str) -> Ability:
+    """Say whether a lab can run that serves random weights whatever the machine's model is."""
+    resolved = lab.at(models.scale_of(machine), quick=False)
+    try:
+        model = model_for(resolved, machine, wanted, weights)
+    except NotApplicable as reason:
+        return Ability(lab.name, None, str(reason))
+    except ModelError as error:
+        return Ability(lab.name, False, str(error))
+    return _ability(lab, machine, model, Check("Model", model.name), random=True)
 
 
 def _weights_available(model: Model, name: str, known: Mapping[str, str]) -> bool:

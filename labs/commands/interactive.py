@@ -12,7 +12,7 @@ import requests
 from dashboards.front import behind, hidden_address
 from labs.lab import Lab, LabError
 from labs.running.chat_writer import writer_of
-from labs.running.resolve import is_dummy, model_of
+from labs.running.resolve import is_dummy, model_for
 from loadtests import generator, plan
 from loadtests.arrivals import Concurrent
 from serving import machine as machines
@@ -47,7 +47,7 @@ def start_locust_ui(
     chosen = by_name[workload] if workload else resolved.workloads[0]
     server = Endpoint(endpoint)
     server.require_stream()
-    writer = writer_of(model_of(machine, model, weights))
+    writer = writer_of(model_for(resolved, machine, model, weights))
     work = models.CACHE / "locust"
     plan.write_requests(
         work / "requests.jsonl",

@@ -13,7 +13,7 @@ from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import GREY, plt
-from labs.findings.parts import ARITHMETIC, Conclusion, Headline, ReportParts
+from labs.findings.parts import ARITHMETIC, IN_PART, Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.findings.quality import QUALITY, figure_of, treatments_of
 from labs.judging.judge import Interval
@@ -420,8 +420,9 @@ def tell_experts(facts: Experts) -> Finding:
     lines = [
         f"Arithmetic, of {facts.name}: {facts.params / 1e9:.1f} billion parameters, of which a"
         f" token is multiplied with {facts.active_params / 1e9:.1f} billion"
-        f" ({facts.active_params / facts.params:.0%}). No mixture of experts is served in this lab."
-        " All experts take memory; what is saved is reading and arithmetic, with dense kernels.",
+        f" ({facts.active_params / facts.params:.0%}). No mixture of experts is served in this lab:"
+        " `mixture-of-experts` serves one of random weights. All experts take memory; what is saved"
+        " is reading and arithmetic, with dense kernels.",
         "Routing is taken to be even, and each token's independent of the others': a step needs"
         " E (1 - (1 - k/E)^tokens) of E experts. So a large batch reads nearly all of them, while"
         " each token is still multiplied with its own only.",
@@ -684,7 +685,7 @@ PARTS = ReportParts(
         "CO-6": cliff,
         "CO-8": qat,
     },
-    kinds={"CO-5": ARITHMETIC, "CO-8": ARITHMETIC},
+    kinds={"CO-4": IN_PART, "CO-5": ARITHMETIC, "CO-8": ARITHMETIC},
     plots={"cliff": draw_cliff},
     published=PUBLISHED,
     headline=Headline(

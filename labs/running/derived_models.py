@@ -29,7 +29,7 @@ from loadtests.arrivals import Concurrent
 from loadtests.structures import FORMS, example, spec
 from loadtests.workload import Fixed, Workload
 from serving import dummy, models, prune
-from serving.models import Model, ModelError
+from serving.models import Model, ModelError, Shape
 from serving.process import Process
 
 SEED = 2**31 - 1  # of the prompts that models are trained on: no trial draws from it
@@ -344,10 +344,14 @@ def with_weights(model: Model, name: str, folder: Path) -> Model:
     """Return the model that a variant serves in place of the served one, under the same name.
 
     Quantized weights are stored packed: they keep the parameters of the model and change the bytes.
-    A model with other layers or KV heads has a shape of its own.
+    A model with other layers, KV heads or experts has a shape of its own.
     """
     shape = models.load(folder, name).shape
-    if (shape.layers, shape.kv_heads) == (model.shape.layers, model.shape.kv_heads):
+    if _build(shape) == _build(model.shape):
         read = {"weight_bytes": shape.weight_bytes, "expert_bytes": shape.expert_bytes}
         shape = replace(model.shape, **read)
     return Model(model.name, folder, shape, model.dummy)
+
+
+def _build(shape: Shape) -> tuple[int, int, int]:
+    return shape.layers, shape.kv_heads, shape.experts

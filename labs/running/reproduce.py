@@ -16,7 +16,7 @@ from labs.filing import manifest
 from labs.filing.manifest import Fact
 from labs.filing.results import Run, lab_from_resolved
 from labs.lab import LabError
-from labs.running.resolve import RunRequest, engine_environment, model_of, require_harmless
+from labs.running.resolve import RunRequest, engine_environment, model_for, require_harmless
 from serving import machine as machines
 from serving import models
 from serving.dummy import SUFFIX
@@ -92,7 +92,7 @@ def _model_setting(run: Run) -> str:
 def differs_here(run: Run, run_request: RunRequest) -> list[Fact]:
     """List how this machine's environment differs from the run's, before anything starts."""
     host = machines.detect()
-    model = model_of(host, run_request.model, run_request.weights)
+    model = model_for(run_request.lab, host, run_request.model, run_request.weights)
     run_here = run.model_copy(
         update={
             "machine": host,

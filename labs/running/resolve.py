@@ -122,7 +122,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         require_harmless(lab, bool(request.reproduces))
     require_devices(lab, machine)
     require_room(RESULTS)
-    model = model_of(machine, request.model, request.weights)
+    model = model_for(lab, machine, request.model, request.weights)
     if datasheet:
         require_shared_layers(lab, model, datasheet)
     if on_file:
@@ -329,6 +329,22 @@ def model_of(machine: Machine, wanted: str, weights: str) -> models.Model:
     if wanted in dummy.SHAPES and not Path(wanted).exists():
         raise LabError(f"MODEL={wanted} is a shape without weights: give WEIGHTS=dummy with it")
     return models.resolve(machine, wanted)
+
+
+def model_for(lab: Lab, machine: Machine, wanted: str, weights: str) -> models.Model:
+    """Find the model that a lab serves: what MODEL and WEIGHTS ask for, or the lab's own shape.
+
+    Raises what `model_of` raises; NotApplicable where the lab serves a shape and MODEL names none.
+    """
+    if not lab.shape:
+        return model_of(machine, wanted, weights)
+    is_dummy(weights)
+    if wanted and wanted not in dummy.SHAPES:
+        raise NotApplicable(
+            f"{lab.name} serves random weights in a shape of its own, {lab.shape}, and MODEL="
+            f"{wanted} is no shape that ships with the lab: leave MODEL out"
+        )
+    return dummy.resolve(machine, wanted or lab.shape)
 
 
 def require_harmless(lab: Lab, recorded: bool = False) -> None:

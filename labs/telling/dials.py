@@ -22,7 +22,7 @@ from labs.judging.text import ceilings_text
 from labs.lab import Claim, Forecast, Lab, LabError, Point
 from labs.telling.document import parse, plain_text
 from loadtests.workload import BLOCK
-from serving import gpus, models
+from serving import dummy, gpus, models
 from serving.dummy import HOME, SHAPES
 from serving.machine import Ceilings
 from serving.models import Shape
@@ -103,12 +103,29 @@ def cards() -> tuple[Hardware, ...]:
     return tuple(hardware)
 
 
+def cards_of(lab: Lab) -> list[Hardware]:
+    """Every such card with what this lab serves there: a shape of its own, where it has one."""
+    return [_in_its_shape(lab.at(card.scale, quick=False), card) for card in cards()]
+
+
+def _in_its_shape(lab: Lab, card: Hardware) -> Hardware:
+    """The card with the shape that a resolved lab serves, and those of its derived models."""
+    if not lab.shape:
+        return card
+    config = dummy.config_of(lab.shape)
+    weights = {
+        v.name: models.shape_of(dummy.dense(config, v.weights)) for v in lab.variants if v.weights
+    }
+    model = f"the shape of {SHAPES[lab.shape]}"
+    return replace(card, model=model, shape=shipped_shape(lab.shape), weights=weights)
+
+
 def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dict[str, Any]:
     """Predict a lab's claims over its settings, the claim of the name `first` before the others.
 
     Returns {} where no formula answers anywhere.
     """
-    hardware = [*map(Hardware.of, (run for run, _ in runs)), *cards()]
+    hardware = [*map(Hardware.of, (run for run, _ in runs)), *cards_of(lab)]
     claims = [
         *_one_a_function(sorted(lab.claims, key=lambda c: c.name != first)),
         *_one_a_function(lab.forecasts),
@@ -151,7 +168,7 @@ def predicted(lab: Lab, name: str) -> list[tuple[str, float]]:
     """What a claim predicts at the lab's own settings on each card that its formula answers for."""
     (claim,) = (c for c in lab.claims if c.name == name)
     predictions = []
-    for card in cards():
+    for card in cards_of(lab):
         drawn = _briefly(lab.at(card.scale, quick=False))
         pair = _pair(drawn, claim, _points(drawn, card), card)
         value = _predicted(claim, pair, card) if pair else None

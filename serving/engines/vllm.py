@@ -308,7 +308,7 @@ class Vllm(Engine):
         if model.path.exists():
             env["HF_HUB_OFFLINE"] = "1"
         if model.dummy:  # trained routers spread tokens evenly; a random one prefers a few experts
-            env["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = "uniform_random"
+            env[random_weights.ROUTING] = "uniform_random" if kind == "gpu" else random_weights.EVEN
         backends = {VllmFlags(flags).structured_outputs_backend for flags in beside}
         if lm_format_enforcer.NAME in backends:
             env |= lm_format_enforcer.AS_OTHERS
@@ -491,7 +491,9 @@ class Vllm(Engine):
         found = re.search(r"^.*Initializing a V1 LLM engine.*$", text, re.MULTILINE)
         given = re.search(r"^.*non-default args: .*$", text, re.MULTILINE)
         kernel = re.search(r"^.*Using FlashAttention version.*$", text, re.MULTILINE)
-        settings = [match[0] if match else "" for match in (found, given, kernel)]
+        built = re.search(r"^.*Resolved architecture: .*$", text, re.MULTILINE)
+        routed = re.search(r"^.*Tokens are sent to experts by.*$", text, re.MULTILINE)
+        settings = [match[0] if match else "" for match in (found, given, kernel, built, routed)]
         read = {
             metrics.ENGINE_CONFIG: resolved("\n".join(settings)),
             metrics.ZEROS: random_weights.read(text),
@@ -628,6 +630,8 @@ _RESOLVED = {  # in vLLM 0.31 and 0.32
     # of what was given beside the defaults
     "max_num_splits": re.compile(r"flash_attn_max_num_splits_for_cuda_graph'?[=:]\s*(\d+)"),
     "watermark": re.compile(r"'watermark': ([\d.]+)"),
+    "architecture": re.compile(r"Resolved architecture: (\w+)"),  # of the first model it loads
+    "routing": re.compile(r"Tokens are sent to experts by (\w+)"),
     "flash_attention": re.compile(r"Using FlashAttention version (\d+)"),
 }
 

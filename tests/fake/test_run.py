@@ -24,7 +24,7 @@ from labs.findings.speculative_decoding import speculations, tokens_a_step
 from labs.lab import Point
 from labs.telling.pictures import as_address
 from loadtests.records import RequestRecord
-from serving import models
+from serving import dummy, models
 from serving.install import find_prometheus
 from serving.models import ROOT
 from tests.fake import made
@@ -99,10 +99,15 @@ def test_the_engines_got_the_command_lines_that_are_on_file(lab: str, finish: Fi
     finished = finish(lab)
     started = [text.split() for _, text in finished.reader.engine_starts()]
     run, results = finished.folder.run(), finished.reader.results
+    model = (
+        dummy.resolve(run.machine, run.model.removesuffix(dummy.SUFFIX))
+        if run.dummy
+        else models.resolve(run.machine)
+    )
     assert len(started) == len(run.argv)
     for served, *flags in run.argv.values():
         words = " ".join([served, *flags])
-        words = words.replace("<model>", str(models.resolve(run.machine).path))
+        words = words.replace("<model>", str(model.path))
         words = re.sub("<([a-z0-9-]+)>", lambda m: str(made.folder_of(m[1], results)), words)
         folder, *own = words.split()
         place = own[own.index("--model") + 1] if "--model" in own else folder

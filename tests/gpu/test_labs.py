@@ -30,7 +30,8 @@ def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
     sizes = sizes_of(lab)
     if sizes.needs and not quantize.is_available(sizes.needs):
         pytest.skip(f"{sizes.needs.name} is not set up here, and pip reaches no package index")
-    check_run(quick_run(lab, results, f"{sizes.real} {sizes.gpu}", model=models.BUNDLED))
+    model = "" if LABS[lab].shape else models.BUNDLED
+    check_run(quick_run(lab, results, f"{sizes.real} {sizes.gpu}", model=model))
 
 
 @pytest.mark.timeout(3600)

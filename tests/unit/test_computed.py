@@ -8,7 +8,7 @@ import pytest
 
 from labs import LABS
 from labs.comparing import leaderboards
-from labs.findings.parts import ARITHMETIC, parts_of
+from labs.findings.parts import ARITHMETIC, IN_PART, parts_of
 from labs.questions import QUESTIONS
 from labs.running.capacity_plan import model_named, plan
 from labs.running.resolve import machine_of
@@ -85,6 +85,8 @@ def test_every_question_says_how_it_is_answered_or_what_would_answer_it() -> Non
         assert ("make " in answer) or "no lab asks it yet" in answer, row
     assert kind_of("SO-1", ["continuous-batching"]) == "measured"
     assert kind_of("CO-8", ["weight-pruning"]) == ARITHMETIC
+    assert kind_of("CO-4", ["weight-pruning"]) == IN_PART
+    assert kind_of("CO-4", ["weight-pruning", "mixture-of-experts"]) == IN_PART
     assert kind_of("KV-8", ["context-retrieval", "kv-quantization"]) == "measured, arithmetic"
 
 

@@ -12,7 +12,7 @@ from labs import LABS, theory
 from labs.lab import NotApplicable
 from labs.running.derived_models import about, make, with_weights
 from serving import dummy, models, random_weights
-from serving.engines.vllm import Vllm
+from serving.engines.vllm import Vllm, resolved
 from serving.machine import Machine
 from serving.models import Model
 
@@ -58,8 +58,10 @@ def test_vllm_is_told_to_draw_the_weights_itself() -> None:
     argv = Vllm.server_argv(model, {}, 1)
     assert argv[argv.index("--load-format") + 1] == "dummy"
     assert argv[argv.index("--worker-extension-cls") + 1] == random_weights.EXTENSION
-    drawn = Vllm.environment("gpu", model)["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"]
-    assert drawn == "uniform_random"
+    routed = [Vllm.environment(kind, model)[random_weights.ROUTING] for kind in ("gpu", "cpu")]
+    assert routed == ["uniform_random", random_weights.EVEN]
+    log = f"(Worker pid=1) {random_weights.ROUTED.format(random_weights.EVEN)}\n"
+    assert resolved(log)["routing"] == random_weights.EVEN
     real = Model("real", model.path, model.shape)
     assert "--load-format" not in Vllm.server_argv(real, {}, 1)
     assert "VLLM_MOE_ROUTING_SIMULATION_STRATEGY" not in Vllm.environment("gpu", real)
@@ -106,6 +108,20 @@ def test_other_kv_heads_are_a_config_that_says_so(name: str, kv_heads: int) -> N
     assert served.shape.weight_bytes - model.shape.weight_bytes == 32 * 2 * rows * 4096 * 2
 
 
+@pytest.mark.parametrize(("name", "width"), [("dense-total", 32 * 512), ("dense-active", 4 * 512)])
+def test_a_dense_model_in_the_place_of_experts_is_a_config_that_says_so(
+    name: str, width: int
+) -> None:
+    model = dummy.resolve(CPU, "moe-tiny")
+    folder = made(model, name)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["intermediate_size"]) == ("qwen3", width)
+    assert not [field for field in config if "expert" in field or "moe" in field]
+    served = with_weights(model, name, folder)
+    assert (served.name, served.dummy, served.shape.experts) == (model.name, True, 0)
+    assert served.shape == models.shape_of(config)
+
+
 def test_adapters_have_the_true_shape_at_both_ranks() -> None:
     from safetensors import safe_open
 
@@ -129,6 +145,8 @@ def test_what_is_made_of_real_weights_is_refused() -> None:
         made(dummy.resolve(CPU), "outliers")
     with pytest.raises(NotApplicable, match="quantized experts with random weights are not"):
         made(dummy.resolve(GPU, "moe-30b"), "w8a8")
+    with pytest.raises(NotApplicable, match="dense-total stands beside a mixture of experts"):
+        made(dummy.resolve(CPU), "dense-total")
 
 
 def test_chosen_acceptance_is_the_formulas_at_every_position() -> None:

@@ -17,7 +17,13 @@ from labs import LABS
 from labs.changes import parse_changes
 from labs.lab import Lab, LabError, NotApplicable
 from labs.running.derived_models import NEED_NO_WEIGHTS, RECIPES
-from labs.running.resolve import model_of, require_devices, require_memory, require_sizes
+from labs.running.resolve import (
+    model_for,
+    model_of,
+    require_devices,
+    require_memory,
+    require_sizes,
+)
 from serving import dummy, models
 from serving import machine as machines
 from serving.engines import vllm
@@ -193,9 +199,10 @@ def default(name: str) -> Model:
 
 def of_the_class(lab: str, c: MemoryClass, random: bool) -> tuple[Lab, Machine, Model]:
     machine = gpu(round(0.96 * c.gb * 10**9 / 2**20))
-    shape = Model(c.dummy, Path(), shape_of(config_of(c.dummy)), dummy=True)
     lab_ = LABS[lab].at(models.scale_of(machine), quick=False, dummy=random)
-    return lab_, machine, shape if random else default(c.model)
+    name = lab_.shape or c.dummy
+    shape = Model(name, Path(), shape_of(config_of(name)), dummy=True)
+    return lab_, machine, shape if random or lab_.shape else default(c.model)
 
 
 @pytest.mark.parametrize("random", [False, True], ids=["real", "random"])
@@ -207,7 +214,8 @@ def test_every_lab_fits_every_class_of_gpu(lab: str, c: MemoryClass, random: boo
     require_devices(resolved, machine)
     require_sizes(resolved, model)
     require_memory(resolved, machine, model)
-    known = {*SIBLINGS[model.name], *RECIPES} if not random else {*dummy.DERIVED, *NEED_NO_WEIGHTS}
+    of_random = {*dummy.DERIVED, *NEED_NO_WEIGHTS}
+    known = of_random if model.dummy else {*SIBLINGS[model.name], *RECIPES}
     if lab in NEED_REAL_WEIGHTS and random:
         derived = NEED_REAL_WEIGHTS[lab]
         with pytest.raises(ModelError, match=f"{derived} needs real weights"):
@@ -251,8 +259,8 @@ def test_the_bundled_model_is_served_on_a_gpu_by_its_name(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("lab", LABS)
 def test_every_lab_that_applies_to_random_weights_fits_them_on_a_cpu(lab: str, quick: bool) -> None:
     resolved = LABS[lab].at("cpu", quick, dummy=True)
-    tiny = Model("llama-tiny", Path(), shape_of(config_of("llama-tiny")), dummy=True)
-    require_sizes(resolved, tiny)
+    name = resolved.shape or "llama-tiny"
+    require_sizes(resolved, Model(name, Path(), shape_of(config_of(name)), dummy=True))
 
 
 @pytest.mark.parametrize("c", CLASSES, ids=lambda c: f"{c.gb}")
@@ -424,3 +432,20 @@ def test_settings_that_do_not_fit_are_named() -> None:
         model_of(gpu(81_559), "llama-8b", "")
     with pytest.raises(ModelError, match=r"no shape 'llama-9b' ships.*llama-8b \(Llama 3\.1 8B"):
         model_of(gpu(81_559), "llama-9b", "dummy")
+
+
+@pytest.mark.parametrize("weights", ["", "dummy"])
+def test_a_lab_with_a_shape_of_its_own_serves_it_whatever_the_machine_serves(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "bundled_tokenizer", lambda: Path("carried"))
+    monkeypatch.setattr(dummy, "resolve", lambda machine, name: name)
+    large, small = gpu(81_559), gpu(16_384)
+    for machine, shape in ((large, "moe-30b"), (small, "moe-3b")):
+        lab = LABS["mixture-of-experts"].at(models.scale_of(machine), quick=False)
+        found: object = model_for(lab, machine, "", weights)
+        assert found == shape
+        named: object = model_for(lab, machine, "moe-tiny", weights)
+        assert named == "moe-tiny"
+        with pytest.raises(NotApplicable, match=r"MODEL=a/b is no shape .* leave MODEL out"):
+            model_for(lab, machine, "a/b", weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,25 @@ def test_the_dummy_loader_is_wrapped_and_says_what_it_drew(
     assert loaded == [model]
     found = random_weights.read("(Worker pid=1) " + capsys.readouterr().out)
     assert re.fullmatch(r"0\.01\d\d", found["8"])
+
+
+class SixtyFourBits:
+    """vLLM's own strategy: the ids have 64 bits, unless it is asked for others."""
+
+    def route_tokens(
+        self, states: Any, logits: Any, top_k: int, indices_type: Any = None
+    ) -> tuple[Any, Any]:
+        drawn = torch.rand(logits.shape).topk(top_k).indices
+        return torch.ones(drawn.shape), drawn.to(indices_type or torch.int64)
+
+
+def test_experts_have_ids_that_the_cpu_kernel_takes() -> None:
+    even = random_weights.EvenRouting(SixtyFourBits())
+    states, logits = torch.zeros(4, 8), torch.zeros(4, 32)
+    weights, ids = even.route_tokens(states, logits, 3)
+    assert (weights.shape, ids.shape, ids.dtype) == ((4, 3), (4, 3), torch.int32)
+    _, asked = even.route_tokens(states, logits, 3, torch.int64)
+    assert asked.dtype == torch.int64
 
 
 def test_the_lab_alone_names_what_a_worker_imports() -> None:

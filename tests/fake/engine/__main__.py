@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from serving import random_weights
 from tests.fake.engine.alarm import Alarm
@@ -30,11 +30,14 @@ def fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
+def _config(model: str) -> dict[str, Any]:
+    path = Path(model) / "config.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
 def _quantization(model: str) -> str:
     """The method that the model's configuration names, as vLLM says it."""
-    path = Path(model) / "config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
-    return str(config.get("quantization_config", {}).get("quant_method"))
+    return str(_config(model).get("quantization_config", {}).get("quant_method"))
 
 
 def _given(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, object]:
@@ -65,8 +68,13 @@ async def serve(options: argparse.Namespace) -> None:
               f" structured_outputs_config=StructuredOutputsConfig(backend={backend!r}),"
               f" enforce_eager={options.enforce_eager}", file=sys.stderr)  # fmt: skip
         print("non-default args:", _given(options, sys.argv[1:]), file=sys.stderr)
+        for architecture in _config(options.model).get("architectures", [])[:1]:
+            print(f"Resolved architecture: {architecture}", file=sys.stderr)
         if options.load_format == "dummy":
             print(random_weights.line({16: 0.0}), file=sys.stderr)
+            if "num_experts" in _config(options.model):
+                by = os.environ[random_weights.ROUTING]
+                print(random_weights.ROUTED.format(by), file=sys.stderr)
         print(f"Listening on http://127.0.0.1:{port}", file=sys.stderr, flush=True)
         gc.freeze()
         gc.disable()  # its pauses would show in the stamps; nothing here makes cycles that grow

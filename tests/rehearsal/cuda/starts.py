@@ -80,9 +80,9 @@ def of_lab(
     require_known_names(lab)
     require_harmless(lab)
     require_devices(lab, machine)
-    if setting:
+    if setting or lab.shape:
         require_no_reading(lab)
-        model = dummy.resolve(machine)
+        model = dummy.resolve(machine, lab.shape)
     else:
         model = real.model(home, models.default_name(machine))
     lab = lab.without(others).model_copy(update={"admission_by_client": not limits_queues})

@@ -1,0 +1,220 @@
+"""Mixture of experts: what does leaving most of a model out of each step gain, and how long?
+
+A layer of a *mixture of experts* has E small MLPs, the experts, in the place of one large MLP, and
+a router that sends each token to k of them (Shazeer et al., 2017). A token is multiplied with its
+own k alone, so a step over one token reads a few of the experts; all of them have to lie in memory,
+as nobody knows beforehand which the next token needs. A batch needs more of them: where B tokens
+are routed evenly, and each independently of the others, a step is expected to need
+E (1 - (1 - k/E)^B) of a layer's experts. With k/E = 1/8 that is an eighth for one request, two
+fifths for four and nine tenths for sixteen. While memory bandwidth is what limits decode, that is
+what happens to the gain: one user has the speed of a small model, and a full batch nearly that of
+the large one. Arithmetic is saved at every batch, since each token is still multiplied with its own
+experts only; that pays where arithmetic limits, as in prefill.
+
+The mixture stands beside two dense models, which differ from it in their MLPs alone. `dense-total`
+has an MLP as wide as all experts together, so that it holds as many bytes; `dense-active` one as
+wide as the k experts of a token, so that it reads as many for one token. All three have random
+weights, since what is read does not depend on their values, and the engine is told to route each
+token to experts drawn evenly. Trained routers do so only nearly, and what they are unequal in
+lets a batch need fewer.
+
+Two claims are about ratios that are to be nearly 1. Reading all experts and reading a token's own
+lie a factor of four or more apart, so a difference of a quarter still tells which of the two it is;
+and routing, launching and the kernels' own speed, which bytes do not count, may take as much. Hence
+their margin of 25%, which was set before the first run.
+
+Turn: the batch (`workloads.decode.loads`), the length of the answers
+(`workloads.decode.output_tokens.tokens`), the shape (`MODEL=moe-3b`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from labs import theory
+from labs.lab import MARGIN, SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
+from loadtests.arrivals import Concurrent
+from loadtests.workload import Fixed, Workload
+from serving import metrics
+
+SHAZEER = "Shazeer et al., Sparsely-Gated Mixture-of-Experts, 2017"
+NEARLY = 0.25
+"""Two models read about as much where their ratio is 1 within this share; the docstring says why"""
+
+
+def experts_needed(experts: int, per_token: int, tokens: float) -> float:
+    """Return how many of a layer's experts a step over so many tokens is expected to need.
+
+    E (1 - (1 - k/E)^B): an expert stays idle where none of the B tokens is sent to it. Routing is
+    taken to be even, and each token's independent of the others'.
+    """
+    idle: float = (1 - per_token / experts) ** tokens
+    return experts * (1 - idle)
+
+
+def step_s(point: Point) -> float:
+    """Return the least seconds of a decode step with all requests in flight."""
+    return theory.decode_step_s(point.shape, point.ceilings, point.load.users, point.context_tokens)
+
+
+FORMULA = "max((weights read + KV bytes) / bandwidth, FLOP / BF16 rate)"
+ASSUMPTIONS = (
+    "a mixture reads (1 - (1 - k/E)^B) of its experts: tokens are routed evenly, each by itself",
+    "routing, launching, scheduling and sampling take no time",
+    "no prompt is prefilled between two tokens",
+)
+
+
+def step_ratio(treatment: Point, baseline: Point) -> Prediction:
+    return Prediction(
+        value=step_s(treatment) / step_s(baseline),
+        formula=f"{FORMULA}, treatment / baseline",
+        assumptions=ASSUMPTIONS,
+        source=SHAZEER,
+    )
+
+
+def floor(point: Point) -> Prediction:
+    return Prediction(
+        value=step_s(point),
+        kind="floor",
+        formula=FORMULA,
+        assumptions=ASSUMPTIONS,
+        source="Williams et al., Roofline, 2009",
+    )
+
+
+# -------------------------------------------------------------------------------------- the lab
+
+MIXTURE = Variant(name="mixture")
+TOTAL, ACTIVE = "dense-total", "dense-active"
+VARIANTS = (MIXTURE, MIXTURE.but(TOTAL, weights=TOTAL), MIXTURE.but(ACTIVE, weights=ACTIVE))
+
+
+def arm(variant: str, users: int) -> Arm:
+    return Arm(variant=variant, workload="decode", load=f"concurrent:{users}")
+
+
+def claim(
+    name: str, title: str, treatment: Arm, baseline: Arm, expect: str, margin: float = MARGIN
+) -> Claim:
+    return Claim.model_validate(
+        {
+            "name": name,
+            "title": title,
+            "metric": "tpot_mean_s",
+            "treatment": treatment,
+            "baseline": baseline,
+            "expect": expect,
+            "predict": step_ratio,
+            "margin": margin,
+        }
+    )
+
+
+def claims(many: int) -> tuple[Claim, ...]:
+    """State what is expected at one request and at `many` in flight."""
+    return (
+        claim("one-total",
+              "One user's tokens come sooner from the mixture than from a dense model as large",
+              arm("mixture", 1), arm(TOTAL, 1), "falls"),
+        claim("one-active",
+              "One user's tokens come about as soon from the mixture as from a dense model with the"
+              " parameters of one token",
+              arm("mixture", 1), arm(ACTIVE, 1), "unchanged", NEARLY),
+        claim("batch",
+              f"With {many} in flight a step of the mixture needs nearly all experts, and takes"
+              " longer than with one",
+              arm("mixture", many), arm("mixture", 1), "rises"),
+        claim("many-total",
+              f"With {many} in flight little is left of the gain over a dense model as large",
+              arm("mixture", many), arm(TOTAL, many), "unchanged", NEARLY),
+    )  # fmt: skip
+
+
+def knobs(loads: Sequence[int], tokens: int) -> tuple[str, ...]:
+    """Say what to turn next: loads that go further, and a longer context of so many tokens."""
+    further = ",".join(f'"concurrent:{users}"' for users in loads)
+    return (
+        f"SET='workloads.decode.loads=[{further}]' looks further along the batch, where the"
+        " mixture gains again once arithmetic limits",
+        f'SET="workloads.decode.prompt_tokens.tokens={tokens}" has each request bring more keys and'
+        " values, which all three read alike",
+    )
+
+
+EVIDENCE = (
+    Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
+    Evidence.echo("mixture", metrics.ENGINE_CONFIG, "architecture", "Qwen3MoeForCausalLM"),
+    Evidence.echo(TOTAL, metrics.ENGINE_CONFIG, "architecture", "Qwen3ForCausalLM"),
+    Evidence.echo(ACTIVE, metrics.ENGINE_CONFIG, "architecture", "Qwen3ForCausalLM"),
+)
+
+LAB = Lab(
+    name="mixture-of-experts",
+    title="Mixture of experts",
+    question="How much faster is a mixture of experts, for one user and for many?",
+    answers=("CO-4",),
+    variants=VARIANTS,
+    shape="moe-tiny",
+    flags={
+        "max-model-len": 1024,
+        "enable-prefix-caching": False,
+        "enforce-eager": True,
+        "kv-cache-memory-bytes": 256 * 2**20,
+    },
+    workloads=(
+        Workload(
+            name="decode",
+            prompt_tokens=Fixed(tokens=32),
+            output_tokens=Fixed(tokens=32),
+            loads=(Concurrent(users=1), Concurrent(users=4), Concurrent(users=16)),
+        ),
+    ),
+    claims=claims(16),
+    forecasts=(
+        Forecast(name="step", metric="tpot_mean_s", arm=Arm(workload="decode"), predict=floor),
+    ),
+    evidence=(
+        *EVIDENCE,
+        Evidence.echo("mixture", metrics.ENGINE_CONFIG, "routing", "lab_even"),
+    ),
+    findings=("shapes", "batches"),
+    plots=("batches",),
+    slo=SLO(ttft_s=1, tpot_s=0.1),
+    requests=256,
+    warmup_s=0.5,
+    window_s=2,
+    scales={
+        "cpu": {"repeats": 3},
+        "gpu": {
+            "shape": "moe-3b",
+            "flags": {
+                "enable-prefix-caching": False,
+                "kv-cache-memory-bytes": 2 * 2**30,
+            },
+            "slo.ttft_s": 0.5,
+            "workloads.decode.output_tokens.tokens": 128,
+            "workloads.decode.loads": tuple(Concurrent(users=n) for n in (1, 4, 16, 64)),
+            "claims": [c.model_dump() for c in claims(64)],
+            "evidence": EVIDENCE,
+            "next_knobs": knobs((1, 64, 256), 512),
+            "requests": 4096,
+            "warmup_s": 2,
+            "window_s": 6,
+        },
+        "gpu-80": {"shape": "moe-30b"},
+        "gpu-141": {"shape": "moe-30b"},
+    },
+    quick={"repeats": 1},
+    limits={
+        "cpu": "The shape is small, but larger than most caches, so that a step reads memory. How"
+        " many experts a batch needs carries over to any machine; how much a step takes beside"
+        " reading them does not: a CPU's kernel for experts is another than a GPU's. Random weights"
+        " tell nothing of the text that a mixture writes.",
+        "gpu": "One GPU holds all experts. Larger mixtures spread them over several, and what"
+        " sending tokens between those costs is not measured here. Random weights tell nothing of"
+        " the text that a mixture writes.",
+    },
+    next_knobs=knobs((1, 16, 64), 512),
+)  # fmt: skip

@@ -1,0 +1,218 @@
+"""The lab of mixtures of experts: how many a batch needs, by hand, and what is told of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from labs import LABS
+from labs.findings.context import Context
+from labs.findings.drawing import plt
+from labs.findings.mixture_of_experts import BATCHES, SERVED, draw_batches, mixture_gains
+from labs.findings.parts import parts_of
+from labs.judging.judge import is_within
+from labs.lab import Lab
+from labs.mixture_of_experts import (
+    ACTIVE,
+    NEARLY,
+    TOTAL,
+    experts_needed,
+    step_ratio,
+    step_s,
+)
+from labs.telling import dials
+from serving import dummy, gpus
+from serving.forecasting.datasheet import EXPECTED
+from serving.machine import Ceilings
+from serving.models import Shape, shape_of
+from tests.unit.builders import CEILINGS
+from tests.unit.test_answers import judged, judged_run
+from tests.unit.test_findings import Values, cells, context, withheld
+
+LAB = LABS["mixture-of-experts"].at("cpu", quick=False)
+SLOW_MEMORY = Ceilings(
+    memory_bandwidth_bytes_per_s=1e10, bf16_flops_per_s=1e15, threads=1, torch="-", measured_at="-"
+)
+
+
+def shapes(name: str) -> dict[str, Shape]:
+    """The shape of that name under "", and those of both dense models beside it."""
+    config = dummy.config_of(name)
+    return {"": shape_of(config), **{d: shape_of(dummy.dense(config, d)) for d in dummy.DENSE}}
+
+
+def ratio(name: str, claim: str, lab: Lab = LAB, ceilings: Ceilings = SLOW_MEMORY) -> float:
+    """What a claim predicts in that shape; where arithmetic costs nothing unless told otherwise."""
+    weights = shapes(name)
+    points = lab.model_copy(update={"repeats": 1, "requests": 64}).points(
+        weights.pop(""), ceilings, weights
+    )
+    (asked,) = (c for c in lab.claims if c.name == claim)
+    ((treatment, baseline),) = lab.pairs(asked, points)
+    assert asked.predict is step_ratio
+    return asked.predict(treatment, baseline).value
+
+
+# ------------------------------------------------------------------------------- the arithmetic
+
+
+def test_how_many_experts_a_batch_needs() -> None:
+    assert experts_needed(32, 4, 1) == pytest.approx(4)
+    assert experts_needed(4, 2, 2) == pytest.approx(3)  # each misses two of four: a quarter is idle
+    assert experts_needed(8, 1, 1000) == pytest.approx(8)
+
+
+def test_drawn_experts_are_as_many_as_expected() -> None:
+    chance, drawn, batch = random.Random(1), 4000, 16
+    needed = [
+        len({e for _ in range(batch) for e in chance.sample(range(32), 4)}) for _ in range(drawn)
+    ]
+    assert sum(needed) / drawn == pytest.approx(experts_needed(32, 4, batch), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["moe-tiny", "moe-3b", "moe-30b"])
+def test_the_dense_models_have_the_parameters_of_all_experts_and_of_one_token(name: str) -> None:
+    of = shapes(name)
+    mixture, total, active = of[""], of[TOTAL], of[ACTIVE]
+    router = mixture.layers * mixture.hidden * mixture.experts
+    assert total.experts == active.experts == 0
+    assert mixture.params - total.params == router
+    assert mixture.matmul_params - active.matmul_params == router
+    assert mixture.step_bytes(1) - active.weight_bytes == 2 * router
+    assert total.kv_bytes_per_token() == active.kv_bytes_per_token() == mixture.kv_bytes_per_token()
+    assert 2 * router < 0.02 * active.weight_bytes  # so little sets them apart
+
+
+def test_what_the_shape_of_a_cpu_predicts_by_hand() -> None:
+    """8 layers of 32 experts of 3 x 512 x 512; a quarter of the bytes is the head and attention."""
+    expert = 3 * 512 * 512
+    beside = 8 * 512 * 64 * 2 * (8 + 4) + 49_152 * 512
+    one, all_ = beside + 8 * 4 * expert, beside + 8 * 32 * expert
+    assert ratio("moe-tiny", "one-total") == pytest.approx(one / all_, rel=0.01)
+    assert ratio("moe-tiny", "one-active") == pytest.approx(1, rel=0.01)
+    sixteen = beside + 8 * 32 * expert * (1 - (7 / 8) ** 16)
+    assert ratio("moe-tiny", "many-total") == pytest.approx(sixteen / all_, rel=0.01)
+    assert ratio("moe-tiny", "batch") == pytest.approx(sixteen / one, rel=0.02)
+
+
+@pytest.mark.parametrize("card", dials.cards_of(LAB), ids=lambda card: card.card)
+def test_claims_expect_what_their_formula_says_on_every_card(card: dials.Hardware) -> None:
+    lab = LABS["mixture-of-experts"].at(card.scale, quick=False)
+    assert card.shape.experts
+    assert card.weights.keys() == {TOTAL, ACTIVE}
+    for claim in lab.claims:
+        value = ratio(lab.shape, claim.name, lab, card.ceilings)
+        if claim.expect == "unchanged":
+            assert is_within(value, claim.margin), claim.name
+        else:
+            assert not is_within(value, NEARLY), claim.name
+            assert (value > 1) == (claim.expect == "rises"), claim.name
+
+
+@pytest.mark.parametrize("scale", ["cpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)])
+def test_the_margin_tells_both_bounds_apart(scale: str) -> None:
+    """What reads all experts and what reads one token's own lie more than two margins apart."""
+    lab = LABS["mixture-of-experts"].at(scale, quick=False)
+    apart = 1 / ratio(lab.shape, "one-total", lab)
+    assert apart > (1 + NEARLY) ** 2
+    assert {c.margin for c in lab.claims if c.expect == "unchanged"} == {NEARLY}
+
+
+@pytest.mark.parametrize("card", dials.cards_of(LAB), ids=lambda card: card.card)
+def test_requests_do_not_run_out_on_any_card(card: dials.Hardware) -> None:
+    """There are more than each model could answer in a trial if a step took reading alone."""
+    lab = LABS["mixture-of-experts"].at(card.scale, quick=False).model_copy(update={"repeats": 1})
+    for point in lab.points(card.shape, card.ceilings, card.weights):
+        request_s = point.output_tokens * (step_s(point) + EXPECTED.step_s)
+        sent = point.load.users * ((lab.warmup_s + lab.window_s) / request_s + 1)
+        assert sent < lab.requests, point.key
+
+
+def test_variants_differ_in_their_weights_alone() -> None:
+    mixture, *dense = LAB.variants
+    assert mixture.weights == ""
+    assert [(v.flags, v.weights) for v in dense] == [(mixture.flags, v.name) for v in dense]
+    said = {e.arm.variant: e.value for e in LAB.evidence if e.label == "architecture"}
+    for name, shown in said.items():
+        config = dummy.config_of(LAB.shape)
+        served = dummy.dense(config, str(name)) if name in dummy.DENSE else config
+        assert served["architectures"] == [shown]
+
+
+# ------------------------------------------------------------------------------- what is told
+
+TPOTS_S = {
+    "mixture": {1: 0.012, 4: 0.022, 16: 0.040},
+    TOTAL: {1: 0.040, 4: 0.042, 16: 0.044},
+    ACTIVE: {1: 0.010, 4: 0.011, 16: 0.012},
+}
+TIMES: Mapping[str, Values] = {
+    f"{variant}/decode/concurrent-{users}": {"tpot_mean_s": [s, 1.01 * s, 0.99 * s]}
+    for variant, of in TPOTS_S.items()
+    for users, s in of.items()
+}
+
+
+def measured(home: Path, times: Mapping[str, Values] = TIMES) -> Context:
+    """A run in the shape of a CPU, with these times."""
+    small = LAB.model_copy(update={"requests": 64})
+    found = context(home, small, times)
+    weights = shapes("moe-tiny")
+    return replace(found, points=small.points(weights.pop(""), CEILINGS, weights))
+
+
+def test_what_was_served_holds_as_much_and_reads_less(tmp_path: Path) -> None:
+    finding = SERVED.finding(measured(tmp_path))
+    assert cells(finding, 0, 1) == [
+        ["`mixture`", "32, 4 for each token"],
+        [f"`{TOTAL}`", "none: one MLP"],
+        [f"`{ACTIVE}`", "none: one MLP"],
+    ]
+    mixture, total, active = finding.rows[1:]
+    assert mixture[4].split()[0] == total[4].split()[0] == "516"
+    assert [row[5].split()[0] for row in (mixture, total, active)] == ["114", "466", "113"]
+    assert total[3].endswith("(90%)")  # all but the input embedding
+
+
+def test_the_gain_shrinks_with_the_batch(tmp_path: Path) -> None:
+    found = measured(tmp_path)
+    finding = BATCHES.finding(found)
+    assert cells(finding, 0, 1) == [["1", "4 of 32"], ["4", "13.2 of 32"], ["16", "28.2 of 32"]]
+    facts = found.once(BATCHES.facts)
+    beside = [at.total.measured.value for at in facts if at.total and at.total.measured]
+    assert beside == pytest.approx([0.3, 22 / 42, 40 / 44], rel=0.01)
+    by_bytes = [at.total.by_bytes for at in facts if at.total]
+    assert by_bytes == sorted(by_bytes)
+    text = mixture_gains(judged_run(found, [judged("one-total", 0.3), judged("batch", 3.3),
+                                            judged("many-total", 0.91)]))  # fmt: skip
+    assert text
+    assert "TPOT is 0.30x" in text
+    assert "28.2 of 32 experts" in text
+    assert "0.91x" in text
+
+
+def test_what_is_not_valid_is_told_so_and_an_empty_run_invents_nothing(tmp_path: Path) -> None:
+    found = withheld(measured(tmp_path / "a"), f"{TOTAL}/decode/concurrent-1")
+    assert BATCHES.finding(found).rows[1][6].endswith("not valid")
+    assert mixture_gains(judged_run(measured(tmp_path / "b", times={}))) is None
+    alone = LABS["mixture-of-experts"].at("cpu", False, {"variants": [TOTAL]})
+    no_mixture = context(tmp_path / "c", alone, {})
+    assert "No mixture" in BATCHES.finding(no_mixture).lines[0]
+
+
+def test_the_plot_has_measured_and_forecast_ratios(tmp_path: Path) -> None:
+    caption = draw_batches(judged_run(measured(tmp_path)))
+    figure = plt.gcf()
+    left, right = figure.axes
+    plt.close(figure)
+    assert caption
+    assert left.get_legend_handles_labels()[1] == [*TPOTS_S]
+    assert right.get_legend_handles_labels()[1] == [f"mixture / {TOTAL}", f"mixture / {ACTIVE}"]
+
+
+def test_the_answer_is_measured_in_part() -> None:
+    assert parts_of("mixture-of-experts").kinds["CO-4"] == parts_of("weight-pruning").kinds["CO-4"]
