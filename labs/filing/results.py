@@ -286,11 +286,26 @@ class Band(BaseModel, frozen=True, extra="forbid"):
     geometric_mean: FiniteFloat | None = None
 
 
+TWO_ENGINES = "two engines"
+
+
+class OnTwoEngines(BaseModel, frozen=True, extra="forbid"):
+    """The forecast of a point's load on two engines of its kind, which no run measures.
+
+    With a link one of them prefills, and hands keys and values over it to the other, which decodes.
+    Without one each does both, and a request goes to the one with fewer outstanding.
+    """
+
+    point: str
+    link_gbit_per_s: float | None
+    bands: dict[str, Band] = {}  # by metric
+
+
 class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     """The forecasts of every point, from vLLM's own scheduler run in virtual time."""
 
     points: dict[str, dict[str, Band]]  # point -> metric
-    without: dict[str, str] = {}  # variant or point -> why it has no forecast
+    without: dict[str, str] = {}  # variant, point or TWO_ENGINES -> why it has no forecast
     trial_s: dict[str, float] = {}  # point -> from a trial's start to its last answer
     copied: dict[str, Band] = {}  # point that copies -> share of its guesses accepted in a trial
     step_times: list[dict[str, Any]] = []  # the stand-in steps, as they were timed
@@ -302,6 +317,7 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     timelines: Annotated[dict[str, Timeline], Field(exclude_if=lambda t: not t)] = {}
     # point -> mean and peak share of the KV cache, each the mean over its plays at the timed step
     kv_use: Annotated[dict[str, KvUse], Field(exclude_if=lambda use: not use)] = {}
+    on_two: Annotated[tuple[OnTwoEngines, ...], Field(exclude_if=lambda two: not two)] = ()
 
     def ratio(
         self, metric: str, treatment: str, baseline: str, of_means: bool = False

@@ -12,11 +12,12 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from labs.filing.results import Band, PointForecasts
+from labs.filing.results import TWO_ENGINES, Band, OnTwoEngines, PointForecasts
+from labs.findings.parts import parts_of
 from labs.judging.machine_speed import usual_spread
 from labs.lab import Lab, Point, Prediction, Variant
 from labs.running.copied_text import Copies, read_answers, share_copied
-from labs.running.forecaster import started
+from labs.running.forecaster import ForecastError, started
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from labs.running.step_timing import (
@@ -66,6 +67,7 @@ def forecast(
         if not all(capacities):
             points = [p for p in points if not isinstance(p.load, OfCapacity)]
         all_plays = trials.played(points, capacities)
+        on_two = _on_two_engines(trials, points, without)
     return PointForecasts(
         points={plays.point.key: plays.bands(setup.lab) for plays in all_plays},
         without=without,
@@ -74,6 +76,7 @@ def forecast(
         watches={plays.point.key: plays.watches for plays in all_plays if plays.watches},
         timelines={plays.point.key: line for plays in all_plays if (line := plays.timeline)},
         kv_use=KvUse.over_trials({p.point.key: p.kv_uses for p in all_plays if p.kv_uses}),
+        on_two=on_two,
         step_times=described(steps.values()),
         machine_spread=spread,
     )
@@ -87,6 +90,22 @@ UNSEEN: dict[str, object] = {
 
 A forecast's step is the same whatever they say.
 """
+
+
+def _on_two_engines(
+    trials: VirtualTrials, points: Sequence[Point], without: dict[str, str]
+) -> tuple[OnTwoEngines, ...]:
+    """Forecast on two engines what the lab asks for; note why, where vLLM cannot be driven so.
+
+    It comes last, as the forecaster ends with an error.
+    """
+    lab = trials.setup.lab
+    pairs = parts_of(lab.name).on_two(points) if lab.findings else ()
+    try:
+        return trials.on_two_engines(pairs) if pairs else ()
+    except ForecastError as error:
+        without[TWO_ENGINES] = str(error)
+        return ()
 
 
 def ratio_of_forecasts(

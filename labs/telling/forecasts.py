@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labs.filing.results import Predictions
+from labs.filing.results import PointForecasts, Predictions
 from labs.judging.text import number
 from labs.lab import Lab
 from labs.telling import tables
@@ -10,6 +10,23 @@ from labs.telling.document import Code, Inline, Paragraph, Section, Strong, bull
 from serving.machine import Machine
 
 SCHEDULER = "vLLM's own scheduler played every load point in virtual time, over steps"
+ON_TWO_ENGINES = (
+    " No run has two engines. The second one is taken to be on a machine as fast as the first."
+    " Where one prefills, keys and values go over the link prompt by prompt, and the other computes the"
+    " prompt's last token again and writes the whole answer. Left out: the work of sending and"
+    " receiving, whatever else uses the link, blocks that are sent whole though they are not full,"
+    " and the memory that both engines hold while a prompt is on its way. Two machines are compared"
+    " with one here: the rows that share the requests say what a second one gains without a split."
+)
+
+
+def on_two_engines(lab: Lab, forecasts: PointForecasts) -> Section:
+    """Show what two engines are forecast to do, and what that leaves out; empty without any."""
+    return section(
+        "Forecast on two engines, not measured",
+        tables.on_two_engines(lab, forecasts),
+        Paragraph((Strong("Forecast alone."), ON_TWO_ENGINES)) if forecasts.on_two else None,
+    )
 
 
 def page(
@@ -46,4 +63,5 @@ def page(
                 (Code(name), f" has no forecast: {why}") for name, why in forecasts.without.items()
             ),
         ),
+        on_two_engines(lab, forecasts),
     )
