@@ -12,8 +12,8 @@ from serving.machine import Machine
 SCHEDULER = "vLLM's own scheduler played every load point in virtual time, over steps"
 ON_TWO_ENGINES = (
     " No run has two engines. The second one is taken to be on a machine as fast as the first."
-    " Where one prefills, keys and values go over the link prompt by prompt, and the other computes the"
-    " prompt's last token again and writes the whole answer. Left out: the work of sending and"
+    " Where one prefills, keys and values go over the link prompt by prompt, and the other computes"
+    " the prompt's last token again and writes the whole answer. Left out: the work of sending and"
     " receiving, whatever else uses the link, blocks that are sent whole though they are not full,"
     " and the memory that both engines hold while a prompt is on its way. Two machines are compared"
     " with one here: the rows that share the requests say what a second one gains without a split."

@@ -221,5 +221,5 @@ def test_engines_are_built_once_and_begin_anew() -> None:
     pair = PlannedEngine(argv=("a",), step_times=STEP, trials=(), handover=handover)
     prefilling, decoding = engines.replicas(pair)
     assert prefilling is one[0]
-    assert built[-1] == ("a", *RECEIVING, False)
+    assert built.pop() == ("a", *RECEIVING, False)
     assert engines.replicas(pair) == [prefilling, decoding]
