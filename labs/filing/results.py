@@ -300,11 +300,26 @@ class Searched(BaseModel, frozen=True, extra="forbid"):
     figures: dict[str, FiniteFloat]  # by metric
 
 
+TWO_ENGINES = "two engines"
+
+
+class OnTwoEngines(BaseModel, frozen=True, extra="forbid"):
+    """The forecast of a point's load on two engines of its kind, which no run measures.
+
+    With a link one of them prefills, and hands keys and values over it to the other, which decodes.
+    Without one each does both, and a request goes to the one with fewer outstanding.
+    """
+
+    point: str
+    link_gbit_per_s: float | None
+    bands: dict[str, Band] = {}  # by metric
+
+
 class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     """The forecasts of every point, from vLLM's own scheduler run in virtual time."""
 
     points: dict[str, dict[str, Band]]  # point -> metric
-    without: dict[str, str] = {}  # variant or point -> why it has no forecast
+    without: dict[str, str] = {}  # variant, point or TWO_ENGINES -> why it has no forecast
     trial_s: dict[str, float] = {}  # point -> from a trial's start to its last answer
     copied: dict[str, Band] = {}  # point that copies -> share of its guesses accepted in a trial
     step_times: list[dict[str, Any]] = []  # the stand-in steps, as they were timed
@@ -320,6 +335,7 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     searched: Annotated[tuple[Searched, ...], Field(exclude_if=lambda points: not points)] = ()
     # point -> `mean` and `peak` with their bands; in runs from before that kept them, none
     kv_bands: Annotated[dict[str, dict[str, Band]], Field(exclude_if=lambda bands: not bands)] = {}
+    on_two: Annotated[tuple[OnTwoEngines, ...], Field(exclude_if=lambda two: not two)] = ()
 
     def ratio(
         self, metric: str, treatment: str, baseline: str, of_means: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from dashboards.palette import BLUE, BOUND
-from labs.filing.results import Finding
+from labs.filing.results import Band, Finding, OnTwoEngines
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import (
     BANDS,
@@ -22,7 +22,7 @@ from labs.findings.drawing import (
     plt,
     reach,
 )
-from labs.findings.parts import IN_PART, Conclusion, Headline, ReportParts
+from labs.findings.parts import IN_PART_FORECAST, Conclusion, Headline, Pair, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
 from labs.judging.text import number, times_with_interval, yes_or_no
@@ -261,11 +261,53 @@ def split(run: JudgedRun) -> str | None:
     budgets = TOKEN_BUDGET.facts_of(run)
     if not (budgets and budgets.whole and budgets.handover):
         return None
-    return (
+    answer = (
         f"On one engine a prefill stops the streams for {number(budgets.whole.stall_s, 's')}; on"
         f" two it would not affect them. {handover_sentence(budgets.handover)} The split itself was"
         " not run."
     )
+    foreseen = split_sentence(run)
+    return f"{answer} {foreseen}" if foreseen else answer
+
+
+def split_sentence(run: Context) -> str | None:
+    """Tells what a split is forecast to do beside chunks; None in runs without that forecast."""
+    forecasts = run.predictions.in_virtual_time
+    pairs = forecasts.on_two if forecasts else ()
+    splits = {of.link_gbit_per_s: of for of in pairs if of.link_gbit_per_s is not None}
+    shared = min((of for of in pairs if of.link_gbit_per_s is None), key=_budget(run), default=None)
+    if not (forecasts and splits and shared):
+        return None
+    fast, slow = max(splits), min(splits)
+    budget = shared.point.partition("/")[0]
+    return (
+        "*Forecast, not measured*, with a second machine as fast as this one: one prefills and one"
+        f" decodes, {fast:g} Gbit/s between them: {_foreseen(splits[fast].bands)}. Over {slow:g}"
+        f" Gbit/s the long prompt's first token comes after"
+        f" {_seconds(splits[slow].bands, 'intruder_ttft_mean_s')}. With `{budget}` one engine is"
+        f" forecast to give: {_foreseen(forecasts.points[shared.point])}; two that share the"
+        f" requests: {_foreseen(shared.bands)}. What sending and receiving cost the engines is left"
+        " out."
+    )
+
+
+def _budget(run: Context) -> Callable[[OnTwoEngines], int]:
+    tokens = {p.key: p.flags.max_num_batched_tokens for p in run.points}
+    return lambda of: tokens[of.point]
+
+
+def _foreseen(bands: Mapping[str, Band]) -> str:
+    throughput = bands.get("output_tokens_per_s")
+    return (
+        f"stall {_seconds(bands, 'stall_mean_s')}, TTFT of the long prompt"
+        f" {_seconds(bands, 'intruder_ttft_mean_s')} and of the streams"
+        f" {_seconds(bands, 'ttft_mean_s')},"
+        f" {number(throughput.value if throughput else None, 'tok/s')}"
+    )
+
+
+def _seconds(bands: Mapping[str, Band], metric: str) -> str:
+    return number(bands[metric].value if metric in bands else None, "s")
 
 
 # -------------------------------------------------------------------------------------- its plots
@@ -408,6 +450,26 @@ def _with_a_long_prompt(points: Sequence[Point]) -> list[Point]:
     return [p for p in points if p.workload.intruder]
 
 
+LINKS_GBIT_PER_S = (1, 10, 100)  # Ethernet of an office, and of two kinds of servers
+
+
+def _on_two_engines(points: Sequence[Point]) -> list[Pair]:
+    """Asks for a split of the engine without chunks, and for two of each that cuts the prompt."""
+    contended = _with_a_long_prompt(points)
+    whole = [p for p in contended if not p.flags.enable_chunked_prefill]
+    cutting = [
+        p
+        for p in contended
+        if p.flags.enable_chunked_prefill
+        and p.workload.intruder
+        and p.flags.max_num_batched_tokens < p.workload.intruder.prompt_tokens
+    ]
+    return [
+        *(Pair(p, link) for p in whole[:1] for link in LINKS_GBIT_PER_S),
+        *(Pair(p, None) for p in cutting),
+    ]
+
+
 def _streams_stalled_by(long: RequestRecord, all_records: Sequence[RequestRecord]) -> int:
     """Counts streams that were decoding from a long prompt's arrival to its first token."""
     start, first = long.sent_s, long.chunks[0][0]
@@ -438,9 +500,10 @@ PUBLISHED: PublishedFigures = {
 PARTS = ReportParts(
     conclusions=(TOKEN_BUDGET,),
     answers={"SO-3": chunks_solve, "SA-1": split},
-    kinds={"SA-1": IN_PART},
+    kinds={"SA-1": IN_PART_FORECAST},
     plots={"stall": draw_stall, "timeline": draw_timeline},
     over_time=_with_a_long_prompt,
+    on_two=_on_two_engines,
     published=PUBLISHED,
     headline=Headline(
         claim="stall-sixteenth",

@@ -62,6 +62,15 @@ class Headline:
 
 ARITHMETIC = "arithmetic on measured figures"
 IN_PART = "measured in part, else arithmetic"
+IN_PART_FORECAST = "measured in part, else arithmetic and forecast"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Asks how a point's load would go on two engines of its kind; see `OnTwoEngines`."""
+
+    point: Point
+    link_gbit_per_s: float | None
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,8 @@ class ReportParts:
     over_time: Callable[[Sequence[Point]], Sequence[Point]] = lambda _: ()
     # those whose signals are watched, in a forecast as in a trial
     watched: Callable[[Sequence[Point]], Sequence[Point]] = lambda _: ()
+    # what is forecast on two engines, which no run has, of the points that have a forecast
+    on_two: Callable[[Sequence[Point]], Sequence[Pair]] = lambda _: ()
     published: PublishedFigures = field(default_factory=dict)
     headline: Headline | None = None
 

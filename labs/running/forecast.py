@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from labs.filing.results import Band, PointForecasts, Searched
+from labs.filing.results import TWO_ENGINES, Band, OnTwoEngines, PointForecasts, Searched
+from labs.findings.parts import parts_of
 from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.judging.metrics import METRICS
 from labs.lab import Lab, Point, Prediction, Variant
 from labs.running.copied_text import Copies, read_answers, share_copied
-from labs.running.forecaster import Forecaster, started
+from labs.running.forecaster import Forecaster, ForecastError, started
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from labs.running.step_timing import (
@@ -67,6 +68,7 @@ def forecast(
             points = [p for p in points if not isinstance(p.load, OfCapacity)]
         all_plays = trials.played(points, capacities)
         searched = _searched(trials, points, steps[points[0].key], capacities[0])
+        on_two = _on_two_engines(trials, points, without)
     return PointForecasts(
         points={plays.point.key: plays.bands(setup.lab) for plays in all_plays},
         without=without,
@@ -76,6 +78,7 @@ def forecast(
         timelines={plays.point.key: line for plays in all_plays if (line := plays.timeline)},
         kv_use=KvUse.over_trials({p.point.key: p.kv_uses for p in all_plays if p.kv_uses}),
         kv_bands={p.point.key: bands for p in all_plays if (bands := p.kv_bands(setup.lab))},
+        on_two=on_two,
         step_times=described(steps.values()),
         machine_spread=spread,
         searched=searched,
@@ -137,6 +140,22 @@ UNSEEN: dict[str, object] = {
 
 A forecast's step is the same whatever they say.
 """
+
+
+def _on_two_engines(
+    trials: VirtualTrials, points: Sequence[Point], without: dict[str, str]
+) -> tuple[OnTwoEngines, ...]:
+    """Forecast on two engines what the lab asks for; note why, where vLLM cannot be driven so.
+
+    It comes last, as the forecaster ends with an error.
+    """
+    lab = trials.setup.lab
+    pairs = parts_of(lab.name).on_two(points) if lab.findings else ()
+    try:
+        return trials.on_two_engines(pairs) if pairs else ()
+    except ForecastError as error:
+        without[TWO_ENGINES] = str(error)
+        return ()
 
 
 def ratio_of_forecasts(

@@ -49,6 +49,7 @@ from labs.running.resume import unfinished
 from labs.running.trials import requests_file, write_requests
 from labs.telling import pages, report, tables
 from labs.telling.document import bullets, section
+from labs.telling.forecasts import on_two_engines
 from labs.telling.summary import summarise
 from loadtests.plan import sent_sha256
 from loadtests.trace import MOST_ROWS
@@ -108,6 +109,7 @@ def _write_and_show_predictions(
             "Predicted, before any engine starts",
             tables.in_virtual_time(setup.lab, forecasts) if forecasts else None,
             tables.searched(forecasts) if forecasts else None,
+            on_two_engines(setup.lab, forecasts) if forecasts else None,
             tables.predictions(setup.lab, predictions),
             bullets(report.formulas(setup.lab, predictions)),
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
 
 from scipy import stats
 
-from labs.filing.results import Band
-from labs.findings.parts import ReportParts, parts_of
+from labs.filing.results import Band, OnTwoEngines
+from labs.findings.parts import Pair, ReportParts, parts_of
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, measure
 from labs.judging.signals import Watch, watch
@@ -28,13 +29,14 @@ from loadtests.records import TURNED_AWAY, RequestRecord
 from serving import metrics
 from serving.engines.base import FlagValue, with_places
 from serving.engines.vllm import Vllm, VllmFlags, usable_bytes
+from serving.forecasting.fleet import Handover
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
     PlannedEngine,
     PlannedTrial,
 )
-from serving.forecasting.traffic import Play, Traffic
+from serving.forecasting.traffic import Delays, Play, Traffic
 from serving.machine import Machine
 from serving.metrics import KvUse, Snapshot
 from serving.models import Shape
@@ -45,6 +47,8 @@ Figures = dict[str, float | None]  # of a play, by metric
 Capacities = Sequence[float | None]
 """The requests/s that are served at the expected, a faster and a slower step; None: unknown."""
 NO_CAPACITIES: Capacities = (None, None, None)
+FIRST = [(1, 1.0)]  # the only play at an end of the band: the first repeat
+ROUTER = "least-loaded"  # of requests to two engines that both do all
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,11 @@ class VirtualTrials:
 
     def _plan(self, points: Sequence[Point], capacities: Capacities) -> ForecastPlan:
         """Plan all repeats at the expected step, then the first at a faster and a slower one."""
-        first = [(1, 1.0)]
         return ForecastPlan(
             tokenizer=self.setup.model.path,
             engines=(
                 *(self._engine(p, 0, self._repeats(p), capacities) for p in points),
-                *(self._engine(p, end, first, capacities) for end in (1, 2) for p in points),
+                *(self._engine(p, end, FIRST, capacities) for end in (1, 2) for p in points),
             ),
         )
 
@@ -122,6 +125,50 @@ class VirtualTrials:
         engine = self._engine(point, end, [(1, 1.0)], NO_CAPACITIES)
         trials = (t.model_copy(update={"router": router, "ends_only": True}) for t in engine.trials)
         return engine.model_copy(update={"replicas": replicas, "trials": tuple(trials)})
+
+    def on_two_engines(self, pairs: Sequence[Pair]) -> tuple[OnTwoEngines, ...]:
+        """Play the loads of points on two engines each. Raises ForecastError.
+
+        The second engine is on a machine as fast as the first.
+        """
+        planned = [[self._pair(pair, end) for end in (0, 1, 2)] for pair in pairs]
+        self.forecaster.send(
+            ForecastPlan(
+                tokenizer=self.setup.model.path, engines=tuple(e for of in planned for e in of)
+            )
+        )
+        plays = self.forecaster.plays()
+        lab, forecasts = self.setup.lab, []
+        for pair, engines in zip(pairs, planned, strict=True):
+            outcomes = [
+                Outcome.of(_trial(lab, pair.point, play), None)
+                for play in islice(plays, sum(len(engine.trials) for engine in engines))
+            ]
+            bands = PointPlays(pair.point, outcomes[:-2], outcomes[-2:], None).bands(lab)
+            forecasts.append(
+                OnTwoEngines(
+                    point=pair.point.key,
+                    link_gbit_per_s=pair.link_gbit_per_s,
+                    bands={m: band for m, band in bands.items() if METRICS[m].forecast == "shown"},
+                )
+            )
+        return tuple(forecasts)
+
+    def _pair(self, pair: Pair, end: int) -> PlannedEngine:
+        """Plan two engines at this end of the band: a split pair, or both behind a router."""
+        point = pair.point
+        engine = self._engine(point, end, FIRST if end else self._repeats(point), NO_CAPACITIES)
+        if pair.link_gbit_per_s is None:
+            trials = tuple(t.model_copy(update={"router": ROUTER}) for t in engine.trials)
+            return engine.model_copy(update={"replicas": 2, "trials": trials})
+        delays = Delays()  # an answer comes back to whoever sent the prompt, who asks once more
+        value_bytes = VllmFlags(point.variant.flags).kv_value_bytes
+        handover = Handover(
+            bytes_per_token=point.shape.kv_bytes_per_token(value_bytes),
+            link_bytes_per_s=pair.link_gbit_per_s * 1e9 / 8,
+            asked_s=delays.response_s + delays.request_s,
+        )
+        return engine.model_copy(update={"handover": handover})
 
     def _repeats(self, point: Point) -> list[tuple[int, float]]:
         """List the plays at the expected step: a repeat, and a factor on its step.

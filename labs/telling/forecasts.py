@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from labs.filing.results import Predictions
+from labs.filing.results import PointForecasts, Predictions
 from labs.judging.text import number, point_label
 from labs.lab import Lab
 from labs.telling import tables
@@ -23,6 +23,23 @@ from labs.telling.document import (
 from serving.machine import Machine
 
 SCHEDULER = "vLLM's own scheduler played every load point in virtual time, over steps"
+ON_TWO_ENGINES = (
+    " No run has two engines. The second one is taken to be on a machine as fast as the first."
+    " Where one prefills, keys and values go over the link prompt by prompt, and the other computes"
+    " the prompt's last token again and writes the whole answer. Left out: the work of sending and"
+    " receiving, whatever else uses the link, blocks that are sent whole though they are not full,"
+    " and the memory that both engines hold while a prompt is on its way. Two machines are compared"
+    " with one here: the rows that share the requests say what a second one gains without a split."
+)
+
+
+def on_two_engines(lab: Lab, forecasts: PointForecasts) -> Section:
+    """Show what two engines are forecast to do, and what that leaves out; empty without any."""
+    return section(
+        "Forecast on two engines, not measured",
+        tables.on_two_engines(lab, forecasts),
+        Paragraph((Strong("Forecast alone."), ON_TWO_ENGINES)) if forecasts.on_two else None,
+    )
 
 
 def page(
@@ -50,6 +67,7 @@ def page(
             _without(forecasts.without),
         ),
         section("Other settings, one play each", tables.searched(forecasts)),
+        on_two_engines(lab, forecasts),
     )
 
 

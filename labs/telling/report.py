@@ -53,6 +53,7 @@ from labs.telling.document import (
     without_constant_columns,
     without_empty_columns,
 )
+from labs.telling.forecasts import on_two_engines
 from labs.telling.lesson import lesson
 from labs.telling.residuals import median_distance
 from serving import whole
@@ -129,6 +130,7 @@ def document(facts: Facts, figures: Sequence[Figure]) -> Section:
         _claims(facts, figures),
         _every_point(facts),
         _in_virtual_time(facts),
+        on_two_engines(lab, before) if (before := facts.predictions.in_virtual_time) else None,
         _forecasts(facts),
         *(
             _finding(lab, name, finding)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from labs.filing.results import Band, PointForecasts, Predictions, Session, Summary
+from labs.filing.results import (
+    Band,
+    OnTwoEngines,
+    PointForecasts,
+    Predictions,
+    Session,
+    Summary,
+)
 from labs.findings.parts import published_of
 from labs.judging.judge import Judgement
 from labs.judging.machine_speed import MachineSpeed
@@ -189,6 +196,35 @@ def searched(forecasts: PointForecasts) -> Table | None:
             for point in points
         ),
     )
+
+
+def on_two_engines(lab: Lab, forecasts: PointForecasts) -> Table:
+    """Tabulate what was forecast on two engines, below the same points on one; all is forecast.
+
+    Empty where nothing was forecast on two.
+    """
+    shown = [m for m, of in METRICS.items() if of.forecast == "shown"]
+    metrics = [m for m in shown if any(m in t.bands and t.bands[m].high for t in forecasts.on_two)]
+    rows = [
+        (f"one, {point_label(key, lab)}", forecasts.points[key])
+        for key in dict.fromkeys(two.point for two in forecasts.on_two)
+    ] + [(engines_text(two, lab), two.bands) for two in forecasts.on_two]
+    return table(
+        ("Engines", *(f"{METRICS[metric].title}, forecast" for metric in metrics)),
+        (
+            [engines, *(_band(bands.get(metric), METRICS[metric].unit) for metric in metrics)]
+            for engines, bands in rows
+        )
+        if forecasts.on_two
+        else (),
+    )
+
+
+def engines_text(two: OnTwoEngines, lab: Lab) -> str:
+    """Say how two engines share the work: `two, half: the requests shared between them`."""
+    if two.link_gbit_per_s is None:
+        return f"two, {point_label(two.point, lab)}: the requests shared between them"
+    return f"two, one prefills and one decodes, {two.link_gbit_per_s:g} Gbit/s between them"
 
 
 def _shares(forecasts: PointForecasts, point: str) -> list[str]:

@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import cycle, islice
 from typing import IO, TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from serving.forecasting.copying import Copied, CopyingPlan, copying
-from serving.forecasting.fleet import ROUTERS, Fleet
+from serving.forecasting.fleet import ROUTERS, Fleet, Split
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -61,6 +61,16 @@ def main() -> None:
             print(times.model_dump_json(), file=out, flush=True)
 
 
+RECEIVING = (
+    "--kv-transfer-config", '{"kv_connector": "DecodeBenchConnector", "kv_role": "kv_both"}',
+)  # fmt: skip
+"""Arguments of an engine that receives keys and values: of a prompt it computes the last token.
+
+By this connector, vLLM's own for measuring decode alone, the scheduler finds all other tokens of
+each prompt already there, and gives them blocks.
+"""
+
+
 class Engines:
     """Virtual engines by their arguments: each is built once, and begins anew for every plan."""
 
@@ -69,16 +79,24 @@ class Engines:
         self.made: dict[tuple[bool, tuple[str, ...]], list[VirtualEngine]] = {}
 
     def replicas(self, planned: PlannedEngine) -> list[VirtualEngine]:
-        """Return as many engines as were planned, all as if they had just been built."""
-        made = self.made.setdefault((planned.on_cuda, planned.argv), [])
+        """Return as many engines as were planned, all as if they had just been built.
+
+        Of a split pair the first prefills, and the second takes what the first has computed.
+        """
+        if planned.handover:
+            return [*self._of(planned, 1), *self._of(planned, 1, RECEIVING)]
+        return self._of(planned, planned.replicas)
+
+    def _of(
+        self, planned: PlannedEngine, count: int, more_argv: tuple[str, ...] = ()
+    ) -> list[VirtualEngine]:
+        argv = (*planned.argv, *more_argv)
+        made = self.made.setdefault((planned.on_cuda, argv), [])
         times = planned.step_times, planned.draft_times
-        for engine in made[: planned.replicas]:
+        for engine in made[:count]:
             engine.begin_anew(*times)
-        made += [
-            self.make(planned.argv, *times, planned.on_cuda)
-            for _ in range(planned.replicas - len(made))
-        ]
-        return made[: planned.replicas]
+        made += [self.make(argv, *times, planned.on_cuda) for _ in range(count - len(made))]
+        return made[:count]
 
 
 def _play(plan: ForecastPlan, engines: Engines, out: IO[str]) -> None:
@@ -94,7 +112,7 @@ def _play(plan: ForecastPlan, engines: Engines, out: IO[str]) -> None:
                 replica.clock.masking = trial.masking
                 replica.clock.pace = trial.pace
             one = len(replicas) == 1
-            server = replicas[0] if one else Fleet(replicas, ROUTERS[trial.router]())
+            server = _server(engine, trial, replicas)
             _prime(server, islice(_prompts(trial, tokenize, None, 0.0), trial.primed))
             for replica in replicas:
                 replica.read_counters()
@@ -119,6 +137,16 @@ def _play(plan: ForecastPlan, engines: Engines, out: IO[str]) -> None:
                 kv_use=kv_use,
             )
             print(forecast_play.model_dump_json(), file=out, flush=True)
+
+
+def _server(
+    engine: PlannedEngine, trial: PlannedTrial, replicas: Sequence[VirtualEngine]
+) -> VirtualServer:
+    """Return what a trial's requests are sent to: an engine, or several that serve together."""
+    if engine.handover:
+        prefilling, decoding = replicas
+        return Split(prefilling, decoding, engine.handover)
+    return replicas[0] if len(replicas) == 1 else Fleet(replicas, ROUTERS[trial.router]())
 
 
 def _prime(server: VirtualServer, prompts: Iterable[Prompt]) -> None:

@@ -1,18 +1,31 @@
-"""Several replicas of one engine behind a router, in virtual time.
+"""Several engines that serve together in virtual time: replicas behind a router, or a split pair.
 
 A fleet serves as one engine does (`VirtualServer`). Its replicas run their steps side by side, each
 by its own clock; the router sees what a real one can know: how many requests of each replica are
-outstanding, and which prompts it has sent where.
+outstanding, and which prompts it has sent where. A split pair has no router: one engine prefills
+every prompt, and hands its keys and values over a link to the other, which decodes.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Protocol
 
+from pydantic import BaseModel
+
 from serving.forecasting.traffic import Prompt, VirtualServer
+
+
+class Handover(BaseModel, frozen=True, extra="forbid"):
+    """Says how the engine that prefills hands a prompt over to the one that decodes."""
+
+    bytes_per_token: float  # of keys and values, in all layers
+    link_bytes_per_s: float
+    asked_s: float  # from the end of the prefill until the second engine has the request
 
 
 class Router(Protocol):
@@ -79,44 +92,43 @@ ROUTERS: dict[str, Callable[[], Router]] = {
 }
 
 
-class Fleet:
-    """Replicas that serve together; their clocks may show different times when it is made."""
+class SideBySide:
+    """Engines that run side by side; their clocks may show different times when it is made."""
 
-    def __init__(self, replicas: Sequence[VirtualServer], router: Router) -> None:
-        self.replicas, self.router = replicas, router
-        self.now_s = max(replica.now_s for replica in replicas)
-        self.outstanding = [0] * len(replicas)
+    def __init__(self, engines: Sequence[VirtualServer]) -> None:
+        self.engines = engines
+        self.now_s = max(engine.now_s for engine in engines)
+        self.outstanding = [0] * len(engines)
         self.endings: list[tuple[float, int, dict[str, tuple[int, bool]]]] = []  # of steps
-        self.in_step = [False] * len(replicas)
+        self.in_step = [False] * len(engines)
 
     @property
     def busy(self) -> bool:
-        """Whether any replica has an open request."""
+        """Whether any engine has an open request."""
         return any(self.outstanding)
 
-    def add(self, request_id: str, prompt: Prompt) -> bool:
-        """Route a request; a replica that is in a step takes it up in its next one.
+    def add_to(self, chosen: int, request_id: str, prompt: Prompt) -> bool:
+        """Hand a request to an engine; one that is in a step takes it up in its next one.
 
-        Returns False where that replica turns it away.
+        Returns False where that engine turns it away.
         """
-        chosen = self.router.choose(prompt, self.outstanding)
         if not self.in_step[chosen]:
-            self.replicas[chosen].wait_until(self.now_s)
-        admitted = self.replicas[chosen].add(request_id, prompt)
+            self.engines[chosen].wait_until(self.now_s)
+        admitted = self.engines[chosen].add(request_id, prompt)
         self.outstanding[chosen] += admitted
         return admitted
 
-    def step(self, before_s: float = float("inf")) -> dict[str, tuple[int, bool]]:
-        """Go on to the end of the next step of any replica, but not beyond `before_s`.
+    def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
+        """Go on to the end of the next step of any engine, but not beyond `before_s`.
 
         Returns what that step brought: request -> (new tokens, whether they were its last).
         """
-        for number, replica in enumerate(self.replicas):
+        for number, engine in enumerate(self.engines):
             if self.outstanding[number] and not self.in_step[number]:
-                brought = replica.step()
-                heapq.heappush(self.endings, (replica.now_s, number, brought))
+                brought = engine.step()
+                heapq.heappush(self.endings, (engine.now_s, number, brought))
                 self.in_step[number] = True
-        if self.endings[0][0] > before_s:
+        if not self.endings or self.endings[0][0] > before_s:
             self.now_s = max(self.now_s, before_s)
             return {}
         self.now_s, number, brought = heapq.heappop(self.endings)
@@ -125,5 +137,74 @@ class Fleet:
         return brought
 
     def wait_until(self, at_s: float) -> None:
-        """Advance an idle fleet's clock to `at_s`, if that is later."""
+        """Advance the clock to `at_s`, if that is later, while no engine has anything to do."""
         self.now_s = max(self.now_s, at_s)
+
+
+class Fleet(SideBySide):
+    """Replicas of an engine behind a router."""
+
+    def __init__(self, replicas: Sequence[VirtualServer], router: Router) -> None:
+        super().__init__(replicas)
+        self.router = router
+
+    def add(self, request_id: str, prompt: Prompt) -> bool:
+        """Route a request; return False where the chosen replica turns it away."""
+        return self.add_to(self.router.choose(prompt, self.outstanding), request_id, prompt)
+
+
+class Split(SideBySide):
+    """An engine that only prefills, and one that only decodes; a link between them.
+
+    The first engine computes a prompt and its first token, which nobody sees. The second is then
+    asked for the whole answer and takes the prompt's keys and values over the link, one prompt
+    after another; it computes the prompt's last token again, as vLLM does with what a connector
+    brings, and so the client has every token from it.
+    """
+
+    PREFILLS, DECODES = range(2)
+
+    def __init__(
+        self, prefilling: VirtualServer, decoding: VirtualServer, handover: Handover
+    ) -> None:
+        super().__init__((prefilling, decoding))
+        self.handover = handover
+        self.prompts: dict[str, Prompt] = {}  # by request, until the first engine is done with it
+        self.coming: deque[tuple[float, str, Prompt]] = deque()  # (when it is all there, ..)
+        self.link_free_s = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is open, be it at an engine or on the link."""
+        return super().busy or bool(self.coming)
+
+    def add(self, request_id: str, prompt: Prompt) -> bool:
+        """Have a prompt prefilled; return False where the first engine turns it away."""
+        alone = prompt.model_copy(update={"output_tokens": 1})
+        admitted = self.add_to(self.PREFILLS, request_id, alone)
+        if admitted:
+            self.prompts[request_id] = prompt
+        return admitted
+
+    def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
+        """Go on to the end of the next step of either engine, or until a prompt has come over.
+
+        Returns what a step of the second brought; that of the first brings the client nothing.
+        """
+        comes_s = self.coming[0][0] if self.coming else math.inf
+        brought = super().step(min(before_s, comes_s))
+        while self.coming and self.coming[0][0] <= self.now_s:
+            _, request_id, prompt = self.coming.popleft()
+            if not self.add_to(self.DECODES, request_id, prompt):
+                raise ValueError("the engine that decodes refuses what the other has prefilled")
+        prefilled = [request_id for request_id in brought if request_id in self.prompts]
+        for request_id in prefilled:
+            self._hand_over(request_id, self.prompts.pop(request_id))
+        return {} if prefilled else brought
+
+    def _hand_over(self, request_id: str, prompt: Prompt) -> None:
+        asked_s = self.now_s + self.handover.asked_s
+        begins_s = max(self.link_free_s, asked_s)
+        moved_bytes = len(prompt.token_ids) * self.handover.bytes_per_token
+        self.link_free_s = begins_s + moved_bytes / self.handover.link_bytes_per_s
+        self.coming.append((self.link_free_s, request_id, prompt))

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from serving.forecasting.copying import Copied
+from serving.forecasting.fleet import Handover
 from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Play, Traffic
@@ -68,6 +69,7 @@ class PlannedEngine(BaseModel, frozen=True, extra="forbid"):
     draft_times: StepTimes | None = None
     trials: tuple[PlannedTrial, ...]
     replicas: int = 1
+    handover: Handover | None = None  # to a second one like it, which decodes: this one prefills
     on_cuda: bool = False  # it schedules as vLLM does there, whatever device this vLLM is for
 
 

@@ -21,7 +21,7 @@ from labs.running.resolve import machine_of
 from labs.telling.capacity_plans import CapacityPlan, Demand
 from serving import machine, models
 from serving.forecasting.copying import Copied
-from serving.forecasting.fleet import ROUTERS
+from serving.forecasting.fleet import ROUTERS, Handover
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -46,6 +46,8 @@ SECOND = StepTimes(
     tokens=(1,), linear_s=(1.0,), rows=(1,), head_s=(0.0,), attention_pair_s=0, attention_read_s=0
 )
 A_SECOND_A_ROW = SECOND.model_copy(update={"rows": (1, 2), "head_s": (0.0, 1.0)})  # after the first
+A_SECOND_A_PIECE = SECOND.model_copy(update={"attention_pair_s": 1e-3})
+HANDOVER = Handover(bytes_per_token=10, link_bytes_per_s=1000, asked_s=0.25)
 ONCE = Traffic(kind="waves", users=2, warmup_s=0, window_s=1)
 EVERY_FIVE = Traffic(kind="open", schedule_s=(0, 5, 10, 15, 20, 25), warmup_s=0, window_s=26)
 CLOSE = Traffic(kind="open", schedule_s=(0.0, 0.1, 0.2), warmup_s=0, window_s=1)
@@ -273,6 +275,16 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
             ),
             engine("cached again", "same", *kv, "--enable-prefix-caching", traffic=IN_TURN),
             *(fleet(router) for router in ("round-robin", "prefix-aware")),
+            engine(
+                "split",
+                "long",
+                *kv,
+                "--no-enable-prefix-caching",
+                "--no-enable-chunked-prefill",
+                "--max-num-batched-tokens",
+                "1024",
+                step_times=A_SECOND_A_PIECE,
+            ).model_copy(update={"handover": HANDOVER}),
         ),
     )
 
@@ -409,6 +421,22 @@ def test_replicas_share_the_requests_and_each_has_a_cache_of_its_own(
         assert [a.chunks for a in play.play.answers] == [
             [(a.sent_s + 1, 1), (a.sent_s + 3, 2)] for a in play.play.answers
         ]
+
+
+def test_the_engine_that_decodes_computes_one_token_of_a_prompt_that_was_handed_over(
+    plays: dict[str, ForecastPlay],
+) -> None:
+    """Both prompts are prefilled in one step; they come over one after the other."""
+    play = plays["split"]
+    long, short = sorted(play.play.answers, key=lambda a: -a.prompt_tokens)
+    pairs = sum(a.prompt_tokens * (a.prompt_tokens + 1) / 2 for a in (long, short))
+    over_s = 1 + 1e-3 * pairs + 0.25 + long.prompt_tokens / 100
+    assert [at for at, _ in long.chunks] == pytest.approx([over_s + 1, over_s + 2])
+    steps = [at for at, _ in short.chunks]
+    assert len(steps) == 20
+    assert steps[0] > over_s + short.prompt_tokens / 100
+    assert [b - a for a, b in pairwise(steps)] == pytest.approx([1.0] * 19)
+    assert play.counters["preemptions"] == 0
 
 
 def test_a_plan_is_the_same_by_one_process_and_by_two(monkeypatch: pytest.MonkeyPatch) -> None:

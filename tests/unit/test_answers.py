@@ -11,8 +11,18 @@ import numpy as np
 import pytest
 
 from labs import LABS, findings, theory
-from labs.filing.results import Agreement, Finding, Session, Summary, write_json
-from labs.findings.chunked_prefill import chunks_solve
+from labs.filing.results import (
+    Agreement,
+    Band,
+    Finding,
+    OnTwoEngines,
+    PointForecasts,
+    Predictions,
+    Session,
+    Summary,
+    write_json,
+)
+from labs.findings.chunked_prefill import chunks_solve, split
 from labs.findings.context import Context, JudgedRun
 from labs.findings.continuous_batching import both_ends, one_stream, ridge
 from labs.findings.drawing import plt
@@ -231,6 +241,58 @@ def test_the_price_of_small_pieces_is_told_beside_what_they_solve(tmp_path: Path
         "With `sixteenth` their own first token takes 1.2 s on average, without chunks"
         " 200 ms: 6.00x (6.00 to 6.00), the ratio of their geometric means."
     )
+
+
+def test_a_split_is_told_as_a_forecast_and_only_where_there_is_one(tmp_path: Path) -> None:
+    lab = make_lab(
+        variants=tuple(
+            Variant(name=n, flags={"max-num-batched-tokens": b, "enable-chunked-prefill": c})
+            for n, b, c in (("quarter", 12, True), ("sixteenth", 6, True), ("whole", 32, False))
+        ),
+        workloads=(make_workload("contended:2/1", intruder=Intruder(prompt_tokens=32)),),
+        claims=(), evidence=(), findings=("token-budget",),
+    )  # fmt: skip
+    sixteenth, quarter, whole = (
+        f"{name}/short/contended-2-1" for name in ("sixteenth", "quarter", "whole")
+    )
+    values = {
+        key: {"stall_mean_s": 0.6, "intruder_ttft_mean_s": 0.5, "ttft_mean_s": 0.2}
+        for key in (sixteenth, quarter, whole)
+    }
+    found = context(tmp_path, lab, values)
+    told = split(judged_run(found))
+    assert told
+    assert told.endswith("The split itself was not run.")
+
+    def bands(stall_s: float, long_s: float, own_s: float, rate: float) -> dict[str, Band]:
+        figures = {
+            "stall_mean_s": stall_s, "intruder_ttft_mean_s": long_s, "ttft_mean_s": own_s,
+            "output_tokens_per_s": rate,
+        }  # fmt: skip
+        return {m: Band(value=v, low=v, high=v) for m, v in figures.items()}
+
+    forecasts = PointForecasts(
+        points={sixteenth: bands(0.1, 1.2, 0.4, 50), quarter: bands(0.2, 0.9, 0.3, 60)},
+        on_two=(
+            OnTwoEngines(point=whole, link_gbit_per_s=1, bands=bands(0.02, 0.8, 0.3, 90)),
+            OnTwoEngines(point=whole, link_gbit_per_s=100, bands=bands(0.02, 0.7, 0.3, 90)),
+            OnTwoEngines(point=quarter, link_gbit_per_s=None, bands=bands(0.2, 0.8, 0.2, 75)),
+            OnTwoEngines(point=sixteenth, link_gbit_per_s=None, bands=bands(0.1, 1.1, 0.2, 70)),
+        ),
+    )
+    predicted = Predictions(effects={}, forecasts={}, in_virtual_time=forecasts)
+    write_json(found.folder.path / "predictions.json", predicted)
+    foreseen = split(judged_run(found))
+    assert foreseen
+    assert foreseen.startswith(told)
+    assert "*Forecast, not measured*, with a second machine as fast as this one" in foreseen
+    assert (
+        "100 Gbit/s between them: stall 20 ms, TTFT of the long prompt 700 ms and of the streams"
+        " 300 ms, 90 tok/s. Over 1 Gbit/s the long prompt's first token comes after 800 ms."
+        in foreseen
+    )
+    assert "With `sixteenth` one engine is forecast to give: stall 100 ms" in foreseen
+    assert "two that share the requests: stall 100 ms, TTFT of the long prompt 1.1 s" in foreseen
 
 
 def test_the_price_of_a_remedy_is_told_with_it(tmp_path: Path) -> None:

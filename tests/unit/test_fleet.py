@@ -1,4 +1,4 @@
-"""Replicas behind a router, held against schedules that can be worked out by hand."""
+"""Engines that serve together, held against schedules that can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from serving.forecasting.fleet import ROUTERS, Fleet, PrefixAware
+from serving.forecasting.fleet import ROUTERS, Fleet, Handover, PrefixAware, Split
 from serving.forecasting.plan import SyntheticRequest
 from serving.forecasting.traffic import Delays, Play, Prompt, Traffic, play
 
@@ -48,7 +48,7 @@ def prompt(index: int, output_tokens: int, document: int = 0) -> Prompt:
     return Prompt(index=index, token_ids=request.token_ids, output_tokens=output_tokens)
 
 
-def played(fleet: Fleet, at_s: list[float], prompts: list[Prompt]) -> Play:
+def played(fleet: Fleet | Split, at_s: list[float], prompts: list[Prompt]) -> Play:
     traffic = Traffic(kind="open", schedule_s=tuple(at_s), warmup_s=0, window_s=100)
     return play(fleet, traffic, prompts, (), NONE, ends_only=True)
 
@@ -91,6 +91,36 @@ def test_prompts_of_a_document_stay_together_while_the_load_is_even() -> None:
     moved = router.choose(prompt(7, 1, document=1), overloaded)
     assert moved != first
     assert router.choose(prompt(8, 1, document=1), [0, 0, 0]) == moved  # and stays there
+
+
+HANDOVER = Handover(bytes_per_token=2, link_bytes_per_s=100, asked_s=0.5)  # 2 s for 100 tokens
+
+
+def test_what_one_engine_has_prefilled_the_other_decodes_once_it_has_come_over() -> None:
+    prefilling, decoding = Replica(10), Replica(1)
+    asked = [prompt(0, 3), prompt(1, 2)]
+    first, second = played(Split(prefilling, decoding, HANDOVER), [0, 0], asked).answers
+    assert first.chunks == [(13.5, 1), (15.5, 2)]  # 10 + 0.5 + 2 on the link, then its steps
+    assert second.chunks == [(15.5, 1), (16.5, 1)]  # the link is free at 12.5
+    assert len(prefilling.served) == len(decoding.served) == 2
+
+
+def test_streams_decode_on_while_the_other_engine_prefills() -> None:
+    split = Split(Replica(4), Replica(1), HANDOVER)
+    stream, late = played(split, [0, 4.1], [prompt(0, 9), prompt(1, 1)]).answers
+    assert stream.chunks == [(7.5, 1), (15.5, 8)]
+    assert late.chunks == [(12.5, 1)]  # prefilled at 8.1, over at 10.6: it waits for a step's end
+
+
+def test_an_engine_that_decodes_may_not_turn_away_what_is_prefilled() -> None:
+    class Full(Replica):
+        def add(self, request_id: str, prompt: Prompt) -> bool:
+            return False
+
+    with pytest.raises(ValueError, match="refuses what the other has prefilled"):
+        played(Split(Replica(), Full(), HANDOVER), [0], [prompt(0, 1)])
+    turned_away, *_ = played(Split(Full(), Replica(), HANDOVER), [0], [prompt(0, 1)]).answers
+    assert turned_away.turned_away_s == 0
 
 
 @pytest.mark.parametrize("document_tokens", [0, 16, 99])

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from labs.filing import engine_series, results
-from labs.filing.results import Band, PointForecasts, RunFolder, write_gzip, write_json
+from labs.filing.results import (
+    Band,
+    OnTwoEngines,
+    PointForecasts,
+    RunFolder,
+    write_gzip,
+    write_json,
+)
 from labs.judging.judge import Caveat, ForecastAtPoint, Interval
 from labs.judging.metrics import METRICS
 from labs.lab import OF_FORECASTS
@@ -92,6 +99,30 @@ def test_without_such_a_forecast_files_and_reports_are_as_before(folder: RunFold
     assert '"kv_use"' not in (folder.path / "summary.json").read_text()
     assert '"kv_use"' not in (folder.path / "predictions.json").read_text()
     assert "KV cache in use" not in report.write(folder).read_text()
+
+
+def test_two_engines_have_a_section_of_their_own_that_says_what_it_is(folder: RunFolder) -> None:
+    """Beside the same point on one engine, as it was forecast; and only where it was."""
+    summarise(folder)
+    assert "on two engines" not in report.write(folder).read_text()
+    before = folder.predictions()
+    assert before.in_virtual_time
+    first, second = before.in_virtual_time.points
+    bands = {"tpot_mean_s": NEAR}
+    split = OnTwoEngines(point=first, link_gbit_per_s=10, bands=bands)
+    shared = OnTwoEngines(point=second, link_gbit_per_s=None, bands=bands)
+    forecasts = before.in_virtual_time.model_copy(update={"on_two": (split, shared)})
+    write_json(
+        folder.path / "predictions.json", before.model_copy(update={"in_virtual_time": forecasts})
+    )
+    assert folder.predictions().in_virtual_time == forecasts
+    _, _, after = report.write(folder).read_text().partition("## Forecast on two engines, not meas")
+    told, _, _ = after.partition("\n## ")
+    assert "| Engines | TPOT, mean, forecast |" in told
+    assert told.count("| one, ") == 2
+    assert "| two, one prefills and one decodes, 10 Gbit/s between them | 1 s (" in told
+    assert ": the requests shared between them | 1 s (" in told
+    assert "**Forecast alone.** No run has two engines." in told
 
 
 def write_summary(folder: RunFolder, *caveats: Caveat) -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from labs.running import forecaster as processes
 from labs.running.forecaster import Forecaster, ForecastError
-from serving.forecasting.__main__ import Engines
+from serving.forecasting.__main__ import RECEIVING, Engines
+from serving.forecasting.fleet import Handover
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
 from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import TimingPlan
@@ -216,3 +217,9 @@ def test_engines_are_built_once_and_begin_anew() -> None:
     assert replicas("a", 2, STEP) == three[:2]
     assert replicas("a", 1, STEP, on_cuda=True)[0] not in three
     assert built[-1] == ("a", True)
+    handover = Handover(bytes_per_token=1, link_bytes_per_s=1, asked_s=0)
+    pair = PlannedEngine(argv=("a",), step_times=STEP, trials=(), handover=handover)
+    prefilling, decoding = engines.replicas(pair)
+    assert prefilling is one[0]
+    assert built.pop() == ("a", *RECEIVING, False)
+    assert engines.replicas(pair) == [prefilling, decoding]

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from labs.filing.results import TWO_ENGINES
 from labs.lab import Lab, Point, Variant
 from labs.running import forecast
+from labs.running.forecaster import ForecastError
 from labs.running.virtual_trials import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
 from labs.telling import markdown, tables
 from loadtests.workload import Intruder
@@ -254,6 +256,56 @@ def test_the_first_play_of_what_a_lab_draws_is_kept(monkeypatch: pytest.MonkeyPa
     line = found.timelines["base/short/waves-8"]
     assert line.decoding_s[:2] == ((1.5, 1.5), (2.0, 2.0))  # at the expected step of 0.5 s
     assert forecast_of(make_lab(**own), Playing(), monkeypatch).timelines == {}
+
+
+def beside_a_long_prompt() -> Lab:
+    """Streams beside a long prompt of 32 tokens, which one engine cuts and one prefills whole."""
+    return make_lab(
+        name="chunked-prefill",
+        variants=tuple(
+            Variant(name=n, flags={"enable-chunked-prefill": cut, "max-num-batched-tokens": tokens})
+            for n, cut, tokens in (("small", True, 8), ("large", True, 64), ("whole", False, 64))
+        ),
+        workloads=(make_workload("contended:2/1", intruder=Intruder(prompt_tokens=32)),),
+        claims=(), evidence=(), findings=("token-budget",),
+    )  # fmt: skip
+
+
+def test_a_split_and_two_of_the_cutting_engine_are_played_after_everything_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forecaster = Playing()
+    found = forecast_of(beside_a_long_prompt(), forecaster, monkeypatch)
+    assert [(two.point.partition("/")[0], two.link_gbit_per_s) for two in found.on_two] == [
+        ("whole", 1), ("whole", 10), ("whole", 100), ("small", None),
+    ]  # fmt: skip
+    _, on_two = forecaster.plans
+    split, shared = on_two.engines[0], on_two.engines[-1]
+    assert split.handover
+    assert split.handover.bytes_per_token == SHAPE.kv_bytes_per_token()
+    assert split.handover.link_bytes_per_s == 125e6
+    assert (shared.handover, shared.replicas) == (None, 2)
+    assert {t.router for e in on_two.engines[-3:] for t in e.trials} == {"least-loaded"}
+    assert [len(e.trials) for e in on_two.engines] == [PLAYS_OF_CHANCE, 1, 1] * 4
+    throughput = found.on_two[0].bands["output_tokens_per_s"]
+    assert throughput.low < throughput.value < throughput.high
+    assert "on_two" in found.model_dump()
+    assert "on_two" not in forecast_of(make_lab(), Playing(), monkeypatch).model_dump()
+
+
+def test_where_two_engines_cannot_be_played_all_other_forecasts_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class AloneOnly(Playing):
+        def send(self, plan: ForecastPlan) -> None:
+            super().send(plan)
+            if len(self.plans) > 1:
+                raise ForecastError("no such connector")
+
+    found = forecast_of(beside_a_long_prompt(), AloneOnly(), monkeypatch)
+    assert len(found.points) == 3
+    assert found.on_two == ()
+    assert found.without == {TWO_ENGINES: "no such connector"}
 
 
 @pytest.mark.parametrize(("kind", "on_cuda"), [("cpu", False), ("gpu", True)])
