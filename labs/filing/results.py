@@ -631,6 +631,7 @@ class RunFolder:
                 trial = None if result is None else self.trial(point, result, lab)
                 if trial and (took_s := transport_s(trial)) is not None:
                     found.setdefault(point.variant.name, []).append(took_s)
+                del trial  # before the next one is read
         return {variant: usual_transport_s(found_s) for variant, found_s in found.items()}
 
     def _results(self, points: Sequence[Point], lab: Lab) -> list[TrialResult]:

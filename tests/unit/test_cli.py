@@ -206,7 +206,7 @@ def test_serve_starts_the_engine_of_a_variant(monkeypatch: pytest.MonkeyPatch) -
     started = list[tuple[str, list[str], dict[str, str]]]()
     model = Model("lab/base-1B", Path("/models/base"), SHAPE)
     monkeypatch.setattr("os.execve", lambda *of: started.append(of))
-    monkeypatch.setattr("labs.commands.cli.model_of", lambda *_: model)
+    monkeypatch.setattr("labs.running.resolve.model_of", lambda *_: model)
     monkeypatch.setattr("labs.commands.cli.require_port", lambda *_: None)
     monkeypatch.setattr(Vllm, "check_flags", lambda *_: None)  # imports vLLM
     code, said = labs("serve", "--lab", "prefix-caching", "--variant", "off", "--port", "8123")

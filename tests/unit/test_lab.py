@@ -507,13 +507,14 @@ def test_every_lab_runs_against_itself(lab: Lab, points: list[Point]) -> None:
     assert twins.digest() != lab.digest()
 
 
-PROVED_BY: dict[str, tuple[str, ...]] = {  # flag -> what its lab asks its engines' logs for
+PROVED_BY: dict[str, tuple[str, ...]] = {  # flag -> metrics, or labels of the engines' logs
     "compilation-config": ("cudagraph_mode", "compilation_mode"),
     "structured-outputs-config": ("structured_outputs_backend",),
     "attention-config": ("max_num_splits",),
     "enable-lora": ("max_lora",),
     "hf-overrides": ("sliding_window",),
     "watermark": ("watermark",),
+    "kv-offloading-size": (metrics.KV_LOADED_BYTES,),
 }
 BY_DOSE = {"speculative-config"}  # tokens drafted and accepted (`labs/judging/dose.py`)
 BY_ANSWERS = {"lora-modules"}  # each names the adapter that it came from
@@ -522,7 +523,7 @@ BY_ANSWERS = {"lora-modules"}  # each names the adapter that it came from
 @RESOLVED
 def test_every_flag_in_which_two_engines_differ_is_proved(lab: Lab) -> None:
     """Asynchronous scheduling and kernels of attention were compared and proved by nothing."""
-    asked = {(e.arm.variant, e.label) for e in lab.evidence}
+    asked = {(e.arm.variant, shown) for e in lab.evidence for shown in (e.metric, e.label)}
     for above, below in itertools.combinations(lab.variants, 2):
         if above.engine != below.engine or not ENGINES[above.engine].shown_metrics():
             continue  # of other engines, or of one without a log to read, the report says so
@@ -533,8 +534,8 @@ def test_every_flag_in_which_two_engines_differ_is_proved(lab: Lab) -> None:
             setting = [v for v in (above, below) if flag in v.flags]
             assert setting, flag
             for variant in setting:
-                labels = PROVED_BY.get(flag, ())
-                assert any((variant.name, label) in asked for label in labels), (
+                proofs = PROVED_BY.get(flag, ())
+                assert any((variant.name, shown) in asked for shown in proofs), (
                     f"nothing proves {flag} of {variant.name}"
                 )
 
