@@ -300,7 +300,7 @@ class Searched(BaseModel, frozen=True, extra="forbid"):
     figures: dict[str, FiniteFloat]  # by metric
 
 
-TWO_ENGINES = "two engines"
+SEARCH, TWO_ENGINES = "search of settings", "two engines"
 
 
 class OnTwoEngines(BaseModel, frozen=True, extra="forbid"):
@@ -319,7 +319,7 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     """The forecasts of every point, from vLLM's own scheduler run in virtual time."""
 
     points: dict[str, dict[str, Band]]  # point -> metric
-    without: dict[str, str] = {}  # variant, point or TWO_ENGINES -> why it has no forecast
+    without: dict[str, str] = {}  # variant, point, SEARCH or TWO_ENGINES -> why it has no forecast
     trial_s: dict[str, float] = {}  # point -> from a trial's start to its last answer
     copied: dict[str, Band] = {}  # point that copies -> share of its guesses accepted in a trial
     step_times: list[dict[str, Any]] = []  # the stand-in steps, as they were timed

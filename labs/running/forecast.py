@@ -9,11 +9,19 @@ a forecast and a measurement are the same figure by the same function.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from labs.filing.results import TWO_ENGINES, Band, OnTwoEngines, PointForecasts, Searched
+from labs.filing.results import (
+    SEARCH,
+    TWO_ENGINES,
+    Band,
+    OnTwoEngines,
+    PointForecasts,
+    Searched,
+)
 from labs.findings.parts import parts_of
 from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.judging.metrics import METRICS
@@ -23,7 +31,6 @@ from labs.running.forecaster import Forecaster, ForecastError, started
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from labs.running.step_timing import (
-    EngineSteps,
     Steps,
     config_of,
     described,
@@ -67,8 +74,9 @@ def forecast(
         if not all(capacities):
             points = [p for p in points if not isinstance(p.load, OfCapacity)]
         all_plays = trials.played(points, capacities)
-        searched = _searched(trials, points, steps[points[0].key], capacities[0])
-        on_two = _on_two_engines(trials, points, without)
+        # these come last, as the forecaster ends with an error
+        searched = _or_why_not(without, SEARCH, lambda: _searched(trials, points, capacities[0]))
+        on_two = _or_why_not(without, TWO_ENGINES, lambda: _on_two_engines(trials, points))
     return PointForecasts(
         points={plays.point.key: plays.bands(setup.lab) for plays in all_plays},
         without=without,
@@ -85,20 +93,31 @@ def forecast(
     )
 
 
+Found = TypeVar("Found")
+
+
+def _or_why_not(
+    without: dict[str, str], name: str, found: Callable[[], tuple[Found, ...]]
+) -> tuple[Found, ...]:
+    """Return what is forecast beside the points; note why where vLLM cannot be driven so."""
+    try:
+        return found()
+    except ForecastError as error:
+        without[name] = str(error)
+        return ()
+
+
 def _searched(
-    trials: VirtualTrials,
-    points: Sequence[Point],
-    step: tuple[EngineSteps, EngineSteps, EngineSteps],
-    capacity_per_s: float | None,
+    trials: VirtualTrials, points: Sequence[Point], capacity_per_s: float | None
 ) -> tuple[Searched, ...]:
-    """Forecast the settings that the lab looks among, beside those that it measures.
+    """Forecast the settings that the lab looks among, over the step of the first point.
 
     Raises ForecastError.
     """
     search = trials.setup.lab.searched
-    if not search or not (alone := search(points)):
+    if not points or not search or not (alone := search(points)):
         return ()
-    plays = replace(trials, steps={point.key: step for point in alone})
+    plays = replace(trials, steps={p.key: trials.steps[points[0].key] for p in alone})
     return tuple(
         Searched(
             flags=dict(point.flags),
@@ -142,20 +161,11 @@ A forecast's step is the same whatever they say.
 """
 
 
-def _on_two_engines(
-    trials: VirtualTrials, points: Sequence[Point], without: dict[str, str]
-) -> tuple[OnTwoEngines, ...]:
-    """Forecast on two engines what the lab asks for; note why, where vLLM cannot be driven so.
-
-    It comes last, as the forecaster ends with an error.
-    """
+def _on_two_engines(trials: VirtualTrials, points: Sequence[Point]) -> tuple[OnTwoEngines, ...]:
+    """Forecast on two engines what the lab asks for. Raises ForecastError."""
     lab = trials.setup.lab
     pairs = parts_of(lab.name).on_two(points) if lab.findings else ()
-    try:
-        return trials.on_two_engines(pairs) if pairs else ()
-    except ForecastError as error:
-        without[TWO_ENGINES] = str(error)
-        return ()
+    return trials.on_two_engines(pairs) if pairs else ()
 
 
 def ratio_of_forecasts(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from labs.filing.results import TWO_ENGINES
+from labs.filing.results import SEARCH, TWO_ENGINES
 from labs.lab import Lab, Point, Variant
 from labs.running import forecast
 from labs.running.forecaster import ForecastError
@@ -81,13 +81,18 @@ def make_trials(setup: Any, forecaster: Any) -> VirtualTrials:
     return VirtualTrials(setup, files, steps_of(setup.points), {}, 1.0, forecaster)
 
 
-def forecast_of(lab: Lab, forecaster: Playing, monkeypatch: pytest.MonkeyPatch) -> Any:
+def forecast_of(
+    lab: Lab,
+    forecaster: Playing,
+    monkeypatch: pytest.MonkeyPatch,
+    reasons: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
     @contextmanager
     def started() -> Iterator[Playing]:
         yield forecaster
 
     monkeypatch.setattr(forecast, "started", started)
-    monkeypatch.setattr(forecast, "reason_against", lambda *_: None)
+    monkeypatch.setattr(forecast, "reason_against", lambda _, variant: reasons.get(variant.name))
     monkeypatch.setattr(forecast, "earlier_speeds", lambda _: [])
     monkeypatch.setattr(forecast, "steps_as_timed", lambda _, points, *__: steps_of(points))
     setup = make_setup(lab)
@@ -140,17 +145,17 @@ def test_loads_are_multiples_of_the_capacity_that_each_step_serves(
     assert slower < expected < faster
 
 
+def one_more(points: Sequence[Point]) -> list[Point]:
+    (base,) = (p for p in points if p.key == "on/short/capacity-1.5")
+    twice = base.variant.but("batch-2", {"max-num-seqs": 2, "max-num-queued-reqs": 3})
+    return [replace(base, variant=twice)]
+
+
 def test_settings_to_look_among_are_played_once_and_are_no_points(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As their step that of the first point is taken."""
-
-    def searched(points: Sequence[Point]) -> list[Point]:
-        (base,) = (p for p in points if p.key == "on/short/capacity-1.5")
-        twice = base.variant.but("batch-2", {"max-num-seqs": 2, "max-num-queued-reqs": 3})
-        return [replace(base, variant=twice)]
-
-    lab = make_lab(workloads=(make_workload("concurrent:2", "capacity:1.5"),), searched=searched)
+    lab = make_lab(workloads=(make_workload("concurrent:2", "capacity:1.5"),), searched=one_more)
     found = forecast_of(lab, forecaster := Playing(), monkeypatch)
     (alone,) = found.searched
     assert not [key for key in found.points if "batch-2" in key]
@@ -160,6 +165,36 @@ def test_settings_to_look_among_are_played_once_and_are_no_points(
     (trial,) = engine.trials
     assert (trial.repeat, trial.traffic.kind) == (1, "open")
     assert not forecast_of(make_lab(), Playing(), monkeypatch).searched
+
+
+def test_where_the_search_cannot_be_played_all_other_forecasts_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class PointsOnly(Playing):
+        def send(self, plan: ForecastPlan) -> None:
+            super().send(plan)
+            if len(self.plans) > 2:  # the capacity, all points, the search
+                raise ForecastError("no such flag")
+
+    lab = make_lab(workloads=(make_workload("concurrent:2", "capacity:1.5"),), searched=one_more)
+    found = forecast_of(lab, PointsOnly(), monkeypatch)
+    assert len(found.points) == 4
+    assert found.searched == ()
+    assert found.without == {SEARCH: "no such flag"}
+
+
+@pytest.mark.parametrize("search", [one_more, None])
+def test_where_all_loads_are_multiples_of_a_capacity_that_is_unknown_nothing_is_forecast(
+    monkeypatch: pytest.MonkeyPatch, search: Any
+) -> None:
+    """The first point has none, so that nothing tells the capacity, nor the search its step."""
+    alone = make_workload("concurrent:2", name="alone", only=("off",))
+    lab = make_lab(
+        workloads=(alone, make_workload("capacity:1.5")), searched=search, claims=(), evidence=()
+    )
+    reasons = {"off": "a compiled step was not timed"}
+    found = forecast_of(lab, Playing(), monkeypatch, reasons)
+    assert (found.points, found.searched, found.without) == ({}, (), reasons)
 
 
 def test_limits_of_the_client_are_played_in_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
