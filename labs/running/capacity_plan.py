@@ -50,6 +50,7 @@ from serving.forecasting.datasheet import (
     reason_against_sharing,
     step_times,
 )
+from serving.forecasting.fleet import serial_delays
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -58,7 +59,7 @@ from serving.forecasting.plan import (
     SyntheticRequest,
 )
 from serving.forecasting.step import Piece, Step, StepTimes
-from serving.forecasting.traffic import Delays, Traffic
+from serving.forecasting.traffic import Traffic
 from serving.gpus import Datasheet
 from serving.host_memory import available_bytes
 from serving.machine import Machine
@@ -492,11 +493,6 @@ def processes(requests: int = 0) -> int:
     """
     room = int(available_bytes() / (FORECASTER_BYTES + requests * REQUEST_BYTES))
     return max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, room))
-
-
-def serial_delays(replicas: int) -> Delays:
-    """Return the delays of a fleet: its servers prepare requests side by side, each in turn."""
-    return Delays(serial_s=Delays().serial_s / replicas)
 
 
 def in_order(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labs.lab import LabError, Point
-from labs.running.capacity_plan import ENDS, fleet_forecast, in_order, processes, serial_delays
+from labs.running.capacity_plan import ENDS, fleet_forecast, in_order, processes
 from labs.running.copied_text import read_answers
 from labs.running.forecast import reason_against, steps_of
 from labs.running.forecaster import side_by_side, started
@@ -25,6 +25,7 @@ from labs.running.virtual_trials import VirtualTrials
 from labs.telling.capacity_plans import FleetForecast, Latencies
 from loadtests.arrivals import OfCapacity
 from loadtests.trace import MOST_ROWS
+from serving.forecasting.fleet import serial_delays
 from serving.forecasting.plan import ForecastPlan, SyntheticRequest
 
 

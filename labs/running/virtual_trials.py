@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
 
@@ -29,7 +28,7 @@ from loadtests.records import TURNED_AWAY, RequestRecord
 from serving import metrics
 from serving.engines.base import FlagValue, with_places
 from serving.engines.vllm import Vllm, VllmFlags, usable_bytes
-from serving.forecasting.fleet import Handover
+from serving.forecasting.fleet import Handover, serial_delays
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -47,7 +46,7 @@ Figures = dict[str, float | None]  # of a play, by metric
 Capacities = Sequence[float | None]
 """The requests/s that are served at the expected, a faster and a slower step; None: unknown."""
 NO_CAPACITIES: Capacities = (None, None, None)
-FIRST = [(1, 1.0)]  # the only play at an end of the band: the first repeat
+FIRST = [(1, 1.0)]  # the only play at an end of the band, or at all: the first repeat
 ROUTER = "least-loaded"  # of requests to two engines that both do all
 
 
@@ -72,11 +71,10 @@ class VirtualTrials:
 
         Raises ForecastError.
         """
-        once = [(1, 1.0)]
         self.forecaster.send(
             ForecastPlan(
                 tokenizer=self.setup.model.path,
-                engines=tuple(self._engine(p, 0, once, [capacity_per_s]) for p in points),
+                engines=tuple(self._engine(p, 0, FIRST, [capacity_per_s]) for p in points),
             )
         )
         lab, plays = self.setup.lab, self.forecaster.plays()
@@ -122,27 +120,26 @@ class VirtualTrials:
 
         Of each answer only both ends are kept, as there may be a hundred thousand.
         """
-        engine = self._engine(point, end, [(1, 1.0)], NO_CAPACITIES)
-        trials = (t.model_copy(update={"router": router, "ends_only": True}) for t in engine.trials)
-        return engine.model_copy(update={"replicas": replicas, "trials": tuple(trials)})
+        engine = self._engine(point, end, FIRST, NO_CAPACITIES)
+        return _behind_a_router(engine, replicas, router, ends_only=True)
 
     def on_two_engines(self, pairs: Sequence[Pair]) -> tuple[OnTwoEngines, ...]:
         """Play the loads of points on two engines each. Raises ForecastError.
 
         The second engine is on a machine as fast as the first.
         """
-        planned = [[self._pair(pair, end) for end in (0, 1, 2)] for pair in pairs]
-        self.forecaster.send(
-            ForecastPlan(
-                tokenizer=self.setup.model.path, engines=tuple(e for of in planned for e in of)
-            )
-        )
-        plays = self.forecaster.plays()
         lab, forecasts = self.setup.lab, []
-        for pair, engines in zip(pairs, planned, strict=True):
+        for pair in pairs:
+            self.forecaster.send(
+                ForecastPlan(
+                    tokenizer=self.setup.model.path,
+                    # every request of a split pair comes to its first engine
+                    delays=serial_delays(2) if pair.link_gbit_per_s is None else Delays(),
+                    engines=tuple(self._pair(pair, end) for end in (0, 1, 2)),
+                )
+            )
             outcomes = [
-                Outcome.of(_trial(lab, pair.point, play), None)
-                for play in islice(plays, sum(len(engine.trials) for engine in engines))
+                Outcome.of(_trial(lab, pair.point, play), None) for play in self.forecaster.plays()
             ]
             bands = PointPlays(pair.point, outcomes[:-2], outcomes[-2:], None).bands(lab)
             forecasts.append(
@@ -159,8 +156,7 @@ class VirtualTrials:
         point = pair.point
         engine = self._engine(point, end, FIRST if end else self._repeats(point), NO_CAPACITIES)
         if pair.link_gbit_per_s is None:
-            trials = tuple(t.model_copy(update={"router": ROUTER}) for t in engine.trials)
-            return engine.model_copy(update={"replicas": 2, "trials": trials})
+            return _behind_a_router(engine, 2, ROUTER)
         delays = Delays()  # an answer comes back to whoever sent the prompt, who asks once more
         value_bytes = VllmFlags(point.variant.flags).kv_value_bytes
         handover = Handover(
@@ -226,6 +222,42 @@ class VirtualTrials:
             primed=_primed(point),
             traffic=_traffic(lab, point, repeat, capacity_per_s),
         )
+
+
+def _behind_a_router(
+    engine: PlannedEngine, replicas: int, router: str, ends_only: bool = False
+) -> PlannedEngine:
+    """Plan so many of an engine behind a router.
+
+    Each engine holds its own limits on the queue. Where the load generator holds them instead, it
+    does not know which engine has a request: all together may have as many as the limits of so many
+    engines add up to.
+    """
+    return engine.model_copy(
+        update={
+            "replicas": replicas,
+            "trials": tuple(
+                trial.model_copy(
+                    update={
+                        "router": router,
+                        "ends_only": ends_only,
+                        "traffic": _with_limits(trial.traffic, replicas),
+                    }
+                )
+                for trial in engine.trials
+            ),
+        }
+    )
+
+
+def _with_limits(traffic: Traffic, times: int) -> Traffic:
+    most, most_tokens = traffic.most_requests, traffic.most_prompt_tokens
+    return traffic.model_copy(
+        update={
+            "most_requests": most and times * most,
+            "most_prompt_tokens": most_tokens and times * most_tokens,
+        }
+    )
 
 
 def paces(plays: int, spread: float) -> list[float]:

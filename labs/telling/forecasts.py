@@ -31,6 +31,10 @@ ON_TWO_ENGINES = (
     " and the memory that both engines hold while a prompt is on its way. Two machines are compared"
     " with one here: the rows that share the requests say what a second one gains without a split."
 )
+LIMITS_OF_ALL = (
+    "This vLLM has no limits on its queue. The load generator holds them: one limit on all replicas"
+    " together, which is the sum of theirs."
+)
 
 
 def on_two_engines(lab: Lab, forecasts: PointForecasts) -> Section:
@@ -99,9 +103,14 @@ def page_of_fleets(
             "Open loads",
             table(header, rows),
             fleet_note(fleets, several) if fleets else None,
+            Paragraph(LIMITS_OF_ALL) if several and _held_by_client(lab) else None,
             _without(without),
         ),
     )
+
+
+def _held_by_client(lab: Lab) -> bool:
+    return lab.admission_by_client and any(flags.turns_away for flags in lab.all_flags)
 
 
 def _basis(

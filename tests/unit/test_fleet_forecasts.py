@@ -91,6 +91,24 @@ def test_one_engine_is_told_without_a_router(played: list[ForecastPlan]) -> None
     assert text.count("| 50% |") >= 2
 
 
+@pytest.mark.parametrize(
+    ("replicas", "by_client", "told"), [(4, True, True), (4, False, False), (1, True, False)]
+)
+def test_a_limit_that_clients_hold_is_told_to_be_one_on_all_replicas(
+    played: list[ForecastPlan], replicas: int, by_client: bool, told: bool
+) -> None:
+    lab = make_lab(flags={"max-num-queued-reqs": 3}, admission_by_client=by_client)
+    setup = make_setup(lab.replaying(TRACE))
+    found = found_of(setup, FleetSize(replicas, ("round-robin",)))
+    text = markdown.document(
+        forecasts.page_of_fleets(
+            setup.lab, "abacus-1", SimpleNamespace(model="Abacus", describe=lambda: "an abacus"),  # type: ignore[arg-type]
+            replicas, found.points, {}, by_datasheet=False,
+        )
+    )  # fmt: skip
+    assert ("one limit on all replicas together" in text) == told
+
+
 def test_of_a_labs_own_loads_the_open_ones_are_shared(played: list[ForecastPlan]) -> None:
     lab = make_lab(workloads=(make_workload("concurrent:2", "poisson:2"),), claims=(), evidence=())
     found = found_of(make_setup(lab), FleetSize(2, ("round-robin",)))

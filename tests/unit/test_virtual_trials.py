@@ -213,6 +213,23 @@ def test_limits_of_the_client_are_played_in_the_client(monkeypatch: pytest.Monke
         assert held == ({(None, None), (3, 40)} if by_client else {(None, None)})
 
 
+@pytest.mark.parametrize("by_client", [False, True])
+def test_limits_of_the_client_on_a_fleet_are_those_of_all_its_engines(by_client: bool) -> None:
+    off = Variant(name="off")
+    limited = off.but("on", {"max-num-queued-reqs": 3, "max-num-queued-tokens": 40})
+    setup = make_setup(make_lab(variants=(off, limited), admission_by_client=by_client))
+    trials = make_trials(setup, Playing())
+    of_all = {}
+    for point in setup.points:
+        engine = trials.of_a_fleet(point, 0, 4, "round-robin")
+        (trial,) = engine.trials
+        limits = (trial.traffic.most_requests, trial.traffic.most_prompt_tokens)
+        of_all[point.variant.name] = limits
+        of_each = point.variant.name == "on" and not by_client
+        assert ("--max-num-queued-reqs" in engine.argv) == of_each
+    assert of_all == {"off": (None, None), "on": (12, 160) if by_client else (None, None)}
+
+
 def test_without_a_capacity_no_multiple_of_it_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = make_workload("concurrent:2", "capacity:1.5")
     forecaster = Playing(completing=False)
@@ -314,14 +331,18 @@ def test_a_split_and_two_of_the_cutting_engine_are_played_after_everything_else(
     assert [(two.point.partition("/")[0], two.link_gbit_per_s) for two in found.on_two] == [
         ("whole", 1), ("whole", 10), ("whole", 100), ("small", None),
     ]  # fmt: skip
-    _, on_two = forecaster.plans
-    split, shared = on_two.engines[0], on_two.engines[-1]
+    _, *on_two = forecaster.plans
+    split, shared = on_two[0].engines[0], on_two[-1].engines[0]
     assert split.handover
     assert split.handover.bytes_per_token == SHAPE.kv_bytes_per_token()
     assert split.handover.link_bytes_per_s == 125e6
     assert (shared.handover, shared.replicas) == (None, 2)
-    assert {t.router for e in on_two.engines[-3:] for t in e.trials} == {"least-loaded"}
-    assert [len(e.trials) for e in on_two.engines] == [PLAYS_OF_CHANCE, 1, 1] * 4
+    assert {t.router for e in on_two[-1].engines for t in e.trials} == {"least-loaded"}
+    assert [[len(e.trials) for e in plan.engines] for plan in on_two] == [
+        [PLAYS_OF_CHANCE, 1, 1]
+    ] * 4
+    # two servers prepare requests side by side, and one alone those of a split pair
+    assert [plan.delays.serial_s for plan in on_two] == [0.002] * 3 + [0.001]
     throughput = found.on_two[0].bands["output_tokens_per_s"]
     assert throughput.low < throughput.value < throughput.high
     assert "on_two" in found.model_dump()
