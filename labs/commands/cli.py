@@ -87,6 +87,7 @@ from labs.running.clock import Clock, TimeUsedUp
 from labs.running.fleets import FleetSize
 from labs.running.resolve import (
     RunRequest,
+    Setup,
     is_dummy,
     machine_of,
     model_for,
@@ -405,7 +406,7 @@ def forecast_lab(
     each engine behind a router, which shares the requests of open loads among them.
     """
     with reported_errors(), ConsoleProgress() as progress:
-        on_file = on_file_of(card)
+        on_file = on_file_of(card, model)
         if on_file:
             model, weights = model or on_file.model, on_file.weights
         elif card and not (model and Path(model).is_dir()):
@@ -458,18 +459,21 @@ def _forecast_page(
     request: RunRequest, size: FleetSize | None, progress: ConsoleProgress
 ) -> Section:
     """Forecast a lab, or its engines as fleets, and tell it."""
-    run_on_file = request.on_file.run if request.on_file else ""
     if size:
         setup, fleets = forecast_fleets_alone(request, size, progress)
         return forecasts.page_of_fleets(
             setup.lab, setup.model.name, setup.machine, size.replicas, fleets.points,
-            fleets.without, setup.datasheet is not None, run_on_file,
+            fleets.without, setup.datasheet is not None, _run_on_file(setup),
         )  # fmt: skip
     setup, predictions = forecast_alone(request, progress)
     return forecasts.page(
         setup.lab, setup.model.name, setup.machine, predictions, setup.datasheet is not None,
-        run_on_file,
+        _run_on_file(setup),
     )  # fmt: skip
+
+
+def _run_on_file(setup: Setup) -> str:
+    return setup.on_file.run if setup.on_file else ""
 
 
 @app.command("score-forecasts")

@@ -185,12 +185,12 @@ def trace_of(path: Path) -> tuple[TraceRow, ...]:
         raise LabError(str(error)) from error
 
 
-def on_file_of(name: str) -> MachineOnFile | None:
+def on_file_of(name: str, model: str) -> MachineOnFile | None:
     """Find the machine on file that MACHINE= names; None where a GPU has that name, or nothing.
 
-    Raises LabError where no run of that machine can stand for it.
+    Raises LabError where no run of that machine timed the step of what MODEL= names.
     """
-    return None if name in short_names() else on_file(name)
+    return None if name in short_names() else on_file(name, model)
 
 
 def routers_of(name: str) -> tuple[str, ...]:

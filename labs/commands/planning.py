@@ -123,7 +123,7 @@ def plan_capacity(
     tokens from an API?
     """  # fmt: skip
     with reported_errors(), ConsoleProgress() as progress:
-        on_file = on_file_of(card)
+        on_file = on_file_of(card, model)
         machine = on_file.machine if on_file else machine_of(card)[0]
         require_known("PRECISION", precision, PRECISIONS)
         question = Question(

@@ -23,7 +23,7 @@ from labs.filing.results import Band
 from labs.judging.measure import in_time, percentile
 from labs.lab import SLO, LabError
 from labs.running.forecaster import Forecaster, play_all, side_by_side
-from labs.running.machines_on_file import MachineOnFile
+from labs.running.machines_on_file import DEFAULT_BUDGET_TOKENS, MachineOnFile
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import machine_of
 from labs.running.step_timing import ends_of_band, is_eight_bit
@@ -114,8 +114,7 @@ def model_named(machine: Machine, name: str) -> Model:
 
 
 def model_on_file(on_file: MachineOnFile, name: str) -> Model:
-    """Find the model whose step was timed on a machine; raises LabError for another."""
-    on_file.require_name(name)
+    """Find the model whose step was timed on a machine; raises ModelError."""
     if on_file.dummy:
         return dummy.resolve(on_file.machine, name or on_file.model)
     return models.resolve(on_file.machine, name or on_file.model)
@@ -123,7 +122,7 @@ def model_on_file(on_file: MachineOnFile, name: str) -> Model:
 
 def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
     """Answer a question about capacity. Raises LabError where a setting is impossible."""
-    on_file = question.on_file
+    on_file = question.on_file and question.on_file.covering(DEFAULT_BUDGET_TOKENS)
     if on_file:
         machine = on_file.machine
         served, fits = _on_file(question, on_file)

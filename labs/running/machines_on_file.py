@@ -8,18 +8,40 @@ that only runs count whose engines all had one step, the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from labs.filing import results
 from labs.filing.results import RunFolder, readable
-from labs.lab import Lab, LabError
+from labs.lab import Lab, LabError, Point
 from serving import dummy, models
 from serving.engines import DEFAULT_ENGINE
+from serving.engines.vllm import VllmFlags
 from serving.forecasting.step import StepTimes
 from serving.machine import Ceilings, Machine
-from serving.models import Model, Shape
+from serving.models import Model, ModelError, Shape
+
+DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
+MOST_EXTRAPOLATED = 2
+"""A step on file may be so many times as large as the largest that was timed.
+
+In eleven tables on file that end at 2,048 tokens, the slope of the sizes below gives 0.77 to 1.05
+of the time measured there, in the middle 0.94; both ends of a band are about as far off.
+"""
+
+
+def largest_step(points: Sequence[Point]) -> int:
+    """Count the tokens of the largest possible step: all users' prompts, within the budget."""
+    return max(
+        min(
+            VllmFlags(
+                {"max-num-batched-tokens": DEFAULT_BUDGET_TOKENS} | p.variant.flags
+            ).max_num_batched_tokens,
+            p.sequences * max(prompt for prompt, _ in p.lengths),
+        )
+        for p in points
+    )
 
 
 @dataclass(frozen=True)
@@ -34,34 +56,54 @@ class MachineOnFile:
     shape: Shape
     step: StepTimes
     spread: float  # the usual one of the machine's speed, a factor of 1 or more
+    earlier: tuple[MachineOnFile, ...] = ()  # older runs that timed this model there, newest last
 
     @property
     def weights(self) -> str:
         """Return what WEIGHTS= was, which the same model needs again."""
         return "dummy" if self.dummy else ""
 
-    def require_name(self, model: str) -> None:
-        """Check that MODEL= names the model that was timed, or a folder. Raises LabError."""
-        if model not in ("", self.model) and not Path(model).is_dir():
-            raise self._refusal(model)
+    def covering(self, tokens: int) -> MachineOnFile:
+        """Return the newest of these runs that timed steps of so many tokens.
+
+        Where none did, it is the one that comes nearest. Raises LabError where that timed so little
+        that most of the steps would be extrapolated.
+        """
+        runs = (*self.earlier, self)
+        nearest = max(enumerate(runs), key=lambda at: (min(tokens, at[1].largest), at[0]))[1]
+        if tokens > MOST_EXTRAPOLATED * nearest.largest:
+            raise LabError(
+                f"this needs steps of up to {tokens:,} tokens, and the largest that the run"
+                f" {nearest.run} timed has {nearest.largest:,}: name another run, or another"
+                " machine, with MACHINE="
+            )
+        return nearest
+
+    @property
+    def largest(self) -> int:
+        """The tokens of the largest step that was timed."""
+        return self.step.tokens[-1]
 
     def require(self, model: Model) -> None:
         """Check that it is this model's step that was timed. Raises LabError."""
         if model.shape != self.shape:
-            raise self._refusal(model.name.removesuffix(dummy.SUFFIX))
-
-    def _refusal(self, model: str) -> LabError:
-        return LabError(
-            f"on {self.machine.slug} the step of {self.model} was timed, which tells nothing of"
-            f" {model}: leave MODEL out, or name a GPU by its datasheet with MACHINE="
-        )
+            raise _refusal([self], model.name.removesuffix(dummy.SUFFIX))
 
 
-def on_file(name: str) -> MachineOnFile | None:
+def _refusal(timed: Sequence[MachineOnFile], model: str) -> LabError:
+    known = " and ".join(dict.fromkeys(of.model for of in timed))
+    return LabError(
+        f"on {timed[0].machine.slug} the step of {known} was timed, which tells nothing of"
+        f" {model}: leave MODEL out, or name a GPU by its datasheet with MACHINE="
+    )
+
+
+def on_file(name: str, model: str = "") -> MachineOnFile | None:
     """Find the machine whose folder among the results, or one of whose runs, is named.
 
-    Of a machine's runs the one counts that timed the largest step, and of these the newest. Returns
-    None where nothing on file has this name; raises LabError where no run there can stand for it.
+    Of a machine's runs the newest counts that timed this model's step (as MODEL= names it; any
+    model's without a name), and the earlier ones are kept with it, for larger steps. Returns None
+    where nothing on file has this name; raises LabError where no run there can stand for it.
     """
     places = (Path(name), models.ROOT / name, results.RESULTS / name)
     found = ((place, _runs_in(place)) for place in places if name and place.is_dir())
@@ -77,7 +119,25 @@ def on_file(name: str) -> MachineOnFile | None:
             reasons.append(str(reason))
     if not timed:
         raise LabError(f"nothing on file tells how long a step takes on {home.name}: {reasons[-1]}")
-    return max(timed, key=lambda found: (found.step.tokens[-1], Path(found.run).name))
+    of_model = _of_model(timed, model)
+    if not of_model:
+        raise _refusal(timed, model)
+    *earlier, newest = of_model
+    served = newest.model, newest.dummy, newest.shape
+    alike = (of for of in earlier if (of.model, of.dummy, of.shape) == served)
+    return replace(newest, earlier=tuple(alike))
+
+
+def _of_model(timed: Sequence[MachineOnFile], model: str) -> list[MachineOnFile]:
+    """List the runs that timed the model which MODEL= names, or one of the shape in a folder."""
+    folder = Path(model)
+    if not model or not folder.is_dir():
+        return [of for of in timed if model in ("", of.model)]
+    try:
+        shape = models.load(folder.resolve(), folder.name).shape
+    except ModelError:  # a folder without weights may be served with random ones
+        return [*timed]
+    return [of for of in timed if of.shape == shape]
 
 
 def named() -> list[str]:

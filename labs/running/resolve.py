@@ -19,7 +19,7 @@ from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Poi
 from labs.running import derived_models, machines_on_file
 from labs.running.chat_writer import writer_of
 from labs.running.clock import Clock
-from labs.running.machines_on_file import MachineOnFile
+from labs.running.machines_on_file import MachineOnFile, largest_step
 from labs.running.probes import PROBES, TEXT_PROBES
 from labs.running.progress import ProgressDisplay
 from labs.telling.plots import plots_of
@@ -112,8 +112,6 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     elsewhere, keep_disturbed = load_workers_of(request), keeps_disturbed()
     on_file = request.on_file
     machine, datasheet = (on_file.machine, None) if on_file else machine_of(request.card)
-    if on_file:
-        on_file.require_name(request.model)
     lab = lab_of(request, models.scale_of(machine))
     if datasheet:  # there may be as many GPUs as are asked for
         machine = machine.model_copy(update={"count": max(f.devices for f in lab.all_flags)})
@@ -127,6 +125,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         require_shared_layers(lab, model, datasheet)
     if on_file:
         on_file.require(model)
+        on_file = _covering(lab, model, on_file, progress)
     if model.dummy:
         require_no_reading(lab)
     if not request.engine_command:
@@ -168,6 +167,20 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         load_workers=elsewhere,
         quick=request.quick,
     )
+
+
+def _covering(
+    lab: Lab, model: models.Model, on_file: MachineOnFile, progress: ProgressDisplay
+) -> MachineOnFile:
+    """Choose the machine's run that timed steps as large as this lab's; raises LabError."""
+    needed = largest_step(lab.points(model.shape, on_file.ceilings))
+    on_file = on_file.covering(needed)
+    if needed > on_file.largest:
+        progress.message(
+            f"Steps of more than {on_file.largest:,} tokens, and here of up to {needed:,}, are"
+            " extrapolated: none was timed there"
+        )
+    return on_file
 
 
 def _ceilings(

@@ -12,7 +12,7 @@ from labs.filing.results import all_runs
 from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.lab import Point, Variant
 from labs.running.forecaster import Forecaster
-from labs.running.machines_on_file import MachineOnFile
+from labs.running.machines_on_file import MachineOnFile, largest_step
 from labs.running.resolve import Setup
 from serving import machine as machines
 from serving import models
@@ -35,7 +35,6 @@ further off by the usual spread of the machine's speed, as the reference steps o
 show; the slow end at least by how much the speed wandered while the step was timed, since the
 stand-in step is the least of several times, and an engine cannot choose its moments.
 """
-DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
 
 
 def served_folder(setup: Setup, variant: Variant) -> Path:
@@ -68,7 +67,7 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
         device="cpu" if cpu else "cuda",
         cores=tuple(machines.split_cores()[0]) if cpu else (),
         # one size for all variants, so that those whose steps are the same share a timing
-        tokens=tuple(2**i for i in range(14) if 2**i < 2 * _largest_step(setup)),
+        tokens=tuple(2**i for i in range(14) if 2**i < 2 * largest_step(setup.points)),
         rows=(1, 4, 16, 64) if cpu else (1, 16, 64, 256),
         adapters=flags.max_loras if adapters else 0,
         adapter_rank=flags.max_lora_rank if adapters else 0,
@@ -83,19 +82,6 @@ def _kernel_argv(model: Path, flags: Mapping[str, FlagValue]) -> tuple[str, ...]
     deciding = ("block-size", "kv-cache-dtype")
     kept = {name: flag for name, flag in flags.items() if name in deciding}
     return (*Vllm.model_argv(model), *Vllm.flag_argv(kept))
-
-
-def _largest_step(setup: Setup) -> int:
-    """Count the tokens of the largest possible step: all users' prompts, within the budget."""
-    return max(
-        min(
-            VllmFlags(
-                {"max-num-batched-tokens": DEFAULT_BUDGET_TOKENS} | p.variant.flags
-            ).max_num_batched_tokens,
-            p.sequences * max(prompt for prompt, _ in p.lengths),
-        )
-        for p in setup.points
-    )
 
 
 def _draft_of(setup: Setup, point: Point) -> TimingPlan | None:

@@ -32,8 +32,8 @@ ON_TWO_ENGINES = (
     " with one here: the rows that share the requests say what a second one gains without a split."
 )
 LIMITS_OF_ALL = (
-    "This vLLM has no limits on its queue. The load generator holds them: one limit on all replicas"
-    " together, which is the sum of theirs."
+    "The load generator holds the limits on the queue, and not each engine its own: there is one"
+    " limit on all replicas together, the sum of theirs."
 )
 
 

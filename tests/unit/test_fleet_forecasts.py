@@ -106,7 +106,7 @@ def test_a_limit_that_clients_hold_is_told_to_be_one_on_all_replicas(
             replicas, found.points, {}, by_datasheet=False,
         )
     )  # fmt: skip
-    assert ("one limit on all replicas together" in text) == told
+    assert ("limit on all replicas together" in text) == told
 
 
 def test_of_a_labs_own_loads_the_open_ones_are_shared(played: list[ForecastPlan]) -> None:

@@ -15,7 +15,7 @@ from labs.commands.options import on_file_of
 from labs.filing import results
 from labs.filing.results import Band, PointForecasts, RunFolder, write_json
 from labs.lab import SLO, LabError
-from labs.running import capacity_plan, machines_on_file
+from labs.running import capacity_plan, machines_on_file, resolve
 from labs.running.capacity_plan import Question, plan
 from labs.running.forecast import reason_against, steps_of
 from labs.running.machines_on_file import MachineOnFile, on_file
@@ -67,15 +67,51 @@ def test_a_machine_is_found_by_its_name_and_a_run_by_its_path(home: Path) -> Non
     assert machines_on_file.named() == [MACHINE.slug]
 
 
-def test_of_a_machine_the_largest_step_counts_and_then_the_newest(home: Path) -> None:
+def test_of_a_machine_the_newest_run_counts_that_timed_the_steps_needed(home: Path) -> None:
     timed(write_run(home, "20260101"), larger(4096))
-    newest = timed(write_run(home, "20260102"), larger(4096))
+    timed(write_run(home, "20260102"), larger(2048))
     timed(write_run(home, "20260103"), larger(2048))
-    damaged = timed(write_run(home, "20260104"), larger(9000))
+    timed(write_run(home, "20260104"), larger(64))
+    damaged = timed(write_run(home, "20260105"), larger(9000))
     (damaged.path / "predictions.json").write_text("{")
     found = on_file(MACHINE.slug)
     assert found
-    assert Path(found.run).name == newest.path.name
+    for needed, day in ((64, "04"), (65, "03"), (2048, "03"), (2049, "01"), (8192, "01")):
+        assert Path(found.covering(needed).run).name.startswith(f"202601{day}T"), needed
+
+
+def test_a_step_far_beyond_the_largest_that_was_timed_is_refused(home: Path) -> None:
+    """Which is so of a run that is named, and timed little."""
+    timed(write_run(home, "20260101"), larger(4096))
+    run = timed(write_run(home, "20260102"), larger(32))
+    found = on_file(str(run.path))
+    assert found
+    assert found.covering(64) == found
+    with pytest.raises(LabError, match=r"needs steps of up to 1,024 tokens, .* timed has 32: name"):
+        found.covering(1024)
+    machine = on_file(MACHINE.slug)
+    assert machine
+    with pytest.raises(LabError, match=r"up to 8,193 tokens, .* timed has 4,096"):
+        machine.covering(8193)
+
+
+def test_the_run_that_counts_is_one_of_the_model_that_is_asked_for(home: Path) -> None:
+    """A newer one of another model, with a larger table, does not hide it."""
+    for day, name, tokens in (
+        ("20260101", "small", 64), ("20260102", "other", 4096), ("20260103", "small", 32),
+        ("20260104", "other", 2048),
+    ):  # fmt: skip
+        folder = timed(write_run(home, day), larger(tokens))
+        write_json(folder.path / "run.json", folder.run().model_copy(update={"model": name}))
+    small, other, newest = (on_file(MACHINE.slug, model) for model in ("small", "other", ""))
+    assert small
+    assert other
+    assert (small.model, small.largest) == ("small", 32)
+    assert small.covering(64).largest == 64
+    assert (other.model, other.largest) == ("other", 2048)
+    assert newest == other
+    with pytest.raises(LabError, match=r"step of small and other was timed, .* nothing of third"):
+        on_file(MACHINE.slug, "third")
 
 
 def test_a_run_that_timed_several_steps_or_none_is_refused_with_the_reason(home: Path) -> None:
@@ -97,10 +133,10 @@ def test_a_step_of_quantized_parts_is_not_the_models_own(home: Path) -> None:
 
 def test_a_name_that_nothing_has_is_refused_with_those_that_are_known(home: Path) -> None:
     timed(write_run(home), TIMES)
-    assert on_file_of("h100") is None
-    assert on_file_of("") is None
+    assert on_file_of("h100", "") is None
+    assert on_file_of("", "") is None
     name = MACHINE.slug[:-1]
-    assert on_file_of(name) is None
+    assert on_file_of(name, "") is None
     with pytest.raises(
         LabError, match=f"did you mean {MACHINE.slug}.* h100.*on file {MACHINE.slug}"
     ):
@@ -112,7 +148,7 @@ def measured() -> MachineOnFile:
     """The bundled model, at a tenth of a second for each token of a step."""
     model = load(bundled(), BUNDLED)
     step = StepTimes(
-        tokens=(0, 1000), linear_s=(0, 100), rows=(0, 1000), head_s=(0, 0), attention_pair_s=0,
+        tokens=(0, 1024), linear_s=(0, 102.4), rows=(0, 1000), head_s=(0, 0), attention_pair_s=0,
         attention_read_s=0,
     )  # fmt: skip
     return MachineOnFile("abacus/lab/run", CPU, CEILINGS, BUNDLED, False, model.shape, step, 1.0)
@@ -134,6 +170,25 @@ def test_only_engines_with_the_models_own_step_are_forecast_on_it(measured: Mach
     assert "the step of a draft model is not on file" in reasons("speculative-decoding").values()
 
 
+def test_a_lab_takes_the_run_that_timed_steps_as_large_as_its_own(measured: MachineOnFile) -> None:
+    """And says what is extrapolated, where none did."""
+    said = list[str]()
+    progress: Any = SimpleNamespace(message=said.append)
+    older = replace(measured, run="abacus/lab/older", step=larger(4096))
+    model = load(bundled(), BUNDLED)
+
+    def chosen(name: str, newest: MachineOnFile) -> str:
+        lab = LABS[name].at("cpu", quick=False)
+        return resolve._covering(lab, model, newest, progress).run
+
+    both = replace(measured, earlier=(older,))
+    assert chosen("overload", both) == measured.run
+    assert chosen("continuous-batching", both) == older.run
+    assert not said
+    assert chosen("continuous-batching", measured) == measured.run
+    assert "of more than 1,024 tokens, and here of up to 2,048, are extrapolated" in said[0]
+
+
 def test_its_steps_have_the_bands_of_a_timed_step(measured: MachineOnFile) -> None:
     points = LABS["continuous-batching"].at("cpu", quick=False).points(measured.shape, CEILINGS)
     setup: Any = SimpleNamespace(datasheet=None, on_file=replace(measured, spread=1.1))
@@ -142,8 +197,8 @@ def test_its_steps_have_the_bands_of_a_timed_step(measured: MachineOnFile) -> No
     assert found.keys() == {p.key for p in points}
     (expected, _), (faster, _), (slower, _) = found[points[0].key]
     assert expected == measured.step
-    assert faster.linear_s[1] == pytest.approx(90 / 1.1)
-    assert slower.linear_s[1] == pytest.approx(118 * 1.1)
+    assert faster.linear_s[1] == pytest.approx(0.9 * 102.4 / 1.1)
+    assert slower.linear_s[1] == pytest.approx(1.18 * 102.4 * 1.1)
 
 
 def asked(measured: MachineOnFile, **more: Any) -> Question:
@@ -195,10 +250,13 @@ def test_what_was_not_timed_there_is_refused(
         plan(asked(measured, **more), SilentProgress())
 
 
+def test_a_plan_of_steps_far_beyond_the_timed_ones_is_refused(measured: MachineOnFile) -> None:
+    with pytest.raises(LabError, match=r"needs steps of up to 2,048 tokens, .* timed has 64"):
+        plan(asked(replace(measured, step=larger(64))), SilentProgress())
+
+
 def test_another_model_than_the_timed_one_is_refused(measured: MachineOnFile) -> None:
     other = replace(measured, shape=SHAPE, model="abacus-1")
     with pytest.raises(LabError, match=f"step of abacus-1 was timed, .* nothing of {BUNDLED}"):
         plan(asked(other), SilentProgress())
-    with pytest.raises(LabError, match=r"tells nothing of llama-8b: leave MODEL out"):
-        capacity_plan.model_on_file(measured, "llama-8b")
     assert capacity_plan.model_on_file(measured, "").shape == measured.shape
