@@ -1,9 +1,10 @@
 """A forecast of every load point, before any engine starts.
 
 vLLM's own scheduler plays each trial in virtual time, with the requests that will be sent and the
-arguments that the engine will be started with, over a step timed on this machine
-(`serving/forecasting/`). What clients would have seen is then measured as a real trial is, so that
-a forecast and a measurement are the same figure by the same function.
+arguments that the engine will be started with (`serving/forecasting/`). Its steps take as long as a
+step that is timed here, was timed before a run on file, or follows from a GPU's datasheet.
+What clients would have seen is then measured as a real trial is, so that a forecast and a
+measurement are the same figure by the same function.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from labs.filing.results import (
 from labs.findings.parts import parts_of
 from labs.judging.machine_speed import MachineSpeed, usual_spread
 from labs.judging.metrics import METRICS
-from labs.lab import Lab, Point, Prediction, Variant
+from labs.lab import Lab, Point, Variant
 from labs.running.copied_text import Copies, read_answers, share_copied
 from labs.running.forecaster import Forecaster, ForecastError, started
 from labs.running.progress import ProgressDisplay
@@ -168,16 +169,9 @@ def _on_two_engines(trials: VirtualTrials, points: Sequence[Point]) -> tuple[OnT
     return trials.on_two_engines(pairs) if pairs else ()
 
 
-def ratio_of_forecasts(
-    forecasts: PointForecasts, metric: str, treatment: Point, baseline: Point
-) -> Prediction | None:
-    """Predict a claim from the forecasts of its two points; None where either has none."""
-    return forecasts.ratio(metric, treatment.key, baseline.key)
-
-
 def reason_against(setup: Setup, variant: Variant) -> str | None:
     """Say why this variant's step cannot be timed in advance; None where it can."""
-    flags = VllmFlags(setup.lab.flags_of(variant))
+    flags = setup.lab.flags_of(variant)
     if setup.endpoint:
         return "an endpoint's settings are not known here"
     if setup.engine_command or ENGINES[variant.engine] is not Vllm:
@@ -201,7 +195,7 @@ def reason_against(setup: Setup, variant: Variant) -> str | None:
 
 def _untimed_on_file(setup: Setup, variant: Variant) -> str | None:
     """Say what in this variant's step is not in the one on file, which is the model's own."""
-    if VllmFlags(setup.lab.flags_of(variant)).speculative_config.get("model"):
+    if setup.lab.flags_of(variant).speculative_config.get("model"):
         return "the step of a draft model is not on file"
     return _other_kernels(setup, variant)
 
@@ -212,7 +206,7 @@ def _other_kernels(setup: Setup, variant: Variant) -> str | None:
         return "the kernels of quantized weights were not timed"
     if _has_quantized_cache(setup, variant):
         return "attention to a quantized cache was not timed"
-    if VllmFlags(setup.lab.flags_of(variant)).get("enable-lora"):
+    if setup.lab.flags_of(variant).get("enable-lora"):
         return "vLLM's operators for adapters were not timed"
     return None
 
@@ -220,7 +214,7 @@ def _other_kernels(setup: Setup, variant: Variant) -> str | None:
 def _untimed_on_a_gpu(setup: Setup, variant: Variant) -> str | None:
     if why := _other_kernels(setup, variant):
         return why
-    flags = VllmFlags(setup.lab.flags_of(variant))
+    flags = setup.lab.flags_of(variant)
     if flags.enforce_eager:
         return "an eager step was not timed: what is timed there is replayed as a CUDA graph"
     return _unseen(setup.lab, variant)
@@ -245,7 +239,7 @@ def _has_quantized_weights(setup: Setup, variant: Variant) -> bool:
 
 
 def _has_quantized_cache(setup: Setup, variant: Variant) -> bool:
-    dtype = VllmFlags(setup.lab.flags_of(variant)).get("kv-cache-dtype", "auto")
+    dtype = setup.lab.flags_of(variant).get("kv-cache-dtype", "auto")
     return str(dtype) not in ("auto", "bfloat16")
 
 

@@ -35,7 +35,7 @@ from labs.running.fleets import (
     require_open_loads,
     write_lengths,
 )
-from labs.running.forecast import forecast, ratio_of_forecasts
+from labs.running.forecast import forecast
 from labs.running.forecaster import ForecastError
 from labs.running.harness import open_harness
 from labs.running.progress import ProgressDisplay
@@ -331,7 +331,7 @@ def predict(setup: Setup, forecasts: PointForecasts | None) -> Predictions:
     return Predictions(
         effects={
             c.name: {
-                f"{t.key}|{b.key}": (forecasts and ratio_of_forecasts(forecasts, c.metric, t, b))
+                f"{t.key}|{b.key}": (forecasts and forecasts.ratio(c.metric, t.key, b.key))
                 or closed[c.name][f"{t.key}|{b.key}"]
                 for t, b in lab.pairs(c, points)
             }

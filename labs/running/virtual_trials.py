@@ -158,9 +158,8 @@ class VirtualTrials:
         if pair.link_gbit_per_s is None:
             return _behind_a_router(engine, 2, ROUTER)
         delays = Delays()  # an answer comes back to whoever sent the prompt, who asks once more
-        value_bytes = VllmFlags(point.variant.flags).kv_value_bytes
         handover = Handover(
-            bytes_per_token=point.shape.kv_bytes_per_token(value_bytes),
+            bytes_per_token=point.shape.kv_bytes_per_token(point.flags.kv_value_bytes),
             link_bytes_per_s=pair.link_gbit_per_s * 1e9 / 8,
             asked_s=delays.response_s + delays.request_s,
         )
@@ -199,7 +198,7 @@ class VirtualTrials:
             ),
             step_times=step_times,
             draft_times=draft_times,
-            on_cuda=self.setup.machine.kind == "gpu",
+            on_cuda=setup.machine.kind == "gpu",
             trials=tuple(
                 self._planned(point, repeat, pace, capacities[end]) for repeat, pace in plays
             ),
@@ -308,7 +307,7 @@ def as_one_gpu(flags: Mapping[str, FlagValue]) -> VllmFlags:
 
 
 def _primed(point: Point) -> int:
-    cached = VllmFlags(point.variant.flags).enable_prefix_caching
+    cached = point.flags.enable_prefix_caching
     prefix = point.workload.prefix
     return prefix.groups if cached and prefix and point.workload.primed else 0
 

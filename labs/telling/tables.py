@@ -150,12 +150,7 @@ def in_virtual_time(lab: Lab, forecasts: PointForecasts, also: Collection[str] =
     A figure that is 0 everywhere, such as preemptions where memory is ample, is left out. `also`
     names metrics that are shown beside those that always are.
     """
-    metrics = [
-        metric
-        for metric in METRICS
-        if (METRICS[metric].forecast == "shown" or metric in also)
-        and any(metric in bands and bands[metric].high for bands in forecasts.points.values())
-    ]
+    metrics = _forecast_columns(forecasts.points.values(), also)
     return table(
         (
             "Point",
@@ -203,8 +198,7 @@ def on_two_engines(lab: Lab, forecasts: PointForecasts) -> Table:
 
     Empty where nothing was forecast on two.
     """
-    shown = [m for m, of in METRICS.items() if of.forecast == "shown"]
-    metrics = [m for m in shown if any(m in t.bands and t.bands[m].high for t in forecasts.on_two)]
+    metrics = _forecast_columns([two.bands for two in forecasts.on_two])
     rows = [
         (f"one, {point_label(key, lab)}", forecasts.points[key])
         for key in dict.fromkeys(two.point for two in forecasts.on_two)
@@ -218,6 +212,18 @@ def on_two_engines(lab: Lab, forecasts: PointForecasts) -> Table:
         if forecasts.on_two
         else (),
     )
+
+
+def _forecast_columns(
+    rows: Collection[Mapping[str, Band]], also: Collection[str] = ()
+) -> list[str]:
+    """List the metrics that are shown, and those of `also`, that are not 0 in every row."""
+    return [
+        name
+        for name, metric in METRICS.items()
+        if (metric.forecast == "shown" or name in also)
+        and any(name in bands and bands[name].high for bands in rows)
+    ]
 
 
 def engines_text(two: OnTwoEngines, lab: Lab) -> str:

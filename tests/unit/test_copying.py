@@ -14,7 +14,6 @@ from labs import LABS
 from labs.filing.results import Band, PointForecasts, Predictions, Run
 from labs.lab import Prediction
 from labs.running.copied_text import lookup_of, share_copied
-from labs.running.forecast import ratio_of_forecasts
 from labs.running.run import predict
 from labs.running.virtual_trials import _bands, by_chance, paces
 from serving import making
@@ -155,7 +154,7 @@ def test_a_forecast_ratio_is_one_of_geometric_means_as_the_measured_one_is() -> 
         )
 
     def ratio(found: PointForecasts) -> float:
-        prediction = ratio_of_forecasts(found, "ttft_mean_s", treatment, baseline)
+        prediction = found.ratio("ttft_mean_s", treatment.key, baseline.key)
         assert prediction
         return prediction.value
 

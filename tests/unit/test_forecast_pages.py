@@ -22,7 +22,6 @@ from labs.filing.results import (
 from labs.judging.judge import Caveat, ForecastAtPoint, Interval
 from labs.judging.metrics import METRICS
 from labs.lab import OF_FORECASTS
-from labs.running.forecast import ratio_of_forecasts
 from labs.telling import markdown, report, residual_plot, residuals, tables
 from labs.telling.document import plain_text
 from labs.telling.residuals import Residual
@@ -281,12 +280,12 @@ def test_a_claim_is_predicted_by_two_forecasts_where_both_are_there() -> None:
     ours, theirs = make_point(variant="on"), make_point(variant="off")
     both = {ours.key: {"tpot_mean_s": NEAR}, theirs.key: {"tpot_mean_s": NEAR}}
     both[theirs.key]["tpot_mean_s"] = Band(value=4, low=3, high=5)
-    found = ratio_of_forecasts(PointForecasts(points=both), "tpot_mean_s", ours, theirs)
+    found = PointForecasts(points=both).ratio("tpot_mean_s", ours.key, theirs.key)
     assert found
     assert found.value == 0.25
-    assert not ratio_of_forecasts(PointForecasts(points=both), "batch", ours, theirs)
+    assert not PointForecasts(points=both).ratio("batch", ours.key, theirs.key)
     one = PointForecasts(points={ours.key: both[ours.key]})
-    assert not ratio_of_forecasts(one, "tpot_mean_s", ours, theirs)
+    assert not one.ratio("tpot_mean_s", ours.key, theirs.key)
 
 
 def of_a_run(folder: RunFolder, group: str, unit: str, measured: float) -> Residual:
