@@ -308,7 +308,7 @@ class Vllm(Engine):
         if model.path.exists():
             env["HF_HUB_OFFLINE"] = "1"
         if model.dummy:  # trained routers spread tokens evenly; a random one prefers a few experts
-            env[random_weights.ROUTING] = "uniform_random" if kind == "gpu" else random_weights.EVEN
+            env[random_weights.ROUTING] = random_weights.EVEN
         backends = {VllmFlags(flags).structured_outputs_backend for flags in beside}
         if lm_format_enforcer.NAME in backends:
             env |= lm_format_enforcer.AS_OTHERS
@@ -492,7 +492,7 @@ class Vllm(Engine):
         given = re.search(r"^.*non-default args: .*$", text, re.MULTILINE)
         kernel = re.search(r"^.*Using FlashAttention version.*$", text, re.MULTILINE)
         built = re.search(r"^.*Resolved architecture: .*$", text, re.MULTILINE)
-        routed = re.search(r"^.*Tokens are sent to experts by.*$", text, re.MULTILINE)
+        routed = re.search(r"^.*Simulating MoE routing using.*$", text, re.MULTILINE)
         settings = [match[0] if match else "" for match in (found, given, kernel, built, routed)]
         read = {
             metrics.ENGINE_CONFIG: resolved("\n".join(settings)),
@@ -631,7 +631,7 @@ _RESOLVED = {  # in vLLM 0.31 and 0.32
     "max_num_splits": re.compile(r"flash_attn_max_num_splits_for_cuda_graph'?[=:]\s*(\d+)"),
     "watermark": re.compile(r"'watermark': ([\d.]+)"),
     "architecture": re.compile(r"Resolved architecture: (\w+)"),  # of the first model it loads
-    "routing": re.compile(r"Tokens are sent to experts by (\w+)"),
+    "routing": re.compile(r"Simulating MoE routing using a (\w+) strategy"),  # once one is used
     "flash_attention": re.compile(r"Using FlashAttention version (\d+)"),
 }
 
