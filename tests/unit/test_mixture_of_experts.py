@@ -280,5 +280,12 @@ def test_the_plot_has_measured_and_forecast_ratios(tmp_path: Path) -> None:
     assert right.get_legend_handles_labels()[1] == [f"mixture / {TOTAL}", f"mixture / {ACTIVE}"]
 
 
+def test_a_shape_that_no_model_has_is_told_as_made_up() -> None:
+    told = [card.model for card in dials.cards_of(LABS["mixture-of-experts"])]
+    assert any(text.startswith("a made-up mixture of 40 experts, 8 for each") for text in told)
+    assert any(text.startswith("the shape of Qwen3 30B-A3B") for text in told)
+    assert dials.shape_text("llama-tiny").startswith("a made-up one, sized for a CPU")
+
+
 def test_the_answer_is_measured_in_part() -> None:
     assert parts_of("mixture-of-experts").kinds["CO-4"] == parts_of("weight-pruning").kinds["CO-4"]
