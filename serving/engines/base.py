@@ -275,6 +275,11 @@ class Engine(Server):
         return
 
     @classmethod
+    def require_host_memory(cls, variant: str, flags: Flags) -> None:
+        """Check this host's memory for what it keeps there for a GPU. Raises EngineError."""
+        return
+
+    @classmethod
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int | None:
         """Estimate the host's memory that it takes on a CPU.
 

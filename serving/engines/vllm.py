@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 import requests
 
-from serving import guard, lm_format_enforcer, metrics, random_weights, whole
+from serving import guard, host_memory, lm_format_enforcer, metrics, random_weights, whole
 from serving import machine as machines
 from serving.engines import vllm_harmless
 from serving.engines.base import (
@@ -470,6 +470,30 @@ class Vllm(Engine):
                 f" {machine.memory_bytes / 1e9:.1f} GB: give a smaller model with MODEL=, {more}"
                 "or less with SET=flags.kv-cache-memory-bytes="
                 f"{' or num-gpu-blocks-override' if vllm_flags.num_gpu_blocks_override else ''}"
+            )
+
+    @classmethod
+    def require_host_memory(cls, variant: str, flags: Flags) -> None:
+        """Check that this host has room for the blocks that are offloaded from the KV cache.
+
+        vLLM 0.32 maps them in /dev/shm, where Docker allows 64 MiB unless told otherwise, and does
+        not start where they do not fit; 0.26 has them in memory of its own. Raises EngineError.
+        """
+        vllm_flags = VllmFlags(flags)
+        needed = vllm_flags.copies * vllm_flags.kv_offloading_bytes
+        if not needed:
+            return
+        what = f"{variant} offloads {needed / 2**30:.3g} GiB of its KV cache to the host's memory"
+        less = (
+            "lower kv-offloading-size with SET=, or leave the variant out with SET='variants=[..]'"
+        )
+        if needed > (left := host_memory.available_bytes()):
+            raise EngineError(f"{what}, and {left / 2**30:.3g} GiB are available: {less}")
+        shared = host_memory.shared_bytes()
+        if shared is not None and needed > shared and not cls.version().startswith("0.26."):
+            raise EngineError(
+                f"{what}, in /dev/shm, where {shared / 2**30:.3g} GiB are free: start the container"
+                f" with --shm-size={math.ceil(needed / 2**30) + 1}g, {less}"
             )
 
     @classmethod
