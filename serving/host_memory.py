@@ -7,11 +7,13 @@ machine's own figure does not know that.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import psutil
 
 GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+SHARED = Path("/dev/shm")
 # the files of a limit and of what is used, and the line of memory.stat with what can be given back
 VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -20,6 +22,11 @@ VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_f
 def available_bytes() -> int:
     """Return what the machine has available, or what the tightest limit leaves of it."""
     return max(0, min([psutil.virtual_memory().available, *_left_bytes()]))
+
+
+def shared_bytes() -> int | None:
+    """Return what is free in /dev/shm, which processes share; None where there is no such place."""
+    return shutil.disk_usage(SHARED).free if SHARED.is_dir() else None
 
 
 def _left_bytes() -> list[int]:

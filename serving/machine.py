@@ -107,10 +107,13 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
         """The arithmetic intensity where memory and compute take equally long (Williams 2009)."""
         return self.bf16_flops_per_s / self.memory_bandwidth_bytes_per_s
 
+    # the devices that these are the limits of together, each with a link of its own
+    devices: Annotated[PositiveInt, Field(exclude_if=lambda number: number == 1)] = 1
+
     @property
     def link_bytes_per_s(self) -> float:
         """The rate from the host's memory: measured, or by the specification of PCIe 4.0 x16."""
-        return self.host_bytes_per_s or gpus.PCIE_4_BYTES_PER_S
+        return self.host_bytes_per_s or self.devices * gpus.PCIE_4_BYTES_PER_S
 
     def times(self, devices: int) -> Ceilings:
         """Return the limits of several such devices that share the work of each layer."""
@@ -120,7 +123,8 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
                 "memory_bandwidth_bytes_per_s": devices * self.memory_bandwidth_bytes_per_s,
                 "bf16_flops_per_s": devices * self.bf16_flops_per_s,
                 "fp8_flops_per_s": devices * fp8 if fp8 else None,
-                "host_bytes_per_s": devices * link if link else None,  # each has its own
+                "host_bytes_per_s": devices * link if link else None,
+                "devices": devices * self.devices,
             }
         )
 

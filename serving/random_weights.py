@@ -20,7 +20,8 @@ from typing import Any
 
 EXTENSION = "serving.vllm_worker.RandomWeights"  # for --worker-extension-cls, 0.26 and 0.32
 ROUTING = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
-ROUTED = "Tokens are sent to experts by {}"  # the line of the log that says so
+ROUTED = "Simulating MoE routing using a {} strategy."
+"""How vLLM's log tells, once, that a router of its model has asked a strategy for experts."""
 EVEN = "lab_even"  # `EvenRouting`, by the name under which vLLM knows it
 STD = 1e-3 / 3**0.5  # of the 16-bit weights that vLLM draws: uniform within 0.001
 # The largest of n normal numbers is about so many standard deviations off (n: a channel's 4,096, a
@@ -131,24 +132,25 @@ def fault(shares: Mapping[str, str]) -> str:
 
 
 class EvenRouting:
-    """Sends each token of a mixture to experts drawn evenly, whose ids have 32 bits.
+    """Sends each token of a mixture to different experts, drawn evenly.
 
-    A strategy of vLLM's `RoutingSimulator`. It draws as vLLM's own `uniform_random` does (`uniform`
-    is that one), whose ids have 64 bits: vLLM's CPU kernel for experts refuses those (0.32).
+    A strategy of vLLM's `RoutingSimulator`, for vLLM's own `uniform_random` may send a token to one
+    expert twice (0.26), so that a step needs fewer, or has ids of 64 bits (0.32), which vLLM's
+    kernel for experts on a CPU refuses.
     """
-
-    def __init__(self, uniform: Any) -> None:
-        self.uniform = uniform
 
     def route_tokens(
         self, hidden_states: Any, router_logits: Any, top_k: int, indices_type: Any = None
     ) -> tuple[Any, Any]:
-        """Return (weights, ids) of each token's experts, both of shape (tokens, top_k)."""
+        """Return (weights, ids) of each token's experts, both of shape (tokens, top_k).
+
+        The ids have 32 bits unless a kernel asks for others. All weights are 1.
+        """
         import torch
 
-        ids = indices_type or torch.int32
-        weights, drawn = self.uniform.route_tokens(hidden_states, router_logits, top_k, ids)
-        return weights, drawn
+        drawn = torch.rand(router_logits.shape, device=router_logits.device)
+        ids = drawn.topk(top_k, dim=-1).indices.to(indices_type or torch.int32)
+        return torch.ones(ids.shape, dtype=torch.float32, device=ids.device), ids
 
 
 def filled(load: Callable[..., None]) -> Callable[..., None]:

@@ -1,6 +1,6 @@
 """Hook into vLLM's worker before it loads random weights (`serving/random_weights.py`).
 
-On a CPU it also registers the routing by which tokens are sent to experts evenly.
+It also registers the routing by which tokens are sent to experts evenly.
 
 It is named by `--worker-extension-cls`, and only a worker may import it.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from serving.random_weights import EVEN, ROUTED, ROUTING, EvenRouting, filled
+from serving.random_weights import EVEN, ROUTING, EvenRouting, filled
 
 
 class RandomWeights:
@@ -24,12 +24,10 @@ def _extend_the_loader() -> None:
 
 def _add_even_routing() -> None:
     from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import (
-        DistributionBasedRouting,
         RoutingSimulator,
     )
 
-    RoutingSimulator.register_strategy(EVEN, EvenRouting(DistributionBasedRouting("uniform")))
-    print(ROUTED.format(EVEN), flush=True)  # vLLM names it at the first step, after its start
+    RoutingSimulator.register_strategy(EVEN, EvenRouting())
 
 
 _extend_the_loader()

@@ -32,6 +32,7 @@ from labs.running.resolve import (
     model_of,
     require_compiler,
     require_devices,
+    require_host_memory,
     require_known_names,
     require_memory,
     require_sizes,
@@ -279,6 +280,7 @@ def _ability(
             return Ability(lab.name, True, "after the model is downloaded")
         require_sizes(resolved, model)
         require_memory(resolved, machine, model)
+        require_host_memory(resolved)
         if random:
             for name in resolved.derived():
                 derived_models.make(model, name, lambda _: None)  # takes an instant, or raises

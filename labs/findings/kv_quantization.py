@@ -288,9 +288,9 @@ def memory_ladder(context: Context) -> MemoryLadder | None:
         Step(
             "and KV offload to the host's memory", with_4_bits,
             "a prompt that returns is copied back"
-            + (f", with {times_with_interval(returning)} the TTFT of computing it again"
-               if returning else ""),
-            "measured" if returning else "arithmetic, not run",
+            + (f", with {times_with_interval(returning)} the TTFT of computing it again (measured"
+               " in BF16, without the steps above)" if returning else ""),
+            "arithmetic",
             how="what runs has to be in the engine's own memory, so no longer prompt fits; what was"
             " evicted is kept",
         ),

@@ -193,7 +193,7 @@ def mixture_gains(run: JudgedRun) -> str | None:
     if not facts or not mixture or not alone:
         return None
     first, last = facts[0], facts[-1]
-    small, grows, crowd = (run.ratio(name) for name in ("one-active", "batch", "many-total"))
+    small, total, active = run.ratio("one-active"), _told(last.total), _told(last.active)
     sentences = [
         "A mixture of experts leaves whole matrices out of a step and keeps them in memory. Of"
         f" {mixture.params / 1e6:,.0f} million parameters (random weights, tokens routed evenly) a"
@@ -203,11 +203,11 @@ def mixture_gains(run: JudgedRun) -> str | None:
         + (f", and {small} that of a dense model with the parameters of one token" if small else "")
         + "."
     ]
-    if grows and last.users > first.users:
+    if total and last.users > first.users:
         sentences.append(
             f"With {last.users} in flight a step is expected to need {last.needed:.3g} of"
-            f" {last.experts} experts, and takes {grows} the time"
-            + (f": {crowd} that of the dense model as large" if crowd else "")
+            f" {last.experts} experts, and TPOT is {total} that of the dense model as large"
+            + (f" and {active} that of the other" if active else "")
             + "."
         )
     sentences.append(
@@ -215,6 +215,14 @@ def mixture_gains(run: JudgedRun) -> str | None:
         " not tell."
     )
     return " ".join(sentences)
+
+
+def _told(beside: Beside | None) -> str:
+    """Tells a measured ratio beside that by bytes and FLOP; empty where none counts."""
+    if beside is None or beside.measured is None or beside.withheld:
+        return ""
+    by_bytes = ratio_number(beside.by_bytes)
+    return f"{times_with_interval(beside.measured)} (by bytes and FLOP {by_bytes}x)"
 
 
 # --------------------------------------------------------------------------------------- its plot

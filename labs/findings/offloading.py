@@ -19,7 +19,8 @@ class CopyOrCompute:
 
     bytes_per_token: float
     flops_per_s: float  # of prefill, the measured ceiling
-    link_bytes_per_s: float
+    link_bytes_per_s: float  # of all links together
+    links: int  # of as many GPUs
     link_is_measured: bool
     pays_from_tokens: float  # 0: at any length
     pays_from_bytes_per_s: float  # the rate of a link above which it pays at any length
@@ -34,6 +35,7 @@ class CopyOrCompute:
             bytes_per_token=shape.kv_bytes_per_token(value_bytes),
             flops_per_s=flops_per_s,
             link_bytes_per_s=link,
+            links=ceilings.devices,
             link_is_measured=ceilings.host_bytes_per_s is not None,
             pays_from_tokens=theory.copying_pays_from_tokens(shape, flops_per_s, link, value_bytes),
             pays_from_bytes_per_s=theory.link_that_pays_bytes_per_s(
@@ -44,7 +46,12 @@ class CopyOrCompute:
 
 def break_even_sentence(facts: CopyOrCompute) -> str:
     """Says which way is the faster, and from where on, by arithmetic."""
-    link = number(facts.link_bytes_per_s / 1e9, "GB/s")
+    rate = number(facts.link_bytes_per_s / 1e9, "GB/s")
+    link = (
+        f"the links of {facts.links} GPUs, {rate} together"
+        if facts.links > 1
+        else (f"a GPU's link of {rate}")
+    )
     known = "measured" if facts.link_is_measured else "PCIe 4.0 x16 by its specification"
     when = (
         f"from {facts.pays_from_tokens:,.0f} tokens of prefix on"
@@ -53,7 +60,7 @@ def break_even_sentence(facts: CopyOrCompute) -> str:
     )
     return (
         "Where evicted keys and values are kept in the host's memory (arithmetic), copying"
-        f" {facts.bytes_per_token:,.0f} bytes a token back over a link of {link} ({known}) takes"
+        f" {facts.bytes_per_token:,.0f} bytes a token back over {link} ({known}) takes"
         f" less time than prefilling at {number(facts.flops_per_s / 1e12, 'TFLOP/s')} {when}. Any"
         f" link of more than {number(facts.pays_from_bytes_per_s / 1e9, 'GB/s')} does so at any"
         " length, a slower one from (k F / r - 2 P) / (2 L d) tokens on: k bytes a token, F FLOP/s,"

@@ -249,9 +249,11 @@ def tell_overhead(facts: tuple[Overhead, ...]) -> Finding:
     lines = [line] if (line := hidden_sentence(facts)) else []
     lines.append(
         "*Masks of the batch* is the time to fill them for a step, measured before any engine"
-        " started. Nested and regular structures have prompts of other lengths, which were not sent"
-        " without a structure: compare the backends with one another. The intervals stand with the"
-        " claims."
+        " started."
+        + " Nested and regular structures have prompts of other lengths, which were not sent"
+        " without a structure: compare the backends with one another."
+        * any(o.without_s is None for o in facts)
+        + " The intervals stand with the claims."
     )
     return Finding(title="How much longer is a step?", rows=rows, lines=lines)
 

@@ -138,6 +138,8 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         require_memory(lab, machine, model)
         if not (datasheet or on_file):
             require_compiler(lab, machine)
+            if not request.engine_command:  # a stand-in keeps nothing
+                require_host_memory(lab)
         lab = with_flags_here(lab, progress)
     require_prompts(lab, writer)
     places, weights = _derived(lab, model, progress, request.quick)
@@ -459,6 +461,12 @@ def require_memory(lab: Lab, machine: Machine, model: models.Model) -> None:
         if not variant.weights:
             engine, flags = ENGINES[variant.engine], lab.flags_of(variant)
             engine.require_memory(variant.name, flags, machine, model.shape)
+
+
+def require_host_memory(lab: Lab) -> None:
+    """Check that this host holds what each variant offloads to it. Raises EngineError."""
+    for variant in lab.variants:
+        ENGINES[variant.engine].require_host_memory(variant.name, lab.flags_of(variant))
 
 
 def require_sizes(lab: Lab, model: models.Model) -> None:

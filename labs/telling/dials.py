@@ -84,6 +84,14 @@ def shipped_shape(name: str) -> Shape:
     return models.shape_of(json.loads((HOME / f"{name}.json").read_text()))
 
 
+def shape_text(name: str) -> str:
+    """A shape that ships with the lab in words, e.g. `a made-up mixture of 40 experts`."""
+    public, _, made_up = SHAPES[name].partition("nobody's: ")
+    if not made_up:
+        return f"the shape of {public}"
+    return f"a made-up {made_up[2:] if made_up.startswith('a ') else f'one, {made_up}'}"
+
+
 @cache
 def cards() -> tuple[Hardware, ...]:
     """Every card that has a datasheet here, with the shape it serves by default."""
@@ -95,7 +103,7 @@ def cards() -> tuple[Hardware, ...]:
             bf16_flops_per_s=sheet.bf16_flops_per_s, fp8_flops_per_s=sheet.fp8_flops_per_s,
             threads=1, torch="", measured_at="",
         )  # fmt: skip
-        model = f"the shape of {SHAPES[of.dummy]}"
+        model = shape_text(of.dummy)
         hardware.append(
             Hardware(name.removeprefix("NVIDIA "), model, ceilings_text(ceilings, "datasheet"),
                      sheet.short_name, f"gpu-{of.gb}", shipped_shape(of.dummy), ceilings, {}, {})
@@ -116,7 +124,7 @@ def _in_its_shape(lab: Lab, card: Hardware) -> Hardware:
     weights = {
         v.name: models.shape_of(dummy.dense(config, v.weights)) for v in lab.variants if v.weights
     }
-    model = f"the shape of {SHAPES[lab.shape]}"
+    model = shape_text(lab.shape)
     return replace(card, model=model, shape=shipped_shape(lab.shape), weights=weights)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import json
 import os
 import re
@@ -162,6 +161,7 @@ class Engine(Server):
         port = port or free_port()
         super().__init__(name, model.name, f"http://{LOOPBACK}:{port}")
         self.log = log
+        self._log_bytes, self._log_read = -1, dict[str, dict[str, str]]()  # size when last read
         self.flags = flags
         self.argv = [*(command or self.command), *self.server_argv(model, flags, port)]
         env = {
@@ -275,6 +275,11 @@ class Engine(Server):
         return
 
     @classmethod
+    def require_host_memory(cls, variant: str, flags: Flags) -> None:
+        """Check this host's memory for what it keeps there for a GPU. Raises EngineError."""
+        return
+
+    @classmethod
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int | None:
         """Estimate the host's memory that it takes on a CPU.
 
@@ -318,12 +323,15 @@ class Engine(Server):
             return None
         if not self.has_shown(reading):
             return None
-        reading.info.update(self._logged)
+        reading.info.update(self._logged())
         return reading
 
-    @functools.cached_property
     def _logged(self) -> dict[str, dict[str, str]]:
-        return self.read_log(self.log)
+        """Read its log anew where that has grown: some evidence is written as it first computes."""
+        size_bytes = self.log.stat().st_size
+        if size_bytes != self._log_bytes:
+            self._log_bytes, self._log_read = size_bytes, self.read_log(self.log)
+        return self._log_read
 
     def wait(
         self,

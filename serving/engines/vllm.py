@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 import requests
 
-from serving import guard, lm_format_enforcer, metrics, random_weights, whole
+from serving import guard, host_memory, lm_format_enforcer, metrics, random_weights, whole
 from serving import machine as machines
 from serving.engines import vllm_harmless
 from serving.engines.base import (
@@ -308,7 +308,7 @@ class Vllm(Engine):
         if model.path.exists():
             env["HF_HUB_OFFLINE"] = "1"
         if model.dummy:  # trained routers spread tokens evenly; a random one prefers a few experts
-            env[random_weights.ROUTING] = "uniform_random" if kind == "gpu" else random_weights.EVEN
+            env[random_weights.ROUTING] = random_weights.EVEN
         backends = {VllmFlags(flags).structured_outputs_backend for flags in beside}
         if lm_format_enforcer.NAME in backends:
             env |= lm_format_enforcer.AS_OTHERS
@@ -473,6 +473,30 @@ class Vllm(Engine):
             )
 
     @classmethod
+    def require_host_memory(cls, variant: str, flags: Flags) -> None:
+        """Check that this host has room for the blocks that are offloaded from the KV cache.
+
+        vLLM 0.32 maps them in /dev/shm, where Docker allows 64 MiB unless told otherwise, and does
+        not start where they do not fit; 0.26 has them in memory of its own. Raises EngineError.
+        """
+        vllm_flags = VllmFlags(flags)
+        needed = vllm_flags.copies * vllm_flags.kv_offloading_bytes
+        if not needed:
+            return
+        what = f"{variant} offloads {needed / 2**30:.3g} GiB of its KV cache to the host's memory"
+        less = (
+            "lower kv-offloading-size with SET=, or leave the variant out with SET='variants=[..]'"
+        )
+        if needed > (left := host_memory.available_bytes()):
+            raise EngineError(f"{what}, and {left / 2**30:.3g} GiB are available: {less}")
+        shared = host_memory.shared_bytes()
+        if shared is not None and needed > shared and not cls.version().startswith("0.26."):
+            raise EngineError(
+                f"{what}, in /dev/shm, where {shared / 2**30:.3g} GiB are free: start the container"
+                f" with --shm-size={math.ceil(needed / 2**30) + 1}g, {less}"
+            )
+
+    @classmethod
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
         vllm_flags = VllmFlags(flags)
         kv_bytes = vllm_flags.held_kv_bytes(shape, CPU_KV_BYTES)
@@ -492,7 +516,7 @@ class Vllm(Engine):
         given = re.search(r"^.*non-default args: .*$", text, re.MULTILINE)
         kernel = re.search(r"^.*Using FlashAttention version.*$", text, re.MULTILINE)
         built = re.search(r"^.*Resolved architecture: .*$", text, re.MULTILINE)
-        routed = re.search(r"^.*Tokens are sent to experts by.*$", text, re.MULTILINE)
+        routed = re.search(r"^.*Simulating MoE routing using.*$", text, re.MULTILINE)
         settings = [match[0] if match else "" for match in (found, given, kernel, built, routed)]
         read = {
             metrics.ENGINE_CONFIG: resolved("\n".join(settings)),
@@ -631,7 +655,7 @@ _RESOLVED = {  # in vLLM 0.31 and 0.32
     "max_num_splits": re.compile(r"flash_attn_max_num_splits_for_cuda_graph'?[=:]\s*(\d+)"),
     "watermark": re.compile(r"'watermark': ([\d.]+)"),
     "architecture": re.compile(r"Resolved architecture: (\w+)"),  # of the first model it loads
-    "routing": re.compile(r"Tokens are sent to experts by (\w+)"),
+    "routing": re.compile(r"Simulating MoE routing using a (\w+) strategy"),  # once one is used
     "flash_attention": re.compile(r"Using FlashAttention version (\d+)"),
 }
 

@@ -59,8 +59,8 @@ def test_vllm_is_told_to_draw_the_weights_itself() -> None:
     assert argv[argv.index("--load-format") + 1] == "dummy"
     assert argv[argv.index("--worker-extension-cls") + 1] == random_weights.EXTENSION
     routed = [Vllm.environment(kind, model)[random_weights.ROUTING] for kind in ("gpu", "cpu")]
-    assert routed == ["uniform_random", random_weights.EVEN]
-    log = f"(Worker pid=1) {random_weights.ROUTED.format(random_weights.EVEN)}\n"
+    assert routed == [random_weights.EVEN, random_weights.EVEN]
+    log = f"(Worker pid=1) WARNING {random_weights.ROUTED.format(random_weights.EVEN)} This\n"
     assert resolved(log)["routing"] == random_weights.EVEN
     real = Model("real", model.path, model.shape)
     assert "--load-format" not in Vllm.server_argv(real, {}, 1)

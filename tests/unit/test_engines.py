@@ -171,6 +171,23 @@ def test_a_new_engine_is_started_and_read_by_the_labs_names(engine: Engine, whos
     assert server.died() is None
 
 
+def test_what_its_log_says_after_the_start_is_read_too(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lines(cls: type[Engine], log: Path) -> dict[str, dict[str, str]]:
+        return {metrics.ENGINE_CONFIG: {"lines": str(len(log.read_text().splitlines()))}}
+
+    monkeypatch.setattr(Dummy, "read_log", classmethod(lines))
+    before = engine.snapshot()
+    with engine.log.open("a") as log:
+        log.write("a router has asked a strategy\n")
+    after = engine.snapshot()
+    assert before
+    assert after
+    counted = [int(at.info[metrics.ENGINE_CONFIG]["lines"]) for at in (before, after)]
+    assert counted[1] > counted[0]
+
+
 def test_why_an_engine_died_is_read_off_its_log(tmp_path: Path) -> None:
     started = start(tmp_path / "engine.log", batch=0)
     with pytest.raises(EngineError, match="on ended with exit code 1: ValueError: nothing to"):

@@ -703,9 +703,9 @@ def test_the_memory_ladder_climbs(tmp_path: Path) -> None:
 def test_offloading_is_priced_as_measured_or_is_said_to_be_arithmetic(tmp_path: Path) -> None:
     ladder = MEMORY_LADDER.finding(caches(tmp_path / "cpu", {}))
     assert cells(ladder, 2, 3)[-1][0] == "a prompt that returns is copied back"
-    assert cells(ladder, 2, 3)[-1][1].startswith("arithmetic, not run: what runs has to be")
+    assert cells(ladder, 2, 3)[-1][1].startswith("arithmetic: what runs has to be")
     # 32 bytes a token at 1e7 FLOP/s, by 2 x 872 FLOP a token
-    assert "32 bytes a token back over a link of 32 GB/s (PCIe 4.0 x16" in ladder.lines[-1]
+    assert "32 bytes a token back over a GPU's link of 32 GB/s (PCIe 4.0 x16" in ladder.lines[-1]
     assert "at any length of the prefix. Any link of more than 0.000183 GB/s" in ladder.lines[-1]
     variants = [Variant(name=n, flags={"kv-cache-memory-bytes": 32 * 640})
                 for n in ("bf16", "bf16-tight", "recompute", "offload")]  # fmt: skip
@@ -718,9 +718,12 @@ def test_offloading_is_priced_as_measured_or_is_said_to_be_arithmetic(tmp_path: 
     price, known = cells(MEMORY_LADDER.finding(measured), 2, 3)[-1]
     assert price == (
         "a prompt that returns is copied back, with 0.25x (0.25 to 0.25) the TTFT of computing it"
-        " again"
+        " again (measured in BF16, without the steps above)"
     )
-    assert known.startswith("measured: ")
+    assert known.startswith("arithmetic: ")
+    ceilings = measured.points[0].ceilings
+    pair = CopyOrCompute.of(replace(measured.points[0], ceilings=ceilings.times(2)))
+    assert "over the links of 2 GPUs, 64 GB/s together (PCIe" in break_even_sentence(pair)
     slow = replace(CopyOrCompute.of(measured.points[0]), link_is_measured=True, pays_from_tokens=45)
     assert "GB/s (measured)" in (text := break_even_sentence(slow))
     assert "from 45 tokens of prefix on" in text

@@ -22,6 +22,17 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cgroup"
 
 
+def test_what_is_free_for_processes_to_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_memory, "SHARED", tmp_path)
+    free = SimpleNamespace(free=64 * 2**20)
+    monkeypatch.setattr("serving.host_memory.shutil.disk_usage", lambda folder: free)
+    assert host_memory.shared_bytes() == 64 * 2**20
+    monkeypatch.setattr(host_memory, "SHARED", tmp_path / "none")
+    assert host_memory.shared_bytes() is None
+
+
 def limit(group: Path, names: tuple[str, str, str], most: str, used_gib: int = 0) -> None:
     """Give a group a limit; one of the GiB that it uses is what files had in memory."""
     group.mkdir(parents=True, exist_ok=True)

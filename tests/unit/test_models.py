@@ -21,10 +21,11 @@ from labs.running.resolve import (
     model_for,
     model_of,
     require_devices,
+    require_host_memory,
     require_memory,
     require_sizes,
 )
-from serving import dummy, models
+from serving import dummy, host_memory, models
 from serving import machine as machines
 from serving.engines import vllm
 from serving.engines.base import EngineError
@@ -309,6 +310,29 @@ def test_too_little_memory_is_said_before_anything_starts() -> None:
     parts = {"flags.tensor-parallel-size": 2}
     scale = models.scale_of(machine)
     require_memory(LABS["kv-quantization"].at(scale, False, parts), machine, large)
+
+
+def test_what_the_host_cannot_hold_is_said_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lab = LABS["kv-quantization"].at("gpu-80", quick=False)
+    gib = max(flags.kv_offloading_bytes for flags in lab.all_flags) // 2**30
+    free = {"host": (gib + 1) * 2**30, "shared": (gib + 1) * 2**30}
+    version = ["0.32.0"]
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: free["host"])
+    monkeypatch.setattr(host_memory, "shared_bytes", lambda: free["shared"])
+    monkeypatch.setattr(Vllm, "version", lambda: version[0])
+    require_host_memory(lab)
+    free["shared"] = 64 * 2**20
+    said = rf"offload offloads {gib} GiB .* 0.0625 GiB are free: .* --shm-size={gib + 1}g"
+    with pytest.raises(EngineError, match=said):
+        require_host_memory(lab)
+    require_host_memory(lab.without({"offload": "it is left out"}))
+    version[0] = "0.26.0"  # which has the blocks in memory of its own
+    require_host_memory(lab)
+    free["host"] = 2**30
+    with pytest.raises(EngineError, match="and 1 GiB are available: lower kv-offloading-size"):
+        require_host_memory(lab)
 
 
 def test_a_cpu_has_no_memory_beside_its_own_to_offload_to() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from typing import Any
+from pathlib import Path
 
 import pytest
 
+from labs.mixture_of_experts import experts_needed
 from serving import random_weights
 from serving.engines.vllm import Vllm
 
@@ -73,23 +75,33 @@ def test_the_dummy_loader_is_wrapped_and_says_what_it_drew(
     assert re.fullmatch(r"0\.01\d\d", found["8"])
 
 
-class SixtyFourBits:
-    """vLLM's own strategy: the ids have 64 bits, unless it is asked for others."""
-
-    def route_tokens(
-        self, states: Any, logits: Any, top_k: int, indices_type: Any = None
-    ) -> tuple[Any, Any]:
-        drawn = torch.rand(logits.shape).topk(top_k).indices
-        return torch.ones(drawn.shape), drawn.to(indices_type or torch.int64)
-
-
 def test_experts_have_ids_that_the_cpu_kernel_takes() -> None:
-    even = random_weights.EvenRouting(SixtyFourBits())
+    even = random_weights.EvenRouting()
     states, logits = torch.zeros(4, 8), torch.zeros(4, 32)
     weights, ids = even.route_tokens(states, logits, 3)
     assert (weights.shape, ids.shape, ids.dtype) == ((4, 3), (4, 3), torch.int32)
     _, asked = even.route_tokens(states, logits, 3, torch.int64)
     assert asked.dtype == torch.int64
+
+
+def test_a_token_goes_to_different_experts_and_a_batch_needs_as_many_as_predicted() -> None:
+    torch.manual_seed(1)
+    even, drawn, batch = random_weights.EvenRouting(), 500, 16
+    needed = 0
+    for _ in range(drawn):
+        _, ids = even.route_tokens(torch.zeros(batch, 8), torch.zeros(batch, 32), 4)
+        assert all(len(set(of_token)) == 4 for of_token in ids.tolist())
+        needed += len(ids.unique())
+    assert needed / drawn == pytest.approx(experts_needed(32, 4, batch), rel=0.01)
+
+
+def test_vllm_says_in_the_lines_that_are_read_which_strategy_routes() -> None:
+    found = importlib.util.find_spec("vllm")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("vLLM is not installed")
+    router = "model_executor/layers/fused_moe/router/routing_simulator_router.py"
+    source = Path(found.submodule_search_locations[0], router).read_text()
+    assert random_weights.ROUTED.format("%s") in source
 
 
 def test_the_lab_alone_names_what_a_worker_imports() -> None:

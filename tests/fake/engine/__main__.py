@@ -73,8 +73,7 @@ async def serve(options: argparse.Namespace) -> None:
         if options.load_format == "dummy":
             print(random_weights.line({16: 0.0}), file=sys.stderr)
             if "num_experts" in _config(options.model):
-                by = os.environ[random_weights.ROUTING]
-                print(random_weights.ROUTED.format(by), file=sys.stderr)
+                engine.routing = os.environ[random_weights.ROUTING]
         print(f"Listening on http://127.0.0.1:{port}", file=sys.stderr, flush=True)
         gc.freeze()
         gc.disable()  # its pauses would show in the stamps; nothing here makes cycles that grow

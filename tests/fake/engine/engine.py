@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from serving import random_weights
 from tests.fake.engine import answers
 from tests.fake.engine.alarm import Alarm
 from tests.fake.engine.kv_cache import KVCache
@@ -36,6 +38,7 @@ class Engine:
             if options.programmed
             else Batching(options, alarm, self.cache, self.metrics, self.emit)
         )
+        self.routing = ""  # the strategy by which tokens go to experts, until the log names it
         self._log = log
         self._active: set[Request] = set()
 
@@ -56,6 +59,9 @@ class Engine:
     def start(self, family: Sequence[Request]) -> None:
         """Serve the answers to one HTTP request; a stream's headers go out at once."""
         first = family[0]
+        if self.routing:
+            print(random_weights.ROUTED.format(self.routing), file=sys.stderr, flush=True)
+            self.routing = ""
         self._active.update(family)
         first.connection.if_lost = lambda: self._abort(family)
         if first.stream:
