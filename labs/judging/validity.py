@@ -713,8 +713,7 @@ def _cached(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     hits = trial.engine.values.get(metrics.PREFIX_HITS)
     if hits is None:
         return  # named where the engine's metrics are checked
-    least = expected.least_found.get(trial.point.key)
-    bounds = dose.cached_tokens(trial, expected.template_tokens, least)
+    bounds = dose.cached_tokens(trial, expected.template_tokens)
     if bounds is None:
         if not expected.endpoint:
             text = "the engine does not say how large a block of its prefix cache is"
@@ -917,6 +916,32 @@ def confounded(claim: Claim, treatment: Point, baseline: Point) -> list[Caveat]:
             point=treatment.key,
         )
     ]
+
+
+def found_too_little(
+    point: Point, repeats: Sequence[dose.Found], least_rate: float, own_repeats: int
+) -> list[Caveat]:
+    """Check that a point's repeats found as much in the prefix cache as was forecast of their mean.
+
+    `repeats` are those that were measured, and `least_rate` is the low end of the forecast's band,
+    which is of the lab's `own_repeats`. Where chance decides nothing, each was checked on its own.
+    """
+    if not any(repeat.by_chance for repeat in repeats):
+        return []
+    bounds, hits = dose.found_over_repeats(repeats, least_rate), sum(r.hits for r in repeats)
+    if len(repeats) < own_repeats:
+        text = (
+            f"{len(repeats)} of {own_repeats} repeats were measured, and how much is found in the"
+            " prefix cache is forecast of their mean alone: resume the run"
+        )
+        return [Caveat(name="treatment not proved", text=text, blocks=True, point=point.key)]
+    if hits < bounds.low:
+        text = (
+            f"{hits:.0f} prompt tokens were found in the cache over {len(repeats)} repeats;"
+            f" expected were {bounds}"
+        )
+        return [Caveat(name="treatment not applied", text=text, blocks=True, point=point.key)]
+    return []
 
 
 def first_trial_slow(repeats: Repeats, point: str) -> list[Caveat]:
