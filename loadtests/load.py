@@ -30,7 +30,7 @@ from loadtests.plan import (
     most_answer_bytes,
     read_requests,
 )
-from loadtests.records import RequestRecord
+from loadtests.records import BY_CLIENT, RequestRecord
 
 GIVE_UP_AFTER = 5  # connection failures in a row, which mean that the engine is gone
 AFTER_ERROR_S = 0.1  # that a user waits before it sends again
@@ -271,9 +271,13 @@ class Load:
         return Turn(request, None, counts)
 
     def end(self, ended: Ended) -> None:
-        """Note at once that a request has ended; give up when connections fail in a row."""
+        """Note at once that a request has ended; give up when connections fail in a row.
+
+        One that this client turned away says nothing of the connections.
+        """
         self._awaited -= ended.turn.counts
-        self.failures = self.failures + 1 if ended.connection_failed else 0
+        if not ended.turned_away_here:
+            self.failures = self.failures + 1 if ended.connection_failed else 0
         if self.failures >= GIVE_UP_AFTER and self.aborted is None:
             self.aborted = f"{GIVE_UP_AFTER} connections failed in a row: {ended.error}"
             self._load_over.set()
@@ -302,3 +306,8 @@ class Ended:
     end_s: float
     error: str | None
     connection_failed: bool
+
+    @property
+    def turned_away_here(self) -> bool:
+        """Whether it was not sent, as the client's own limits turned it away."""
+        return (self.error or "").startswith(BY_CLIENT)
