@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from labs.filing import engine_series
 from labs.filing.bounded import DamagedError
@@ -106,7 +106,8 @@ def computed(folder: RunFolder) -> Summary:
     """Compute the summary of a run from its recorded trials; raises DamagedError."""
     run = folder.run()
     lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
-    expected = replace(run.expected(predictions), transport_s=folder.transports_s(points, lab))
+    expected = run.expected(predictions)
+    expected = expected.with_transport(folder.transports_s(points, lab, expected))
     measured = _measure(folder, lab, points, expected)
     values, caveats = measured.values, measured.caveats
     pairs = [

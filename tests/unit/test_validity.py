@@ -284,8 +284,22 @@ def test_what_transport_takes_is_measured_at_one_stream_and_the_constant_is_its_
 def test_transport_is_taken_from_the_variants_own_trials(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     run = folder.run()
-    found = folder.transports_s(run.points(), run.rebuilt_lab())
-    assert found == pytest.approx({"off": 0.001, "on": 0.001}, abs=5e-5)
+    points, lab = run.points(), run.rebuilt_lab()
+    expected = run.expected(folder.predictions())
+
+    def usual_s() -> Mapping[str, float]:
+        return expected.with_transport(folder.transports_s(points, lab, expected)).transport_s
+
+    assert usual_s() == pytest.approx({"off": 0.001, "on": 0.001}, abs=5e-5)
+    (one,) = (p for p in points if p.variant.name == "on" and is_one_stream(p))
+    for repeat in (1, 2):  # a client that was late tells nothing of the transport
+        result = folder.trial_result(one, repeat)
+        assert result
+        assert result.summary
+        late = result.summary.model_copy(update={"loop_lag_max_s": 2.5})
+        path = folder.trial_folder(one, repeat) / "trial.json"
+        write_json(path, result.model_copy(update={"summary": late}))
+    assert usual_s() == pytest.approx({"off": 0.001}, abs=5e-5)
 
 
 def test_an_endpoint_without_metrics_stays_usable_and_says_that_nothing_is_proved() -> None:
