@@ -6,13 +6,16 @@ those without a first token have `prompt_tokens` or more. An engine counts a req
 arrival to its last token, and the client from its send to the end of its answer, which is longer by
 the transport: some milliseconds.
 
-Load processes count together, in memory that all of them map; each writes its own counts alone. Two
-that decide within the same microseconds may let in one more than the limit.
+The load processes of one machine count together, in memory that all of them map; each writes its
+own counts alone. Two that decide within the same microseconds may let in one more than the limit.
+vLLM counts the prompt of a request for several answers once for each, until the first token of that
+answer; that is not followed here, and such requests have no limit on prompt tokens.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from loadtests.plan import PlannedRequest
 
 COUNT_BYTES = 8
+IN_MEMORY = Path("/dev/shm")  # of Linux; no disk is written for what lies there
 
 
 class QueueLimits(BaseModel, frozen=True, extra="forbid"):
@@ -31,6 +35,15 @@ class QueueLimits(BaseModel, frozen=True, extra="forbid"):
 
     requests: PositiveInt | None = None  # that are unfinished, as vLLM's max-num-queued-reqs
     prompt_tokens: PositiveInt | None = None  # of prompts, as vLLM's max-num-queued-tokens
+
+
+def counts_file(trial: str, otherwise: Path) -> Path:
+    """Return the file in which the load processes count a trial together.
+
+    It lies in memory where this machine has a place for that, and else in the folder `otherwise`.
+    """
+    in_memory = IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK)
+    return (IN_MEMORY if in_memory else otherwise) / f"labs-in-flight-{trial}"
 
 
 class Admission:
@@ -44,9 +57,14 @@ class Admission:
         with shared.open("a+b") as file:
             file.truncate(size_bytes)
             counts = memoryview(mmap.mmap(file.fileno(), size_bytes)).cast("q")
+        self._shared = shared
         self._requests, self._prompt_tokens = counts[0::2], counts[1::2]  # of each process
         self._number = number
         self._requests[number] = self._prompt_tokens[number] = 0
+
+    def remove_file(self) -> None:
+        """Remove the file, once all processes have opened it; what they map of it stays."""
+        self._shared.unlink(missing_ok=True)
 
     def refusal(self, request: PlannedRequest) -> str:
         """Say which limit turns this request away; empty where it may be sent."""

@@ -161,12 +161,18 @@ class Exporter:
         self._turns_away = plan.turns_away
 
     def end(self) -> None:
-        """End the trial: its gauges fall to zero, or disappear where nothing is measured now."""
+        """End the trial: its gauges fall to zero, or disappear where nothing is measured now.
+
+        Nothing happens where none was begun.
+        """
+        if not self._point:
+            return
         self._load_point.labels(*self._point).set(0)
         self._warm_up.labels(*self._now).set(0)
         self._in_flight.labels(*self._now).set(0)
         for gauge in (self._overdue, self._loop_lag, self._adapters):
             gauge.remove(*self._now)
+        self._point = ()
 
     def progress(self, now: Progress) -> None:
         """Update the metrics of the load; counters grow by the difference to the last call."""

@@ -18,7 +18,7 @@ import gevent
 import gevent.event
 from gevent.queue import SimpleQueue
 
-from loadtests.admission import Admission
+from loadtests.admission import Admission, counts_file
 from loadtests.arrivals import Contended, Replay, Waves, send_times
 from loadtests.connection import Pieces
 from loadtests.plan import (
@@ -30,7 +30,7 @@ from loadtests.plan import (
     most_answer_bytes,
     read_requests,
 )
-from loadtests.records import RequestRecord
+from loadtests.records import BY_CLIENT, RequestRecord
 
 GIVE_UP_AFTER = 5  # connection failures in a row, which mean that the engine is gone
 AFTER_ERROR_S = 0.1  # that a user waits before it sends again
@@ -61,8 +61,10 @@ class Load:
         self._long_answers_left = self._long_prompts_left
         self._intrusions = iter([r for r in requests if r.intruder])
         self.sent = self.in_flight = self.failures = 0
-        counted = plan.requests.with_name(f"in-flight-{plan.trial}")
-        self.admission = Admission(plan.admission, plan.share, counted) if plan.admission else None
+        self.admission: Admission | None = None
+        if plan.admission:
+            counts = counts_file(plan.trial, plan.requests.parent)
+            self.admission = Admission(plan.admission, plan.share, counts)
         self.adapters: Counter[str] = Counter()  # of the requests in flight
         self._adapted = any(r.adapter for r in requests)
         self.loop_lag_s: float | None = None  # the worst since the last report
@@ -121,6 +123,11 @@ class Load:
     def start(self) -> None:
         """Start the trial's clock."""
         self.t0, self.started_unix_s = now(), time.time()
+
+    def all_have_opened(self) -> None:
+        """Note that every load process has prepared its share: what they share needs no name."""
+        if self.admission:
+            self.admission.remove_file()
 
     def elapsed_s(self) -> float:
         """Return the time on the trial's clock, in seconds."""
@@ -271,9 +278,13 @@ class Load:
         return Turn(request, None, counts)
 
     def end(self, ended: Ended) -> None:
-        """Note at once that a request has ended; give up when connections fail in a row."""
+        """Note at once that a request has ended; give up when connections fail in a row.
+
+        One that this client turned away says nothing of the connections.
+        """
         self._awaited -= ended.turn.counts
-        self.failures = self.failures + 1 if ended.connection_failed else 0
+        if not ended.turned_away_here:
+            self.failures = self.failures + 1 if ended.connection_failed else 0
         if self.failures >= GIVE_UP_AFTER and self.aborted is None:
             self.aborted = f"{GIVE_UP_AFTER} connections failed in a row: {ended.error}"
             self._load_over.set()
@@ -302,3 +313,8 @@ class Ended:
     end_s: float
     error: str | None
     connection_failed: bool
+
+    @property
+    def turned_away_here(self) -> bool:
+        """Whether it was not sent, as the client's own limits turned it away."""
+        return (self.error or "").startswith(BY_CLIENT)

@@ -138,8 +138,8 @@ class Director:
     def fail(self, reason: str) -> None:
         """End the trial without a summary."""
         self.shares = {}
-        self.exporter.end()
         say(event="failed", reason=reason)
+        self.exporter.end()
 
     def on_failed(self, msg: Any, **_: object) -> None:
         """Take a worker's word that it cannot play its share."""

@@ -39,7 +39,7 @@ OPTIONAL = ("text", "model", "choice", "alike_tokens")  # left out of a line whe
 LONGEST_S = 7 * 24 * 3600.0  # that a trial may take
 MOST_TOKENS = 10_000_000  # of a request
 SPOOL_BYTES = 2**18  # written to disk at once
-MOST_CHUNKS = 8_000_000  # of the requests of a trial together
+MOST_CHUNKS = 40_000_000  # of the requests of a trial together: an hour at 11,000 a second
 MOST_LINE_BYTES = 16 * 2**20  # of a request
 MOST_VALUES = 2_000_000  # of a request, by its commas and brackets: a chunk has three
 
@@ -169,9 +169,16 @@ class Spool:
         self._lines: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115 - closed by pack and close
             dir=path.parent, buffering=SPOOL_BYTES
         )
+        self._chunks = 0
 
     def add(self, record: RequestRecord) -> None:
-        """Write a record down. Raises OSError."""
+        """Write a record down. Raises OSError, also for more than `read` would take back."""
+        self._chunks += len(record.chunks)
+        if self._chunks > MOST_CHUNKS:
+            raise OSError(
+                f"they have more than {MOST_CHUNKS:,} chunks, the most of a trial: shorten"
+                " `window_s`, or lower the load"
+            )
         self._lines.write(_line(record))
 
     def pack(self) -> None:

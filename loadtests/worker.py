@@ -184,6 +184,7 @@ def play_plan(
     """Play a trial; send the records as they come and the summary at the end."""
     load = fetched(plan, runner) if remote else Load(plan)
     if plan.window_s is None:
+        load.all_have_opened()  # the web UI has one load process
         load.start()
         waiting_room.load = load
         waiting_room.opened.set()
@@ -195,7 +196,10 @@ def play_plan(
     helpers = [gevent.spawn(watch_loop, load, lags), gevent.spawn(report_forever, runner, load)]
     if load.awaited_elsewhere:
         load.report_none_awaited = partial(runner.send_message, "lab-answered", plan.trial)
-    waiting_room.play(load, partial(meet, runner, plan.trial))
+    try:
+        waiting_room.play(load, partial(meet, runner, load))
+    finally:
+        load.all_have_opened()  # also where this process ends before they have met
     gevent.killall(helpers)
     parser.kill()
     while load.unparsed.qsize():
@@ -226,11 +230,12 @@ def play_plan(
 gate = gevent.event.Event()
 
 
-def meet(runner: WorkerRunner, trial: str) -> None:
+def meet(runner: WorkerRunner, load: Load) -> None:
     """Say that this load process is ready, and wait until all are."""
     gate.clear()
-    runner.send_message("lab-ready", trial)
+    runner.send_message("lab-ready", load.plan.trial)
     gate.wait()
+    load.all_have_opened()
 
 
 def stop_waiting_for_others() -> None:

@@ -64,8 +64,7 @@ from labs.judging.validity import (
     Expected,
     Served,
     is_one_stream,
-    transport_s,
-    usual_transport_s,
+    undisturbed_transport_s,
 )
 from labs.lab import (
     NOT_FILED,
@@ -619,20 +618,24 @@ class RunFolder:
         starts = [r.start for r in self._results(points, lab) if r.failed is None]
         return any(start is not None for start in starts) if starts else None
 
-    def transports_s(self, points: Sequence[Point], lab: Lab) -> dict[str, float]:
-        """Measure how long transport takes of each variant that has trials at one stream.
+    def transports_s(
+        self, points: Sequence[Point], lab: Lab, expected: Expected
+    ) -> dict[str, dict[tuple[str, int], float]]:
+        """Measure how long transport takes in each undisturbed trial at one stream, by variant.
 
-        Raises DamagedError.
+        Each is named by its point and repeat. Raises DamagedError.
         """
-        found: dict[str, list[float]] = {}
+        found: dict[str, dict[tuple[str, int], float]] = {}
         for point in filter(is_one_stream, points):
             for repeat in range(1, lab.rounds + 1):
                 result = self.trial_result(point, repeat)
                 trial = None if result is None else self.trial(point, result, lab)
-                if trial and (took_s := transport_s(trial)) is not None:
-                    found.setdefault(point.variant.name, []).append(took_s)
+                if trial and result:
+                    took_s = undisturbed_transport_s(trial, result.timed, expected)
+                    if took_s is not None:
+                        found.setdefault(point.variant.name, {})[point.key, repeat] = took_s
                 del trial  # before the next one is read
-        return {variant: usual_transport_s(found_s) for variant, found_s in found.items()}
+        return found
 
     def _results(self, points: Sequence[Point], lab: Lab) -> list[TrialResult]:
         trials = ((point, r) for point in points for r in range(1, lab.rounds + 1))

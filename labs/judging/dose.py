@@ -8,6 +8,7 @@ meet in one number where the count is exact.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from labs.judging.measure import Trial
@@ -40,9 +41,17 @@ def caching(trial: Trial) -> bool:
     return trial.point.flags.enable_prefix_caching
 
 
-def cached_tokens(
-    trial: Trial, template_tokens: int | None, least_rate: float | None = None
-) -> Bounds | None:
+@dataclass(frozen=True)
+class Found:
+    """Holds how many prompt tokens a trial found in its prefix cache, and how many it can have."""
+
+    hits: float
+    looked_up: int  # of the prompts that were answered
+    most: float  # that can have been found
+    by_chance: bool  # the least is not known to the token
+
+
+def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
     """Bound the prompt tokens that the engine must have found in its prefix cache.
 
     `template_tokens` is the most that all prompts share by their chat template. The texts after it,
@@ -62,14 +71,39 @@ def cached_tokens(
       is known.
     - A request that failed may have found nothing, and may have left nothing to one other.
 
-    Where the least is not known to the token, it is 15% below `least_rate`, the low end of the
-    forecast's band of the hit rate, where there is a forecast.
+    Chance crosses none of these bounds. Where it decides how much is found, the repeats of a point
+    are held together against its forecast as well: `found_over_repeats`.
     """
     if not caching(trial):
         return Bounds(0, 0)
     cache = _Cache.of(trial)
-    if cache is None:
+    return None if cache is None else _found(trial, cache, template_tokens)[0]
+
+
+def found(trial: Trial, template_tokens: int | None) -> Found | None:
+    """Return what a trial found in its cache; None without one, or where it is not counted."""
+    hits = trial.engine.values.get(metrics.PREFIX_HITS) if trial.engine else None
+    cache = _Cache.of(trial)
+    if hits is None or cache is None or not caching(trial):
         return None
+    bounds, by_chance = _found(trial, cache, template_tokens)
+    answered = sum(r.prompt_tokens or 0 for r in trial.records if r.ok)
+    return Found(hits, answered, bounds.high, by_chance)
+
+
+def found_over_repeats(repeats: Sequence[Found], least_rate: float) -> Bounds:
+    """Bound what the repeats of a point must have found together.
+
+    `least_rate` is the low end of the forecast's band of the hit rate, which is one of the mean
+    over repeats. The least is 15% below that; a single repeat may have found any part of it.
+    """
+    most = sum(repeat.most for repeat in repeats)
+    least = least_rate * sum(repeat.looked_up for repeat in repeats)
+    return Bounds((1 - BAND) * min(least, most), most)
+
+
+def _found(trial: Trial, cache: _Cache, template_tokens: int | None) -> tuple[Bounds, bool]:
+    """Bound what was found as `cached_tokens` does; tell whether chance decides how much it is."""
     workload = trial.point.workload
     head = SHARED_BY_TEMPLATE if template_tokens is None else template_tokens
     of_task = SHARED_BY_TASK if workload.task != "continue" else 0
@@ -84,10 +118,7 @@ def cached_tokens(
         unknown |= shared.least < shared.most
     failed = sum(not record.ok for record in trial.records)
     low = 0.0 if vary else max(0.0, sum(least) - failed * max(least, default=0))
-    if unknown and least_rate is not None:
-        found = least_rate * sum(r.prompt_tokens or 0 for r in trial.records if r.ok)
-        low = max(low, (1 - BAND) * min(found, high))
-    return Bounds(low, high)
+    return Bounds(low, high), unknown
 
 
 def _looked_up_tokens(trial: Trial, record: RequestRecord) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
@@ -105,6 +105,13 @@ class Expected:
     # by variant, of those measured at one stream: what transport adds to the engine's TTFT
     transport_s: Mapping[str, float] = field(default_factory=dict)
     least_found: Mapping[str, float] = field(default_factory=dict)  # by point: forecast's hit rate
+
+    def with_transport(self, found_s: Mapping[str, Mapping[tuple[str, int], float]]) -> Expected:
+        """Expect what transport usually took in these trials of each variant, at one stream."""
+        usual_s = {
+            variant: usual_transport_s([*of.values()]) for variant, of in found_s.items() if of
+        }
+        return replace(self, transport_s=usual_s)
 
 
 def caveats_of(trial: Trial, expected: Expected) -> list[Caveat]:
@@ -308,6 +315,21 @@ def transport_s(one_stream: Trial) -> float | None:
         return None
     whole = histogram.count == len(one_stream.records) and not one_stream.failed
     return client_s - engine_s - _tokenizing_s(one_stream) if whole else None
+
+
+def undisturbed_transport_s(
+    trial: Trial, timed: TimedTrial | None, expected: Expected
+) -> float | None:
+    """Measure how long transport takes as `transport_s` does, if nothing disturbed the trial.
+
+    None for more than one stream, too. Whether it was disturbed is judged without what transport
+    took in others, so that their order does not matter.
+    """
+    if not is_one_stream(trial.point) or (timed and speed_jumped_within(timed)):
+        return None
+    alone = replace(expected, transport_s={})
+    disturbed = any(caveat.blocks for caveat in disturbances_of(trial, alone))
+    return None if disturbed else transport_s(trial)
 
 
 def usual_transport_s(found_s: Sequence[float]) -> float:
@@ -713,8 +735,7 @@ def _cached(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     hits = trial.engine.values.get(metrics.PREFIX_HITS)
     if hits is None:
         return  # named where the engine's metrics are checked
-    least = expected.least_found.get(trial.point.key)
-    bounds = dose.cached_tokens(trial, expected.template_tokens, least)
+    bounds = dose.cached_tokens(trial, expected.template_tokens)
     if bounds is None:
         if not expected.endpoint:
             text = "the engine does not say how large a block of its prefix cache is"
@@ -917,6 +938,32 @@ def confounded(claim: Claim, treatment: Point, baseline: Point) -> list[Caveat]:
             point=treatment.key,
         )
     ]
+
+
+def found_too_little(
+    point: Point, repeats: Sequence[dose.Found], least_rate: float, own_repeats: int
+) -> list[Caveat]:
+    """Check that a point's repeats found as much in the prefix cache as was forecast of their mean.
+
+    `repeats` are those that were measured, and `least_rate` is the low end of the forecast's band,
+    which is of the lab's `own_repeats`. Where chance decides nothing, each was checked on its own.
+    """
+    if not any(repeat.by_chance for repeat in repeats):
+        return []
+    bounds, hits = dose.found_over_repeats(repeats, least_rate), sum(r.hits for r in repeats)
+    if len(repeats) < own_repeats:
+        text = (
+            f"{len(repeats)} of {own_repeats} repeats were measured, and how much is found in the"
+            " prefix cache is forecast of their mean alone: resume the run"
+        )
+        return [Caveat(name="treatment not proved", text=text, blocks=True, point=point.key)]
+    if hits < bounds.low:
+        text = (
+            f"{hits:.0f} prompt tokens were found in the cache over {len(repeats)} repeats;"
+            f" expected were {bounds}"
+        )
+        return [Caveat(name="treatment not applied", text=text, blocks=True, point=point.key)]
+    return []
 
 
 def first_trial_slow(repeats: Repeats, point: str) -> list[Caveat]:

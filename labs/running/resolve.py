@@ -141,6 +141,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
             if not request.engine_command:  # a stand-in keeps nothing
                 require_host_memory(lab)
         lab = with_flags_here(lab, progress)
+    require_client_limits(lab, elsewhere)
     require_prompts(lab, writer)
     places, weights = _derived(lab, model, progress, request.quick)
     ceilings, about = _ceilings(machine, datasheet, on_file, progress)
@@ -510,6 +511,25 @@ def check_flags(lab: Lab) -> Lab:
                 raise NotApplicable(str(reason)) from reason
             return check_flags(lab.model_copy(update={"admission_by_client": True}))
     return lab
+
+
+def require_client_limits(lab: Lab, elsewhere: LoadWorkers | None) -> None:
+    """Check that the load generator can hold the limits that are its own. Raises LabError."""
+    if not lab.admission_by_client or not any(flags.turns_away for flags in lab.all_flags):
+        return
+    if elsewhere:
+        raise LabError(
+            "LOAD_WORKERS cannot be combined with limits on the queue that the load generator holds"
+            " (admission_by_client), as load processes on several machines do not count together"
+        )
+    of_tokens = any(flags.max_num_queued_tokens is not None for flags in lab.all_flags)
+    several = [workload.name for workload in lab.workloads if workload.choices > 1]
+    if of_tokens and several:
+        raise LabError(
+            "the load generator cannot hold max-num-queued-tokens (admission_by_client) where a"
+            f" request asks for several answers, as in {several[0]}: vLLM counts its prompt once"
+            " for each, until that answer's first token"
+        )
 
 
 def require_known_names(lab: Lab) -> None:

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
@@ -19,11 +20,10 @@ from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json
 from labs.judging.measure import Trial, output_tokens_per_s, ran_out, requests_per_s
 from labs.judging.text import point_label
 from labs.judging.validity import (
+    Expected,
     disturbances_of,
-    is_one_stream,
     speed_jumped_within,
-    transport_s,
-    usual_transport_s,
+    undisturbed_transport_s,
 )
 from labs.lab import LabError, Point, Variant
 from labs.running.counts import Counts, counted_since
@@ -155,7 +155,6 @@ class Trials:
         self._played = self._again = 0  # trials of this sitting; attempts that were discarded
         self._sent = 0  # requests, in all attempts at this trial
         self._took_s = 0.0  # all of them
-        self._transports_s: dict[str, list[float]] = {}  # by variant, of its trials at one stream
         self._beside_s = PER_TRIAL_S  # the most that a trial took beside warm-up and window
 
     def due(self, trials: Iterable[tuple[Point, int]]) -> list[tuple[Point, int]]:
@@ -259,6 +258,16 @@ class Trials:
             result = TrialResult(point=point.key, repeat=repeat, failed=why)
             return Played(result, f"failed: {why.splitlines()[0]}", [], None)
 
+    @cached_property
+    def _expected(self) -> Expected:
+        """What the run's trials must show."""
+        return self._folder.run().expected(self._folder.predictions())
+
+    @cached_property
+    def _transports_s(self) -> dict[str, dict[tuple[str, int], float]]:
+        """How long transport took by the rule of the report: on file, from where a run goes on."""
+        return self._folder.transports_s(self._setup.points, self._setup.lab, self._expected)
+
     def _disturbed(self, point: Point, result: TrialResult) -> Discarded | None:
         """Say what disturbed an attempt so that it is to be measured again; None: nothing did.
 
@@ -267,18 +276,16 @@ class Trials:
         trial = self._folder.trial(point, result, self._setup.lab)
         if trial is None:
             return None
-        variant = point.variant.name
-        found_s = self._transports_s.get(variant, [])
-        expected = replace(
-            self._folder.run().expected(self._folder.predictions()),
-            transport_s={variant: usual_transport_s(found_s)} if found_s else {},
-        )
+        expected = self._expected.with_transport(self._transports_s)
         reasons = {c.name: c.text for c in disturbances_of(trial, expected) if c.blocks}
         jumps = speed_jumped_within(result.timed) if result.timed else []
         reasons |= {c.name: c.text for c in jumps}
+        of_variant = self._transports_s.setdefault(point.variant.name, {})
+        of_variant.pop((point.key, result.repeat), None)  # of an attempt that is not the last
+        took_s = undisturbed_transport_s(trial, result.timed, self._expected)
+        if took_s is not None:
+            of_variant[point.key, result.repeat] = took_s
         if not reasons:
-            took_s = transport_s(trial) if is_one_stream(point) else None
-            self._transports_s[variant] = [*found_s, *([] if took_s is None else [took_s])]
             return None
         return Discarded(
             reasons=reasons,
@@ -366,7 +373,11 @@ class Trials:
         self._telemetry.write(path.with_name("telemetry.csv.gz"), summary.started_monotonic_s)
         self.load_s += time.monotonic() - load_began
         shares, foreign_processes = other_load.shares(), self._telemetry.foreign_processes()
-        request_records = list(records.read(path))
+        try:
+            request_records = list(records.read(path))
+        except ValueError as error:
+            self._counts.lose_prometheus()
+            raise GeneratorError(f"its records cannot be read: {error}") from error
         succeeded = [r for r in request_records if r.ok]
         if (
             reason := engine.died()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from labs.filing import engine_series
 from labs.filing.bounded import DamagedError
@@ -13,6 +13,7 @@ from labs.filing.checks import contradictions
 from labs.filing.results import Predictions, Run, RunFolder, Session, Summary, readable, write_json
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import answers, parts_of
+from labs.judging import dose
 from labs.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, over_repeats
 from labs.judging.machine_speed import MachineSpeed, machine_speed
 from labs.judging.metrics import METRICS, measure, pooled_latencies, pooled_percentiles
@@ -21,6 +22,7 @@ from labs.judging.validity import (
     caveats_of,
     confounded,
     first_trial_slow,
+    found_too_little,
     speed_jumped,
 )
 from labs.lab import Lab, Point
@@ -104,7 +106,8 @@ def computed(folder: RunFolder) -> Summary:
     """Compute the summary of a run from its recorded trials; raises DamagedError."""
     run = folder.run()
     lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
-    expected = replace(run.expected(predictions), transport_s=folder.transports_s(points, lab))
+    expected = run.expected(predictions)
+    expected = expected.with_transport(folder.transports_s(points, lab, expected))
     measured = _measure(folder, lab, points, expected)
     values, caveats = measured.values, measured.caveats
     pairs = [
@@ -161,7 +164,7 @@ def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expecte
     caveats: list[Caveat] = []
     failed: dict[str, str] = {}
     again: dict[str, list[str]] = {}
-    timed = []
+    timed, found = [], dict[str, list[dose.Found]]()
     for point, result, trial in folder.trials(points, lab):
         if result.discarded:
             again[f"{point.key}/{result.repeat}"] = [", ".join(d.reasons) for d in result.discarded]
@@ -173,8 +176,18 @@ def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expecte
             of_point = samples_s.setdefault(point.key, {})
             of_point.setdefault(latency, array("d")).extend(trial.samples_s(latency))
         caveats += caveats_of(trial, expected)
+        if in_cache := dose.found(trial, expected.template_tokens):
+            found.setdefault(point.key, []).append(in_cache)
         timed += [result.timed] if result.timed else []
         del trial  # before the next one is read
+    caveats += [
+        caveat
+        for point in points
+        if point.key in found and point.key in expected.least_found and not expected.endpoint
+        for caveat in found_too_little(
+            point, found[point.key], expected.least_found[point.key], lab.repeats_of(point)
+        )
+    ]
     caveats += speed_jumped(timed)
     caveats += [c for p in points for c in first_trial_slow(values[p.key], p.key)]
     caveats = _each_once([*caveats, *_of_the_whole(folder.run(), lab, folder.session())])

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from labs.judging.validity import Expected, caveats_of
-from labs.lab import Arm, Evidence, Point
-from loadtests.admission import Admission, QueueLimits
-from loadtests.plan import PlannedRequest
+from labs.lab import Arm, Evidence, LabError, Point
+from labs.running.resolve import require_client_limits
+from loadtests import admission
+from loadtests.admission import Admission, QueueLimits, counts_file
+from loadtests.arrivals import Concurrent
+from loadtests.load_workers import LoadWorkers
+from loadtests.plan import PlannedRequest, TrialPlan
 from loadtests.records import BY_CLIENT
+from loadtests.workload import Samples
 from serving import metrics
 from serving.forecasting.traffic import Delays, Traffic, VirtualAnswer, play
 from serving.metrics import Snapshot
-from tests.unit.builders import make_point, make_record, make_trial
+from serving.models import ROOT
+from tests.unit.builders import make_lab, make_point, make_record, make_trial, make_workload
 from tests.unit.test_forecasting import NONE, Server, prompts
 
 HEAD, EVENT = b"HTTP/1.1 200 OK\r\n\r\n", b'data: {"choices": []}\r\n'
@@ -43,18 +53,92 @@ def test_load_processes_count_together_what_is_unfinished(tmp_path: Path) -> Non
 
 def test_a_prompt_waits_until_its_first_token(tmp_path: Path) -> None:
     """As by vLLM's rule: a request comes in as long as the others have fewer tokens than this."""
-    admission = Admission(QueueLimits(prompt_tokens=20), (0, 1), tmp_path / "counts")
-    assert not admission.refusal(request(prompt_tokens=999))
-    first, second = admission.admit(request()), admission.admit(request())
-    assert "prompts were waiting" in admission.refusal(request(prompt_tokens=1))
+    limited = Admission(QueueLimits(prompt_tokens=20), (0, 1), tmp_path / "counts")
+    assert not limited.refusal(request(prompt_tokens=999))
+    first, second = limited.admit(request()), limited.admit(request())
+    assert "prompts were waiting" in limited.refusal(request(prompt_tokens=1))
     first.append((1.0, HEAD))
-    assert admission.refusal(request())
+    assert limited.refusal(request())
     first.append((1.1, EVENT))
     first.append((1.2, EVENT))
-    assert not admission.refusal(request())
-    admission.admit(request())
+    assert not limited.refusal(request())
+    limited.admit(request())
     second.end()  # it failed without a token
-    assert not admission.refusal(request())
+    assert not limited.refusal(request())
+
+
+def test_the_counts_lie_in_memory_and_leave_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = tmp_path / "shm"
+    monkeypatch.setattr(admission, "IN_MEMORY", memory)
+    assert counts_file("t", tmp_path).parent == tmp_path  # there is none here
+    memory.mkdir()
+    counts = counts_file("t", tmp_path)
+    assert counts.parent == memory
+    here, there = (Admission(QueueLimits(requests=1), (number, 2), counts) for number in (0, 1))
+    for process in (here, there):
+        process.remove_file()
+    assert not list(memory.iterdir())
+    here.admit(request())
+    assert there.refusal(request())
+
+
+SENT_OR_NOT = """
+import sys
+from pathlib import Path
+from loadtests import load as loads
+from loadtests.admission import Admission
+from loadtests.plan import TrialPlan
+from loadtests.records import BY_CLIENT
+
+load = loads.Load(TrialPlan.model_validate_json(sys.argv[1]))
+names = lambda: {path.name for folder in map(Path, sys.argv[2:]) for path in folder.iterdir()}
+assert any("in-flight-of-a-test" in name for name in names())
+load.all_have_opened()
+assert not any("in-flight-of-a-test" in name for name in names())
+turn = loads.Turn(None, None, False)
+for _ in range(loads.GIVE_UP_AFTER):
+    load.end(loads.Ended(turn, [], 0, 1, "ConnectionError: reset", True))
+    load.end(loads.Ended(turn, [], 0, 0, f"{BY_CLIENT}: as many", False))
+print(load.aborted)
+"""
+
+
+def test_what_is_turned_away_does_not_hide_that_the_engine_is_gone(tmp_path: Path) -> None:
+    """An engine that hangs at the limit fails each request that is sent, and others are not."""
+    requests = tmp_path / "r.jsonl"
+    requests.touch()
+    plan = TrialPlan(
+        url="", arrival=Concurrent(users=2), requests=requests, records=tmp_path / "r.gz",
+        warmup_s=0, window_s=1, timeout_s=1, seed=0, lab="tiny", variant="on", run_id="r",
+        workload="w", admission=QueueLimits(requests=1), trial=f"of-a-test-{os.getpid()}",
+    )  # fmt: skip
+    folders = [str(path) for path in (tmp_path, admission.IN_MEMORY) if path.is_dir()]
+    argv = [sys.executable, "-c", SENT_OR_NOT, plan.model_dump_json(), *folders]
+    process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("5 connections failed in a row: ConnectionError: reset")
+
+
+LIMITED = {"flags": {"max-num-queued-tokens": 9}, "admission_by_client": True}
+SEVERAL = make_workload("concurrent:1", samples=Samples(count=2, together=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "elsewhere", "says"),
+    [
+        (LIMITED, LoadWorkers(2, "127.0.0.1", 5557, "k"), "LOAD_WORKERS cannot be combined"),
+        (LIMITED | {"workloads": (SEVERAL,)}, None, "several answers, as in short"),
+    ],
+)
+def test_limits_that_the_client_cannot_hold_are_refused(
+    fields: dict[str, Any], elsewhere: LoadWorkers | None, says: str
+) -> None:
+    with pytest.raises(LabError, match=says):
+        require_client_limits(make_lab(**fields), elsewhere)
+    require_client_limits(make_lab(**fields | {"admission_by_client": False}), elsewhere)
+    require_client_limits(make_lab(**LIMITED), None)
 
 
 def turned_away_s(answers: list[VirtualAnswer]) -> list[float | None]:

@@ -46,6 +46,14 @@ def test_counters_grow_by_what_is_new_and_start_again_with_a_trial() -> None:
     assert value(exported, exporter.OVERDUE) == 1
 
 
+def test_where_no_trial_was_begun_none_ends() -> None:
+    Exporter().end()
+    ended = begun("poisson:2")
+    for _ in range(2):
+        ended.end()
+    assert value(ended, exporter.IN_FLIGHT) == 0
+
+
 def test_a_closed_loop_has_no_schedule() -> None:
     exported = begun("concurrent:2")
     exported.progress(Progress(sent=3))

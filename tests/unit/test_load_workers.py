@@ -195,6 +195,39 @@ def test_what_is_late_belongs_to_no_trial_and_who_was_lost_stays_lost(tmp_path: 
     assert sorted(os.listdir(tmp_path)) == ["records.gz", "requests.jsonl"]
 
 
+FULL_DISK = """
+import errno, os, sys
+from types import SimpleNamespace
+from loadtests import records
+from loadtests.exporter import Exporter
+from loadtests.master import Director
+from loadtests.plan import TrialPlan
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+records.tempfile.TemporaryFile = full
+director = Director(SimpleNamespace(register_message=lambda *_: None), Exporter())
+director.begin(TrialPlan.model_validate_json(sys.argv[1]))
+"""
+
+
+def test_a_full_disk_at_the_first_trial_is_told_at_once(tmp_path: Path) -> None:
+    """Nothing was begun that could be ended, and the run waited for its longest time."""
+    plan = TrialPlan(
+        url="", arrival=Concurrent(users=2), requests=tmp_path / "r", records=tmp_path / "r.gz",
+        warmup_s=0, window_s=1, timeout_s=1, seed=0, lab="tiny", variant="on", run_id="r",
+        workload="w",
+    )  # fmt: skip
+    argv = [sys.executable, "-c", FULL_DISK, plan.model_dump_json()]
+    process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    event = json.loads(process.stdout)
+    assert event["event"] == "failed"
+    assert "the records could not be written" in event["reason"]
+    assert "No space left" in event["reason"]
+
+
 SILENT = """
 from types import SimpleNamespace
 import gevent

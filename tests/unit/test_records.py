@@ -201,6 +201,21 @@ def test_records_that_come_one_by_one_are_in_the_same_file_and_not_in_memory(
     assert peak < 2**20
 
 
+def test_no_more_is_written_down_than_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour's trial ended in records that its own report refused."""
+    assert records.MOST_CHUNKS >= 3600 * 10_000
+    monkeypatch.setattr(records, "MOST_CHUNKS", 2 * len(OPEN.chunks))
+    spool = records.Spool(tmp_path / "r.gz")
+    for _ in range(2):
+        spool.add(OPEN)
+    with pytest.raises(OSError, match=r"more than \d+ chunks, the most of a trial: shorten"):
+        spool.add(OPEN)
+    spool.pack()
+    assert list(read(tmp_path / "r.gz")) == [OPEN] * 2
+
+
 def test_records_for_which_there_is_no_room_are_told_and_dropped(tmp_path: Path) -> None:
     spool = records.Spool(tmp_path / "r.gz")
     spool._lines = open("/dev/full", "wb", buffering=0)  # noqa: SIM115

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +22,8 @@ from labs.running.trials import PER_TRIAL_S, Played, Trials, nothing_measured, r
 from labs.telling import report
 from labs.telling.summary import summarise
 from loadtests import records
+from loadtests.generator import GeneratorError
+from loadtests.plan import TrialSummary
 from loadtests.structures import Structure
 from serving import guard
 from serving.engines.base import EngineError
@@ -182,12 +186,48 @@ def test_what_transport_takes_is_known_from_the_variants_undisturbed_trials_at_o
 ) -> None:
     folder = write_run(tmp_path)
     one, two = (p for p in folder.run().points() if p.variant.name == "on")
-    trials = Script(folder, [2.5, 0.01, 0.01])
+    shutil.rmtree(folder.path / "trials")
+    trials = Script(folder, [2.5, 0.01, 0.01, 2.5, 2.5, 2.5])
     for point in (one, two):
         trials.play(point, 1)
-    ((variant, found_s),) = trials._transports_s.items()
-    assert variant == "on"
-    assert found_s == pytest.approx([0.001], abs=5e-5)
+    assert trials._transports_s["on"] == pytest.approx({(one.key, 1): 0.001}, abs=5e-5)
+    trials.play(one, 2)  # it stays disturbed
+    assert [*trials._transports_s["on"]] == [(one.key, 1)]
+
+
+def test_a_run_that_goes_on_knows_what_transport_takes_as_its_report_does(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    run = folder.run()
+    points, lab = run.points(), run.rebuilt_lab()
+    on_file = folder.transports_s(points, lab, run.expected(folder.predictions()))
+    assert {variant: len(of) for variant, of in on_file.items()} == {"off": 2, "on": 2}
+    assert Script(folder, [])._transports_s == on_file
+
+
+def test_records_that_cannot_be_read_back_fail_the_trial(tmp_path: Path) -> None:
+    """They ended the run in a traceback."""
+    folder = write_run(tmp_path)
+    point = folder.run().points()[-1]
+    trials = Script(folder, [])
+    path = folder.trial_folder(point, 1) / "requests.jsonl.gz"
+
+    def play(*_: object) -> TrialSummary:
+        path.write_bytes(gzip.compress(b"no record"))
+        return make_summary()
+
+    engine = SimpleNamespace(
+        reset_prefix_cache=lambda: None, snapshot=lambda: None, url="", pid=None,
+        request_fields={}, model_names={}, closes_connections=False,
+    )  # fmt: skip
+    silent = lambda *_: None  # noqa: E731
+    stand_ins: Any = {
+        "_engines": SimpleNamespace(serving=lambda _: engine),
+        "_load": SimpleNamespace(play=play),
+        "_telemetry": SimpleNamespace(begin=silent, write=silent, foreign_processes=silent),
+    }
+    vars(trials).update(stand_ins)
+    with pytest.raises(GeneratorError, match=r"its records cannot be read: .*line 1: not a req"):
+        Trials._play(trials, point, 1, "a trial", time.monotonic())
 
 
 def test_what_was_discarded_counts_as_time_of_the_run(tmp_path: Path) -> None:

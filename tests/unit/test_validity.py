@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from labs.filing.results import Predictions, write_json
+from labs.filing.results import Band, PointForecasts, Predictions, write_json
 from labs.judging import dose
 from labs.judging.judge import Caveat
 from labs.judging.measure import OtherWork, Trial, ran_out
@@ -22,6 +22,7 @@ from labs.judging.validity import (
     caveats_of,
     confounded,
     first_trial_slow,
+    found_too_little,
     is_one_stream,
     transport_s,
     usual_transport_s,
@@ -39,6 +40,7 @@ from tests.unit.builders import (
     make_point,
     make_record,
     make_trial,
+    make_workload,
     write_run,
 )
 from tests.unit.test_judge import FASTER, judged, rates
@@ -282,8 +284,22 @@ def test_what_transport_takes_is_measured_at_one_stream_and_the_constant_is_its_
 def test_transport_is_taken_from_the_variants_own_trials(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     run = folder.run()
-    found = folder.transports_s(run.points(), run.rebuilt_lab())
-    assert found == pytest.approx({"off": 0.001, "on": 0.001}, abs=5e-5)
+    points, lab = run.points(), run.rebuilt_lab()
+    expected = run.expected(folder.predictions())
+
+    def usual_s() -> Mapping[str, float]:
+        return expected.with_transport(folder.transports_s(points, lab, expected)).transport_s
+
+    assert usual_s() == pytest.approx({"off": 0.001, "on": 0.001}, abs=5e-5)
+    (one,) = (p for p in points if p.variant.name == "on" and is_one_stream(p))
+    for repeat in (1, 2):  # a client that was late tells nothing of the transport
+        result = folder.trial_result(one, repeat)
+        assert result
+        assert result.summary
+        late = result.summary.model_copy(update={"loop_lag_max_s": 2.5})
+        path = folder.trial_folder(one, repeat) / "trial.json"
+        write_json(path, result.model_copy(update={"summary": late}))
+    assert usual_s() == pytest.approx({"off": 0.001}, abs=5e-5)
 
 
 def test_an_endpoint_without_metrics_stays_usable_and_says_that_nothing_is_proved() -> None:
@@ -508,21 +524,20 @@ def test_noise_is_rarely_taken_for_a_trend() -> None:
 # ------------------------------------------------------------------------- the treatment's dose
 
 
-def prefixed(
+def prefixed_trial(
     hits: float,
     n: int = 20,
     blocks: int = 1000,
     users: int = 1,
     prompt: int = 64,
     lost: int = 0,
-    least: float | None = None,
     preemptions: float = 0.0,
     guesses: bool = False,
     **fields: Any,
-) -> list[str]:
-    """The names of what is wrong where prompts of 64 tokens find so many in blocks of 16.
+) -> Trial:
+    """A trial whose prompts of 64 tokens find so many in blocks of 16.
 
-    `least` is the low end of a forecast's hit rate, and `lost` of the requests failed.
+    `lost` of the requests failed.
     """
     flags: dict[str, Any] = {"enable-prefix-caching": True}
     guessing = {"method": "ngram", "num_speculative_tokens": 2}
@@ -543,10 +558,21 @@ def prefixed(
         (metrics.SPEC_DRAFTS, metrics.SPEC_DRAFTED, metrics.SPEC_ACCEPTED), 0.0
     )
     engine = replace(engine, values={**engine.values, **counted}, info={CACHE: config})
-    trial = make_trial(found, engine=engine, point=point)
-    band = {} if least is None else {point.key: least}
-    expected = Expected(template_tokens=10, least_found=band)
+    return make_trial(found, engine=engine, point=point)
+
+
+def prefixed(hits: float, **fields: Any) -> list[str]:
+    """The names of what is wrong with such a trial by itself."""
+    trial, expected = prefixed_trial(hits, **fields), Expected(template_tokens=10)
     return [c.name for c in caveats_of(trial, expected) if c.blocks]
+
+
+def over_repeats(hits: Sequence[float], least: float, own: int = 3, **fields: Any) -> list[str]:
+    """The names of what is wrong with such repeats together; `least` is the forecast's low end."""
+    trials = [prefixed_trial(of_repeat, **fields) for of_repeat in hits]
+    found = [repeat for t in trials if (repeat := dose.found(t, 10))]
+    assert len(found) == len(trials)
+    return [c.name for c in found_too_little(trials[0].point, found, least, own) if c.blocks]
 
 
 SHARED = Prefix(tokens=40)  # and the template's 10: three whole blocks of 16
@@ -587,24 +613,52 @@ def test_one_error_in_a_hundred_leaves_the_dose_of_all_other_requests_known() ->
 
 
 @pytest.mark.parametrize(
-    ("hits", "names"), [(0, ["treatment not applied"]), (200, ["treatment not applied"]), (220, [])]
+    ("hits", "names"),
+    [
+        ((0, 0, 0), ["treatment not applied"]),
+        ((200, 210, 220), ["treatment not applied"]),  # of 1,280 tokens each: 653 together
+        ((180, 200, 280), []),  # two below what is to be on average
+    ],
 )
-def test_where_the_dose_hangs_on_chance_the_forecasts_band_bounds_it(
-    hits: float, names: list[str]
+def test_where_the_dose_hangs_on_chance_the_forecasts_band_bounds_all_repeats_together(
+    hits: Sequence[float], names: list[str]
 ) -> None:
     """Shuffled documents, or a chat of two users; 85% of the low end of the band is enough."""
     shuffled = Prefix(tokens=40, groups=4, shuffled=True)
     chat = Chat(turns=2, grows_tokens=30)
-    assert prefixed(hits, least=0.2, prefix=shuffled) == names  # of 1,280 tokens: 218
-    assert prefixed(hits, least=0.2, chat=chat, users=2) == names
-    assert prefixed(hits, prefix=shuffled) == []  # nothing was forecast
+    assert over_repeats(hits, 0.2, prefix=shuffled) == names
+    assert over_repeats(hits, 0.2, chat=chat, users=2) == names
+    for of_repeat in hits:  # by itself each may be chance
+        assert prefixed(of_repeat, prefix=shuffled) == []
+
+
+def test_a_mean_of_fewer_repeats_than_were_forecast_proves_no_dose() -> None:
+    shuffled = Prefix(tokens=40, groups=4, shuffled=True)
+    assert over_repeats((300, 300), 0.2, prefix=shuffled) == ["treatment not proved"]
+    assert over_repeats((EXACT,), 0.2, prefix=SHARED, primed=True) == []  # it is no chance
+
+
+@pytest.mark.parametrize(("low", "applied"), [(0.3, True), (0.5, False)])
+def test_a_report_holds_the_repeats_of_a_point_together_against_its_forecast(
+    low: float, applied: bool, tmp_path: Path
+) -> None:
+    """Each of two repeats found 8 tokens of 30."""
+    shuffled = make_workload("concurrent:1", prefix=Prefix(tokens=4, groups=2, shuffled=True))
+    folder = write_run(tmp_path, workloads=(shuffled,))
+    key = next(p.key for p in folder.run().points() if p.variant.name == "on")
+    band = {"prefix_hit_rate": Band(value=0.6, low=low, high=0.7)}
+    forecast = PointForecasts(points={key: band})
+    predictions = folder.predictions().model_copy(update={"in_virtual_time": forecast})
+    write_json(folder.path / "predictions.json", predictions)
+    found = [c.text for c in computed(folder).caveats if c.name == "treatment not applied"]
+    assert found == [] if applied else "16 prompt tokens were found" in found[0]
 
 
 @pytest.mark.parametrize("why", ["preempted", "guessing"])
 def test_a_preemption_or_speculation_leaves_the_forecast_as_the_least(why: str) -> None:
     more: dict[str, Any] = {"preemptions": 1.0} if why == "preempted" else {"guesses": True}
     for hits, names in ((0.06 * 64 * 20, ["treatment not applied"]), (0.7 * 64 * 20, [])):
-        assert prefixed(hits, least=0.75, prefix=SHARED, primed=True, **more) == names
+        assert over_repeats([hits], 0.75, 1, prefix=SHARED, primed=True, **more) == names
 
 
 def test_nothing_is_found_where_nothing_is_shared() -> None:
