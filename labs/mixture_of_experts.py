@@ -39,7 +39,7 @@ from labs import theory
 from labs.lab import MARGIN, SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
-from serving import metrics, random_weights
+from serving import metrics
 
 SHAZEER = "Shazeer et al., Sparsely-Gated Mixture-of-Experts, 2017"
 NEARLY = 0.25
@@ -154,7 +154,7 @@ def knobs(loads: Sequence[int], tokens: int) -> tuple[str, ...]:
 EVIDENCE = (
     Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
     Evidence.echo("mixture", metrics.ENGINE_CONFIG, "architecture", "Qwen3MoeForCausalLM"),
-    Evidence.echo("mixture", metrics.ENGINE_CONFIG, "routing", random_weights.EVEN),
+    Evidence.echo("mixture", metrics.ENGINE_CONFIG, "routing", metrics.EVEN_ROUTING),
     Evidence.echo(TOTAL, metrics.ENGINE_CONFIG, "architecture", "Qwen3ForCausalLM"),
     Evidence.echo(ACTIVE, metrics.ENGINE_CONFIG, "architecture", "Qwen3ForCausalLM"),
 )

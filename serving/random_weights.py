@@ -22,7 +22,6 @@ EXTENSION = "serving.vllm_worker.RandomWeights"  # for --worker-extension-cls, 0
 ROUTING = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
 ROUTED = "Simulating MoE routing using a {} strategy."
 """How vLLM's log tells, once, that a router of its model has asked a strategy for experts."""
-EVEN = "lab_even"  # `EvenRouting`, by the name under which vLLM knows it
 STD = 1e-3 / 3**0.5  # of the 16-bit weights that vLLM draws: uniform within 0.001
 # The largest of n normal numbers is about so many standard deviations off (n: a channel's 4,096, a
 # group's 128), and becomes the largest value of the type.

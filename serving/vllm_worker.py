@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 
-from serving.random_weights import EVEN, ROUTING, EvenRouting, filled
+from serving.metrics import EVEN_ROUTING
+from serving.random_weights import ROUTING, EvenRouting, filled
 
 
 class RandomWeights:
@@ -27,9 +28,9 @@ def _add_even_routing() -> None:
         RoutingSimulator,
     )
 
-    RoutingSimulator.register_strategy(EVEN, EvenRouting())
+    RoutingSimulator.register_strategy(EVEN_ROUTING, EvenRouting())
 
 
 _extend_the_loader()
-if os.environ.get(ROUTING) == EVEN:
+if os.environ.get(ROUTING) == EVEN_ROUTING:
     _add_even_routing()

@@ -308,7 +308,7 @@ class Vllm(Engine):
         if model.path.exists():
             env["HF_HUB_OFFLINE"] = "1"
         if model.dummy:  # trained routers spread tokens evenly; a random one prefers a few experts
-            env[random_weights.ROUTING] = random_weights.EVEN
+            env[random_weights.ROUTING] = metrics.EVEN_ROUTING
         backends = {VllmFlags(flags).structured_outputs_backend for flags in beside}
         if lm_format_enforcer.NAME in backends:
             env |= lm_format_enforcer.AS_OTHERS

@@ -11,7 +11,7 @@ import pytest
 from labs import LABS, theory
 from labs.lab import NotApplicable
 from labs.running.derived_models import about, make, with_weights
-from serving import dummy, models, random_weights
+from serving import dummy, metrics, models, random_weights
 from serving.engines.vllm import Vllm, resolved
 from serving.machine import Machine
 from serving.models import Model
@@ -59,9 +59,9 @@ def test_vllm_is_told_to_draw_the_weights_itself() -> None:
     assert argv[argv.index("--load-format") + 1] == "dummy"
     assert argv[argv.index("--worker-extension-cls") + 1] == random_weights.EXTENSION
     routed = [Vllm.environment(kind, model)[random_weights.ROUTING] for kind in ("gpu", "cpu")]
-    assert routed == [random_weights.EVEN, random_weights.EVEN]
-    log = f"(Worker pid=1) WARNING {random_weights.ROUTED.format(random_weights.EVEN)} This\n"
-    assert resolved(log)["routing"] == random_weights.EVEN
+    assert routed == [metrics.EVEN_ROUTING, metrics.EVEN_ROUTING]
+    log = f"(Worker pid=1) WARNING {random_weights.ROUTED.format(metrics.EVEN_ROUTING)} This\n"
+    assert resolved(log)["routing"] == metrics.EVEN_ROUTING
     real = Model("real", model.path, model.shape)
     assert "--load-format" not in Vllm.server_argv(real, {}, 1)
     assert "VLLM_MOE_ROUTING_SIMULATION_STRATEGY" not in Vllm.environment("gpu", real)

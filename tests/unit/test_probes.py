@@ -93,6 +93,7 @@ class Running(Vllm):
     def __init__(self, url: str) -> None:
         Server.__init__(self, "on", "base", url)
         self.log = Path("/dev/null")
+        self._log_bytes, self._log_read = -1, {}
 
 
 def words(messages: Messages) -> int:
