@@ -184,8 +184,8 @@ def knobs(limit: int, patience_s: int) -> tuple[str, ...]:
         " too late only after a longer time",
         'SET=\'workloads.mixed.loads=["capacity:0.7","capacity:1.1","capacity:1.5"]\' looks'
         " closer at the loads near the capacity (claims about other loads are left out)",
-        "SET=admission_by_client=true has the load generator hold the limits, as it does where the"
-        " engine's vLLM has none",
+        'SET="admission_by_client=true" has the load generator hold the limits, as it does where'
+        " the engine's vLLM has none",
     )
 
 

@@ -113,13 +113,13 @@ def cards() -> tuple[Hardware, ...]:
 
 def cards_of(lab: Lab) -> list[Hardware]:
     """Every such card with what this lab serves there: a shape of its own, where it has one."""
+    if not lab.shape:
+        return list(cards())
     return [_in_its_shape(lab.at(card.scale, quick=False), card) for card in cards()]
 
 
 def _in_its_shape(lab: Lab, card: Hardware) -> Hardware:
     """The card with the shape that a resolved lab serves, and those of its derived models."""
-    if not lab.shape:
-        return card
     config = dummy.config_of(lab.shape)
     weights = {
         v.name: models.shape_of(dummy.dense(config, v.weights)) for v in lab.variants if v.weights
