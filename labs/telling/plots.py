@@ -68,12 +68,25 @@ def plots_of(lab: str) -> Mapping[str, Draw]:
     return {**FOR_ANY_LAB, **parts_of(lab).plots}
 
 
+LINE_INCHES = 0.16  # of a name on an axis, in the size of its letters
+
+
 def effects(run: JudgedRun) -> str | None:
     """Draw every claim's ratio with its interval, on its prediction."""
     judged = [j for j in run.summary.judgements if j.ratio]
     if not judged:
         return None
-    figure, ax = plt.subplots(figsize=(7.5, 1.2 + 0.6 * len(judged)))
+    claims = [j.claim for j in judged]
+    wheres = [
+        f", {point_label(j.treatment, run.lab)}" * (claims.count(j.claim) > 1) for j in judged
+    ]
+    names = [
+        f"{_wrapped(j.title)}\n({METRICS[j.metric].title}{where})"
+        for j, where in zip(judged, wheres, strict=True)
+    ]
+    lines = max(name.count("\n") + 1 for name in names)
+    row_inches = max(0.6, LINE_INCHES * lines)  # so that no name lies over the next
+    figure, ax = plt.subplots(figsize=(7.5, 1.2 + row_inches * len(judged)))
     for row, j in enumerate(reversed(judged)):
         assert j.ratio
         ratio = j.ratio
@@ -99,14 +112,6 @@ def effects(run: JudgedRun) -> str | None:
             label="measured, 95% interval" if row == 0 else None,
         )  # fmt: skip
     _ratio_axis(ax)
-    claims = [j.claim for j in judged]
-    wheres = [
-        f", {point_label(j.treatment, run.lab)}" * (claims.count(j.claim) > 1) for j in judged
-    ]
-    names = [
-        f"{_wrapped(j.title)}\n({METRICS[j.metric].title}{where})"
-        for j, where in zip(judged, wheres, strict=True)
-    ]
     ax.set_yticks(range(len(judged)), names[::-1])
     ax.set_ylim(-0.6, len(judged) - 0.4)
     ax.set_xlabel("treatment / baseline")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -426,3 +427,17 @@ def test_facts_are_computed_once_for_the_finding_and_the_answers(tmp_path: Path)
     assert len(calls) == 1
     left_out = replace(run, lab=make_lab())
     assert count.facts_of(judged_run(left_out)) is None
+
+
+def test_no_name_of_a_claim_lies_over_the_next(tmp_path: Path) -> None:
+    """A long title takes four lines, and the metric one more."""
+    title = f"With 4 in flight tokens come later from the {'mixture of many experts ' * 3}than here"
+    key = "on/short/concurrent-1"
+    claims = [judged(f"claim-{n}", 1.5, title=title, treatment=key) for n in range(3)]
+    found = judged_run(context(tmp_path, make_lab(), {}), claims)
+    assert plots.effects(found)
+    figure = plt.gcf()
+    figure.canvas.draw()
+    names = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    plt.close("all")
+    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(names))
