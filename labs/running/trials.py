@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -153,6 +153,7 @@ class Trials:
         self._forecast_s = forecasts.trial_s if forecasts else {}
         self._left = len(self.due(interleave(setup, setup.lab.variants)))
         self._played = self._again = 0  # trials of this sitting; attempts that were discarded
+        self._explained = set[str]()  # checks whose finding the terminal has shown
         self._sent = 0  # requests, in all attempts at this trial
         self._took_s = 0.0  # all of them
         self._beside_s = PER_TRIAL_S  # the most that a trial took beside warm-up and window
@@ -233,9 +234,9 @@ class Trials:
             discarded += (attempt,)
             self._again += 1
             self._counts.discard(played.succeeded)
-            reasons = "; ".join(attempt.reasons.values())
             self._progress.message(
-                f"{name} is measured again ({len(discarded)} of at most {MOST_AGAIN}): {reasons}"
+                f"{name} is measured again ({len(discarded)} of at most {MOST_AGAIN}):"
+                f" {self._why_again(attempt.reasons)}"
             )
         self._write(point, result)  # not before: what an interrupted attempt leaves is played anew
         if not result.failed:
@@ -244,6 +245,16 @@ class Trials:
         self._took_s += time.monotonic() - began
         self._left -= 1
         self._progress.trial_done(f"{name}: {played.rate}", self.remaining_s)
+
+    def _why_again(self, reasons: Mapping[str, str]) -> str:
+        """Explain each kind of disturbance, by check, where it comes first; then name it."""
+        why = "; ".join(
+            check if check in self._explained else f"{check}, {text}"
+            for check, text in reasons.items()
+        )
+        way_out = "" if self._explained else " (DISTURBED=keep accepts every trial as it is)"
+        self._explained.update(reasons)
+        return why + way_out
 
     def _attempt(self, point: Point, repeat: int, name: str) -> Played:
         """Play one attempt at a trial."""
