@@ -359,6 +359,7 @@ Arrival = Annotated[
     Annotated[AnyArrival, Field(discriminator="kind")],
     BeforeValidator(_from_text),
 ]
+_ARRIVAL: TypeAdapter[AnyArrival] = TypeAdapter(Arrival)
 
 
 def send_times(
@@ -381,5 +382,4 @@ def send_times(
 
 def parse(text: str) -> AnyArrival:
     """Read an arrival's text form; raises pydantic.ValidationError, which names the known ones."""
-    adapter: TypeAdapter[AnyArrival] = TypeAdapter(Arrival)
-    return adapter.validate_python(text)
+    return _ARRIVAL.validate_python(text)

@@ -31,6 +31,7 @@ ON_TWO_ENGINES = (
     " and the memory that both engines hold while a prompt is on its way. Two machines are compared"
     " with one here: the rows that share the requests say what a second one gains without a split."
 )
+RUN_WITH_THESE = "The folder of a run with these settings ends in "
 LIMITS_OF_ALL = (
     "The load generator holds the limits on the queue, and not each engine its own: there is one"
     " limit on all replicas together, the sum of theirs."
@@ -64,6 +65,7 @@ def page(
     return section(
         f"{lab.title}: forecast for {machine.model}",
         _basis(lab, model, machine, by_datasheet, run_on_file, "Goodput counts requests"),
+        Paragraph((RUN_WITH_THESE, Code(lab.digest()), ".")),
         section("Claims", tables.predictions(lab, predictions)),
         section(
             "Load points",

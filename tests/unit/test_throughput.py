@@ -7,6 +7,7 @@ a few cycles.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -31,6 +32,7 @@ from labs.judging.measure import (
     output_tokens_per_s,
     requests_per_s,
 )
+from labs.lab import Point
 from loadtests import plan
 from loadtests.arrivals import Arrival, Concurrent, Contended, Waves
 from loadtests.plan import LEAST_COUNTED
@@ -164,13 +166,17 @@ def played(traffic: Traffic, lengths: Lengths, seed: int) -> Trial:
     )  # fmt: skip
     result = play(LawfulEngine(law), traffic, prompts, delays=NO_DELAYS)
     kind = {"closed": "concurrent", "waves": "waves"}.get(traffic.kind)
-    load = f"{kind}:{traffic.users}" if kind else "poisson:1"
     return make_trial(
         records_of(result),
-        point=make_point(load=load),
+        point=point_under(f"{kind}:{traffic.users}" if kind else "poisson:1"),
         window_s=result.window_s,
         answered_under_load=result.answered_under_load,
     )
+
+
+@functools.cache
+def point_under(load: str) -> Point:
+    return make_point(load=load)
 
 
 NO_DELAYS = Delays(request_s=0, serial_s=0, response_s=0, client_s=0)
@@ -207,6 +213,7 @@ def cycle_s(users: int) -> float:
     return 24 * law(users, 0) + 0.001 * PROMPT_TOKENS * users
 
 
+@functools.cache
 def true_rate(users: int, lengths: Lengths) -> float:
     """Tokens/s over hundreds of cycles, where a cycle more or less is nothing."""
     traffic = Traffic(
