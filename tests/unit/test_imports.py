@@ -1,6 +1,7 @@
 """The import rule of the house, read from the source."""
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,11 @@ LAB_VOCABULARY = {
 }  # fmt: skip
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported(nodes: Iterator[ast.AST]) -> set[str]:
     """Absolute module names; `from labs import theory` is labs.theory."""
     found = set()
@@ -56,7 +62,7 @@ def at_module_level(tree: ast.AST) -> Iterator[ast.AST]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
-    tree, house = ast.parse(path.read_text()), path.relative_to(ROOT).parts[0]
+    tree, house = parsed(path), path.relative_to(ROOT).parts[0]
     everywhere = {name.split(".")[0] for name in imported(ast.walk(tree))}
     assert everywhere & {*MAY_IMPORT, "tests"} <= MAY_IMPORT[house]
     if str(path.relative_to(ROOT)) not in IN_LOCUST:
@@ -76,7 +82,7 @@ def test_rooms_import_those_below_them(path: Path) -> None:
     """The vocabulary and the lab files know no room; a room knows only those below it."""
     parts = path.relative_to(ROOT).parts[1:]
     at = ROOMS.index(parts[0]) if len(parts) > 1 else -1
-    names = (name.split(".") for name in imported(ast.walk(ast.parse(path.read_text()))))
+    names = (name.split(".") for name in imported(ast.walk(parsed(path))))
     rooms = {name[1] for name in names if name[0] == "labs" and len(name) > 1 and name[1] in ROOMS}
     assert rooms <= set(ROOMS[: at + 1])
 
@@ -96,7 +102,7 @@ def imports_between_rooms() -> set[tuple[str, str]]:
     edges = set()
     for path in FILES:
         importer = room_of(path.relative_to(ROOT).parts)
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         names = [name.split(".") for name in imported(ast.walk(tree))]
         rooms = {room_of(name) for name in names if name[0] in MAY_IMPORT}
         edges |= {(importer, room) for room in rooms if room != importer}
@@ -142,7 +148,7 @@ ITS_OWN_FLAG = {ROOT / "serving" / "engines" / "transformers.py": "continuous-ba
 @pytest.mark.parametrize("path", MACHINERY, ids=lambda p: str(p.relative_to(ROOT)))
 def test_machinery_knows_no_lab(path: Path) -> None:
     """Neither by its module nor by its name, so that the next lab needs no change here."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(parsed(path)))
     froms = (node for node in nodes if isinstance(node, ast.ImportFrom))
     inner = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
     assert not (imported(iter(nodes)) | inner) & LAB_MODULES
