@@ -526,7 +526,9 @@ def score_forecasts() -> None:
     with reported_errors():
         runs = residuals.full_runs(committed=False)
         reported_residuals, kept_residuals = residuals.of_runs(runs), residuals.kept_of_runs(runs)
-        show(residuals.page(reported_residuals, residuals.to_reports(Path.cwd()), kept_residuals))
+        apart = residuals.of_runs(residuals.runs_apart(committed=False))
+        link = residuals.to_reports(Path.cwd())
+        show(residuals.page(reported_residuals, link, kept_residuals, apart))
 
 
 @app.command()
