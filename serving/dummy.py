@@ -15,7 +15,7 @@ on text, such as a study of activations, is refused.
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ def _adapter(folder: Path, shape: Shape, rank: int, like: Path | None) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2))
     weights = folder / "adapter_model.safetensors"
     if like:
-        os.link(like / weights.name, weights)
+        _share(like / weights.name, weights)
         return
     rng = np.random.default_rng(0)
     tensors = {}
@@ -198,6 +198,14 @@ def _adapter(folder: Path, shape: Shape, rank: int, like: Path | None) -> None:
                 drawn = rng.standard_normal(size, dtype=np.float32) * 1e-3
                 tensors[f"{at}.{part}.weight"] = drawn.astype(np.float16)
     save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def _share(file: Path, name: Path) -> None:
+    """Give a file another name; a copy where the file system has no hard links."""
+    try:
+        name.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def adapter_params(shape: Shape, rank: int) -> int:

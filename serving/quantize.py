@@ -240,7 +240,10 @@ def read_config(base: Path) -> dict[str, Any]:
 
 
 def with_older_config(base: Path, config: dict[str, Any], folder: Path) -> Path:
-    """Write a model folder with the keys that transformers 4 reads; the weights are links."""
+    """Write a model folder with the keys that transformers 4 reads; the weights are links.
+
+    Where the file system has no links they are copied.
+    """
     older = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype")}
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rope:
@@ -251,7 +254,10 @@ def with_older_config(base: Path, config: dict[str, Any], folder: Path) -> Path:
         older["torch_dtype"] = config["dtype"]
     folder.mkdir()
     for path in (*models.shards(base), *base.glob(models.INDEX)):
-        (folder / path.name).symlink_to(path.resolve())
+        try:
+            (folder / path.name).symlink_to(path.resolve())
+        except OSError:
+            shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(older))
     return folder
 

@@ -22,13 +22,15 @@ from labs.running.clock import Clock
 from labs.running.resolve import RunRequest
 from serving import machine as machines
 from serving.engines import ENGINES
-from serving.engines.base import EngineError, Flags
+from serving.engines.base import Flags
 from serving.engines.vllm import Vllm
 from serving.machine import Machine
 from serving.models import CACHE, ROOT, scale_of
 
 FOLDER = CACHE
-PROGRESS = {"begun", "failed", "starts_s", "preparations_s", "done"}  # and no setting
+PROGRESS = {"begun", "failed", "in_vain", "on_file", "starts_s", "preparations_s", "done"}
+"""Fields that are no settings."""
+MOST_IN_VAIN = 2  # begins of a lab that finished nothing, until it is taken to have failed
 
 
 class Sitting(BaseModel, extra="forbid"):
@@ -46,6 +48,8 @@ class Sitting(BaseModel, extra="forbid"):
     results: str
     begun: list[str] = []
     failed: list[str] = []  # the last time that they were tried
+    in_vain: dict[str, int] = {}  # lab -> how often it was begun since it last finished something
+    on_file: dict[str, int] = {}  # lab -> trials and probes that it had finished at its last begin
     starts_s: list[float] = []  # of the latest engines
     preparations_s: list[float] = []  # of the latest labs, from their begin to their first engine
     done: dict[str, str] = {}  # lab -> its run's folder
@@ -59,16 +63,47 @@ class Sitting(BaseModel, extra="forbid"):
 
     def begin(self, lab: str) -> bool:
         """Record that a lab is being run; true where it was begun before, so that it is resumed."""
-        begun_before = lab in self.begun
+        begun_before, finished = lab in self.begun, self._finished(lab)
         if not begun_before:
             self.begun.append(lab)
+        stands_still = self.on_file.get(lab) == finished
+        self.in_vain[lab] = self.in_vain.get(lab, 0) + 1 if stands_still else 1
+        self.on_file[lab] = finished
         write_json(self.file, self)
         return begun_before
+
+    def excuse(self, lab: str) -> None:
+        """Record that the last begin of a lab was ended by the clock, or that it does not apply."""
+        self.in_vain[lab] -= 1
+        write_json(self.file, self)
+
+    def give_up(self, labs: Iterable[str]) -> list[str]:
+        """Take labs to have failed at which calls were ended again and again, and return these.
+
+        A call that is killed, for want of memory or by a time limit, cannot record that itself.
+        """
+        given_up = [
+            lab
+            for lab in labs
+            if lab not in {*self.done, *self.failed}
+            and self.in_vain.get(lab, 0) >= MOST_IN_VAIN
+            and self.on_file[lab] == self._finished(lab)
+        ]
+        for lab in given_up:
+            self.fail(lab)
+        return given_up
+
+    def _finished(self, lab: str) -> int:
+        """Count the trials and probes that a lab has on file."""
+        home = RESULTS / self.machine / lab
+        found = (home.glob(pattern) for pattern in ("*/trials/**/trial.json", "*/probes/*.gz"))
+        return sum(len(list(paths)) for paths in found)
 
     def finish(self, lab: str, run: Path) -> None:
         """Record the folder of a lab's complete run."""
         self.done[lab] = os.path.relpath(run, ROOT)
         self.failed = [name for name in self.failed if name != lab]
+        self._forget_begins([lab])
         write_json(self.file, self)
 
     def fail(self, lab: str) -> None:
@@ -83,8 +118,13 @@ class Sitting(BaseModel, extra="forbid"):
         write_json(self.file, self)
 
     def order(self, labs: Iterable[str]) -> list[str]:
-        """Put labs that failed behind those that have not been tried or only ran out of time."""
-        return sorted(labs, key=lambda lab: lab in self.failed)
+        """Put labs that failed behind those that have not been tried or only ran out of time.
+
+        Of those that failed, the ones that were begun in vain most often come last.
+        """
+        return sorted(
+            labs, key=lambda lab: 1 + self.in_vain.get(lab, 0) if lab in self.failed else 0
+        )
 
     def page(self) -> Path | None:
         """Write the page of the machine that ran; None where no lab was finished."""
@@ -96,10 +136,15 @@ class Sitting(BaseModel, extra="forbid"):
         self.begun = [lab for lab in self.begun if lab not in labs]
         self.done = {lab: run for lab, run in self.done.items() if lab not in labs}
         self.failed = [lab for lab in self.failed if lab not in labs]
+        self._forget_begins(labs)
         if self.begun or self.done or self.failed:
             write_json(self.file, self)
         else:
             self.file.unlink(missing_ok=True)
+
+    def _forget_begins(self, labs: Collection[str]) -> None:
+        self.in_vain = {lab: times for lab, times in self.in_vain.items() if lab not in labs}
+        self.on_file = {lab: count for lab, count in self.on_file.items() if lab not in labs}
 
 
 def chosen(only: str, by_value: bool) -> list[str]:
@@ -123,11 +168,12 @@ def chosen(only: str, by_value: bool) -> list[str]:
 def check_flags(names: Iterable[str], request: RunRequest, machine: Machine) -> None:
     """Have each engine's parser read the flags of all these labs at once, and remember them.
 
-    A parser takes long to import. A lab with refused flags reports them when its turn comes.
+    A parser takes long to import. What goes wrong here, as with refused flags, is reported by the
+    lab when its turn comes.
     """
     sets: dict[str, list[Flags]] = {}
     for name in names:
-        with contextlib.suppress(LabError):
+        with contextlib.suppress(Exception):
             lab = LABS[name].at(
                 scale_of(machine), request.quick, request.changes, bool(request.weights)
             )
@@ -136,7 +182,7 @@ def check_flags(names: Iterable[str], request: RunRequest, machine: Machine) -> 
                 known = sets.setdefault(variant.engine, [])
                 known += [own, own.without_queue_limits()]  # where an older vLLM has none
     for engine, flags in sets.items():
-        with contextlib.suppress(EngineError):
+        with contextlib.suppress(Exception):
             ENGINES[engine].check_flags(flags)
 
 

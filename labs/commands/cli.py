@@ -14,8 +14,10 @@ import shlex
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +75,7 @@ from labs.commands.terminal import (
     console,
     errors,
     reported_errors,
+    said_of,
     show,
     shown_path,
 )
@@ -106,7 +109,7 @@ from serving.engines import ENGINES
 from serving.engines.base import with_places
 from serving.engines.vllm import Vllm
 from serving.gpus import short_names
-from serving.masking import holds_secret, masked, tellable
+from serving.masking import holds_secret, masked, recordable, tellable
 from serving.ports import require_port
 
 HELP = "Ask a question about LLM inference serving; answer it by measuring this machine."
@@ -250,7 +253,8 @@ def run_all(
         typer.Option(
             "--archive",
             envvar="LABS_ARCHIVE",
-            help="Pack all results and logs into this .tar.gz after every lab.",
+            help="Pack all results and logs into this .tar.gz after every lab, also one that"
+            " failed.",
         ),
     ] = None,
     engine_command: EngineOption = "",
@@ -323,6 +327,11 @@ def _sitting(
     clock, sitting = request.clock, _Sitting()
     host = machine.detect()
     all_labs.check_flags([name for name in chosen if name not in state.done], request, host)
+    for name in state.give_up(chosen):
+        console.print(
+            f"{name} was begun {state.in_vain[name]} times without finishing a trial: it is taken"
+            " to have failed, and comes last"
+        )
     for number, name in enumerate(state.order(chosen), 1):
         lab = LABS[name]
         console.print(f"\n[bold]Lab {number} of {len(chosen)}: {lab.title}[/]")
@@ -331,8 +340,7 @@ def _sitting(
             continue
         try:
             clock.require(clock.preparation_s(host.kind) + clock.start_s(host.kind), lab.name)
-            resume = state.begin(name)
-            folder = _play_or_begin_anew(replace(request, lab=lab, resume=resume))
+            folder = _begin_or_continue(replace(request, lab=lab), state)
         except TimeUsedUp as reason:
             console.print(f"The time for this call is used up: {escape(str(reason))}")
             sitting.time_used_up = True
@@ -340,20 +348,56 @@ def _sitting(
         except NotApplicable as reason:
             sitting.skipped[name] = str(reason)
             console.print(f"Skipped: {escape(str(reason))}")
-        except EXPECTED_ERRORS as error:
-            sitting.not_finished[name] = tellable(str(error))
+        except Exception as error:
+            sitting.not_finished[name] = _what_stopped(error, name, host.slug)
             state.fail(name)
             errors.print(f"[bold red]error:[/] {escape(sitting.not_finished[name])}")
+            _pack_between(archive_file)
         else:
             if folder.complete:
                 state.finish(name, folder.path)
-                _pack(archive_file)
             else:
                 sitting.not_finished[name] = "some of its trials failed"
                 state.fail(name)
+            _pack_between(archive_file)
         finally:
             state.time(clock)
     return sitting
+
+
+def _begin_or_continue(request: RunRequest, state: all_labs.Sitting) -> RunFolder:
+    """Run the request's lab; a begin that the clock ends, or of a lab not for here, is excused."""
+    resume = state.begin(request.lab.name)
+    try:
+        return _play_or_begin_anew(replace(request, resume=resume))
+    except (TimeUsedUp, NotApplicable):
+        state.excuse(request.lab.name)
+        raise
+
+
+def _what_stopped(error: Exception, lab: str, machine_slug: str) -> str:
+    """Say in a sentence what ended a lab.
+
+    What has no sentence for the reader is a fault of the lab or of the machine: its traceback is
+    written beside the lab's results, without secrets, and the sentence names the file.
+    """
+    if isinstance(error, EXPECTED_ERRORS):
+        return tellable(str(error))
+    what = said_of(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    log = results.RESULTS / machine_slug / lab / f"error-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.log"
+    try:
+        whole.write(log, recordable(tellable("".join(traceback.format_exception(error)))))
+    except OSError:  # as on a full disk, which may be what ended the lab
+        return tellable(what)
+    return f"{tellable(what)} (traceback: {os.path.relpath(log)})"
+
+
+def _pack_between(file: Path | None) -> None:
+    """Pack between two labs: an archive that cannot be written ends no sitting."""
+    try:
+        _pack(file)
+    except OSError as error:
+        errors.print(f"[bold red]error:[/] {escape(said_of(error))}")
 
 
 def _pack(file: Path | None) -> None:
@@ -482,7 +526,9 @@ def score_forecasts() -> None:
     with reported_errors():
         runs = residuals.full_runs(committed=False)
         reported_residuals, kept_residuals = residuals.of_runs(runs), residuals.kept_of_runs(runs)
-        show(residuals.page(reported_residuals, residuals.to_reports(Path.cwd()), kept_residuals))
+        apart = residuals.of_runs(residuals.runs_apart(committed=False))
+        link = residuals.to_reports(Path.cwd())
+        show(residuals.page(reported_residuals, link, kept_residuals, apart))
 
 
 @app.command()

@@ -159,6 +159,12 @@ def _bypass_proxy_on_loopback() -> None:
         os.environ["no_proxy"] = ",".join(filter(None, (no_proxy, "127.0.0.1")))
 
 
+def said_of(error: OSError) -> str:
+    """Say what the operating system refused, of which file, and where known what mends it."""
+    name = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{name}{MENDS.get(error.errno or 0, '')}"
+
+
 @contextmanager
 def reported_errors() -> Iterator[None]:
     """End expected failures in a sentence and exit code 1; treat SIGTERM and SIGHUP as Ctrl-C.
@@ -176,9 +182,7 @@ def reported_errors() -> Iterator[None]:
         errors.print(f"[bold red]error:[/] {escape(tellable(str(error)))}")
         raise typer.Exit(1) from None
     except OSError as error:
-        name = f" ({error.filename})" if error.filename else ""
-        remedy = MENDS.get(error.errno or 0, "")
-        errors.print(f"[bold red]error:[/] {escape(f'{error.strerror or error}{name}{remedy}')}")
+        errors.print(f"[bold red]error:[/] {escape(said_of(error))}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("Stopped.")

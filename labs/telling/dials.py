@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from labs.filing.newest import marks
 from labs.filing.results import UNREADABLE, Run, Summary
 from labs.judging.judge import Interval
 from labs.judging.metrics import METRICS
@@ -164,7 +165,7 @@ def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dic
         ],
         "measured": [
             {"claim": c, "machine": machines.index(m), "y": ratio.value, "low": ratio.low,
-             "high": ratio.high, "told": outcome}
+             "high": ratio.high, "told": outcome + (marks(run) if run.quick else "")}
             for m, (run, summary) in enumerate(runs) if m in machines
             for c, claim in enumerate(claims)
             for ratio, outcome in _measured(claim, run, summary)

@@ -169,9 +169,10 @@ def keep(machine: Machine, name: str, part: Part) -> Path:
 
 
 def on_file() -> list[Bench]:
-    """Read what was published of every machine; raises DamagedError."""
+    """Read what was published of every machine, GPUs first; raises DamagedError."""
     paths = tracked(sorted(results.RESULTS.glob(f"*/{FILE}")), results.RESULTS)
-    return [results.read_json(path, Bench) for path in paths]
+    benches = [results.read_json(path, Bench) for path in paths]
+    return sorted(benches, key=lambda bench: bench.machine.kind == "cpu")
 
 
 # ------------------------------------------------------------------------------------ as a document

@@ -18,7 +18,7 @@ from typing import Literal
 from labs import LABS
 from labs.filing.checks import unreadable
 from labs.filing.committed import committed_runs
-from labs.filing.newest import newest_of
+from labs.filing.newest import marks, newest_of, on_cpu
 from labs.filing.results import RunFolder, all_runs
 from labs.judging.judge import AGREEMENT, Interval, in_band
 from labs.judging.metrics import METRICS
@@ -70,6 +70,10 @@ CLAIMS_DISTANCE = 0.08  # the median, at most
 POINTS_DISTANCE = {"output_tokens_per_s": 0.10, "tpot_mean_s": 0.10, "ttft_mean_s": 0.15}
 WITHIN_BANDS = (0.80, 0.97)  # more would show bands that are too wide
 LEAST_TIMED = 6  # figures of a run, whose median is its pace
+APART = (
+    "Of runs on GPUs that are quick (shorter windows, fewer repeats) or have random weights (whose"
+    " speed is real); each is marked. They count in nothing above."
+)
 NONE = "No full run on file has a valid figure that was predicted."
 LinkTo = Callable[[RunFolder], str]  # the address of what tells a run
 
@@ -152,13 +156,28 @@ def is_full(folder: RunFolder) -> bool:
     return folder.complete and not (run.quick or run.ad_hoc or run.dummy or run.reproduces)
 
 
+def is_apart(folder: RunFolder) -> bool:
+    """Tell whether a run is full but for being quick or on random weights, and on a GPU."""
+    run = folder.run()
+    otherwise_full = folder.complete and not (run.ad_hoc or run.reproduces)
+    return otherwise_full and (run.quick or run.dummy) and not on_cpu(folder)
+
+
 def full_runs(committed: bool) -> list[RunFolder]:
     """List the full runs.
 
     With `committed`, only runs that git tracks count; else a run that cannot be read is skipped.
     """
-    folders = committed_runs() if committed else [f for f in all_runs() if not unreadable(f)]
-    return [folder for folder in folders if is_full(folder)]
+    return [folder for folder in _runs(committed) if is_full(folder)]
+
+
+def runs_apart(committed: bool) -> list[RunFolder]:
+    """List the runs on GPUs that are scored apart from the full ones; `committed` as there."""
+    return [folder for folder in _runs(committed) if is_apart(folder)]
+
+
+def _runs(committed: bool) -> list[RunFolder]:
+    return committed_runs() if committed else [f for f in all_runs() if not unreadable(f)]
 
 
 def of_runs(runs: Iterable[RunFolder]) -> list[Residual]:
@@ -222,17 +241,23 @@ def to_reports(page_folder: Path) -> LinkTo:
     return lambda folder: os.path.relpath(folder.path / "report.md", page_folder)
 
 
-def page(reported: Sequence[Residual], link: LinkTo, kept: Sequence[Residual] = ()) -> Section:
+def page(
+    reported: Sequence[Residual],
+    link: LinkTo,
+    kept: Sequence[Residual] = (),
+    apart: Sequence[Residual] = (),
+) -> Section:
     """Write the page of these residuals, each with the link to its run.
 
-    `kept` are those of figures that reports leave out: they are told by figure alone.
+    `kept` are those of figures that reports leave out: they are told by figure alone. `apart` are
+    those of `runs_apart`, which have a section of their own.
     """
     figures = [BY_FORECAST, BY_FORMULA, *(m.title for m in METRICS.values())]
     by_figure = sorted(reported, key=lambda r: figures.index(r.group))
     newest = {folder.path for folder in newest_of(r.folder for r in reported)}
     now = sorted(
         (residual for residual in by_figure if residual.folder.path in newest),
-        key=lambda r: r.machine,
+        key=_by_machine,
     )
     misses, paces = [r for r in reported if not r.near], paces_of(reported)
     return section(
@@ -252,7 +277,7 @@ def page(reported: Sequence[Residual], link: LinkTo, kept: Sequence[Residual] = 
             _grouped(
                 sorted(
                     (residual for residual in kept if residual.folder.path in newest),
-                    key=lambda r: (r.machine, figures.index(r.group)),
+                    key=lambda r: (*_by_machine(r), figures.index(r.group)),
                 ),
                 ("Machine", "Figure"),
                 lambda r: (r.machine, r.group),
@@ -268,6 +293,34 @@ def page(reported: Sequence[Residual], link: LinkTo, kept: Sequence[Residual] = 
         )
         if misses
         else None,
+        _apart(apart, link),
+    )
+
+
+def _by_machine(residual: Residual) -> tuple[bool, str]:
+    """Sort residuals by machine, GPUs first."""
+    return on_cpu(residual.folder), residual.machine
+
+
+def _apart(apart: Sequence[Residual], link: LinkTo) -> Section | None:
+    """Tell the residuals of runs that are scored apart, by machine and figure, and every miss."""
+    if not apart:
+        return None
+    figures = [BY_FORECAST, BY_FORMULA, *(m.title for m in METRICS.values())]
+    ordered = sorted(apart, key=lambda r: (*_by_machine(r), figures.index(r.group)))
+    misses = [r for r in ordered if not r.near]
+    return section(
+        "Apart: quick runs and random weights on GPUs",
+        Paragraph(APART),
+        _grouped(
+            ordered,
+            ("Machine", "Figure"),
+            lambda r: (f"{r.machine}{marks(r.folder.run())}", r.group),
+        ),
+        Paragraph("By run:"),
+        _grouped(apart, PLACE, lambda r: _place(r, link)),
+        Paragraph(f"{len(misses)} of {len(apart)} lie further off than 25%."),
+        _misses(misses, paces_of(apart), link),
     )
 
 
@@ -355,7 +408,8 @@ def _share_at_pace(residual: Residual, paces: Mapping[Path, float]) -> float | N
 
 def _place(residual: Residual, link: LinkTo) -> tuple[Inline, ...]:
     run = Link(residual.folder.path.name[:8], link(residual.folder))
-    return residual.lab, residual.machine, run, residual.group
+    marked = marks(residual.folder.run())
+    return residual.lab, residual.machine, (run, marked) if marked else run, residual.group
 
 
 def _grouped(

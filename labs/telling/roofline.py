@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from labs import theory
+from labs.filing.newest import marks
 from labs.filing.results import Run, Summary
 from labs.judging.text import number, point_label
 from labs.telling.dials import Hardware, cards, shipped_shape
@@ -152,7 +153,7 @@ class Dot:
 
     machine: str
     model: str
-    point: str  # in words
+    point: str  # in words, with the marks of a quick run
     context_tokens: float
     batch: float
     intensity: float
@@ -176,9 +177,10 @@ def _dots(run: Run, summary: Summary) -> Iterator[Dot]:
         x, y, batch = (summary.value(point.key, name) for name in metrics)
         not_valid = any(c.hits(name, point.key) for c in summary.caveats for name in metrics)
         if x and y and batch and not not_valid:
+            label = point_label(point.key, lab) + (marks(run) if run.quick else "")
             yield Dot(
-                run.machine.describe(), run.model, point_label(point.key, lab),
-                point.context_tokens, batch, x, y, attainable_flops_per_s(point.ceilings, x),
+                run.machine.describe(), run.model, label, point.context_tokens, batch, x, y,
+                attainable_flops_per_s(point.ceilings, x),
             )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from labs import LABS
 from labs.filing.bounded import DamagedError
 from labs.filing.committed import committed_runs
 from labs.filing.manifest import is_stale
-from labs.filing.newest import newest_of
+from labs.filing.newest import marks, newest_of, on_cpu
 from labs.filing.results import Run, RunFolder, Summary, all_runs, readable
 from labs.findings.parts import parts_of
 from labs.judging.judge import AGREEMENT, Judgement
@@ -184,9 +184,14 @@ class Entry:
         return is_stale(self.run)
 
     @property
+    def told(self) -> str:
+        """The machine, with the run's marks where a quick one stands in for a full one."""
+        return self.machine + (marks(self.run) if self.run.quick else "")
+
+    @property
     def where(self) -> str:
-        """The machine, and whether the lab was another one then."""
-        return self.machine + " (the lab's settings have changed since)" * self.stale
+        """The same, and whether the lab was another one then."""
+        return self.told + " (the lab's settings have changed since)" * self.stale
 
     @property
     def vllm(self) -> str:
@@ -267,11 +272,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Holds a lab, its place in the course, and the newest published full run of each machine."""
+    """Holds a lab, its place in the course, and the newest published full run of each machine.
+
+    On a GPU without one a quick run stands in.
+    """
 
     lab: Lab
     place: int
     entries: tuple[Entry, ...]
+
+    @property
+    def quick(self) -> bool:
+        """Whether a quick run stands in for a full one."""
+        return any(entry.run.quick for entry in self.entries)
 
     @property
     def href(self) -> str:
@@ -430,7 +443,9 @@ class Course:
 
     def pages(self) -> dict[str, str]:
         """Render the pages of the whole, by their names."""
-        machines = {e.machine: e for e in self.entries}
+        machines = {
+            e.machine: e for e in sorted(self.entries, key=lambda entry: on_cpu(entry.folder))
+        }
         return {
             "index.html": course_page(
                 "index.html", PAGE_SCRIPT, course=self, show=html.inline, parsed=parse
@@ -467,11 +482,15 @@ class Course:
         }
 
     def forecasts_page(self) -> str:
-        """Render what was predicted beside what came, of every published full run."""
+        """Render what was predicted beside what came, of every published full run.
+
+        Those that are scored apart are in tables of their own, and in no picture.
+        """
         published = [e.folder for e in self.published.values()]
         full = [folder for folder in published if residuals.is_full(folder)]
         reported_residuals, kept_residuals = residuals.of_runs(full), residuals.kept_of_runs(full)
-        document = residuals.page(reported_residuals, self.page_of, kept_residuals)
+        apart = residuals.of_runs(folder for folder in published if residuals.is_apart(folder))
+        document = residuals.page(reported_residuals, self.page_of, kept_residuals, apart)
         titles = {item.lab.name: item.lab.title for item in self.lessons}
         no_picture = html.embedded(Path())  # the document has none
         return course_page(
@@ -540,7 +559,7 @@ class Course:
             "colours": VARIANTS,
             "predicted": BOUND,
             "measured": [
-                {"machine": e.machine, "ratio": j.ratio.value} for e, j in item.guessed if j.ratio
+                {"machine": e.told, "ratio": j.ratio.value} for e, j in item.guessed if j.ratio
             ],
             "foretold": [{"machine": name, "ratio": ratio} for name, ratio in item.predicted],
             "dials": item.dials,

@@ -60,11 +60,13 @@ def test_the_readme_stays_one_page_whatever_is_found() -> None:
     """It is as long as with the longest headlines that there are."""
     before, _, rest = (ROOT / "README.md").read_text().partition("<!-- findings")
     found, _, after = rest.partition("<!-- /findings -->")
+    lines = found.splitlines()[1:]
+    around = "\n".join([before, *(line for line in lines if not line.startswith("- ")), after])
     shown = [h for h in (parts_of(name).headline for name in LABS) if h and h.on_front_page]
     words = sorted(len((h.done + h.figure).encode()) for h in shown)[-MOST_HEADLINES:]
     most = sum(words) + MOST_HEADLINES * A_FINDING
-    assert len((before + after).encode()) + most < README_BYTES
-    for line in found.splitlines()[1:]:
+    assert len(around.encode()) + most < README_BYTES
+    for line in (line for line in lines if line.startswith("- ")):
         (headline,) = (h for h in shown if f"[{h.done}]" in line)
         assert len(line.encode()) - len((headline.done + headline.figure).encode()) < A_FINDING
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,19 @@ def test_adapters_have_the_true_shape_at_both_ranks() -> None:
     assert found[f"{at}.k_proj.lora_B.weight"] == [256, 64]
     assert about(folder)["params_per_adapter"] == 16 * 8 * (2 * (512 + 512) + 2 * (512 + 256))
     assert made(model, "adapters") == folder
+
+
+def test_adapters_are_copied_where_a_file_system_has_no_hard_links(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = made(dummy.resolve(CPU), "adapters")
+    first, last = (folder / f"tenant-{n}" / "adapter_model.safetensors" for n in (0, 7))
+    assert first.read_bytes() == last.read_bytes()
+    assert not first.samefile(last)
 
 
 def test_what_is_made_of_real_weights_is_refused() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -142,6 +144,18 @@ def test_passages_follow_each_other_in_the_samples(base: Path, text: Path) -> No
 def test_groups_divide_the_widths(widths: tuple[int, int], size: int) -> None:
     config = dict(zip(("hidden_size", "intermediate_size"), widths, strict=True))
     assert quantize.group_size(config) == size
+
+
+def test_weights_are_copied_where_a_file_system_has_no_links(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    weights = quantize.with_older_config(base, CONFIG, tmp_path / "older") / "model.safetensors"
+    assert weights.read_bytes() == b"weights"
+    assert not weights.is_symlink()
 
 
 def test_transformers_4_gets_the_keys_it_reads(base: Path, tmp_path: Path) -> None:

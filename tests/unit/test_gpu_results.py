@@ -1,0 +1,251 @@
+"""What becomes of the results of a short sitting on a GPU: quick runs, with random weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labs import LABS
+from labs.comparing import compare, leaderboards, side_by_side
+from labs.filing import manifest, results
+from labs.filing.newest import newest_runs
+from labs.filing.results import Band, PointForecasts, RunFolder, write_json
+from labs.findings.parts import Headline, ReportParts
+from labs.telling import dials, instruments, markdown, residuals, site
+from labs.telling.document import Section, Table, plain_text
+from labs.telling.instruments import Bench
+from labs.telling.site import Course, Entry
+from labs.telling.summary import summarise
+from serving.machine import Machine
+from tests.unit.builders import MACHINE, _changed, make_lab, write_run
+
+GPU = Machine(kind="gpu", model="NVIDIA Soroban 80GB", count=1, memory_bytes=80 * 2**30)
+TOLD = GPU.describe()
+MARKED = "(random weights) (quick)"
+
+
+@pytest.fixture
+def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A full run on a CPU, whose name precedes that of the GPU, and is older than all others."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(leaderboards, "LABS", {"tiny": make_lab()})
+    headline = Headline(claim="faster", done="Turning it on", figure="the throughput")
+    monkeypatch.setattr(leaderboards, "parts_of", lambda lab: ReportParts(headline=headline))
+    folder = write_run(tmp_path)
+    assert MACHINE.slug < GPU.slug
+    keys = list(folder.summary().measurements)
+    bands = {"tpot_mean_s": Band(value=1.0, low=0.9, high=1.1)}
+    forecasts = PointForecasts(points=dict.fromkeys(keys, bands))
+    before = folder.predictions().model_copy(update={"in_virtual_time": forecasts})
+    write_json(folder.path / "predictions.json", before)
+    told = {"caveats": [], "answers": {"SO-4": "Often."}}
+    write_json(folder.path / "summary.json", summarise(folder).model_copy(update=told))
+    return folder
+
+
+@pytest.fixture
+def quick(cpu: RunFolder) -> RunFolder:
+    return on_gpu(cpu, "20260102", quick=True, dummy=True)
+
+
+def on_gpu(folder: RunFolder, day: str, **fields: Any) -> RunFolder:
+    return _changed(folder, day, machine=GPU, **fields)
+
+
+def names(runs: list[RunFolder]) -> list[str]:
+    return [folder.path.name[:8] for folder in runs]
+
+
+def test_a_quick_run_of_a_gpu_stands_in_where_there_is_no_full_one(
+    cpu: RunFolder, quick: RunFolder
+) -> None:
+    assert newest_runs()[0].path == quick.path
+    assert names(newest_runs()) == names(newest_runs(committed=True)) == ["20260102", "20260101"]
+    on_gpu(cpu, "20260103", quick=True, changes={"repeats": 9})  # ad hoc, in no table
+    _changed(cpu, "20260104", quick=True)  # on the CPU
+    assert names(newest_runs()) == ["20260102", "20260101"]
+    on_gpu(cpu, "20260105", quick=True)
+    assert names(newest_runs()) == ["20260105", "20260101"]
+    on_gpu(cpu, "20250101", dummy=True)  # full, and however old
+    assert names(newest_runs()) == ["20250101", "20260101"]
+    on_gpu(cpu, "20250102")
+    on_gpu(cpu, "20260106", quick=True)
+    assert names(newest_runs()) == ["20250102", "20260101"]
+
+
+def test_two_gpus_are_compared_by_what_stands_in_with_a_caveat(
+    cpu: RunFolder, quick: RunFolder
+) -> None:
+    other = GPU.model_copy(update={"count": 2})
+    beside = _changed(quick, "20260103", machine=other)
+    for folder in (quick, beside):
+        write_json(folder.path.parents[1] / "machine.json", results.MachineFile(
+            machine=folder.run().machine, ceilings=folder.run().ceilings
+        ))  # fmt: skip
+    a, b = (str(folder.path.parents[1]) for folder in (quick, beside))
+    comparisons, refused = compare.compare_named(a, b, force=True)
+    assert "quick run" in markdown.document(side_by_side.document(comparisons, refused))
+
+
+def test_a_gpu_comes_first_in_every_table_and_its_quick_runs_are_marked(
+    cpu: RunFolder, quick: RunFolder
+) -> None:
+    board = leaderboards.leaderboard()
+    assert [plain_text(row[2]) for row in board.rows] == [
+        f"{TOLD} {MARKED}", MACHINE.describe(), f"{TOLD} {MARKED}", MACHINE.describe(),
+    ]  # fmt: skip
+    text = leaderboards._collection(newest_runs())
+    assert text.index(f"[{TOLD}](") < text.index(f"[{MACHINE.describe()}](")
+    so_4 = next(line for line in text.splitlines() if line.startswith("| SO-4"))
+    assert f"[NVIDIA Soroban 80GB]({quick.path.relative_to(results.RESULTS)}/report.md)" in so_4
+    assert so_4.index("Soroban") < so_4.index("Abacus")
+    assert MARKED in so_4
+    assert text.count("*(quick)*: that machine has no full run of the lab yet") == 2
+    assert "*(quick)*" not in leaderboards._collection([cpu])
+    page = markdown.document(leaderboards._machine([quick], committed=True))
+    assert page.count(MARKED) == 1 + 2 + 1  # its row, its claims, its answer
+    assert "*(quick)*" in page
+
+
+def test_benches_of_gpus_come_first(cpu: RunFolder) -> None:
+    for machine in (MACHINE, GPU):
+        write_json(instruments.path_of(machine), Bench(machine=machine))
+    assert [bench.machine for bench in instruments.on_file()] == [GPU, MACHINE]
+
+
+README = "<!-- findings: generated by `labs readme` -->\n<!-- /findings -->"
+
+
+def test_the_front_page_says_whether_a_gpu_is_behind_its_findings_and_names_it(
+    cpu: RunFolder, quick: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def front(*runs: RunFolder) -> str:
+        return leaderboards.generated_parts(README, runs)
+
+    none_yet = "Measured on CPUs with two cores; no result from a GPU is here yet. In parentheses:"
+    assert none_yet in front(cpu)
+    assert "/report.md): 2.97 times the throughput" in front(cpu)
+    assert "Measured on GPUs, which are named. In parentheses" in front(cpu, quick)
+    assert f"/report.md) on Soroban 80GB {MARKED}: 2.97 times" in front(cpu, quick)
+    assert "Nothing has been decided yet." in front()
+    full = _changed(cpu, "20250101", machine=GPU.model_copy(update={"count": 2}))
+    assert "report.md) on Soroban 80GB: 2.97 times" in front(cpu, full, quick)
+    summary = quick.summary()
+    undecided = [j.model_copy(update={"expected": None}) for j in summary.judgements]
+    write_json(quick.path / "summary.json", summary.model_copy(update={"judgements": undecided}))
+    told = "Measured on CPUs with two cores; no GPU has decided one of these yet."
+    assert told in front(cpu, quick)
+    many = _changed(cpu, "20260110", machine=MACHINE.model_copy(update={"count": 64}))
+    assert "Measured on CPUs; no result" in front(many)
+
+
+def test_findings_of_a_gpu_come_before_others_where_room_is_short(
+    cpu: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lab that only a CPU has run is earlier in the course."""
+    other = write_run(cpu.path.parents[2], name="other")
+    gpu = on_gpu(cpu, "20260103")
+    monkeypatch.setattr(leaderboards, "LABS", {"other": make_lab(), "tiny": make_lab()})
+    monkeypatch.setattr(leaderboards, "MOST_HEADLINES", 1)
+    monkeypatch.setattr(manifest, "is_stale", lambda run: False)
+    assert [f.path for f, *_ in leaderboards._found([cpu, gpu, other])] == [gpu.path]
+    monkeypatch.setattr(leaderboards, "MOST_HEADLINES", 2)
+    told = leaderboards._measured_on([cpu, gpu, other])
+    assert told == "Measured on CPUs with two cores and on GPUs, which are named."
+
+
+def tables(document: Section, title: str) -> list[list[list[str]]]:
+    """The rows of the tables under a heading, as a reader reads them."""
+    (found,) = (b for b in document.blocks if isinstance(b, Section) and b.title == title)
+    return [
+        [[plain_text(cell) for cell in row] for row in block.rows]
+        for block in found.blocks
+        if isinstance(block, Table)
+    ]
+
+
+def test_forecasts_of_quick_runs_on_gpus_are_scored_apart_and_marked(
+    cpu: RunFolder, quick: RunFolder
+) -> None:
+    _changed(cpu, "20260104", quick=True)  # on the CPU
+    on_gpu(cpu, "20260105", changes={"repeats": 9})
+    (apart,) = residuals.runs_apart(committed=False)
+    assert apart.path == quick.path
+    assert [f.path for f in residuals.full_runs(committed=False)] == [cpu.path]
+    full, quickly = (residuals.of_runs([folder]) for folder in (cpu, quick))
+    link = residuals.to_reports(results.RESULTS)
+    page = residuals.page(full, link, (), quickly)
+    title = "Apart: quick runs and random weights on GPUs"
+    by_figure, by_run, misses = tables(page, title)
+    assert by_figure
+    assert {row[0] for row in by_figure} == {f"NVIDIA Soroban 80GB {MARKED}"}
+    assert {row[2] for row in [*by_run, *misses]} == {f"20260102 {MARKED}"}
+    without = residuals.page(full, link)
+    assert [b for b in page.blocks if getattr(b, "title", "") != title] == [*without.blocks]
+    pages = leaderboards._pages()
+    assert title in pages[results.RESULTS / leaderboards.FORECASTS]
+
+
+def test_full_runs_of_gpus_lead_the_scores(cpu: RunFolder) -> None:
+    gpu = on_gpu(cpu, "20260103")
+    found = residuals.of_runs([cpu, gpu])
+    page = residuals.page(found, residuals.to_reports(results.RESULTS), found)
+    for title in ("Aims", "By machine and figure, in the newest run of each lab"):
+        ((first, *_), *_), *_ = tables(page, title)
+        assert first == "NVIDIA Soroban 80GB"
+
+
+def entry(folder: RunFolder) -> Entry:
+    machine, lab, name = folder.path.parts[-3:]
+    return Entry(folder, folder.run(), folder.summary(), f"{machine}/{lab}/{name}.html")
+
+
+def test_the_site_shows_a_quick_run_of_a_gpu_first_and_marked(
+    cpu: RunFolder, quick: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "LABS", {"tiny": make_lab()})
+    course = Course([entry(cpu), entry(quick)])
+    assert [e.folder.path for e in course.newest] == [quick.path, cpu.path]
+    (item,) = course.lessons
+    stands_in = "On a GPU without a full run a quick one stands in"
+    lesson, pages = course.lesson_page(item), course.pages()
+    for text in (lesson, pages["machines.html"]):
+        assert stands_in in text
+        assert text.index(f"{TOLD} {MARKED}") < text.index(MACHINE.describe())
+    for text in (pages["index.html"], pages["questions.html"]):
+        assert f"{TOLD} {MARKED}" in text
+    assert not re.search(rf"{TOLD}(?! \(random weights\))", pages["index.html"])
+    machines = pages["machines.html"].partition('<section id="machines">')[2]
+    assert machines.index(TOLD) < machines.index(MACHINE.describe())
+    assert "Apart: quick runs and random weights on GPUs" in pages["forecasts.html"]
+    assert item.dots
+    for dot in item.dots:
+        assert dot.point.endswith(MARKED) == (dot.machine == TOLD)
+    alone = Course([entry(cpu)])
+    texts = [alone.lesson_page(alone.lessons[0]), *alone.pages().values()]
+    assert not any(stands_in in text or "(quick)" in text for text in texts)
+
+
+def test_what_a_quick_run_measured_is_marked_beside_a_dial(
+    cpu: RunFolder, quick: RunFolder
+) -> None:
+    lab = LABS["continuous-batching"]
+    runs = []
+    for folder in (quick, cpu):
+        of_tiny = folder.summary()
+        judged = [j.model_copy(update={"claim": lab.claims[0].name}) for j in of_tiny.judgements]
+        runs.append((folder.run(), of_tiny.model_copy(update={"judgements": judged})))
+    told = [measured["told"] for measured in dials.dials(lab, runs)["measured"]]
+    assert [text.endswith(MARKED) for text in told] == [True, False]
+
+
+def test_the_page_of_forecasts_has_what_is_scored_apart_where_nothing_else_is(
+    quick: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "LABS", {"tiny": make_lab()})
+    text = Course([entry(quick)]).forecasts_page()
+    assert "Apart: quick runs and random weights on GPUs</h2>" in text
+    assert "No full run on file has a valid figure" in text

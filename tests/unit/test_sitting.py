@@ -1,0 +1,230 @@
+"""A sitting of several labs goes on whatever ends one of them, and packs what that one left."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from labs.commands import all_labs
+from labs.commands.cli import app
+from labs.filing import results
+from labs.lab import LabError, NotApplicable
+from labs.running.clock import TimeUsedUp
+from labs.running.resolve import RunRequest
+from labs.running.resume import CannotResume
+from serving import whole
+from serving.machine import detect
+
+FIRST, SECOND, THIRD = LABS = ("single-stream", "multi-lora", "overload")
+Play = Callable[[str], None]
+
+
+@pytest.fixture(autouse=True)
+def _as_found() -> Iterator[None]:
+    """The command takes over two signals."""
+    taken = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for signum, handler in taken.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of this machine's results, of a sitting that nobody else has."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(all_labs, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(all_labs, "FOLDER", tmp_path / "sitting")
+    monkeypatch.setattr(all_labs, "check_flags", lambda *_: None)  # imports vLLM
+    return tmp_path / "results" / detect().slug
+
+
+@pytest.fixture
+def sit(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, list[str]]]:
+    """Plays the labs by a function of their name; returns exit code, output and the labs played."""
+
+    def call(play: Play, *labs: str) -> tuple[int, str, list[str]]:
+        played = list[str]()
+
+        def run(request: RunRequest, *_: object) -> None:
+            played.append(request.lab.name)
+            play(request.lab.name)
+
+        monkeypatch.setattr("labs.commands.cli.run_lab", run)
+        archive = str(home.parents[1] / "results.tar.gz")
+        arguments = ("all", "--only", ",".join(labs or LABS), "--archive", archive)
+        called = CliRunner().invoke(app, arguments)
+        return called.exit_code, " ".join(called.output.split()), played
+
+    return call
+
+
+def packed(home: Path) -> dict[str, bytes]:
+    """Read the files of the archive, by their names below the folder of the machine."""
+    found = {}
+    with tarfile.open(home.parents[1] / "results.tar.gz") as archive:
+        for member in archive:
+            inside = archive.extractfile(member)
+            assert inside
+            found[member.name.removeprefix(f"results/{home.name}/")] = inside.read()
+    return found
+
+
+def finish_trial(home: Path, lab: str, number: int = 1) -> None:
+    path = home / lab / "run" / "trials" / "v" / "w" / str(number) / "trial.json"
+    whole.write(path, "{}")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [RuntimeError("CUDA error"), ValueError("no figure"), KeyError("metric"), MemoryError()],
+)
+def test_a_fault_of_one_lab_ends_that_lab_alone_and_its_traceback_is_taken_home(
+    sit: Callable[..., tuple[int, str, list[str]]], home: Path, fault: Exception
+) -> None:
+    kept = list[str]()
+
+    def play(lab: str) -> None:
+        if lab == FIRST:
+            whole.write(home / lab / "run" / "logs" / "engine-on.log", "out of blocks")
+            raise fault
+        kept.extend(
+            packed(home) if lab == SECOND else ()
+        )  # in case the call is killed from here on
+        raise NotApplicable("not here")
+
+    code, said, played = sit(play)
+    assert (code, played) == (1, list(LABS))
+    (log,) = home.glob(f"{FIRST}/error-*.log")
+    assert f"error: {type(fault).__name__}" in said
+    assert f"/{log.name})" in said
+    assert "Traceback" not in said
+    assert "Traceback (most recent call last):" in log.read_text()
+    assert f"{FIRST}/run/logs/engine-on.log" in kept
+    assert packed(home)[f"{FIRST}/{log.name}"] == log.read_bytes()
+    *_, again = sit(play)
+    assert again == [SECOND, THIRD, FIRST]
+
+
+def test_a_traceback_has_no_secret(
+    sit: Callable[..., tuple[int, str, list[str]]], home: Path
+) -> None:
+    def play(lab: str) -> None:
+        raise RuntimeError(f"token='hf_{'a' * 30}'")
+
+    _, said, _ = sit(play, FIRST)
+    (log,) = home.glob(f"{FIRST}/error-*.log")
+    assert "hf_aaa" not in said + log.read_text()
+
+
+def test_a_disk_without_room_ends_the_lab_in_a_sentence_that_says_what_mends_it(
+    sit: Callable[..., tuple[int, str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play(lab: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "records")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("labs.filing.archive.write", full)
+    write = whole.write
+    monkeypatch.setattr(
+        whole, "write", lambda path, text: full() if path.suffix == ".log" else write(path, text)
+    )
+    code, said, played = sit(play)
+    assert (code, played) == (1, list(LABS))
+    assert "error: No space left on device (records): free some of the disk that holds" in said
+    assert "traceback" not in said  # there was no room for it
+
+
+def test_an_expected_error_has_its_sentence_and_no_traceback(
+    sit: Callable[..., tuple[int, str, list[str]]], home: Path
+) -> None:
+    def play(lab: str) -> None:
+        raise LabError("the port is taken")
+
+    _, said, _ = sit(play, FIRST)
+    assert f"Not finished: {FIRST}: the port is taken" in said
+    assert not list(home.glob("*/error-*.log"))
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(143)])
+def test_who_stops_a_call_stops_all_of_it_and_has_its_archive(
+    sit: Callable[..., tuple[int, str, list[str]]], home: Path, end: BaseException
+) -> None:
+    def play(lab: str) -> None:
+        whole.write(home / lab / "run" / "run.json", "{}")
+        raise end
+
+    code, _, played = sit(play)
+    assert code in (130, 143)
+    assert played == [FIRST]
+    assert f"{FIRST}/run/run.json" in packed(home)
+
+
+def test_a_lab_at_which_calls_are_killed_comes_last_from_the_third_on(
+    sit: Callable[..., tuple[int, str, list[str]]], home: Path
+) -> None:
+    """As one that needs more memory than there is: the call cannot record how it ended."""
+
+    def killed_at(*labs: str) -> Play:
+        def play(lab: str) -> None:
+            if lab in labs:
+                raise SystemExit(137)
+            raise NotApplicable("not here")
+
+        return play
+
+    assert sit(killed_at(FIRST))[2] == [FIRST]
+    assert sit(killed_at(FIRST))[2] == [FIRST]
+    _, said, played = sit(killed_at(FIRST, SECOND))
+    assert played == [SECOND]
+    assert f"{FIRST} was begun 2 times without finishing a trial" in said
+    assert sit(killed_at(FIRST, SECOND))[2] == [SECOND]
+    assert sit(killed_at(FIRST, SECOND))[2] == [THIRD, FIRST]
+    _, said, played = sit(killed_at(FIRST, SECOND))  # the one that was tried less often
+    assert played == [THIRD, SECOND]
+    assert "it is taken to have failed" not in said  # once
+
+
+def test_a_lab_that_finishes_a_trial_in_each_call_keeps_its_place(
+    sit: Callable[..., tuple[int, str, list[str]]], home: Path
+) -> None:
+    for number in range(5):
+
+        def play(lab: str, number: int = number) -> None:
+            finish_trial(home, lab, number)
+            raise SystemExit(137)
+
+        assert sit(play)[2] == [FIRST]
+
+
+def test_a_begin_that_the_clock_ends_is_not_held_against_a_lab(
+    sit: Callable[..., tuple[int, str, list[str]]],
+) -> None:
+    def play(lab: str) -> None:
+        if lab == FIRST:
+            raise NotApplicable("not here")
+        raise TimeUsedUp("the first trial needs about 90 s and 10 s are left")
+
+    for _ in range(4):
+        code, said, played = sit(play)
+        assert (code, played) == (75, [FIRST, SECOND])
+        assert "taken to have failed" not in said
+
+
+def test_a_lab_that_is_begun_anew_within_a_call_is_counted_once(
+    sit: Callable[..., tuple[int, str, list[str]]],
+) -> None:
+    def play(lab: str) -> None:
+        raise CannotResume("the model is another")
+
+    sit(play, FIRST)
+    (record,) = all_labs.FOLDER.glob("*.json")
+    state = all_labs.Sitting.model_validate_json(record.read_text())
+    assert state.in_vain == {FIRST: 1}
