@@ -75,9 +75,11 @@ def shares_of_gpu(
 ) -> dict[str, float]:
     """Return the share of one GPU's memory that each variant's engine takes beside all others.
 
-    Each gets what it needs. Empty where they do not fit together, or it is not known whether they
-    do. `weights` holds what variants serve that do not serve `model`.
+    Each gets what it needs. Empty for one engine, and where they do not fit together, or it is not
+    known whether they do. `weights` holds what variants serve that do not serve `model`.
     """
+    if len(lab.variants) == 1:
+        return {}
     shares = dict[str, float]()
     for v in lab.variants:
         shape = weights.get(v.name, model).shape

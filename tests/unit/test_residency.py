@@ -13,10 +13,12 @@ import pytest
 from labs import LABS
 from labs.changes import parse_changes
 from labs.filing.results import Residency, RunFolder, TrialResult, write_json
-from labs.judging.idle_neighbours import STEPS, slowdown, times_as_long
+from labs.judging.idle_neighbours import PROOF_S, STEPS, slowdown, times_as_long
 from labs.lab import Lab
+from labs.running.clock import CLOSING_S, Clock, TimeUsedUp
 from labs.running.engines import Engines, resident_groups, shares_of_gpu
 from labs.running.harness import NOT_TIMED
+from labs.running.trials import Trials
 from labs.telling.method import lines
 from serving import dummy
 from serving.engines.base import EngineError
@@ -97,6 +99,7 @@ def test_two_engines_of_8_billion_parameters_share_a_gpu_of_80_gb() -> None:
         assert 0 <= found[variant.name] - need / H100.memory_bytes < 0.001
     l4 = Machine(kind="gpu", model="NVIDIA L4", count=1, memory_bytes=23034 * 2**20)
     assert shares(lab_of("prefix-caching", machine=l4), l4) == {}
+    assert shares(lab_of("continuous-batching")) == {}  # one engine has it all
 
 
 @pytest.mark.parametrize(
@@ -252,6 +255,29 @@ def test_where_nothing_can_be_timed_no_engine_starts_beside_another(folder: RunF
     assert harness.steps == [f"Engines take turns, since {NOT_TIMED}"]
     assert harness.timed_after == [[]]
     assert harness.noted[1] == "1"  # a trial, before another engine is started
+
+
+def test_a_call_whose_time_ends_has_to_hold_the_timing_too(folder: RunFolder) -> None:
+    harness = OnOneGpu(folder)
+    setup: Any = harness.setup
+    trial_s = harness.trials.trial_s(setup.points[0])
+    for left_s in (100 + trial_s + PROOF_S - 1, 100 + trial_s + PROOF_S + 1):
+        setup.clock = Clock.of(CLOSING_S + left_s, [100.0], [])
+        setup.clock.played = True
+        with pytest.raises(TimeUsedUp if left_s < 100 + trial_s + PROOF_S else StopIteration):
+            harness.play_lab()  # goes on to a step of which no time is given
+    assert harness.noted == []
+
+
+def test_the_machine_is_timed_once_more_than_counts_and_not_at_all_after_a_failure() -> None:
+    def timed(*given: ReferenceStep | None) -> tuple[ReferenceStep, ...]:
+        answers = iter(given)
+        trials: Any = SimpleNamespace(_time_reference=lambda: next(answers))
+        return Trials.time_machine(trials, 2)
+
+    cold, one, two = (ReferenceStep(reading_s=s, computing_s=1) for s in (9, 1, 2))
+    assert timed(cold, one, two) == (one, two)
+    assert timed(cold, one, None) == ()
 
 
 def test_a_run_whose_engines_could_not_share_the_gpu_goes_on_in_turn(folder: RunFolder) -> None:
