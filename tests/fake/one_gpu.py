@@ -41,8 +41,8 @@ def app(factor: float) -> None:
 
     os.environ.pop(gpus.VARIABLE, None)
     sys.path.insert(0, str(STAND_IN))
-    run.in_virtual_time = lambda *_: None  # type: ignore[assignment]
-    bare.with_a_constant_reference_step = lambda: None  # type: ignore[assignment]
+    run.in_virtual_time = lambda *_: None
+    bare.with_a_constant_reference_step = lambda: None
     reference_step.started = started
     bare.app()
 
