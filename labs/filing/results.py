@@ -495,6 +495,19 @@ class Undecided(BaseModel, frozen=True, extra="forbid"):
     points: tuple[str, ...]
 
 
+class Residency(BaseModel, frozen=True, extra="forbid"):
+    """Records how the engines of a run shared one GPU, or why they took turns after all.
+
+    The machine's own speed was timed before any of them was loaded, and with all of them loaded and
+    idle.
+    """
+
+    shares: dict[str, FiniteFloat]  # of the GPU's memory, by variant: --gpu-memory-utilization
+    alone: tuple[ReferenceStep, ...] = ()
+    beside: tuple[ReferenceStep, ...] = ()  # none where not all of them started
+    in_turn: str = ""  # why they took turns; empty where they stayed loaded together
+
+
 class Session(BaseModel, frozen=True, extra="forbid"):
     """Records how one session of a run went: its times, and whether the counts agreed."""
 
@@ -560,6 +573,16 @@ class RunFolder:
         path = self.path / "session.json"
         return read_json(path, Session) if path.exists() else None
 
+    @property
+    def residency_file(self) -> Path:
+        """Return the path of how engines shared a GPU."""
+        return self.path / "residency.json"
+
+    def residency(self) -> Residency | None:
+        """Read how engines shared a GPU; None where they were never to."""
+        path = self.residency_file
+        return read_json(path, Residency) if path.exists() else None
+
     def probe_file(self, probe: str, variant: str) -> Path:
         """Return the path of a probe's result on a variant's engine."""
         return self.path / "probes" / f"{probe}-{variant}.json.gz"
@@ -614,9 +637,15 @@ class RunFolder:
         )
 
     def took_turns(self, points: Sequence[Point], lab: Lab) -> bool | None:
-        """Tell whether engines took turns in the trials that succeeded; None where none has."""
+        """Tell whether engines took turns in the trials that succeeded.
+
+        Where none has, they do if it was found that they cannot share the GPU; else None.
+        """
         starts = [r.start for r in self._results(points, lab) if r.failed is None]
-        return any(start is not None for start in starts) if starts else None
+        if starts:
+            return any(start is not None for start in starts)
+        residency = self.residency()
+        return True if residency and residency.in_turn else None
 
     def transports_s(
         self, points: Sequence[Point], lab: Lab, expected: Expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
 from collections import Counter
@@ -12,12 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from dashboards.prometheus import Prometheus
-from labs.lab import Variant
+from labs.lab import Lab, Variant
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from serving.engines import ENGINES
 from serving.engines.base import Engine, Server, with_places
 from serving.host_memory import available_bytes
+from serving.machine import Machine
+from serving.models import Model
+
+MOST_OF_GPU = 0.9
+"""Of a GPU's memory, for all engines together: the process that times the machine has some, too."""
+HOST_BYTES = 6 * 2**30
+"""On the host, for each engine on a GPU: its processes and their libraries. An estimate that no run
+has tried."""
 
 Groups = list[list[Variant]]  # variants that stay loaded together
 Trip = list[tuple[list[Variant], list[int]]]  # groups one after another, the repeats of each
@@ -26,8 +35,8 @@ Trip = list[tuple[list[Variant], list[int]]]  # groups one after another, the re
 def resident_groups(setup: Setup, took_turns: bool | None = None) -> Groups:
     """Return all variants as one group where host memory admits it, else a group for each.
 
-    A run that is resumed goes on as it began, whatever memory is free now: `took_turns` says how
-    that was. A GPU engine takes its share of the device for itself, so there they take turns.
+    That is the host's memory on a CPU, and one GPU's on a GPU. A run that is resumed goes on as it
+    began, whatever memory is free now: `took_turns` says how that was.
     """
     variants = list(setup.lab.variants)
     if len(variants) == 1 or setup.endpoint:
@@ -50,14 +59,35 @@ def groups_in_turn(setup: Setup) -> Groups:
 
 def _fit_together(setup: Setup) -> bool:
     """Tell whether the engines of all variants fit into this machine's memory at the same time."""
-    if setup.machine.kind != "cpu":
-        return False
+    if setup.machine.kind == "gpu":
+        shares = shares_of_gpu(setup.lab, setup.machine, setup.model, setup.weights)
+        return bool(shares) and len(shares) * HOST_BYTES < 0.7 * available_bytes()
     need = [
         ENGINES[v.engine].host_memory_bytes(setup.lab.flags_of(v), setup.model.shape)
         for v in setup.lab.variants
     ]
     known = [n for n in need if n is not None]
     return known == need and sum(known) < 0.7 * available_bytes()
+
+
+def shares_of_gpu(
+    lab: Lab, machine: Machine, model: Model, weights: Mapping[str, Model]
+) -> dict[str, float]:
+    """Return the share of one GPU's memory that each variant's engine takes beside all others.
+
+    Each gets what it needs. Empty for one engine, and where they do not fit together, or it is not
+    known whether they do. `weights` holds what variants serve that do not serve `model`.
+    """
+    if len(lab.variants) == 1:
+        return {}
+    shares = dict[str, float]()
+    for v in lab.variants:
+        shape = weights.get(v.name, model).shape
+        need = ENGINES[v.engine].gpu_memory_bytes(lab.flags_of(v), shape)
+        if need is None:
+            return {}
+        shares[v.name] = math.ceil(1000 * need / machine.memory_bytes) / 1000
+    return shares if sum(shares.values()) <= MOST_OF_GPU else {}
 
 
 def order_of_engines(groups: Groups, repeats: Sequence[int], starts: int) -> list[Trip]:
@@ -92,6 +122,7 @@ class Engines:
         self.start_s = 0.0  # spent on waiting for engines so far
         self.started = 0  # engines so far
         self.starts = Counter(on_file or {})  # of each variant
+        self.shares = dict[str, float]()  # of one GPU's memory, where engines share it
         self._setup, self._logs, self._progress = setup, logs, progress
         self._prometheus, self._labels = prometheus, labels
         self._serving: dict[str, Server] = {}
@@ -105,11 +136,19 @@ class Engines:
         if not anew and self._serving.keys() == {v.name for v in group}:
             return False
         self.unload()
+        self.shares = self.shares_for(group)
         with self._timed_start():  # at the same time: their imports take long
             starting = [(v, self._start_counted(v)) for v in group]
             for variant, engine in starting:
                 self._wait(variant, engine)
         return True
+
+    def shares_for(self, group: Sequence[Variant]) -> dict[str, float]:
+        """Return each engine's share of a GPU's memory; none where it has the GPU to itself."""
+        setup = self._setup
+        if len(group) == 1 or setup.machine.kind != "gpu":
+            return {}
+        return shares_of_gpu(setup.lab, setup.machine, setup.model, setup.weights)
 
     def unload(self) -> None:
         for engine in self._serving.values():
@@ -164,10 +203,12 @@ class Engines:
         if setup.endpoint:
             self._serving[variant.name] = setup.endpoint
             return setup.endpoint
-        engine = ENGINES[variant.engine](
+        kind, share = ENGINES[variant.engine], self.shares.get(variant.name)
+        flags = setup.lab.engine_flags_of(variant)
+        engine = kind(
             variant.name,
             setup.weights.get(variant.name, setup.model),
-            with_places(setup.lab.engine_flags_of(variant), setup.places),
+            with_places({**flags, **(kind.gpu_share_flags(share) if share else {})}, setup.places),
             kind=setup.machine.kind,
             log=self._logs / f"engine-{variant.name}.log",
             command=setup.engine_command,

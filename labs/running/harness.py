@@ -18,7 +18,15 @@ import requests
 
 from dashboards import live
 from dashboards.prometheus import Prometheus
-from labs.filing.results import RESULTS, RunFolder, Undecided, write_gzip, write_json
+from labs.filing.results import (
+    RESULTS,
+    Residency,
+    RunFolder,
+    Undecided,
+    write_gzip,
+    write_json,
+)
+from labs.judging.idle_neighbours import PROOF_S, STEPS, slowdown
 from labs.judging.judge import may_be_decided
 from labs.lab import Point, Variant
 from labs.running.counts import Counts
@@ -32,6 +40,7 @@ from labs.telling import pages
 from labs.telling.summary import summarise
 from serving import gpus, reference_step, telemetry
 from serving.engines.base import EngineError
+from serving.masking import tellable
 from serving.ports import LOOPBACK, free_port
 from serving.reference_step import ReferenceTimer
 
@@ -42,8 +51,19 @@ PROBE_ERRORS = (
 )  # fmt: skip
 
 
+NOT_ALL_START = "not all start beside one another"
+NOT_TIMED = "the machine's own speed cannot be timed, which would show what idle ones change"
+
+
 class NotTogether(EngineError):
-    """Signals that engines that were to stay loaded together did not all start."""
+    """Signals that engines that were to stay loaded together cannot; the message says why.
+
+    `error` is that of the engine that did not start, if any.
+    """
+
+    def __init__(self, why: str, error: str = "") -> None:
+        super().__init__(why)
+        self.error = error
 
 
 @dataclass
@@ -59,18 +79,22 @@ class Harness:
     counts: Counts
     groups: Groups
     failed_to_start: set[str] = field(default_factory=set)  # names of variants
+    residency: Residency | None = None  # of engines that share a GPU, in this sitting
 
     def play_lab(self) -> int:
         """Play the lab's own repeats; return how many trips through all engines that took.
 
         Engines that do not start together take turns, so that what cannot start alone costs its own
-        trials. Raises EngineError where no variant's engine starts.
+        trials. So do those that slow a GPU down while idle. Raises EngineError where no variant's
+        engine starts.
         """
         try:
             return self._play_trips()
         except NotTogether as error:
-            self.progress.message(str(error))
-            self.progress.message("Engines take turns, since not all start beside one another")
+            if error.error:
+                self.progress.message(error.error)
+            self.progress.message(f"Engines take turns, since {error}")
+            self._file_residency(error)
         self.groups = groups_in_turn(self.setup)
         self.trials.take_turns()
         return self._play_trips()
@@ -120,15 +144,19 @@ class Harness:
         in_turn = len(self.groups) > 1
         starts = in_turn or any(self.engines.alive(variant) is None for variant in group)
         start_s = clock.start_s(self.setup.machine.kind) if starts else 0.0
+        start_s += PROOF_S if self._must_be_harmless(group) else 0.0
         first_s = self.trials.trial_s(due[0][0]) if due else 0.0
         clock.require(start_s + first_s, f"starting {names}, and its first trial,")
         try:
-            if self.engines.load(group, anew=in_turn):
+            if self._load(group, anew=in_turn):
                 self.progress.expect(self.trials.remaining_s)
+        except NotTogether:
+            self.engines.unload()
+            raise
         except EngineError as error:
             self.engines.unload()
             if len(group) > 1 and not self.trials.any_recorded:
-                raise NotTogether(str(error)) from error
+                raise NotTogether(NOT_ALL_START, str(error)) from error
             self.failed_to_start.update(v.name for v in group)
             none_starts = len(self.failed_to_start) == len(self.setup.lab.variants)
             if none_starts and not self.trials.any_recorded:
@@ -141,6 +169,42 @@ class Harness:
             self.trials.play(point, repeat)
         for variant in group if probe else ():
             self._probe(variant)
+
+    def _must_be_harmless(self, group: Sequence[Variant]) -> bool:
+        """Tell whether these engines share a GPU, and nothing has shown yet what idle ones cost."""
+        sharing = len(group) > 1 and self.setup.machine.kind == "gpu"
+        return sharing and self.residency is None and not self.trials.any_recorded
+
+    def _load(self, group: Sequence[Variant], anew: bool) -> bool:
+        """Have the engines of the group serve; return whether any had to be started.
+
+        Raises EngineError, and NotTogether where those that share a GPU slow it down while idle.
+        """
+        if not self._must_be_harmless(group):
+            return self.engines.load(group, anew)
+        self.progress.waiting("timing the machine before the engines share it")
+        alone = self.trials.time_machine(STEPS)
+        self.residency = Residency(shares=self.engines.shares_for(group), alone=alone)
+        if not alone:
+            raise NotTogether(NOT_TIMED)
+        self.engines.load(group, anew)
+        self.progress.waiting("timing the machine beside the engines, which are idle")
+        beside = self.trials.time_machine(STEPS)
+        self.residency = self.residency.model_copy(update={"beside": beside})
+        if why := slowdown(alone, beside) if beside else NOT_TIMED:
+            raise NotTogether(why)
+        self._file_residency()
+        return True
+
+    def _file_residency(self, not_together: NotTogether | None = None) -> None:
+        """Keep with the run how engines share a GPU, or why they take turns; else do nothing."""
+        if self.residency is None:
+            return
+        if not_together:
+            first_line = not_together.error.partition("\n")[0]
+            why = ": ".join(filter(None, [str(not_together), first_line]))
+            self.residency = self.residency.model_copy(update={"in_turn": tellable(why)})
+        write_json(self.folder.residency_file, self.residency)
 
     def play_repeats(self, group: Sequence[Variant], repeats: Collection[int]) -> None:
         """Play the group's trials of these repeats; after their last its engines are probed."""

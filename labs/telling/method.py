@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from labs.filing.results import Run, Session, Summary
+from labs.filing.results import Residency, Run, Session, Summary
+from labs.judging.idle_neighbours import times_as_long
 from labs.judging.judge import (
     CONFIDENCE,
     ENOUGH_STARTS,
@@ -17,12 +18,19 @@ from labs.judging.text import ONE_SITTING, ceilings_text, counted
 from labs.lab import Lab
 from labs.telling.document import Code, Inline
 from serving.dummy import SUFFIX
+from serving.engines.vllm import SHARE_FLAG
 from serving.machine import VLLM
 
 CLOCKS_DIFFER_S = 5.0  # of a session's length and of its begin and end, in whole seconds
 
 
-def lines(run: Run, lab: Lab, session: Session | None, summary: Summary) -> list[Inline]:
+def lines(
+    run: Run,
+    lab: Lab,
+    session: Session | None,
+    summary: Summary,
+    residency: Residency | None = None,
+) -> list[Inline]:
     """Say everything that a reader needs to make the run again."""
     env = run.environment
     return [
@@ -39,6 +47,7 @@ def lines(run: Run, lab: Lab, session: Session | None, summary: Summary) -> list
         f" {lab.seed}),"
         " and sends the same requests to all variants.",
         *(_sitting(run, lab, session) if session else ()),
+        *([_shared(residency)] if residency else ()),
         _command(run, lab),
     ]
 
@@ -127,6 +136,22 @@ def _sitting(run: Run, lab: Lab, session: Session) -> list[str]:
     if session.prometheus:
         result.append(f"{session.prometheus}; the records are complete without it.")
     return result
+
+
+def _shared(residency: Residency) -> str:
+    """Say how engines shared a GPU, and what those that were idle changed; or why they did not."""
+    if residency.in_turn:
+        return f"The engines were to share the GPU, and took turns: {residency.in_turn}."
+    shares = ", ".join(f"{name} {share:g}" for name, share in residency.shares.items())
+    said = f"Shares of the GPU's memory ({SHARE_FLAG}): {shares}."
+    if not (residency.alone and residency.beside):
+        return said
+    ratios = times_as_long(residency.alone, residency.beside)
+    took = ", and its ".join(f"{part} {ratio:.2f} times" for part, ratio in ratios.items())
+    return (
+        f"{said} With all engines loaded and idle, the reference step's {took} as long as before"
+        " they were started."
+    )
 
 
 def _command(run: Run, lab: Lab) -> Inline:

@@ -11,7 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from labs.filing.results import AT, Finding, Predictions, Run, RunFolder, Session, Summary
+from labs.filing.results import (
+    AT,
+    Finding,
+    Predictions,
+    Residency,
+    Run,
+    RunFolder,
+    Session,
+    Summary,
+)
 from labs.findings.parts import published_of
 from labs.findings.published import Part
 from labs.judging.judge import Caveat
@@ -87,6 +96,7 @@ class Facts:
     predictions: Predictions
     session: Session | None
     summary: Summary
+    residency: Residency | None = None
 
     @classmethod
     def of(cls, folder: RunFolder) -> Facts:
@@ -98,6 +108,7 @@ class Facts:
             folder.predictions(),
             folder.session(),
             folder.summary(),
+            folder.residency(),
         )
 
 
@@ -556,7 +567,7 @@ def _method(facts: Facts) -> Section:
     beside = "This machine's ceilings beside its datasheet:"
     return section(
         "How it was measured",
-        bullets(method.lines(facts.run, facts.lab, facts.session, facts.summary)),
+        bullets(method.lines(facts.run, facts.lab, facts.session, facts.summary, facts.residency)),
         Paragraph(beside) if ceilings.rows else None,
         ceilings,
         folded=True,

@@ -39,7 +39,7 @@ class NotedEngines(Engines):
 
     def _start(self, variant: Variant) -> Any:
         self.noted.append(variant.name)
-        engine: Any = SimpleNamespace(stop=lambda: None)
+        engine: Any = SimpleNamespace(stop=lambda: None, died=lambda: None)
         self._serving[variant.name] = engine
         return engine
 
@@ -62,7 +62,7 @@ class NotedTrials(Trials):
         if point.variant.name == self.engines.interrupted_at:
             raise KeyboardInterrupt
         self.noted.append(str(repeat))
-        start = self.engines.starts[point.variant.name]
+        start = self.engines.starts[point.variant.name] if self._in_turn else None
         self._record(point, repeat, TrialResult(point=point.key, repeat=repeat, start=start))
 
 
@@ -129,7 +129,8 @@ def test_the_order_of_turns_is_drawn_from_the_seed() -> None:
             lab=lab.model_copy(update={"seed": seed}),
             endpoint=None,
             machine=SimpleNamespace(kind="gpu"),
-            model=SimpleNamespace(shape=SimpleNamespace(weight_bytes=1)),
+            model=SimpleNamespace(shape=SHAPE),
+            weights={},
         )
         return [variant.name for (variant,) in resident_groups(setup)]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from labs import LABS
 from labs.lab import LabError
 from labs.running.derived_models import NEED_NO_WEIGHTS
+from labs.running.engines import shares_of_gpu
 from labs.running.resolve import (
     RunRequest,
     lab_of,
@@ -32,7 +33,7 @@ SERVING = "vllm"  # the engine that is rehearsed
 
 @dataclass(frozen=True)
 class Start:
-    """An engine of a lab's variant, as a run would start it."""
+    """An engine of a lab's variant, as a run would start it: alone, or sharing the GPU."""
 
     lab: str
     variant: str
@@ -91,14 +92,20 @@ def of_lab(
     serves = {name: _derived(model, name, home) for name in lab.derived()
               if name not in NEED_NO_WEIGHTS}  # fmt: skip
     places = {name: derived.path for name, derived in serves.items()}
+    own = {v.name: serves[v.weights] for v in lab.variants if v.weights}
+    shares = shares_of_gpu(lab, machine, model, own)
     for variant in lab.variants:
         flags = with_places(lab.engine_flags_of(variant), places)
-        served = serves.get(variant.weights, model)
+        served = own.get(variant.name, model)
         variables = {
             **Vllm.environment("gpu", served, lab.all_flags), **Vllm.controls(flags),
         }  # fmt: skip
-        argv = Vllm.server_argv(served, flags, PORT)
-        yield Start(name, variant.name, weights, quick, tuple(argv), tuple(variables.items()))
+        ways = {variant.name: flags}
+        if share := shares.get(variant.name):
+            ways[f"{variant.name}, sharing"] = {**flags, **Vllm.gpu_share_flags(share)}
+        for way, given in ways.items():
+            argv = Vllm.server_argv(served, given, PORT)
+            yield Start(name, way, weights, quick, tuple(argv), tuple(variables.items()))
 
 
 def _derived(model: Model, name: str, home: Path) -> Model:
