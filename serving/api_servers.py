@@ -5,8 +5,8 @@ vLLM's module `vllm.entrypoints.openai.api_server`, which the labs start otherwi
 at once in the CPU build, which is not installed under the name that it looks for. So this calls
 what that command calls.
 
-This module imports vLLM, so it runs in the engine's environment only. With vLLM 0.26 and 0.32 it
-was tried up to where several servers are started.
+This module imports vLLM, so it runs in the engine's environment only. Tested with vLLM 0.32 on a
+CPU; with 0.26 it was tried up to where several servers are started.
 """
 
 from __future__ import annotations
