@@ -608,7 +608,8 @@ def _server_busy(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     what this machine does, and more servers would take cores from the engine.
 
     Where there are several, it is about the busiest. Other threads of a server, which Python lets
-    compute meanwhile, are in its CPU time, too, so that one near the limit may not be at it.
+    compute meanwhile, are in its CPU time, too, so that one near the limit may not be at it. One
+    whose core others take is at its limit sooner; those are named by `_other_work`.
     """
     share = trial.other_work.server_core_share
     if share is None or share <= MOST_SERVER:
