@@ -22,6 +22,7 @@ from bench import (
     neighbour,
     overhead,
     recording,
+    server,
     soak,
     streams,
     truth,
@@ -37,7 +38,7 @@ from serving import models
 from serving.engines.base import EngineError
 
 MAIN = ("streams", "engine", "neighbour", "recording", "overhead")
-PARTS = (*MAIN, "aa", "twins", "soak", "fleet")
+PARTS = (*MAIN, "aa", "twins", "soak", "fleet", "server")
 REPEATS, PROCESSES, PAIRS, RUNS, MINUTES = 2, (1, 2), 4, 20, 60
 TRIAL_S = 9.0  # a truth server's start, warm-up, window and drain
 
@@ -71,6 +72,9 @@ grows from minute to minute under steady load.
 
 [bold]fleet[/] (2 min, only when asked for): how the time to play a fleet
 in virtual time grows, as `make plan` does, on one core.
+
+[bold]server[/] (3 min, only when asked for): the CPU time that vLLM's own API
+server takes for a chunk, in front of an engine that computes nothing.
 
 The figures are this machine's, now: close what else runs on it. What a
 part finds is kept in results/ as soon as it is there, unless fewer repeats,
@@ -111,6 +115,7 @@ class Plan:
             "twins": aa.TWINS_START_S + aa.TWINS_PAIR_S * self.runs,
             "soak": 10 + soak.MINUTE_S * self.minutes,
             "fleet": fleet.EXPECTED_S,
+            "server": server.EXPECTED_S,
         }
         return {name: expected_s[name] for name in self.parts}
 
@@ -125,7 +130,7 @@ class Plan:
             return self.runs >= RUNS
         if part == "soak":
             return self.minutes >= MINUTES
-        return part in ("overhead", "fleet") or self.pairs >= PAIRS
+        return part in ("overhead", "fleet", "server") or self.pairs >= PAIRS
 
     def measurements(
         self, clock: Clock, work: Path
@@ -145,6 +150,7 @@ class Plan:
             "twins": lambda: aa.measure_twins(clock, work / "twins", self.runs),
             "soak": lambda: soak.measure(clock, work / "soak", self.minutes),
             "fleet": lambda: fleet.measure(clock, work / "fleet"),
+            "server": lambda: server.measure(clock, work / "server"),
         }
 
 

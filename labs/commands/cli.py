@@ -623,7 +623,7 @@ def serve(
         if chosen.weights:
             served = derived_models.with_weights(served, chosen.weights, places[chosen.weights])
         argv = engine.server_argv(served, with_places(flags, places), port)
-        argv = [*engine.command, *argv]
+        argv = [*engine.server_command(flags), *argv]
         known = host.kind == "cpu" and engine.start_s
         soon = f"in about {engine.start_s:.0f} s" if known else "in a minute or more"
         console.print(f"Serving {escape(served.name)} at http://127.0.0.1:{port} (ready {soon}):")

@@ -413,6 +413,10 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
     cpu_steal: FiniteFloat | None = None  # share of CPU time taken by other guests of the host
     cpu_others: FiniteFloat | None = None  # share taken by other processes of this host
     cpu_engine: FiniteFloat | None = None  # share used by the engine; None before it was recorded
+    # of one core, used in the window by the busiest API server; None where that is not known
+    server_core_share: Annotated[
+        FiniteFloat | None, Field(exclude_if=lambda share: share is None)
+    ] = None
     gpu_others: int | None = None  # processes of others on the GPUs; None where not known
     cpu_cores: int | None = None  # of this machine; None before it was recorded
     discarded: tuple[Discarded, ...] = ()  # the attempts before this one
@@ -430,9 +434,14 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def other_work(self) -> OtherWork:
-        """Return what else used the machine during the trial."""
+        """Return what used the machine during the trial."""
         return OtherWork(
-            self.cpu_steal, self.cpu_others, self.cpu_engine, self.gpu_others, self.cpu_cores
+            self.cpu_steal,
+            self.cpu_others,
+            self.cpu_engine,
+            self.gpu_others,
+            self.cpu_cores,
+            self.server_core_share,
         )
 
 

@@ -50,9 +50,9 @@ def ran_out(point: Point, summary: TrialSummary) -> bool:
 
 @dataclass(frozen=True)
 class OtherWork:
-    """Holds what else used the machine during a trial; None where it was not recorded.
+    """Holds what used the machine during a trial; None where it was not recorded.
 
-    The shares are of the time of all CPU cores.
+    The shares are of the time of all CPU cores, but for that of the API server.
     """
 
     steal_share: float | None = None  # taken by other guests of the host
@@ -60,6 +60,7 @@ class OtherWork:
     engine_share: float | None = None  # used by the engine
     gpu_processes: int | None = None  # of others, on the GPUs of this machine
     cores: int | None = None  # of this machine
+    server_core_share: float | None = None  # of one core, by the busiest API server in the window
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,15 @@ def error_rate(trial: Trial) -> float | None:
     What an engine turns away by a limit on its queue has not failed: see `turned_away_rate`.
     """
     return len(trial.failed) / len(trial.records) if trial.records else None
+
+
+def server_core_share(trial: Trial) -> float | None:
+    """The CPU time of the busiest API server in the window / the window; a share of one core.
+
+    As a process of Python it hardly uses more than one. None where it was not recorded, or where
+    the process that answers requests computes, too.
+    """
+    return trial.other_work.server_core_share
 
 
 def turned_away_rate(trial: Trial) -> float | None:

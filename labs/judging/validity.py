@@ -60,6 +60,7 @@ MOST_SLOWED = 0.01  # share of the window; one sample can be a change of load
 MOST_CAPPED = 0.5
 MOST_STEAL = 0.02  # share of all CPU time
 MOST_OTHERS = 0.05  # of the CPU time that the engine uses
+MOST_SERVER = 0.9  # of one core; beyond, requests and chunks wait for it
 LEAST_OTHERS_CORES = 0.01  # of the CPU time of one core: less is a tick or two of its clock
 LEAST_OTHERS = 0.005  # of all CPU time, where the number of cores was not recorded
 MOST_TREND = 0.2  # by which a step may change along the window
@@ -138,6 +139,7 @@ def faults_of_set_up(trial: Trial, expected: Expected) -> list[Caveat]:
         *_exhausted(trial),
         *_too_few(trial),
         *_unseen_hardware(trial, expected),
+        *_server_busy(trial, expected),
         *_answered(trial, expected),
         *_treated(trial, expected),
     ]
@@ -592,6 +594,39 @@ def _unseen_hardware(trial: Trial, expected: Expected) -> Iterator[Caveat]:
         part = ", as a part of a GPU (MIG, vGPU) often does not"
         text = ruled_out.replace(":", f"{part}:") if expected.gpu_part else ruled_out
         yield _caveat(trial, "hardware could not be read", text, blocks=not expected.gpu_part)
+
+
+def _server_busy(trial: Trial, expected: Expected) -> Iterator[Caveat]:
+    """Check that the API server, a process of Python that hardly uses more than a core, had time.
+
+    It sends each token of every stream. Where it is always busy, chunks wait for it, users for
+    their answers, and the engine for the users' next requests: the figures, throughput and
+    latencies alike, are then the server's limit, and two variants look the same whatever the engine
+    does. On a GPU that withholds the verdict, and several servers, on cores that the engine leaves
+    free, mend it. On a CPU it is a caveat: what keeps the server busy there may be the engine
+    itself, by which the cores' caches, memory and clock are used, so that its limit is a part of
+    what this machine does, and more servers would take cores from the engine.
+
+    Where there are several, it is about the busiest. Other threads of a server, which Python lets
+    compute meanwhile, are in its CPU time, too, so that one near the limit may not be at it. One
+    whose core others take is at its limit sooner; those are named by `_other_work`.
+    """
+    share = trial.other_work.server_core_share
+    if share is None or share <= MOST_SERVER:
+        return
+    flags = trial.point.flags
+    mend = "send less"
+    if expected.on_gpus and not flags.get("enable-lora"):
+        count = max(4, 2 * flags.api_server_count)
+        mend += f', or have more of them with `SET="flags.api-server-count={count}"`'
+    yield _caveat(
+        trial,
+        "API server busy",
+        f"vLLM's API server, which takes requests in and sends tokens out, used {share:.0%} of the"
+        " one core that a process of Python can use, so these figures may be its limit and not the"
+        f" engine's: {mend}",
+        blocks=expected.on_gpus,
+    )
 
 
 def _too_few(trial: Trial) -> Iterator[Caveat]:

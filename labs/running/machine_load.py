@@ -1,4 +1,4 @@
-"""Measure the load that others than the run put on this machine; the report shows it."""
+"""Measure the load that others than the run put on this machine, and that of its API servers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 
 LOOK_S, MOST_WAIT_S = 0.1, 2.0
@@ -67,6 +68,40 @@ class OtherLoad:
             round(max(0.0, used_s - ours_s) / all_s, 4),
             None if self._engine_pid is None else round(max(0.0, engine_s) / all_s, 4),
         )
+
+
+class ServerLoad:
+    """Reads, while a trial is played, the CPU time that each API server of its engine has used.
+
+    It is that of all threads of the process, without its children: those are the engine cores.
+    """
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        """Take the pids of the servers; with none, nothing is measured."""
+        self._servers = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        self._at_s, self._used_s = list[float](), list[list[float]]()
+        self.read()
+
+    def read(self) -> None:
+        """Read them now; a few times a second, as a window's ends lie between two readings."""
+        with contextlib.suppress(psutil.Error):  # one has ended, and the trial fails by that
+            used_s = [sum(server.cpu_times()[:2]) for server in self._servers]
+            self._at_s.append(time.monotonic())
+            self._used_s.append(used_s)
+
+    def busiest(self, start_s: float, end_s: float) -> float | None:
+        """Return the CPU time that the busiest server used between two times, as a share of a core.
+
+        The times are on the machine's monotonic clock, and at them the readings are interpolated.
+        None where there is no server, or where the readings do not cover the time.
+        """
+        covered = self._at_s and self._at_s[0] <= start_s < end_s <= self._at_s[-1]
+        if not self._servers or not covered:
+            return None
+        ends_s = [
+            np.interp((start_s, end_s), self._at_s, u) for u in zip(*self._used_s, strict=True)
+        ]
+        return round(max(float(b - a) for a, b in ends_s) / (end_s - start_s), 4)
 
 
 def _used_s(pid: int) -> float:

@@ -29,12 +29,13 @@ from labs.lab import LabError, Point, Variant
 from labs.running.counts import Counts, counted_since
 from labs.running.engines import Engines
 from labs.running.load import LoadGenerator
-from labs.running.machine_load import OtherLoad, wait_until_idle
+from labs.running.machine_load import OtherLoad, ServerLoad, wait_until_idle
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from loadtests import plan, records
 from loadtests.arrivals import OfCapacity
 from loadtests.generator import GeneratorError
+from loadtests.plan import TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Workload
 from serving import guard, masking, metrics, models, whole
@@ -384,14 +385,21 @@ class Trials:
             secrets=masking.SECRETS,
         )
         load_began, other_load = time.monotonic(), OtherLoad(engine.pid)
+        server_load = ServerLoad(engine.api_servers())
+
+        def waiting() -> None:
+            server_load.read()
+            self._progress.waiting(name)
+
         self._telemetry.begin(point.variant.name)
         try:
-            summary = self._load.play(trial_plan, lambda: self._progress.waiting(name))
+            summary = self._load.play(trial_plan, waiting)
         except GeneratorError:
             self._counts.lose_prometheus()
             raise
         self._telemetry.write(path.with_name("telemetry.csv.gz"), summary.started_monotonic_s)
         self.load_s += time.monotonic() - load_began
+        server_load.read()
         shares, foreign_processes = other_load.shares(), self._telemetry.foreign_processes()
         try:
             request_records = list(records.read(path))
@@ -421,6 +429,7 @@ class Trials:
             cpu_steal=shares.steal,
             cpu_others=shares.other_processes,
             cpu_engine=shares.engine,
+            server_core_share=_in_window(server_load, summary),
             gpu_others=foreign_processes,
             cpu_cores=psutil.cpu_count(),
             took_s=round(time.monotonic() - began, 3),
@@ -440,6 +449,14 @@ class Trials:
             why = (result and result.failed) or f"nothing was completed at {first.key}"
             raise EngineError(f"this load is a multiple of the capacity, which is not known: {why}")
         return capacity_per_s
+
+
+def _in_window(server_load: ServerLoad, summary: TrialSummary) -> float | None:
+    """Return the busiest API server's share of a core in the window; None where it is not known."""
+    if summary.started_monotonic_s is None:
+        return None
+    start_s, end_s = (summary.started_monotonic_s + at for at in summary.window_s)
+    return server_load.busiest(start_s, end_s)
 
 
 def nothing_measured(request_records: Sequence[RequestRecord], exhausted: bool = False) -> str:

@@ -7,9 +7,9 @@ again replaces that part alone.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from labs.filing import results
 from labs.filing.committed import tracked
@@ -143,6 +143,22 @@ class Fleet(Part, frozen=True):
     rows: list[Played]
 
 
+class Answering(BaseModel, frozen=True, extra="forbid"):
+    """What vLLM's API server sent, and the CPU time that it took of one core."""
+
+    streams: int
+    chunks_per_s: float
+    core_share: float
+    cpu_s_per_chunk: float
+
+
+class Server(Part, frozen=True):
+    """vLLM's API server in front of an engine that computes nothing."""
+
+    vllm: str
+    rows: list[Answering]
+
+
 class Bench(BaseModel, frozen=True, extra="forbid"):
     machine: Machine
     streams: Streams | None = None
@@ -154,6 +170,7 @@ class Bench(BaseModel, frozen=True, extra="forbid"):
     twins: Twins | None = None
     soak: Soak | None = None
     fleet: Fleet | None = None
+    server: Annotated[Server | None, Field(exclude_if=lambda server: server is None)] = None
 
 
 def path_of(machine: Machine) -> Path:
@@ -249,6 +266,18 @@ def fleet_sentence(fleet: Fleet) -> str:
     )
 
 
+def server_sentence(server: Server) -> str:
+    """Say what a chunk costs vLLM's API server, and for how many a core would have time."""
+    rows = server.rows
+    return (
+        f"vLLM's API server (vLLM {server.vllm}), in front of an engine that computes nothing:"
+        f" {', '.join(f'{1e6 * row.cpu_s_per_chunk:.0f} µs' for row in rows)} of CPU time a chunk"
+        f" with {', '.join(f'{row.streams}' for row in rows)} streams. One core would have time"
+        f" for {', '.join(f'{round(1 / row.cpu_s_per_chunk, -2):,.0f}' for row in rows)} chunks/s"
+        " (an estimate)."
+    )
+
+
 def _memory(memory: Memory) -> str:
     change = f"{abs(memory.growth):.1%} {'more' if memory.growth >= 0 else 'less'}"
     return f"held at most {memory.most_bytes / 1e6:,.0f} MB, {change} with each hour"
@@ -302,4 +331,6 @@ def _sentences(bench: Bench) -> list[str]:
         )
     if bench.fleet:
         sentences.append(fleet_sentence(bench.fleet))
+    if bench.server:
+        sentences.append(server_sentence(bench.server))
     return sentences

@@ -293,6 +293,9 @@ def _every_point(facts: Facts) -> Section:
         " as a share of this machine's measured ceiling."
     )
     load = one_load(lab)
+    has_server = any(
+        facts.summary.value(p.key, "server_core_share") is not None for p in facts.points
+    )
     varying_columns, same = without_constant_columns(
         tables.points(facts.points, lab, facts.summary), keep=("Point",)
     )
@@ -302,6 +305,7 @@ def _every_point(facts: Facts) -> Section:
         varying_columns,
         same,
         Paragraph(columns),
+        Paragraph(SERVER) if has_server else None,
     )
 
 
@@ -329,6 +333,13 @@ IN_VIRTUAL_TIME = (
     " The band: the engine's own step may take 0.90 to 1.18 times as long as the stand-in's; both"
     " ends lie further off by the usual change of this machine's speed, {}; the slow end"
     " also by how much it changed while the stand-in was timed; and chance between trials is added."
+)
+
+
+SERVER = (
+    "API server, of a core, is the CPU time in the window of the process that takes requests in and"
+    " sends tokens out, the busiest where there are several. A process of Python can use hardly"
+    " more than one core: near 100%, the other figures show its limit and not the engine's."
 )
 
 

@@ -112,6 +112,13 @@ class Server(ABC):
         """The pid above all of its processes; None where the lab has not started it."""
         return None
 
+    def api_servers(self) -> list[int]:
+        """List the pids of the processes that answer requests and leave computing to others.
+
+        Empty where they are not known, or where one process does both.
+        """
+        return []
+
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a LoRA adapter while running, and serve it as the model `name`.
 
@@ -163,7 +170,8 @@ class Engine(Server):
         self.log = log
         self._log_bytes, self._log_read = -1, dict[str, dict[str, str]]()  # size when last read
         self.flags = flags
-        self.argv = [*(command or self.command), *self.server_argv(model, flags, port)]
+        own = self.server_command(flags)
+        self.argv = [*(command or own), *self.server_argv(model, flags, port)]
         env = {
             **self.environment(kind, model, beside),
             **self.controls(flags),
@@ -208,6 +216,11 @@ class Engine(Server):
                     *(json.dumps(v) if isinstance(v, dict) else str(v) for v in items),
                 ]
         return argv
+
+    @classmethod
+    def server_command(cls, flags: Flags) -> Sequence[str]:
+        """Return what starts its server with these flags; the arguments follow."""
+        return cls.command
 
     @classmethod
     @abstractmethod

@@ -9,6 +9,7 @@ and read in the source of 0.26.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fcntl
 import hashlib
@@ -24,6 +25,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import requests
 
 from serving import guard, host_memory, lm_format_enforcer, metrics, random_weights, whole
@@ -47,6 +49,11 @@ PLUGINS = ROOT / "serving" / "plugins"
 GUARD = "serving.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")
+SERVERS = "api-server-count"
+SEVERAL_SERVERS = (sys.executable, "-m", "serving.api_servers")
+"""Starts as many API servers as `SERVERS` says, which the usual command reads and ignores."""
+API_SERVER, ENGINE_CORE = "VLLM::APIServer", "VLLM::EngineCor"
+"""What vLLM calls its processes, to the 15 characters that Linux keeps."""
 GENERATION = "generation-config"
 """By default vLLM takes from the model's generation_config.json what a request leaves open, such as
 a penalty for repetition, under which temperature 0 is not greedy decoding."""
@@ -238,6 +245,11 @@ class VllmFlags(TypedFlags):
         return self.integer("data-parallel-size", 1)
 
     @property
+    def api_server_count(self) -> int:
+        """The processes that answer requests, in front of all engine cores."""
+        return self.integer(SERVERS, 1)
+
+    @property
     def uses_ray(self) -> bool:
         return self.get("distributed-executor-backend") == "ray"
 
@@ -280,6 +292,10 @@ class Vllm(Engine):
     distributions = machines.VLLM
     sockets_variable = "VLLM_RPC_BASE_PATH"
     start_s = 35.0
+
+    @classmethod
+    def server_command(cls, flags: Flags) -> Sequence[str]:
+        return SEVERAL_SERVERS if VllmFlags(flags).api_server_count > 1 else cls.command
 
     @classmethod
     def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
@@ -365,6 +381,10 @@ class Vllm(Engine):
         """
         for name in (n for flags in flag_sets for n in flags if n in vllm_harmless.SET_BY_LAB):
             raise EngineError(f"the lab sets {name} itself: leave it out")
+        if any(VllmFlags(f).api_server_count > 1 and f.get("enable-lora") for f in flag_sets):
+            raise EngineError(
+                f"vLLM has one API server where adapters come and go: leave {SERVERS} out"
+            )
         argvs = {_digest(argv): argv for argv in map(cls.flag_argv, flag_sets)}
         memory = CACHE / f"vllm-{cls.version()}-flags.json"
         remembered = _remembered(memory)
@@ -592,6 +612,21 @@ class Vllm(Engine):
         if not folder.is_dir():
             return {"folder": folder.name}
         return {"folder": folder.name, "files_sha256": files_sha256(folder)}
+
+    def api_servers(self) -> list[int]:
+        """List the pids of its API servers, by the titles that vLLM gives its processes.
+
+        A single one has no title: it is the parent of the engine cores.
+        """
+        titles, parents = dict[int, str](), dict[int, int]()
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process(self.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                    parents[process.pid] = process.ppid()
+                    titles[process.pid] = process.name()
+        several = [pid for pid, title in titles.items() if title.startswith(API_SERVER)]
+        cores = [pid for pid, title in titles.items() if title.startswith(ENGINE_CORE)]
+        return sorted(several or {parents[pid] for pid in cores})
 
     def reset_prefix_cache(self) -> None:
         """Have it forget all cached prefixes. Raises EngineError where it says it did not."""

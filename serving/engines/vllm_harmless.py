@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 Tokens = Annotated[int, Field(le=10**7)]
 Count = Annotated[int, Field(le=10**5)]  # of what is prepared for each: requests, adapters, devices
+Servers = Annotated[int, Field(ge=1, le=64)]  # each is a process, which imports vLLM
 Blocks = Annotated[int, Field(le=10**9)]
 Bytes = Annotated[int, Field(le=10**15)]
 Seed = Annotated[int, Field(le=2**63 - 1)]
@@ -89,6 +90,7 @@ class Harmless(
     scheduling_policy: Word = ""
     async_scheduling: bool = False
     stream_interval: Count = 0
+    api_server_count: Servers = 1
     seed: Seed = 0
     max_logprobs: Count = 0
     # the KV cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,15 +24,17 @@ from bench import (
     trials,
     truth,
 )
+from bench import server as api_server
 from bench.__main__ import MINUTES, PAIRS, PROCESSES, REPEATS, RUNS, Plan, dated
 from bench.clock import Clock
 from labs.judging.judge import Effect, Interval, Judgement, VerdictKind
 from labs.telling import instruments
-from loadtests import generator
+from loadtests import generator, records
+from loadtests.plan import TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
 from serving.forecasting.plan import ForecastPlay
 from serving.forecasting.traffic import Play, VirtualAnswer
-from tests.unit.builders import PREDICTION, write_run
+from tests.unit.builders import PREDICTION, make_record, make_summary, write_run
 
 
 def client(index: int, *chunks: tuple[float, int], in_window: bool = True) -> RequestRecord:
@@ -296,3 +299,38 @@ def test_what_is_read_from_a_file_was_disturbed_by_nobody() -> None:
 def test_the_programs_that_are_started_are_there() -> None:
     assert find_spec(f"{truth.SERVER}.__main__")
     assert recording.UNRECORDED.is_file()
+
+
+@pytest.mark.parametrize(("share", "error"), [(0.5, None), (None, None), (0.5, "reset")])
+def test_a_chunk_takes_the_servers_cpu_time_in_the_window_over_its_chunks(
+    share: float | None, error: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three chunks lie in a window of 10 s, in which the server used half a core."""
+
+    class Servers:
+        def __init__(self, pids: Sequence[int]) -> None:
+            assert pids == [7]
+
+        def read(self) -> None:
+            pass
+
+        def busiest(self, start_s: float, end_s: float) -> float | None:
+            assert (start_s, end_s) == (110.0, 120.0)
+            return share
+
+    def play(planned: TrialPlan, waiting: Callable[[], None]) -> TrialSummary:
+        waiting()
+        chunks = [(9.9, 1), (10.1, 1), (10.2, 1)]
+        records.write(planned.records, [make_record(chunks, error=error)])
+        return make_summary(started_monotonic_s=100.0)
+
+    monkeypatch.setattr(api_server, "ServerLoad", Servers)
+    engine: Any = SimpleNamespace(url="", api_servers=lambda: [7])
+    load: Any = SimpleNamespace(generator=SimpleNamespace(play=play))
+    if not share or error:
+        with pytest.raises(BenchError):
+            api_server.answering(engine, load, 16, tmp_path)
+        return
+    row = api_server.answering(engine, load, 16, tmp_path)
+    assert (row.streams, row.core_share) == (16, 0.5)
+    assert (row.chunks_per_s, row.cpu_s_per_chunk) == pytest.approx((0.2, 2.5))

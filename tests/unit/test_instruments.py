@@ -11,6 +11,7 @@ from labs.judging.judge import Interval
 from labs.telling import instruments, markdown
 from labs.telling.instruments import (
     Alarms,
+    Answering,
     Engine,
     Fleet,
     Memory,
@@ -19,6 +20,7 @@ from labs.telling.instruments import (
     Played,
     Recording,
     Sent,
+    Server,
     Soak,
     Streams,
 )
@@ -57,6 +59,13 @@ FLEET = Fleet(
         )
     ],
 )  # fmt: skip
+SERVER = Server(
+    vllm="0.32.0",
+    rows=[
+        Answering(streams=16, chunks_per_s=700, core_share=0.13, cpu_s_per_chunk=187e-6),
+        Answering(streams=256, chunks_per_s=4000, core_share=0.8, cpu_s_per_chunk=200e-6),
+    ],
+)
 
 
 @pytest.fixture
@@ -104,6 +113,7 @@ def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None
             "aa": ALARMS,
             "soak": SOAK,
             "fleet": FLEET,
+            "server": SERVER,
         }
     )
     sentences = [line for line in lines(whole) if line.startswith("- ")]
@@ -117,6 +127,8 @@ def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None
         " 200 MB, 1.5% less with each hour, the one that records held at most 100 MB, 1.0% more",
         "(vLLM 0.32.0) takes 9.0 s of CPU time to start and 0.25 s to build another replica; with"
         " all of them it holds 900 MB",
+        "187 µs, 200 µs of CPU time a chunk with 16, 256 streams. One core would have time for"
+        " 5,300, 5,000 chunks/s",
     )
     *_, header, _, row = lines(whole)
     assert header.count("|") == row.count("|")

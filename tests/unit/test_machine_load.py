@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from labs.running import machine_load
-from labs.running.machine_load import OtherLoad, Shares, wait_until_idle
+from labs.running.machine_load import OtherLoad, ServerLoad, Shares, wait_until_idle
 from serving.models import ROOT
 
 BUSY = "import time; e = time.process_time() + 0.4\nwhile time.process_time() < e: pass"
@@ -119,3 +121,72 @@ def test_a_process_that_still_looks_out_for_work_is_waited_for(
     assert wait_until_idle([])
     monkeypatch.setattr(machine_load, "_used_s", lambda pid: time.monotonic())
     assert not wait_until_idle([1], most_s=0.3)
+
+
+class Server:
+    """A server that has used so many CPU seconds at each reading, and then is gone."""
+
+    used_s: dict[int, list[float]]
+
+    def __init__(self, pid: int) -> None:
+        self.left_s = iter(self.used_s[pid])
+
+    def cpu_times(self) -> tuple[float, float, float]:
+        if (used_s := next(self.left_s, None)) is None:
+            raise psutil.NoSuchProcess(1)
+        return used_s / 2, used_s / 2, 1000.0  # of user and system; of children that have ended
+
+
+@pytest.mark.parametrize(
+    ("used_s", "pids", "share"),
+    [
+        ([[7.0, 7.1, 8.1, 9.1, 9.1]], [1], 0.75),  # half of it in the window's first half second
+        ([[7.0, 7.1, 8.1, 9.1, 9.1], [0.0, 0.0, 0.2, 0.4, 0.6]], [1, 2], 0.75),
+        ([[0.0, 0.0, 0.2, 0.4, 0.6], [7.0, 7.1, 8.1, 9.1, 9.1]], [1, 2], 0.75),
+        ([[7.0, 7.1, 8.1]], [1], None),  # it ended in the window
+        ([], [], None),
+    ],
+)
+def test_the_busiest_server_is_told_from_the_beginning_to_the_end_of_the_window(
+    used_s: list[list[float]],
+    pids: Sequence[int],
+    share: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From 101.5 to 103.5, read at 100, 101, 102, 103 and 104."""
+    times = iter(range(100, 110))
+    monkeypatch.setattr(Server, "used_s", dict(enumerate(used_s, 1)), raising=False)
+    stand_in = SimpleNamespace(Process=Server, pid_exists=lambda _: True, Error=psutil.Error)
+    monkeypatch.setattr(machine_load, "psutil", stand_in)
+    monkeypatch.setattr(machine_load, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    server_load = ServerLoad(pids)
+    for _ in range(4):
+        server_load.read()
+    assert server_load.busiest(101.5, 103.5) == share
+    assert server_load.busiest(99.9, 103.5) is None
+    assert server_load.busiest(101.5, 104.1) is None
+
+
+def test_a_server_that_has_ended_before_its_trial_is_none() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert ServerLoad([ended.pid]).busiest(0.0, 1.0) is None
+
+
+def test_a_servers_own_threads_count_and_its_children_do_not() -> None:
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]]); input()"
+    server = subprocess.Popen([sys.executable, "-c", parent, BUSY], stdin=subprocess.PIPE)
+    try:
+        server_load, began_s = ServerLoad([server.pid]), time.monotonic()
+        child_s, deadline = 0.0, time.monotonic() + 60
+        while child_s < 0.3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            children = psutil.Process(server.pid).children()
+            child_s = sum(sum(child.cpu_times()[:2]) for child in children)
+        ended_s = time.monotonic()
+        server_load.read()
+        share = server_load.busiest(began_s, ended_s)
+        assert share is not None
+        assert share * (ended_s - began_s) < child_s
+    finally:
+        server.communicate(b"\n")

@@ -7,6 +7,7 @@ import pytest
 from labs import theory
 from labs.judging.measure import (
     LEAST_SAMPLES,
+    OtherWork,
     Trial,
     expected_pieces,
     output_tokens_per_s,
@@ -61,6 +62,7 @@ EXPECTED = {
     "e2e_p50_s": 0.3 + 0.001 * 99.5,
     "e2e_p99_s": 0.3 + 0.001 * 197.01,
     "error_rate": 1 / 202,
+    "server_core_share": 0.25,
     "turned_away_rate": None,  # the engine has no limit on its queue: see below
     "batch": 4.05,  # 200 x 0.2 s in decode, and half a second of the warm-up's
     "mbu": (2000 + 4.05 * 8 * 32) / 0.1 / 1e6,  # bytes a step, TPOT, 1 MB/s
@@ -86,13 +88,14 @@ LOWER_IS_BETTER = {
     "tpot_p99_s", "itl_p50_s", "itl_p99_s", "chunk_gap_p99_s", "e2e_p50_s", "e2e_p99_s",
     "error_rate", "turned_away_rate", "usd_per_million_tokens", "engine_ttft_mean_s",
     "client_ttft_mean_s", "preemptions", "prefill_pieces", "stall_mean_s", "intruder_ttft_mean_s",
-    "joules_per_token",
+    "joules_per_token", "server_core_share",
 }  # fmt: skip
 
 
 def test_every_metric_by_hand() -> None:
     trial = make_trial([WARM_UP, *STEADY, FAILED], engine=ENGINE, point=OPEN, telemetry=AT_300_W)
-    values = measure(replace(trial, usd_per_hour=3.6))
+    work = OtherWork(server_core_share=0.25)
+    values = measure(replace(trial, usd_per_hour=3.6, other_work=work))
     assert values == pytest.approx(EXPECTED)
 
 

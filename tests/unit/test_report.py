@@ -339,6 +339,24 @@ def test_report_of_a_failed_trial_has_a_dash_not_a_zero(folder: RunFolder) -> No
     assert "`on/short/concurrent-2/1`: engine died" in text
 
 
+def test_a_report_shows_how_busy_the_api_server_was_where_that_was_recorded(
+    folder: RunFolder,
+) -> None:
+    """Runs from before it was recorded are told as they were."""
+    assert "API server, of a core" not in report.write(folder).read_text()
+    points = folder.run().points()
+    for n, point in enumerate(points):
+        result = folder.trial_result(point, 1)
+        assert result
+        busy = result.model_copy(update={"server_core_share": 0.25 + 0.125 * n})
+        write_json(folder.trial_folder(point, 1) / "trial.json", busy)
+    summary = summarise(folder)
+    assert summary.value(points[1].key, "server_core_share") == 0.375
+    told = report.write(folder).read_text()
+    assert "| API server, of a core |" in told
+    assert "can use hardly more than one core" in told
+
+
 def test_only_complete_ordinary_runs_are_published(folder: RunFolder) -> None:
     assert [f.path for f in newest_runs()] == [folder.path]
     run = folder.run()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,7 +230,7 @@ def test_records_that_cannot_be_read_back_fail_the_trial(tmp_path: Path) -> None
 
     engine = SimpleNamespace(
         reset_prefix_cache=lambda: None, snapshot=lambda: None, url="", pid=None,
-        request_fields={}, model_names={}, closes_connections=False,
+        request_fields={}, model_names={}, closes_connections=False, api_servers=list,
     )  # fmt: skip
     silent = lambda *_: None  # noqa: E731
     stand_ins: Any = {
@@ -240,6 +241,64 @@ def test_records_that_cannot_be_read_back_fail_the_trial(tmp_path: Path) -> None
     vars(trials).update(stand_ins)
     with pytest.raises(GeneratorError, match=r"its records cannot be read: .*line 1: not a req"):
         Trials._play(trials, point, 1, "a trial", time.monotonic())
+
+
+@pytest.mark.parametrize(
+    ("began_s", "share", "recorded_as"),
+    [(1000.0, 0.97, {"server_core_share": 0.97}), (1000.0, None, {}), (None, 0.97, {})],
+)
+def test_a_trial_records_how_busy_the_api_server_was_in_its_window(
+    began_s: float | None,
+    share: float | None,
+    recorded_as: dict[str, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where that is not known it has no such field, as older trials have none."""
+
+    class Servers:
+        readings = 0
+
+        def __init__(self, pids: Sequence[int]) -> None:
+            assert pids == [7, 8]
+
+        def read(self) -> None:
+            Servers.readings += 1
+
+        def busiest(self, start_s: float, end_s: float) -> float | None:
+            assert (start_s, end_s) == (1010.0, 1020.0)
+            return share
+
+    folder = write_run(tmp_path)
+    point = folder.run().points()[-1]
+    trials = Script(folder, [])
+    found = [make_record([(11.0, 1), (11.1, 1)], index=i) for i in range(5)]
+
+    def play(_: object, waiting: Callable[[], None]) -> TrialSummary:
+        waiting()
+        records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
+        return make_summary(started_monotonic_s=began_s)
+
+    silent = lambda *_: None  # noqa: E731
+    engine = SimpleNamespace(
+        reset_prefix_cache=silent, snapshot=silent, url="", pid=None, died=silent, served=dict,
+        request_fields={}, model_names={}, closes_connections=False, api_servers=lambda: [7, 8],
+    )  # fmt: skip
+    stand_ins: Any = {
+        "_engines": SimpleNamespace(serving=lambda _: engine),
+        "_load": SimpleNamespace(play=play),
+        "_telemetry": SimpleNamespace(begin=silent, write=silent, foreign_processes=silent),
+        "_progress": SimpleNamespace(waiting=silent),
+    }
+    vars(trials).update(stand_ins)
+    monkeypatch.setattr("labs.running.trials.ServerLoad", Servers)
+    monkeypatch.setattr("labs.running.trials.counted_since", silent)
+    result = Trials._play(trials, point, 1, "a trial", time.monotonic()).result
+    assert Servers.readings == 2
+    kept = json.loads(result.model_dump_json())
+    assert {name: kept[name] for name in kept if name == "server_core_share"} == recorded_as
+    assert result.other_work.server_core_share == recorded_as.get("server_core_share")
+    assert TrialResult.model_validate(kept) == result
 
 
 def test_what_was_discarded_counts_as_time_of_the_run(tmp_path: Path) -> None:

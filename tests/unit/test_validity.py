@@ -21,6 +21,7 @@ from labs.judging.validity import (
     Served,
     caveats_of,
     confounded,
+    disturbances_of,
     first_trial_slow,
     found_too_little,
     is_one_stream,
@@ -943,3 +944,47 @@ def test_an_echo_may_be_asked_of_the_variants_own_flag() -> None:
 
     assert proved("32")
     assert not proved("16")
+
+
+def busy_server(share: float | None) -> OtherWork:
+    return OtherWork(0.0, 0.01, 0.5, 0, server_core_share=share)
+
+
+@pytest.mark.parametrize(
+    ("share", "told"), [(None, False), (0.9, False), (0.97, True), (1.2, True)]
+)
+def test_a_server_that_has_no_time_left_blocks_on_a_gpu(share: float | None, told: bool) -> None:
+    work, on_gpu = busy_server(share), Expected(template_tokens=1, on_gpus=True)
+    shown = [Sample(time_s=15.0, device="0", throttle="")]
+    found = checked(other_work=work, expected=on_gpu, telemetry=shown)
+    assert [(c.name, c.blocks) for c in found] == [("API server busy", True)] * told
+    assert all(f"used {share:.0%} of the one core" in c.text for c in found if share)
+    assert all('`SET="flags.api-server-count=4"`' in c.text for c in found)
+    assert all(c.hits("output_tokens_per_s", c.point or "", "another") for c in found)
+    on_cpu = checked(other_work=work)
+    assert [(c.name, c.blocks) for c in on_cpu] == [("API server busy", False)] * told
+    assert not any("SET=" in c.text for c in on_cpu)  # more would take cores from the engine
+
+
+@pytest.mark.parametrize(
+    ("flags", "mend"),
+    [
+        ({"api-server-count": 4}, 'SET="flags.api-server-count=8"'),
+        ({"enable-lora": True}, None),  # vLLM has one API server then
+    ],
+)
+def test_how_a_busy_server_is_mended_depends_on_its_flags(
+    flags: dict[str, Any], mend: str | None
+) -> None:
+    trial = make_trial(CLEAN, point=make_point(flags=flags))
+    trial = replace(trial, other_work=busy_server(0.99))
+    found = caveats_of(trial, Expected(on_gpus=True))
+    (text,) = (c.text for c in found if c.name == "API server busy")
+    assert (mend or "send less") in text
+    assert ("SET=" in text) is bool(mend)
+
+
+def test_a_busy_server_is_no_disturbance_that_another_attempt_may_lack() -> None:
+    trial = replace(make_trial(CLEAN), other_work=busy_server(0.99))
+    names = {c.name for c in disturbances_of(trial, Expected(on_gpus=True))}
+    assert "API server busy" not in names

@@ -1,6 +1,8 @@
 """vLLM's flags, checks and log, as its module reads them, and what it says that it serves."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from serving.engines import vllm_harmless
 from serving.engines.base import EngineError, FlagValue
-from serving.engines.vllm import Vllm, VllmFlags, arguments, resolved
+from serving.engines.vllm import SEVERAL_SERVERS, Vllm, VllmFlags, arguments, resolved
 from serving.models import Model, files_sha256
 from tests.unit.builders import SHAPE
 
@@ -162,3 +165,69 @@ def test_greedy_text_is_not_changed_by_what_a_model_recommends() -> None:
     chosen = Vllm.server_argv(model, {"generation-config": "auto"}, 9)
     assert chosen.count("--generation-config") == 1
     assert chosen[-2:] == ["--generation-config", "auto"]
+
+
+TITLED = """
+import ctypes, json, subprocess, sys
+title, below = json.loads(sys.argv[1])
+if title:
+    ctypes.CDLL(None).prctl(15, title.encode(), 0, 0, 0)
+children = [
+    subprocess.Popen([sys.executable, "-c", sys.argv[2], json.dumps(child), sys.argv[2]],
+                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for child in below
+]
+pids = [json.loads(child.stdout.readline()) for child in children]
+import os
+print(json.dumps([os.getpid(), title, pids]), flush=True)
+input()
+"""
+"""A process with this title, above others; it prints what they are, with their pids."""
+CORE = ["VLLM::EngineCore", [["VLLM::Worker", []]]]
+
+
+def named(tree: list[Any]) -> dict[str, int]:
+    pid, title, below = tree
+    return {title: pid} | {name: at for child in below for name, at in named(child).items()}
+
+
+@pytest.mark.parametrize(
+    ("server", "answering"),
+    [
+        (["", [CORE]], [""]),  # vLLM's usual processes
+        (["", [["VLLM::EngineCore", []]]], [""]),  # the worker in the engine core, as in our tests
+        (["nsys", [["", [CORE]]]], [""]),  # wrapped by ENGINE_COMMAND
+        (["", [["VLLM::EngineCore_DP0", []], ["VLLM::EngineCore_DP1", []]]], [""]),
+        (
+            ["", [CORE, ["VLLM::APIServer_0", []], ["VLLM::APIServer_1", []]]],
+            ["VLLM::APIServer_0", "VLLM::APIServer_1"],
+        ),
+        (["fake", []], []),  # a stand-in, which answers and computes in one process
+    ],
+)
+def test_api_servers_are_told_from_what_computes(server: list[Any], answering: list[str]) -> None:
+    guard = subprocess.Popen(
+        [sys.executable, "-c", TITLED, json.dumps(["guard", [server]]), TITLED],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert guard.stdout
+    try:
+        pids = named(json.loads(guard.stdout.readline()))
+
+        class Started(Answering):
+            pid = guard.pid
+
+        assert Started("").api_servers() == sorted(pids[name] for name in answering)
+    finally:
+        guard.communicate("\n")
+
+
+def test_more_api_servers_take_another_command_and_no_adapters() -> None:
+    """The command of one parses the flag, and starts one whatever it says."""
+    assert Vllm.server_command({"api-server-count": 1}) == Vllm.server_command({}) == Vllm.command
+    assert Vllm.server_command({"api-server-count": 4}) == SEVERAL_SERVERS
+    with pytest.raises(EngineError, match="leave api-server-count out"):
+        Vllm.check_flags([{}, {"enable-lora": True, "api-server-count": 2}])
+    assert not vllm_harmless.refusal({"api-server-count": 4})
+    for count in (0, 65, 100_000):  # each is a process
+        assert "not known to be harmless" in vllm_harmless.refusal({"api-server-count": count})

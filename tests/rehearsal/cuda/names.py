@@ -130,7 +130,8 @@ def _variables(home: Path) -> Iterator[Check]:
 def _hooks() -> Iterator[Check]:
     """Import what vLLM is told to import, and have its parser judge flags in its own process."""
     module, _, name = random_weights.EXTENSION.rpartition(".")
-    for what in (f"{module}:{name}", engine.GUARD.replace(".Guard", ":Guard")):
+    several = "vllm.entrypoints.cli.serve:ServeSubcommand"
+    for what in (f"{module}:{name}", engine.GUARD.replace(".Guard", ":Guard"), several):
         path, _, attribute = what.partition(":")
         try:
             getattr(importlib.import_module(path), attribute)
