@@ -78,7 +78,7 @@ from labs.commands.terminal import (
 )
 from labs.comparing import compare, reproduction, side_by_side
 from labs.errors import did_you_mean
-from labs.filing import archive, manifest, results
+from labs.filing import archive, manifest
 from labs.filing.results import RunFolder, open_run
 from labs.lab import Lab, LabError, NotApplicable
 from labs.questions import QUESTIONS
@@ -358,9 +358,7 @@ def _sitting(
 
 def _pack(file: Path | None) -> None:
     """Write the archive of this machine's results anew, where one is asked for."""
-    home = results.RESULTS / machine.detect().slug
-    if file and home.exists():
-        written = archive.write(home, file)
+    if file and (written := archive.write_here(file)):
         size = sum(path.stat().st_size for path in written) / 1e6
         names = ", ".join(path.name for path in written)
         console.print(f"[dim]Packed into {escape(names)}: {size:.1f} MB[/]")
