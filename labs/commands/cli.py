@@ -714,6 +714,9 @@ def examine(model: ModelOption = "", weights: WeightsOption = "") -> None:
             runs = {True: "yes", False: "[bold red]no[/]", None: "does not apply"}[a.able]
             labs_table.add_row(a.lab, runs, escape(a.note))
         console.print(labs_table)
+        if planned := doctor.session(abilities):
+            console.print("[bold]A session on this GPU, with QUICK=1 WEIGHTS=dummy[/]")
+            console.print(planned, markup=False, soft_wrap=True)
         if any(a.able is False for a in abilities):
             raise typer.Exit(1)
 
