@@ -302,14 +302,16 @@ def install(target: Path) -> None:
 
 
 def unbundle(folder: Path, target: Path) -> None:
-    """Put the bundle in `folder` in place in `target`. Raises UnbundleError."""
+    """Put the bundle in `folder` in place in `target`, for a Python that fits it.
+
+    Raises UnbundleError.
+    """
     manifest = read_manifest(folder)
     if (target / ".git").exists():
         raise UnbundleError(
             f"{target} is a Git checkout, whose files the bundle's would replace: give another"
             " folder"
         )
-    check_python(manifest)
     print(f"checking {len(manifest['parts'])} parts", flush=True)
     check_parts(folder, manifest)
     print(f"unpacking into {target}", flush=True)
@@ -351,11 +353,11 @@ def main(arguments: "list[str] | None" = None) -> int:
     options = parser.parse_args(arguments)
     folder, target = Path(options.folder).resolve(), Path(options.target).resolve()
     try:
+        manifest = read_manifest(folder)
+        if options.collect and in_place(manifest, target):
+            return 0
+        check_python(manifest)
         if options.collect:
-            manifest = read_manifest(folder)
-            if in_place(manifest, target):
-                return 0
-            check_python(manifest)
             to_come = collect(folder, target, manifest)
             if to_come:
                 print(f"of {len(manifest['parts'])} parts are still to come: {', '.join(to_come)}")
