@@ -14,6 +14,7 @@ or a lost part, only the missing ones are made and copied again.
 
 from __future__ import annotations
 
+import email
 import gzip
 import hashlib
 import io
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,7 +37,7 @@ from urllib.parse import unquote
 from serving import whole
 from serving.install import PROGRAMS, entries, lock_of
 from serving.lean import LEAN, lean_wheel, tokenizer_files, why
-from serving.unbundle import HOME, MANIFEST, PROGRAMS_HOME, SCRIPT, sha256
+from serving.unbundle import BUILT_AS_ONE, HOME, MANIFEST, PROGRAMS_HOME, SCRIPT, sha256
 
 GO = "go.sh"
 
@@ -54,7 +56,7 @@ NEVER = ("torchaudio", "torchcodec")
 # Talks to a Grafana, of which there is none; what it needs puts itself in urllib3's place.
 NOT_THERE = ("grafana-client",)
 TESTS_NEED = "pytest\npytest-timeout\n"  # of the dev extra, what runs tests/gpu there
-BUILT_AS_ONE = ("torch", "torchaudio", "torchvision", "triton")  # with the driver in mind
+WITHOUT_RESULTS = "`git sparse-checkout set --no-cone '/*' '!/results/'`"
 
 Packages = dict[str, str]  # normalized name -> version
 
@@ -124,16 +126,27 @@ def part_size(text: str) -> int:
 def fitting(most: str) -> int:
     """Return the size of a part that travels with this checkout: both within `most`.
 
-    The checkout is what Git tracks and what it does not ignore. Raises BundleError.
+    The checkout is what Git tracks and what it does not ignore, as far as it lies on disk: what a
+    sparse checkout leaves out does not travel. Raises BundleError.
     """
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others"]
     listed = subprocess.run([*command, "--exclude-standard"], capture_output=True, text=True)
-    paths = [ROOT / name for name in set(listed.stdout.split("\0")) if name]
-    tree = sum(path.stat().st_size + 1024 for path in paths if path.is_file())  # and its header
+    sizes = {
+        name: path.stat().st_size + 1024  # and its header
+        for name in set(listed.stdout.split("\0"))
+        if name and (path := ROOT / name).is_file()
+    }
+    tree = sum(sizes.values())
     left = (part_size(most) - tree) // 10**6 * 10**6
     if left <= 0:
+        results = sum(size for name, size in sizes.items() if name.startswith("results/"))
+        way_out = (
+            f", of which results/ takes {results / 1e6:.0f} MB: {WITHOUT_RESULTS} leaves the"
+            " committed ones out, and `git sparse-checkout disable` brings them back"
+        )
         raise BundleError(
             f"WITH_TREE={most} leaves no room for a part: this checkout is {tree / 1e6:.0f} MB"
+            + (way_out if results else "")
         )
     return left
 
@@ -355,8 +368,33 @@ def write_tar(
             archive.addfile(member, io.BytesIO(packed))
 
 
+def requirements(wheels: list[Path], expected: Packages) -> dict[str, list[str]]:
+    """Return what the lab and each wheel require of the packages that the other machine has.
+
+    These are the requirements as they stand, with their conditions, which hold or not over there.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {"the lab": project["dependencies"]}
+    for path in wheels:
+        with zipfile.ZipFile(path) as wheel:
+            name = next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+            about = email.message_from_bytes(wheel.read(name))
+        asked[" ".join(path.name.split("-")[:2])] = about.get_all("Requires-Dist") or []
+    named = re.compile(r"[\w.-]+")
+    of_expected = {
+        who: [r for r in required if (m := named.match(r)) and normal(m[0]) in expected]
+        for who, required in asked.items()
+    }
+    return {who: required for who, required in of_expected.items() if required}
+
+
 def write_manifest(
-    out: Path, python: str, packages: Packages, expected: Packages, parts: Parts
+    out: Path,
+    python: str,
+    packages: Packages,
+    expected: Packages,
+    requires: dict[str, list[str]],
+    parts: Parts,
 ) -> None:
     """Write beside the parts what they are, and the scripts that the other machine runs."""
     manifest = {
@@ -365,6 +403,7 @@ def write_manifest(
         "commit": _commit(),
         "packages": packages,
         "expected": expected,
+        "requires": requires,
         "parts": parts.manifest,
     }
     whole.write(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -412,7 +451,8 @@ def bundle(
     parts = Parts(out, request.part_bytes)
     write_tar(parts, wheels, programs, files)
     parts.close()
-    write_manifest(out, request.python, carried, left_out, parts)
+    requires = requirements(wheels, left_out)
+    write_manifest(out, request.python, carried, left_out, requires, parts)
     total = sum(int(part["bytes"]) for part in parts.manifest)
     say(
         f"{total / 1e6:,.0f} MB in {len(parts.manifest)} parts, of which {parts.unchanged} were"

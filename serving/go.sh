@@ -8,7 +8,7 @@
 # last. Killed at any moment and called again, it goes on. What it takes from the environment:
 #
 #     LIMIT_S   how long one call may last, from its begin (530)
-#     LAB_HOME  where the lab goes (~/inference-serving-lab)
+#     LAB_HOME  where the lab goes (~/inference-serving-lab, or beside OUT where that is read-only)
 #     OUT       where the archives of results and the log go (bundle/out)
 #     PYTHON    the Python that has torch (python3)
 #
@@ -17,19 +17,53 @@
 set -u
 limit=${LIMIT_S:-530} # bash counts in SECONDS how long it has been running
 here=$(cd "$(dirname "$0")" && pwd) || exit 1
-lab=${LAB_HOME:-$HOME/inference-serving-lab}
 out=$(mkdir -p "${OUT:-$here/out}" && cd "${OUT:-$here/out}" && pwd) || exit 1
+
+writable() { mkdir -p "$1" 2> /dev/null && [ -w "$1" ]; }
+call_again() {
+	echo "The labs are not done: call it again."
+	exit 75
+}
+# After this a call that is killed leaves an archive, too: what is in it was recorded before.
+pack() {
+	timeout 60 .unbundled/bin/python -m labs.filing.archive "$out/results.tar.gz" >> "$out/log.txt" 2>&1
+}
+
+lab=${LAB_HOME:-${HOME:+$HOME/inference-serving-lab}}
+if ! writable "$lab"; then
+	beside=$(dirname "$out")/inference-serving-lab
+	if [ -n "${LAB_HOME:-}" ] || ! writable "$beside"; then
+		echo "error: no folder for the lab: ${lab:-HOME, which is not set,} cannot be written. Name one in LAB_HOME that stays between calls." >&2
+		exit 1
+	fi
+	lab=$beside
+	echo "The home folder cannot be written: the lab goes to $lab (LAB_HOME= names another folder)"
+	export XDG_CACHE_HOME="$lab/.cache/home" XDG_CONFIG_HOME="$lab/.cache/home" # vLLM's among others
+fi
+lab=$(cd "$lab" && pwd) || exit 1
 
 "${PYTHON:-python3}" "$here/unbundle.py" --collect "$lab" || exit
 # What is compiled in one call is there in the next. Kernels of other models stay uncompiled.
 export VLLM_CACHE_ROOT="$lab/.cache/vllm" TRITON_CACHE_DIR="$lab/.cache/triton"
 cd "$lab" || exit 1
+# Once for each bundle, and never again where that was killed.
+examined=.unbundled/examined
+left=$((limit - SECONDS))
+if [ "$left" -gt 12 ] && ! [ "$examined" -nt .unbundled/manifest.json ]; then
+	touch "$examined"
+	timeout "$((left < 120 ? left : 120))" .unbundled/bin/labs doctor --weights dummy 2>&1 | tee -a "$out/log.txt"
+fi
+pack
 left=$((limit - SECONDS))
 echo "$SECONDS s for the bundle, $left s left for the labs"
-if [ "$left" -le 12 ]; then
-	echo "No time is left for the labs in this call: call it again."
-	exit 75
-fi
+[ "$left" -gt 12 ] || call_again
 timeout --signal=INT --kill-after=20 "$left" .unbundled/bin/labs all --quick --weights dummy \
 	--seconds "$((left - 10))" --archive "$out/results.tar.gz" "$@" 2>&1 | tee -a "$out/log.txt"
-exit "${PIPESTATUS[0]}"
+code=${PIPESTATUS[0]}
+case $code in
+124 | 130 | 137 | 143) # interrupted or killed, by `timeout` or otherwise
+	pack
+	call_again
+	;;
+esac
+exit "$code"

@@ -332,6 +332,14 @@ def compiler(kind: str) -> tuple[str, str]:
     return path, ""
 
 
+def cuda_compiler() -> str | None:
+    """Find nvcc where FlashInfer 0.6 looks for a CUDA toolkit; None where there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = None if home else shutil.which("nvcc")
+    in_home = Path(home or "/usr/local/cuda") / "bin" / "nvcc"
+    return path or (str(in_home) if in_home.exists() else None)
+
+
 # Variables of vLLM and its dependencies. SECRET matches names of secrets; values that are addresses
 # are left out too, since they may contain a password.
 READ_BY_ENGINE = re.compile(

@@ -1,12 +1,12 @@
 """Put a bundle in place on a machine without internet: `python3 bundle/unbundle.py FOLDER`.
 
 `make bundle` puts this file beside the parts of the bundle, and it needs nothing but that machine's
-own Python. Every part is checked before anything is written. The lab's files go to FOLDER and the
-packages to FOLDER/.unbundled/site, which precedes that Python's own packages (such as its torch)
-and leaves them unchanged. FOLDER/.unbundled/bin has commands that use both; where that folder
-exists, `make` uses it and sets nothing up.
+own Python and its pip. Every part is checked before anything is written. The lab's files go to
+FOLDER and the packages to FOLDER/.unbundled/site, which precedes that Python's own packages (such
+as its torch) and leaves them unchanged. FOLDER/.unbundled/bin has commands that use both; where
+that folder exists, `make` uses it and sets nothing up.
 
-Standard library only, and syntax that Python 3.6 can parse: a Python that is too old gets a
+Standard library and pip only, and syntax that Python 3.6 can parse: a Python that is too old gets a
 sentence, not a traceback.
 """
 
@@ -29,6 +29,8 @@ MOST_MANIFEST_BYTES = 16 * 2**20
 PARTS = "parts"  # in HOME: those that have come so far, where they come one by one
 NOT_YET = 75  # exit code: parts are still to come
 HOME, PROGRAMS_HOME = ".unbundled", ".tools/prometheus"
+# Their compiled code works together in the versions that were built for one another, no others.
+BUILT_AS_ONE = ("torch", "torchaudio", "torchvision", "triton")
 COMMANDS = {"python": "", "labs": " -m labs.commands.cli", "pytest": " -m pytest"}
 # PYTHONPATH alone does not read the .pth files by which some packages name further folders.
 READ_PTH = "import os, site\n\nsite.addsitedir(os.path.dirname(__file__))\n"
@@ -69,13 +71,20 @@ def read_manifest(folder: Path) -> "dict[str, Any]":
 
 def _is_manifest(manifest: Any) -> bool:
     """Check the types of all that is read of a manifest; a part is a file beside it."""
-    kinds = {"python": str, "machine": str, "expected": dict, "parts": list, "packages": dict}
+    kinds = {
+        **{"python": str, "machine": str, "parts": list},
+        **{"expected": dict, "requires": dict, "packages": dict},
+    }
     if not isinstance(manifest, dict):
         return False
     if not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
         return False
-    if not all(isinstance(version, str) for version in manifest["expected"].values()):
+    versions = [*manifest["expected"].values(), *manifest["packages"].values()]
+    if not all(isinstance(version, str) for version in versions):
         return False
+    for required in manifest["requires"].values():
+        if not (isinstance(required, list) and all(isinstance(r, str) for r in required)):
+            return False
     return all(
         isinstance(part, dict)
         and isinstance(part.get("name"), str)
@@ -89,7 +98,8 @@ def _is_manifest(manifest: Any) -> bool:
 def check_python(manifest: "dict[str, Any]") -> None:
     """Check that this Python fits the bundle and has the packages that it leaves out.
 
-    Raises UnbundleError.
+    One in another version than expected is told, and refused where it is built as one with torch,
+    or where the bundle's packages, or its own, require another version. Raises UnbundleError.
     """
     version, expected = ".".join(platform.python_version_tuple()[:2]), manifest["python"]
     if version != expected:
@@ -103,20 +113,60 @@ def check_python(manifest: "dict[str, Any]") -> None:
         )
     from importlib import metadata  # which an older Python lacks, that was told so above
 
-    differ = []
+    installed, differ, refused = {}, {}, []
     for name, version in manifest["expected"].items():
         try:
-            installed = metadata.version(name)
+            found = metadata.version(name)
         except metadata.PackageNotFoundError:
-            installed = "missing"
-        known = version or installed  # a version that is not known is taken to fit
-        if installed == "missing" or installed.split("+")[0] != known.split("+")[0]:
-            differ.append(f"{name} {version} is {installed}".replace("  ", " "))
-    if differ:
+            refused.append(f"{name} {version} is missing".replace("  ", " "))
+            continue
+        # a version that is not known is taken to fit
+        if version and found.split("+")[0] != version.split("+")[0]:
+            installed[name] = found
+            differ[name] = f"{name} {version} is {found}"
+    refused += [line for name, line in differ.items() if name in BUILT_AS_ONE]
+    refused += unmet(manifest, installed)
+    if refused:
         raise UnbundleError(
             f"the bundle leaves out packages that {sys.executable} was said to have, but here"
-            f" {', '.join(differ)}: make it again with this machine's `pip list` as HAVE="
+            f" {', '.join(refused)}: make it again with this machine's `pip list` as HAVE="
         )
+    if differ:
+        print(
+            "not the versions that the bundle was made beside, but ones that its packages accept:"
+            f" {', '.join(differ.values())}",
+            flush=True,
+        )
+
+
+def unmet(manifest: "dict[str, Any]", installed: "dict[str, str]") -> "list[str]":
+    """Name what the bundle requires of these installed packages, or they of it, and is not met.
+
+    `installed` has name -> version. It is pip that reads the requirements: where it cannot, they
+    are passed over.
+    """
+    from importlib import metadata
+
+    try:
+        from pip._vendor.packaging.requirements import InvalidRequirement, Requirement
+        from pip._vendor.packaging.utils import canonicalize_name
+    except ImportError:
+        return []
+    carried = manifest["packages"]
+    asked = [(who, text, installed) for who, of in manifest["requires"].items() for text in of]
+    for name, version in installed.items():
+        asked += [(f"{name} {version}", text, carried) for text in metadata.requires(name) or []]
+    lines = []
+    for who, text, versions in asked:
+        try:
+            required = Requirement(text)
+        except InvalidRequirement:
+            continue
+        version = versions.get(canonicalize_name(required.name), "")
+        applies = required.marker is None or required.marker.evaluate({"extra": ""})
+        if version and applies and not required.specifier.contains(version, prereleases=True):
+            lines.append(f"{who} needs {required.name}{required.specifier}, not {version}")
+    return lines
 
 
 def check_parts(folder: Path, manifest: "dict[str, Any]") -> None:
@@ -252,14 +302,16 @@ def install(target: Path) -> None:
 
 
 def unbundle(folder: Path, target: Path) -> None:
-    """Put the bundle in `folder` in place in `target`. Raises UnbundleError."""
+    """Put the bundle in `folder` in place in `target`, for a Python that fits it.
+
+    Raises UnbundleError.
+    """
     manifest = read_manifest(folder)
     if (target / ".git").exists():
         raise UnbundleError(
             f"{target} is a Git checkout, whose files the bundle's would replace: give another"
             " folder"
         )
-    check_python(manifest)
     print(f"checking {len(manifest['parts'])} parts", flush=True)
     check_parts(folder, manifest)
     print(f"unpacking into {target}", flush=True)
@@ -301,11 +353,11 @@ def main(arguments: "list[str] | None" = None) -> int:
     options = parser.parse_args(arguments)
     folder, target = Path(options.folder).resolve(), Path(options.target).resolve()
     try:
+        manifest = read_manifest(folder)
+        if options.collect and in_place(manifest, target):
+            return 0
+        check_python(manifest)
         if options.collect:
-            manifest = read_manifest(folder)
-            if in_place(manifest, target):
-                return 0
-            check_python(manifest)
             to_come = collect(folder, target, manifest)
             if to_come:
                 print(f"of {len(manifest['parts'])} parts are still to come: {', '.join(to_come)}")

@@ -81,7 +81,7 @@ from labs.commands.terminal import (
 )
 from labs.comparing import compare, reproduction, side_by_side
 from labs.errors import did_you_mean
-from labs.filing import archive, manifest, results
+from labs.filing import archive, manifest
 from labs.filing.results import RunFolder, open_run
 from labs.lab import Lab, LabError, NotApplicable
 from labs.questions import QUESTIONS
@@ -402,9 +402,7 @@ def _pack_between(file: Path | None) -> None:
 
 def _pack(file: Path | None) -> None:
     """Write the archive of this machine's results anew, where one is asked for."""
-    home = results.RESULTS / machine.detect().slug
-    if file and home.exists():
-        written = archive.write(home, file)
+    if file and (written := archive.write_here(file)):
         size = sum(path.stat().st_size for path in written) / 1e6
         names = ", ".join(path.name for path in written)
         console.print(f"[dim]Packed into {escape(names)}: {size:.1f} MB[/]")
@@ -762,6 +760,9 @@ def examine(model: ModelOption = "", weights: WeightsOption = "") -> None:
             runs = {True: "yes", False: "[bold red]no[/]", None: "does not apply"}[a.able]
             labs_table.add_row(a.lab, runs, escape(a.note))
         console.print(labs_table)
+        if planned := doctor.session(abilities):
+            console.print("[bold]A session on this GPU, with QUICK=1 WEIGHTS=dummy[/]")
+            console.print(planned, markup=False, soft_wrap=True)
         if any(a.able is False for a in abilities):
             raise typer.Exit(1)
 

@@ -21,6 +21,7 @@ import psutil
 import requests
 
 from labs import LABS
+from labs.commands import all_labs
 from labs.commands.interactive import PORT, WEB_PORT
 from labs.filing.results import LEAST_FREE_BYTES, RESULTS, MachineFile, read_json
 from labs.lab import Lab, LabError, NotApplicable
@@ -37,6 +38,7 @@ from labs.running.resolve import (
     require_memory,
     require_sizes,
 )
+from labs.running.sitting_plan import plan, table
 from serving import gpus, install, models, quantize, telemetry
 from serving import machine as machines
 from serving.engines.base import EngineError
@@ -49,6 +51,8 @@ from serving.platforms import PLATFORMS, platform_of
 from serving.ports import PortTaken, require_port
 
 PORTS = {"make serve": (PORT, "PORT"), "make locust": (WEB_PORT, "WEB_PORT")}
+START_S = 45.0  # of an engine on a GPU, assumed
+SESSIONS_MIN = (30, 60, 120)
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ def _gpus() -> Iterator[Check]:
     for number, why in gpus.silent(pynvml).items():
         state = f"number {number} does not answer ({why}); the others are used without it"
         yield Check("GPU", state, "`nvidia-smi` and the kernel's log (`dmesg`) say more")
+    generations = set[int]()
     for index, handle in enumerate(gpus.visible(pynvml)):
         try:
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
@@ -147,6 +152,7 @@ def _gpus() -> Iterator[Check]:
             remedy = f"name another GPU in {gpus.VARIABLE}"
             yield Check(f"GPU {index}", f"the driver does not tell its memory ({error})", remedy)
             continue
+        generations.add(major)
         taken = memory.free < MEMORY_SHARE * memory.total
         yield Check(
             f"GPU {index}",
@@ -160,6 +166,7 @@ def _gpus() -> Iterator[Check]:
             yield Check("Compute mode", state)
         elif mode == "prohibited":
             yield Check("Compute mode", mode, "have an administrator run `nvidia-smi -c DEFAULT`")
+    yield _cuda_compiler(generations)
     try:
         driver, cuda = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
     except pynvml.NVMLError as error:
@@ -172,6 +179,27 @@ def _gpus() -> Iterator[Check]:
         f"{driver}, supports CUDA up to {known}",
         f"torch is built for CUDA {built}: install a driver that supports it" if old else "",
     )
+
+
+def _cuda_compiler(generations: set[int]) -> Check:
+    """Say whether FlashInfer can compile kernels, and whether GPUs of these generations need it.
+
+    A generation is a compute capability's first number: 8 is Ampere and Ada, 9 is Hopper. What each
+    needs was found in vLLM 0.26 (docs/gpu.md).
+    """
+    part, path = "CUDA toolkit", machines.cuda_compiler()
+    if path:
+        return Check(part, f"{path}: FlashInfer can compile kernels with it")
+    if 8 in generations:
+        remedy = (
+            "install it, or name its folder in CUDA_HOME; without it the other variants are"
+            " measured, and on Ada SET=flags.attention-backend=TRITON_ATTN needs none"
+        )
+        return Check(part, "no nvcc: engines whose KV cache is in FP8 need FlashInfer's", remedy)
+    if generations == {9}:
+        not_used = "the labs turn off FlashInfer's sampler and autotuning, and DeepGEMM"
+        return Check(part, f"no nvcc, and none is needed on Hopper: {not_used}")
+    return Check(part, "no nvcc: where vLLM chooses FlashInfer's kernels, engines do not start")
 
 
 def _torch_cuda() -> str | None:
@@ -321,6 +349,24 @@ def _ability_in_its_shape(lab: Lab, machine: Machine, wanted: str, weights: str)
     except ModelError as error:
         return Ability(lab.name, False, str(error))
     return _ability(lab, machine, model, Check("Model", model.name), random=True)
+
+
+# --------------------------------------------------------------------------------------- a session
+
+
+def session(abilities: list[Ability]) -> str:
+    """Plan quick runs of the labs that can run here, with random weights; "" without a GPU."""
+    able = {a.lab for a in abilities if a.able}
+    machine = machines.detect() if able else None
+    if machine is None or machine.kind != "gpu":
+        return ""
+    names = [name for name in all_labs.chosen("", by_value=True) if name in able]
+    planned = list(plan(names, models.scale_of(machine), START_S))
+    fit = (f"{sum(p.ends_s <= 60 * m for p in planned)} labs in {m} minutes" for m in SESSIONS_MIN)
+    return (
+        f"{table(planned)}\nComputed, with {START_S:.0f} s for the start of an engine once the"
+        f" first has compiled: {', '.join(fit)}."
+    )
 
 
 def _weights_available(model: Model, name: str, known: Mapping[str, str]) -> bool:

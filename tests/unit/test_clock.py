@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -18,7 +21,8 @@ from labs.lab import LabError
 from labs.running import trials
 from labs.running.clock import CLOSING_S, START_S, Clock, TimeUsedUp
 from loadtests.workload import Request
-from serving import models
+from serving import machine, models
+from serving.models import ROOT
 
 
 def test_what_does_not_fit_is_left_to_the_next_call() -> None:
@@ -108,6 +112,24 @@ def test_archives_hold_every_record_and_stay_small(tmp_path: Path) -> None:
     assert found == wanted
     assert archive.write(home, out) == [out]  # one is enough: the others are gone
     assert sorted(p.name for p in tmp_path.glob("*.tar.gz")) == ["results.tar.gz"]
+
+
+def test_what_a_killed_call_left_is_packed_by_a_command_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labs.filing.results.RESULTS", tmp_path / "results")
+    out = tmp_path / "results.tar.gz"
+    assert archive.write_here(out) == []  # nothing was recorded
+    log = (
+        tmp_path / "results" / machine.detect().slug / "single-stream" / "run" / "logs" / "base.log"
+    )
+    log.parent.mkdir(parents=True)
+    log.write_text("it failed")
+    environment = {**os.environ, "LABS_RESULTS": str(tmp_path / "results")}
+    command = [sys.executable, "-m", "labs.filing.archive", str(out)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    with tarfile.open(out) as packed:
+        assert packed.getnames() == [str(log.relative_to(tmp_path))]
 
 
 def test_prompts_are_written_once_for_all_calls_of_a_bounded_sitting(

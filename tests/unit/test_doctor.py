@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from labs import LABS
+from labs import FIRST, LABS
 from labs.commands import doctor
 from labs.commands.doctor import Ability, Check
 from labs.lab import LabError
@@ -161,12 +162,13 @@ def make_nvml(free_gib: int, cuda: int) -> ModuleType:
 def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_torch_cuda", lambda: "13.0")
     monkeypatch.setitem(sys.modules, "pynvml", make_nvml(79, 13000))
-    assert [(x.state, x.remedy) for x in doctor._gpus()] == [
+    gpu, _, driver = doctor._gpus()
+    assert [(x.state, x.remedy) for x in (gpu, driver)] == [
         ("NVIDIA H100 80GB HBM3, 79 of 80 GiB free, compute capability 9.0", ""),
         ("580.1, supports CUDA up to 13.0", ""),
     ]
     monkeypatch.setitem(sys.modules, "pynvml", make_nvml(73, 12080))  # vLLM takes 73.6
-    gpu, driver = doctor._gpus()
+    gpu, _, driver = doctor._gpus()
     assert "nvidia-smi" in gpu.remedy
     assert driver.state == "580.1, supports CUDA up to 12.8"
     assert "built for CUDA 13.0" in driver.remedy
@@ -198,12 +200,12 @@ def test_gpus_that_do_not_answer_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(told, "nvmlDeviceGetCount", lambda: 2)
     monkeypatch.setattr(told, "nvmlDeviceGetHandleByIndex", handle)
     monkeypatch.setitem(sys.modules, "pynvml", told)
-    silent, answering, _ = doctor._gpus()
+    silent, answering, *_ = doctor._gpus()
     assert "number 1 does not answer (GPU is lost)" in silent.state
     assert "79 of 80 GiB free" in answering.state
     monkeypatch.setattr(told, "nvmlDeviceGetMemoryInfo", nvml.unsupported)
     monkeypatch.setattr(told, "nvmlSystemGetDriverVersion", nvml.unsupported)
-    _, answering, driver = doctor._gpus()
+    _, answering, _, driver = doctor._gpus()
     assert "does not tell its memory" in answering.state
     assert "does not tell its version" in driver.state
 
@@ -217,6 +219,55 @@ def test_the_doctor_goes_on_where_no_gpu_answers(monkeypatch: pytest.MonkeyPatch
     found = line(doctor.examine("")[0], "GPU")
     assert found.state == "vLLM is for GPUs, and none answers (no driver)"
     assert found.remedy == "`nvidia-smi` says more"
+
+
+@pytest.mark.parametrize(
+    ("capability", "state", "remedy"),
+    [
+        ((8, 0), "no nvcc: engines whose KV cache is in FP8 need", "in CUDA_HOME; without it the"),
+        ((8, 9), "no nvcc: engines whose KV cache is in FP8 need", "backend=TRITON_ATTN needs"),
+        ((9, 0), "no nvcc, and none is needed on Hopper", ""),
+        ((12, 0), "no nvcc: where vLLM chooses FlashInfer's kernels", ""),
+    ],
+)
+def test_where_kernels_cannot_be_compiled_it_says_who_needs_that(
+    capability: tuple[int, int],
+    state: str,
+    remedy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    told = make_nvml(79, 13000)
+    monkeypatch.setattr(told, "nvmlDeviceGetCudaComputeCapability", lambda handle: capability)
+    monkeypatch.setitem(sys.modules, "pynvml", told)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found = line(doctor._gpus(), "CUDA toolkit")
+    assert found.state.startswith(state)
+    assert (remedy in found.remedy, bool(found.remedy)) == (True, bool(remedy))
+    for name in ("CUDA_HOME", "PATH"):  # as FlashInfer looks for it
+        nvcc = tmp_path / name / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.touch(mode=0o755)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / name) if name == "CUDA_HOME" else "")
+        monkeypatch.setenv("PATH", str(nvcc.parent))
+        found = line(doctor._gpus(), "CUDA toolkit")
+        assert (found.state.startswith(f"{nvcc}: "), found.remedy) == (True, "")
+
+
+def test_on_a_gpu_the_labs_that_can_run_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    abilities = [Ability(name, name != "multi-lora", "") for name in LABS]
+    monkeypatch.setattr("labs.commands.doctor.machines.detect", lambda: CPU)
+    assert doctor.session(abilities) == ""
+    monkeypatch.setattr("labs.commands.doctor.machines.detect", lambda: GPU)
+    assert doctor.session([Ability(LAB, False, "vLLM has to be installed first")]) == ""
+    *rows, told = doctor.session(abilities).splitlines()
+    planned = [row.split() for row in rows[1:]]
+    assert planned[0][0] == FIRST[0]
+    assert {"multi-lora", "quantization-tools"} & {row[0] for row in planned} == set()
+    ends_min = [float(row[-2]) for row in planned]
+    assert ends_min == sorted(ends_min)
+    counted = [int(n) for n in re.findall(r"(\d+) labs in", told)]
+    assert counted == [sum(end <= m for end in ends_min) for m in doctor.SESSIONS_MIN]
 
 
 def test_a_cpu_that_takes_long_over_bf16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

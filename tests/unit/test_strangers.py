@@ -641,12 +641,15 @@ def test_a_template_without_chats_is_one_sentence(
 
 MANIFEST: dict[str, Any] = {
     "python": "3.12", "machine": "x86_64", "expected": {"torch": "2"}, "packages": {},
+    "requires": {"vllm 1": ["torch==2"]},
     "parts": [{"name": "part-1", "bytes": 1, "sha256": "0"}],
 }  # fmt: skip
 
 
 WRONG: list[dict[str, Any]] = [
     {"python": 3}, {"expected": []}, {"expected": {"torch": None}}, {"parts": {}},
+    {"requires": []}, {"requires": {"vllm 1": "torch"}}, {"requires": {"vllm 1": [2]}},
+    {"packages": {"vllm": 1}},
     {"parts": [1]}, {"parts": [{"name": "part-1"}]},
     {"parts": [{"name": "../part", "bytes": 1, "sha256": "0"}]},
     {"parts": [{"name": "part", "bytes": "1", "sha256": "0"}]},
