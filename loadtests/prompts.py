@@ -340,13 +340,13 @@ def tokenizer(model_path: str) -> Tokenize:
         from transformers import AutoTokenizer as Tokenizer  # imports torch, which takes seconds
     loaded = Tokenizer.from_pretrained(model_path)
 
-    def encode(text: str) -> Sequence[int]:
+    def whole(text: str) -> Sequence[int]:
         tokens: Sequence[int] = loaded(text, add_special_tokens=False)["input_ids"]
         return tokens
 
     backend = getattr(loaded, "backend_tokenizer", None)  # one in plain Python has none
-    if backend is not None and cuts_before_spaces(backend):
-        encode = by_piece(encode)
+    cuts = backend is not None and cuts_before_spaces(backend)
+    encode = by_piece(whole) if cuts else whole
 
     def tokenize(messages: Messages) -> Sequence[int]:
         return encode(
