@@ -10,13 +10,15 @@ and again. One task has statements of a program in place of sentences, and a nam
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise, repeat
 from pathlib import Path
 from typing import Literal, Self
 
 from jinja2 import TemplateError
+
+from loadtests.pieces import by_piece, cuts_before_spaces
 
 Message = dict[str, str]
 Messages = list[Message]
@@ -202,32 +204,15 @@ class Writer:
         of tokenizers that split at spaces. Where that fails, each attempt is counted as a whole.
         """
         state, written = rng.getstate(), written or PROSE
-        text = self._search(total, rng, lead, written, self._by_word(lead, history))
+        by_word = _DraftByWord(lead, lambda first: self._begun(first, history), self._word_tokens)
+        text = _search(total, rng, written, by_word)
         if text is not None and self._count(text, history) == total:
             return text
         rng.setstate(state)
-        text = self._search(
-            total,
-            rng,
-            lead,
-            written,
-            lambda words: self._count(" ".join(filter(None, (lead, *words))), history),
-        )
-        if text is None:
+        whole = _Draft(lead, lambda attempt: self._count(attempt, history))
+        if (text := _search(total, rng, written, whole)) is None:
             raise ValueError(f"no text of exactly {total} tokens was found with this tokenizer")
         return text
-
-    def _by_word(self, lead: str, history: Sequence[Message]) -> Callable[[Sequence[str]], int]:
-        """Return a function that counts the message of `lead` and words, each tokenized once."""
-        begun: dict[str, int] = {}
-
-        def count(words: Sequence[str]) -> int:
-            first, rest = (lead, words) if lead else (words[0] if words else "", words[1:])
-            if first not in begun:
-                begun[first] = self._begun(first, history)
-            return begun[first] + sum(map(self._word_tokens.__getitem__, rest))
-
-        return count
 
     def _begun(self, text: str, history: Sequence[Message]) -> int:
         """Count the tokens of a message that is this text; leads are used often and remembered."""
@@ -239,31 +224,78 @@ class Writer:
             self._beginnings[text] = self._count(text)
         return self._beginnings[text]
 
-    def _search(
-        self,
-        total: int,
-        rng: random.Random,
-        lead: str,
-        written: Text,
-        tokens: Callable[[Sequence[str]], int],
-    ) -> str | None:
-        words: list[str] = []
 
-        def count(*more: str) -> int:
-            return tokens([*words, *more])
+class _Draft:
+    """A text that is being written: a lead, and words after it. Each attempt is counted whole."""
 
-        while (missing := total - count()) > 0:
-            for _ in range(max(1, missing // _LONGEST_SENTENCE_TOKENS)):
-                words += written.sentence(rng).split()
-        while (excess := count() - total) > 0:
-            del words[-max(1, excess // _LONGEST_WORD_TOKENS) :]
-        fillers = sorted(written.fillers, key=lambda _: rng.random())
-        for filler in fillers * total:  # a removed word may have had two tokens: add single ones
-            if count() == total:
-                return " ".join(filter(None, (lead, *words)))
-            if count(filler) <= total:
-                words.append(filler)
-        return None
+    def __init__(self, lead: str, count: Callable[[str], int]) -> None:
+        self._lead, self._count = lead, count
+        self._words: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return " ".join(filter(None, (self._lead, *self._words)))
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of the message that is this text."""
+        return self._count(self.text)
+
+    def add(self, *words: str) -> None:
+        self._words += words
+
+    def drop(self, count: int) -> None:
+        """Take the last words away, all where there are fewer."""
+        del self._words[-count:]
+
+
+class _DraftByWord(_Draft):
+    """Such a text, whose tokens are the sum of its beginning's, which are counted, and its words'.
+
+    It begins with the lead, or without one with its first word.
+    """
+
+    def __init__(
+        self, lead: str, count: Callable[[str], int], word_tokens: Mapping[str, int]
+    ) -> None:
+        super().__init__(lead, count)
+        self._word_tokens = word_tokens
+        self._totals = [self._count(lead)]  # with so many words
+
+    @property
+    def tokens(self) -> int:
+        return self._totals[-1]
+
+    def add(self, *words: str) -> None:
+        if not self._lead and not self._words and words:
+            self._totals.append(self._count(words[0]))
+            self._words.append(words[0])
+            words = words[1:]
+        each = map(self._word_tokens.__getitem__, words)
+        self._totals[-1:] = accumulate(each, initial=self._totals[-1])
+        super().add(*words)
+
+    def drop(self, count: int) -> None:
+        super().drop(count)
+        del self._totals[len(self._words) + 1 :]
+
+
+def _search(total: int, rng: random.Random, written: Text, draft: _Draft) -> str | None:
+    """Add sentences until there are `total` tokens or more; then take words away and add others."""
+    while (missing := total - draft.tokens) > 0:
+        sentences = range(max(1, missing // _LONGEST_SENTENCE_TOKENS))
+        draft.add(*" ".join([written.sentence(rng) for _ in sentences]).split(" "))
+    while (excess := draft.tokens - total) > 0:
+        draft.drop(max(1, excess // _LONGEST_WORD_TOKENS))
+    fillers = sorted(written.fillers, key=lambda _: rng.random())
+    for filler in chain.from_iterable(repeat(fillers, total)):
+        # a word that was taken away may have had two tokens: single ones are added
+        if draft.tokens == total:
+            return draft.text
+        draft.add(filler)
+        if draft.tokens > total:
+            draft.drop(1)
+    return None
 
 
 def _agreeing(one: Sequence[object], other: Sequence[object]) -> int:
@@ -277,7 +309,7 @@ def _pick(choices: Sequence[str], rng: random.Random) -> str:
 
 
 def _sentence(rng: random.Random) -> str:
-    text = " ".join(_pick(part, rng) for part in (_SUBJECTS, _VERBS, _OBJECTS, _ENDINGS))
+    text = " ".join([_pick(part, rng) for part in (_SUBJECTS, _VERBS, _OBJECTS, _ENDINGS)])
     return f"{text[0].upper()}{text[1:]}."
 
 
@@ -308,9 +340,17 @@ def tokenizer(model_path: str) -> Tokenize:
         from transformers import AutoTokenizer as Tokenizer  # imports torch, which takes seconds
     loaded = Tokenizer.from_pretrained(model_path)
 
-    def tokenize(messages: Messages) -> Sequence[int]:
-        text = loaded.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    def whole(text: str) -> Sequence[int]:
         tokens: Sequence[int] = loaded(text, add_special_tokens=False)["input_ids"]
         return tokens
+
+    backend = getattr(loaded, "backend_tokenizer", None)  # one in plain Python has none
+    cuts = backend is not None and cuts_before_spaces(backend)
+    encode = by_piece(whole) if cuts else whole
+
+    def tokenize(messages: Messages) -> Sequence[int]:
+        return encode(
+            loaded.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        )
 
     return tokenize

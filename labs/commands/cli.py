@@ -81,7 +81,7 @@ from labs.commands.terminal import (
 )
 from labs.comparing import compare, reproduction, side_by_side
 from labs.errors import did_you_mean
-from labs.filing import archive, manifest
+from labs.filing import archive, manifest, results
 from labs.filing.results import RunFolder, open_run
 from labs.lab import Lab, LabError, NotApplicable
 from labs.questions import QUESTIONS

@@ -26,6 +26,7 @@ from labs.commands.interactive import PORT, WEB_PORT
 from labs.filing.results import LEAST_FREE_BYTES, RESULTS, MachineFile, read_json
 from labs.lab import Lab, LabError, NotApplicable
 from labs.running import derived_models
+from labs.running.prompt_files import usable_cores
 from labs.running.resolve import (
     check_flags,
     is_dummy,
@@ -361,7 +362,7 @@ def session(abilities: list[Ability]) -> str:
     if machine is None or machine.kind != "gpu":
         return ""
     names = [name for name in all_labs.chosen("", by_value=True) if name in able]
-    planned = list(plan(names, models.scale_of(machine), START_S))
+    planned = list(plan(names, models.scale_of(machine), START_S, usable_cores()))
     fit = (f"{sum(p.ends_s <= 60 * m for p in planned)} labs in {m} minutes" for m in SESSIONS_MIN)
     return (
         f"{table(planned)}\nComputed, with {START_S:.0f} s for the start of an engine once the"

@@ -238,7 +238,7 @@ class Harness:
             if time.monotonic() + self.trials.remaining_s > until:
                 self.progress.message(f"The stated time is used up (most_s={lab.most_s:g})")
                 return
-            write_requests(self.setup, self.trials.work, trip[0][1])
+            write_requests(self.setup, self.trials.work, self.progress, trip[0][1])
             self.progress.expect(self.trials.remaining_s)
             for number, (group, of_group) in enumerate(trials, 1):
                 self.trials.starts_to_come = self._starts_of(trials[number:])

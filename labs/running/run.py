@@ -73,8 +73,7 @@ def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
         exits.enter_context(run_lock())
         setup = resolve(request, progress)
         work = exits.enter_context(_scratch())
-        progress.waiting("writing the prompts")
-        prompts_sha256 = sent_sha256(write_requests(setup, work))
+        prompts_sha256 = sent_sha256(write_requests(setup, work, progress))
         manifest = _manifest(setup, request, prompts_sha256)
         folder = unfinished(manifest) if request.resume else None
         if request.resume and folder is None:
@@ -240,8 +239,7 @@ def forecast_alone(request: RunRequest, progress: ProgressDisplay) -> tuple[Setu
         setup = resolve(request, progress)
         if setup.elsewhere:
             setup = replace(setup, lab=setup.lab.model_copy(update={"repeats": 1}))
-        progress.waiting("writing the prompts")
-        write_requests(setup, work)
+        write_requests(setup, work, progress)
         return setup, predict(setup, forecast(setup, _request_files(setup, work), progress))
 
 
@@ -256,11 +254,11 @@ def forecast_fleets_alone(
         setup = resolve(request, progress)
         setup = replace(setup, lab=setup.lab.model_copy(update={"repeats": 1}))
         require_open_loads(setup)
-        progress.waiting("writing the requests")
         if len(request.trace) > MOST_ROWS:
+            progress.waiting("writing the requests")
             write_lengths(setup, work)
         else:
-            write_requests(setup, work)
+            write_requests(setup, work, progress)
         files = _request_files(setup, work)
         return setup, forecast_fleets(setup, files, size, progress)
 

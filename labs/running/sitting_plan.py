@@ -9,6 +9,7 @@ from labs import LABS
 from labs.lab import LabError
 from labs.running.clock import PREPARATION_S, START_S
 from labs.running.derived_models import NEED_NO_WEIGHTS
+from labs.running.prompt_files import lab_takes_s
 from labs.running.trials import PER_TRIAL_S
 from serving.dummy import DERIVED
 
@@ -25,10 +26,11 @@ class Planned:
     ends_s: float
 
 
-def plan(names: Iterable[str], scale: str, start_s: float) -> Iterator[Planned]:
+def plan(names: Iterable[str], scale: str, start_s: float, cores: int = 1) -> Iterator[Planned]:
     """Plan quick runs on random weights; a lab that does not apply is left out.
 
-    The first engine compiles, and takes as long as the clock of a call assumes at first.
+    The first engine compiles, and takes as long as the clock of a call assumes at first. `cores`
+    write the prompts.
     """
     ends_s, first = 0.0, True
     for name in names:
@@ -46,7 +48,8 @@ def plan(names: Iterable[str], scale: str, start_s: float) -> Iterator[Planned]:
                     trials += count
                     load_s += count * (lab.warmup_of(workload) + lab.window_s)
         starts = len(lab.variants) * (lab.starts if len(lab.variants) > 1 else 1)
-        takes_s = PREPARATION_S["gpu"] + starts * start_s + load_s + trials * PER_TRIAL_S
+        takes_s = PREPARATION_S["gpu"] + lab_takes_s(lab, cores)
+        takes_s += starts * start_s + load_s + trials * PER_TRIAL_S
         takes_s += (START_S["gpu"] - start_s) * first
         first = False
         ends_s += takes_s

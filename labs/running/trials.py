@@ -25,7 +25,8 @@ from labs.judging.validity import (
     speed_jumped_within,
     undisturbed_transport_s,
 )
-from labs.lab import LabError, Point, Variant
+from labs.lab import Point, Variant
+from labs.running import prompt_files
 from labs.running.counts import Counts, counted_since
 from labs.running.engines import Engines
 from labs.running.load import LoadGenerator
@@ -38,6 +39,7 @@ from loadtests.generator import GeneratorError
 from loadtests.plan import TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Workload
+from loadtests.writing import Order
 from serving import guard, masking, metrics, models, whole
 from serving.engines.base import EngineError
 from serving.metrics import Snapshot
@@ -52,32 +54,44 @@ def requests_file(work: Path, workload: Workload, repeat: int) -> Path:
     return work / f"{workload.name}-{repeat}.jsonl"
 
 
-def write_requests(setup: Setup, work: Path, repeats: Sequence[int] | None = None) -> list[Path]:
+def write_requests(
+    setup: Setup, work: Path, progress: ProgressDisplay, repeats: Sequence[int] | None = None
+) -> list[Path]:
     """Write what each repeat sends, the same for all its variants and loads; return the files.
 
     By default those of the lab's own `repeats`. Where a call is bounded, what is written is kept
-    for the next one: long prompts take minutes. Raises LabError where a workload cannot be written.
+    for the next one. Raises LabError where a workload cannot be written.
     """
-    lab, written = setup.lab, list[Path]()
+    lab, files, orders = setup.lab, list[Path](), list[Order]()
     repeats = range(1, lab.repeats + 1) if repeats is None else repeats
     served = setup.endpoint.model if setup.endpoint else setup.model.name
+    kept: dict[Path, Path] = {}
     for workload in lab.workloads:
         for repeat in repeats:
             path = requests_file(work, workload, repeat)
-            written.append(path)
-            kept = _kept(setup, workload, repeat, served) if setup.clock.bounded else None
-            if kept and kept.exists():
-                shutil.copyfile(kept, path)
-                continue
-            try:
-                items = workload.requests(lab.requests, lab.draw_seed(repeat), setup.writer)
-            except ValueError as error:
-                raise LabError(f"workload {workload.name}: {error}") from error
-            plan.write_requests(path, items, served)
-            if kept:
-                with whole.file(kept) as half:
-                    shutil.copyfile(path, half)
-    return written
+            files.append(path)
+            if setup.clock.bounded:
+                kept[path] = _kept(setup, workload, repeat, served)
+                if kept[path].exists():
+                    shutil.copyfile(kept[path], path)
+                    continue
+            orders.append(prompt_files.order_of(lab, workload, repeat, served, path))
+    left = {order.path for order in orders}
+
+    def show_left() -> None:
+        progress.waiting(f"writing the prompts: {len(left)} of {len(orders)} files left")
+
+    def keep(order: Order) -> None:
+        left.remove(order.path)
+        show_left()
+        if order.path in kept:
+            with whole.file(kept[order.path]) as half:
+                shutil.copyfile(order.path, half)
+
+    if orders:
+        show_left()
+        prompt_files.write_files(orders, setup.writer, setup.model.path, keep)
+    return files
 
 
 def _kept(setup: Setup, workload: Workload, repeat: int, served: str) -> Path:

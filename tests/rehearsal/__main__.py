@@ -17,10 +17,11 @@ import psutil
 
 from labs.commands import all_labs
 from labs.filing.results import MachineFile, write_json
+from labs.running.prompt_files import usable_cores
+from labs.running.sitting_plan import plan, table
 from serving import bundle, lean
 from serving.gpus import DATASHEETS, Datasheet
 from serving.machine import Ceilings, Machine
-from tests.rehearsal.plan import plan, table
 
 SESSION_S = 1800.0  # until the box goes back
 BETWEEN_CALLS_S = 5.0
@@ -112,7 +113,8 @@ def main() -> int:
     only = os.environ.get("LABS_ONLY") or ""
     names = all_labs.chosen(only, by_value=True)
     model, sheet = next(iter(DATASHEETS.items()))
-    print(f"The plan, on {model}:\n{table(plan(names, 'gpu-80', ENGINE_START_S))}\n", flush=True)
+    planned = plan(names, "gpu-80", ENGINE_START_S, usable_cores())
+    print(f"The plan, on {model}:\n{table(planned)}\n", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         home = Path(folder)

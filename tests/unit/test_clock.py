@@ -20,7 +20,9 @@ from labs.filing import archive
 from labs.lab import LabError
 from labs.running import trials
 from labs.running.clock import CLOSING_S, START_S, Clock, TimeUsedUp
-from loadtests.workload import Request
+from loadtests.arrivals import Concurrent
+from loadtests.prompts import Writer
+from loadtests.workload import Fixed, Workload
 from serving import machine, models
 from serving.models import ROOT
 
@@ -138,23 +140,29 @@ def test_prompts_are_written_once_for_all_calls_of_a_bounded_sitting(
     monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    calls: list[int] = []
-
-    def requests(count: int, seed: int, writer: object) -> list[Request]:
-        calls.append(seed)
-        return []
-
-    workload = SimpleNamespace(name="decode", requests=requests, model_dump_json=lambda: "{}")
+    workload = Workload(
+        name="decode",
+        prompt_tokens=Fixed(tokens=20),
+        output_tokens=Fixed(tokens=4),
+        loads=(Concurrent(users=1),),
+    )
     lab = SimpleNamespace(
         repeats=2, requests=8, workloads=[workload], draw_seed=lambda repeat: repeat
     )
     model = SimpleNamespace(path=tmp_path / "model", name="m")
-    for number, (seconds, written) in enumerate(((530, 2), (530, 2), (None, 4))):
+    writer = Writer(lambda messages: 5 + sum(len(m["content"].split()) for m in messages))
+    shown: list[str] = []
+    progress: Any = SimpleNamespace(waiting=shown.append)
+    files_left = [f"writing the prompts: {n} of 2 files left" for n in (2, 1, 0)]
+    contents = set()
+    for number, (seconds, waited) in enumerate(((530, files_left), (530, []), (None, files_left))):
         setup: Any = SimpleNamespace(
-            lab=lab, model=model, endpoint=None, writer=None, clock=Clock.of(seconds, [], [])
+            lab=lab, model=model, endpoint=None, writer=writer, clock=Clock.of(seconds, [], [])
         )
         (work := tmp_path / f"call-{number}").mkdir()
-        files = trials.write_requests(setup, work)
+        files = trials.write_requests(setup, work, progress)
         assert [f.name for f in files] == ["decode-1.jsonl", "decode-2.jsonl"]
-        assert all(f.exists() for f in files)
-        assert len(calls) == written
+        contents.add(tuple(f.read_bytes() for f in files))
+        assert shown == waited
+        shown.clear()
+    assert len(contents) == 1

@@ -47,7 +47,7 @@ def _nothing_played(monkeypatch: pytest.MonkeyPatch) -> None:
 
     PLAYED.clear()
     monkeypatch.setattr(running, "forecast", forecast)
-    monkeypatch.setattr(running, "write_requests", lambda setup, work: [])
+    monkeypatch.setattr(running, "write_requests", lambda *_: [])
     monkeypatch.setattr(running, "predict", lambda *_: Predictions(effects={}, forecasts={}))
     monkeypatch.setattr(running, "resolve", lambda request, _: resolved(request))
 

@@ -17,6 +17,7 @@ from labs import LABS
 from labs.changes import parse_changes
 from labs.lab import Lab, LabError, NotApplicable
 from labs.running.derived_models import NEED_NO_WEIGHTS, RECIPES
+from labs.running.prompt_files import lab_takes_s
 from labs.running.resolve import (
     model_for,
     model_of,
@@ -25,6 +26,7 @@ from labs.running.resolve import (
     require_memory,
     require_sizes,
 )
+from labs.running.sitting_plan import plan
 from serving import dummy, host_memory, models
 from serving import machine as machines
 from serving.engines import vllm
@@ -35,7 +37,6 @@ from serving.machine import Machine
 from serving.models import SIBLINGS, Model, ModelError, shape_of
 from tests import default_models
 from tests.gpu import test_labs as on_gpu
-from tests.rehearsal.plan import plan
 from tests.sizes import sizes_of
 
 
@@ -228,6 +229,17 @@ def test_every_lab_fits_every_class_of_gpu(lab: str, c: MemoryClass, random: boo
 def test_the_plan_of_a_rehearsal_leaves_out_what_needs_real_weights() -> None:
     planned = plan(LABS, "gpu-80", start_s=45.0)
     assert [of.lab for of in planned] == [name for name in LABS if name not in NEED_REAL_WEIGHTS]
+
+
+def test_the_plan_of_a_rehearsal_counts_the_writing_of_prompts() -> None:
+    takes_s = [
+        next(plan(["prefix-caching"], "gpu-80", start_s=45.0, cores=cores)).takes_s
+        for cores in (1, 16)
+    ]
+    resolved = LABS["prefix-caching"].at("gpu-80", quick=True, dummy=True)
+    on_one, on_many = (lab_takes_s(resolved, cores) for cores in (1, 16))
+    assert takes_s[0] - takes_s[1] == pytest.approx(on_one - on_many)
+    assert on_one > 2 * on_many
 
 
 @pytest.mark.parametrize("random", [False, True], ids=["real", "random"])

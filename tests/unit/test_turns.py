@@ -315,7 +315,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The repeats whose requests were written; no prompt is."""
     repeats: list[list[int]] = []
     monkeypatch.setattr(
-        "labs.running.harness.write_requests", lambda setup, work, some: repeats.append(some)
+        "labs.running.harness.write_requests", lambda *given: repeats.append(given[-1])
     )
     return repeats
 
