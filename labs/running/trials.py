@@ -69,7 +69,9 @@ def write_requests(setup: Setup, work: Path, repeats: Sequence[int] | None = Non
                 shutil.copyfile(kept, path)
                 continue
             try:
-                items = workload.requests(lab.requests, lab.draw_seed(repeat), setup.writer)
+                items = workload.requests(
+                    lab.requests_of(workload), lab.draw_seed(repeat), setup.writer
+                )
             except ValueError as error:
                 raise LabError(f"workload {workload.name}: {error}") from error
             plan.write_requests(path, items, served)
@@ -83,7 +85,7 @@ def _kept(setup: Setup, workload: Workload, repeat: int, served: str) -> Path:
     """Return where these requests are kept: by all that they are written from, the code too."""
     digest = hashlib.sha256()
     lab, sources = setup.lab, sorted(Path(plan.__file__).parent.glob("*.py"))
-    drawn = (workload.model_dump_json(), lab.requests, lab.draw_seed(repeat), served)
+    drawn = (workload.model_dump_json(), lab.requests_of(workload), lab.draw_seed(repeat), served)
     digest.update(repr((*drawn, models.files_sha256(setup.model.path))).encode())
     for source in sources:
         digest.update(source.read_bytes())

@@ -119,12 +119,13 @@ def test_prompts_are_written_once_for_all_calls_of_a_bounded_sitting(
     calls: list[int] = []
 
     def requests(count: int, seed: int, writer: object) -> list[Request]:
+        assert count == 8
         calls.append(seed)
         return []
 
     workload = SimpleNamespace(name="decode", requests=requests, model_dump_json=lambda: "{}")
     lab = SimpleNamespace(
-        repeats=2, requests=8, workloads=[workload], draw_seed=lambda repeat: repeat
+        repeats=2, workloads=[workload], draw_seed=lambda repeat: repeat, requests_of=lambda _: 8
     )
     model = SimpleNamespace(path=tmp_path / "model", name="m")
     for number, (seconds, written) in enumerate(((530, 2), (530, 2), (None, 4))):
