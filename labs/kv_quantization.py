@@ -362,6 +362,7 @@ LAB = Lab(
             "requests": 1536,
             "warmup_s": 0.5,
             "window_s": 2.5,
+            "next_knobs": (*knobs(2 * 2**30, 8000)[1:], SHORT_RETURNING),
         },
         "gpu-80-quick": {
             "workloads.growing.loads": (Concurrent(users=96),),

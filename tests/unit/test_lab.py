@@ -734,6 +734,21 @@ def test_what_to_turn_next_can_be_turned(lab: Lab) -> None:
                     )
 
 
+@pytest.mark.parametrize("dummy", [False, True], ids=["real", "random"])
+@pytest.mark.parametrize("name", FIRST)
+def test_what_to_turn_next_fits_the_sizes_of_a_quick_run(name: str, dummy: bool) -> None:
+    """It may name a part that a quick run does without, which then has it."""
+    quick = LABS[name].at("gpu-80", quick=True, dummy=dummy)
+    for knob in quick.next_knobs:
+        setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
+        assert setting, knob
+        changes = parse_changes(setting[2] or setting[3])
+        turned = LABS[name].at("gpu-80", True, changes, dummy)
+        assert turned.digest() != quick.digest(), knob
+        longest = max(w.longest_tokens for w in turned.workloads)
+        assert all(longest <= flags.max_model_len for flags in turned.all_flags), knob
+
+
 def test_what_a_workload_has_not_is_set_as_a_whole() -> None:
     lab = LABS["continuous-batching"]
 
