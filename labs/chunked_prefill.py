@@ -259,6 +259,13 @@ LAB = Lab(
         "gpu-24": beside_long_prompts(every_s=5, requests=1536),
         "gpu-80": beside_long_prompts(every_s=3),
         "gpu-141": beside_long_prompts(every_s=4, requests=1536),
+        "gpu-quick": {
+            "without": ("quarter", "half", "larger"),
+            "flags.kv-cache-memory-bytes": 5 * 2**30,  # holds all that is sent at once
+            "warmup_s": 0.5,
+        },
+        "gpu-80-quick": beside_long_prompts(every_s=2.5, requests=768),
+        "gpu-141-quick": {"flags.kv-cache-memory-bytes": 10 * 2**30},
     },
     quick={"warmup_s": 1, "repeats": 1},
     limits={

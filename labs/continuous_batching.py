@@ -234,7 +234,15 @@ LAB = Lab(
         "gpu-48": SLOWER,
         # the classes' random weights are of smaller models, and answer more
         **{f"gpu-{gb}": {**SLOWER, "requests": 8192} for gb in (24, 141)},
-        "gpu-quick": {"window_s": 10.0},
+        "gpu-quick": {
+            "workloads.exponential.output_tokens": SLOWER["workloads.exponential.output_tokens"],
+            "workloads.exponential.loads": (
+                *(Concurrent(users=n) for n in (1, 8, 32, 256)),
+                Waves(size=32),
+            ),
+            "requests": 3072,
+            "window_s": 3,  # it ends with a wave
+        },
     },
     quick={"window_s": 3.5, "repeats": 2},
     limits={

@@ -343,6 +343,33 @@ LAB = Lab(
         },
         "gpu-24": returning(2**30, 4.0),
         "gpu-141": {**tight(6 * 2**30), **returning(4 * 2**30, 16.0)},
+        # three times the users read the bytes of a context three times as long, in engines that
+        # are shaped like other labs'
+        "gpu-quick": {
+            "without": (RECOMPUTE.name, OFFLOAD.name),
+            "flags.max-model-len": 8192,
+            "flags.max-num-batched-tokens": 8192,
+            "flags.kv-cache-memory-bytes": 4 * 2**30,
+            "variants.bf16-tight.flags.max-model-len": 8192,
+            "variants.fp8-tight.flags.max-model-len": 8192,
+            "workloads.far.prompt_tokens.tokens": 8000,
+            "workloads.far.prefix.tokens": 7936,
+            "workloads.far.loads": (Concurrent(users=48),),
+            "workloads.far.most_requests": 256,
+            "workloads.growing.output_tokens.tokens": 256,
+            "workloads.growing.loads": (Concurrent(users=192),),
+            "workloads.growing.warmup_s": 2,
+            "requests": 1536,
+            "warmup_s": 0.5,
+            "window_s": 2.5,
+            "next_knobs": (*knobs(2 * 2**30, 8000)[1:], SHORT_RETURNING),
+        },
+        "gpu-80-quick": {
+            "workloads.growing.loads": (Concurrent(users=96),),
+            "claims.batch.treatment.load": "concurrent:96",
+            "claims.batch.baseline.load": "concurrent:96",
+        },
+        "gpu-141-quick": {"flags.kv-cache-memory-bytes": 6 * 2**30},
     },
     quick={
         "repeats": 1,

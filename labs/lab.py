@@ -324,6 +324,8 @@ NOT_FILED = ("acceptance", "guessed", "masking", "arithmetic", "searched", "made
 """The fields of a lab that are in no file; what they predicted and what was served are on file."""
 ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
 """What a quick run of any lab does without, unless the lab says otherwise."""
+WITHOUT = "without"  # of a quick run's sizes: the names of the parts that it does without
+NOT_QUICK = "not in a quick run on this kind of machine"
 QUICK_OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"repeats": 3}}
 """What a quick run of any lab has on a kind of machine, whatever the lab says.
 
@@ -359,8 +361,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     `scales` holds sizes only. For each kind of machine (`cpu`, `gpu`) it gives other values of some
     fields, by dotted path (`workloads.exponential.output_tokens.mean_tokens`); values for a class
     of GPU memory (`gpu-24`) override those of the kind, and `quick` overrides both. A quick run on
-    one kind of machine (`gpu-quick`) may differ from one elsewhere. On a GPU a quick run has three
-    repeats, whatever `quick` says.
+    one kind of machine (`gpu-quick`), or on one class of it (`gpu-80-quick`), may differ from one
+    elsewhere; under `without` it lists the variants and workloads that it does without. On a GPU a
+    quick run has three repeats, whatever `quick` says.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
@@ -442,13 +445,16 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _enough_requests(self) -> Self:
-        users = [a.users for w in self.workloads for a in w.loads if not a.open_loop]
-        most_users = max(users, default=1)
-        if self.requests < most_users:
-            raise ValueError(
-                f"requests={self.requests} do not fill a load of {most_users} at once: give"
-                f" SET=requests={most_users} or more, or fewer users"
-            )
+        for workload in self.workloads:
+            users = [load.users for load in workload.loads if not load.open_loop]
+            most_users, prepared = max(users, default=1), self.requests_of(workload)
+            if prepared < most_users:
+                of_workload = f"workloads.{workload.name}.most_requests"
+                name = "requests" if prepared == self.requests else of_workload
+                raise ValueError(
+                    f"{name}={prepared} do not fill a load of {most_users} at once: give"
+                    f" SET={name}={most_users} or more, or fewer users"
+                )
         return self
 
     @model_validator(mode="after")
@@ -497,27 +503,58 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """Resolve the lab for a scale such as `cpu`, `gpu` or `gpu-24`.
 
         Applied in this order: the sizes of every lab on this kind of machine, the lab's own of the
-        scale, those of a quick run (the lab's, then those of the kind), the flags of every engine
-        on a GPU where the lab has none, what random weights (`dummy`) leave out, and the reader's
-        changes. A change of `variants` or `workloads` lists the names of those that are kept.
-        Raises LabError for a change that does not fit; the message names the field and the known
-        ones.
+        scale, those of a quick run (the lab's, then those of the kind, then those of the class),
+        the flags of every engine on a GPU where the lab has none, what random weights (`dummy`)
+        leave out, what a quick run does without, and the reader's changes. A change of `variants`
+        or `workloads` lists the names of those that are kept; what a change names, a quick run
+        has. Raises LabError for a change that does not fit; the message names the field and the
+        known ones.
         """
         kind = scale.partition("-")[0]
-        own = [self.scales.get(name, {}) for name in dict.fromkeys((kind, scale))]
+        names = list(dict.fromkeys((kind, scale)))
+        own = [self.scales.get(name, {}) for name in names]
         short = ONE_LOOK | self.quick | QUICK_OF_KIND.get(kind, {})
-        brief = (short, self.scales.get(f"{kind}-quick", {})) if quick else ()
-        lab = self._changed(OF_KIND.get(kind, {}), *own, *brief)
+        brief = [short, *(self.scales.get(f"{n}-quick", {}) for n in names)] if quick else []
+        gone = {name for layer in brief for name in layer.get(WITHOUT, ())}
+        sizes = [{k: v for k, v in layer.items() if k != WITHOUT} for layer in brief]
+        lab = self._changed(OF_KIND.get(kind, {}), *own, *sizes)
         if kind == "gpu":
             lab = lab.model_copy(update={"flags": {**gpu_flags(scale), **lab.flags}})
+        if dummy:
+            lab = lab._without(self.needs_text)
+            lab = self.dummy(lab) if self.dummy else lab
+        lab = lab._shortened(gone - lab._named_by(changes or {}))
         changes, kept = parts_kept(changes or {})
-        if not dummy:
-            return lab._changed(changes)._keeping(**kept)
-        lab = lab._without(self.needs_text)
-        lab = (self.dummy(lab) if self.dummy else lab)._changed(changes)
-        if parts := lab._named(self.needs_text):
+        lab = lab._changed(changes)
+        if dummy and (parts := lab._named(self.needs_text)):
             raise LabError(f"{', '.join(parts)}: {NO_TEXT}")
         return lab._keeping(**kept)
+
+    def _named_by(self, changes: Mapping[str, Any]) -> set[str]:
+        """Name the variants and workloads that changes speak of, and those that they need."""
+        _, kept = parts_kept(changes)
+        paths = [path.split(".") for path in changes]
+        named = {name for names in kept.values() for name in names}
+        named |= {path[1] for path in paths if path[0] in ("variants", "workloads") and path[1:]}
+        return named.union(*(w.only for w in self.workloads if w.name in named))
+
+    def _shortened(self, gone: set[str]) -> Lab:
+        """Leave out variants and workloads, by name, and say so; unknown names are passed over."""
+        if not gone.intersection(self._part_names()):
+            return self
+        lab = self._keeping(
+            [v.name for v in self.variants if v.name not in gone],
+            [w.name for w in self.workloads if w.name not in gone],
+        )
+        there = lab._part_names()
+        missing = ", ".join(name for name in self._part_names() if name not in there)
+        left_out = (*lab.left_out, f"{missing}: {NOT_QUICK}")
+        return lab.model_copy(update={"left_out": left_out})
+
+    def _part_names(self) -> dict[str, None]:
+        """Name the variants and the workloads, each name once, in order."""
+        names = [*(v.name for v in self.variants), *(w.name for w in self.workloads)]
+        return dict.fromkeys(names)
 
     def _keeping(
         self, variants: Collection[str] | None = None, workloads: Collection[str] | None = None
@@ -589,15 +626,10 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
     def _changed(self, *layers: Mapping[str, Any]) -> Lab:
         fields = self.model_dump(exclude={"scales", "quick"})
-        parts: list[tuple[dict[str, Any], BaseModel]] = [(fields, self)]
-        for part in ("variants", "workloads", "claims"):
-            parts += zip(fields[part], getattr(self, part), strict=True)
-        for plain, of in parts:
-            for name, info in type(of).model_fields.items():
-                if info.exclude_if:
-                    plain.setdefault(name, info.get_default())  # what a digest leaves out
-        for path, value in (item for layer in layers for item in layer.items()):
-            set_field(fields, path, copy.deepcopy(value))  # a later path may lead into it
+        for layer in layers:
+            for path, value in layer.items():
+                _write_out_defaults(fields)  # of what the path before it may have brought
+                set_field(fields, path, copy.deepcopy(value))  # a later path may lead into it
         beside = {n: getattr(self, n) for n in NOT_FILED}
         try:
             return Lab.model_validate(fields | beside)
@@ -722,6 +754,10 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """Hash the resolved lab; see `digest_of`."""
         return digest_of(self.resolved())
 
+    def requests_of(self, workload: Workload) -> int:
+        """Return how many requests are prepared for each trial of a workload."""
+        return min(self.requests, workload.most_requests or self.requests)
+
     def warmup_of(self, workload: Workload) -> float:
         """Return the seconds of a workload's trials that come before their window."""
         return workload.warmup_s or self.warmup_s
@@ -781,7 +817,14 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """
         seeds = [self.draw_seed(repeat) for repeat in range(1, self.repeats + 1)]
         sent = [  # every variant under every load of a workload is sent the same
-            (workload, tuple(of for seed in seeds for of in workload.lengths(self.requests, seed)))
+            (
+                workload,
+                tuple(
+                    of
+                    for seed in seeds
+                    for of in workload.lengths(self.requests_of(workload), seed)
+                ),
+            )
             for workload in self.workloads
         ]
         return [
@@ -824,6 +867,20 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             for b in points
             if baseline.matches(b) and open_part(t) == open_part(b)
         ]
+
+
+def _write_out_defaults(fields: dict[str, Any]) -> None:
+    """Add to a lab's plain fields what a digest leaves out while it is the default."""
+    models: dict[str, type[BaseModel]] = {
+        "variants": Variant, "workloads": Workload, "claims": Claim
+    }  # fmt: skip
+    parts: list[tuple[type[BaseModel], Any]] = [(Lab, fields)]
+    parts += [(model, plain) for name, model in models.items() for plain in fields[name]]
+    for model, plain in parts:
+        if isinstance(plain, dict):
+            for name, info in model.model_fields.items():
+                if info.exclude_if:
+                    plain.setdefault(name, info.get_default())
 
 
 def the_same(twin: Point, base: Point) -> Prediction:

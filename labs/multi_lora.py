@@ -239,7 +239,14 @@ LAB = Lab(
                 'SET=\'workloads.uniform-8.loads=["concurrent:64"]\' batches eight requests of'
                 " each tenant",
             ),
-        }
+        },
+        "gpu-quick": {
+            "without": ("uniform-2", "uniform-4", "zipf-8", "rank-8", "rank-64"),
+            "flags.kv-cache-memory-bytes": 4 * 2**30,  # holds all that is sent at once
+            "requests": 768,
+            "warmup_s": 0.5,
+            "window_s": 2.5,
+        },
     },
     dummy=on_random_weights,
     quick={"repeats": 1, "probes": ("tenants-quick",)},

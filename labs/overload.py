@@ -381,7 +381,8 @@ LAB = Lab(
             "window_s": 10,
             "load_processes": 4,
             "next_knobs": knobs(limit=128, patience_s=6),
-        }
+        },
+        "gpu-quick": {"flags.max-model-len": 8192},  # as in other labs
     },
     quick={"repeats": 1},  # a shorter window would end before anyone is late
     limits={

@@ -287,6 +287,18 @@ LAB = Lab(
             ),
         },
         "gpu-141": {"flags.kv-cache-memory-bytes": 24 * 2**30},  # the larger model's few prefixes
+        "gpu-quick": {
+            "without": ("share-50", "share-97", "few", "documents", "shuffled", "chat"),
+            "workloads.share-0.loads": (ONE,),
+            "workloads.share-0.most_requests": 64,
+            "workloads.many.prefix.groups": 48,
+            "workloads.many.most_requests": 64,
+            "requests": 192,
+            "warmup_s": 0.5,
+            "window_s": 2,
+        },
+        # eight prompts of its models fit the cache, and each of the others is sent beforehand
+        "gpu-80-quick": {"workloads.many.prefix.groups": 16},
     },
     quick={"repeats": 1, "probes": ("salt-quick",)},
     limits={

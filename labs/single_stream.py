@@ -215,7 +215,15 @@ LAB = Lab(
                 " launches weigh more, its arithmetic less",
                 'SET="variants.triton.flags.attention-backend=FLASHINFER" tries other kernels',
             ),
-        }
+        },
+        "gpu-quick": {
+            "without": ("no-fusion", "in-turn", "triton"),
+            "flags.kv-cache-memory-bytes": 3 * 2**30,  # more than one stream needs of any model
+            "workloads.decode.output_tokens.tokens": 96,
+            "requests": 128,
+            "warmup_s": 0.5,
+            "window_s": 2,
+        },
     },
     quick={"repeats": 1},
     limits={

@@ -395,6 +395,19 @@ LAB = Lab(
             "next_knobs": (*GUESSES, loads_knob(1, 4, 64)),
         },
         **{f"gpu-{gb}": SMALLER_CACHE for gb in (16, 24, 48, 141)},
+        "gpu-quick": {
+            "without": ("accepts-60", "accepts-80", "draft-alone", "alone", "crowd"),
+            "flags.max-num-seqs": 256,  # as in other labs, without `crowd`
+            "workloads.story.loads": tuple(Concurrent(users=n) for n in (1, 128)),
+            **{
+                f"workloads.{name}.{field}.tokens": tokens
+                for name, prompt in (("story", 256), ("quote", 512), ("edit", 512), ("code", 512))
+                for field, tokens in (("prompt_tokens", prompt), ("output_tokens", 128))
+            },
+            "requests": 1536,
+            "warmup_s": 1,
+            "window_s": 2.5,
+        },
     },
     dummy=on_random_weights,
     quick={"repeats": 1},

@@ -301,7 +301,8 @@ LAB = Lab(
                 'SET="workloads.imposed.structure.form=nested'
                 ' workloads.imposed.prompt_tokens.tokens=288" masks along a nested schema',
             ),
-        }
+        },
+        "gpu-quick": {"flags.max-model-len": 8192},  # as in other labs
     },
     quick={"repeats": 1, "window_s": 2.6, "probes": ("structures-quick",)},
     limits={

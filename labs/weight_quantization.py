@@ -192,7 +192,16 @@ LAB = Lab(
             "requests": 4096,
             "warmup_s": 2,
             "window_s": 6,
-        }
+        },
+        "gpu-quick": {
+            "flags.kv-cache-memory-bytes": 5 * 2**30,  # holds all that is sent at once
+            "workloads.prefill.warmup_s": 0.5,
+            "workloads.prefill.most_requests": 384,
+            "requests": 2048,
+            "warmup_s": 1,
+            "window_s": 2.5,
+        },
+        "gpu-141-quick": {"flags.kv-cache-memory-bytes": 9 * 2**30},
     },
     dummy=on_random_weights,
     quick={"repeats": 1, "probes": ("quality-quick",)},

@@ -192,9 +192,11 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     because the lengths matter here, not the text. `task` is what the prompts ask for, `structure`
     the form that an answer is to have (it is cut off at its length before it could be whole);
     `keep_text` keeps the completions' text in the records; `only` names the variants that it is
-    for; `warmup_s` replaces the lab's where that is too short. `primed` sends one request of each
-    prefix group before a trial begins, so that everything shared is in the cache. A `trace` (the
-    path of a file) gives the lengths of prompts and outputs instead of drawn ones, and the times of
+    for; `warmup_s` replaces the lab's where that does not suit, and no more than `most_requests`
+    are prepared of the lab's, where few can be sent and long prompts take long to write. `primed`
+    sends one request of each prefix group before a trial begins, so that everything shared is in
+    the cache. A `trace` (the path of a file) gives the lengths of prompts and outputs instead of
+    drawn ones, and the times of
     `replay` loads; where the trace is shorter than the requests, its lengths begin again.
     `priorities` are taken by the requests in turn: lower ones are served first, by an engine that
     schedules by priority. With `samples` each prompt is answered several times.
@@ -220,6 +222,9 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
     keep_text: bool = False
     only: tuple[str, ...] = ()
     warmup_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    most_requests: Annotated[
+        int | None, Field(gt=0, exclude_if=lambda most_requests: most_requests is None)
+    ] = None
     loads: Annotated[tuple[Arrival, ...], Field(min_length=1)]
 
     @model_validator(mode="after")

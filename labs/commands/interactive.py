@@ -51,7 +51,7 @@ def start_locust_ui(
     work = models.CACHE / "locust"
     plan.write_requests(
         work / "requests.jsonl",
-        chosen.requests(resolved.requests, resolved.seed, writer),
+        chosen.requests(resolved.requests_of(chosen), resolved.seed, writer),
         server.model,
     )
     by_hand = plan.TrialPlan(

@@ -754,7 +754,7 @@ class RunFolder:
                 engine,
                 telemetry.read(sampled),
                 result.other_work,
-                point.workload.asked(lab.requests, lab.draw_seed(result.repeat)),
+                point.workload.asked(lab.requests_of(point.workload), lab.draw_seed(result.repeat)),
                 self._usd_per_hour,
             )
         except ValueError as error:

@@ -81,7 +81,9 @@ def tenant_leaks(context: Context) -> TenantLeaks:
         for point, result, trial in context.folder.trials(context.points, context.lab)
         if trial and point.workload.adapters
         for tenants in [
-            point.workload.tenants(context.lab.requests, context.lab.draw_seed(result.repeat))
+            point.workload.tenants(
+                context.lab.requests_of(point.workload), context.lab.draw_seed(result.repeat)
+            )
         ]
         for r in trial.records
         if r.text is not None and (tenant := tenants[r.index]) is not None

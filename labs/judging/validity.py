@@ -571,7 +571,9 @@ def _unreadable(trial: Trial, expected: Expected) -> Iterator[Caveat]:
 
 def _exhausted(trial: Trial) -> Iterator[Caveat]:
     if ran_out(trial.point, trial.summary):
-        text = "the window was cut short: raise `requests`"
+        workload = trial.point.workload
+        bound = f" and `workloads.{workload.name}.most_requests`" * bool(workload.most_requests)
+        text = f"the window was cut short: raise `requests`{bound}"
         yield _caveat(trial, "ran out of requests", text, blocks=False)
 
 

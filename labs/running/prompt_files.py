@@ -58,7 +58,7 @@ def order_of(lab: Lab, workload: Workload, repeat: int, model: str, path: Path) 
     """Order the file of what all variants are sent in a repeat, to a model of this name."""
     return Order(
         workload=workload,
-        requests=lab.requests,
+        requests=lab.requests_of(workload),
         seed=lab.draw_seed(repeat),
         model=model,
         path=path,

@@ -98,7 +98,7 @@ def _kept(setup: Setup, workload: Workload, repeat: int, served: str) -> Path:
     """Return where these requests are kept: by all that they are written from, the code too."""
     digest = hashlib.sha256()
     lab, sources = setup.lab, sorted(Path(plan.__file__).parent.glob("*.py"))
-    drawn = (workload.model_dump_json(), lab.requests, lab.draw_seed(repeat), served)
+    drawn = (workload.model_dump_json(), lab.requests_of(workload), lab.draw_seed(repeat), served)
     digest.update(repr((*drawn, models.files_sha256(setup.model.path))).encode())
     for source in sources:
         digest.update(source.read_bytes())

@@ -119,13 +119,24 @@ def kept_in_part(lab: Lab) -> Iterator[dict[str, Any]]:
         yield {f"workloads.{workload.name}.only": served[1:]}
 
 
+@pytest.mark.parametrize(
+    ("scale", "quick", "dummy"),
+    [("cpu", False, False), ("gpu-80", True, False), ("gpu-80", True, True)],
+    ids=["cpu", "gpu-quick", "gpu-quick-random"],
+)
 @pytest.mark.parametrize("name", LABS)
-def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: Path) -> None:
-    """All that a reader may keep of a lab, every figure of it measured; nothing may raise."""
+def test_findings_answers_and_plots_bear_what_is_left_out(
+    name: str, scale: str, quick: bool, dummy: bool, tmp_path: Path
+) -> None:
+    """All that a reader may keep of a lab, every figure of it measured; nothing may raise.
+
+    A quick run on a GPU does without parts of it from the beginning.
+    """
     parts, told = parts_of(name), list[Any]()
-    for i, changes in enumerate(kept_in_part(LABS[name].at("cpu", quick=False))):
+    whole = LABS[name].at(scale, quick, dummy=dummy)
+    for i, changes in enumerate(({}, *kept_in_part(whole))):
         try:
-            lab = LABS[name].at("cpu", quick=False, changes=changes)
+            lab = LABS[name].at(scale, quick, changes, dummy)
         except LabError:  # nothing is left, or nothing that tells a capacity
             continue
         points = lab.points(SHAPE, CEILINGS, {}, ABOUT)

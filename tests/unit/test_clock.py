@@ -147,7 +147,7 @@ def test_prompts_are_written_once_for_all_calls_of_a_bounded_sitting(
         loads=(Concurrent(users=1),),
     )
     lab = SimpleNamespace(
-        repeats=2, requests=8, workloads=[workload], draw_seed=lambda repeat: repeat
+        repeats=2, workloads=[workload], draw_seed=lambda repeat: repeat, requests_of=lambda _: 8
     )
     model = SimpleNamespace(path=tmp_path / "model", name="m")
     writer = Writer(lambda messages: 5 + sum(len(m["content"].split()) for m in messages))

@@ -8,9 +8,10 @@ from statistics import mean
 
 import pytest
 
-from labs import LABS, theory
+from labs import FIRST, LABS, theory
 from labs.chunked_prefill import long_ttft
 from labs.lab import Lab, Point, factors
+from labs.prefix_caching import cached_tokens
 from loadtests.plan import LEAST_COUNTED
 from serving import dummy
 from serving.forecasting.datasheet import EXPECTED, FASTER
@@ -68,11 +69,14 @@ def test_every_class_has_a_card() -> None:
     assert {gb for gb, *_ in CARDS.values()} == {c.gb for c in CLASSES}
 
 
+@pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
 @EVERY_MODEL
 @EVERY_CARD
-def test_a_long_prompt_is_prefilled_well_before_the_next_one(card: str, random: bool) -> None:
+def test_a_long_prompt_is_prefilled_well_before_the_next_one(
+    card: str, random: bool, quick: bool
+) -> None:
     """In its smallest pieces too; and the window is as long as its figures need."""
-    lab = lab_on("chunked-prefill", card, random)
+    lab = lab_on("chunked-prefill", card, random, quick)
     for point in points_on(lab, card, random):
         assert point.load.kind == "contended"
         assert long_ttft(point) < 0.35 * point.load.every_s, point.key
@@ -220,3 +224,79 @@ def test_an_objective_on_a_gpu_is_no_cpus_and_can_be_met(name: str) -> None:
     for card, random in itertools.product(CARDS, (False, True)):
         tpot_s = lab_on(name, card, random).slo.tpot_s
         assert 1.5 * alone_s(card, random) < tpot_s < LABS[name].slo.tpot_s, (card, random)
+
+
+# ------------------------------------------------------------------- the sizes of a quick run
+
+FEWER_BYTES = {"w8a8": 2, "fp8": 2, "w4a16-gptq": 4, "w4a16-awq": 4}  # a weight in BF16 has more
+
+
+def fastest_s(point: Point) -> float:
+    """The time of a request in flight on the whole of the datasheet: no engine is as fast."""
+    flags, prefix, users = point.flags, point.workload.prefix, point.load.users
+    step_s = theory.decode_step_s(point.shape, point.ceilings, users, point.context_tokens)
+    step_s /= FEWER_BYTES.get(point.variant.weights, 1) * (2 if flags.kv_value_bytes == 1 else 1)
+    if guessing := flags.speculative_config:
+        step_s /= 1 + guessing["num_speculative_tokens"]
+    cached = prefix.tokens if prefix and flags.enable_prefix_caching else 0
+    prefill_s = theory.prefill_left_s(point.shape, point.ceilings, point.prompt_tokens, cached)
+    eight_bits = point.variant.weights in ("w8a8", "fp8")
+    return prefill_s / (2 if eight_bits else 1) + point.output_tokens * step_s / users
+
+
+@EVERY_MODEL
+@EVERY_CARD
+@pytest.mark.parametrize("name", FIRST)
+def test_requests_of_a_quick_run_do_not_run_out(name: str, card: str, random: bool) -> None:
+    lab = lab_on(name, card, random, quick=True)
+    for point in lab.points(shape_on(card, random), ceilings_of(card, 1, 1)):
+        trial_s = lab.warmup_of(point.workload) + lab.window_s
+        own = 3 / 4 if point.workload.intruder else 1  # every fourth is the intruder's
+        sent = trial_s / fastest_s(point) + point.load.users
+        prepared = lab.requests_of(point.workload)
+        assert sent < own * prepared, point.key
+        # what is sent beforehand is the first of each group
+        assert not point.workload.prefix or point.workload.prefix.groups <= prepared
+
+
+@EVERY_MODEL
+@EVERY_CARD
+@pytest.mark.parametrize("name", FIRST)
+def test_all_that_a_quick_run_sends_at_once_fits_the_cache(
+    name: str, card: str, random: bool
+) -> None:
+    """But for the points whose cache is short on purpose."""
+    for point in points_on(lab_on(name, card, random, quick=True), card, random):
+        workload, flags, users = point.workload, point.flags, point.load.users
+        of_value = flags.kv_value_bytes
+        room = theory.kv_tokens(point.shape, flags.kv_cache_memory_bytes, of_value, block=16)
+        assert room > flags.max_model_len  # or the engine refuses to start
+        if workload.name == "growing":
+            assert of_value == 1 or users * point.context_tokens > room
+            continue
+        prefix, long = workload.prefix, workload.intruder
+        shared = prefix.tokens if prefix and flags.enable_prefix_caching else 0
+        own = workload.model_copy(update={"intruder": None}).longest_tokens - shared
+        intruding = long.prompt_tokens + long.output_tokens if long else 0
+        assert shared + intruding + users * own < room, point.key
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_a_quick_run_has_more_prefixes_than_fit_where_it_says_so(card: str, random: bool) -> None:
+    points = points_on(lab_on("prefix-caching", card, random, quick=True), card, random)
+    found = {p.workload.name: cached_tokens(p) for p in points if p.variant.name == "on"}
+    assert found == {"share-0": 0, "share-90": 7200, "many": 0}
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_a_quick_run_claims_what_its_sizes_can_show(card: str, random: bool) -> None:
+    """Of the cache in 8 bits: its long context and its short memory have other sizes."""
+    lab = lab_on("kv-quantization", card, random, quick=True)
+    points = points_on(lab, card, random)
+    for claim in lab.claims:
+        ((treatment, baseline),) = lab.pairs(claim, points)
+        predicted = claim.predict(treatment, baseline).value
+        assert (claim.expect == "rises") == (predicted > 1 + claim.margin), claim.name
+        assert (claim.expect == "falls") == (predicted < 1 / (1 + claim.margin)), claim.name

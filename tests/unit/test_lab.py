@@ -20,6 +20,8 @@ from labs.judging.metrics import trial_metrics
 from labs.judging.validity import ARGUMENTS, ECHOED
 from labs.lab import (
     NO_TEXT,
+    NOT_QUICK,
+    WITHOUT,
     Arm,
     Evidence,
     Lab,
@@ -122,12 +124,78 @@ def test_a_class_of_memory_lies_over_the_gpu_sizes() -> None:
 
 
 def test_a_quick_run_on_a_gpu_may_have_sizes_of_its_own() -> None:
-    own = {"gpu-24": {"window_s": 9}, "gpu-quick": {"window_s": 5}}
+    own = {
+        "gpu-24": {"window_s": 9}, "gpu-quick": {"window_s": 5}, "gpu-80-quick": {"window_s": 3},
+    }  # fmt: skip
     lab = make_lab(scales=own, quick={"window_s": 1, "repeats": 2})
+    assert [lab.at("gpu-80", quick).window_s for quick in (True, False)] == [3, lab.window_s]
     resolved = [lab.at(scale, quick) for scale in ("cpu", "gpu-24") for quick in (True, False)]
     assert [one.window_s for one in resolved] == [1, lab.window_s, 5, 9]
     assert lab.at("gpu-24", quick=True).repeats == 3
     assert lab.at("cpu", quick=True).repeats == 2
+
+
+BRIEF = make_lab(
+    variants=(Variant(name="off"), Variant(name="on"), Variant(name="far", flags={"x": 1})),
+    workloads=(make_workload(), make_workload(name="long", only=("far",)),
+               make_workload(name="wide")),
+    claims=(make_claim(), make_claim(name="far", treatment=Arm(variant="far", workload="wide"),
+                                     baseline=Arm(variant="off", workload="wide"))),
+    scales={"gpu-quick": {"without": ("far", "elsewhere")}, "gpu-80-quick": {"without": ("wide",)}},
+)  # fmt: skip
+
+
+def test_a_quick_run_may_do_without_some_parts_and_says_so() -> None:
+    """What speaks of no other goes with them; a class adds to what its kind does without."""
+    lab = BRIEF.at("gpu-24", quick=True)
+    assert [v.name for v in lab.variants] == ["off", "on"]
+    assert [w.name for w in lab.workloads] == ["short", "wide"]  # `long` was for `far` alone
+    assert [c.name for c in lab.claims] == ["faster"]
+    assert lab.left_out == (f"far, long: {NOT_QUICK}",)
+    assert [w.name for w in BRIEF.at("gpu-80", quick=True).workloads] == ["short"]
+    for scale, quick in (("gpu-80", False), ("cpu", True)):
+        whole = BRIEF.at(scale, quick)
+        assert (len(whole.variants), len(whole.workloads), whole.left_out) == (3, 3, ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "variants", "workloads"),
+    [
+        ({"variants.far.flags.x": 2}, ["off", "on", "far"], ["short", "long"]),
+        ({"variants": ["off", "far"]}, ["off", "far"], ["short", "long"]),
+        ({"workloads": ["long", "short"]}, ["off", "on", "far"], ["short", "long"]),
+        ({"workloads.wide.keep_text": True}, ["off", "on"], ["short", "wide"]),
+        ({"window_s": 3}, ["off", "on"], ["short"]),
+    ],
+)
+def test_a_quick_run_has_what_a_reader_names(
+    changes: dict[str, Any], variants: list[str], workloads: list[str]
+) -> None:
+    lab = BRIEF.at("gpu-80", True, changes)
+    assert [v.name for v in lab.variants] == variants
+    assert [w.name for w in lab.workloads] == workloads
+
+
+def test_fewer_requests_are_prepared_where_a_workload_says_so() -> None:
+    few = make_workload(name="few").model_copy(update={"most_requests": 3})
+    more = make_workload(name="more").model_copy(update={"most_requests": 99})
+    lab = make_lab(workloads=(make_workload(), few, more), repeats=2)
+    assert [lab.requests_of(w) for w in lab.workloads] == [8, 3, 8]
+    lengths = {p.workload.name: len(p.lengths) for p in lab.points(SHAPE, CEILINGS)}
+    assert lengths == {"short": 16, "few": 6, "more": 16}
+    assert "most_requests" not in make_lab().resolved()["workloads"][0]  # recorded runs stand
+    with pytest.raises(LabError, match=r"^workloads\.few\.most_requests=1 do not fill a load of 2"):
+        lab.at("cpu", False, {
+            "workloads.few.most_requests": 1, "workloads.few.loads": ["concurrent:2"],
+        })  # fmt: skip
+
+
+def test_a_layer_may_lead_into_what_another_brought() -> None:
+    """Also to a field that a digest leaves out while it is the default."""
+    brought = {"workloads": [make_workload(name="other").model_dump()], "claims": ()}
+    own = {"gpu": brought, "gpu-quick": {"workloads.other.most_requests": 5}}
+    lab = make_lab(scales=own).at("gpu", quick=True)
+    assert [lab.requests_of(w) for w in lab.workloads] == [5]
 
 
 def test_labs_go_on_until_their_claims_are_decided_but_not_where_quick() -> None:
@@ -402,7 +470,7 @@ EVERY = pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 CLASSES = [f"gpu-{c.gb}" for c in gpus.CLASSES]
 SCALES = [
     *((kind, quick, dummy) for kind in ("cpu", "gpu") for quick in (0, 1) for dummy in (0, 1)),
-    *((scale, 0, dummy) for scale in CLASSES for dummy in (0, 1)),
+    *((scale, quick, dummy) for scale in CLASSES for quick in (0, 1) for dummy in (0, 1)),
 ]
 RESOLVED = pytest.mark.parametrize(
     "lab",
@@ -561,7 +629,13 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert pieces <= {*trial_metrics()}
     assert all(metrics.is_known(e.metric) for e in lab.evidence if e.metric not in pieces)
     assert all(bool(e.label) == (e.kind == "echoes") for e in lab.evidence)
-    assert set(lab.scales) <= {"cpu", "gpu", "gpu-quick", *CLASSES}
+    assert set(lab.scales) <= {
+        "cpu",
+        "gpu",
+        "gpu-quick",
+        *CLASSES,
+        *(f"{c}-quick" for c in CLASSES),
+    }
     assert set(lab.limits) == {"cpu", "gpu"}
 
 
@@ -574,6 +648,26 @@ def test_a_quick_run_on_a_gpu_has_repeats_enough_for_an_interval(lab: Lab) -> No
     assert lab.at("gpu-80", True, {"repeats": 1}).repeats == 1
     assert lab.at("cpu", quick=True).repeats == lab.quick.get("repeats", lab.repeats)
     assert lab.quick.get("repeats", 0) < 3
+
+
+def unsent(lab: Lab) -> set[str]:
+    """The variants that no workload is for; their engines are only probed."""
+    sent = {v.name for w in lab.workloads for v in lab.variants if not w.only or v.name in w.only}
+    return {v.name for v in lab.variants} - sent
+
+
+@EVERY
+def test_a_quick_run_on_a_gpu_does_without_parts_that_the_lab_has(lab: Lab) -> None:
+    for scale in ("gpu", *CLASSES):
+        wholes = [lab.at(scale, quick=False, dummy=dummy) for dummy in (False, True)]
+        parts = {name for at in wholes for name in at._part_names()}
+        of_quick = (lab.scales.get(f"{name}-quick", {}) for name in ("gpu", scale))
+        assert {name for own in of_quick for name in own.get(WITHOUT, ())} <= parts
+        for whole, dummy in zip(wholes, (False, True), strict=True):
+            quick = lab.at(scale, quick=True, dummy=dummy)
+            assert {c.name for c in quick.claims} <= {c.name for c in whole.claims}
+            assert bool(quick.claims) == bool(whole.claims)
+            assert unsent(quick) <= unsent(whole)  # no engine starts for nothing
 
 
 @EVERY
@@ -640,6 +734,21 @@ def test_what_to_turn_next_can_be_turned(lab: Lab) -> None:
                     )
 
 
+@pytest.mark.parametrize("dummy", [False, True], ids=["real", "random"])
+@pytest.mark.parametrize("name", FIRST)
+def test_what_to_turn_next_fits_the_sizes_of_a_quick_run(name: str, dummy: bool) -> None:
+    """It may name a part that a quick run does without, which then has it."""
+    quick = LABS[name].at("gpu-80", quick=True, dummy=dummy)
+    for knob in quick.next_knobs:
+        setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
+        assert setting, knob
+        changes = parse_changes(setting[2] or setting[3])
+        turned = LABS[name].at("gpu-80", True, changes, dummy)
+        assert turned.digest() != quick.digest(), knob
+        longest = max(w.longest_tokens for w in turned.workloads)
+        assert all(longest <= flags.max_model_len for flags in turned.all_flags), knob
+
+
 def test_what_a_workload_has_not_is_set_as_a_whole() -> None:
     lab = LABS["continuous-batching"]
 
@@ -699,8 +808,12 @@ def test_what_is_compiled_for_one_lab_serves_the_next(name: str, scale: str) -> 
         flags = lab.flags_of(variant)
         assert "kv-cache-memory-bytes" in flags
         assert "max-num-seqs" in flags
-        if name in {*FIRST} - {"chunked-prefill", "kv-quantization"}:  # which vary them
-            assert (flags["max-model-len"], flags["max-num-batched-tokens"]) == (8192, 8192)
+        if name in {*FIRST, "overload", "structured-output"}:
+            assert flags["max-model-len"] == 8192
+            if variant.name != "sixteenth":  # whose budget is what it is about
+                assert flags["max-num-batched-tokens"] == 8192
+        if name in FIRST:
+            assert flags["max-num-seqs"] == 256
 
 
 LEANING = re.compile(

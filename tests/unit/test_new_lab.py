@@ -282,7 +282,7 @@ def test_what_it_tells_beyond_that_is_one_more_file(told: list[str]) -> None:
     missing = not_passed(
         tests,
         "test_answers.py::test_every_question_of_a_lab_has_an_answer_and_no_other[abacus-rods]",
-        "test_answers.py::test_findings_answers_and_plots_bear_what_is_left_out[abacus-rods]",
+        "test_answers.py::test_findings_answers_and_plots_bear_what_is_left_out[abacus-rods-cpu]",
         "test_published.py::test_each_entry_is_about_a_part_of_a_lab[abacus-rods]",
         "test_imports.py::test_rooms_import_those_below_them[labs/findings/abacus_rods.py]",
     )

@@ -145,6 +145,14 @@ def test_a_trace_that_is_over_has_not_run_out(last_s: float, more: bool) -> None
     assert ran_out(point, trial.summary) == more
 
 
+def test_what_bounds_the_requests_of_a_workload_is_named() -> None:
+    plain = make_point()
+    few = replace(plain, workload=plain.workload.model_copy(update={"most_requests": 6}))
+    for point, said in ((plain, "raise `requests`"), (few, "`workloads.short.most_requests`")):
+        (caveat,) = [c for c in checked(point=point, exhausted=True) if "ran out" in c.name]
+        assert caveat.text.endswith(said)
+
+
 def test_clean_trial_has_no_caveat() -> None:
     assert checked() == []
 
