@@ -4,9 +4,9 @@ lm-format-enforcer 0.11.3, the version that vLLM 0.26 to 0.32 require, takes `Mi
 a module that vLLM has no more, and `PreTrainedTokenizerBase` from one that transformers 5 keeps for
 other names alone. Both classes are elsewhere in the same packages. Without them vLLM's own backend
 of that name fails at its first import, although all that it needs the classes for is to ask what
-kind of tokenizer it has. Where mistral-common is not installed, as from a lean bundle
-(`serving/lean.py`), there is no `MistralTokenizer` anywhere, and no tokenizer can be of its kind: an
-empty class then answers that.
+kind of tokenizer it has. Where mistral-common is not installed, as with a lean bundle
+(`serving/lean.py`), there is no `MistralTokenizer` anywhere, and no tokenizer is of that kind: an
+empty class then answers.
 """
 
 from __future__ import annotations
