@@ -9,13 +9,16 @@ from labs import LABS
 from labs.lab import LabError
 from labs.running.clock import PREPARATION_S, START_S
 from labs.running.derived_models import NEED_NO_WEIGHTS
-from labs.running.trials import PER_TRIAL_S
+from labs.running.trials import MOST_AGAIN, PER_TRIAL_S
 from serving.dummy import DERIVED
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A lab's engines and trials, and when it will have ended, in seconds after the first one."""
+    """A lab's engines and trials, and when it will have ended, in seconds after the first one.
+
+    The latest is where every trial of every lab is disturbed, and played as often as it may be.
+    """
 
     lab: str
     starts: int
@@ -23,6 +26,7 @@ class Planned:
     load_s: float
     takes_s: float
     ends_s: float
+    latest_s: float
 
 
 def plan(names: Iterable[str], scale: str, start_s: float) -> Iterator[Planned]:
@@ -30,7 +34,7 @@ def plan(names: Iterable[str], scale: str, start_s: float) -> Iterator[Planned]:
 
     The first engine compiles, and takes as long as the clock of a call assumes at first.
     """
-    ends_s, first = 0.0, True
+    ends_s, latest_s, first = 0.0, 0.0, True
     for name in names:
         try:
             lab = LABS[name].at(scale, quick=True, dummy=True)
@@ -50,14 +54,15 @@ def plan(names: Iterable[str], scale: str, start_s: float) -> Iterator[Planned]:
         takes_s += (START_S["gpu"] - start_s) * first
         first = False
         ends_s += takes_s
-        yield Planned(name, starts, int(trials), load_s, takes_s, ends_s)
+        latest_s += takes_s + MOST_AGAIN * (load_s + trials * PER_TRIAL_S)
+        yield Planned(name, starts, int(trials), load_s, takes_s, ends_s, latest_s)
 
 
 def table(planned: Iterable[Planned]) -> str:
-    lines = ["lab                     starts  trials  load   takes   ends at"]
+    lines = ["lab                     starts  trials  load   takes    ends at    latest"]
     for p in planned:
         lines.append(
             f"{p.lab:<24}{p.starts:>6}{p.trials:>8}{p.load_s:>5.0f} s{p.takes_s:>6.0f} s"
-            f"{p.ends_s / 60:>7.1f} min"
+            f"{p.ends_s / 60:>7.1f} min{p.latest_s / 60:>6.1f} min"
         )
     return "\n".join(lines)
