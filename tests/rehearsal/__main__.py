@@ -39,6 +39,7 @@ CANNOT = """What this rehearsal cannot show:
   parameters in BF16, and starts in {start_s:.0f} s;
 - trials that are played again: a disturbed one is kept here, as a client with few cores is late
   beside an H100, and played up to {times} times there ("latest" in the plan);
+- the machine's own speed, which is timed beside each trial there: torch has no CUDA here;
 - how long the bundle's packages take to install: in its parts is one empty wheel."""
 STAND_IN = Path(__file__).parent / "stand_in"
 
