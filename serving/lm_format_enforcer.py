@@ -4,7 +4,9 @@ lm-format-enforcer 0.11.3, the version that vLLM 0.26 to 0.32 require, takes `Mi
 a module that vLLM has no more, and `PreTrainedTokenizerBase` from one that transformers 5 keeps for
 other names alone. Both classes are elsewhere in the same packages. Without them vLLM's own backend
 of that name fails at its first import, although all that it needs the classes for is to ask what
-kind of tokenizer it has.
+kind of tokenizer it has. Where mistral-common is not installed, as with a lean bundle
+(`serving/lean.py`), there is no `MistralTokenizer` anywhere, and no tokenizer is of that kind: an
+empty class then answers.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def offer_moved_classes() -> None:
 
     vLLM calls this in each of its processes (`serving/plugins`), the study of masks before it times
     the backends. A module that is no more is stood in for; it imports the one that has the class
-    when it is asked for it.
+    when it is asked for it, and has an empty class where that one cannot be imported.
     """
     for name, (former, present) in MOVED.items():
         if former in sys.modules or importlib.util.find_spec(former):
@@ -44,12 +46,20 @@ def offer_moved_classes() -> None:
 
 
 def _stand_in(former: str, name: str, present: str) -> ModuleType:
-    """Make a module of one class, which it imports when it is asked for it."""
+    """Make a module of one class, which it imports when it is asked for it.
+
+    Where the class's own module lacks what it imports, nothing can be an instance of it: the class
+    is then an empty one.
+    """
+    empty = type(name, (), {})
 
     def moved(wanted: str) -> Any:
         if wanted != name:
             raise AttributeError(f"{former} is no more, and only its {name} is offered here")
-        return getattr(importlib.import_module(present), name)
+        try:
+            return getattr(importlib.import_module(present), name)
+        except ImportError:
+            return empty
 
     module = ModuleType(former, "Stands for a module that is no more.")
     vars(module)["__getattr__"] = moved

@@ -58,6 +58,7 @@ from serving.engines import ENGINES
 from serving.install import scratch_of
 from serving.masking import recordable
 
+PROMPTS_TOOK = "Writing the prompts took {} s"  # said where a call is bounded
 # What a run needs on disk while it lasts, and the lock that keeps a second one out.
 SCRATCH = scratch_of(models.ROOT)
 
@@ -73,7 +74,10 @@ def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
         exits.enter_context(run_lock())
         setup = resolve(request, progress)
         work = exits.enter_context(_scratch())
+        writing = time.monotonic()
         prompts_sha256 = sent_sha256(write_requests(setup, work, progress))
+        if setup.clock.bounded:
+            progress.message(PROMPTS_TOOK.format(f"{time.monotonic() - writing:.1f}"))
         manifest = _manifest(setup, request, prompts_sha256)
         folder = unfinished(manifest) if request.resume else None
         if request.resume and folder is None:

@@ -10,17 +10,17 @@ from labs.lab import LabError
 from labs.running.clock import PREPARATION_S, START_S
 from labs.running.derived_models import NEED_NO_WEIGHTS
 from labs.running.prompt_files import lab_takes_s
-from labs.running.trials import PER_TRIAL_S
+from labs.running.trials import MOST_AGAIN, PER_TRIAL_S
 from serving.dummy import DERIVED
-
-TOGETHER_S = 70.0  # of a lab's engines that start at the same time; assumed, not measured
 
 
 @dataclass(frozen=True)
 class Planned:
     """A lab's engines and trials, and when it will have ended, in seconds after the first one.
 
-    That is where its engines take turns, and where all of them start together and stay loaded.
+    Engines are taken to start one after another; those that fit one GPU together start at once, and
+    the lab ends sooner. The latest is where every trial of every lab is disturbed, and played as
+    often as it may be.
     """
 
     lab: str
@@ -29,7 +29,7 @@ class Planned:
     load_s: float
     takes_s: float
     ends_s: float
-    together_ends_s: float
+    latest_s: float
 
 
 def plan(names: Iterable[str], scale: str, start_s: float, cores: int = 1) -> Iterator[Planned]:
@@ -38,8 +38,7 @@ def plan(names: Iterable[str], scale: str, start_s: float, cores: int = 1) -> It
     The first engine compiles, and takes as long as the clock of a call assumes at first. `cores`
     write the prompts.
     """
-    ends_s = together_ends_s = 0.0
-    first = True
+    ends_s, latest_s, first = 0.0, 0.0, True
     for name in names:
         try:
             lab = LABS[name].at(scale, quick=True, dummy=True)
@@ -55,20 +54,20 @@ def plan(names: Iterable[str], scale: str, start_s: float, cores: int = 1) -> It
                     trials += count
                     load_s += count * (lab.warmup_of(workload) + lab.window_s)
         starts = len(lab.variants) * (lab.starts if len(lab.variants) > 1 else 1)
-        without_starts_s = PREPARATION_S["gpu"] + lab_takes_s(lab, cores)
-        without_starts_s += load_s + trials * PER_TRIAL_S + (START_S["gpu"] - start_s) * first
+        played_s = load_s + trials * PER_TRIAL_S
+        takes_s = PREPARATION_S["gpu"] + lab_takes_s(lab, cores) + starts * start_s + played_s
+        takes_s += (START_S["gpu"] - start_s) * first
         first = False
-        takes_s = without_starts_s + starts * start_s
         ends_s += takes_s
-        together_ends_s += without_starts_s + (TOGETHER_S if starts > 1 else start_s)
-        yield Planned(name, starts, int(trials), load_s, takes_s, ends_s, together_ends_s)
+        latest_s += takes_s + MOST_AGAIN * played_s
+        yield Planned(name, starts, int(trials), load_s, takes_s, ends_s, latest_s)
 
 
 def table(planned: Iterable[Planned]) -> str:
-    lines = ["lab                     starts  trials  load   takes  ends in turns   together"]
+    lines = ["lab                     starts  trials  load   takes    ends at    latest"]
     for p in planned:
         lines.append(
             f"{p.lab:<24}{p.starts:>6}{p.trials:>8}{p.load_s:>5.0f} s{p.takes_s:>6.0f} s"
-            f"{p.ends_s / 60:>11.1f} min{p.together_ends_s / 60:>7.1f} min"
+            f"{p.ends_s / 60:>7.1f} min{p.latest_s / 60:>6.1f} min"
         )
     return "\n".join(lines)

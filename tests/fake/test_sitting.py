@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def test_a_lab_is_finished_over_several_calls(reader: Reader, checkout: Path) ->
     assert "This call may last 16 s, and an engine has 240 s to start" in first.said
     assert "The time for this call is used up: the next trial needs about" in first.said
     assert f"To be done: {LAB}. The same call goes on with them." in first.said
+    assert re.search(r"Writing the prompts took \d+\.\d s", first.said)
     folder = first.folder
     trials = set(folder.path.glob("trials/**/trial.json"))
     assert len(trials) == 1  # a call that is too short for anything still gets one done

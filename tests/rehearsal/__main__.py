@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,10 +19,13 @@ import psutil
 from labs.commands import all_labs
 from labs.filing.results import MachineFile, write_json
 from labs.running.prompt_files import usable_cores
+from labs.running.run import PROMPTS_TOOK
 from labs.running.sitting_plan import plan, table
-from serving import bundle, lean
+from labs.running.trials import MOST_AGAIN
+from serving import bundle, lean, unbundle
 from serving.gpus import DATASHEETS, Datasheet
 from serving.machine import Ceilings, Machine
+from serving.models import CACHE
 
 SESSION_S = 1800.0  # until the box goes back
 BETWEEN_CALLS_S = 5.0
@@ -30,7 +34,14 @@ PARTS = 5
 ENGINE_START_S = 45.0
 # An H100 with 8 billion parameters in BF16, about: a step, each sequence more, each prompt token
 LAW = ("--step-s", ".0075", "--step-per-seq-s", ".00001", "--prefill-per-token-s", ".00003")
-KILLED_AT = 0.6  # of a call's time, where it is killed outright
+KILLED_AT = 0.6  # of a call's time, where every second one is killed outright
+CANNOT = """What this rehearsal cannot show:
+- how fast vLLM is: every engine, quantized or a mixture too, follows one law, of 8 billion
+  parameters in BF16, and starts in {start_s:.0f} s;
+- trials that are played again: a disturbed one is kept here, as a client with few cores is late
+  beside an H100, and played up to {times} times there ("latest" in the plan);
+- the machine's own speed, which is timed beside each trial there: torch has no CUDA here;
+- how long the bundle's packages take to install: in its parts is one empty wheel."""
 STAND_IN = Path(__file__).parent / "stand_in"
 
 
@@ -56,17 +67,16 @@ class Box:
             "PYTHONUNBUFFERED": "1",
             "LABS_ENGINE_COMMAND": engine,
             "LABS_DISTURBED": "keep",  # a client with few cores is late beside an H100
-            "LABS_MODEL": "llama-8b",
             "LABS_ONLY": self.only,
         }
 
-    def call(self, sent: Path, killed_after_s: float | None) -> int | None:
+    def call(self, sent: Path, killed_after_s: float) -> int | None:
         """Call it once; return the exit code, or None where it was killed outright."""
         process = subprocess.Popen(
             ["bash", str(sent / "go.sh")], env=self.environment(), start_new_session=True
         )
         try:
-            return process.wait(killed_after_s or self.call_s + 30)
+            return process.wait(killed_after_s)
         except subprocess.TimeoutExpired:
             family = psutil.Process(process.pid).children(recursive=True)
             for member in [psutil.Process(process.pid), *family]:
@@ -94,6 +104,39 @@ def make_bundle(out: Path) -> list[Path]:
     return sorted(out.glob("lab.tar.*"))
 
 
+def unpacking(scratch: Path) -> str:
+    """Install the wheels that `make bundle` has downloaded for this Python; say how long it took.
+
+    Raises UnbundleError.
+    """
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    wheels = [*(CACHE / "bundle" / f"wheels-{python}").glob("*.whl")]
+    if not wheels:
+        return (
+            f"`make bundle` has downloaded no wheels for Python {python} here: how long installing"
+            " them takes is not shown."
+        )
+    folder = scratch / unbundle.HOME / "wheels"
+    folder.mkdir(parents=True)
+    for wheel in wheels:
+        (folder / wheel.name).symlink_to(wheel)
+    began = time.monotonic()
+    unbundle.install(scratch)
+    took_s = time.monotonic() - began
+    shutil.rmtree(scratch)
+    size = sum(wheel.stat().st_size for wheel in wheels)
+    return (
+        f"Installing the {len(wheels)} wheels ({size / 1e6:.0f} MB) that `make bundle` has"
+        f" downloaded takes {took_s:.0f} s here; it is not part of the session below."
+    )
+
+
+def prompts_s(log: Path) -> list[float]:
+    """Read from the session's log how long each lab wrote its prompts, in seconds."""
+    text = log.read_text() if log.exists() else ""
+    return [float(seconds) for seconds in re.findall(PROMPTS_TOOK.format(r"([\d.]+)"), text)]
+
+
 def give_ceilings(home: Path, model: str, sheet: Datasheet) -> None:
     """File the datasheet's figures as measured: there is no GPU to measure."""
     machine = Machine(kind="gpu", model=model, count=1, memory_bytes=sheet.memory_bytes)
@@ -115,9 +158,10 @@ def main() -> int:
     model, sheet = next(iter(DATASHEETS.items()))
     planned = plan(names, "gpu-80", ENGINE_START_S, usable_cores())
     print(f"The plan, on {model}:\n{table(planned)}\n", flush=True)
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         home = Path(folder)
+        print(f"{unpacking(home / 'unpacked')}\n", flush=True)
+        began = time.monotonic()
         waiting = make_bundle(home / "bundle")
         sent = home / "sent"
         sent.mkdir()
@@ -133,15 +177,19 @@ def main() -> int:
                 shutil.copyfile(part, sent / part.name)
                 time.sleep(part.stat().st_size / TRANSFER_BYTES_PER_S)
             calls += 1
-            killed = KILLED_AT * call_s if calls % 2 == 0 and not waiting else None
-            code = box.call(sent, killed)
+            amid = calls % 2 == 0 and not waiting
+            code = box.call(sent, (KILLED_AT if amid else 1.0) * call_s)
             ended_s = time.monotonic() - began
-            how = "killed" if code is None else f"exit code {code}"
+            killed = "killed amid its work" if amid else "killed at its limit"
+            how = killed if code is None else f"exit code {code}"
             print(f"== call {calls}: {at_s / 60:.1f} to {ended_s / 60:.1f} min, {how}", flush=True)
             time.sleep(BETWEEN_CALLS_S)
         done = sorted(p.parent.parent.name for p in home.glob("lab/results/*/*/*/COMPLETE"))
         archives = {p.name: p.stat().st_size for p in home.glob("out/*.tar.gz")}
         print(f"Whole after {calls} calls: {', '.join(done) or 'no lab'}; taken home: {archives}")
+        took_s = prompts_s(home / "out" / "log.txt")
+        print(f"Prompts were written {len(took_s)} times, in {sum(took_s):.0f} s altogether.")
+        print(CANNOT.format(start_s=ENGINE_START_S, times=1 + MOST_AGAIN))
         return 0 if done and archives else 1
 
 

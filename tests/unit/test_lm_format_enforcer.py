@@ -40,6 +40,18 @@ def test_a_class_that_has_moved_is_found_in_a_module_that_is_no_more(moved: type
     assert not hasattr(module, "Another")
 
 
+def test_where_its_module_lacks_what_it_imports_the_class_is_one_of_which_nothing_is(
+    moved: type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delitem(sys.modules, "moved_here")
+    (tmp_path / "moved_here.py").write_text("import mistral_common_that_is_left_out\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    offer_moved_classes()
+    module = importlib.import_module("json.gone")
+    assert module.Tokenizer is module.Tokenizer is not moved
+    assert not isinstance(moved(), module.Tokenizer)
+
+
 def test_a_module_that_lacks_the_class_alone_gets_it_and_one_that_has_it_stays(
     moved: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from safetensors import safe_open
 
 from labs import LABS
 from serving import install
 from serving.gpus import CLASSES, DATASHEETS, class_of
 from serving.install import SetupError
+from serving.lean import LEAN, Lean
 from serving.machine import Machine
 from tests.default_models import config_of
 from tests.rehearsal.cards import CARDS, VARIABLE, Card, rehearsed
 from tests.rehearsal.cuda import __main__ as rehearsal
-from tests.rehearsal.cuda import environment, real, starts
+from tests.rehearsal.cuda import environment, lean, quantizations, real, starts
 from tests.rehearsal.cuda.__main__ import Part
 from tests.rehearsal.cuda.checks import Check, last_line, read, write
 from tests.rehearsal.cuda.starts import Refused, Start
@@ -133,6 +139,106 @@ def test_derived_models_have_their_own_layers_and_heads() -> None:
     assert real.derived_config(config, "mha")["num_key_value_heads"] == 32
     assert real.derived_config(config, "draft")["num_hidden_layers"] == 4
     assert real.derived_config(config, "wanda-50") == config
+
+
+@pytest.mark.parametrize(
+    ("derived", "kind", "computes"),
+    [
+        ("", "BF16", "UnquantizedLinearMethod"),
+        ("wanda-50", "BF16", "UnquantizedFusedMoEMethod with TRITON"),
+        ("w8a8-rtn", "W8A8", "CompressedTensorsW8A8Int8 with CutlassInt8ScaledMMLinearKernel"),
+        ("fp8", "FP8", "CompressedTensorsW8A16Fp8 with MarlinFP8ScaledMMLinearKernel"),
+        ("w4a16-gptq", "W4A16", "CompressedTensorsWNA16 with MacheteLinearKernel"),
+        ("autoawq", "W4A16 AWQ", "AutoAWQMarlinLinearMethod with MacheteLinearKernel"),
+        ("gptqmodel", "W4A16 GPTQ", "AutoGPTQLinearMethod with MarlinLinearKernel"),
+    ],
+)
+def test_a_model_that_is_not_computed_as_its_configuration_says_is_a_failure(
+    derived: str, kind: str, computes: str
+) -> None:
+    assert quantizations.kind_of(real.derived_config(config_of(LLAMA), derived)) == kind
+    assert quantizations.unexpected(kind, [computes]) == ""
+    other = "UnquantizedLinearMethod" if kind != "BF16" else "CompressedTensorsWNA16"
+    assert quantizations.unexpected(kind, [computes, other]) == f"{kind} is computed by {other}"
+    assert quantizations.unexpected(kind, []) == "it has no linear layer"
+
+
+def test_the_files_of_gptq_name_the_layers_that_are_quantized(tmp_path: Path) -> None:
+    made = real.model(tmp_path, LLAMA, "gptqmodel").path
+    with safe_open(made / "model.safetensors", "np") as file:
+        names = set(file.keys())
+    assert len(names) == 32 * 7
+    assert "model.layers.31.self_attn.o_proj.qweight" in names
+    assert not (real.model(tmp_path, LLAMA, "autoawq").path / "model.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------ a lean bundle
+
+
+def test_what_a_lean_bundle_leaves_out_is_read_from_its_own_list() -> None:
+    for bundle in LEAN.values():
+        left_out = lean.left_out(bundle, lean.roots())
+        assert left_out >= {*bundle.packages}
+        assert not left_out & {"torch", "transformers", "vllm", "numpy", "locust", "pydantic"}
+
+
+def test_what_only_a_package_that_is_left_out_needs_is_left_out_with_it(tmp_path: Path) -> None:
+    for name, needs in {"whole": ("part", "both"), "part": ("only", "both"), "only": ()}.items():
+        folder = tmp_path / f"{name}-1.dist-info"
+        folder.mkdir()
+        lines = "".join(f"Requires-Dist: {need}\n" for need in needs)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\n{lines}")
+    (tmp_path / "both-1.dist-info").mkdir()
+    (tmp_path / "both-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: both\n")
+    leaves_out = Lean(packages=("part",), files={}, cannot="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        assert lean.left_out(leaves_out, [Requirement("whole")]) == {"part", "only"}
+
+
+def test_a_hidden_package_and_a_hidden_file_are_found_by_no_import(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("away", "stays"):
+        (tmp_path / name).mkdir()
+        about = tmp_path / f"{name}-1.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        modules = [f"{name}/__init__.py", f"{name}/kernel.py"]
+        (about / "RECORD").write_text("".join(f"{module},,\n" for module in modules))
+        for module in modules:
+            (tmp_path / module).write_text("")
+    (tmp_path / "stays" / "__init__.py").write_text("import away\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    leaves_out = Lean(packages=("away",), files={"stays": r"stays/kernel\."}, cannot="")
+    lean.hide(["away"], lean.hidden_files(leaves_out, ["away"]))
+    assert importlib.util.find_spec("away") is None
+    assert importlib.util.find_spec("stays") is not None
+    with pytest.raises(metadata.PackageNotFoundError):
+        metadata.version("away")
+    assert metadata.version("stays") == "1"
+    (check,) = lean.imports(["stays"])
+    assert check.error == "ModuleNotFoundError: No module named 'away'"
+    (tmp_path / "stays" / "__init__.py").write_text("")
+    importlib.invalidate_caches()
+    checks = [*lean.imports(["stays", "stays.kernel"])]
+    assert [bool(check.error) for check in checks] == [False, True]
+    monkeypatch.delitem(sys.modules, "stays")
+
+
+def test_the_lean_bundle_is_tried_as_on_the_first_card_that_it_is_for() -> None:
+    assert rehearsal.for_lean(["a100", "h200", "h100"]) == ["h200"]
+    assert rehearsal.for_lean(["l4"]) == []
+
+
+def test_what_computes_a_kind_of_model_is_told_once_with_its_cards() -> None:
+    found = [Check(what="Llama, W4A16", name="a", built="by Machete")] * 2
+    others = [Check(what="Llama, W4A16", name="a", built="by Marlin"), Check(what="x", name="b")]
+    told = rehearsal.computed_by(
+        [Part("h100", found, 1.0), Part("h200", found, 1.0), Part("l4", others, 1.0)]
+    )
+    assert told == "  Llama, W4A16: by Machete (on h100, h200)\n  Llama, W4A16: by Marlin (on l4)"
 
 
 def test_the_table_counts_what_passed_and_failures_are_told_once(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tests.rehearsal.cuda.environment import HOME, PYTHON
 
 HERE = Path(__file__).parent
 STAND_INS = (HERE / "stand_in", HERE.parent / "stand_in", ROOT, PLUGINS)
+HOPPER = (9, 0)  # the compute capability that `serving/lean.py` leaves packages out for
 GOLDEN = ROOT / "tests" / "golden"
 
 
@@ -92,7 +93,7 @@ def version() -> str:
 
 def table(parts: Iterable[Part]) -> str:
     """Tell by GPU and kind of check how many passed and failed; the seconds are the process's."""
-    lines = [f"{'on':<11}{'checked':<34}{'passed':>7}{'failed':>7}{'left out':>9}{'seconds':>9}"]
+    lines = [f"{'on':<11}{'checked':<38}{'passed':>7}{'failed':>7}{'left out':>9}{'seconds':>9}"]
     for part in parts:
         seconds = f"{part.took_s:.0f}"
         for what in dict.fromkeys(check.what for check in part.found):
@@ -101,7 +102,7 @@ def table(parts: Iterable[Part]) -> str:
             failed = sum(bool(check.error) and check.applies for check in of)
             passed = len(of) - failed - left_out
             lines.append(
-                f"{part.card:<11}{what:<34}{passed:>7}{failed:>7}{left_out:>9}{seconds:>9}"
+                f"{part.card:<11}{what:<38}{passed:>7}{failed:>7}{left_out:>9}{seconds:>9}"
             )
             seconds = ""
     return "\n".join(lines)
@@ -120,6 +121,21 @@ def told(parts: Sequence[Part], about: Callable[[Check], str]) -> str:
         f"{line} ({'; '.join(dict.fromkeys(kinds))}; on {', '.join(dict.fromkeys(cards))})"
         for line, (kinds, cards) in where.items()
     )
+
+
+def computed_by(parts: Iterable[Part]) -> str:
+    """Tell by kind of model what vLLM chose for its layers, and on which cards."""
+    where: dict[str, list[str]] = {}
+    for part in parts:
+        for check in part.found:
+            if check.built:
+                where.setdefault(f"  {check.what}: {check.built}", []).append(part.card)
+    return "\n".join(f"{line} (on {', '.join(dict.fromkeys(on))})" for line, on in where.items())
+
+
+def for_lean(cards: Iterable[str]) -> list[str]:
+    """Return the first of the cards that a lean bundle is for; none where it is for none."""
+    return [card for card in cards if CARDS[card].capability == HOPPER][:1]
 
 
 def make_environment() -> int:
@@ -145,12 +161,18 @@ def main() -> int:
         parts = [
             run_checks(cards[0], "names", Path(folder)),
             play(cards[0]),
-            *(run_checks(card, "configure", Path(folder)) for card in cards),
+            *(run_checks(card, "lean", Path(folder)) for card in for_lean(cards)),
+            *(
+                run_checks(card, module, Path(folder))
+                for card in cards
+                for module in ("configure", "build")
+            ),
         ]
     failed = told(parts, lambda check: check.error if check.applies else "")
     for title, lines in (
         ("Left out", told(parts, lambda check: "" if check.applies else check.error)),
         ("To be known", told(parts, lambda check: check.note)),
+        ("Computed by", computed_by(parts)),
         ("Failed", failed or "  nothing"),
     ):
         if lines:

@@ -15,6 +15,7 @@ class Check(BaseModel, frozen=True, extra="forbid"):
     name: str
     error: str = ""
     note: str = ""  # of what passed: what it needs on a GPU beside what is rehearsed
+    built: str = ""  # what computes the layers of a model that was built
     applies: bool = True  # else it is told, and counted as left out
 
 

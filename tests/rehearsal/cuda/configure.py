@@ -10,7 +10,7 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,23 +44,40 @@ class Outcome:
 @functools.cache
 def outcome(argv: tuple[str, ...], variables: tuple[tuple[str, str], ...]) -> Outcome:
     """Make the configuration that the server would begin with, and choose how it attends."""
-    said = io.StringIO()
+    try:
+        with environment(variables):
+            backend = attention(engine_config(argv))
+    except Exception as error:  # whatever vLLM raises is what the check is for
+        return Outcome(f"{type(error).__name__}: {last_line(str(error))}")
+    return Outcome(note=COMPILED if backend == "FLASHINFER" else "")
+
+
+@contextlib.contextmanager
+def environment(variables: Iterable[tuple[str, str]]) -> Iterator[None]:
+    """Have an engine's environment variables for a while, and then those of before."""
     before = dict(os.environ)
     os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def engine_config(argv: Sequence[str]) -> Any:
+    """Make vLLM's configuration of a server's arguments.
+
+    Raises ValueError with the parser's last line, and whatever vLLM raises.
+    """
+    said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             arguments = PARSER.parse_args(list(argv))
             validate_parsed_serve_args(arguments)
-        engine = AsyncEngineArgs.from_cli_args(arguments)
-        backend = attention(engine.create_engine_config(UsageContext.OPENAI_API_SERVER))
-    except SystemExit:  # of the parser
-        return Outcome(last_line(said.getvalue()))
-    except Exception as error:  # whatever vLLM raises is what the check is for
-        return Outcome(f"{type(error).__name__}: {last_line(str(error))}")
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return Outcome(note=COMPILED if backend == "FLASHINFER" else "")
+    except SystemExit as ended:  # of the parser
+        raise ValueError(last_line(said.getvalue())) from ended
+    engine = AsyncEngineArgs.from_cli_args(arguments)
+    return engine.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def attention(config: Any) -> str:
@@ -77,8 +94,13 @@ def attention(config: Any) -> str:
     return str(backend.get_name())
 
 
-def checks(home: Path) -> Iterator[Check]:
-    for start in starts(machines.detect(), home, LIMITS_QUEUES):
+def checks(
+    home: Path,
+    kinds: Sequence[str] = ("real", "random"),
+    lengths: Sequence[bool] = (False, True),
+) -> Iterator[Check]:
+    """Make the configurations of engines with these kinds of weights, full, quick, or both."""
+    for start in starts(machines.detect(), home, LIMITS_QUEUES, kinds, lengths):
         what = f"engines, {start.weights} weights{', QUICK=1' if start.quick else ''}"
         if isinstance(start, Refused):
             error = last_line(start.error)

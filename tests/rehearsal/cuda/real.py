@@ -1,4 +1,7 @@
-"""The default models and what the labs derive from them, as folders with a configuration alone."""
+"""The default models and what the labs derive from them, as folders with a configuration alone.
+
+From GPTQ's files vLLM also reads which layers are quantized: there, the weights' names are listed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from serving import dummy, models
 from serving.kv_heads import kv_heads_of
@@ -25,6 +31,12 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "gptqmodel": GPTQ,
 }
 LIKE = {"w8a8-rtn": "w8a8", "w4a16-rtn": "w4a16-gptq", "w4a16-gptq-code": "w4a16-gptq"}
+
+
+PROJECTIONS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)  # of each layer of a dense model, as Llama and Qwen name them
 
 
 def derived_config(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -52,10 +64,18 @@ def folder(home: Path, name: str, config: dict[str, Any]) -> Path:
     return made
 
 
+def list_quantized(file: Path, layers: int) -> None:
+    """Write a file of weights that names the quantized ones of each layer, and holds nothing."""
+    names = (f"model.layers.{i}.{name}.qweight" for i in range(layers) for name in PROJECTIONS)
+    save_file({name: np.empty(0, np.int32) for name in names}, file)
+
+
 def model(home: Path, name: str, derived: str = "") -> Model:
     """Return a default model by its Hugging Face id, or what is derived from it."""
     config = config_of(name)
     if derived:
         config = derived_config(config, derived)
     made = folder(home, f"{name}-{derived}" if derived else name, config)
+    if PUBLISHED.get(derived) is GPTQ:
+        list_quantized(made / "model.safetensors", config["num_hidden_layers"])
     return Model(name, made, shape_of(config_of(name)))
