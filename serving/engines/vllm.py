@@ -553,7 +553,8 @@ class Vllm(Engine):
         tokens = vllm_flags.integer("max-num-batched-tokens", DEFAULT_BATCHED_TOKENS)
         activations = 2 * ACTIVATION_VALUES * tokens * shape.hidden
         logits = 4 * LOGIT_COPIES * vllm_flags.at_once(DEFAULT_SEQS) * shape.vocab
-        beside = CONTEXT_BYTES + GRAPHS_BYTES + activations + logits
+        graphs = 0 if vllm_flags.enforce_eager else GRAPHS_BYTES
+        beside = CONTEXT_BYTES + graphs + activations + logits
         return round(shape.held_bytes + vllm_flags.held_kv_bytes(shape) + beside)
 
     @classmethod

@@ -67,6 +67,15 @@ def test_an_engines_memory_is_its_weights_its_cache_and_what_is_beside_them() ->
     expected = LLAMA_8B.shape.held_bytes + 8 * 2**30 + beside + activations + logits
     assert Vllm.gpu_memory_bytes(FLAGS, LLAMA_8B.shape) == expected
     assert 6e9 < expected - LLAMA_8B.shape.held_bytes - 8 * 2**30 < 8e9
+    eager = Vllm.gpu_memory_bytes({**FLAGS, "enforce-eager": True}, LLAMA_8B.shape)
+    assert eager == expected - GRAPHS_BYTES
+
+
+@pytest.mark.parametrize("lab", ["single-stream", "prefix-caching", "chunked-prefill"])
+def test_quick_runs_of_these_labs_share_a_gpu_of_80_gb(lab: str) -> None:
+    """So that half an hour there is not spent on starting one engine after another."""
+    quick = LABS[lab].at("gpu-80", quick=True, dummy=True)
+    assert set(shares(quick)) == {v.name for v in quick.variants}
 
 
 @pytest.mark.parametrize(
