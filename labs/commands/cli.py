@@ -17,7 +17,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -384,7 +383,7 @@ def _what_stopped(error: Exception, lab: str, machine_slug: str) -> str:
     if isinstance(error, EXPECTED_ERRORS):
         return tellable(str(error))
     what = said_of(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    log = results.RESULTS / machine_slug / lab / f"error-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.log"
+    log = results.RESULTS / machine_slug / lab / f"error-{results.moment()}.log"
     try:
         whole.write(log, recordable(tellable("".join(traceback.format_exception(error)))))
     except OSError:  # as on a full disk, which may be what ended the lab

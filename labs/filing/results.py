@@ -763,7 +763,12 @@ class RunFolder:
 
 def run_id(digest: str) -> str:
     """Name a run that starts now: UTC time and digest."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{digest}"
+    return f"{moment()}-{digest}"
+
+
+def moment() -> str:
+    """Write the UTC time of now as names of files and folders hold it."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
 def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def test_on_a_gpu_the_labs_that_can_run_are_planned(monkeypatch: pytest.MonkeyPa
     planned = [row.split() for row in rows[1:]]
     assert planned[0][0] == FIRST[0]
     assert {"multi-lora", "quantization-tools"} & {row[0] for row in planned} == set()
-    ends_min = [float(row[-2]) for row in planned]
+    ends_min = [float(row[-4]) for row in planned]
     assert ends_min == sorted(ends_min)
     counted = [int(n) for n in re.findall(r"(\d+) labs in", told)]
     assert counted == [sum(end <= m for end in ends_min) for m in doctor.SESSIONS_MIN]

@@ -239,7 +239,7 @@ def test_the_plan_of_a_rehearsal_counts_the_writing_of_prompts() -> None:
     resolved = LABS["prefix-caching"].at("gpu-80", quick=True, dummy=True)
     on_one, on_many = (lab_takes_s(resolved, cores) for cores in (1, 16))
     assert takes_s[0] - takes_s[1] == pytest.approx(on_one - on_many)
-    assert on_one > 2 * on_many
+    assert on_one > on_many
 
 
 @pytest.mark.parametrize("random", [False, True], ids=["real", "random"])

@@ -71,8 +71,8 @@ def test_an_orders_time_is_that_of_its_prompts(tmp_path: Path) -> None:
 
 
 def test_a_labs_prompts_take_their_time_by_the_cores() -> None:
-    lab = LABS["weight-quantization"].at("gpu-80", quick=True, dummy=True)
-    prompts = 3 * 4096 * (128 + 250 + 2048 + 250)  # two workloads in three repeats
+    lab = LABS["weight-quantization"].at("gpu-80", quick=False, dummy=True)
+    prompts = lab.repeats * 4096 * (128 + 250 + 2048 + 250)  # two workloads
     assert lab_takes_s(lab, cores=1) == pytest.approx(prompts / 2e6)
     longest_s = 4096 * (2048 + 250) / 2e6
     assert lab_takes_s(lab, cores=16) == pytest.approx(prompt_files.START_S + longest_s)
