@@ -67,7 +67,7 @@ labs: setup ## List the labs with the questions they answer
 lab-%: setup ## Run a lab: predict, measure, judge, report
 	@$(LABS) run $(if $(value LABS_HELP),--help,'$*')
 
-forecast: setup ## Forecast a lab without running it: LAB=..|all [MACHINE=h100 [TP=..]] [MODEL=..] [TRACE=..] [SLO=..] [REPLICAS=.. [ROUTER=..]] [OUT=x.md]
+forecast: setup ## Forecast labs without running them: LAB=..[,..]|all [MACHINE=h100 [TP=..]] [MODEL=..] [TRACE=..] [SLO=..] [REPLICAS=.. [ROUTER=..]] [OUT=x.md]
 	@$(LABS) forecast $(call or_help,LAB)
 
 plan: setup ## Plan capacity without a GPU: MACHINE=h100 [MODEL=..] [TP=..] [RATE=..|TRACE=..] [SLO=..] [REPLICAS=..]

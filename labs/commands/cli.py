@@ -411,7 +411,10 @@ def _pack(file: Path | None) -> None:
 def forecast_lab(
     lab: Annotated[
         str,
-        typer.Option(envvar="LABS_LAB", help="The lab whose load points to forecast, or `all`."),
+        typer.Option(
+            envvar="LABS_LAB",
+            help="The lab whose load points to forecast, several (`a,b`), or `all`.",
+        ),
     ],
     card: Annotated[
         str,
@@ -458,7 +461,8 @@ def forecast_lab(
         if not on_file:
             machine_of(card)  # refused once, and not for each lab
         written, without = [], list[str]()
-        for chosen in LABS.values() if lab == "all" else [_lab(lab)]:
+        labs = list(LABS.values()) if lab == "all" else [_lab(name) for name in lab.split(",")]
+        for chosen in labs:
             request = RunRequest(
                 chosen, quick, changes=all_changes, model=model,
                 weights=weights, card=card, on_file=on_file,
@@ -469,7 +473,7 @@ def forecast_lab(
             except NotApplicable as reason:
                 page = section(chosen.title, Paragraph(str(reason)))
             except EXPECTED_ERRORS as reason:
-                if lab != "all":
+                if len(labs) == 1:
                     raise
                 without.append(chosen.name)
                 page = section(chosen.title, Paragraph(f"No forecast: {reason}"))

@@ -240,11 +240,11 @@ def forecast_alone(request: RunRequest, progress: ProgressDisplay) -> tuple[Setu
     engines start, and ForecastError.
     """
     with _scratch_beside_a_run() if request.card else _scratch_locked() as work:
-        setup = resolve(request, progress)
+        setup = played = resolve(request, progress)
         if setup.elsewhere:
-            setup = replace(setup, lab=setup.lab.model_copy(update={"repeats": 1}))
-        write_requests(setup, work, progress)
-        return setup, predict(setup, forecast(setup, _request_files(setup, work), progress))
+            played = replace(setup, lab=setup.lab.model_copy(update={"repeats": 1}))
+        write_requests(played, work, progress)
+        return setup, predict(played, forecast(played, _request_files(played, work), progress))
 
 
 def forecast_fleets_alone(

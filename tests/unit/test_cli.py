@@ -101,6 +101,13 @@ def test_a_card_without_a_datasheet_is_refused_and_the_known_ones_are_named() ->
     assert "no GPU 'h1000': did you mean h100? Known ones are h100, h200, a100, l4" in shown
 
 
+def test_of_several_labs_to_forecast_a_misspelled_one_is_refused_first() -> None:
+    code, shown = labs("forecast", "--lab", f"{LAB},paged-kw", "--machine", "h100")
+    assert code == 1
+    assert "paged-kw" in shown
+    assert "paged-kv" in shown
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

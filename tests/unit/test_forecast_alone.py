@@ -74,7 +74,8 @@ QUIET: Any = SimpleNamespace(waiting=lambda text: None)
 def test_one_repeat_is_played_for_a_gpu_that_is_not_here_and_all_of_them_here() -> None:
     lab = LABS["continuous-batching"]
     assert lab.repeats > 1
-    forecast_alone(RunRequest(lab, card="h100"), QUIET)
+    setup, _ = forecast_alone(RunRequest(lab, card="h100"), QUIET)
+    assert setup.lab.digest() == lab.digest()  # the page names the settings of a run
     forecast_alone(RunRequest(lab), QUIET)
     assert [1, lab.repeats] == PLAYED
 

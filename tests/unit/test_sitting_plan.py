@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from labs import FIRST
+from labs import FIRST, LABS
 from labs.running.sitting_plan import plan
+from serving.models import ROOT
 
 START_S = 45.0
 CORES = 16  # as a rented machine with such a GPU has
@@ -15,3 +16,13 @@ def test_half_an_hour_on_a_gpu_has_results_of_the_first_labs() -> None:
     assert tuple(planned) == FIRST
     assert sum(p.load_s for p in planned.values()) < 9.5 * 60
     assert [p.lab for p in planned.values() if p.ends_s < 31 * 60] == [*FIRST[:6]]
+
+
+def test_the_page_on_gpus_tells_the_plan() -> None:
+    """Written down from this plan: another size of a lab changes it."""
+    planned = [*plan(tuple(dict.fromkeys([*FIRST, *LABS])), "gpu-80", START_S, CORES)]
+    done = {limit: sum(p.ends_s <= 60 * limit for p in planned) for limit in (30, 31, 40, 112)}
+    assert done == {30: 5, 31: 6, 40: 8, 112: len(planned)}
+    said = "five labs done in 30 minutes, six in 31, eight in 40 and all 17 in 112"
+    assert len(planned) == 17
+    assert said in (ROOT / "docs/gpu.md").read_text()
