@@ -144,7 +144,8 @@ class Harness:
         in_turn = len(self.groups) > 1
         starts = in_turn or any(self.engines.alive(variant) is None for variant in group)
         start_s = clock.start_s(self.setup.machine.kind) if starts else 0.0
-        start_s += PROOF_S if self._must_be_harmless(group) else 0.0
+        if self._must_be_harmless(group):  # asked first, by a process that is only starting
+            start_s += reference_step.START_S + PROOF_S
         first_s = self.trials.trial_s(due[0][0]) if due else 0.0
         clock.require(start_s + first_s, f"starting {names}, and its first trial,")
         try:

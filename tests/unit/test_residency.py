@@ -26,7 +26,7 @@ from serving.engines.vllm import CONTEXT_BYTES, GRAPHS_BYTES, Vllm
 from serving.gpus import DATASHEETS
 from serving.machine import Machine
 from serving.models import Model, scale_of, shape_of
-from serving.reference_step import ReferenceStep
+from serving.reference_step import START_S, ReferenceStep
 from tests.unit.builders import SHAPE, write_run
 from tests.unit.test_turns import Noted, set_lab
 
@@ -270,10 +270,11 @@ def test_a_call_whose_time_ends_has_to_hold_the_timing_too(folder: RunFolder) ->
     harness = OnOneGpu(folder)
     setup: Any = harness.setup
     trial_s = harness.trials.trial_s(setup.points[0])
-    for left_s in (100 + trial_s + PROOF_S - 1, 100 + trial_s + PROOF_S + 1):
+    needed_s = 100 + trial_s + START_S + PROOF_S
+    for left_s in (needed_s - 1, needed_s + 1):
         setup.clock = Clock.of(CLOSING_S + left_s, [100.0], [])
         setup.clock.played = True
-        with pytest.raises(TimeUsedUp if left_s < 100 + trial_s + PROOF_S else StopIteration):
+        with pytest.raises(TimeUsedUp if left_s < needed_s else StopIteration):
             harness.play_lab()  # goes on to a step of which no time is given
     assert harness.noted == []
 
