@@ -53,6 +53,7 @@ PROBE_ERRORS = (
 
 NOT_ALL_START = "not all start beside one another"
 NOT_TIMED = "the machine's own speed cannot be timed, which would show what idle ones change"
+NO_ROOM = "when the run was resumed, the memory that was free did not hold all of them"
 
 
 class NotTogether(EngineError):
@@ -88,6 +89,8 @@ class Harness:
         trials. So do those that slow a GPU down while idle. Raises EngineError where no variant's
         engine starts.
         """
+        if len(self.groups) > 1:
+            self._note_turns()
         try:
             return self._play_trips()
         except NotTogether as error:
@@ -206,6 +209,13 @@ class Harness:
             why = ": ".join(filter(None, [str(not_together), first_line]))
             self.residency = self.residency.model_copy(update={"in_turn": tellable(why)})
         write_json(self.folder.residency_file, self.residency)
+
+    def _note_turns(self) -> None:
+        """Say that engines take turns after all, where an earlier sitting filed how they share."""
+        filed = self.folder.residency()
+        if filed and not filed.in_turn:
+            taking_turns = filed.model_copy(update={"in_turn": NO_ROOM})
+            write_json(self.folder.residency_file, taking_turns)
 
     def play_repeats(self, group: Sequence[Variant], repeats: Collection[int]) -> None:
         """Play the group's trials of these repeats; after their last its engines are probed."""

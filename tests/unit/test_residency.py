@@ -17,7 +17,7 @@ from labs.judging.idle_neighbours import PROOF_S, STEPS, slowdown, times_as_long
 from labs.lab import Lab
 from labs.running.clock import CLOSING_S, Clock, TimeUsedUp
 from labs.running.engines import Engines, resident_groups, shares_of_gpu
-from labs.running.harness import NOT_TIMED
+from labs.running.harness import NO_ROOM, NOT_TIMED
 from labs.running.trials import Trials
 from labs.telling.method import lines
 from serving import dummy
@@ -304,6 +304,20 @@ def test_a_run_whose_engines_could_not_share_the_gpu_goes_on_in_turn(folder: Run
     assert again.noted[:2] == ["off", "on"]
     assert set(again.engines.shares) == {"off", "on"}
     assert again.steps == []
+
+
+def test_a_run_that_goes_on_in_turn_before_its_first_trial_says_so(folder: RunFolder) -> None:
+    """Its engines were shown to share the GPU, and then less of the host's memory was free."""
+    shared = Residency(shares={"off": 0.37, "on": 0.37}, alone=tuple(steps(0.2)))
+    write_json(folder.residency_file, shared)
+    harness = OnOneGpu(folder)
+    harness.groups, harness.trials._in_turn = [[v] for v in harness.setup.lab.variants], True
+    harness.play_lab()
+    assert folder.residency() == shared.model_copy(update={"in_turn": NO_ROOM})
+    first = Residency(shares={}, in_turn="too slow")
+    write_json(folder.residency_file, first)
+    harness.play_lab()
+    assert folder.residency() == first
 
 
 def test_an_engine_that_shares_the_gpu_is_told_its_share_and_one_alone_is_not(
