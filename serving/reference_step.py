@@ -31,9 +31,7 @@ FACTOR = 640  # rows of the matrices that are multiplied on a CPU
 GPU_COPY_BYTES, GPU_FACTOR = 128 * 2**20, 4096
 EACH_S, LEAST_TIMES = 0.04, 3  # of each kind of work, in one step
 ANSWER_LIMIT_S = 20.0
-FIRST_ANSWER_LIMIT_S = 90.0
-"""For the first answer, which waits until the process has started: from a cold disk PyTorch's import
-and the GPU's context take long."""
+FIRST_ANSWER_LIMIT_S = 90.0  # on a GPU it imports PyTorch first, maybe from a cold disk
 START_S = 20.0  # until the first answer, where that is asked for at once: an estimate
 
 

@@ -53,6 +53,7 @@ PROBE_ERRORS = (
 
 NOT_ALL_START = "not all start beside one another"
 NOT_TIMED = "the machine's own speed cannot be timed, which would show what idle ones change"
+CUT_SHORT = "a call ended before it was shown that all start, and that idle ones change nothing"
 NO_ROOM = "when the run was resumed, the memory that was free did not hold all of them"
 
 
@@ -98,6 +99,8 @@ class Harness:
                 self.progress.message(error.error)
             self.progress.message(f"Engines take turns, since {error}")
             self._file_residency(error)
+            if self.residency:  # the next call goes on in turn, so that a start has to fit again
+                self.setup.clock.played = True
         self.groups = groups_in_turn(self.setup)
         self.trials.take_turns()
         return self._play_trips()
@@ -191,10 +194,11 @@ class Harness:
         self.residency = Residency(shares=self.engines.shares_for(group), alone=alone)
         if not alone:
             raise NotTogether(NOT_TIMED)
+        self._file_residency(NotTogether(CUT_SHORT))  # until then, should this call be killed
         self.engines.load(group, anew)
         self.progress.waiting("timing the machine beside the engines, which are idle")
         beside = self.trials.time_machine(STEPS)
-        self.residency = self.residency.model_copy(update={"beside": beside})
+        self.residency = self.residency.model_copy(update={"beside": beside, "in_turn": ""})
         if why := slowdown(alone, beside) if beside else NOT_TIMED:
             raise NotTogether(why)
         self._file_residency()

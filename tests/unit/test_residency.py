@@ -17,7 +17,7 @@ from labs.judging.idle_neighbours import PROOF_S, STEPS, slowdown, times_as_long
 from labs.lab import Lab
 from labs.running.clock import CLOSING_S, Clock, TimeUsedUp
 from labs.running.engines import Engines, resident_groups, shares_of_gpu
-from labs.running.harness import NO_ROOM, NOT_TIMED
+from labs.running.harness import CUT_SHORT, NO_ROOM, NOT_TIMED
 from labs.running.trials import Trials
 from labs.telling.method import lines
 from serving import dummy
@@ -256,6 +256,35 @@ def test_where_one_does_not_start_beside_the_others_they_take_turns(folder: RunF
         for point in run.points()
         for repeat in (1, 2)
     )
+
+
+def test_a_call_that_is_killed_in_a_joint_start_goes_on_in_turn(folder: RunFolder) -> None:
+    harness = OnOneGpu(folder, steps(0.2))
+
+    def killed(variant: Any, engine: Any) -> None:
+        raise KeyboardInterrupt
+
+    harness.engines._wait = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        harness.play_lab()
+    kept = folder.residency()
+    assert kept
+    assert (kept.in_turn, len(kept.alone)) == (CUT_SHORT, STEPS)
+    run = folder.run()
+    assert folder.took_turns(run.points(), run.rebuilt_lab()) is True
+
+
+def test_after_a_joint_start_that_failed_an_engines_start_has_to_fit(folder: RunFolder) -> None:
+    harness = OnOneGpu(folder, steps(0.2))
+    harness.dead.add("on")
+    setup: Any = harness.setup
+    setup.clock = Clock.of(CLOSING_S + 200, [240.0], [])
+    with pytest.raises(TimeUsedUp, match=r"starting (off|on), and its first trial"):
+        harness.play_lab()
+    assert harness.noted == ["off", "on"]
+    kept = folder.residency()
+    assert kept
+    assert kept.in_turn.startswith("not all start beside one another")  # so the next call goes on
 
 
 def test_where_nothing_can_be_timed_no_engine_starts_beside_another(folder: RunFolder) -> None:
