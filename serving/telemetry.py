@@ -181,6 +181,7 @@ class Telemetry(Collector):
         self._samples: list[Sample] = []
         self._newest: list[Sample] = []
         self._foreign = self._at_begin = self._most = source.processes() if source else None
+        self._engines_started: int | None = None  # by the last begin
         self._stop_serving: Callable[[], None] = lambda: None
         self._ended = threading.Event()
         self._reading = threading.Lock()  # a source that adds up its counters has a state
@@ -210,14 +211,14 @@ class Telemetry(Collector):
             self._samples.extend(self._newest)  # not +=, which would undo a concurrent begin()
             due = max(due + PERIOD_S, time.monotonic())
 
-    def begin(self, variant: str) -> None:
+    def begin(self, variant: str, engines_started: int) -> None:
         """Begin a trial of this variant, or another attempt at one: earlier samples are dropped.
 
-        While its engine is the same, the fewest processes at any begin are taken to be the
-        engine's: a stranger who came in an earlier trial is no part of it.
+        Until another engine is started, of the run's `engines_started` so far, the fewest processes
+        at any begin are taken to be the engines': a stranger who came since is no part of them.
         """
-        same = self._labels.get("variant") == variant
-        self._labels["variant"] = variant
+        same = self._engines_started == engines_started
+        self._labels["variant"], self._engines_started = variant, engines_started
         self._samples = []
         self._most = now = self._source.processes() if self._source else None
         known = [n for n in (self._at_begin if same else None, now) if n is not None]
@@ -226,9 +227,9 @@ class Telemetry(Collector):
     def foreign_processes(self) -> int | None:
         """Count the processes of others on the GPUs during the trial; None where it is not known.
 
-        They are those that were there before any engine, and those that came since the variant's
-        first trial. What came with an engine is taken to be the engine's: its pids may be those of
-        another namespace.
+        They are those that were there before any engine, and those that came since the first trial
+        after the last start of an engine. What came with an engine is taken to be the engine's: its
+        pids may be those of another namespace.
         """
         if self._foreign is None or self._at_begin is None or self._most is None:
             return None

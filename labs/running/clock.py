@@ -39,7 +39,7 @@ class Clock:
     ends: float = math.inf  # on the monotonic clock
     starts_s: deque[float] = field(default_factory=_latest)
     preparations_s: deque[float] = field(default_factory=_latest)
-    played: bool = False  # a trial or a probe, in this call
+    played: bool = False  # a trial or a probe, in this call, or tried how engines share a GPU
     longest_probe_s: float | None = None  # of this call
 
     @classmethod
@@ -60,11 +60,14 @@ class Clock:
 
     @property
     def start_timeout_s(self) -> float | None:
-        """The longest that an engine may take to start; None: the engine's own limit."""
+        """The longest that engines that start together may take; None: an engine's own limit."""
         return START_TIMEOUT_S if self.bounded else None
 
     def start_s(self, kind: str) -> float:
-        """Return how long the next start of an engine may take on this kind of machine."""
+        """Return how long the next start may take on this kind of machine.
+
+        It is that of one engine, or of several at the same time.
+        """
         return max(self.starts_s, default=START_S[kind])
 
     def preparation_s(self, kind: str) -> float:

@@ -137,7 +137,7 @@ class Engines:
             return False
         self.unload()
         self.shares = self.shares_for(group)
-        with self._timed_start():  # at the same time: their imports take long
+        with self._timed_start():  # at the same time, with one limit: their imports take long
             starting = [(v, self._start_counted(v)) for v in group]
             for variant, engine in starting:
                 self._wait(variant, engine)

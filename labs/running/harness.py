@@ -53,6 +53,8 @@ PROBE_ERRORS = (
 
 NOT_ALL_START = "not all start beside one another"
 NOT_TIMED = "the machine's own speed cannot be timed, which would show what idle ones change"
+CUT_SHORT = "a call ended before it was shown that all start, and that idle ones change nothing"
+NO_ROOM = "when the run was resumed, the memory that was free did not hold all of them"
 
 
 class NotTogether(EngineError):
@@ -88,6 +90,8 @@ class Harness:
         trials. So do those that slow a GPU down while idle. Raises EngineError where no variant's
         engine starts.
         """
+        if len(self.groups) > 1:
+            self._note_turns()
         try:
             return self._play_trips()
         except NotTogether as error:
@@ -95,6 +99,8 @@ class Harness:
                 self.progress.message(error.error)
             self.progress.message(f"Engines take turns, since {error}")
             self._file_residency(error)
+            if self.residency:  # the next call goes on in turn, so that a start has to fit again
+                self.setup.clock.played = True
         self.groups = groups_in_turn(self.setup)
         self.trials.take_turns()
         return self._play_trips()
@@ -144,7 +150,8 @@ class Harness:
         in_turn = len(self.groups) > 1
         starts = in_turn or any(self.engines.alive(variant) is None for variant in group)
         start_s = clock.start_s(self.setup.machine.kind) if starts else 0.0
-        start_s += PROOF_S if self._must_be_harmless(group) else 0.0
+        if self._must_be_harmless(group):  # asked first, by a process that is only starting
+            start_s += reference_step.START_S + PROOF_S
         first_s = self.trials.trial_s(due[0][0]) if due else 0.0
         clock.require(start_s + first_s, f"starting {names}, and its first trial,")
         try:
@@ -187,10 +194,11 @@ class Harness:
         self.residency = Residency(shares=self.engines.shares_for(group), alone=alone)
         if not alone:
             raise NotTogether(NOT_TIMED)
+        self._file_residency(NotTogether(CUT_SHORT))  # until then, should this call be killed
         self.engines.load(group, anew)
         self.progress.waiting("timing the machine beside the engines, which are idle")
         beside = self.trials.time_machine(STEPS)
-        self.residency = self.residency.model_copy(update={"beside": beside})
+        self.residency = self.residency.model_copy(update={"beside": beside, "in_turn": ""})
         if why := slowdown(alone, beside) if beside else NOT_TIMED:
             raise NotTogether(why)
         self._file_residency()
@@ -205,6 +213,13 @@ class Harness:
             why = ": ".join(filter(None, [str(not_together), first_line]))
             self.residency = self.residency.model_copy(update={"in_turn": tellable(why)})
         write_json(self.folder.residency_file, self.residency)
+
+    def _note_turns(self) -> None:
+        """Say that engines take turns after all, where an earlier sitting filed how they share."""
+        filed = self.folder.residency()
+        if filed and not filed.in_turn:
+            taking_turns = filed.model_copy(update={"in_turn": NO_ROOM})
+            write_json(self.folder.residency_file, taking_turns)
 
     def play_repeats(self, group: Sequence[Variant], repeats: Collection[int]) -> None:
         """Play the group's trials of these repeats; after their last its engines are probed."""

@@ -78,7 +78,10 @@ class ServerLoad:
 
     def __init__(self, pids: Iterable[int]) -> None:
         """Take the pids of the servers; with none, nothing is measured."""
-        self._servers = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        self._servers = list[psutil.Process]()
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):  # it has ended
+                self._servers.append(psutil.Process(pid))
         self._at_s, self._used_s = list[float](), list[list[float]]()
         self.read()
 

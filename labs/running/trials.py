@@ -405,7 +405,7 @@ class Trials:
             server_load.read()
             self._progress.waiting(name)
 
-        self._telemetry.begin(point.variant.name)
+        self._telemetry.begin(point.variant.name, self._engines.started)
         try:
             summary = self._load.play(trial_plan, waiting)
         except GeneratorError:

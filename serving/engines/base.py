@@ -76,7 +76,11 @@ class Server(ABC):
         waiting: Callable[[float], None] = lambda elapsed_s: None,
         timeout_s: float | None = None,
     ) -> None:
-        """Wait until it answers. Raises EngineError with its last lines when it cannot."""
+        """Wait until it answers. Raises EngineError with its last lines when it cannot.
+
+        `timeout_s` counts from when it was started, so that engines that were started together have
+        the same time, whichever is waited for first; `waiting` is given the seconds since then.
+        """
         return
 
     def died(self) -> str | None:
@@ -178,6 +182,7 @@ class Engine(Server):
             guard.KEY: guard.key(),
             guard.ADAPTERS: os.pathsep.join(self.adapter_folders(flags)),
         }
+        self._started_s = time.monotonic()
         self._process = Process(
             f"engine {name}", self.argv, log=log, env=env, folder_variable=self.sockets_variable
         )
@@ -365,19 +370,20 @@ class Engine(Server):
         waiting: Callable[[float], None] = lambda elapsed_s: None,
         timeout_s: float | None = None,
     ) -> None:
-        start, timeout_s = time.monotonic(), timeout_s or START_TIMEOUT_S
-        while (elapsed := time.monotonic() - start) < timeout_s:
+        timeout_s = timeout_s or START_TIMEOUT_S
+        while True:  # once at least: the time may have passed while another was waited for
             if reason := self.died():
                 raise EngineError(reason)
             with contextlib.suppress(requests.RequestException):
                 if requests.get(f"{self.url}{self.ready_path}", timeout=2).ok:
                     return
+            if (elapsed := time.monotonic() - self._started_s) >= timeout_s:
+                raise EngineError(
+                    f"the engine {self.name} did not answer within {timeout_s:.0f} s; its last"
+                    f" lines:\n{self._process.tail()}"
+                )
             waiting(elapsed)
             time.sleep(0.25)
-        raise EngineError(
-            f"the engine {self.name} did not answer within {timeout_s:.0f} s; its last"
-            f" lines:\n{self._process.tail()}"
-        )
 
     @property
     def pid(self) -> int:

@@ -102,6 +102,28 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
         started.stop()
 
 
+def test_engines_that_start_together_have_the_same_time_for_it(
+    tmp_path: Path, engine: Engine
+) -> None:
+    """Whichever is waited for first. One that serves by the end of that has not failed."""
+    never = [sys.executable, "-c", "import time; time.sleep(60)"]
+    model, waited_s = Model("abacus", tmp_path, SHAPE), list[float]()
+    engines = [
+        Dummy(name, model, {"batch": 8}, kind="cpu", log=tmp_path / name, command=never)
+        for name in ("off", "on")
+    ]
+    try:
+        for late in engines:
+            waited_s.clear()
+            with pytest.raises(EngineError, match=f"{late.name} did not answer within 1 s"):
+                late.wait(waited_s.append, 1.0)
+        assert min(waited_s, default=1.0) > 0.1  # seconds since its start, not since this wait
+        engine.wait(waited_s.append, 1e-3)
+    finally:
+        for late in engines:
+            late.stop()
+
+
 def test_a_parser_that_is_killed_is_told_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

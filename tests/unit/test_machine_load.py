@@ -156,7 +156,7 @@ def test_the_busiest_server_is_told_from_the_beginning_to_the_end_of_the_window(
     """From 101.5 to 103.5, read at 100, 101, 102, 103 and 104."""
     times = iter(range(100, 110))
     monkeypatch.setattr(Server, "used_s", dict(enumerate(used_s, 1)), raising=False)
-    stand_in = SimpleNamespace(Process=Server, pid_exists=lambda _: True, Error=psutil.Error)
+    stand_in = SimpleNamespace(Process=Server, Error=psutil.Error)
     monkeypatch.setattr(machine_load, "psutil", stand_in)
     monkeypatch.setattr(machine_load, "time", SimpleNamespace(monotonic=lambda: next(times)))
     server_load = ServerLoad(pids)
@@ -167,9 +167,11 @@ def test_the_busiest_server_is_told_from_the_beginning_to_the_end_of_the_window(
     assert server_load.busiest(101.5, 104.1) is None
 
 
-def test_a_server_that_has_ended_before_its_trial_is_none() -> None:
+def test_a_server_that_has_ended_before_its_trial_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
+    assert ServerLoad([ended.pid]).busiest(0.0, 1.0) is None
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: True)  # it ends right after
     assert ServerLoad([ended.pid]).busiest(0.0, 1.0) is None
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,8 @@ from labs.telling import report
 from labs.telling.document import plain_text
 from labs.telling.summary import summarise
 from serving import machine, reference_step
-from serving.reference_step import ReferenceStep
+from serving.process import Process
+from serving.reference_step import ReferenceStep, ReferenceTimer
 from tests.unit.builders import write_run, write_slowed
 
 QUIET = [1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.03, 0.97]
@@ -255,3 +257,14 @@ def test_a_process_that_died_times_nothing_more(tmp_path: Path) -> None:
         child.wait(10)
         assert timer.time() is None
         assert timer.time() is None
+
+
+def test_the_first_answer_has_time_for_the_process_to_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference_step, "ANSWER_LIMIT_S", 0.2)
+    late = "import sys, time; [(time.sleep(1), print(sys.argv[1], flush=True)) for _ in sys.stdin]"
+    argv = [sys.executable, "-c", late, step().model_dump_json()]
+    with Process("late", argv, log=tmp_path / "log", talk=True) as process:
+        timer = ReferenceTimer(process)
+        assert [timer.time(), timer.time()] == [step(), None]

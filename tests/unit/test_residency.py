@@ -17,7 +17,7 @@ from labs.judging.idle_neighbours import PROOF_S, STEPS, slowdown, times_as_long
 from labs.lab import Lab
 from labs.running.clock import CLOSING_S, Clock, TimeUsedUp
 from labs.running.engines import Engines, resident_groups, shares_of_gpu
-from labs.running.harness import NOT_TIMED
+from labs.running.harness import CUT_SHORT, NO_ROOM, NOT_TIMED
 from labs.running.trials import Trials
 from labs.telling.method import lines
 from serving import dummy
@@ -26,7 +26,7 @@ from serving.engines.vllm import CONTEXT_BYTES, GRAPHS_BYTES, Vllm
 from serving.gpus import DATASHEETS
 from serving.machine import Machine
 from serving.models import Model, scale_of, shape_of
-from serving.reference_step import ReferenceStep
+from serving.reference_step import START_S, ReferenceStep
 from tests.unit.builders import SHAPE, write_run
 from tests.unit.test_turns import Noted, set_lab
 
@@ -258,6 +258,35 @@ def test_where_one_does_not_start_beside_the_others_they_take_turns(folder: RunF
     )
 
 
+def test_a_call_that_is_killed_in_a_joint_start_goes_on_in_turn(folder: RunFolder) -> None:
+    harness = OnOneGpu(folder, steps(0.2))
+
+    def killed(variant: Any, engine: Any) -> None:
+        raise KeyboardInterrupt
+
+    harness.engines._wait = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        harness.play_lab()
+    kept = folder.residency()
+    assert kept
+    assert (kept.in_turn, len(kept.alone)) == (CUT_SHORT, STEPS)
+    run = folder.run()
+    assert folder.took_turns(run.points(), run.rebuilt_lab()) is True
+
+
+def test_after_a_joint_start_that_failed_an_engines_start_has_to_fit(folder: RunFolder) -> None:
+    harness = OnOneGpu(folder, steps(0.2))
+    harness.dead.add("on")
+    setup: Any = harness.setup
+    setup.clock = Clock.of(CLOSING_S + 200, [240.0], [])
+    with pytest.raises(TimeUsedUp, match=r"starting (off|on), and its first trial"):
+        harness.play_lab()
+    assert harness.noted == ["off", "on"]
+    kept = folder.residency()
+    assert kept
+    assert kept.in_turn.startswith("not all start beside one another")  # so the next call goes on
+
+
 def test_where_nothing_can_be_timed_no_engine_starts_beside_another(folder: RunFolder) -> None:
     harness = OnOneGpu(folder, [])
     harness.play_lab()
@@ -270,10 +299,11 @@ def test_a_call_whose_time_ends_has_to_hold_the_timing_too(folder: RunFolder) ->
     harness = OnOneGpu(folder)
     setup: Any = harness.setup
     trial_s = harness.trials.trial_s(setup.points[0])
-    for left_s in (100 + trial_s + PROOF_S - 1, 100 + trial_s + PROOF_S + 1):
+    needed_s = 100 + trial_s + START_S + PROOF_S
+    for left_s in (needed_s - 1, needed_s + 1):
         setup.clock = Clock.of(CLOSING_S + left_s, [100.0], [])
         setup.clock.played = True
-        with pytest.raises(TimeUsedUp if left_s < 100 + trial_s + PROOF_S else StopIteration):
+        with pytest.raises(TimeUsedUp if left_s < needed_s else StopIteration):
             harness.play_lab()  # goes on to a step of which no time is given
     assert harness.noted == []
 
@@ -303,6 +333,20 @@ def test_a_run_whose_engines_could_not_share_the_gpu_goes_on_in_turn(folder: Run
     assert again.noted[:2] == ["off", "on"]
     assert set(again.engines.shares) == {"off", "on"}
     assert again.steps == []
+
+
+def test_a_run_that_goes_on_in_turn_before_its_first_trial_says_so(folder: RunFolder) -> None:
+    """Its engines were shown to share the GPU, and then less of the host's memory was free."""
+    shared = Residency(shares={"off": 0.37, "on": 0.37}, alone=tuple(steps(0.2)))
+    write_json(folder.residency_file, shared)
+    harness = OnOneGpu(folder)
+    harness.groups, harness.trials._in_turn = [[v] for v in harness.setup.lab.variants], True
+    harness.play_lab()
+    assert folder.residency() == shared.model_copy(update={"in_turn": NO_ROOM})
+    first = Residency(shares={}, in_turn="too slow")
+    write_json(folder.residency_file, first)
+    harness.play_lab()
+    assert folder.residency() == first
 
 
 def test_an_engine_that_shares_the_gpu_is_told_its_share_and_one_alone_is_not(

@@ -59,7 +59,7 @@ def test_without_a_driver_there_is_no_source(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_a_source_a_trial_leaves_no_file(tmp_path: Path) -> None:
     with Telemetry(None, LABELS) as watched:
         assert not watched.serve(free_port())
-        watched.begin("off")
+        watched.begin("off", 1)
         watched.write(tmp_path / "telemetry.csv.gz", 0)
     assert list(tmp_path.iterdir()) == []
     assert telemetry.read(tmp_path / "telemetry.csv.gz") == []
@@ -70,7 +70,7 @@ def test_a_trials_samples_go_to_its_file_and_the_newest_to_prometheus(tmp_path: 
     nvml = make_nvml(nvmlDeviceGetTotalEnergyConsumption=lambda h: 5_000)
     with Telemetry(Gpus(nvml), LABELS) as watched:
         assert watched.serve(port)
-        watched.begin("on")
+        watched.begin("on", 1)
         while len(watched._samples) < 3:
             time.sleep(0.01)
         watched.write(tmp_path / "telemetry.csv.gz", began)
@@ -109,7 +109,7 @@ def test_a_source_that_falters_once_goes_on(tmp_path: Path) -> None:
 
     source, path = Faltering(), tmp_path / "telemetry.csv.gz"
     with Telemetry(source, LABELS) as watched:
-        watched.begin("on")
+        watched.begin("on", 1)
         deadline = time.monotonic() + 10
         while source.reads < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -248,7 +248,7 @@ def test_processes_of_others_are_those_before_any_engine_and_those_that_come_wit
     watched = Telemetry(Gpus(nvml), LABELS)
     assert watched.foreign_processes() == 1
     now[:] = running[1]
-    watched.begin("off")
+    watched.begin("off", 1)
     assert watched.foreign_processes() == 1
     with watched:
         now[:] = running[2]
@@ -264,16 +264,32 @@ def test_a_stranger_who_came_in_a_discarded_attempt_is_one_in_the_next_too() -> 
     nvml = make_nvml(nvmlDeviceGetComputeRunningProcesses=lambda h: now)
     watched = Telemetry(Gpus(nvml), LABELS)
     watched._foreign = 0
-    watched.begin("off")
+    watched.begin("off", 1)
     now[:] = [1, 2]
     for _ in range(2):  # attempts, or trials
-        watched.begin("off")
+        watched.begin("off", 1)
         assert watched.foreign_processes() == 1
     now[:] = [1]
-    watched.begin("off")
+    watched.begin("off", 1)
     assert watched.foreign_processes() == 0
     now[:] = [1, 3, 4]  # an engine with two processes
-    watched.begin("tp")
+    watched.begin("tp", 2)
+    assert watched.foreign_processes() == 0
+
+
+def test_a_stranger_who_comes_between_trials_of_engines_that_stay_loaded_is_no_engine() -> None:
+    now = [1, 2]  # our two engines'
+    nvml = make_nvml(nvmlDeviceGetComputeRunningProcesses=lambda h: now)
+    watched = Telemetry(Gpus(nvml), LABELS)
+    watched._foreign = 0
+    watched.begin("off", 2)
+    assert watched.foreign_processes() == 0
+    now[:] = [1, 2, 3]
+    for variant in ("on", "off", "on"):
+        watched.begin(variant, 2)
+        assert watched.foreign_processes() == 1
+    now[:] = [1, 2]
+    watched.begin("off", 2)
     assert watched.foreign_processes() == 0
 
 

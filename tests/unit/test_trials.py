@@ -234,7 +234,7 @@ def test_records_that_cannot_be_read_back_fail_the_trial(tmp_path: Path) -> None
     )  # fmt: skip
     silent = lambda *_: None  # noqa: E731
     stand_ins: Any = {
-        "_engines": SimpleNamespace(serving=lambda _: engine),
+        "_engines": SimpleNamespace(serving=lambda _: engine, started=2),
         "_load": SimpleNamespace(play=play),
         "_telemetry": SimpleNamespace(begin=silent, write=silent, foreign_processes=silent),
     }
@@ -279,15 +279,17 @@ def test_a_trial_records_how_busy_the_api_server_was_in_its_window(
         records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
         return make_summary(started_monotonic_s=began_s)
 
-    silent = lambda *_: None  # noqa: E731
+    silent, begun = lambda *_: None, list[object]()
     engine = SimpleNamespace(
         reset_prefix_cache=silent, snapshot=silent, url="", pid=None, died=silent, served=dict,
         request_fields={}, model_names={}, closes_connections=False, api_servers=lambda: [7, 8],
     )  # fmt: skip
     stand_ins: Any = {
-        "_engines": SimpleNamespace(serving=lambda _: engine),
+        "_engines": SimpleNamespace(serving=lambda _: engine, started=2),
         "_load": SimpleNamespace(play=play),
-        "_telemetry": SimpleNamespace(begin=silent, write=silent, foreign_processes=silent),
+        "_telemetry": SimpleNamespace(
+            begin=lambda *given: begun.append(given), write=silent, foreign_processes=silent
+        ),
         "_progress": SimpleNamespace(waiting=silent),
     }
     vars(trials).update(stand_ins)
@@ -295,6 +297,7 @@ def test_a_trial_records_how_busy_the_api_server_was_in_its_window(
     monkeypatch.setattr("labs.running.trials.counted_since", silent)
     result = Trials._play(trials, point, 1, "a trial", time.monotonic()).result
     assert Servers.readings == 2
+    assert begun == [(point.variant.name, 2)]
     kept = json.loads(result.model_dump_json())
     assert {name: kept[name] for name in kept if name == "server_core_share"} == recorded_as
     assert result.other_work.server_core_share == recorded_as.get("server_core_share")
