@@ -98,9 +98,7 @@ class Sitting(BaseModel, extra="forbid"):
 
         Such a lab comes after all others, and to begin it again would end this call, too.
         """
-        return (
-            self.in_vain.get(lab, 0) > MOST_IN_VAIN and self.on_file[lab] == self._finished(lab)
-        )
+        return self.in_vain.get(lab, 0) > MOST_IN_VAIN and self.on_file[lab] == self._finished(lab)
 
     def _finished(self, lab: str) -> int:
         """Count the trials and probes that a lab has on file."""
