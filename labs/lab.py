@@ -875,7 +875,8 @@ def _write_out_defaults(fields: dict[str, Any]) -> None:
         "variants": Variant, "workloads": Workload, "claims": Claim
     }  # fmt: skip
     parts: list[tuple[type[BaseModel], Any]] = [(Lab, fields)]
-    parts += [(model, plain) for name, model in models.items() for plain in fields[name]]
+    lists = {name: plain for name in models if isinstance(plain := fields[name], list | tuple)}
+    parts += [(models[name], plain) for name, plains in lists.items() for plain in plains]
     for model, plain in parts:
         if isinstance(plain, dict):
             for name, info in model.model_fields.items():

@@ -7,13 +7,14 @@
 # Once all are there it unpacks them, once, and goes on with the labs for as long as this call may
 # last. Killed at any moment and called again, it goes on. What it takes from the environment:
 #
-#     LIMIT_S   how long one call may last, from its begin (530)
+#     LIMIT_S   how long one call may last, from its begin (530); 30 s more where something hangs
 #     LAB_HOME  where the lab goes (~/inference-serving-lab, or beside OUT where that is read-only)
 #     OUT       where the archives of results and the log go (bundle/out)
 #     PYTHON    the Python that has torch (python3)
 #
 # Further arguments go to `labs all`, as in: bash bundle/go.sh --only single-stream,multi-lora
-# Exit codes: 0, everything is done; 75, not yet: call it again, with the next part if one is to come.
+# Exit codes: 0, everything is done; 75, not yet: call it again, with the next part if one is to come;
+# 1, something failed, or labs are left that were not finished: the last lines say which, and why.
 set -u
 limit=${LIMIT_S:-530} # bash counts in SECONDS how long it has been running
 here=$(cd "$(dirname "$0")" && pwd) || exit 1
@@ -26,7 +27,9 @@ call_again() {
 }
 # After this a call that is killed leaves an archive, too: what is in it was recorded before.
 pack() {
-	timeout 60 .unbundled/bin/python -m labs.filing.archive "$out/results.tar.gz" >> "$out/log.txt" 2>&1
+	local most=$((limit + 25 - SECONDS))
+	[ "$most" -gt 0 ] || return
+	timeout --kill-after=3 "$((most < 60 ? most : 60))" .unbundled/bin/python -m labs.filing.archive "$out/results.tar.gz" >> "$out/log.txt" 2>&1
 }
 
 lab=${LAB_HOME:-${HOME:+$HOME/inference-serving-lab}}
@@ -49,16 +52,17 @@ cd "$lab" || exit 1
 # Once for each bundle, and never again where that was killed.
 examined=.unbundled/examined
 left=$((limit - SECONDS))
-if [ "$left" -gt 12 ] && ! [ "$examined" -nt .unbundled/manifest.json ]; then
+if [ "$left" -gt 30 ] && ! [ "$examined" -nt .unbundled/manifest.json ]; then
 	touch "$examined"
-	timeout "$((left < 120 ? left : 120))" .unbundled/bin/labs doctor --weights dummy 2>&1 | tee -a "$out/log.txt"
+	timeout --kill-after=5 "$((left < 120 ? left : 120))" .unbundled/bin/labs doctor --weights dummy 2>&1 | tee -a "$out/log.txt"
 fi
 pack
 left=$((limit - SECONDS))
 echo "$SECONDS s for the bundle, $left s left for the labs"
-[ "$left" -gt 12 ] || call_again
-timeout --signal=INT --kill-after=20 "$left" .unbundled/bin/labs all --quick --weights dummy \
-	--seconds "$((left - 10))" --archive "$out/results.tar.gz" "$@" 2>&1 | tee -a "$out/log.txt"
+[ "$left" -gt 30 ] || call_again
+# Labs end by themselves 10 s before they are interrupted, and are killed 15 s after that.
+timeout --signal=INT --kill-after=15 "$((left - 10))" .unbundled/bin/labs all --quick --weights dummy \
+	--seconds "$((left - 20))" --archive "$out/results.tar.gz" "$@" 2>&1 | tee -a "$out/log.txt"
 code=${PIPESTATUS[0]}
 case $code in
 124 | 130 | 137 | 143) # interrupted or killed, by `timeout` or otherwise

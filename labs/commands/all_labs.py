@@ -30,7 +30,7 @@ from serving.models import CACHE, ROOT, scale_of
 FOLDER = CACHE
 PROGRESS = {"begun", "failed", "in_vain", "on_file", "starts_s", "preparations_s", "done"}
 """Fields that are no settings."""
-MOST_IN_VAIN = 2  # begins of a lab that finished nothing, until it is taken to have failed
+MOST_IN_VAIN = 2  # calls that were ended in a lab that finished nothing; then it comes last
 
 
 class Sitting(BaseModel, extra="forbid"):
@@ -48,7 +48,7 @@ class Sitting(BaseModel, extra="forbid"):
     results: str
     begun: list[str] = []
     failed: list[str] = []  # the last time that they were tried
-    in_vain: dict[str, int] = {}  # lab -> how often it was begun since it last finished something
+    in_vain: dict[str, int] = {}  # lab -> calls ended in it since it last finished something
     on_file: dict[str, int] = {}  # lab -> trials and probes that it had finished at its last begin
     starts_s: list[float] = []  # of the latest engines
     preparations_s: list[float] = []  # of the latest labs, from their begin to their first engine
@@ -73,7 +73,7 @@ class Sitting(BaseModel, extra="forbid"):
         return begun_before
 
     def excuse(self, lab: str) -> None:
-        """Record that the last begin of a lab was ended by the clock, or that it does not apply."""
+        """Record that the last begin of a lab ended in a way that is not held against it."""
         self.in_vain[lab] -= 1
         write_json(self.file, self)
 
@@ -92,6 +92,13 @@ class Sitting(BaseModel, extra="forbid"):
         for lab in given_up:
             self.fail(lab)
         return given_up
+
+    def is_hopeless(self, lab: str) -> bool:
+        """Tell whether calls were ended in this lab once more after it was taken to have failed.
+
+        Such a lab comes after all others, and to begin it again would end this call, too.
+        """
+        return self.in_vain.get(lab, 0) > MOST_IN_VAIN and self.on_file[lab] == self._finished(lab)
 
     def _finished(self, lab: str) -> int:
         """Count the trials and probes that a lab has on file."""

@@ -291,7 +291,9 @@ def run_all(
             console.print(f"To be done: {', '.join(left)}. The same call goes on with them.")
             raise typer.Exit(os.EX_TEMPFAIL)
         if sitting.not_finished:
-            console.print("Call `make labs-all` again: it runs only these labs.")
+            again = [name for name in sitting.not_finished if not state.is_hopeless(name)]
+            if again:
+                console.print(f"Call `make labs-all` again: it runs only {', '.join(again)}.")
             raise typer.Exit(1)
         if clock.bounded:
             console.print("Everything is done: FRESH=1 starts over.")
@@ -337,6 +339,13 @@ def _sitting(
         if name in state.done:
             console.print(f"Done by an earlier call: {escape(state.done[name])}")
             continue
+        if state.is_hopeless(name):
+            sitting.not_finished[name] = (
+                f"{state.in_vain[name]} calls were ended in it before it finished a trial, so it is"
+                f" not begun again: `make lab-{name}` runs it alone"
+            )
+            console.print(f"Not begun again: {sitting.not_finished[name]}")
+            continue
         try:
             clock.require(clock.preparation_s(host.kind) + clock.start_s(host.kind), lab.name)
             folder = _begin_or_continue(replace(request, lab=lab), state)
@@ -365,13 +374,19 @@ def _sitting(
 
 
 def _begin_or_continue(request: RunRequest, state: all_labs.Sitting) -> RunFolder:
-    """Run the request's lab; a begin that the clock ends, or of a lab not for here, is excused."""
+    """Run the request's lab; only an end of the whole call is held against it.
+
+    In a call without a time limit, Ctrl-C is a person's own decision, and not held against it.
+    """
     resume = state.begin(request.lab.name)
+    excused = (Exception,) if request.clock.bounded else (Exception, KeyboardInterrupt)
     try:
-        return _play_or_begin_anew(replace(request, resume=resume))
-    except (TimeUsedUp, NotApplicable):
+        folder = _play_or_begin_anew(replace(request, resume=resume))
+    except excused:
         state.excuse(request.lab.name)
         raise
+    state.excuse(request.lab.name)
+    return folder
 
 
 def _what_stopped(error: Exception, lab: str, machine_slug: str) -> str:

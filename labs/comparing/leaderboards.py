@@ -64,6 +64,7 @@ READING_FINDINGS = (
 )
 VERDICTS = "docs/reading-a-report.md#verdicts-and-predictions"
 PAGE = "README.md"
+SWEEP = "sweep.svg"
 SITTING = "labs-all.md"  # of a machine, for its reader: git ignores it
 MISSES = " to what was measured: by figure, by run, with a list of every miss."
 FORECASTS = "forecasts.md"  # how near predictions came
@@ -73,8 +74,11 @@ MOST_HEADLINES = 5  # on the front page, which is one page
 CLAIMS_EACH = 2  # of each lab on the page of all machines; the machine's page has them all
 STANDS_IN = (
     "*(quick)*: that machine has no full run of the lab yet, so one with shorter windows and fewer"
-    " repeats stands in. *(random weights)*: speeds are real; texts, and what they are worth, are"
-    " not."
+    " repeats stands in."
+)
+RANDOM_WEIGHTS = (
+    "*(random weights)*: the model's shape is real and its weights are random numbers, so speeds"
+    " are real; texts, and what they are worth, are not."
 )
 
 
@@ -203,16 +207,19 @@ def _standing(folder: RunFolder) -> tuple[bool, bool, bool]:
 
 def _plot(runs: Sequence[RunFolder]) -> list[Block]:
     """Show one plot of a real run, if possible of a lab as it is now: a sweep of the load."""
-    for folder in _standing_first(runs):
-        path = folder.path / "sweep.svg"
-        if path.exists():
-            caption = (
-                "Throughput and TPOT against requests in flight, with bounds predicted beforehand"
-                f" ({_short(folder.run())})"
-                f"{marks(folder.run())}{_earlier(folder.run())}."
-            )
-            return [Figure(os.path.relpath(path, ROOT), Emphasis(caption))]
-    return []
+    if not (folder := _plotted(runs)):
+        return []
+    caption = (
+        "Throughput and TPOT against requests in flight, with bounds predicted beforehand"
+        f" ({_short(folder.run())})"
+        f"{marks(folder.run())}{_earlier(folder.run())}."
+    )
+    return [Figure(os.path.relpath(folder.path / SWEEP, ROOT), Emphasis(caption))]
+
+
+def _plotted(runs: Sequence[RunFolder]) -> RunFolder | None:
+    with_plot = (folder for folder in _standing_first(runs) if (folder.path / SWEEP).exists())
+    return next(with_plot, None)
 
 
 def _labs() -> Table:
@@ -248,9 +255,21 @@ def _found(runs: Sequence[RunFolder]) -> list[tuple[RunFolder, Judgement, Headli
 
 
 def _where_found(runs: Sequence[RunFolder]) -> Paragraph:
-    """Say on what the findings of the front page were measured, and how to read them."""
+    """Say on what the findings of the front page were measured, and how to read them.
+
+    What marks mean is said where a finding or the plot has some.
+    """
+    plotted = _plotted(runs)
+    shown = [*(folder for folder, *_ in _found(runs)), *([plotted] if plotted else [])]
     return Paragraph(
-        (f"{_measured_on(runs)} ", parse(READING_FINDINGS), " (", Link("verdicts", VERDICTS), ").")
+        (
+            f"{_measured_on(runs)} ",
+            parse(READING_FINDINGS),
+            " (",
+            Link("verdicts", VERDICTS),
+            ").",
+            *(part for text in _meanings(shown) for part in (" ", parse(text))),
+        )
     )
 
 
@@ -372,8 +391,13 @@ def _collection(runs: Sequence[RunFolder]) -> str:
 
 
 def _what_marks_mean(runs: Sequence[RunFolder]) -> list[Block]:
-    """Say what the marks mean where a quick run stands in for a full one."""
-    return [Paragraph(parse(STANDS_IN))] if any(f.run().quick for f in runs) else []
+    """Say what the marks of these runs mean, where there are some."""
+    return [Paragraph(parse(" ".join(told)))] if (told := _meanings(runs)) else []
+
+
+def _meanings(runs: Sequence[RunFolder]) -> list[str]:
+    quick, dummy = any(f.run().quick for f in runs), any(f.run().dummy for f in runs)
+    return [*[STANDS_IN] * quick, *[RANDOM_WEIGHTS] * dummy]
 
 
 def _questions(runs: Sequence[RunFolder]) -> Table:

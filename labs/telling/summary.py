@@ -18,6 +18,7 @@ from labs.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, o
 from labs.judging.machine_speed import MachineSpeed, machine_speed
 from labs.judging.metrics import METRICS, measure, pooled_latencies, pooled_percentiles
 from labs.judging.validity import (
+    SERVER_BUSY,
     Expected,
     caveats_of,
     confounded,
@@ -153,8 +154,22 @@ def computed(folder: RunFolder) -> Summary:
     )
     if not run.aa:  # where an engine meets its twin there is nothing to answer
         judged_run = JudgedRun.of(context, summary)
-        summary = summary.model_copy(update={"answers": answers(judged_run)})
+        limited = _limited_by_server(run, caveats, points)
+        told = {id: text + limited for id, text in answers(judged_run).items()}
+        summary = summary.model_copy(update={"answers": told})
     return summary
+
+
+def _limited_by_server(run: Run, caveats: Sequence[Caveat], points: Sequence[Point]) -> str:
+    """Say behind an answer from a GPU at how many points its figures may be the API server's."""
+    busy = {caveat.point for caveat in caveats if caveat.name == SERVER_BUSY}
+    if run.machine.kind != "gpu" or not busy:
+        return ""
+    return (
+        f" But at {len(busy)} of {len(points)} points vLLM's API server was at its limit: what is"
+        " said of these may be its limit and not the engine's (*Validity* in the report names"
+        " them)."
+    )
 
 
 def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expected) -> _Measured:

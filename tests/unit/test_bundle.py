@@ -348,6 +348,29 @@ def test_a_call_that_was_ended_is_packed_and_asks_for_another(out: Path, tmp_pat
         assert called == ["pack", "all", *["pack"] * (ends in killed)]
 
 
+def test_a_call_ends_30_s_after_its_limit_at_the_latest(out: Path, tmp_path: Path) -> None:
+    """Whatever does not end by itself is killed by `timeout`, at the latest when that says."""
+    give_labs(tmp_path, "sys.exit(137)")
+    (tmp_path / "bin").mkdir()
+    noted, recorder = tmp_path / "noted", tmp_path / "bin" / "timeout"
+    recorder.write_text(f'#!/bin/bash\necho "$*" >> {noted}\nexec {shutil.which("timeout")} "$@"\n')
+    recorder.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    for limit_s, expected in ((100, {"doctor", "pack", "labs"}), (34, {"pack", "labs"})):
+        assert go(out, tmp_path, LIMIT_S=str(limit_s), PATH=path)[0] == 75
+        names = {"labs.filing.archive": "pack", "doctor --weights": "doctor", "all --quick": "labs"}
+        bound_s = dict[str, int]()
+        for line in noted.read_text().splitlines():
+            found = re.search(r"--kill-after=(\d+) (\d+) \S+(?: -m)? (\S+(?: --\w+)?)", line)
+            assert found, line
+            bound_s[names[found[3]]] = int(found[1]) + int(found[2])
+        assert set(bound_s) == expected
+        assert bound_s["labs"] <= limit_s + 5
+        assert bound_s.get("doctor", 0) <= limit_s + 5
+        assert bound_s["pack"] <= limit_s + 28
+        noted.unlink()
+
+
 @pytest.mark.parametrize("home", ["", "/dev/null/home"], ids=["unset", "read-only"])
 def test_without_a_home_that_can_be_written_the_lab_goes_beside_out(
     out: Path, tmp_path: Path, home: str

@@ -104,7 +104,11 @@ def test_a_gpu_comes_first_in_every_table_and_its_quick_runs_are_marked(
     assert so_4.index("Soroban") < so_4.index("Abacus")
     assert MARKED in so_4
     assert text.count("*(quick)*: that machine has no full run of the lab yet") == 2
+    assert text.count("*(random weights)*: the model's shape is real") == 2
     assert "*(quick)*" not in leaderboards._collection([cpu])
+    only_random = on_gpu(cpu, "20260107", dummy=True)
+    told = leaderboards._collection([cpu, only_random])
+    assert ("*(quick)*" in told, told.count("*(random weights)*: ")) == (False, 2)
     page = markdown.document(leaderboards._machine([quick], committed=True))
     assert page.count(MARKED) == 1 + 2 + 1  # its row, its claims, its answer
     assert "*(quick)*" in page
@@ -129,6 +133,11 @@ def test_the_front_page_says_whether_a_gpu_is_behind_its_findings_and_names_it(
     assert none_yet in front(cpu)
     assert "/report.md): 2.97 times the throughput" in front(cpu)
     assert "Measured on GPUs, which are named. In parentheses" in front(cpu, quick)
+    assert "*(quick)*: " not in front(cpu)
+    assert "*(random weights)*: " not in front(cpu)
+    assert f"). {leaderboards.STANDS_IN} {leaderboards.RANDOM_WEIGHTS}\n" in front(cpu, quick)
+    only_random = on_gpu(cpu, "20260107", dummy=True)
+    assert f"). {leaderboards.RANDOM_WEIGHTS}\n" in front(cpu, only_random)
     assert f"/report.md) on Soroban 80GB {MARKED}: 2.97 times" in front(cpu, quick)
     assert "Nothing has been decided yet." in front()
     full = _changed(cpu, "20250101", machine=GPU.model_copy(update={"count": 2}))
@@ -138,6 +147,10 @@ def test_the_front_page_says_whether_a_gpu_is_behind_its_findings_and_names_it(
     write_json(quick.path / "summary.json", summary.model_copy(update={"judgements": undecided}))
     told = "Measured on CPUs with two cores; no GPU has decided one of these yet."
     assert told in front(cpu, quick)
+    assert "*(quick)*: " not in front(cpu, quick)  # no mark is there
+    (quick.path / "sweep.svg").touch()  # its plot is shown, with its marks
+    assert told in front(cpu, quick)
+    assert "*(quick)*: " in front(cpu, quick)
     many = _changed(cpu, "20260110", machine=MACHINE.model_copy(update={"count": 64}))
     assert "Measured on CPUs; no result" in front(many)
 

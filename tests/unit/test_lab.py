@@ -83,6 +83,7 @@ def test_scale_lies_over_the_lab_quick_over_scale_and_changes_over_all() -> None
         ({"repeats": "many"}, r"repeats: .*\(given 'many'\)"),
         ({"variants": ["onn"]}, "^variants: no 'onn': did you mean on. Known here: off, on$"),
         ({"workloads": ["long"]}, "^workloads: no 'long'; known here: short"),
+        ({"claims": 5, "window_s": 3}, r"^claims: Input should be a list in JSON \(given 5\)"),
         ({"variants": []}, "^variants: keep at least one; known here: off, on$"),
         ({"workloads.short.loads": ["bursty:8"]}, "the known ones are concurrent:<users>"),
         ({"workloads.short.loads": ["concurrent:2000"]}, "less than or equal to 1024"),

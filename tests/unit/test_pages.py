@@ -74,7 +74,7 @@ def test_random_weights_stand_in_only_where_there_is_no_other_run_and_are_marked
     (folder.path / "COMPLETE").unlink()
     assert [f.path for f in newest_runs()] == [later.path]
     text = leaderboards.write_machine(page).read_text()
-    assert text.count("(random weights)") == 1 + len(folder.summary().judgements)
+    assert text.count(" (random weights)") == 1 + len(folder.summary().judgements)
 
 
 @pytest.fixture

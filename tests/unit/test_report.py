@@ -13,6 +13,7 @@ from labs.comparing import leaderboards
 from labs.filing import results
 from labs.filing.newest import newest_runs
 from labs.filing.results import (
+    UNSEEN_HARDWARE_SINCE,
     Band,
     PointForecasts,
     Predictions,
@@ -39,6 +40,7 @@ from labs.judging.text import (
     ratio_text,
     verdict_text,
 )
+from labs.judging.validity import SERVER_BUSY
 from labs.lab import Prediction
 from labs.telling import markdown, method, plots, report, tables
 from labs.telling.document import (
@@ -355,6 +357,28 @@ def test_a_report_shows_how_busy_the_api_server_was_where_that_was_recorded(
     told = report.write(folder).read_text()
     assert "| API server, of a core |" in told
     assert "can use hardly more than one core" in told
+
+
+@pytest.mark.parametrize(("kind", "told"), [("gpu", True), ("cpu", False)])
+def test_every_answer_from_a_gpu_says_where_the_api_server_was_at_its_limit(
+    folder: RunFolder, kind: Any, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labs.telling.summary.answers", lambda run: {"SO-4": "Often."})
+    run = folder.run()
+    machine = run.machine.model_copy(update={"kind": kind})
+    ours = run.model_copy(update={"machine": machine, "started_at": UNSEEN_HARDWARE_SINCE})
+    write_json(folder.path / "run.json", ours)
+    assert summarise(folder).answers == {"SO-4": "Often."}
+    for point in run.points()[1:]:
+        result = folder.trial_result(point, 1)
+        assert result
+        busy = result.model_copy(update={"server_core_share": 0.97})
+        write_json(folder.trial_folder(point, 1) / "trial.json", busy)
+    summary = summarise(folder)
+    limited = " But at 3 of 4 points vLLM's API server was at its limit: "
+    assert (limited in summary.answers["SO-4"]) is told
+    assert [c.blocks for c in summary.caveats if c.name == SERVER_BUSY] == [False] * 3
+    assert [j.outcome for j in summary.judgements] == ["helps"] * 2  # it withholds no verdict
 
 
 def test_only_complete_ordinary_runs_are_published(folder: RunFolder) -> None:

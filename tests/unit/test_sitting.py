@@ -48,7 +48,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def sit(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, list[str]]]:
     """Plays the labs by a function of their name; returns exit code, output and the labs played."""
 
-    def call(play: Play, *labs: str) -> tuple[int, str, list[str]]:
+    def call(play: Play, *labs: str, seconds: int = 0) -> tuple[int, str, list[str]]:
         played = list[str]()
 
         def run(request: RunRequest, *_: object) -> None:
@@ -58,7 +58,8 @@ def sit(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int,
         monkeypatch.setattr("labs.commands.cli.run_lab", run)
         archive = str(home.parents[1] / "results.tar.gz")
         arguments = ("all", "--only", ",".join(labs or LABS), "--archive", archive)
-        called = CliRunner().invoke(app, arguments)
+        bounded = ("--seconds", str(seconds)) if seconds else ()
+        called = CliRunner().invoke(app, (*arguments, *bounded))
         return called.exit_code, " ".join(called.output.split()), played
 
     return call
@@ -190,6 +191,38 @@ def test_a_lab_at_which_calls_are_killed_comes_last_from_the_third_on(
     _, said, played = sit(killed_at(FIRST, SECOND))  # the one that was tried less often
     assert played == [THIRD, SECOND]
     assert "it is taken to have failed" not in said  # once
+    code, said, played = sit(killed_at(FIRST, SECOND))
+    assert (code, played) == (1, [THIRD])  # a caller that waits for an end has one
+    for lab in (FIRST, SECOND):
+        why = "3 calls were ended in it before it finished a trial, so it is not begun again"
+        assert f"Not finished: {lab}: {why}: `make lab-{lab}` runs it alone" in said
+    assert "Call `make labs-all` again" not in said
+    finish_trial(home, FIRST)  # as by `make lab-<name>`
+    assert sit(killed_at())[2] == [THIRD, FIRST]
+
+
+@pytest.mark.parametrize("end", [LabError("the port is taken"), KeyboardInterrupt()])
+def test_what_a_call_could_tell_or_a_person_stopped_is_not_held_against_a_lab(
+    sit: Callable[..., tuple[int, str, list[str]]], end: BaseException
+) -> None:
+    def play(lab: str) -> None:
+        raise end
+
+    for _ in range(5):
+        _, said, played = sit(play, FIRST)
+        assert played == [FIRST]
+        assert "taken to have failed" not in said
+
+
+def test_an_interrupt_by_a_time_limit_is_held_against_a_lab(
+    sit: Callable[..., tuple[int, str, list[str]]],
+) -> None:
+    def play(lab: str) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        assert sit(play, FIRST, seconds=60)[2] == [FIRST]
+    assert sit(play, FIRST, seconds=60)[::2] == (1, [])
 
 
 def test_a_lab_that_finishes_a_trial_in_each_call_keeps_its_place(
@@ -221,10 +254,13 @@ def test_a_begin_that_the_clock_ends_is_not_held_against_a_lab(
 def test_a_lab_that_is_begun_anew_within_a_call_is_counted_once(
     sit: Callable[..., tuple[int, str, list[str]]],
 ) -> None:
-    def play(lab: str) -> None:
-        raise CannotResume("the model is another")
+    ends = iter([SystemExit(137), CannotResume("the model is another"), SystemExit(137)])
 
-    sit(play, FIRST)
+    def play(lab: str) -> None:
+        raise next(ends)
+
+    assert sit(play, FIRST)[2] == [FIRST]
+    assert sit(play, FIRST)[2] == [FIRST, FIRST]
     (record,) = all_labs.FOLDER.glob("*.json")
     state = all_labs.Sitting.model_validate_json(record.read_text())
-    assert state.in_vain == {FIRST: 1}
+    assert state.in_vain == {FIRST: 2}

@@ -961,14 +961,14 @@ def busy_server(share: float | None) -> OtherWork:
 @pytest.mark.parametrize(
     ("share", "told"), [(None, False), (0.9, False), (0.97, True), (1.2, True)]
 )
-def test_a_server_that_has_no_time_left_blocks_on_a_gpu(share: float | None, told: bool) -> None:
+def test_a_server_that_has_no_time_left_is_a_caveat(share: float | None, told: bool) -> None:
     work, on_gpu = busy_server(share), Expected(template_tokens=1, on_gpus=True)
     shown = [Sample(time_s=15.0, device="0", throttle="")]
     found = checked(other_work=work, expected=on_gpu, telemetry=shown)
-    assert [(c.name, c.blocks) for c in found] == [("API server busy", True)] * told
+    assert [(c.name, c.blocks) for c in found] == [("API server busy", False)] * told
     assert all(f"used {share:.0%} of the one core" in c.text for c in found if share)
     assert all('`SET="flags.api-server-count=4"`' in c.text for c in found)
-    assert all(c.hits("output_tokens_per_s", c.point or "", "another") for c in found)
+    assert not any(c.hits("output_tokens_per_s", c.point or "", "another") for c in found)
     on_cpu = checked(other_work=work)
     assert [(c.name, c.blocks) for c in on_cpu] == [("API server busy", False)] * told
     assert not any("SET=" in c.text for c in on_cpu)  # more would take cores from the engine
