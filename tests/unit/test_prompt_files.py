@@ -144,7 +144,14 @@ def test_the_processes_end_with_the_one_that_started_them(
     sign: signal.Signals, tmp_path: Path
 ) -> None:
     argv = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.DEVNULL) as parent:
+
+    def as_at_a_terminal() -> None:
+        """A shell's background job ignores SIGINT, and its children inherit that."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen(
+        argv, cwd=ROOT, stderr=subprocess.DEVNULL, preexec_fn=as_at_a_terminal
+    ) as parent:
         family: list[psutil.Process] = []
         deadline = time.monotonic() + 60
         while len(family) < 4 and time.monotonic() < deadline:  # two, each under its guard
