@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
@@ -172,14 +173,14 @@ def chosen(only: str, by_value: bool) -> list[str]:
     return names
 
 
-def check_flags(names: Iterable[str], request: RunRequest, machine: Machine) -> None:
+def check_flags(names: Iterable[str], requests: Iterable[RunRequest], machine: Machine) -> None:
     """Have each engine's parser read the flags of all these labs at once, and remember them.
 
     A parser takes long to import. What goes wrong here, as with refused flags, is reported by the
     lab when its turn comes.
     """
     sets: dict[str, list[Flags]] = {}
-    for name in names:
+    for name, request in itertools.product(names, requests):
         with contextlib.suppress(Exception):
             lab = LABS[name].at(
                 scale_of(machine), request.quick, request.changes, bool(request.weights)

@@ -327,7 +327,7 @@ def _sitting(
     """Run the chosen labs that are not done, as far as the request's clock allows."""
     clock, sitting = request.clock, _Sitting()
     host = machine.detect()
-    all_labs.check_flags([name for name in chosen if name not in state.done], request, host)
+    all_labs.check_flags([name for name in chosen if name not in state.done], [request], host)
     for name in state.give_up(chosen):
         console.print(
             f"{name} was begun {state.in_vain[name]} times without finishing a trial: it is taken"

@@ -28,6 +28,7 @@ from labs.lab import Lab, LabError, NotApplicable
 from labs.running import derived_models
 from labs.running.prompt_files import usable_cores
 from labs.running.resolve import (
+    RunRequest,
     check_flags,
     is_dummy,
     model_for,
@@ -98,6 +99,9 @@ def examine(wanted: str, weights: str = "") -> tuple[list[Check], list[Ability]]
             Ability(name, False, "vLLM has to be installed first (see above)") for name in LABS
         ]
     random = is_dummy(weights)
+    lab = next(iter(LABS.values()))
+    sizes = [RunRequest(lab, quick, weights=weights) for quick in (False, True)]
+    all_labs.check_flags(LABS, sizes, machine)  # at once: a parser takes long to import
     return lines, [
         _ability_in_its_shape(lab, machine, wanted, weights)
         if lab.shape

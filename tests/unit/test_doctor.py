@@ -16,6 +16,9 @@ from labs.commands import doctor
 from labs.commands.doctor import Ability, Check
 from labs.lab import LabError
 from labs.running.derived_models import RECIPES
+from serving.engines import DEFAULT_ENGINE
+from serving.engines.base import Flags
+from serving.engines.vllm import Vllm
 from serving.gpus import GpuError
 from serving.machine import GIB, Machine
 from serving.models import TOKENIZER, Model, ModelError
@@ -26,12 +29,15 @@ from tests.unit.builders import SHAPE
 CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=8 * GIB)
 GPU = Machine(kind="gpu", model="NVIDIA H100 80GB HBM3", count=1, memory_bytes=80 * GIB)
 LAB = next(iter(LABS))
+ASKED: list[list[Flags]] = []  # of vLLM's parser
 
 
 @pytest.fixture(autouse=True)
 def _as_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(Vllm, "check_flags", lambda flag_sets: ASKED.append(list(flag_sets)))
+    ASKED.clear()
 
 
 @pytest.fixture
@@ -51,6 +57,17 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def line(lines: Iterable[Check], part: str) -> Check:
     return next(x for x in lines if x.part == part)
+
+
+@pytest.mark.usefixtures("healthy")
+def test_vllm_is_asked_once_about_the_flags_of_all_labs() -> None:
+    """It takes seconds to import, and the labs that follow, quick or not, need not ask again."""
+    doctor.examine("")
+    (asked,) = ASKED
+    for quick in (False, True):
+        resolved = [lab.at("cpu", quick) for lab in LABS.values()]
+        on_vllm = [(r, v) for r in resolved for v in r.variants if v.engine == DEFAULT_ENGINE]
+        assert all(r.flags_of(v) in asked for r, v in on_vllm)
 
 
 @pytest.mark.usefixtures("healthy")
