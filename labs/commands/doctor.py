@@ -314,12 +314,14 @@ def _ability(
         require_sizes(resolved, model)
         require_memory(resolved, machine, model)
         require_host_memory(resolved)
+        derived = resolved.derived()
         if random:
-            for name in resolved.derived():
-                derived_models.make(model, name, lambda _: None)  # takes an instant, or raises
-            return Ability(lab.name, True, "")
-        known = {} if resolved.made_here else models.SIBLINGS.get(model.name, {})
-        missing = [n for n in resolved.derived() if not _weights_available(model, n, known)]
+            for name in derived:
+                if name not in derived_models.NEED_NO_WEIGHTS:
+                    derived_models.make(model, name, lambda _: None)  # takes an instant, or raises
+            derived = [name for name in derived if name in derived_models.NEED_NO_WEIGHTS]
+        known = {} if random or resolved.made_here else models.SIBLINGS.get(model.name, {})
+        missing = [n for n in derived if not _weights_available(model, n, known)]
     except NotApplicable as reason:
         return Ability(lab.name, None, str(reason))
     except (LabError, EngineError, ModelError) as error:

@@ -137,6 +137,11 @@ def test_random_weights_run_what_does_not_need_real_ones(
     assert skipped.keys() == {"speculative-decoding", "quantization-tools", "weight-pruning"}
     assert "needs a GPU" in skipped["speculative-decoding"]
     assert "needs real weights" in skipped["quantization-tools"]
+    # what takes minutes is made by the lab, and not by who only asks
+    monkeypatch.setattr("labs.commands.doctor.derived_models.is_made", lambda folder, model: False)
+    monkeypatch.setattr("labs.commands.doctor.derived_models.place", lambda *_: tmp_path / "none")
+    notes = {a.lab: a.note for a in doctor.examine("", "dummy")[1]}
+    assert notes["structured-output"].startswith("makes masks first (")
 
 
 @pytest.mark.usefixtures("healthy")
