@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,3 +51,12 @@ setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1e12, used=0.0,
 def _runs_of_others() -> None:
     """A test that looks at the folder of results, and not at one of its own, sees these."""
     write_runs_of_others(write_run(results.RESULTS))
+
+
+@pytest.fixture
+def signals_as_found() -> Iterator[None]:
+    """Put back the two signals that commands take over."""
+    taken = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for signum, handler in taken.items():
+        signal.signal(signum, handler)

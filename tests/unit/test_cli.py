@@ -7,8 +7,6 @@ import errno
 import json
 import os
 import re
-import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,13 +37,7 @@ LAB = next(iter(LABS))
 COMMANDS = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
 
 
-@pytest.fixture(autouse=True)
-def _as_found() -> Iterator[None]:
-    """The commands take over two signals."""
-    taken = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for signum, handler in taken.items():
-        signal.signal(signum, handler)
+pytestmark = pytest.mark.usefixtures("signals_as_found")
 
 
 def labs(*args: str) -> tuple[int, str]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-import signal
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,7 @@ FIRST, SECOND, THIRD = LABS = ("single-stream", "multi-lora", "overload")
 Play = Callable[[str], None]
 
 
-@pytest.fixture(autouse=True)
-def _as_found() -> Iterator[None]:
-    """The command takes over two signals."""
-    taken = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for signum, handler in taken.items():
-        signal.signal(signum, handler)
+pytestmark = pytest.mark.usefixtures("signals_as_found")
 
 
 @pytest.fixture
