@@ -38,10 +38,10 @@ from loadtests.admission import QueueLimits
 from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
 from loadtests.trace import MOST_ROWS, TraceRow
 from loadtests.workload import Fixed, Name, Workload
-from serving import gpus
+from serving import gpus, models
 from serving.engines import DEFAULT_ENGINE, ENGINES
-from serving.engines.base import FlagValue
-from serving.engines.vllm import VllmFlags
+from serving.engines.base import Flags, FlagValue
+from serving.engines.vllm import KV_MEMORY, VllmFlags
 from serving.forecasting.step import Masking
 from serving.machine import Ceilings
 from serving.models import Shape
@@ -504,7 +504,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
         Applied in this order: the sizes of every lab on this kind of machine, the lab's own of the
         scale, those of a quick run (the lab's, then those of the kind, then those of the class),
-        the flags of every engine on a GPU where the lab has none, what random weights (`dummy`)
+        the flags of every engine on a GPU where the lab has none, or those of float32 on a CPU
+        that serves in it, what random weights (`dummy`)
         leave out, what a quick run does without, and the reader's changes. A change of `variants`
         or `workloads` lists the names of those that are kept; what a change names, a quick run
         has. Raises LabError for a change that does not fit; the message names the field and the
@@ -518,6 +519,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         gone = {name for layer in brief for name in layer.get(WITHOUT, ())}
         sizes = [{k: v for k, v in layer.items() if k != WITHOUT} for layer in brief]
         lab = self._changed(OF_KIND.get(kind, {}), *own, *sizes)
+        if scale == models.CPU_FP32:
+            lab = lab._in_float32()
         if kind == "gpu":
             lab = lab.model_copy(update={"flags": {**gpu_flags(scale), **lab.flags}})
         if dummy:
@@ -529,6 +532,23 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         if dummy and (parts := lab._named(self.needs_text)):
             raise LabError(f"{', '.join(parts)}: {NO_TEXT}")
         return lab._keeping(**kept)
+
+    def _in_float32(self) -> Lab:
+        """Serve in float32, with twice the memory for keys and values: as many tokens fit."""
+
+        def widened(flags: Flags) -> Flags:
+            memory = {KV_MEMORY: 2 * int(str(flags[KV_MEMORY]))} if KV_MEMORY in flags else {}
+            return {**flags, **memory}
+
+        variants = tuple(
+            v if v.engine == DEFAULT_ENGINE and KV_MEMORY not in v.flags
+            else v.model_copy(
+                update={"flags": {**widened(v.flags), **ENGINES[v.engine].in_float32}}
+            )
+            for v in self.variants
+        )  # fmt: skip
+        flags = {**widened(self.flags), **ENGINES[DEFAULT_ENGINE].in_float32}
+        return self.model_copy(update={"flags": flags, "variants": variants})
 
     def _named_by(self, changes: Mapping[str, Any]) -> set[str]:
         """Name the variants and workloads that changes speak of, and those that they need."""
@@ -724,6 +744,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             "warmup_s": warmup_s, "window_s": duration_s,  # it ends with the trace
             "claims": (), "evidence": (), **NOTHING_ELSE,
         })  # fmt: skip
+
+    @property
+    def value_bytes(self) -> int:
+        """The bytes of a weight that has 16 bits in its file, as the default engine holds it."""
+        return VllmFlags(self.flags).value_bytes
 
     def flags_of(self, variant: Variant) -> VllmFlags:
         """Return all flags of a variant, those that the load generator may hold among them.

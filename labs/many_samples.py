@@ -45,7 +45,7 @@ def prefill_s(point: Point) -> float:
     flop = theory.prefill_flops(shape, prompt)
     flop += (point.sequences - 1) * theory.prefill_flops(shape, prompt, cached_tokens(point))
     weights_s = shape.step_bytes(prompt) / ceilings.memory_bandwidth_bytes_per_s
-    return max(flop / ceilings.bf16_flops_per_s, weights_s)
+    return max(flop / ceilings.flops_per_s, weights_s)
 
 
 def tokens_per_s(point: Point) -> float:

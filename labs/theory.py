@@ -29,7 +29,7 @@ def prefill_flops(shape: Shape, tokens: float, cached_tokens: float = 0) -> floa
 
 def prefill_s(shape: Shape, ceilings: Ceilings, tokens: float) -> float:
     """Seconds that prefilling one prompt takes at the measured BF16 rate, compute alone."""
-    return prefill_flops(shape, tokens) / ceilings.bf16_flops_per_s
+    return prefill_flops(shape, tokens) / ceilings.flops_per_s
 
 
 def prefill_left_s(shape: Shape, ceilings: Ceilings, tokens: float, cached_tokens: float) -> float:
@@ -37,7 +37,7 @@ def prefill_left_s(shape: Shape, ceilings: Ceilings, tokens: float, cached_token
 
     At least the time of reading the weights once, which every forward pass needs.
     """
-    compute_s = prefill_flops(shape, tokens, cached_tokens) / ceilings.bf16_flops_per_s
+    compute_s = prefill_flops(shape, tokens, cached_tokens) / ceilings.flops_per_s
     weights_s = shape.step_bytes(tokens - cached_tokens) / ceilings.memory_bandwidth_bytes_per_s
     return max(compute_s, weights_s)
 
@@ -126,7 +126,7 @@ def decode_step_s(shape: Shape, ceilings: Ceilings, batch: float, context_tokens
     scheduling, sampling or detokenizing: a lower bound on time, not an estimate of it.
     """
     memory_s = decode_bytes(shape, batch, context_tokens) / ceilings.memory_bandwidth_bytes_per_s
-    compute_s = decode_flops(shape, batch, context_tokens) / ceilings.bf16_flops_per_s
+    compute_s = decode_flops(shape, batch, context_tokens) / ceilings.flops_per_s
     return max(memory_s, compute_s)
 
 
@@ -155,7 +155,7 @@ def ridge_batch(shape: Shape, ceilings: Ceilings) -> float:
     contexts.
     """
     read_s = shape.weight_bytes / ceilings.memory_bandwidth_bytes_per_s
-    return read_s * ceilings.bf16_flops_per_s / (2 * shape.matmul_params)
+    return read_s * ceilings.flops_per_s / (2 * shape.matmul_params)
 
 
 def static_batching_penalty(output_tokens: Sequence[int], batch: int) -> float:
@@ -188,7 +188,7 @@ def mixed_step_s(
     moved = shape.step_bytes(batch + piece_tokens) + kv_tokens * shape.kv_bytes_per_token()
     flop = decode_flops(shape, batch, context_tokens)
     flop += prefill_flops(shape, done_tokens + piece_tokens, done_tokens)
-    return max(moved / ceilings.memory_bandwidth_bytes_per_s, flop / ceilings.bf16_flops_per_s)
+    return max(moved / ceilings.memory_bandwidth_bytes_per_s, flop / ceilings.flops_per_s)
 
 
 def chunk_step_s(
@@ -253,7 +253,7 @@ def forward_s(shape: Shape, ceilings: Ceilings, tokens: float, context_bytes: fl
     Source: the roofline (Williams et al. 2009). The FLOP of attention are left out.
     """
     memory_s = (shape.step_bytes(tokens) + context_bytes) / ceilings.memory_bandwidth_bytes_per_s
-    return max(memory_s, 2 * shape.matmul_params * tokens / ceilings.bf16_flops_per_s)
+    return max(memory_s, 2 * shape.matmul_params * tokens / ceilings.flops_per_s)
 
 
 def kv_tokens(shape: Shape, memory_bytes: float, bytes_per_value: float, block: int) -> float:

@@ -56,7 +56,7 @@ def prefill_by_rate(quantized: Point, plain: Point) -> Prediction:
     linear = 2 * (plain.shape.matmul_params - plain.shape.head_params) * plain.prompt_tokens
     share = linear / theory.prefill_flops(plain.shape, plain.prompt_tokens)
     return Prediction(
-        value=1 - share + share * plain.ceilings.bf16_flops_per_s / fp8,
+        value=1 - share + share * plain.ceilings.flops_per_s / fp8,
         formula="(linear FLOP / FP8 rate + other FLOP / BF16 rate) / (FLOP / BF16 rate)",
         assumptions=("prefill is bound by compute", "scaling the activations is free"),
         source="Williams et al., Roofline, 2009",

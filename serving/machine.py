@@ -5,7 +5,8 @@ The ceilings are measured on the serving device with the threads the engine will
 - memory bandwidth: a copy far larger than the caches, bytes read plus bytes written per second
   (the STREAM "copy" convention, McCalpin 1995);
 - BF16 rate: the best of a few square matrix products, 2 n^3 floating-point operations each;
-  FP8 likewise (E4M3, scaled, fast accumulation) where the GPU has it;
+  FP8 likewise (E4M3, scaled, fast accumulation) where the GPU has it, and float32 where a CPU has
+  no instructions for BF16 and the labs serve in float32;
 - on a GPU also the link to the host's memory: a copy from pinned memory there, bytes per second.
 
 `python -m serving.machine` prints them as JSON; torch is imported only there.
@@ -45,9 +46,13 @@ MEASURING = (sys.executable, "-m", "serving.machine")
 VLLM = tuple(platform.vllm for platform in PLATFORMS.values())  # packages that carry it
 
 
+IN_FLOAT32 = (
+    "this CPU has no instructions for BF16, in which the models are and which it would multiply in"
+    " software: vLLM serves them in float32, with twice the bytes"
+)
 SLOW_BF16 = (
-    "this CPU has no instructions for BF16, in which the models are: prompts and larger batches"
-    " take several times as long as on one that has, and a lab longer than it says"
+    "this CPU has no instructions for BF16, in which this run serves the model: prompts and larger"
+    " batches take several times as long as in float32"
 )
 
 
@@ -67,11 +72,17 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     def lacks_bf16(self) -> bool:
         """Whether it is an x86 CPU without instructions for BF16, in which the labs' models are.
 
-        It then multiplies in software: a prompt took five to seven times as long as in float32 on a
-        Xeon with AVX-512, and a step of one request as long.
+        It would multiply in software. On an EPYC with AVX2 alone a prompt of 512 tokens took 6.4
+        times as long as in float32, a step of 16 requests 3.5 times and one of a single request 0.8
+        times, since that reads half the bytes. Labs serve in float32 there: `models.scale_of`.
         """
         known, ends = "avx2" in self.cpu_flags, "_bf16"
         return known and not any(flag.endswith(ends) for flag in self.cpu_flags)
+
+    @property
+    def lacks_avx512(self) -> bool:
+        """Whether it is an x86 CPU with AVX2 and without AVX-512."""
+        return "avx2" in self.cpu_flags and "avx512f" not in self.cpu_flags
 
     @property
     def slug(self) -> str:
@@ -94,6 +105,10 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
     memory_bandwidth_bytes_per_s: PositiveFloat
     bf16_flops_per_s: PositiveFloat
     fp8_flops_per_s: PositiveFloat | None = None  # where the device multiplies FP8
+    # of a CPU without instructions for BF16, in whose place labs serve in float32
+    fp32_flops_per_s: Annotated[
+        PositiveFloat | None, Field(exclude_if=lambda rate: rate is None)
+    ] = None
     # from the host's memory to a GPU; not known of a CPU, nor of a GPU measured without it
     host_bytes_per_s: Annotated[
         PositiveFloat | None, Field(exclude_if=lambda rate: rate is None)
@@ -105,7 +120,12 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
     @property
     def ridge_flops_per_byte(self) -> float:
         """The arithmetic intensity where memory and compute take equally long (Williams 2009)."""
-        return self.bf16_flops_per_s / self.memory_bandwidth_bytes_per_s
+        return self.flops_per_s / self.memory_bandwidth_bytes_per_s
+
+    @property
+    def flops_per_s(self) -> float:
+        """The rate in the type in which labs serve weights that are not quantized."""
+        return self.fp32_flops_per_s or self.bf16_flops_per_s
 
     # the devices that these are the limits of together, each with a link of its own
     devices: Annotated[PositiveInt, Field(exclude_if=lambda number: number == 1)] = 1
@@ -117,12 +137,13 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
 
     def times(self, devices: int) -> Ceilings:
         """Return the limits of several such devices that share the work of each layer."""
-        fp8, link = self.fp8_flops_per_s, self.host_bytes_per_s
+        fp8, fp32, link = self.fp8_flops_per_s, self.fp32_flops_per_s, self.host_bytes_per_s
         return self.model_copy(
             update={
                 "memory_bandwidth_bytes_per_s": devices * self.memory_bandwidth_bytes_per_s,
                 "bf16_flops_per_s": devices * self.bf16_flops_per_s,
                 "fp8_flops_per_s": devices * fp8 if fp8 else None,
+                "fp32_flops_per_s": devices * fp32 if fp32 else None,
                 "host_bytes_per_s": devices * link if link else None,
                 "devices": devices * self.devices,
             }
@@ -422,8 +443,8 @@ def _measure(kind: str) -> Ceilings:
         target = torch.empty_like(source)
         return 2 * n_bytes / best_s(lambda: target.copy_(source), 6)
 
-    def matmul_flops_per_s(n: int) -> float:
-        a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
+    def matmul_flops_per_s(n: int, dtype: torch.dtype = torch.bfloat16) -> float:
+        a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
         return float(2 * n**3 / best_s(lambda: a @ b, 5))
 
     def fp8_flops_per_s(n: int) -> float:
@@ -442,8 +463,11 @@ def _measure(kind: str) -> Ceilings:
         target = torch.empty(GIB // 4, dtype=torch.uint8, device=device)
         return float(GIB // 4 / best_s(lambda: target.copy_(source, non_blocking=True), 2))
 
-    sizes = (1024, 2048) if device == "cpu" else (4096, 8192)
-    fp8 = None
+    sizes: tuple[int, ...] = (1024, 2048) if device == "cpu" else (4096, 8192)
+    fp8 = fp32 = None
+    if device == "cpu" and cpu().lacks_bf16:
+        fp32 = max(matmul_flops_per_s(n, torch.float32) for n in sizes)
+        sizes = (256,)  # in software a product of 2048 x 2048 takes ten seconds and more
     if device == "cuda" and torch.cuda.get_device_capability() >= gpus.FP8_CAPABILITY:
         with contextlib.suppress(RuntimeError):  # this build of torch has no kernel for it
             fp8 = max(map(fp8_flops_per_s, sizes))
@@ -455,6 +479,7 @@ def _measure(kind: str) -> Ceilings:
         memory_bandwidth_bytes_per_s=copy_bytes_per_s(),
         bf16_flops_per_s=max(map(matmul_flops_per_s, sizes)),
         fp8_flops_per_s=fp8,
+        fp32_flops_per_s=fp32,
         host_bytes_per_s=link,
         threads=threads,
         torch=torch.__version__,

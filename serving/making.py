@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from serving import whole
+from serving import machine, whole
 from serving.models import MISTRALS, RECORD, routed_experts
 
 OTHER_FILES = ("*.json", "*.txt", "*.jinja")  # config, tokenizer, chat template, index
@@ -53,8 +53,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def computing_type() -> Any:
+    """Return the torch type to compute in: BF16, or float32 on a CPU without instructions for it.
+
+    What is written is in BF16 on every machine.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return torch.float32 if not on_gpu and machine.cpu().lacks_bf16 else torch.bfloat16
+
+
 def load(folder: Path) -> tuple[Any, Any]:
-    """Load the tokenizer, and the model in BF16, on the GPU if there is one.
+    """Load the tokenizer, and the model in `computing_type`, on the GPU if there is one.
 
     Raises MakerError where the folder does not load.
     """
@@ -66,7 +77,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, attn_implementation="eager"
+            folder, dtype=computing_type(), attn_implementation="eager"
         )
     except (OSError, ValueError) as error:
         raise MakerError(f"{folder} is not a model folder that loads: {error}") from error
@@ -112,7 +123,8 @@ def states(model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]
     rows = [p + a[:-1] for p, a in zip(prompts, answers, strict=True)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    with torch.autocast(model.device.type, torch.bfloat16):
+    in_bf16 = computing_type() == torch.bfloat16
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=in_bf16):
         hidden = model.base_model(ids, use_cache=False).last_hidden_state
     per_row = zip(hidden, prompts, rows, strict=True)
     return torch.cat([h[len(p) - 1 : len(row)] for h, p, row in per_row])

@@ -84,9 +84,18 @@ MOST_SIZES = {
 """Of a shape that is read; any model's are far smaller."""
 
 
+CPU_FP32 = "cpu-fp32"
+"""The scale of a CPU that serves in float32."""
+
+
 def scale_of(machine: Machine) -> str:
-    """Name the sizes of a lab that fit a machine: `cpu`, or `gpu-` and its class of memory."""
-    return "cpu" if machine.kind == "cpu" else f"gpu-{gpus.class_of(machine.memory_bytes).gb}"
+    """Name the sizes of a lab that fit a machine: `cpu`, or `gpu-` and its class of memory.
+
+    On a CPU without instructions for BF16 it is `cpu-fp32`: models are served in float32.
+    """
+    if machine.kind == "cpu":
+        return CPU_FP32 if machine.lacks_bf16 else "cpu"
+    return f"gpu-{gpus.class_of(machine.memory_bytes).gb}"
 
 
 class ModelError(Exception):
@@ -150,8 +159,9 @@ class Model:
 
     name: str
     path: Path
-    shape: Shape
+    shape: Shape  # as it is served
     dummy: bool = False  # its weights are random
+    value_bytes: int = 2  # of a weight that has 16 bits in its file, as it is served
 
 
 def default_name(machine: Machine) -> str:
@@ -228,13 +238,21 @@ def sibling(model: Model, derived: str) -> Path | None:
     return _download(name) if name else None
 
 
-def load(path: Path, name: str) -> Model:
+def as_served(model: Model, value_bytes: int) -> Model:
+    """Return the model as an engine holds it whose weights of 16 bits have `value_bytes`."""
+    if model.value_bytes == value_bytes:
+        return model
+    return load(model.path, model.name, value_bytes)
+
+
+def load(path: Path, name: str, value_bytes: int = 2) -> Model:
     """Read the shape from config.json and the safetensors headers; no weights are loaded.
 
-    Raises ModelError where they cannot be read.
+    `value_bytes` are those of a served weight that has 16 bits in its file, four where the engine
+    serves in float32. Raises ModelError where they cannot be read.
     """
     try:
-        model = _load(path, name)
+        model = _load(path, name, value_bytes)
     except (
         ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
         struct.error,
@@ -259,14 +277,15 @@ def load(path: Path, name: str) -> Model:
     return model
 
 
-def _load(path: Path, name: str) -> Model:
+def _load(path: Path, name: str, value_bytes: int) -> Model:
     config = json.loads(_text(path / "config.json"))
     config = config.get("text_config", config)
     if (path / RANDOM).exists():
-        return Model(name, path, shape_of(config), dummy=True)
+        shape = shape_of(config, value_bytes)
+        return Model(name, path, shape, dummy=True, value_bytes=value_bytes)
     sizes: dict[str, tuple[int, int]] = {}
     for shard in shards(path):
-        sizes |= _tensor_sizes(shard)
+        sizes |= _tensor_sizes(shard, value_bytes)
     if not sizes:
         raise ModelError(f"{path} has no *.safetensors weights; other formats are not loaded")
     inputs = next((s for n, s in sizes.items() if n.endswith("embed_tokens.weight")), (0, 0))
@@ -292,6 +311,7 @@ def _load(path: Path, name: str) -> Model:
             expert_bytes=routed_bytes,
             embedding_bytes=untied[1],
         ),
+        value_bytes=value_bytes,
     )
 
 
@@ -327,9 +347,10 @@ def _unpacked(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return shape.params, shape.matmul_params
 
 
-def shape_of(config: Mapping[str, Any]) -> Shape:
+def shape_of(config: Mapping[str, Any], value_bytes: int = 2) -> Shape:
     """Compute a shape from config.json alone, for models of Llama's, Qwen3's or its MoE's kind.
 
+    A weight that is not quantized has `value_bytes`.
     The scales of quantized layers are counted if there is one a group, not if there is one a
     channel.
     """
@@ -350,11 +371,14 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         **size,
         params=params,
         matmul_params=params - looked_up - expert * max(0, experts - per_token),
-        weight_bytes=round(linear * _linear_bytes(config) + 2 * (params - linear - looked_up)),
+        weight_bytes=round(
+            linear * _linear_bytes(config, value_bytes)
+            + value_bytes * (params - linear - looked_up)
+        ),
         experts=experts,
         experts_per_token=per_token,
-        expert_bytes=2 * expert * experts,
-        embedding_bytes=2 * looked_up,
+        expert_bytes=value_bytes * expert * experts,
+        embedding_bytes=value_bytes * looked_up,
     )
 
 
@@ -378,10 +402,10 @@ def routed_experts(config: Mapping[str, Any]) -> tuple[int, int]:
     return (experts, config["num_experts_per_tok"]) if experts else (0, 0)
 
 
-def _linear_bytes(config: Mapping[str, Any]) -> float:
+def _linear_bytes(config: Mapping[str, Any], value_bytes: int) -> float:
     """Compute the bytes of a weight of the linear layers, with its share of a group's scale."""
     if "quantization_config" not in config:
-        return 2
+        return value_bytes
     (group,) = config["quantization_config"]["config_groups"].values()
     bits: int = group["weights"]["num_bits"]
     size: int | None = group["weights"].get("group_size")
@@ -408,8 +432,14 @@ def _require_few_values(path: Path, content: bytes) -> None:
         raise ValueError(f"{path.name} holds more than {MOST_VALUES} values")
 
 
-def _tensor_sizes(shard: Path) -> dict[str, tuple[int, int]]:
-    """Read tensor name -> (elements, bytes) from the header (safetensors format, 2022)."""
+HALVES = ("BF16", "F16")  # the types of 16 bits, as safetensors names them
+
+
+def _tensor_sizes(shard: Path, value_bytes: int) -> dict[str, tuple[int, int]]:
+    """Read tensor name -> (elements, bytes) from the header (safetensors format, 2022).
+
+    The bytes are those of the served tensor, whose halves have `value_bytes` each.
+    """
     if not shard.is_file():
         raise ValueError(f"{shard.name} is not a regular file")
     with shard.open("rb") as file:
@@ -420,8 +450,13 @@ def _tensor_sizes(shard: Path) -> dict[str, tuple[int, int]]:
     _require_few_values(shard, content)
     header = json.loads(content)
     header.pop("__metadata__", None)
+
+    def bytes_of(offsets: tuple[int, int], dtype: str) -> int:
+        start, end = offsets
+        return (end - start) * (value_bytes if dtype in HALVES else 2) // 2
+
     return {
-        name: (math.prod(t["shape"]), t["data_offsets"][1] - t["data_offsets"][0])
+        name: (math.prod(t["shape"]), bytes_of(t["data_offsets"], t.get("dtype", "")))
         for name, t in header.items()
     }
 

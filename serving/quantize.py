@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from serving import install, making, models
+from serving.machine import cpu
 from serving.making import MakerError
 from serving.platforms import PLATFORMS
 from serving.process import Process
@@ -328,7 +329,10 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
         source = base
         if recipe.tool.transformers < 5:
             source = with_older_config(base, config, work / "base")
-        task = {"method": method, "samples": samples, "group_size": size}
+        task = {
+            "method": method, "samples": samples, "group_size": size,
+            "in_float32": cpu().lacks_bf16,  # and written in BF16, as elsewhere
+        }  # fmt: skip
         folders = {"base": str(source.resolve()), "out": str(result.resolve())}
         job.write_text(json.dumps(task | folders))
         print(f"quantizing with {recipe.tool.name}", flush=True)

@@ -103,7 +103,7 @@ def derived_for(lab: str) -> list[str]:
 def in_sizes_for_a_cpu(lab: str) -> Lab:
     """The lab as a test runs it on a CPU, but for its windows."""
     changes = parse_changes(f"{sizes_of(lab).real} {sizes_of(lab).cpu}")
-    return LABS[lab].at("cpu", quick=True, changes=changes)
+    return LABS[lab].at(models.scale_of(machine.cpu()), quick=True, changes=changes)
 
 
 def takes_making(lab: str) -> bool:
@@ -121,13 +121,10 @@ def lab_on_a_cpu(lab: str, results: Path, command: str = "tests.small") -> None:
 
     The README's lab serves the bundled model, and so do those whose text matters; the others serve
     a few of its layers (`tests/shallow.py`). All but the README's are run by `command`.
-    Skips where no test runs it, or where it needs a compiler that is not here. Where the CPU has
-    no instructions for BF16 only the README's lab is run: with others, answers would not end within
-    the time that a request has, beside the other tests.
+    Skips where no test runs it, and where it needs a compiler that is not here or what this CPU has
+    no instructions for.
     """
     sizes = sizes_of(lab)
-    if machine.detect().lacks_bf16 and lab != FRONT_DOOR:
-        pytest.skip(machine.SLOW_BF16)
     if sizes.not_real:
         pytest.skip(sizes.not_real)
     try:

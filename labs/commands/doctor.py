@@ -133,7 +133,7 @@ def _hardware(machine: Machine, broken: str = "") -> Iterator[Check]:
     else:
         yield Check("GPU", "none with an NVIDIA driver: labs run on the CPU")
         if machine.lacks_bf16:
-            yield Check("BF16", machines.SLOW_BF16)
+            yield Check("BF16", machines.IN_FLOAT32)
     total, disk = psutil.virtual_memory().total, shutil.disk_usage(ROOT)
     yield Check("Memory", f"{available_bytes() / GIB:.0f} of {total / GIB:.0f} GiB available")
     short = disk.free < LEAST_FREE_BYTES

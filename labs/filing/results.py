@@ -82,6 +82,7 @@ from loadtests.workload import Name
 from serving import metrics, telemetry, whole
 from serving.attention import AttentionTimes
 from serving.engines.base import FlagValue
+from serving.engines.vllm import VllmFlags
 from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import Histogram, KvUse, Snapshot
 from serving.models import ROOT, Shape
@@ -208,6 +209,11 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     def aa(self) -> bool:
         """Whether the lab's baseline ran against itself."""
         return bool(self.lab.get("aa"))
+
+    @property
+    def in_float32(self) -> bool:
+        """Whether its engines held weights of 16 bits in float32."""
+        return VllmFlags(self.lab.get("flags", {})).value_bytes == 4
 
     def rebuilt_lab(self) -> Lab:
         """Rebuild the lab as it was run, without its functions: its predictions are on file."""

@@ -69,7 +69,7 @@ def steps_at_loads(context: Context) -> tuple[StepAtLoad, ...]:
         parts = Parts(
             measured_s=tpot_s,
             reading_s=moved_bytes / ceilings.memory_bandwidth_bytes_per_s,
-            computing_s=flop / ceilings.bf16_flops_per_s,
+            computing_s=flop / ceilings.flops_per_s,
             stand_in_s=(
                 decode_s(times, size, at) + prefills * prefill_s(times, prompt, size, at)
                 if times

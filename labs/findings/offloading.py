@@ -29,7 +29,7 @@ class CopyOrCompute:
     def of(cls, point: Point) -> Self:
         """Computes it for a point's model, cache and machine."""
         shape, ceilings = point.shape, point.ceilings
-        flops_per_s, link = ceilings.bf16_flops_per_s, ceilings.link_bytes_per_s
+        flops_per_s, link = ceilings.flops_per_s, ceilings.link_bytes_per_s
         value_bytes = point.flags.kv_value_bytes
         return cls(
             bytes_per_token=shape.kv_bytes_per_token(value_bytes),

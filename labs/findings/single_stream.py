@@ -51,7 +51,7 @@ class Phase:
         return Parts(
             measured_s=self.seconds,
             reading_s=self.moved_bytes / ceilings.memory_bandwidth_bytes_per_s,
-            computing_s=self.flop / ceilings.bf16_flops_per_s,
+            computing_s=self.flop / ceilings.flops_per_s,
             stand_in_s=self.stand_in_s,
         )
 

@@ -467,7 +467,7 @@ def training(context: Context) -> Training | None:
         calibrate_tokens=facts.calibration_tokens,
         calibrate_flop=2 * shape.matmul_params * facts.calibration_tokens,
         train_flop=6 * shape.matmul_params * TOKENS_TRAINED,
-        flops_per_s=point.ceilings.bf16_flops_per_s,
+        flops_per_s=point.ceilings.flops_per_s,
         made_s=made.get("seconds"),
     )
 

@@ -377,7 +377,7 @@ def mfu(trial: Trial) -> float | None:
         return None
     else:
         flops = sum(flop(r, start, end) for r in trial.records) / (end - start)
-    return flops / point.ceilings.bf16_flops_per_s if flops else None
+    return flops / point.ceilings.flops_per_s if flops else None
 
 
 def intensity(trial: Trial) -> float | None:

@@ -135,10 +135,11 @@ def prediction_text(prediction: Prediction, unit: str = "1") -> str:
 def ceilings_text(ceilings: Ceilings, origin: str = "") -> str:
     """Write a machine's ceilings in GB/s and TFLOP/s; those without another origin are measured."""
     threads = f"{ceilings.threads} thread{'s' if ceilings.threads > 1 else ''}"
+    served = "float32" if ceilings.fp32_flops_per_s else "BF16"
     fp8, link = ceilings.fp8_flops_per_s, ceilings.host_bytes_per_s
     return (
-        f"memory {number(ceilings.memory_bandwidth_bytes_per_s / 1e9, 'GB/s')}, BF16"
-        f" {number(ceilings.bf16_flops_per_s / 1e12, 'TFLOP/s')}"
+        f"memory {number(ceilings.memory_bandwidth_bytes_per_s / 1e9, 'GB/s')}, {served}"
+        f" {number(ceilings.flops_per_s / 1e12, 'TFLOP/s')}"
         + (f", FP8 {number(fp8 / 1e12, 'TFLOP/s')}" if fp8 else "")
         + (f", link to the host {number(link / 1e9, 'GB/s')}" if link else "")
         + f" ({origin or f'{threads}, measured'})"

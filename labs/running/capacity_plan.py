@@ -115,9 +115,9 @@ def model_named(machine: Machine, name: str) -> Model:
 
 def model_on_file(on_file: MachineOnFile, name: str) -> Model:
     """Find the model whose step was timed on a machine; raises ModelError."""
-    if on_file.dummy:
-        return dummy.resolve(on_file.machine, name or on_file.model)
-    return models.resolve(on_file.machine, name or on_file.model)
+    found = dummy.resolve if on_file.dummy else models.resolve
+    model = found(on_file.machine, name or on_file.model)
+    return models.as_served(model, on_file.value_bytes)
 
 
 def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:

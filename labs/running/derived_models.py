@@ -330,13 +330,16 @@ def _write_scored(path: Path, share: float) -> None:
     path.write_bytes(orjson.dumps(texts))
 
 
-def about(folder: Path) -> dict[str, Any]:
-    """Read what its maker recorded, and its weights' bytes; a published model has only those."""
+def about(folder: Path, value_bytes: int = 2) -> dict[str, Any]:
+    """Read what its maker recorded, and its weights' bytes; a published model has only those.
+
+    `value_bytes` are those of a served weight that has 16 bits in its file.
+    """
     path = folder / models.RECORD
     facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     config = folder / "config.json"
     if config.exists() and "hidden_size" in json.loads(config.read_text()):  # a head has none
-        facts["weight_bytes"] = models.load(folder, folder.name).shape.weight_bytes
+        facts["weight_bytes"] = models.load(folder, folder.name, value_bytes).shape.weight_bytes
     return facts
 
 
@@ -346,11 +349,11 @@ def with_weights(model: Model, name: str, folder: Path) -> Model:
     Quantized weights are stored packed: they keep the parameters of the model and change the bytes.
     A model with other layers, KV heads or experts has a shape of its own.
     """
-    shape = models.load(folder, name).shape
+    shape = models.load(folder, name, model.value_bytes).shape
     if _build(shape) == _build(model.shape):
         read = {"weight_bytes": shape.weight_bytes, "expert_bytes": shape.expert_bytes}
         shape = replace(model.shape, **read)
-    return Model(model.name, folder, shape, model.dummy)
+    return replace(model, path=folder, shape=shape)
 
 
 def _build(shape: Shape) -> tuple[int, int, int]:

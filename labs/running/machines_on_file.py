@@ -50,6 +50,7 @@ class MachineOnFile:
 
     run: str  # machine/lab/run
     machine: Machine
+    scale: str  # whose sizes the run had
     ceilings: Ceilings
     model: str  # whose step was timed, as MODEL= names it
     dummy: bool  # its weights were random
@@ -57,6 +58,11 @@ class MachineOnFile:
     step: StepTimes
     spread: float  # the usual one of the machine's speed, a factor of 1 or more
     earlier: tuple[MachineOnFile, ...] = ()  # older runs that timed this model there, newest last
+
+    @property
+    def value_bytes(self) -> int:
+        """Return the bytes that a weight of 16 bits had as it was served."""
+        return 4 if self.scale == models.CPU_FP32 else 2
 
     @property
     def weights(self) -> str:
@@ -134,10 +140,10 @@ def _of_model(timed: Sequence[MachineOnFile], model: str) -> list[MachineOnFile]
     if not model or not folder.is_dir():
         return [of for of in timed if model in ("", of.model)]
     try:
-        shape = models.load(folder.resolve(), folder.name).shape
+        served = models.load(folder.resolve(), folder.name)
     except ModelError:  # a folder without weights may be served with random ones
         return [*timed]
-    return [of for of in timed if of.shape == shape]
+    return [of for of in timed if of.shape == models.as_served(served, of.value_bytes).shape]
 
 
 def named() -> list[str]:
@@ -167,6 +173,7 @@ def _of(folder: RunFolder) -> MachineOnFile:
     return MachineOnFile(
         run="/".join(folder.path.parts[-3:]),
         machine=run.machine,
+        scale=run.scale,
         ceilings=run.ceilings,
         model=run.model.removesuffix(dummy.SUFFIX) if run.dummy else run.model,
         dummy=run.dummy,

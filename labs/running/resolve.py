@@ -34,7 +34,7 @@ from serving.engines.endpoint import Endpoint
 from serving.forecasting.datasheet import reason_against_sharing
 from serving.gpus import DATASHEETS, Datasheet
 from serving.guard import HERE
-from serving.machine import SLOW_BF16, Ceilings, Environment, Machine
+from serving.machine import IN_FLOAT32, SLOW_BF16, Ceilings, Environment, Machine
 from serving.ports import free_port, require_free
 
 
@@ -112,7 +112,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     elsewhere, keep_disturbed = load_workers_of(request), keeps_disturbed()
     on_file = request.on_file
     machine, datasheet = (on_file.machine, None) if on_file else machine_of(request.card)
-    lab = lab_of(request, models.scale_of(machine))
+    lab = lab_of(request, on_file.scale if on_file else models.scale_of(machine))
     if datasheet:  # there may be as many GPUs as are asked for
         machine = machine.model_copy(update={"count": max(f.devices for f in lab.all_flags)})
     require_known_names(lab)
@@ -129,7 +129,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     if model.dummy:
         require_no_reading(lab)
     if not request.engine_command:
-        lab = with_engines_here(lab, model, progress)
+        lab = with_engines_here(lab, machine, model, progress)
     writer = writer_of(model)
     lab = with_whole_prompts(lab, writer.least_tokens, progress)
     require_sizes(lab, model)
@@ -150,7 +150,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         model.shape,
         ceilings,
         {name: served.shape for name, served in weights.items()},
-        {name: derived_models.about(path) for name, path in places.items()},
+        {name: derived_models.about(path, model.value_bytes) for name, path in places.items()},
     )
     return Setup(
         lab=lab,
@@ -241,7 +241,9 @@ def _introduce(
 ) -> None:
     """Say what the lab is about to run on, with its ceilings as text."""
     progress.message(f"Machine: {machine.describe()}; {ceilings}")
-    if machine.lacks_bf16:
+    if machine.lacks_bf16 and model.value_bytes == 4:
+        progress.message(f"Note: {IN_FLOAT32}")
+    elif machine.lacks_bf16:
         progress.message(f"Note: {SLOW_BF16}")
     random_weights = ", random weights" if model.dummy else ""
     progress.message(
@@ -350,17 +352,18 @@ def model_of(machine: Machine, wanted: str, weights: str) -> models.Model:
 def model_for(lab: Lab, machine: Machine, wanted: str, weights: str) -> models.Model:
     """Find the model that a lab serves: what MODEL and WEIGHTS ask for, or the lab's own shape.
 
+    Its shape has the bytes that the lab's engines hold.
     Raises what `model_of` raises; NotApplicable where the lab serves a shape and MODEL names none.
     """
     if not lab.shape:
-        return model_of(machine, wanted, weights)
+        return models.as_served(model_of(machine, wanted, weights), lab.value_bytes)
     is_dummy(weights)
     if wanted and wanted not in dummy.SHAPES:
         raise NotApplicable(
             f"{lab.name} serves random weights in a shape of its own, {lab.shape}, and MODEL="
             f"{wanted} is no shape that ships with the lab: leave MODEL out"
         )
-    return dummy.resolve(machine, wanted or lab.shape)
+    return models.as_served(dummy.resolve(machine, wanted or lab.shape), lab.value_bytes)
 
 
 def require_harmless(lab: Lab, recorded: bool = False) -> None:
@@ -429,21 +432,28 @@ def require_shared_layers(lab: Lab, model: models.Model, sheet: Datasheet) -> No
             raise LabError(f"TP={gpus}: {why}")
 
 
-def with_engines_here(lab: Lab, model: models.Model, progress: ProgressDisplay) -> Lab:
+def with_engines_here(
+    lab: Lab, machine: Machine, model: models.Model, progress: ProgressDisplay
+) -> Lab:
     """Leave out the variants whose engines cannot serve this model here, and say why.
 
-    That the default engine can is checked as it starts. Raises EngineError where none is left.
+    Raises EngineError where none is left, and NotApplicable where none of what the lab's first
+    claim compares is.
     """
     reasons = {
         variant.name: why
         for variant in lab.variants
-        if (why := ENGINES[variant.engine].cannot_serve(model))
+        if (why := ENGINES[variant.engine].cannot_serve(model, lab.flags_of(variant), machine))
     }
     if len(reasons) == len(lab.variants):
         raise EngineError("; ".join(dict.fromkeys(reasons.values())))
+    remaining = lab.without(reasons)
+    if lab.claims and not remaining.claims:
+        whys = "; ".join(dict.fromkeys(reasons.values()))
+        raise NotApplicable(f"nothing is left to compare in {lab.name}, as {whys}")
     for name, why in reasons.items():
         progress.message(f"Left out: {name}, as {why}")
-    return lab.without(reasons)
+    return remaining
 
 
 def require_compiler(lab: Lab, machine: Machine) -> None:
@@ -561,8 +571,10 @@ def measured_ceilings(machine: Machine, progress: ProgressDisplay) -> Ceilings:
     Raises LabError where they cannot be measured.
     """
     path = RESULTS / machine.slug / "machine.json"
-    if not path.exists():
-        progress.message("Measuring memory bandwidth and BF16 rate (once a machine, about 15 s)")
+    on_file = read_json(path, MachineFile).ceilings if path.exists() else None
+    if on_file is None or (machine.lacks_bf16 and on_file.fp32_flops_per_s is None):
+        rate = "float32" if machine.lacks_bf16 else "BF16"
+        progress.message(f"Measuring memory bandwidth and {rate} rate (once a machine, about 15 s)")
         try:
             ceilings = machines.measure_ceilings(machine)
         except machines.CeilingsError as error:

@@ -79,7 +79,7 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
 
 def _kernel_argv(model: Path, flags: Mapping[str, FlagValue]) -> tuple[str, ...]:
     """Return the arguments that decide which operators an engine chooses."""
-    deciding = ("block-size", "kv-cache-dtype")
+    deciding = ("block-size", "dtype", "kv-cache-dtype")
     kept = {name: flag for name, flag in flags.items() if name in deciding}
     return (*Vllm.model_argv(model), *Vllm.flag_argv(kept))
 

@@ -36,7 +36,7 @@ def data(runs: Sequence[Run], lessons: Mapping[str, tuple[str, str]]) -> dict[st
         {
             "name": of.name, "card": of.card, "told": of.limits, "memory": memory,
             "bytes_per_s": of.ceilings.memory_bandwidth_bytes_per_s,
-            "flops_per_s": of.ceilings.bf16_flops_per_s,
+            "flops_per_s": of.ceilings.flops_per_s,
             "fp8_flops_per_s": of.ceilings.fp8_flops_per_s,
         }
         for of, memory in [*_cards(), *_measured(runs)]

@@ -257,7 +257,7 @@ def roofline(run: JudgedRun) -> str | None:
     ridge = ceilings.ridge_flops_per_byte
     _, ax = plt.subplots(figsize=(6, 3.8))
     x = np.geomspace(0.5, 4 * ridge, 200)
-    roof = np.minimum(x * ceilings.memory_bandwidth_bytes_per_s, ceilings.bf16_flops_per_s)
+    roof = np.minimum(x * ceilings.memory_bandwidth_bytes_per_s, ceilings.flops_per_s)
     ax.plot(x, roof / 1e9, color=BOUND, label="measured roof")
     ax.axvline(ridge, color=GREY, ls=":", label=f"ridge, {ridge:.0f} FLOP/byte")
     for point in swept:

@@ -75,7 +75,7 @@ def _models(runs: Sequence[Run]) -> Iterator[tuple[str, dict[int, Shape]]]:
     """Yield each model's name and its shapes by the bits of a weight."""
     served: dict[str, dict[int, Shape]] = {}
     for run in runs:
-        if not run.dummy:
+        if not run.dummy and not run.in_float32:
             weights = {16: run.model_shape} | {
                 bits: run.weights[name]
                 for bits, names in QUANTIZED.items()
@@ -101,12 +101,13 @@ def _models(runs: Sequence[Run]) -> Iterator[tuple[str, dict[int, Shape]]]:
 def _ceilings(of: Hardware, bits: int) -> Ceilings:
     """A machine's ceilings for weights of so many bits; only FP8 has a rate of its own."""
     rate = of.ceilings.fp8_flops_per_s if bits == 8 else None
-    return of.ceilings.model_copy(update={"bf16_flops_per_s": rate or of.ceilings.bf16_flops_per_s})
+    rates = {"bf16_flops_per_s": rate or of.ceilings.flops_per_s, "fp32_flops_per_s": None}
+    return of.ceilings.model_copy(update=rates)
 
 
 def attainable_flops_per_s(ceilings: Ceilings, intensity: float) -> float:
     """The FLOP/s that the roof admits at an arithmetic intensity in FLOP / byte."""
-    return min(intensity * ceilings.memory_bandwidth_bytes_per_s, ceilings.bf16_flops_per_s)
+    return min(intensity * ceilings.memory_bandwidth_bytes_per_s, ceilings.flops_per_s)
 
 
 def _roof(ceilings: Ceilings) -> dict[str, Any]:

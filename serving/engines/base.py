@@ -150,6 +150,7 @@ class Engine(Server):
     ready_path: ClassVar[str] = "/health"  # answers with success once it serves
     sockets_variable: ClassVar[str] = ""  # names the folder of its sockets in its environment
     start_s: ClassVar[float | None] = None  # until it serves on a CPU, about
+    in_float32: ClassVar[Flags] = {}  # by which it serves in float32
     lacks: ClassVar[Sequence[str]] = ()  # of what the labs ask of vLLM, for a reader
 
     def __init__(
@@ -198,7 +199,7 @@ class Engine(Server):
         raise EngineError(f"{cls.title} is not installed here: run `make setup`")
 
     @classmethod
-    def cannot_serve(cls, model: Model) -> str:
+    def cannot_serve(cls, model: Model, flags: Flags, machine: Machine) -> str:
         """Say why it cannot serve this model here, such as what is not installed and how to.
 
         Empty where it can, as far as is known before it starts. A lab that compares engines leaves

@@ -47,6 +47,7 @@ class Transformers(Engine):
     command: ClassVar[Sequence[str]] = (sys.executable, "-m", "serving.transformers_server")
     distributions = ("transformers",)
     start_s = 10.0
+    in_float32: ClassVar[Flags] = {"dtype": "float32"}
     lacks = (
         "no page of metrics: its queue, cache and batch are not seen",
         "one request at a time without `continuous-batching`",
@@ -71,7 +72,7 @@ class Transformers(Engine):
         return {answered: self.model for answered in (f"{self._folder}@main", self._folder)}
 
     @classmethod
-    def cannot_serve(cls, model: Model) -> str:
+    def cannot_serve(cls, model: Model, flags: Flags, machine: machines.Machine) -> str:
         try:
             cls.version()
         except EngineError as error:
@@ -101,7 +102,8 @@ class Transformers(Engine):
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
         typed = TypedFlags(flags)
         tokens = typed.integer("cb-block-size", 0) * typed.integer("cb-num-blocks", 0)
-        return PROCESS_BYTES + shape.held_bytes + int(tokens * shape.kv_bytes_per_token())
+        token_bytes = shape.kv_bytes_per_token(4 if cls.in_float32.items() <= flags.items() else 2)
+        return PROCESS_BYTES + shape.held_bytes + int(tokens * token_bytes)
 
     @classmethod
     def check_flags(cls, flag_sets: Sequence[Flags]) -> None:

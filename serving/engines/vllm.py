@@ -48,6 +48,7 @@ PLUGINS = ROOT / "serving" / "plugins"
 """Described as an installed package is: an entry point there is called by each process of vLLM."""
 GUARD = "serving.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+KV_MEMORY = "kv-cache-memory-bytes"
 QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")
 SERVERS = "api-server-count"
 SEVERAL_SERVERS = (sys.executable, "-m", "serving.api_servers")
@@ -169,7 +170,14 @@ class VllmFlags(TypedFlags):
     def kv_value_bytes(self) -> int:
         """The bytes of a cached number, without the few scales of a quantized cache."""
         dtype = str(self.get("kv-cache-dtype", "auto"))
+        if dtype == "auto":
+            return self.value_bytes
         return 1 if dtype.startswith(("fp8", "int8")) else 2
+
+    @property
+    def value_bytes(self) -> int:
+        """The bytes of a weight that has 16 bits in its file, as the engine holds it."""
+        return 4 if self.get("dtype") in ("float32", "float") else 2
 
     @property
     def kv_offloading_bytes(self) -> int:
@@ -292,6 +300,7 @@ class Vllm(Engine):
     distributions = machines.VLLM
     sockets_variable = "VLLM_RPC_BASE_PATH"
     start_s = 35.0
+    in_float32: ClassVar[Flags] = {"dtype": "float32"}
 
     @classmethod
     def server_command(cls, flags: Flags) -> Sequence[str]:
@@ -478,6 +487,17 @@ class Vllm(Engine):
                 f" max-model-len={limit}, which takes {needed:.0f} bytes: raise the one or"
                 " lower the other with SET="
             )
+
+    @classmethod
+    def cannot_serve(cls, model: Model, flags: Flags, machine: Machine) -> str:
+        """Say what vLLM 0.32 has no kernels for on this CPU; whatever else is known at the start.
+
+        Source: `_get_attn_isa` of vllm/v1/attention/backends/cpu_attn.py.
+        """
+        dtype = str(flags.get("kv-cache-dtype", "auto"))
+        if dtype.startswith("fp8") and machine.lacks_avx512:
+            return "vLLM has keys and values in FP8 on a CPU with AVX-512 alone, and this has AVX2"
+        return ""
 
     @classmethod
     def require_memory(cls, variant: str, flags: Flags, machine: Machine, shape: Shape) -> None:

@@ -44,6 +44,7 @@ class Kernels:
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
         arguments = EngineArgs.from_cli_args(parser.parse_args(list(argv)))
         self.config: VllmConfig = arguments.create_engine_config()
+        self.dtype: torch.dtype = self.config.model_config.dtype
         if not parallel_state.model_parallel_is_initialized():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             with TemporaryDirectory() as folder, set_current_vllm_config(self.config):
@@ -59,7 +60,7 @@ class Kernels:
                 inputs,
                 outputs,
                 bias=False,
-                params_dtype=torch.bfloat16,
+                params_dtype=self.dtype,
                 quant_config=self.config.quant_config,
                 prefix=f"model.layers.{layer}.mlp.down_proj",  # of a kind that is always quantized
                 disable_tp=True,
@@ -75,9 +76,9 @@ class Kernels:
         """Return the work of attention in all layers: `tokens` after a `context` in the cache."""
         cache = self.config.cache_config
         name, block_tokens, whole = cache.cache_dtype, cache.block_size, context + tokens
-        isa = _get_attn_isa(torch.bfloat16, block_tokens, head_dim, name)
+        isa = _get_attn_isa(self.dtype, block_tokens, head_dim, name)
         blocks = -(-whole // block_tokens)
-        queries = torch.randn(tokens, heads, head_dim, dtype=torch.bfloat16)
+        queries = torch.randn(tokens, heads, head_dim, dtype=self.dtype)
         output = torch.empty_like(queries)
         starts = torch.tensor([0, tokens], dtype=torch.int32)
         lengths = torch.tensor([whole], dtype=torch.int32)
@@ -89,16 +90,16 @@ class Kernels:
                 kv_heads,
                 2 * block_tokens,
                 head_dim,
-                dtype=torch.bfloat16 if name == "auto" else torch.uint8,
+                dtype=self.dtype if name == "auto" else torch.uint8,
             ).chunk(2, dim=2)
-            new = torch.randn(2, whole, kv_heads, head_dim, dtype=torch.bfloat16)
+            new = torch.randn(2, whole, kv_heads, head_dim, dtype=self.dtype)
             ops.cpu_attn_reshape_and_cache(
                 *new, *both, torch.arange(whole), isa, kv_cache_dtype=name
             )
             caches.append(both)
         metadata = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
-            seq_lens=lengths, dtype=torch.bfloat16, query_start_loc=starts, causal=True,
+            seq_lens=lengths, dtype=self.dtype, query_start_loc=starts, causal=True,
             sliding_window_size=-1, isa=isa, enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             kv_cache_dtype=name,
         )  # fmt: skip

@@ -91,6 +91,7 @@ class Decoder:
             from serving.forecasting.kernels import Kernels
 
             self.kernels = Kernels(kernels)
+        self.dtype = self.kernels.dtype if self.kernels else torch.bfloat16
         self.layers, hidden = config["num_hidden_layers"], config["hidden_size"]
         self.heads = config["num_attention_heads"]
         self.kv_heads = config.get("num_key_value_heads") or self.heads
@@ -100,7 +101,7 @@ class Decoder:
         self.sizes = [q, kv, kv]
 
         def matrix(rows: int, columns: int) -> Any:
-            return torch.randn(rows, columns, device=device, dtype=torch.bfloat16) * 0.02
+            return torch.randn(rows, columns, device=device, dtype=self.dtype) * 0.02
 
         def projection(outputs: int, inputs: int, layer: int) -> Callable[[Any], Any]:
             if self.kernels:
@@ -114,7 +115,7 @@ class Decoder:
                 projection(hidden, q, layer),
                 projection(2 * self.inner, hidden, layer),
                 projection(hidden, self.inner, layer),
-                torch.ones(hidden, device=device, dtype=torch.bfloat16),
+                torch.ones(hidden, device=device, dtype=self.dtype),
             )
             for layer in range(self.layers)
         ]
@@ -127,8 +128,8 @@ class Decoder:
         def thin(inputs: int, outputs: int) -> tuple[Any, Any]:
             """Make the two matrices of an adapter, for all slots."""
             return (
-                torch.zeros(adapters, 1, adapter_rank, inputs, device=device).bfloat16(),
-                torch.zeros(adapters, 1, outputs, adapter_rank, device=device).bfloat16(),
+                torch.zeros(adapters, 1, adapter_rank, inputs, device=device).to(self.dtype),
+                torch.zeros(adapters, 1, outputs, adapter_rank, device=device).to(self.dtype),
             )
 
         self.adapters = [
@@ -153,12 +154,12 @@ class Decoder:
     def linear(self, tokens: int) -> Callable[[], None]:
         """Return the work of all layers over `tokens`, each with CONTEXT_TOKENS of context."""
         torch, f = self.torch, self.torch.nn.functional
-        x = torch.randn(tokens, self.hidden, device=self.device, dtype=torch.bfloat16)
-        angle = torch.rand(tokens, 1, self.head_dim // 2, device=self.device).bfloat16()
+        x = torch.randn(tokens, self.hidden, device=self.device, dtype=self.dtype)
+        angle = torch.rand(tokens, 1, self.head_dim // 2, device=self.device).to(self.dtype)
         keys, values = (
-            torch.randn(
-                1, self.kv_heads, CONTEXT_TOKENS, self.head_dim, device=self.device
-            ).bfloat16()
+            torch.randn(1, self.kv_heads, CONTEXT_TOKENS, self.head_dim, device=self.device).to(
+                self.dtype
+            )
             for _ in range(2)
         )
         size, none = [self.hidden], [()] * self.layers
@@ -201,7 +202,7 @@ class Decoder:
         vLLM's CPU backend adds an adapter's product to the logits of every row, asked for or not.
         """
         torch = self.torch
-        x = torch.randn(rows, self.hidden, device=self.device, dtype=torch.bfloat16)
+        x = torch.randn(rows, self.hidden, device=self.device, dtype=self.dtype)
         if not self.slots:
             return lambda: torch.nn.functional.linear(x, self.head_weights).argmax(dim=-1)
         from serving.forecasting.kernels import Adapters
@@ -225,11 +226,12 @@ class Decoder:
                 self.heads, self.kv_heads, self.head_dim, self.layers, tokens, context_tokens
             )
         torch = self.torch
-        queries = torch.randn(1, self.heads, tokens, self.head_dim, device=self.device).bfloat16()
+        sizes = (1, self.heads, tokens, self.head_dim)
+        queries = torch.randn(*sizes, device=self.device, dtype=self.dtype)
         caches = [
             torch.randn(
                 2, 1, self.kv_heads, context_tokens + tokens, self.head_dim, device=self.device
-            ).bfloat16()
+            ).to(self.dtype)
             for _ in range(self.layers)
         ]
 

@@ -51,9 +51,10 @@ def main(job: dict[str, Any]) -> None:
 
     if not torch.accelerator.is_available():  # AWQ pins memory, for copies to one
         IntermediatesCache.pin_memory = lambda *_: None
-    model = AutoModelForCausalLM.from_pretrained(
-        job["base"], dtype=torch.bfloat16, device_map="auto" if torch.cuda.is_available() else "cpu"
-    )
+    device = "auto" if torch.cuda.is_available() else "cpu"
+    in_float32 = job["in_float32"] and device == "cpu"
+    dtype = torch.float32 if in_float32 else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype, device_map=device)
     samples = job["samples"]
     data = {"input_ids": samples, "attention_mask": [[1] * len(ids) for ids in samples]}
     calibration = {
@@ -65,6 +66,8 @@ def main(job: dict[str, Any]) -> None:
     }
     modifiers = recipe(job["method"], job["group_size"])
     oneshot(model=model, recipe=modifiers, **(calibration if samples else {}))
+    if in_float32:
+        model = model.bfloat16()
     model.save_pretrained(job["out"], save_compressed=True)
 
 

@@ -22,8 +22,6 @@ pytestmark = [
     pytest.mark.skipif(
         machine.detect().kind != "cpu", reason="this machine has a GPU: see tests/gpu"
     ),
-    # making them takes half an hour there, and the labs that serve them are not run
-    pytest.mark.skipif(machine.detect().lacks_bf16, reason=machine.SLOW_BF16),
 ]
 WITH_DERIVED_MODELS = [name for name in LABS if takes_making(name)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from serving import gpus, machine
+from serving import gpus, machine, models
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.base import EngineError, Flags
 from serving.engines.vllm import PARALLEL, Vllm
@@ -35,7 +35,7 @@ def test_vllm_accepts_every_scale_of_every_lab() -> None:
 
     For the same reason one wrong value is among them: it alone is refused, in vLLM's words.
     """
-    scales = ["cpu", "gpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)]
+    scales = ["cpu", models.CPU_FP32, "gpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)]
     resolved = [
         lab.at(at, quick=False, dummy=random)
         for lab in LABS.values()

@@ -27,7 +27,7 @@ import pytest
 from labs import LABS as EVERY_LAB
 from labs.changes import parse_changes
 from labs.filing.results import MachineFile, RunFolder, write_json
-from serving import gpus, machine
+from serving import gpus, machine, models
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.vllm import Vllm
 from serving.install import find_prometheus
@@ -233,9 +233,10 @@ def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
     """Runs a lab to its end, once; many tests look at what it left."""
     done: dict[str, Finished] = {}
     changes = {name: parse_changes(sizes_of(name).fake) for name in EVERY_LAB}
-    resolved = [lab.at("cpu", True, changes[name]) for name, lab in EVERY_LAB.items()]
+    scale = models.scale_of(machine.cpu())
+    resolved = [lab.at(scale, True, changes[name]) for name, lab in EVERY_LAB.items()]
     too_large = parse_changes(f"{sizes_of('chunked-prefill').fake} {TOO_LARGE}")
-    resolved.append(EVERY_LAB["chunked-prefill"].at("cpu", True, too_large))
+    resolved.append(EVERY_LAB["chunked-prefill"].at(scale, True, too_large))
     # vLLM's parser takes ten seconds to import: once, not for every lab
     on_vllm = [(lab, v) for lab in resolved for v in lab.variants if v.engine == DEFAULT_ENGINE]
     Vllm.check_flags([lab.flags_of(variant) for lab, variant in on_vllm])

@@ -36,8 +36,9 @@ from labs.running.resolve import require_no_reading
 from labs.telling.plots import plots_of
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
-from serving import gpus, metrics
-from serving.engines import ENGINES
+from serving import gpus, metrics, models
+from serving.engines import DEFAULT_ENGINE, ENGINES
+from serving.engines.vllm import KV_MEMORY
 from tests.unit.builders import CEILINGS, SHAPE, make_claim, make_lab, make_point, make_workload
 
 # ------------------------------------------------------------------------------------- resolving
@@ -827,3 +828,26 @@ def test_a_claims_title_is_understood_without_the_one_before_it(name: str) -> No
     for scale in ("cpu", "gpu-80"):
         for claim in LABS[name].at(scale, quick=False).claims:
             assert not LEANING.search(claim.title), claim.title
+
+
+@pytest.mark.parametrize("name", LABS)
+def test_in_float32_as_many_tokens_fit_as_in_bf16(name: str) -> None:
+    plain, wide = (LABS[name].at(scale, quick=False) for scale in ("cpu", models.CPU_FP32))
+    assert (plain.value_bytes, wide.value_bytes) == (2, 4)
+    assert plain.digest() != wide.digest()
+    for before, after in zip(
+        plain.points(SHAPE, CEILINGS), wide.points(SHAPE, CEILINGS), strict=True
+    ):
+        if before.variant.engine != DEFAULT_ENGINE:
+            assert after.variant.flags == {
+                **before.variant.flags, **ENGINES[before.variant.engine].in_float32
+            }  # fmt: skip
+            continue
+        assert after.flags["dtype"] == "float32"
+        if KV_MEMORY in before.flags:
+            assert after.flags.kv_cache_memory_bytes == 2 * before.flags.kv_cache_memory_bytes
+
+
+def test_a_reader_may_serve_in_bf16_nevertheless() -> None:
+    changed = LABS["single-stream"].at(models.CPU_FP32, False, {"flags.dtype": "bfloat16"})
+    assert changed.value_bytes == 2

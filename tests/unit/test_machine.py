@@ -189,3 +189,41 @@ def test_an_x86_cpu_without_instructions_for_bf16_is_known() -> None:
         (("avx2", "avx512f", "amx_bf16", "amx_int8"), False),
     ):
         assert plain.model_copy(update={"cpu_flags": flags}).lacks_bf16 == lacks
+
+
+def test_without_instructions_for_bf16_the_rate_is_that_of_float32() -> None:
+    with_both = Ceilings(
+        memory_bandwidth_bytes_per_s=1e10, bf16_flops_per_s=1e9, fp32_flops_per_s=9e10,
+        threads=1, torch="-", measured_at="-",
+    )  # fmt: skip
+    assert with_both.flops_per_s == 9e10
+    assert with_both.ridge_flops_per_byte == 9
+    assert with_both.times(2).flops_per_s == 2 * 9e10
+    plain = with_both.model_copy(update={"fp32_flops_per_s": None})
+    assert (plain.flops_per_s, plain.ridge_flops_per_byte) == (1e9, 0.1)
+    assert "fp32_flops_per_s" not in plain.model_dump()  # as in all older files
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_float32_is_measured_where_the_cpu_lacks_bf16(
+    lacking: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    torch = make_torch(clock, (0, 0), 0)
+    torch.float32 = ""  # type: ignore[attr-defined]
+    flags = ("avx2",) if lacking else ("avx2", "avx512_bf16")
+    here = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34, cpu_flags=flags)
+    monkeypatch.setattr(machine, "cpu", lambda: here)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr("serving.machine.time.perf_counter", clock.read)
+    found = machine._measure("cpu")
+    assert (found.fp32_flops_per_s is not None) == lacking
+    # in software only a small product ends soon
+    assert found.bf16_flops_per_s == 2 * (256 if lacking else 2048) ** 3 / 1.0
+
+
+def test_keys_and_values_in_8_bits_need_avx512() -> None:
+    plain = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34)
+    assert not plain.lacks_avx512
+    assert plain.model_copy(update={"cpu_flags": ("avx2",)}).lacks_avx512
+    assert not plain.model_copy(update={"cpu_flags": ("avx2", "avx512f")}).lacks_avx512

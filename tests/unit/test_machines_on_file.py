@@ -151,7 +151,9 @@ def measured() -> MachineOnFile:
         tokens=(0, 1024), linear_s=(0, 102.4), rows=(0, 1000), head_s=(0, 0), attention_pair_s=0,
         attention_read_s=0,
     )  # fmt: skip
-    return MachineOnFile("abacus/lab/run", CPU, CEILINGS, BUNDLED, False, model.shape, step, 1.0)
+    return MachineOnFile(
+        "abacus/lab/run", CPU, "cpu", CEILINGS, BUNDLED, False, model.shape, step, 1.0
+    )
 
 
 def test_only_engines_with_the_models_own_step_are_forecast_on_it(measured: MachineOnFile) -> None:

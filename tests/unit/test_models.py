@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,37 @@ def test_weights_with_experts_are_read_alike(tmp_path: Path) -> None:
     assert (shape.params, shape.matmul_params) == (838, 100 + 8 + 200 + 30)
     assert (shape.weight_bytes, shape.expert_bytes) == (1476, 1200)
     assert shape.step_bytes(1) == pytest.approx(2 * shape.matmul_params)
+    wide = models.as_served(models.load(tmp_path, "mixture"), 4)
+    assert wide.shape == replace(shape, weight_bytes=2952, expert_bytes=2400, embedding_bytes=400)
+    assert models.as_served(wide, 2).shape == shape
+
+
+def test_in_float32_what_is_not_quantized_is_twice_as_large(tmp_path: Path) -> None:
+    header = {
+        "model.embed_tokens.weight": {"dtype": "BF16", "shape": [100], "data_offsets": [0, 200]},
+        "layers.0.up_proj.weight": {"dtype": "I8", "shape": [60], "data_offsets": [200, 260]},
+        "layers.0.up_proj.scale": {"dtype": "F32", "shape": [5], "data_offsets": [260, 280]},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    config = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9,
+              "max_position_embeddings": 64, "tie_word_embeddings": True}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert models.load(tmp_path, "w8").shape.weight_bytes == 280
+    assert models.load(tmp_path, "w8", value_bytes=4).shape.weight_bytes == 480
+    plain = config_of("llama-1b")
+    assert shape_of(plain, 4).held_bytes == 2 * shape_of(plain).held_bytes
+    quantized = dummy.quantized(plain, "w4a16-gptq")
+    grown = shape_of(quantized, 4).held_bytes - shape_of(quantized).held_bytes
+    assert grown == 2 * (shape_of(plain).params - shape_of(plain).layers * 60_817_408)
+
+
+@pytest.mark.parametrize(
+    ("flags", "scale"), [((), "cpu"), (("avx2",), models.CPU_FP32), (("avx2", "amx_bf16"), "cpu")]
+)
+def test_a_cpu_without_bf16_has_sizes_of_its_own(flags: tuple[str, ...], scale: str) -> None:
+    here = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34, cpu_flags=flags)
+    assert models.scale_of(here) == scale
 
 
 def write_shard(path: Path, *names: str) -> None:
@@ -475,13 +507,12 @@ def test_a_lab_with_a_shape_of_its_own_serves_it_whatever_the_machine_serves(
     weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "bundled_tokenizer", lambda: Path("carried"))
-    monkeypatch.setattr(dummy, "resolve", lambda machine, name: name)
+    shape = shape_of(config_of("moe-3b"))
+    monkeypatch.setattr(dummy, "resolve", lambda machine, name: Model(name, Path(), shape))
     large, small = gpu(81_559), gpu(16_384)
-    for machine, shape in ((large, "moe-30b"), (small, "moe-3b")):
+    for machine, name in ((large, "moe-30b"), (small, "moe-3b")):
         lab = LABS["mixture-of-experts"].at(models.scale_of(machine), quick=False)
-        found: object = model_for(lab, machine, "", weights)
-        assert found == shape
-        named: object = model_for(lab, machine, "moe-tiny", weights)
-        assert named == "moe-tiny"
+        assert model_for(lab, machine, "", weights).name == name
+        assert model_for(lab, machine, "moe-tiny", weights).name == "moe-tiny"
         with pytest.raises(NotApplicable, match=r"MODEL=a/b is no shape .* leave MODEL out"):
             model_for(lab, machine, "a/b", weights)

@@ -16,17 +16,18 @@ from labs import LABS
 from labs.filing.manifest import is_stale
 from labs.filing.results import Run
 from labs.judging.validity import Expected, caveats_of
-from labs.lab import Point, Variant
+from labs.lab import NotApplicable, Point, Variant
 from labs.running.resolve import with_engines_here
 from loadtests.plan import PlannedRequest, body, in_dialect
 from loadtests.workload import Asked, Request
-from serving import gpus, llama_server, metrics, to_gguf, transformers_server
+from serving import gpus, llama_server, metrics, models, to_gguf, transformers_server
 from serving.engines import ENGINES
 from serving.engines.base import EngineError, FlagValue
 from serving.engines.llama_cpp import LlamaCpp
 from serving.engines.transformers import Transformers
 from serving.engines.vllm import Vllm
 from serving.guard import Guard
+from serving.machine import Machine
 from serving.making import MakerError
 from serving.metrics import Snapshot
 from serving.models import Model
@@ -40,6 +41,9 @@ from tests.unit.builders import (
     write_tiny_llama,
 )
 from tests.unit.test_capacity_plan import SilentProgress
+
+CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=8 * 2**30)
+GPU = Machine(kind="gpu", model="Soroban", count=1, memory_bytes=80 * 2**30)
 
 LAB = LABS["serving-engines"]
 SCALES = ["cpu", "gpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)]
@@ -228,7 +232,7 @@ def test_an_engine_that_is_not_installed_is_left_out_by_name_with_its_claims(
 ) -> None:
     without_llama(monkeypatch)
     lab, told = LAB.at("cpu", quick=False), Told()
-    left = with_engines_here(lab, model, told)
+    left = with_engines_here(lab, CPU, model, told)
     assert told.messages[0].startswith("Left out: llama-cpp, as llama.cpp is not installed here")
     assert [v.name for v in left.variants] == ["vllm", "transformers", "transformers-cb"]
     assert left.absent == ("llama-cpp",)
@@ -244,12 +248,24 @@ def test_without_any_engine_nothing_starts(model: Model, monkeypatch: pytest.Mon
     without_llama(monkeypatch)
     alone = LAB.at("cpu", False, {"variants": ["llama-cpp"]})
     with pytest.raises(EngineError, match="not installed here"):
-        with_engines_here(alone, model, Told())
+        with_engines_here(alone, CPU, model, Told())
+
+
+def test_what_the_cpu_has_no_kernel_for_is_left_out_and_a_lab_about_it_alone_does_not_apply(
+    model: Model,
+) -> None:
+    old, told = CPU.model_copy(update={"cpu_flags": ("avx2",)}), Told()
+    scale = models.scale_of(old)
+    left = with_engines_here(LABS["context-retrieval"].at(scale, False), old, model, told)
+    assert left.absent == ("kv-fp8", "both")
+    assert "AVX-512 alone" in told.messages[0]
+    with pytest.raises(NotApplicable, match="nothing is left to compare in kv-quantization"):
+        with_engines_here(LABS["kv-quantization"].at(scale, False), old, model, told)
 
 
 def test_random_weights_are_vllms_alone(model: Model) -> None:
     random = replace(model, dummy=True)
-    lab = with_engines_here(LAB.at("gpu-80", False, dummy=True), random, Told())
+    lab = with_engines_here(LAB.at("gpu-80", False, dummy=True), GPU, random, Told())
     assert [v.name for v in lab.variants] == ["vllm"]
     assert [c.name for c in lab.claims] == ["batches-vllm"]
 
@@ -326,7 +342,7 @@ def test_a_model_of_another_kind_is_refused_before_anything_is_written(
         (base / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(MakerError, match=why):
             to_gguf.make(base, tmp_path / "out")
-        told = LlamaCpp.cannot_serve(Model("abacus", base, SHAPE))
+        told = LlamaCpp.cannot_serve(Model("abacus", base, SHAPE), {}, CPU)
         assert "no GGUF file of this model: abacus" in told
     assert not (tmp_path / "out").exists()
 

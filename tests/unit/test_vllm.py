@@ -14,6 +14,7 @@ import pytest
 from serving.engines import vllm_harmless
 from serving.engines.base import EngineError, FlagValue
 from serving.engines.vllm import SEVERAL_SERVERS, Vllm, VllmFlags, arguments, resolved
+from serving.machine import Machine
 from serving.models import Model, files_sha256
 from tests.unit.builders import SHAPE
 
@@ -231,3 +232,21 @@ def test_more_api_servers_take_another_command_and_no_adapters() -> None:
     assert not vllm_harmless.refusal({"api-server-count": 4})
     for count in (0, 65, 100_000):  # each is a process
         assert "not known to be harmless" in vllm_harmless.refusal({"api-server-count": count})
+
+
+def test_in_float32_a_cached_number_has_four_bytes_unless_the_cache_has_a_type() -> None:
+    assert VllmFlags({"dtype": "float32"}).kv_value_bytes == 4
+    assert VllmFlags({"dtype": "float32", "kv-cache-dtype": "fp8_e4m3"}).kv_value_bytes == 1
+    assert VllmFlags({"dtype": "bfloat16"}).kv_value_bytes == 2
+
+
+def test_keys_and_values_in_8_bits_are_refused_where_the_cpu_has_no_kernel_for_them() -> None:
+    model = Model("abacus", Path(), SHAPE)
+    old, new = (
+        Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34, cpu_flags=flags)
+        for flags in (("avx2",), ("avx2", "avx512f"))
+    )
+    flags, plain = {"kv-cache-dtype": "fp8_e5m2"}, {"kv-cache-dtype": "auto"}
+    assert "AVX-512 alone" in Vllm.cannot_serve(model, flags, old)
+    assert not Vllm.cannot_serve(model, plain, old)
+    assert not Vllm.cannot_serve(model, flags, new)

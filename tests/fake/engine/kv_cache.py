@@ -66,5 +66,6 @@ def _blocks_in(options: argparse.Namespace) -> int:
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     values = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads)
-    each = 1 if options.kv_cache_dtype.startswith("fp8") else 2
+    wide = 4 if options.dtype == "float32" else 2
+    each = 1 if options.kv_cache_dtype.startswith("fp8") else wide
     return int(options.kv_cache_memory_bytes // (options.block_size * values * head_dim * each))

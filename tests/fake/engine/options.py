@@ -75,6 +75,7 @@ def _add_flags(add: Add) -> None:
     add("--watermark", type=float, default=0.0,
         help="share of the blocks that stays free where one is admitted beside others")  # fmt: skip
     add("--kv-cache-memory-bytes", type=int, help="where the model has a config.json")
+    add("--dtype", default="auto", help="float32 halves the tokens that the KV cache holds")
     add("--kv-cache-dtype", default="auto", help="fp8 and its kin hold twice the tokens")
     add("--hf-overrides", type=json.loads, default={}, help="sliding_window of it: said in the"
         " metrics, and older tokens hold no blocks")  # fmt: skip
