@@ -18,10 +18,10 @@ from dashboards.prometheus import Prometheus
 from labs import LABS
 from labs.changes import parse_changes
 from labs.filing.results import MachineFile, Run, RunFolder, write_json
-from labs.lab import Lab
+from labs.lab import Lab, NotApplicable
 from labs.running.chat_writer import writer_of
 from labs.running.counts import ENGINE_METRICS
-from labs.running.resolve import require_compiler
+from labs.running.resolve import absent_engines, require_compiler
 from loadtests import plan
 from serving import machine, metrics, models
 from serving.engines import ENGINES
@@ -111,6 +111,11 @@ def takes_making(lab: str) -> bool:
     return bool({*derived_for(lab)} - {"gguf"})
 
 
+def require_something_to_compare(lab: Lab, model: str) -> None:
+    """Raise NotApplicable where this CPU lacks what the lab compares."""
+    absent_engines(lab, machine.cpu(), models.resolve(machine.cpu(), model))
+
+
 def served(layers: int | None) -> str:
     """Name the model of so many layers, as MODEL= does."""
     return "" if layers is None else str(shallow(layers))
@@ -127,11 +132,12 @@ def lab_on_a_cpu(lab: str, results: Path, command: str = "tests.small") -> None:
     sizes = sizes_of(lab)
     if sizes.not_real:
         pytest.skip(sizes.not_real)
+    model = served(sizes.layers)
     try:
         require_compiler(LABS[lab], machine.detect())
-    except EngineError as error:
+        require_something_to_compare(in_sizes_for_a_cpu(lab), model)
+    except (EngineError, NotApplicable) as error:
         pytest.skip(str(error))
-    model = served(sizes.layers)
     settings = f"{BRIEF} {sizes.real} {sizes.cpu}"
     command = AS_READERS_DO if lab == FRONT_DOOR else command
     folder = quick_run(lab, results, settings, model=model, command=command)

@@ -29,6 +29,7 @@ from labs.running import derived_models
 from labs.running.prompt_files import usable_cores
 from labs.running.resolve import (
     RunRequest,
+    absent_engines,
     check_flags,
     is_dummy,
     model_for,
@@ -312,7 +313,9 @@ def _ability(
         if model is None:
             return Ability(lab.name, True, "after the model is downloaded")
         require_sizes(resolved, model)
-        require_memory(resolved, machine, model)
+        require_memory(resolved, machine, models.as_served(model, resolved.value_bytes))
+        absent = absent_engines(resolved, machine, model)
+        resolved = resolved.without(absent)
         require_host_memory(resolved)
         derived = resolved.derived()
         if random:
@@ -340,7 +343,8 @@ def _ability(
         return Ability(lab.name, False, why)
     minutes = sum(derived_models.RECIPES[name].minutes for name in to_make)
     time = derived_models.time_text(round(minutes), model)
-    notes = [f"makes {', '.join(to_make)} first ({time})"] if to_make else []
+    notes = [f"leaves out {', '.join(absent)}: {next(iter(absent.values()))}"] if absent else []
+    notes += [f"makes {', '.join(to_make)} first ({time})"] if to_make else []
     if to_download := [n for n in missing if n in published]:
         notes.append(f"downloads {', '.join(to_download)} first")
     return Ability(lab.name, True, "; ".join(notes))

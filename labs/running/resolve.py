@@ -437,8 +437,18 @@ def with_engines_here(
 ) -> Lab:
     """Leave out the variants whose engines cannot serve this model here, and say why.
 
-    Raises EngineError where none is left, and NotApplicable where none of what the lab's first
-    claim compares is.
+    Raises what `absent_engines` raises.
+    """
+    reasons = absent_engines(lab, machine, model)
+    for name, why in reasons.items():
+        progress.message(f"Left out: {name}, as {why}")
+    return lab.without(reasons)
+
+
+def absent_engines(lab: Lab, machine: Machine, model: models.Model) -> dict[str, str]:
+    """Say of each variant whose engine cannot serve this model here why: name -> reason.
+
+    Raises EngineError where no variant is left, and NotApplicable where no claim is.
     """
     reasons = {
         variant.name: why
@@ -447,13 +457,10 @@ def with_engines_here(
     }
     if len(reasons) == len(lab.variants):
         raise EngineError("; ".join(dict.fromkeys(reasons.values())))
-    remaining = lab.without(reasons)
-    if lab.claims and not remaining.claims:
+    if lab.claims and not lab.without(reasons).claims:
         whys = "; ".join(dict.fromkeys(reasons.values()))
-        raise NotApplicable(f"nothing is left to compare in {lab.name}, as {whys}")
-    for name, why in reasons.items():
-        progress.message(f"Left out: {name}, as {why}")
-    return remaining
+        raise NotApplicable(f"{lab.name} has nothing to compare here, as {whys}")
+    return reasons
 
 
 def require_compiler(lab: Lab, machine: Machine) -> None:

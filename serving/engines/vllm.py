@@ -496,7 +496,7 @@ class Vllm(Engine):
         """
         dtype = str(flags.get("kv-cache-dtype", "auto"))
         if dtype.startswith("fp8") and machine.lacks_avx512:
-            return "vLLM has keys and values in FP8 on a CPU with AVX-512 alone, and this has AVX2"
+            return "vLLM has no kernel for keys and values in FP8 on a CPU without AVX-512"
         return ""
 
     @classmethod

