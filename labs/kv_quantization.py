@@ -108,7 +108,7 @@ def copied_back(offloading: Point, recomputing: Point) -> Prediction:
         assumptions=(
             f"the link to the host's memory {link}",
             "copying reaches that rate, and is over before the rest of the prompt is computed",
-            "prefill runs at the measured BF16 rate",
+            "prefill runs at the measured rate",
         ),
         source="FLOP: Kaplan et al. 2020; vLLM, KV offloading connector",
     )

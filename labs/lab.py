@@ -174,7 +174,7 @@ class Point:
         """The answers that are written at once where all users wait for theirs."""
         return self.load.users * self.workload.choices
 
-    def kv_bytes(self, bytes_per_value: float = 2) -> float:
+    def kv_bytes(self, bytes_per_value: float | None = None) -> float:
         """Bytes of the keys and values to which all requests in flight attend."""
         per_token = self.shape.kv_bytes_per_token(bytes_per_value)
         return self.sequences * self.attended_tokens * per_token

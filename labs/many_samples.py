@@ -63,7 +63,7 @@ def throughput_ratio(treatment: Point, baseline: Point) -> Prediction:
         formula="n L / (t_prefill(P) + (n - 1) t_prefill(P - found) + (L - 1) t(n)), and its ratio",
         assumptions=(
             "all samples of a prompt start and end together",
-            "prefill runs at the measured BF16 rate, decode on the roofline",
+            "prefill runs at the measured rate, decode on the roofline",
             "sampling, tokenizing, scheduling and HTTP take no time",
         ),
         source=f"{BLOCKS_SOURCE}; Williams et al., Roofline, 2009",

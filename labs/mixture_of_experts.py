@@ -61,7 +61,7 @@ def step_s(point: Point) -> float:
     return theory.decode_step_s(point.shape, point.ceilings, point.load.users, point.context_tokens)
 
 
-FORMULA = "max((weights read + KV bytes) / bandwidth, FLOP / BF16 rate)"
+FORMULA = "max((weights read + KV bytes) / bandwidth, FLOP / rate)"
 ASSUMPTIONS = (
     "a mixture reads (1 - (1 - k/E)^B) of its experts: tokens are routed evenly, each by itself",
     "routing, launching, scheduling and sampling take no time",

@@ -69,7 +69,7 @@ def ttft_left(on: Point, off: Point) -> Prediction:
         value=first_token_s(on) / first_token_s(off),
         formula="max(FLOP left / rate, weight bytes / bandwidth) / (FLOP / rate)",
         assumptions=(
-            "prefill runs at the measured BF16 rate, or at least at one rate whatever its length",
+            "prefill runs at the measured rate, or at least at one rate whatever its length",
             "a prefix is cached while all groups' prompts fit the KV memory, else never",
             "tokenizing, scheduling and HTTP take no time",
         ),

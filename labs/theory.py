@@ -28,7 +28,7 @@ def prefill_flops(shape: Shape, tokens: float, cached_tokens: float = 0) -> floa
 
 
 def prefill_s(shape: Shape, ceilings: Ceilings, tokens: float) -> float:
-    """Seconds that prefilling one prompt takes at the measured BF16 rate, compute alone."""
+    """Seconds that prefilling one prompt takes at the measured rate of arithmetic alone."""
     return prefill_flops(shape, tokens) / ceilings.flops_per_s
 
 
@@ -43,14 +43,14 @@ def prefill_left_s(shape: Shape, ceilings: Ceilings, tokens: float, cached_token
 
 
 def kv_copy_s(
-    shape: Shape, tokens: float, link_bytes_per_s: float, kv_value_bytes: float = 2
+    shape: Shape, tokens: float, link_bytes_per_s: float, kv_value_bytes: float | None = None
 ) -> float:
     """Seconds to copy the keys and values of `tokens` over a link, by its rate alone."""
     return tokens * shape.kv_bytes_per_token(kv_value_bytes) / link_bytes_per_s
 
 
 def copying_pays_from_tokens(
-    shape: Shape, flops_per_s: float, link_bytes_per_s: float, kv_value_bytes: float = 2
+    shape: Shape, flops_per_s: float, link_bytes_per_s: float, kv_value_bytes: float | None = None
 ) -> float:
     """Tokens of a prefix from which on copying its KV takes less time than computing it again.
 
@@ -65,7 +65,7 @@ def copying_pays_from_tokens(
 
 
 def link_that_pays_bytes_per_s(
-    shape: Shape, flops_per_s: float, kv_value_bytes: float = 2
+    shape: Shape, flops_per_s: float, kv_value_bytes: float | None = None
 ) -> float:
     """The rate of a link above which copying KV beats computing it again at any length.
 
@@ -106,7 +106,7 @@ def attention_bytes(shape: Shape, tokens: float, cache_bytes: float | None) -> f
 
 
 def decode_bytes(
-    shape: Shape, batch: float, context_tokens: float, kv_value_bytes: float = 2
+    shape: Shape, batch: float, context_tokens: float, kv_value_bytes: float | None = None
 ) -> float:
     """Bytes one decode step reads: the weights once, and every sequence's keys and values."""
     kv_bytes = batch * context_tokens * shape.kv_bytes_per_token(kv_value_bytes)

@@ -121,6 +121,7 @@ class Shape:
     experts_per_token: int = 0
     expert_bytes: int = 0  # of all of them in all layers, within weight_bytes
     embedding_bytes: int = 0  # of an untied input embedding, which is looked up; 0 in older runs
+    value_bytes: int = 2  # of a weight that has 16 bits in its file, as it is served; 4 in float32
 
     @property
     def held_bytes(self) -> int:
@@ -148,9 +149,13 @@ class Shape:
         idle: float = (1 - self.experts_per_token / self.experts) ** tokens
         return self.weight_bytes - idle * self.expert_bytes
 
-    def kv_bytes_per_token(self, bytes_per_value: float = 2) -> float:
-        """Compute the bytes of K and V in all layers: 2 x layers x KV heads x head dim x bytes."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value
+    def kv_bytes_per_token(self, bytes_per_value: float | None = None) -> float:
+        """Compute the bytes of K and V in all layers: 2 x layers x KV heads x head dim x bytes.
+
+        Without a size of their own they are as large as the weights that are not quantized.
+        """
+        values = 2 * self.layers * self.kv_heads * self.head_dim
+        return values * (bytes_per_value or self.value_bytes)
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,6 @@ class Model:
     path: Path
     shape: Shape  # as it is served
     dummy: bool = False  # its weights are random
-    value_bytes: int = 2  # of a weight that has 16 bits in its file, as it is served
 
 
 def default_name(machine: Machine) -> str:
@@ -240,7 +244,7 @@ def sibling(model: Model, derived: str) -> Path | None:
 
 def as_served(model: Model, value_bytes: int) -> Model:
     """Return the model as an engine holds it whose weights of 16 bits have `value_bytes`."""
-    if model.value_bytes == value_bytes:
+    if model.shape.value_bytes == value_bytes:
         return model
     return load(model.path, model.name, value_bytes)
 
@@ -282,7 +286,7 @@ def _load(path: Path, name: str, value_bytes: int) -> Model:
     config = config.get("text_config", config)
     if (path / RANDOM).exists():
         shape = shape_of(config, value_bytes)
-        return Model(name, path, shape, dummy=True, value_bytes=value_bytes)
+        return Model(name, path, shape, dummy=True)
     sizes: dict[str, tuple[int, int]] = {}
     for shard in shards(path):
         sizes |= _tensor_sizes(shard, value_bytes)
@@ -310,8 +314,8 @@ def _load(path: Path, name: str, value_bytes: int) -> Model:
             experts_per_token=per_token,
             expert_bytes=routed_bytes,
             embedding_bytes=untied[1],
+            value_bytes=value_bytes,
         ),
-        value_bytes=value_bytes,
     )
 
 
@@ -379,6 +383,7 @@ def shape_of(config: Mapping[str, Any], value_bytes: int = 2) -> Shape:
         experts_per_token=per_token,
         expert_bytes=value_bytes * expert * experts,
         embedding_bytes=value_bytes * looked_up,
+        value_bytes=value_bytes,
     )
 
 

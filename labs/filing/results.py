@@ -82,7 +82,6 @@ from loadtests.workload import Name
 from serving import metrics, telemetry, whole
 from serving.attention import AttentionTimes
 from serving.engines.base import FlagValue
-from serving.engines.vllm import VllmFlags
 from serving.machine import Ceilings, Environment, Machine
 from serving.metrics import Histogram, KvUse, Snapshot
 from serving.models import ROOT, Shape
@@ -213,7 +212,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     @property
     def in_float32(self) -> bool:
         """Whether its engines held weights of 16 bits in float32."""
-        return VllmFlags(self.lab.get("flags", {})).value_bytes == 4
+        return self.model_shape.get("value_bytes") == 4
 
     def rebuilt_lab(self) -> Lab:
         """Rebuild the lab as it was run, without its functions: its predictions are on file."""

@@ -48,7 +48,7 @@ class Parts:
 
     measured_s: float
     reading_s: float  # the weights, keys and values, at the measured bandwidth
-    computing_s: float  # at the measured BF16 rate
+    computing_s: float  # at the measured rate of matrix products
     stand_in_s: float | None = None  # the pass as it was timed without an engine, where it was
 
     @property

@@ -117,7 +117,7 @@ def model_on_file(on_file: MachineOnFile, name: str) -> Model:
     """Find the model whose step was timed on a machine; raises ModelError."""
     found = dummy.resolve if on_file.dummy else models.resolve
     model = found(on_file.machine, name or on_file.model)
-    return models.as_served(model, on_file.value_bytes)
+    return models.as_served(model, on_file.shape.value_bytes)
 
 
 def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:

@@ -349,7 +349,7 @@ def with_weights(model: Model, name: str, folder: Path) -> Model:
     Quantized weights are stored packed: they keep the parameters of the model and change the bytes.
     A model with other layers, KV heads or experts has a shape of its own.
     """
-    shape = models.load(folder, name, model.value_bytes).shape
+    shape = models.load(folder, name, model.shape.value_bytes).shape
     if _build(shape) == _build(model.shape):
         read = {"weight_bytes": shape.weight_bytes, "expert_bytes": shape.expert_bytes}
         shape = replace(model.shape, **read)

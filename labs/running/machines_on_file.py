@@ -20,7 +20,7 @@ from serving.engines import DEFAULT_ENGINE
 from serving.engines.vllm import VllmFlags
 from serving.forecasting.step import StepTimes
 from serving.machine import Ceilings, Machine
-from serving.models import Model, ModelError, Shape
+from serving.models import Model, ModelError, Shape, as_served
 
 DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
 MOST_EXTRAPOLATED = 2
@@ -58,11 +58,6 @@ class MachineOnFile:
     step: StepTimes
     spread: float  # the usual one of the machine's speed, a factor of 1 or more
     earlier: tuple[MachineOnFile, ...] = ()  # older runs that timed this model there, newest last
-
-    @property
-    def value_bytes(self) -> int:
-        """Return the bytes that a weight of 16 bits had as it was served."""
-        return 4 if self.scale == models.CPU_FP32 else 2
 
     @property
     def weights(self) -> str:
@@ -143,7 +138,7 @@ def _of_model(timed: Sequence[MachineOnFile], model: str) -> list[MachineOnFile]
         served = models.load(folder.resolve(), folder.name)
     except ModelError:  # a folder without weights may be served with random ones
         return [*timed]
-    return [of for of in timed if of.shape == models.as_served(served, of.value_bytes).shape]
+    return [of for of in timed if of.shape == as_served(served, of.shape.value_bytes).shape]
 
 
 def named() -> list[str]:

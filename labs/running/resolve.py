@@ -150,7 +150,10 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         model.shape,
         ceilings,
         {name: served.shape for name, served in weights.items()},
-        {name: derived_models.about(path, model.value_bytes) for name, path in places.items()},
+        {
+            name: derived_models.about(path, model.shape.value_bytes)
+            for name, path in places.items()
+        },
     )
     return Setup(
         lab=lab,
@@ -241,7 +244,7 @@ def _introduce(
 ) -> None:
     """Say what the lab is about to run on, with its ceilings as text."""
     progress.message(f"Machine: {machine.describe()}; {ceilings}")
-    if machine.lacks_bf16 and model.value_bytes == 4:
+    if machine.lacks_bf16 and model.shape.value_bytes == 4:
         progress.message(f"Note: {IN_FLOAT32}")
     elif machine.lacks_bf16:
         progress.message(f"Note: {SLOW_BF16}")

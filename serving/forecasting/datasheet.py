@@ -80,7 +80,7 @@ def step_times(
     shape: Shape,
     card: Datasheet,
     efficiency: Efficiency,
-    kv_value_bytes: float = 2,
+    kv_value_bytes: float | None = None,
     eight_bit: bool = False,
     gpus: int = 1,
 ) -> StepTimes:

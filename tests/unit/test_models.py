@@ -109,8 +109,11 @@ def test_weights_with_experts_are_read_alike(tmp_path: Path) -> None:
     assert (shape.weight_bytes, shape.expert_bytes) == (1476, 1200)
     assert shape.step_bytes(1) == pytest.approx(2 * shape.matmul_params)
     wide = models.as_served(models.load(tmp_path, "mixture"), 4)
-    assert wide.shape == replace(shape, weight_bytes=2952, expert_bytes=2400, embedding_bytes=400)
+    assert wide.shape == replace(
+        shape, weight_bytes=2952, expert_bytes=2400, embedding_bytes=400, value_bytes=4
+    )
     assert models.as_served(wide, 2).shape == shape
+    assert wide.shape.kv_bytes_per_token() == 2 * shape.kv_bytes_per_token()
 
 
 def test_in_float32_what_is_not_quantized_is_twice_as_large(tmp_path: Path) -> None:
