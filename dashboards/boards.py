@@ -42,8 +42,8 @@ from dashboards.panels import (
     interval,
     lines,
     moments,
+    recorded_runs,
     rows,
-    runs_on_file,
     with_interval,
     without_interval,
 )
@@ -387,7 +387,7 @@ def _annotations() -> tuple[dashboard.AnnotationQuery, ...]:
     return (
         moments("Load points", points, "light-blue", "{{workload}} {{load}}"),
         moments("Warm-up", warm_up, "light-orange", "warm-up"),
-        runs_on_file(),
+        recorded_runs(),
     )
 
 

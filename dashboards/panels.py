@@ -411,7 +411,7 @@ def moments(name: str, expr: str, colour: str, title: str) -> dashboard.Annotati
     )
 
 
-def runs_on_file() -> dashboard.AnnotationQuery:
+def recorded_runs() -> dashboard.AnnotationQuery:
     """Mark the regions of time that `make grafana-push` has written, one for each run."""
     tagged: Any = dashboard.AnnotationTarget().limit(100).match_any(False).tags([TAG]).type("tags")
     return (

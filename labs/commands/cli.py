@@ -61,8 +61,8 @@ from labs.commands.options import (
     UnsafeOption,
     WeightsOption,
     addresses,
-    on_file_of,
     price_of,
+    recorded_machine,
     routers_of,
     settings_of,
     slo_of,
@@ -73,8 +73,8 @@ from labs.commands.terminal import (
     ConsoleProgress,
     console,
     errors,
+    refusal_of,
     reported_errors,
-    said_of,
     show,
     shown_path,
 )
@@ -397,7 +397,7 @@ def _what_stopped(error: Exception, lab: str, machine_slug: str) -> str:
     """
     if isinstance(error, EXPECTED_ERRORS):
         return tellable(str(error))
-    what = said_of(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    what = refusal_of(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     log = results.RESULTS / machine_slug / lab / f"error-{results.moment()}.log"
     try:
         whole.write(log, recordable(tellable("".join(traceback.format_exception(error)))))
@@ -411,7 +411,7 @@ def _pack_between(file: Path | None) -> None:
     try:
         _pack(file)
     except OSError as error:
-        errors.print(f"[bold red]error:[/] {escape(said_of(error))}")
+        errors.print(f"[bold red]error:[/] {escape(refusal_of(error))}")
 
 
 def _pack(file: Path | None) -> None:
@@ -465,7 +465,7 @@ def forecast_lab(
     each engine behind a router, which shares the requests of open loads among them.
     """
     with reported_errors(), ConsoleProgress() as progress:
-        on_file = on_file_of(card, model)
+        on_file = recorded_machine(card, model)
         if on_file:
             model, weights = model or on_file.model, on_file.weights
         elif card and not (model and Path(model).is_dir()):
@@ -523,16 +523,16 @@ def _forecast_page(
         setup, fleets = forecast_fleets_alone(request, size, progress)
         return forecasts.page_of_fleets(
             setup.lab, setup.model.name, setup.machine, size.replicas, fleets.points,
-            fleets.without, setup.datasheet is not None, _run_on_file(setup),
+            fleets.without, setup.datasheet is not None, _name_of_run(setup),
         )  # fmt: skip
     setup, predictions = forecast_alone(request, progress)
     return forecasts.page(
         setup.lab, setup.model.name, setup.machine, predictions, setup.datasheet is not None,
-        _run_on_file(setup),
+        _name_of_run(setup),
     )  # fmt: skip
 
 
-def _run_on_file(setup: Setup) -> str:
+def _name_of_run(setup: Setup) -> str:
     return setup.on_file.run if setup.on_file else ""
 
 

@@ -14,7 +14,7 @@ from typer.models import ParameterInfo
 from labs.errors import did_you_mean
 from labs.lab import LONGEST_S, SLO, LabError
 from labs.running.capacity_plan import MOST_REPLICAS
-from labs.running.machines_on_file import MachineOnFile, on_file
+from labs.running.machines_on_file import MachineOnFile, find_machine
 from loadtests.trace import MOST_PLANNED_ROWS, TraceRow, read_trace
 from serving.forecasting.fleet import ROUTERS
 from serving.gpus import short_names
@@ -185,12 +185,12 @@ def trace_of(path: Path) -> tuple[TraceRow, ...]:
         raise LabError(str(error)) from error
 
 
-def on_file_of(name: str, model: str) -> MachineOnFile | None:
+def recorded_machine(name: str, model: str) -> MachineOnFile | None:
     """Find the machine on file that MACHINE= names; None where a GPU has that name, or nothing.
 
     Raises LabError where no run of that machine timed the step of what MODEL= names.
     """
-    return None if name in short_names() else on_file(name, model)
+    return None if name in short_names() else find_machine(name, model)
 
 
 def routers_of(name: str) -> tuple[str, ...]:

@@ -16,9 +16,9 @@ from labs.commands.options import (
     RouterOption,
     SloOption,
     TraceOption,
-    on_file_of,
     pair,
     price_of,
+    recorded_machine,
     require_known,
     routers_of,
     slo_of,
@@ -123,7 +123,7 @@ def plan_capacity(
     tokens from an API?
     """  # fmt: skip
     with reported_errors(), ConsoleProgress() as progress:
-        on_file = on_file_of(card, model)
+        on_file = recorded_machine(card, model)
         machine = on_file.machine if on_file else machine_of(card)[0]
         require_known("PRECISION", precision, PRECISIONS)
         question = Question(

@@ -159,7 +159,7 @@ def _bypass_proxy_on_loopback() -> None:
         os.environ["no_proxy"] = ",".join(filter(None, (no_proxy, "127.0.0.1")))
 
 
-def said_of(error: OSError) -> str:
+def refusal_of(error: OSError) -> str:
     """Say what the operating system refused, of which file, and where known what mends it."""
     name = f" ({error.filename})" if error.filename else ""
     return f"{error.strerror or error}{name}{MENDS.get(error.errno or 0, '')}"
@@ -182,7 +182,7 @@ def reported_errors() -> Iterator[None]:
         errors.print(f"[bold red]error:[/] {escape(tellable(str(error)))}")
         raise typer.Exit(1) from None
     except OSError as error:
-        errors.print(f"[bold red]error:[/] {escape(said_of(error))}")
+        errors.print(f"[bold red]error:[/] {escape(refusal_of(error))}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("Stopped.")

@@ -376,7 +376,9 @@ def _collection(runs: Sequence[RunFolder]) -> str:
         (Link(f.run().machine.describe(), f"{home.name}/{PAGE}"), ": every claim and answer")
         for home, (f, *_) in _by_machine(runs).items()
     )
-    benches = [block for bench in instruments.on_file() for block in instruments.blocks(bench)]
+    benches = [
+        block for bench in instruments.published_benches() for block in instruments.blocks(bench)
+    ]
     repeated = _reproduced(results.RESULTS)
     marked = _what_marks_mean(runs)
     parts: list[tuple[str, Sequence[Block]]] = [

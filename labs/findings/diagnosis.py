@@ -101,7 +101,7 @@ class Blind:
 
 
 @dataclass(frozen=True)
-class ToldApart:
+class BlindDiagnoses:
     """Holds every trial that was diagnosed."""
 
     trials: tuple[Blind, ...]
@@ -121,12 +121,12 @@ class ToldApart:
         return Counter(t.named for t in self.trials if t.injected == injected)
 
 
-def told_apart(context: Context) -> ToldApart:
+def blind_diagnoses(context: Context) -> BlindDiagnoses:
     """Diagnoses every trial but those of the reference, each beside the pooled reference."""
     reference = context.once(healthy)
     if reference is None:
-        return ToldApart(())
-    return ToldApart(
+        return BlindDiagnoses(())
+    return BlindDiagnoses(
         tuple(
             _blind_diagnosis(injected, repeat, reading, reference)
             for (variant, workload), injected in INJECTED.items()
@@ -150,7 +150,7 @@ def _blind_diagnosis(injected: str, repeat: int, reading: Reading, reference: Re
     )
 
 
-def tell_told_apart(facts: ToldApart) -> Finding:
+def tell_blind_diagnoses(facts: BlindDiagnoses) -> Finding:
     """Shows the confusion matrix, and the evidence of each trial that was named otherwise."""
     title = "Are the causes told apart from the metrics alone?"
     if not facts.trials:
@@ -188,7 +188,7 @@ def tell_told_apart(facts: ToldApart) -> Finding:
     return Finding(title=title, rows=rows, lines=lines)
 
 
-TOLD_APART = Conclusion("told-apart", told_apart, tell_told_apart)
+TOLD_APART = Conclusion("told-apart", blind_diagnoses, tell_blind_diagnoses)
 
 # ---------------------------------------------------------------------------- the signatures
 

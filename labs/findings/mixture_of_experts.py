@@ -193,7 +193,11 @@ def mixture_gains(run: JudgedRun) -> str | None:
     if not facts or not mixture or not alone:
         return None
     first, last = facts[0], facts[-1]
-    small, total, active = run.ratio("one-active"), _told(last.total), _told(last.active)
+    small, total, active = (
+        run.ratio("one-active"),
+        _ratio_text(last.total),
+        _ratio_text(last.active),
+    )
     sentences = [
         "A mixture of experts leaves whole matrices out of a step and keeps them in memory. Of"
         f" {mixture.params / 1e6:,.0f} million parameters (random weights, tokens routed evenly) a"
@@ -217,7 +221,7 @@ def mixture_gains(run: JudgedRun) -> str | None:
     return " ".join(sentences)
 
 
-def _told(beside: Beside | None) -> str:
+def _ratio_text(beside: Beside | None) -> str:
     """Tells a measured ratio beside that by bytes and FLOP; empty where none counts."""
     if beside is None or beside.measured is None or beside.withheld:
         return ""

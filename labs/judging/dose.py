@@ -42,7 +42,7 @@ def caching(trial: Trial) -> bool:
 
 
 @dataclass(frozen=True)
-class Found:
+class CacheHits:
     """Holds how many prompt tokens a trial found in its prefix cache, and how many it can have."""
 
     hits: float
@@ -72,26 +72,26 @@ def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
     - A request that failed may have found nothing, and may have left nothing to one other.
 
     Chance crosses none of these bounds. Where it decides how much is found, the repeats of a point
-    are held together against its forecast as well: `found_over_repeats`.
+    are held together against its forecast as well: `hits_over_repeats`.
     """
     if not caching(trial):
         return Bounds(0, 0)
     cache = _Cache.of(trial)
-    return None if cache is None else _found(trial, cache, template_tokens)[0]
+    return None if cache is None else _hit_bounds(trial, cache, template_tokens)[0]
 
 
-def found(trial: Trial, template_tokens: int | None) -> Found | None:
+def cache_hits(trial: Trial, template_tokens: int | None) -> CacheHits | None:
     """Return what a trial found in its cache; None without one, or where it is not counted."""
     hits = trial.engine.values.get(metrics.PREFIX_HITS) if trial.engine else None
     cache = _Cache.of(trial)
     if hits is None or cache is None or not caching(trial):
         return None
-    bounds, by_chance = _found(trial, cache, template_tokens)
+    bounds, by_chance = _hit_bounds(trial, cache, template_tokens)
     answered = sum(r.prompt_tokens or 0 for r in trial.records if r.ok)
-    return Found(hits, answered, bounds.high, by_chance)
+    return CacheHits(hits, answered, bounds.high, by_chance)
 
 
-def found_over_repeats(repeats: Sequence[Found], least_rate: float) -> Bounds:
+def hits_over_repeats(repeats: Sequence[CacheHits], least_rate: float) -> Bounds:
     """Bound what the repeats of a point must have found together.
 
     `least_rate` is the low end of the forecast's band of the hit rate, which is one of the mean
@@ -102,7 +102,7 @@ def found_over_repeats(repeats: Sequence[Found], least_rate: float) -> Bounds:
     return Bounds((1 - BAND) * min(least, most), most)
 
 
-def _found(trial: Trial, cache: _Cache, template_tokens: int | None) -> tuple[Bounds, bool]:
+def _hit_bounds(trial: Trial, cache: _Cache, template_tokens: int | None) -> tuple[Bounds, bool]:
     """Bound what was found as `cached_tokens` does; tell whether chance decides how much it is."""
     workload = trial.point.workload
     head = SHARED_BY_TEMPLATE if template_tokens is None else template_tokens

@@ -982,7 +982,7 @@ def confounded(claim: Claim, treatment: Point, baseline: Point) -> list[Caveat]:
 
 
 def found_too_little(
-    point: Point, repeats: Sequence[dose.Found], least_rate: float, own_repeats: int
+    point: Point, repeats: Sequence[dose.CacheHits], least_rate: float, own_repeats: int
 ) -> list[Caveat]:
     """Check that a point's repeats found as much in the prefix cache as was forecast of their mean.
 
@@ -991,7 +991,7 @@ def found_too_little(
     """
     if not any(repeat.by_chance for repeat in repeats):
         return []
-    bounds, hits = dose.found_over_repeats(repeats, least_rate), sum(r.hits for r in repeats)
+    bounds, hits = dose.hits_over_repeats(repeats, least_rate), sum(r.hits for r in repeats)
     if len(repeats) < own_repeats:
         text = (
             f"{len(repeats)} of {own_repeats} repeats were measured, and how much is found in the"

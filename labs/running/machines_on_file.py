@@ -99,7 +99,7 @@ def _refusal(timed: Sequence[MachineOnFile], model: str) -> LabError:
     )
 
 
-def on_file(name: str, model: str = "") -> MachineOnFile | None:
+def find_machine(name: str, model: str = "") -> MachineOnFile | None:
     """Find the machine whose folder among the results, or one of whose runs, is named.
 
     Of a machine's runs the newest counts that timed this model's step (as MODEL= names it; any

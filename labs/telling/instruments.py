@@ -185,7 +185,7 @@ def keep(machine: Machine, name: str, part: Part) -> Path:
     return path
 
 
-def on_file() -> list[Bench]:
+def published_benches() -> list[Bench]:
     """Read what was published of every machine, GPUs first; raises DamagedError."""
     paths = tracked(sorted(results.RESULTS.glob(f"*/{FILE}")), results.RESULTS)
     benches = [results.read_json(path, Bench) for path in paths]

@@ -184,14 +184,14 @@ class Entry:
         return is_stale(self.run)
 
     @property
-    def told(self) -> str:
+    def marked_name(self) -> str:
         """The machine, with the run's marks where a quick one stands in for a full one."""
         return self.machine + (marks(self.run) if self.run.quick else "")
 
     @property
     def where(self) -> str:
         """The same, and whether the lab was another one then."""
-        return self.told + " (the lab's settings have changed since)" * self.stale
+        return self.marked_name + " (the lab's settings have changed since)" * self.stale
 
     @property
     def vllm(self) -> str:
@@ -559,7 +559,9 @@ class Course:
             "colours": VARIANTS,
             "predicted": BOUND,
             "measured": [
-                {"machine": e.told, "ratio": j.ratio.value} for e, j in item.guessed if j.ratio
+                {"machine": e.marked_name, "ratio": j.ratio.value}
+                for e, j in item.guessed
+                if j.ratio
             ],
             "foretold": [{"machine": name, "ratio": ratio} for name, ratio in item.predicted],
             "dials": item.dials,

@@ -179,7 +179,7 @@ def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expecte
     caveats: list[Caveat] = []
     failed: dict[str, str] = {}
     again: dict[str, list[str]] = {}
-    timed, found = [], dict[str, list[dose.Found]]()
+    timed, found = [], dict[str, list[dose.CacheHits]]()
     for point, result, trial in folder.trials(points, lab):
         if result.discarded:
             again[f"{point.key}/{result.repeat}"] = [", ".join(d.reasons) for d in result.discarded]
@@ -191,7 +191,7 @@ def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expecte
             of_point = samples_s.setdefault(point.key, {})
             of_point.setdefault(latency, array("d")).extend(trial.samples_s(latency))
         caveats += caveats_of(trial, expected)
-        if in_cache := dose.found(trial, expected.template_tokens):
+        if in_cache := dose.cache_hits(trial, expected.template_tokens):
             found.setdefault(point.key, []).append(in_cache)
         timed += [result.timed] if result.timed else []
         del trial  # before the next one is read

@@ -204,6 +204,7 @@ def test_all_labs_refuse_what_only_one_takes(setting: str, monkeypatch: pytest.M
 def test_serve_starts_the_engine_of_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     started = list[tuple[str, list[str], dict[str, str]]]()
     model = Model("lab/base-1B", Path("/models/base"), SHAPE)
+    monkeypatch.setattr(models, "as_served", lambda model, value_bytes: model)
     monkeypatch.setattr("os.execve", lambda *of: started.append(of))
     monkeypatch.setattr("labs.running.resolve.model_of", lambda *_: model)
     monkeypatch.setattr("labs.commands.cli.require_port", lambda *_: None)
@@ -231,6 +232,7 @@ def test_serve_serves_the_weights_of_the_variant_and_no_other_engine(
         return tmp_path / name
 
     model = Model("lab/base-1B", Path("/models/base"), SHAPE)
+    monkeypatch.setattr(models, "as_served", lambda model, value_bytes: model)
     monkeypatch.setattr("os.execve", lambda program, argv, env: started.append(argv))
     monkeypatch.setattr("labs.commands.cli.model_of", lambda *_: model)
     monkeypatch.setattr("labs.commands.cli.require_port", lambda *_: None)

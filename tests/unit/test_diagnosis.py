@@ -26,13 +26,13 @@ from labs.findings.diagnosis import (
     TITLES,
     TOLD_APART,
     Blind,
+    BlindDiagnoses,
     Coefficients,
-    ToldApart,
+    blind_diagnoses,
     coefficients,
     draw_signatures,
+    tell_blind_diagnoses,
     tell_coefficients,
-    tell_told_apart,
-    told_apart,
 )
 from labs.findings.parts import parts_of
 from labs.judging.diagnosis import Cause, Reading, TooLittle, diagnose
@@ -164,7 +164,7 @@ def test_a_large_budget_makes_a_few_gaps_long_and_the_others_short(
 def test_a_report_says_where_a_mark_was_changed_after_its_run() -> None:
     trial = Blind("burst", 1, "burst", (), "")
     told = {
-        later: " ".join(tell_told_apart(ToldApart((trial,), later)).lines)
+        later: " ".join(tell_blind_diagnoses(BlindDiagnoses((trial,), later)).lines)
         for later in (True, False)
     }
     assert "mark of a large token budget, which was changed after this run" in told[True]
@@ -382,7 +382,7 @@ def test_trials_are_named_blind_and_counted(tmp_path: Path) -> None:
         injected = INJECTED.get((point.variant.name, point.workload.name))
         if injected:
             played(found, point.key, engine=as_it_was[injected])
-    facts = told_apart(found)
+    facts = blind_diagnoses(found)
     assert (facts.right, len(facts.trials)) == (7 * LAB.repeats, 8 * LAB.repeats)
     finding = TOLD_APART.finding(found)
     header, *rows = finding.rows

@@ -79,7 +79,7 @@ def test_a_part_replaces_itself_and_leaves_the_others(home: Path) -> None:
     instruments.keep(MACHINE, "aa", ALARMS.model_copy(update={"alarms": 9}))
     path = instruments.keep(MACHINE, "aa", ALARMS)
     assert path == home / MACHINE.slug / "bench.json"
-    (found,) = instruments.on_file()
+    (found,) = instruments.published_benches()
     assert found.machine == MACHINE
     assert found.streams == Streams(rows=[ROW], measured_at=DAY)
     assert found.aa == ALARMS
@@ -93,7 +93,7 @@ def lines(bench: instruments.Bench) -> list[str]:
 
 def test_a_row_has_units_and_a_dash_for_what_is_not_there(home: Path) -> None:
     instruments.keep(MACHINE, "streams", Streams(rows=[ROW], measured_at=DAY))
-    head, _, table_head, _, row, *_ = lines(*instruments.on_file())
+    head, _, table_head, _, row, *_ = lines(*instruments.published_benches())
     assert head == f"**{MACHINE.describe()}**, 2026-11-25:"
     assert row == (
         "| 2 | 64, a chunk every 10 ms, 4 tokens each, SSE comments | 5,926 | 99.7% | 0 | 0.81 ms"

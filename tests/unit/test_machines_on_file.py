@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.commands.options import on_file_of
+from labs.commands.options import recorded_machine
 from labs.filing import results
 from labs.filing.results import Band, PointForecasts, RunFolder, write_json
 from labs.lab import SLO, LabError
 from labs.running import capacity_plan, machines_on_file, resolve
 from labs.running.capacity_plan import Question, plan
 from labs.running.forecast import reason_against, steps_of
-from labs.running.machines_on_file import MachineOnFile, on_file
+from labs.running.machines_on_file import MachineOnFile, find_machine
 from labs.running.resolve import machine_of
 from labs.telling import capacity_plans, markdown
 from labs.telling.capacity_plans import Demand
@@ -58,7 +58,7 @@ def larger(tokens: int) -> StepTimes:
 def test_a_machine_is_found_by_its_name_and_a_run_by_its_path(home: Path) -> None:
     run = timed(write_run(home), TIMES)
     for name in (MACHINE.slug, str(home / MACHINE.slug), str(run.path)):
-        found = on_file(name)
+        found = find_machine(name)
         assert found
         assert (found.machine, found.ceilings) == (MACHINE, CEILINGS)
         assert (found.model, found.shape, found.step) == ("abacus-1", SHAPE, TIMES)
@@ -74,7 +74,7 @@ def test_of_a_machine_the_newest_run_counts_that_timed_the_steps_needed(home: Pa
     timed(write_run(home, "20260104"), larger(64))
     damaged = timed(write_run(home, "20260105"), larger(9000))
     (damaged.path / "predictions.json").write_text("{")
-    found = on_file(MACHINE.slug)
+    found = find_machine(MACHINE.slug)
     assert found
     for needed, day in ((64, "04"), (65, "03"), (2048, "03"), (2049, "01"), (8192, "01")):
         assert Path(found.covering(needed).run).name.startswith(f"202601{day}T"), needed
@@ -84,12 +84,12 @@ def test_a_step_far_beyond_the_largest_that_was_timed_is_refused(home: Path) -> 
     """Which is so of a run that is named, and timed little."""
     timed(write_run(home, "20260101"), larger(4096))
     run = timed(write_run(home, "20260102"), larger(32))
-    found = on_file(str(run.path))
+    found = find_machine(str(run.path))
     assert found
     assert found.covering(64) == found
     with pytest.raises(LabError, match=r"needs steps of up to 1,024 tokens, .* timed has 32: name"):
         found.covering(1024)
-    machine = on_file(MACHINE.slug)
+    machine = find_machine(MACHINE.slug)
     assert machine
     with pytest.raises(LabError, match=r"up to 8,193 tokens, .* timed has 4,096"):
         machine.covering(8193)
@@ -103,7 +103,7 @@ def test_the_run_that_counts_is_one_of_the_model_that_is_asked_for(home: Path) -
     ):  # fmt: skip
         folder = timed(write_run(home, day), larger(tokens))
         write_json(folder.path / "run.json", folder.run().model_copy(update={"model": name}))
-    small, other, newest = (on_file(MACHINE.slug, model) for model in ("small", "other", ""))
+    small, other, newest = (find_machine(MACHINE.slug, model) for model in ("small", "other", ""))
     assert small
     assert other
     assert (small.model, small.largest) == ("small", 32)
@@ -111,7 +111,7 @@ def test_the_run_that_counts_is_one_of_the_model_that_is_asked_for(home: Path) -
     assert (other.model, other.largest) == ("other", 2048)
     assert newest == other
     with pytest.raises(LabError, match=r"step of small and other was timed, .* nothing of third"):
-        on_file(MACHINE.slug, "third")
+        find_machine(MACHINE.slug, "third")
 
 
 def test_a_run_that_timed_several_steps_or_none_is_refused_with_the_reason(home: Path) -> None:
@@ -119,24 +119,24 @@ def test_a_run_that_timed_several_steps_or_none_is_refused_with_the_reason(home:
     with pytest.raises(
         LabError, match=r"nothing on file tells how long a step takes .* timed no step"
     ):
-        on_file(MACHINE.slug)
+        find_machine(MACHINE.slug)
     timed(run, TIMES, larger(64))
     with pytest.raises(LabError, match="timed 2 steps, and which is the model's own is not told"):
-        on_file(str(run.path))
+        find_machine(str(run.path))
 
 
 def test_a_step_of_quantized_parts_is_not_the_models_own(home: Path) -> None:
     run = timed(write_run(home, flags={"kv-cache-dtype": "fp8"}), TIMES)
     with pytest.raises(LabError, match="timed no step of the model as it is"):
-        on_file(str(run.path))
+        find_machine(str(run.path))
 
 
 def test_a_name_that_nothing_has_is_refused_with_those_that_are_known(home: Path) -> None:
     timed(write_run(home), TIMES)
-    assert on_file_of("h100", "") is None
-    assert on_file_of("", "") is None
+    assert recorded_machine("h100", "") is None
+    assert recorded_machine("", "") is None
     name = MACHINE.slug[:-1]
-    assert on_file_of(name, "") is None
+    assert recorded_machine(name, "") is None
     with pytest.raises(
         LabError, match=f"did you mean {MACHINE.slug}.* h100.*on file {MACHINE.slug}"
     ):

@@ -579,7 +579,7 @@ def prefixed(hits: float, **fields: Any) -> list[str]:
 def over_repeats(hits: Sequence[float], least: float, own: int = 3, **fields: Any) -> list[str]:
     """The names of what is wrong with such repeats together; `least` is the forecast's low end."""
     trials = [prefixed_trial(of_repeat, **fields) for of_repeat in hits]
-    found = [repeat for t in trials if (repeat := dose.found(t, 10))]
+    found = [repeat for t in trials if (repeat := dose.cache_hits(t, 10))]
     assert len(found) == len(trials)
     return [c.name for c in found_too_little(trials[0].point, found, least, own) if c.blocks]
 
