@@ -21,25 +21,26 @@ class Errors:
     """Holds how the client's records differ from the server's, in seconds; `+=` pools trials."""
 
     ttft_s: list[float] = field(default_factory=list)  # sent to first chunk, less the server's
+    start_ttft_s: list[float] = field(default_factory=list)  # of each stream's first request
     read_s: list[float] = field(default_factory=list)  # each chunk: written to stamped
     gap_s: list[float] = field(default_factory=list)  # each gap: absolute difference
     server_late_s: list[float] = field(default_factory=list)  # each chunk: due to written
     lost: int = 0  # chunks or whole requests that the client does not have as they were sent
 
     def __iadd__(self, other: Errors) -> Errors:
-        for name in ("ttft_s", "read_s", "gap_s", "server_late_s"):
+        for name in ("ttft_s", "start_ttft_s", "read_s", "gap_s", "server_late_s"):
             getattr(self, name).extend(getattr(other, name))
         self.lost += other.lost
         return self
 
 
 def compare(
-    client: Iterable[RequestRecord], server: Mapping[int, truth.Truth], t0: float
+    client: Iterable[RequestRecord], server: Mapping[int, truth.Truth], t0: float, streams: int
 ) -> Errors:
     """Compare the client's records with the server's, by the index of the request.
 
-    `t0` is the client's time 0 on the server's clock. Requests of the warm-up count for losses
-    only.
+    `t0` is the client's time 0 on the server's clock. So many `streams` send their first requests
+    at once, which have the lowest indices. Other requests of the warm-up count for losses only.
     """
     errors = Errors()
     for record in client:
@@ -48,10 +49,15 @@ def compare(
         if [k for _, k in record.chunks] != [k for _, k in sent] or not sent:
             errors.lost += max(1, abs(len(sent) - len(record.chunks)))
             continue
-        if not record.in_window or line is None:
+        if line is None:
             continue
         written, read = [at for at, _ in sent], [at for at, _ in record.chunks]
-        errors.ttft_s.append(read[0] - record.sent_s - (written[0] - line["received"]))
+        ttft_added_s = read[0] - record.sent_s - (written[0] - line["received"])
+        if record.index < streams:
+            errors.start_ttft_s.append(ttft_added_s)
+        if not record.in_window:
+            continue
+        errors.ttft_s.append(ttft_added_s)
         errors.read_s += [r + t0 - w for r, w in zip(read, written, strict=True)]
         errors.gap_s += [
             abs((read[i] - read[i - 1]) - (written[i] - written[i - 1]))
@@ -101,6 +107,8 @@ class Totals:
             lost=errors.lost,
             ttft_added_p50_s=percentile_s(errors.ttft_s, 50),
             ttft_added_p99_s=percentile_s(errors.ttft_s, 99),
+            start_ttft_added_p50_s=percentile_s(errors.start_ttft_s, 50),
+            start_ttft_added_p99_s=percentile_s(errors.start_ttft_s, 99),
             read_late_p50_s=percentile_s(errors.read_s, 50),
             read_late_p99_s=percentile_s(errors.read_s, 99),
             gap_error_p50_s=percentile_s(errors.gap_s, 50),
@@ -128,7 +136,7 @@ def measure(program: truth.Program, load: RunningLocust, work: Path, totals: Tot
     t0 = summary.started_monotonic_s
     assert t0 is not None
     client = list(records.read(recorded))
-    totals.errors += compare(client, truth.read(log), t0)
+    totals.errors += compare(client, truth.read(log), t0, program.streams)
     totals.delivered.append(delivered(client, summary.window_s, program.ideal_chunks_per_s))
     totals.chunks += sum(len(r.chunks) for r in client)
     totals.tokens += sum(r.output_tokens or 0 for r in client)

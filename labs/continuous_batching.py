@@ -220,7 +220,9 @@ LAB = Lab(
             "claims.throughput.treatment.load": "concurrent:256",
             "claims.tpot.treatment.load": "concurrent:256",
             "requests": 4096,
-            "load_processes": 4,  # one sends and reads some 20,000 tokens/s
+            # one sends and reads some 20,000 tokens/s; the users alone would choose as many, but
+            # the forecasts on file are of settings that name the number
+            "load_processes": 4,
             "window_s": 15.0,  # three waves on the slowest card of a class
             "next_knobs": (
                 'SET="workloads.exponential.output_tokens.max_tokens=128" takes the tail away:'

@@ -324,6 +324,7 @@ NOT_FILED = ("acceptance", "guessed", "masking", "arithmetic", "searched", "made
 """The fields of a lab that are in no file; what they predicted and what was served are on file."""
 ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
 """What a quick run of any lab does without, unless the lab says otherwise."""
+NOT_SET = 1  # load processes of a lab that does not say how many
 WITHOUT = "without"  # of a quick run's sizes: the names of the parts that it does without
 NOT_QUICK = "not in a quick run on this kind of machine"
 QUICK_OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"repeats": 3}}
@@ -409,8 +410,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     # of each engine, its repeats shared out, where engines take turns
     starts: Annotated[int, Field(gt=0, le=1000)] = 2
     timeout_s: Seconds = 60.0  # longest silence within one response
-    # processes that share the sending of requests
-    load_processes: Annotated[int, Field(gt=0, le=256)] = 1
+    # processes that share the sending of requests; where a lab leaves this at 1, and no reader
+    # sets it, its runs choose the number: `labs/running/load_processes.py`
+    load_processes: Annotated[int, Field(gt=0, le=256)] = NOT_SET
+    # the run did, for its machine's cores: then no digest has it
+    load_processes_chosen: Annotated[bool, Field(exclude_if=lambda chosen: not chosen)] = False
     # the load generator holds the limits on the engines' queues, which their version has not; an
     # engine's own are left out of files and digests
     admission_by_client: Annotated[bool, Field(exclude_if=lambda by_client: not by_client)] = False
@@ -798,6 +802,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         return min(self.curve_repeats, self.repeats)
 
     @property
+    def sets_load_processes(self) -> bool:
+        """Whether the lab says how many processes send."""
+        return self.load_processes != NOT_SET
+
+    @property
     def rounds(self) -> int:
         """The largest number of repeats that a point may have."""
         return max(self.repeats, self.most_repeats)
@@ -935,11 +944,17 @@ def factors(treatment: Point, baseline: Point) -> list[str]:
 
 _PROSE = ("title", "question", "limits", "next_knobs", "left_out")
 _DERIVED = ("answers", "findings", "plots")  # computed from the files of a run, at any time
+_CHOSEN = "load_processes_chosen"
 
 
 def digest_of(resolved: Mapping[str, Any]) -> str:
-    """Hash a resolved lab: the digest changes with any setting, not with a word of explanation."""
-    knobs = {k: v for k, v in resolved.items() if k not in _PROSE}
+    """Hash a resolved lab: the digest changes with any setting, not with a word of explanation.
+
+    Nor does it change with what a run chose for its machine.
+    """
+    knobs = {k: v for k, v in resolved.items() if k not in (*_PROSE, _CHOSEN)}
+    if resolved.get(_CHOSEN):
+        knobs["load_processes"] = NOT_SET
     knobs["claims"] = [
         {k: v for k, v in c.items() if k not in ("title", "coupled")} for c in knobs["claims"]
     ]
@@ -948,7 +963,7 @@ def digest_of(resolved: Mapping[str, Any]) -> str:
 
 def knobs(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Select what of a resolved lab can change a figure: no prose, predictions or conclusions."""
-    settings = {k: v for k, v in resolved.items() if k not in (*_PROSE, *_DERIVED)}
+    settings = {k: v for k, v in resolved.items() if k not in (*_PROSE, *_DERIVED, _CHOSEN)}
     for part in ("claims", "forecasts"):
         settings[part] = [
             {k: v for k, v in c.items() if k not in ("title", "coupled", "predict")}

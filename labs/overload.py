@@ -379,7 +379,7 @@ LAB = Lab(
             "requests": 4096,
             "warmup_s": 1,
             "window_s": 10,
-            "load_processes": 4,
+            "load_processes": 4,  # for its open loops, by which no run chooses a number
             "next_knobs": knobs(limit=128, patience_s=6),
         },
         "gpu-quick": {"flags.max-model-len": 8192},  # as in other labs

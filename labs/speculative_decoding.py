@@ -389,7 +389,9 @@ LAB = Lab(
             "claims.draft-crowd.treatment.load": "concurrent:128",
             "claims.draft-crowd.baseline.load": "concurrent:128",
             "requests": 4096,
-            "load_processes": 4,  # one sends and reads some 20,000 tokens/s
+            # one sends and reads some 20,000 tokens/s; for the users of `crowd` it would be 12, and
+            # 2 without it
+            "load_processes": 4,
             "warmup_s": 3,
             "window_s": 6,
             "next_knobs": (*GUESSES, loads_knob(1, 4, 64)),

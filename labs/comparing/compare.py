@@ -264,7 +264,10 @@ def reason_not_comparable(a: Side, b: Side) -> str:
     if lab_a != lab_b:
         return f"they are runs of different labs, {lab_a} and {lab_b}"
     knobs_a, knobs_b = (fresh_knobs(s.run.lab) for s in (a, b))
-    if differing := [k for k in SENT if knobs_a[k] != knobs_b[k]]:
+    # a number that a run chose for its machine is told among what differs in how they were run
+    chosen = any(s.run.lab.get("load_processes_chosen") for s in (a, b))
+    compared = [k for k in SENT if not (chosen and k == "load_processes")]
+    if differing := [k for k in compared if knobs_a[k] != knobs_b[k]]:
         return f"they were not sent the same load: {', '.join(differing)} differ"
     return ""
 

@@ -99,8 +99,10 @@ def current_lab(run: Run) -> Lab:
         raise LabError(f"there is no lab {name} any more")
     lab = LABS[name].at(run.scale, run.quick, _changes(run), run.dummy)
     lab = lab.without(dict.fromkeys(run.lab.get("absent", ()), "its engine was absent"))
-    by_client = {"admission_by_client": bool(run.lab.get("admission_by_client"))}
-    lab = lab.model_copy(update=by_client)
+    found_there = {"admission_by_client": bool(run.lab.get("admission_by_client"))}
+    if run.lab.get("load_processes_chosen") and not lab.sets_load_processes:
+        found_there |= {"load_processes": run.lab.get("load_processes", lab.load_processes)}
+    lab = lab.model_copy(update=found_there)
     return lab.against_itself() if run.aa else lab
 
 

@@ -19,6 +19,7 @@ from labs.lab import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Poi
 from labs.running import derived_models, machines_on_file
 from labs.running.chat_writer import writer_of
 from labs.running.clock import Clock
+from labs.running.load_processes import chosen_number, cores_for_clients, most_users
 from labs.running.machines_on_file import MachineOnFile, largest_step
 from labs.running.probes import PROBES, TEXT_PROBES
 from labs.running.progress import ProgressDisplay
@@ -141,6 +142,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
             if not request.engine_command:  # a stand-in keeps nothing
                 require_host_memory(lab)
         lab = with_flags_here(lab, progress)
+    lab = with_load_processes(lab, request, None if datasheet or on_file else machine, progress)
     require_client_limits(lab, elsewhere)
     require_prompts(lab, writer)
     places, weights = _derived(lab, model, progress, request.quick)
@@ -530,6 +532,25 @@ def check_flags(lab: Lab) -> Lab:
             if lab.admission_by_client or not any(flags.turns_away for flags in lab.all_flags):
                 raise NotApplicable(str(reason)) from reason
             return check_flags(lab.model_copy(update={"admission_by_client": True}))
+    return lab
+
+
+def with_load_processes(
+    lab: Lab, request: RunRequest, here: Machine | None, progress: ProgressDisplay
+) -> Lab:
+    """Choose how many processes send, unless the lab or the reader did, or a run is repeated.
+
+    Say how many send where there are several; on a machine that is not here none does.
+    """
+    is_set = lab.sets_load_processes or "load_processes" in request.changes
+    if not (is_set or request.reproduces):
+        cores = cores_for_clients(here.kind) if here else None
+        number = chosen_number(lab, cores, request.load_workers)
+        update = {"load_processes": number, "load_processes_chosen": number > 1}
+        lab = lab.model_copy(update=update)
+    if here and lab.load_processes > 1:
+        users = f", of up to {most_users(lab)} users" if lab.load_processes_chosen else ""
+        progress.message(f"Load: {lab.load_processes} processes send it{users}")
     return lab
 
 

@@ -6,6 +6,7 @@ again replaces that part alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -15,7 +16,7 @@ from labs.filing import results
 from labs.filing.committed import tracked
 from labs.judging.judge import Interval
 from labs.judging.text import number, value_with_interval
-from labs.telling.document import Block, Inline, Paragraph, Strong, bullets, parse, table
+from labs.telling.document import Block, Inline, Paragraph, Strong, Table, bullets, parse, table
 from serving.machine import Machine
 
 FILE = "bench.json"
@@ -41,6 +42,9 @@ class Sent(BaseModel, frozen=True, extra="forbid"):
     lost: int
     ttft_added_p50_s: float | None
     ttft_added_p99_s: float | None
+    # of the streams' first requests, which are sent at once; None also in files from before these
+    start_ttft_added_p50_s: float | None = None
+    start_ttft_added_p99_s: float | None = None
     read_late_p50_s: float | None  # a chunk: handed to the socket to stamped
     read_late_p99_s: float | None
     gap_error_p50_s: float | None
@@ -196,8 +200,9 @@ def published_benches() -> list[Bench]:
 
 COLUMNS = (
     "Load processes", "Streams", "Chunks/s", "Delivered", "Lost", "TTFT added, p50", "p99",
-    "Gap error, p50", "p99", "CPU per chunk",
 )  # fmt: skip
+AT_START = ("At the start, p50", "p99")
+MORE_COLUMNS = ("Gap error, p50", "p99", "CPU per chunk")
 PLAYED = (
     "Router", "Replicas", "Requests/s each", "In flight each", "Requests", "CPU time",
     "Requests/s of a core", "Per output token",
@@ -207,7 +212,7 @@ PLAYED = (
 def blocks(bench: Bench) -> list[Block]:
     """Show a machine's table and sentences."""
     heading = Paragraph((Strong(bench.machine.describe()), f"{_days_measured(bench)}:"))
-    streams = [table(COLUMNS, map(_row, bench.streams.rows))] if bench.streams else []
+    streams = [_streams(bench.streams.rows)] if bench.streams else []
     fleet = [table(PLAYED, map(played_row, bench.fleet.rows))] if bench.fleet else []
     return [heading, *streams, bullets(map(parse, _sentences(bench))), *fleet]
 
@@ -225,11 +230,20 @@ def _days_measured(bench: Bench) -> str:
     return f", {' and '.join(days)}{busy}"
 
 
-def _row(row: Sent) -> list[Inline]:
+def _streams(rows: Sequence[Sent]) -> Table:
+    """Make the table of the streams; files from before the start was timed have no such columns."""
+    timed = any(row.start_ttft_added_p50_s is not None for row in rows)
+    columns = (*COLUMNS, *(AT_START if timed else ()), *MORE_COLUMNS)
+    return table(columns, [_row(row, timed) for row in rows])
+
+
+def _row(row: Sent, start_timed: bool) -> list[Inline]:
     tokens = f", {row.tokens_per_chunk} tokens each" if row.tokens_per_chunk > 1 else ""
     shape = f", {row.shape}" if row.shape else ""
+    at_start = (row.start_ttft_added_p50_s, row.start_ttft_added_p99_s) if start_timed else ()
     times = (
-        row.ttft_added_p50_s, row.ttft_added_p99_s, row.gap_error_p50_s, row.gap_error_p99_s,
+        row.ttft_added_p50_s, row.ttft_added_p99_s, *at_start, row.gap_error_p50_s,
+        row.gap_error_p99_s,
     )  # fmt: skip
     cpu = row.cpu_s_per_chunk
     return [

@@ -197,6 +197,8 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
         result += [("Left out: ", parse(what), ".") for what in run.lab.get("left_out", ())]
     if run.lab.get("admission_by_client"):
         result.append(f"The limits are the client's: {ADMISSION_BY_CLIENT}")
+    if (processes := run.lab.get("load_processes", 1)) > 1:
+        result.append(f"Load processes on this machine: {processes}.")
     if summary.failed:
         result.append(f"Trials that failed: {len(summary.failed)}. This run is not complete.")
     if summary.missing:

@@ -48,8 +48,9 @@ def server(*chunks: tuple[float, int]) -> dict[str, Any]:
 
 def test_what_the_client_adds_is_the_difference_of_durations() -> None:
     log = {7: server((101.6, 1), (101.7, 1))}
-    found = trials.compare([client(7, (1.75, 1), (1.8, 1))], log, t0=100.0)
+    found = trials.compare([client(7, (1.75, 1), (1.8, 1))], log, t0=100.0, streams=4)
     assert found.ttft_s == pytest.approx([0.75 - 0.5])  # 0.1 on the way there, 0.15 until read
+    assert not found.start_ttft_s
     assert found.read_s == pytest.approx([0.15, 0.1])
     assert found.gap_s == pytest.approx([0.05])
     assert found.server_late_s == pytest.approx([0.001, 0.001])
@@ -63,14 +64,30 @@ def test_warm_up_is_not_timed_but_its_losses_count() -> None:
         client(2, (1.7, 1), in_window=False),  # one chunk short
         client(3),  # the server never saw it
     ]
-    found = trials.compare(sent, log, t0=100.0)
+    found = trials.compare(sent, log, t0=100.0, streams=1)
     assert found.lost == 2
     assert not found.ttft_s
+    assert not found.start_ttft_s
+
+
+def test_the_first_request_of_each_stream_is_timed_by_itself() -> None:
+    """All streams send it at once, within the warm-up unless it lasts longer."""
+    log = {n: server((101.6, 1), (101.7, 1)) for n in range(4)}
+    sent = [
+        client(0, (1.7, 1), (1.8, 1), in_window=False),
+        client(1, (1.9, 1), (2.0, 1), in_window=False),
+        client(2, (1.7, 1), (1.8, 1), in_window=False),  # a stream's second
+        client(3, (1.75, 1), (1.8, 1)),
+    ]
+    found = trials.Errors()
+    found += trials.compare(sent, log, t0=100.0, streams=2)
+    assert found.start_ttft_s == pytest.approx([0.2, 0.4])
+    assert found.ttft_s == pytest.approx([0.25])
 
 
 def test_merged_chunks_count_as_lost() -> None:
-    found = trials.compare([client(1, (1.7, 2))], {1: server((101.6, 1), (101.7, 1))}, t0=100.0)
-    assert found.lost == 1
+    log = {1: server((101.6, 1), (101.7, 1))}
+    assert trials.compare([client(1, (1.7, 2))], log, t0=100.0, streams=4).lost == 1
 
 
 def test_delivered_share_looks_at_the_window_only() -> None:
@@ -274,14 +291,17 @@ def test_streams_are_shown_with_a_dash_for_what_is_not_there(
 ) -> None:
     cost = trials.Totals(delivered=[0.5], chunks=1000, worker_cpu_s=0.02, all_cpu_s=0.03)
     cost.errors.ttft_s = [0.002] * 10
+    cost.errors.start_ttft_s = [0.0314] * 10
     cost.errors.server_late_s = [0.001] * 10
     sent = cost.sent(truth.Program(16), processes=2)
     assert (sent.chunks_per_s, sent.delivered) == pytest.approx((8 * 50 / 0.54, 0.5))
     assert sent.ttft_added_p99_s == pytest.approx(0.002)
+    assert sent.start_ttft_added_p50_s == pytest.approx(0.0314)
     assert sent.gap_error_p99_s is None
     streams.show([sent])
     said = capsys.readouterr().out
     assert "20.0" in said
+    assert said.count("31.40") == 2
     assert "–" in said
     assert "TTFT added at 16 streams, 2 load processes, p99 at most 1 ms; it is 2 ms: not" in said
 

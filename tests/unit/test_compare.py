@@ -405,6 +405,13 @@ def test_a_field_that_came_later_makes_no_other_load(folder: RunFolder) -> None:
     assert compared(folder, write_slowed(folder, 1)).forced == ""
 
 
+def test_a_number_that_a_run_chose_for_its_machine_makes_no_other_load(folder: RunFolder) -> None:
+    with pytest.raises(LabError, match="load_processes differ"):
+        compared(folder, edited(folder, load_processes=2))
+    chosen = edited(folder, load_processes=3, load_processes_chosen=True)
+    assert compared(folder, chosen).forced == ""
+
+
 def test_what_differs_most_is_told_first(folder: RunFolder) -> None:
     other = write_slowed(folder, 1)
     for at, vllm, zipp in ((folder, "1", "8"), (other, "2", "9")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,24 @@ def test_a_row_has_units_and_a_dash_for_what_is_not_there(home: Path) -> None:
         " | 5.2 ms | 0.1 ms | – | 21.6 µs |"
     )
     assert table_head.count("|") == row.count("|")
+
+
+def test_the_start_of_all_streams_has_columns_where_a_row_has_timed_it(home: Path) -> None:
+    timed = ROW.model_copy(
+        update={"start_ttft_added_p50_s": 0.0214, "start_ttft_added_p99_s": 0.042}
+    )
+    instruments.keep(MACHINE, "streams", Streams(rows=[ROW], measured_at=DAY))
+    older = instruments.path_of(MACHINE)
+    older.write_text(re.sub(r'\s*"start_\w+": null,', "", older.read_text()))
+    assert "start" not in older.read_text()
+    (bench,) = instruments.on_file()
+    assert "At the start" not in lines(bench)[2]
+    both = bench.model_copy(update={"streams": Streams(rows=[ROW, timed], measured_at=DAY)})
+    _, _, table_head, _, untimed, row, *_ = lines(both)
+    assert "| p99 | At the start, p50 | p99 | Gap error, p50 |" in table_head
+    assert "| 5.2 ms | – | – | 0.1 ms |" in untimed
+    assert "| 5.2 ms | 21.4 ms | 42 ms | 0.1 ms |" in row
+    assert table_head.count("|") == untimed.count("|") == row.count("|")
 
 
 def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None:

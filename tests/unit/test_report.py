@@ -307,6 +307,12 @@ def test_a_run_whose_limits_the_client_held_says_so(folder: RunFolder) -> None:
     assert str(note).startswith("The limits are the client's: this vLLM has no limit on its queue")
 
 
+def test_a_run_says_how_many_processes_sent_its_load(folder: RunFolder) -> None:
+    run = folder.run()
+    shared = run.model_copy(update={"lab": {**run.lab, "load_processes": 4}})
+    assert report.notes(shared, folder.summary()) == ["Load processes on this machine: 4."]
+
+
 def test_a_run_with_random_weights_says_so_first(folder: RunFolder) -> None:
     lab = {**folder.run().lab, "left_out": ("quality: there is no text",)}
     changed = {"dummy": True, "model": "llama-8b-dummy", "lab": lab}
