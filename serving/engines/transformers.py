@@ -111,7 +111,8 @@ class Transformers(Engine):
 
     @classmethod
     def refusal(cls, flags: Flags) -> str:
-        return harmful(cls.title, flags, HARMLESS)
+        others = {n: v for n, v in flags.items() if (n, v) not in cls.in_float32.items()}
+        return harmful(cls.title, others, HARMLESS)
 
 
 ENGINE = Transformers

@@ -111,7 +111,7 @@ def test_the_start_of_all_streams_has_columns_where_a_row_has_timed_it(home: Pat
     older = instruments.path_of(MACHINE)
     older.write_text(re.sub(r'\s*"start_\w+": null,', "", older.read_text()))
     assert "start" not in older.read_text()
-    (bench,) = instruments.on_file()
+    (bench,) = instruments.published_benches()
     assert "At the start" not in lines(bench)[2]
     both = bench.model_copy(update={"streams": Streams(rows=[ROW, timed], measured_at=DAY)})
     _, _, table_head, _, untimed, row, *_ = lines(both)

@@ -263,6 +263,11 @@ def test_what_the_cpu_has_no_kernel_for_is_left_out_and_a_lab_about_it_alone_doe
         with_engines_here(LABS["kv-quantization"].at(scale, False), old, model, told)
 
 
+def test_the_type_of_the_weights_is_set_by_the_lab_alone() -> None:
+    assert not Transformers.refusal({"dtype": "float32", "continuous-batching": True})
+    assert "known to be harmless" in Transformers.refusal({"dtype": "os.system"})
+
+
 def test_random_weights_are_vllms_alone(model: Model) -> None:
     random = replace(model, dummy=True)
     lab = with_engines_here(LAB.at("gpu-80", False, dummy=True), GPU, random, Told())
