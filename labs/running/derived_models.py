@@ -28,7 +28,7 @@ from labs.running.chat_writer import writer_of
 from loadtests.arrivals import Concurrent
 from loadtests.structures import FORMS, example, spec
 from loadtests.workload import Fixed, Workload
-from serving import dummy, models, prune
+from serving import dummy, models, prune, quantize
 from serving.models import Model, ModelError, Shape
 from serving.process import Process
 
@@ -328,6 +328,12 @@ def _write_scored(path: Path, share: float) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(orjson.dumps(texts))
+
+
+def bits_of(name: str) -> int:
+    """Tell how many bits a weight has in what is derived by this name, most of its weights."""
+    method = RECIPES[name].method if name in RECIPES else ""
+    return quantize.METHODS[method].bits if method in quantize.METHODS else 16
 
 
 def about(folder: Path, value_bytes: int = 2) -> dict[str, Any]:

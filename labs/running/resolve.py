@@ -458,7 +458,11 @@ def absent_engines(lab: Lab, machine: Machine, model: models.Model) -> dict[str,
     reasons = {
         variant.name: why
         for variant in lab.variants
-        if (why := ENGINES[variant.engine].cannot_serve(model, lab.flags_of(variant), machine))
+        if (
+            why := ENGINES[variant.engine].cannot_serve(
+                model, lab.flags_of(variant), machine, derived_models.bits_of(variant.weights)
+            )
+        )
     }
     if len(reasons) == len(lab.variants):
         raise EngineError("; ".join(dict.fromkeys(reasons.values())))

@@ -199,7 +199,9 @@ class Engine(Server):
         raise EngineError(f"{cls.title} is not installed here: run `make setup`")
 
     @classmethod
-    def cannot_serve(cls, model: Model, flags: Flags, machine: Machine) -> str:
+    def cannot_serve(
+        cls, model: Model, flags: Flags, machine: Machine, weight_bits: int = 16
+    ) -> str:
         """Say why it cannot serve this model here, such as what is not installed and how to.
 
         Empty where it can, as far as is known before it starts. A lab that compares engines leaves

@@ -65,7 +65,9 @@ class LlamaCpp(Engine):
         return {"cache_prompt": False}
 
     @classmethod
-    def cannot_serve(cls, model: Model, flags: Flags, machine: machines.Machine) -> str:
+    def cannot_serve(
+        cls, model: Model, flags: Flags, machine: machines.Machine, weight_bits: int = 16
+    ) -> str:
         here = shutil.which(llama_server.PROGRAM) or importlib.util.find_spec(llama_server.PACKAGE)
         if not here:
             return (

@@ -72,7 +72,9 @@ class Transformers(Engine):
         return {answered: self.model for answered in (f"{self._folder}@main", self._folder)}
 
     @classmethod
-    def cannot_serve(cls, model: Model, flags: Flags, machine: machines.Machine) -> str:
+    def cannot_serve(
+        cls, model: Model, flags: Flags, machine: machines.Machine, weight_bits: int = 16
+    ) -> str:
         try:
             cls.version()
         except EngineError as error:

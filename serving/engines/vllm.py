@@ -489,14 +489,19 @@ class Vllm(Engine):
             )
 
     @classmethod
-    def cannot_serve(cls, model: Model, flags: Flags, machine: Machine) -> str:
+    def cannot_serve(
+        cls, model: Model, flags: Flags, machine: Machine, weight_bits: int = 16
+    ) -> str:
         """Say what vLLM 0.32 has no kernels for on this CPU; whatever else is known at the start.
 
-        Source: `_get_attn_isa` of vllm/v1/attention/backends/cpu_attn.py.
+        Sources: `_get_attn_isa` of vllm/v1/attention/backends/cpu_attn.py, and `cpu_gemm_wna16`,
+        which its build for AVX2 lacks.
         """
         dtype = str(flags.get("kv-cache-dtype", "auto"))
         if dtype.startswith("fp8") and machine.lacks_avx512:
             return "vLLM has no kernel for keys and values in FP8 on a CPU without AVX-512"
+        if weight_bits == 4 and machine.lacks_avx512:
+            return "vLLM has no kernel for weights of 4 bits on a CPU without AVX-512"
         return ""
 
     @classmethod

@@ -53,7 +53,6 @@ EVERY_FIVE = Traffic(kind="open", schedule_s=(0, 5, 10, 15, 20, 25), warmup_s=0,
 CLOSE = Traffic(kind="open", schedule_s=(0.0, 0.1, 0.2), warmup_s=0, window_s=1)
 IN_TURN = Traffic(kind="closed", users=1, warmup_s=0, window_s=20)
 BLOCK = 128
-STEPS_TIMED = 5
 MASKS = Masking(compile_s=0, mask_s=0.75, processors=2)
 COPIED: tuple[Copied, ...] = (
     ((0, 0),) * 5,  # nothing is ever found
@@ -70,12 +69,20 @@ QUANTIZED = {
     "w8a8": ("int-quantized", {"weights": WEIGHTS, "input_activations": TOKENS}),
     "w4a16": ("pack-quantized", {"weights": FOUR_BITS}),
 }
+OLD = machine.cpu().lacks_avx512  # so that some kernels are missing
+KINDS = {name: kind for name, kind in QUANTIZED.items() if not (OLD and name == "w4a16")}
+TYPES = [  # of what is not quantized, and of the cache
+    ("auto", "auto"),
+    ("float32", "auto"),
+    *(() if OLD else (("auto", "fp8_e4m3"), ("auto", "fp8_e5m2"))),
+]
+STEPS_TIMED = len(KINDS) - 1 + len(TYPES)
 
 
 def steps_to_time(folder: Path) -> TimingPlans:
     """Plan to time two layers of the bundled shape, in every type of weights and cache."""
     plans = []
-    for name, quantized in QUANTIZED.items():
+    for name, quantized in KINDS.items():
         model = folder / name
         shutil.copytree(
             models.bundled(), model, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf")
@@ -88,8 +95,11 @@ def steps_to_time(folder: Path) -> TimingPlans:
                 "config_groups": {"group_0": {"targets": ["Linear"], **group}},
             }  # fmt: skip
         (model / "config.json").write_text(json.dumps(config))
-        for cache in ("auto", "fp8_e4m3", "fp8_e5m2") if name == "bf16" else ("auto",):
-            argv = ("--model", str(model), "--block-size", "32", "--kv-cache-dtype", cache)
+        for dtype, cache in TYPES if name == "bf16" else TYPES[:1]:
+            argv = (
+                "--model", str(model), "--block-size", "32", "--dtype", dtype,
+                "--kv-cache-dtype", cache,
+            )  # fmt: skip
             plans.append(
                 TimingPlan(
                     config=model / "config.json", device="cpu", cores=(0,), tokens=(1, 4),

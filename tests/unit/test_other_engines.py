@@ -259,8 +259,11 @@ def test_what_the_cpu_has_no_kernel_for_is_left_out_and_a_lab_about_it_alone_doe
     left = with_engines_here(LABS["context-retrieval"].at(scale, False), old, model, told)
     assert left.absent == ("kv-fp8", "both")
     assert "without AVX-512" in told.messages[0]
-    with pytest.raises(NotApplicable, match="kv-quantization has nothing to compare here"):
-        with_engines_here(LABS["kv-quantization"].at(scale, False), old, model, told)
+    left = with_engines_here(LABS["weight-quantization"].at(scale, False), old, model, told)
+    assert left.absent == ("w4a16-gptq", "w4a16-awq")
+    for name in ("kv-quantization", "quantization-tools"):
+        with pytest.raises(NotApplicable, match=f"{name} has nothing to compare here"):
+            with_engines_here(LABS[name].at(scale, False), old, model, told)
 
 
 def test_the_type_of_the_weights_is_set_by_the_lab_alone() -> None:

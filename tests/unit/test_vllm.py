@@ -250,3 +250,6 @@ def test_keys_and_values_in_8_bits_are_refused_where_the_cpu_has_no_kernel_for_t
     assert "without AVX-512" in Vllm.cannot_serve(model, flags, old)
     assert not Vllm.cannot_serve(model, plain, old)
     assert not Vllm.cannot_serve(model, flags, new)
+    assert "weights of 4 bits" in Vllm.cannot_serve(model, plain, old, 4)
+    assert not Vllm.cannot_serve(model, plain, old, 8)
+    assert not Vllm.cannot_serve(model, plain, new, 4)
