@@ -76,6 +76,11 @@ def facts(run: Run, load: Mapping[str, str] | None = None) -> dict[str, str]:
                 "ceilings": {
                     "memory_bandwidth": f"{run.ceilings.memory_bandwidth_bytes_per_s:.1e} B/s",
                     "bf16_rate": f"{run.ceilings.bf16_flops_per_s:.1e} FLOP/s",
+                    **(
+                        {"fp32_rate": f"{rate:.1e} FLOP/s"}
+                        if (rate := run.ceilings.fp32_flops_per_s)
+                        else {}
+                    ),
                     "threads": run.ceilings.threads,
                 },
                 "environment": environment,
