@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from labs.filing import bounded
@@ -19,10 +20,19 @@ SECRET = re.compile(masking.PATTERN.encode())
 HOME = re.compile(rb"(?<![\w.~])/(?:home/[^/\s\"']+|Users/[^/\s\"']+|root)/")
 
 
-def contradictions(folder: RunFolder) -> list[str]:
+def read_trials(folder: RunFolder) -> None:
+    """Read every trial of a run, and keep none."""
+    run = folder.run()
+    deque(folder.trials(run.points(), run.rebuilt_lab()), maxlen=0)
+
+
+def contradictions(
+    folder: RunFolder, read: Callable[[RunFolder], object] = read_trials
+) -> list[str]:
     """List where a run's files cannot be read or contradict each other; empty where they agree.
 
-    What is missing of a run that was not finished is no contradiction.
+    What is missing of a run that was not finished is no contradiction. Where all else agrees, its
+    trials are read by `read`, so that a caller who computes from them reads them once.
     """
     messages = []
     try:
@@ -39,7 +49,7 @@ def contradictions(folder: RunFolder) -> list[str]:
                         messages.append(f"trial {trial} is missing")
                     elif result.failed:
                         messages.append(f"trial {trial} failed, and yet it is COMPLETE")
-        deque(folder.trials(points, lab), maxlen=0)  # each is read, none is kept
+        (read_trials if messages else read)(folder)
     except UNREADABLE as error:
         messages.append(f"it cannot be read: {first_line(error)}")
     return messages
@@ -57,9 +67,12 @@ def unreadable(folder: RunFolder) -> str:
     return ""
 
 
-def problems(folder: RunFolder) -> list[str]:
-    """List what is wrong with a run on file; the list is empty when it is well formed."""
-    messages = contradictions(folder)
+def problems(folder: RunFolder, read: Callable[[RunFolder], object] = read_trials) -> list[str]:
+    """List what is wrong with a run on file; the list is empty when it is well formed.
+
+    Its trials are read as `contradictions` says.
+    """
+    messages = contradictions(folder, read)
     with contextlib.suppress(DamagedError):  # it is listed already
         run = folder.run()
         if run.digest not in folder.path.name:
