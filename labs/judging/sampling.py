@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from labs.judging.judge import CONFIDENCE, Interval
 
@@ -142,7 +142,7 @@ def over_tasks(values: Sequence[float]) -> Interval:
     n, mean = len(values), float(np.mean(values))
     if len(set(values)) == 1:
         k = round(mean * n)
-        bounds = stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
+        bounds = scipy.stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
         return Interval(
             value=mean, low=min(mean, float(bounds.low)), high=max(mean, float(bounds.high)), n=n
         )

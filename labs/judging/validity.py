@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from pydantic import BaseModel
-from scipy import stats
 
 from labs.judging import dose
 from labs.judging.judge import Caveat
@@ -411,8 +411,8 @@ def _change(trial: Trial) -> tuple[float, float] | None:
     times, steps_s = step_times_s(trial)
     if len(times) < LEAST_SLICES:
         return None
-    slope = float(stats.theilslopes(np.log(steps_s), times)[0])
-    return slope * trial.window_length_s, float(stats.kendalltau(times, steps_s).pvalue)
+    slope = float(scipy.stats.theilslopes(np.log(steps_s), times)[0])
+    return slope * trial.window_length_s, float(scipy.stats.kendalltau(times, steps_s).pvalue)
 
 
 def _change_at_equal_load(trial: Trial) -> tuple[float, float] | None:
@@ -440,7 +440,7 @@ def _change_at_equal_load(trial: Trial) -> tuple[float, float] | None:
     if slope is None or len(others) < n:
         return None
     error = math.sqrt((n - 1) * float(np.var(others)))
-    p = 2 * float(stats.t.sf(abs(slope) / error, n - 1)) if error else float(not slope)
+    p = 2 * float(scipy.stats.t.sf(abs(slope) / error, n - 1)) if error else float(not slope)
     return slope * TREND_SLICES, p
 
 
