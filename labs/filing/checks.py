@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from labs.filing import bounded
@@ -17,7 +17,9 @@ from serving import masking
 
 MOST_BYTES = 10 * 2**20  # of a run, since a collection is cloned as a whole
 SECRET = re.compile(masking.PATTERN.encode())
+SECRET_MARKS = tuple(mark.encode() for mark in masking.MARKS)
 HOME = re.compile(rb"(?<![\w.~])/(?:home/[^/\s\"']+|Users/[^/\s\"']+|root)/")
+HOME_MARKS = (b"/home/", b"/Users/", b"/root/")
 
 
 def read_trials(folder: RunFolder) -> None:
@@ -100,9 +102,16 @@ def _unfit_to_publish(run: Path) -> list[str]:
         except (OSError, DamagedError):
             continue  # a damaged file is reported where it is read
         name = path.relative_to(run)
-        if SECRET.search(content):  # the message must not repeat it
+        if _found(SECRET, SECRET_MARKS, content):  # the message must not repeat it
             unfit.append(f"{name} holds what looks like a secret: revoke it, then remove it")
-        if path.suffix != ".log" and (home := HOME.search(content)):
+        if path.suffix != ".log" and (home := _found(HOME, HOME_MARKS, content)):
             unfit.append(f"{name} names a home folder, {home[0].decode(errors='replace')}..")
     logs = tracked_names(run, "*.log")
     return [*unfit, *(f"{name} is a log that git keeps: remove it" for name in logs)]
+
+
+def _found(
+    pattern: re.Pattern[bytes], marks: Sequence[bytes], content: bytes
+) -> re.Match[bytes] | None:
+    """Search for a pattern whose matches all hold one of the marks, which are faster to find."""
+    return pattern.search(content) if any(mark in content for mark in marks) else None

@@ -90,10 +90,11 @@ def compare(baseline: Evaluation, treatment: Evaluation) -> list[QualityFigure]:
 def kl_divergence(p: Mapping[int, float], q: Mapping[int, float]) -> float:
     """Compute KL(p || q) in nats from logprobs, over the ids that both know and one rest."""
     shared = p.keys() & q.keys()
-    rest_p, rest_q = (
-        max(LEAST_REST, 1 - math.fsum(math.exp(side[i]) for i in shared)) for side in (p, q)
-    )
-    terms = [math.exp(p[i]) * (p[i] - q[i]) for i in shared]
+    logs_p, logs_q = ([side[i] for i in shared] for side in (p, q))
+    shares_p = [*map(math.exp, logs_p)]
+    rest_p = max(LEAST_REST, 1 - math.fsum(shares_p))
+    rest_q = max(LEAST_REST, 1 - math.fsum(map(math.exp, logs_q)))
+    terms = [share * (a - b) for share, a, b in zip(shares_p, logs_p, logs_q, strict=True)]
     return max(0.0, math.fsum([*terms, rest_p * math.log(rest_p / rest_q)]))
 
 
@@ -138,7 +139,8 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[In
 
 def _first(logprobs: Mapping[int, float]) -> int:
     """Return the likeliest id; where BF16 logits tie, the lowest of the tied ids."""
-    return min(logprobs, key=lambda token: (-logprobs[token], token))
+    most = max(logprobs.values())
+    return min(token for token, logprob in logprobs.items() if logprob == most)
 
 
 SOURCES = {
