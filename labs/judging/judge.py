@@ -309,19 +309,21 @@ def effect(
     units = [list(arm.values()) for arm in arms]
     counts = [len(values) for values in units]
     several = min(counts) > 1
-    spread = math.hypot(*(math.sqrt(_variance(u, of_means)) for u in units)) if several else None
+    variances = [_variance(u, of_means) for u in units] if several else []
+    spread = math.hypot(*map(math.sqrt, variances)) if several else None
     terms, least_starts = [], None
     if starts:
         by_start = [_means_by_start(*arm) for arm in zip(arms, starts, strict=True)]
         least_starts = min(map(len, by_start))
         if least_starts >= ENOUGH_STARTS:
             units = by_start
+            variances = [_variance(u, of_means) for u in units] if several else []
         else:
             per_start = sum(1 / len(means) for means in by_start)
             terms = [(START_SPREAD**2 * per_start, START_FREEDOM)]
     error, freedom = None, 1.0
     if several:
-        terms += [(_variance(u, of_means) / len(u), len(u) - 1) for u in units]
+        terms += [(v / len(u), len(u) - 1) for v, u in zip(variances, units, strict=True)]
         error, freedom = _standard_error(terms)
     above, below = (float(np.mean(u)) for u in units)
     estimate = Effect(
