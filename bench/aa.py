@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
-from scipy import stats
+import scipy
 
 from bench import BenchError, truth
 from bench.clock import Clock
@@ -180,7 +180,7 @@ def alarms_of(runs: Sequence[Sequence[Judgement]], lab: str) -> instruments.Alar
         reason = f" ({why[0][0]})" if why else ""
         raise BenchError(f"no claim could be judged{reason}: this machine is too busy")
     alarms = sum(j.outcome in ("helps", "hurts") for j in judged)
-    exact = stats.binomtest(alarms, len(judged)).proportion_ci(CONFIDENCE, method="exact")
+    exact = scipy.stats.binomtest(alarms, len(judged)).proportion_ci(CONFIDENCE, method="exact")
     spreads = [j.effect.spread for j in judged if j.effect and j.effect.spread is not None]
     return instruments.Alarms(
         lab=lab,

@@ -12,8 +12,9 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import compress
+from functools import cache, cached_property
+from itertools import chain, compress
+from operator import itemgetter
 from statistics import fmean
 from typing import Annotated, Any, Literal, Self
 
@@ -28,6 +29,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from labs import theory
 from labs.changes import in_words, known_names, parts_kept, set_field
@@ -143,12 +145,14 @@ class Point:
     @cached_property
     def prompt_tokens(self) -> float:
         """The mean length of the prompts, in tokens."""
-        return sum(p for p, _ in self.lengths) / len(self.lengths)
+        total: int = sum(map(itemgetter(0), self.lengths))
+        return total / len(self.lengths)
 
     @cached_property
     def output_tokens(self) -> float:
         """The mean length of the completions, in tokens."""
-        return sum(o for _, o in self.lengths) / len(self.lengths)
+        total: int = sum(map(itemgetter(1), self.lengths))
+        return total / len(self.lengths)
 
     @property
     def context_tokens(self) -> float:
@@ -854,9 +858,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             (
                 workload,
                 tuple(
-                    of
-                    for seed in seeds
-                    for of in workload.lengths(self.requests_of(workload), seed)
+                    chain.from_iterable(
+                        workload.lengths(self.requests_of(workload), seed) for seed in seeds
+                    )
                 ),
             )
             for workload in self.workloads
@@ -913,9 +917,15 @@ def _write_out_defaults(fields: dict[str, Any]) -> None:
     parts += [(models[name], plain) for name, plains in lists.items() for plain in plains]
     for model, plain in parts:
         if isinstance(plain, dict):
-            for name, info in model.model_fields.items():
-                if info.exclude_if:
-                    plain.setdefault(name, info.get_default())
+            for name, info in _left_out_of_digests(model):
+                if name not in plain:
+                    plain[name] = info.get_default()
+
+
+@cache
+def _left_out_of_digests(model: type[BaseModel]) -> tuple[tuple[str, FieldInfo], ...]:
+    """List the fields that a digest leaves out while they have their defaults."""
+    return tuple((name, info) for name, info in model.model_fields.items() if info.exclude_if)
 
 
 def the_same(twin: Point, base: Point) -> Prediction:

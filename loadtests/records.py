@@ -108,8 +108,10 @@ class RequestRecord:
     @property
     def tpot_s(self) -> float | None:
         """Time per output token after the first chunk; None where one chunk holds them all."""
-        counted = sum(tokens for _, tokens in self.chunks)
-        later_tokens = (self.output_tokens or counted) - self.chunks[0][1] if self.chunks else 0
+        if not self.chunks:
+            return None
+        all_tokens = self.output_tokens or sum(tokens for _, tokens in self.chunks)
+        later_tokens = all_tokens - self.chunks[0][1]
         if later_tokens <= 0 or len(self.chunks) == 1:
             return None
         return (self.chunks[-1][0] - self.chunks[0][0]) / later_tokens

@@ -6,6 +6,7 @@ import bisect
 import math
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -185,6 +186,19 @@ class Request:
     alike_tokens: int | None = None
 
 
+@lru_cache(maxsize=64)  # each variant and load of a workload asks for the same
+def _drawn(
+    prompt_tokens: Lengths, output_tokens: Lengths, chat: Chat | None, name: str, n: int, seed: int
+) -> tuple[tuple[int, int], ...]:
+    """Draw the (prompt, output) tokens of the first n prompts of the workload of this name."""
+    prompt_rng, output_rng = (random.Random(f"{seed}/{name}/{part}") for part in "po")
+    prompts = prompt_tokens.draw(n, prompt_rng)
+    if chat:
+        grows, turns = chat.grows_tokens, chat.turns
+        prompts = [p + i % turns * grows for i, p in enumerate(prompts)]
+    return tuple(zip(prompts, output_tokens.draw(n, output_rng), strict=True))
+
+
 class Workload(BaseModel, frozen=True, extra="forbid"):
     """A workload is a named mix of requests, and the arrivals with which it is sent.
 
@@ -308,12 +322,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         """Draw the (prompt, output) tokens of the first n prompts."""
         if rows := self.trace:
             return [rows[i % len(rows)][1:] for i in range(n)]
-        prompt_rng, output_rng = (random.Random(f"{seed}/{self.name}/{part}") for part in "po")
-        prompts = self.prompt_tokens.draw(n, prompt_rng)
-        if self.chat:
-            grows, turns = self.chat.grows_tokens, self.chat.turns
-            prompts = [p + i % turns * grows for i, p in enumerate(prompts)]
-        lengths = list(zip(prompts, self.output_tokens.draw(n, output_rng), strict=True))
+        lengths = [*_drawn(self.prompt_tokens, self.output_tokens, self.chat, self.name, n, seed)]
         if self.intruder:
             intruder = (self.intruder.prompt_tokens, self.intruder.output_tokens)
             lengths = [intruder if self.is_intruder(i) else own for i, own in enumerate(lengths)]

@@ -12,6 +12,11 @@ PATTERN = (
     r"|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})\b|Bearer [\w.-]{20,}|PRIVATE KEY-----"
 )
 """Tokens of Hugging Face, GitHub, Grafana, OpenAI and Amazon, and keys in their usual envelopes."""
+MARKS = (
+    "hf_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glsa_", "sk-", "AKIA", "Bearer ",
+    "PRIVATE KEY-----",
+)  # fmt: skip
+"""All that `PATTERN` finds holds one of them, and these are found in a fraction of the time."""
 _IN_ADDRESS = r"(?<=://)[^/@\s]+(?=@)"
 _SURE = r"(?:api[-_]?key|secret|passw(?:or)?d|passphrase)"
 _LIKELY = r"(?:token|(?<![a-z])key)"  # which also name what is none: a count, <s>

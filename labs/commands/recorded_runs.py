@@ -12,7 +12,7 @@ from rich.markup import escape
 from labs.commands.terminal import console, reported_errors, show, show_path, shown_path
 from labs.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
 from labs.filing import export, manifest, score
-from labs.filing.checks import problems, unreadable
+from labs.filing.checks import unreadable
 from labs.filing.committed import committed_runs
 from labs.filing.export import Format as ExportFormat
 from labs.filing.results import RESULTS, RunFolder, all_runs, open_run, readable
@@ -20,7 +20,7 @@ from labs.lab import LabError
 from labs.telling import pages, report
 from labs.telling.document import bullets, section, table_of
 from labs.telling.site import write_site
-from labs.telling.summary import stale_summary, summarise
+from labs.telling.summary import all_problems, summarise
 from serving.models import ROOT
 
 app = typer.Typer()
@@ -131,9 +131,7 @@ def check(
     with reported_errors():
         count = 0
         for folder in (folders := committed_runs() if committed else _folders(run)):
-            for problem in (
-                *problems(folder), *stale_summary(folder), *reproduction.problems(folder)
-            ):  # fmt: skip
+            for problem in (*all_problems(folder), *reproduction.problems(folder)):
                 count += 1
                 text = f"{shown_path(folder.path)}: {escape(problem)}"
                 console.print(text, soft_wrap=True)

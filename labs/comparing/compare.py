@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
+import scipy
 from pydantic import BaseModel, Field
-from scipy import stats
 
 from labs.filing import manifest
 from labs.filing.bounded import DamagedError
@@ -429,7 +429,9 @@ def _p_of_difference(a: Column, b: Column) -> float | None:
         return None
     with warnings.catch_warnings():  # one side may be the same in every repeat
         warnings.simplefilter("ignore", RuntimeWarning)
-        return float(stats.ttest_ind(list(a.values()), list(b.values()), equal_var=False).pvalue)
+        return float(
+            scipy.stats.ttest_ind(list(a.values()), list(b.values()), equal_var=False).pvalue
+        )
 
 
 def _without_ratio(a: Column, b: Column) -> tuple[Outcome, str]:
@@ -465,7 +467,7 @@ def judged(groups: Sequence[list[ComparedFigure]]) -> list[list[ComparedFigure]]
     The others are decided already.
     """
     ps = [p for rows in groups for r in rows if (p := _p_of(r)) is not None]
-    adjusted = iter(stats.false_discovery_control(ps) if ps else ())
+    adjusted = iter(scipy.stats.false_discovery_control(ps) if ps else ())
 
     def judge_row(row: ComparedFigure) -> ComparedFigure:
         if row.contrast is None:

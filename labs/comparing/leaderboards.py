@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from labs import LABS
@@ -405,8 +405,9 @@ def _meanings(runs: Sequence[RunFolder]) -> list[str]:
 def _questions(runs: Sequence[RunFolder]) -> Table:
     """Tabulate every question with its answers: runs that measured it, and what is computed."""
     rows: list[list[Inline]] = []
+    answered = [(folder, folder.summary().answers.keys()) for folder in runs]
     for id, question in QUESTIONS.items():
-        reports = {lab: links for lab in LABS if (links := _answered(id, lab, runs))}
+        reports = {lab: links for lab in LABS if (links := _answering(id, lab, answered))}
         measured = [(Code(lab), ": ", joined(links, ", ")) for lab, links in reports.items()]
         without = computed.computed(id)
         answers: list[Inline] = [
@@ -419,12 +420,14 @@ def _questions(runs: Sequence[RunFolder]) -> Table:
     return table(("Id", "Question", "Kind", "Answer"), rows)
 
 
-def _answered(id: str, lab: str, runs: Sequence[RunFolder]) -> list[Inline]:
+def _answering(
+    id: str, lab: str, answered: Sequence[tuple[RunFolder, Collection[str]]]
+) -> list[Inline]:
     """Link the runs of a lab that answer a question: not those that lack figures for it."""
     return [
         _to_report(f, results.RESULTS, _short(f.run()))
-        for f in runs
-        if f.run().lab["name"] == lab and id in f.summary().answers
+        for f, ids in answered
+        if id in ids and f.run().lab["name"] == lab
     ]
 
 

@@ -18,7 +18,7 @@ from labs.filing.manifest import Fact
 from labs.judging.judge import Caveat, Interval
 from labs.judging.machine_speed import relative_speed_text
 from labs.judging.text import ONE_SITTING, number, ratio_ends, ratio_number, times_with_interval
-from labs.telling import markdown, plots
+from labs.telling import markdown
 from labs.telling.document import (
     Bullets,
     Figure,
@@ -186,6 +186,8 @@ def validity_table(side_caveats: Mapping[str, Sequence[Caveat]]) -> Table:
 
 def write(comparisons: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
     """Write comparisons as Markdown, with a plot of each lab's ratios in a file beside it."""
+    from labs.telling import plots  # imports matplotlib, which few commands draw with
+
     figures = {}
     for comparison in comparisons:
         file = path.with_name(f"{path.stem}-{comparison.lab}.svg")

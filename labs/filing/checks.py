@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from labs.filing import bounded
@@ -16,13 +17,24 @@ from serving import masking
 
 MOST_BYTES = 10 * 2**20  # of a run, since a collection is cloned as a whole
 SECRET = re.compile(masking.PATTERN.encode())
+SECRET_MARKS = tuple(mark.encode() for mark in masking.MARKS)
 HOME = re.compile(rb"(?<![\w.~])/(?:home/[^/\s\"']+|Users/[^/\s\"']+|root)/")
+HOME_MARKS = (b"/home/", b"/Users/", b"/root/")
 
 
-def contradictions(folder: RunFolder) -> list[str]:
+def read_trials(folder: RunFolder) -> None:
+    """Read every trial of a run, and keep none."""
+    run = folder.run()
+    deque(folder.trials(run.points(), run.rebuilt_lab()), maxlen=0)
+
+
+def contradictions(
+    folder: RunFolder, read: Callable[[RunFolder], object] = read_trials
+) -> list[str]:
     """List where a run's files cannot be read or contradict each other; empty where they agree.
 
-    What is missing of a run that was not finished is no contradiction.
+    What is missing of a run that was not finished is no contradiction. Where all else agrees, its
+    trials are read by `read`, so that a caller who computes from them reads them once.
     """
     messages = []
     try:
@@ -39,7 +51,7 @@ def contradictions(folder: RunFolder) -> list[str]:
                         messages.append(f"trial {trial} is missing")
                     elif result.failed:
                         messages.append(f"trial {trial} failed, and yet it is COMPLETE")
-        deque(folder.trials(points, lab), maxlen=0)  # each is read, none is kept
+        (read_trials if messages else read)(folder)
     except UNREADABLE as error:
         messages.append(f"it cannot be read: {first_line(error)}")
     return messages
@@ -57,9 +69,12 @@ def unreadable(folder: RunFolder) -> str:
     return ""
 
 
-def problems(folder: RunFolder) -> list[str]:
-    """List what is wrong with a run on file; the list is empty when it is well formed."""
-    messages = contradictions(folder)
+def problems(folder: RunFolder, read: Callable[[RunFolder], object] = read_trials) -> list[str]:
+    """List what is wrong with a run on file; the list is empty when it is well formed.
+
+    Its trials are read as `contradictions` says.
+    """
+    messages = contradictions(folder, read)
     with contextlib.suppress(DamagedError):  # it is listed already
         run = folder.run()
         if run.digest not in folder.path.name:
@@ -87,9 +102,16 @@ def _unfit_to_publish(run: Path) -> list[str]:
         except (OSError, DamagedError):
             continue  # a damaged file is reported where it is read
         name = path.relative_to(run)
-        if SECRET.search(content):  # the message must not repeat it
+        if _found(SECRET, SECRET_MARKS, content):  # the message must not repeat it
             unfit.append(f"{name} holds what looks like a secret: revoke it, then remove it")
-        if path.suffix != ".log" and (home := HOME.search(content)):
+        if path.suffix != ".log" and (home := _found(HOME, HOME_MARKS, content)):
             unfit.append(f"{name} names a home folder, {home[0].decode(errors='replace')}..")
     logs = tracked_names(run, "*.log")
     return [*unfit, *(f"{name} is a log that git keeps: remove it" for name in logs)]
+
+
+def _found(
+    pattern: re.Pattern[bytes], marks: Sequence[bytes], content: bytes
+) -> re.Match[bytes] | None:
+    """Search for a pattern whose matches all hold one of the marks, which are faster to find."""
+    return pattern.search(content) if any(mark in content for mark in marks) else None

@@ -19,8 +19,10 @@ def tracked(paths: Iterable[Path], within: Path) -> list[Path]:
     Where git tracks nothing there (no git, an archive without a repository, a folder elsewhere),
     all paths are kept.
     """
+    if not (there := list(paths)):
+        return []  # git need not be asked
     names = set(tracked_names(within))
-    return [path for path in paths if not names or path.relative_to(within).as_posix() in names]
+    return [path for path in there if not names or path.relative_to(within).as_posix() in names]
 
 
 def committed_runs() -> list[RunFolder]:

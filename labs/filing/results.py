@@ -710,10 +710,9 @@ class RunFolder:
                 result = self.trial_result(point, repeat)
                 if result is None:
                     continue
-                trial = self.trial(point, result, lab, left_bytes)
+                trial, size_bytes = self._trial_and_size(point, result, lab, left_bytes)
                 if trial is not None:
-                    home = self.trial_folder(point, repeat)
-                    left_bytes -= bounded.unpacked_bytes(home / "requests.jsonl.gz")
+                    left_bytes -= size_bytes
                     left_tokens -= sum(n for r in trial.records for _, n in r.chunks)
                 if left_tokens < 0:
                     raise DamagedError(
@@ -729,14 +728,20 @@ class RunFolder:
 
         Raises DamagedError where it cannot be read, or its records unpack to over `most_bytes`.
         """
+        return self._trial_and_size(point, result, lab, most_bytes)[0]
+
+    def _trial_and_size(
+        self, point: Point, result: TrialResult, lab: Lab, most_bytes: int
+    ) -> tuple[Trial | None, int]:
+        """Read a trial as `trial` does, and count the bytes that its records unpack to."""
         if result.failed or result.summary is None:
-            return None
+            return None, 0
         home = self.trial_folder(point, result.repeat)
-        if bounded.unpacked_bytes(home / "requests.jsonl.gz") > most_bytes:
+        if (size_bytes := bounded.unpacked_bytes(home / "requests.jsonl.gz")) > most_bytes:
             raise DamagedError(
                 f"{self.path}: its records unpack to more than {MOST_RECORD_BYTES / 2**20:.0f} MiB"
             )
-        return self._trial(home, point, result, result.summary, lab)
+        return self._trial(home, point, result, result.summary, lab), size_bytes
 
     def _trial(
         self, home: Path, point: Point, result: TrialResult, summary: TrialSummary, lab: Lab

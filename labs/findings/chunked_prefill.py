@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from matplotlib.axes import Axes
-from scipy import stats
 
 from dashboards.palette import BLUE, BOUND
 from labs.filing.results import Band, Finding, OnTwoEngines
@@ -138,7 +138,7 @@ def _stall_line(budgets: Sequence[Budget]) -> StallLine | None:
     """Fit the stall over the tokens of a piece; None with too few sizes, or where it falls."""
     if len({b.piece_tokens for b in budgets}) <= 2:
         return None
-    fit = stats.linregress([b.piece_tokens for b in budgets], [b.stall_s for b in budgets])
+    fit = scipy.stats.linregress([b.piece_tokens for b in budgets], [b.stall_s for b in budgets])
     if fit.slope <= 0:
         return None
     return StallLine(float(fit.intercept), float(fit.slope), float(fit.rvalue**2))

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from dashboards.palette import BLUE, BOUND
 from labs.diagnosis import ALONE, INJECTED, REFERENCE, SIGNATURES, Direction, Figure
@@ -450,7 +450,7 @@ def _fit(
     if len({x for x, _ in measured}) < degree + 3:
         return None
     estimates, covariance = _least_squares(measured, degree)
-    quantile = float(stats.t.ppf(0.975, len(measured) - degree - 1))
+    quantile = float(scipy.stats.t.ppf(0.975, len(measured) - degree - 1))
     predicted = _least_squares(forecast, degree)[0] if forecast else None
     return Fit(
         tuple(

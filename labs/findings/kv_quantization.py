@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from dashboards.palette import VARIANTS
 from labs.filing.results import Finding
@@ -146,7 +146,7 @@ class Line:
     @staticmethod
     def reach(error: float, freedom: int) -> float:
         """Half of the 95% interval; infinite where as many points as parameters were fitted."""
-        return error * float(stats.t.ppf(0.975, freedom)) if freedom else math.inf
+        return error * float(scipy.stats.t.ppf(0.975, freedom)) if freedom else math.inf
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def context_lines(context: Context) -> ContextLines:
         ]
         if len({tokens for tokens, _ in at}) < 2:
             continue
-        fit = stats.linregress([tokens for tokens, _ in at], [tpot_s for _, tpot_s in at])
+        fit = scipy.stats.linregress([tokens for tokens, _ in at], [tpot_s for _, tpot_s in at])
         point = next(p for p in context.points if p.variant.name == variant.name)
         lines[variant.name] = Line(
             fixed_s=float(fit.intercept),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from dashboards.palette import BLUE, BOUND
 from labs.filing.results import Finding
@@ -113,7 +113,7 @@ def tenant_leaks(context: Context) -> TenantLeaks:
     marks = Marks(len(all_answers), *leaks(all_answers))
     most = None
     if all_answers:
-        exact = stats.binomtest(marks.foreign, marks.answers).proportion_ci(method="exact")
+        exact = scipy.stats.binomtest(marks.foreign, marks.answers).proportion_ci(method="exact")
         most = float(exact.high)
     checked = {name: Marks(len(part), *leaks(part)) for name, part in parts.items()}
     return TenantLeaks(checked, marks, most, probed)

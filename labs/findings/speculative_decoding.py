@@ -8,10 +8,10 @@ from itertools import groupby, pairwise
 from typing import Any, Literal
 
 import numpy as np
+import scipy
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MultipleLocator
-from scipy import stats
 
 from dashboards.palette import VARIANTS
 from labs import theory
@@ -392,7 +392,7 @@ def same_text(context: Context) -> tuple[SameText, ...]:
         both = sorted(speculated.keys() & plain.keys())
         same = sum(speculated[key] == plain[key] for key in both)
         if both:
-            wilson = stats.binomtest(same, len(both)).proportion_ci(method="wilson")
+            wilson = scipy.stats.binomtest(same, len(both)).proportion_ci(method="wilson")
             where = point_label(point.key, context.lab)
             points.append(SameText(where, len(both), same, float(wilson.low), float(wilson.high)))
     return tuple(points)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonschema
 import numpy as np
-from scipy import stats
+import scipy
 
 from dashboards.palette import VARIANTS
 from labs.filing.results import Finding
@@ -161,7 +161,7 @@ def validity_sentence(facts: Validity) -> str | None:
     valid, asked = facts.of("imposed")
     if not asked:
         return None
-    low = stats.binomtest(valid, asked).proportion_ci(method="exact").low
+    low = scipy.stats.binomtest(valid, asked).proportion_ci(method="exact").low
     return (
         f"Valid answers by how the structure is required: {'; '.join(parts)} (with 95% confidence"
         f" at least {low:.0%} of those with an imposed structure)."

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from matplotlib.axes import Axes
-from scipy import optimize, stats
 
 from dashboards.palette import BLUE, BOUND, ORANGE, VARIANTS
 from labs import theory
@@ -49,7 +49,7 @@ class Estimate:
         n = max(1, self.freedom)
         if self.error is None:
             return Interval(value=self.value, low=None, high=None, n=n)
-        half = float(stats.t.ppf(0.5 + confidence / 2, self.freedom)) * self.error
+        half = float(scipy.stats.t.ppf(0.5 + confidence / 2, self.freedom)) * self.error
         return Interval(value=self.value, low=self.value - half, high=self.value + half, n=n)
 
     def times(self, factor: float) -> Estimate:
@@ -161,7 +161,7 @@ def power_of_memory(tokens: Sequence[int], peaks: Sequence[int]) -> Estimate | N
         return fixed + a * np.asarray(n) ** p
 
     try:
-        parameters, covariance = optimize.curve_fit(
+        parameters, covariance = scipy.optimize.curve_fit(
             model, x, y, p0=(0.0, 1.0, 1.5), sigma=y, bounds=([-1, 0, 0], [1, 2, 4])
         )
     except RuntimeError:
@@ -177,7 +177,7 @@ def power_of_time(tokens: Sequence[int], times_s: Sequence[Sequence[float]]) -> 
     """
     if len(tokens) < 2:
         return None
-    fit = stats.linregress(np.log(tokens), np.log([min(times) for times in times_s]))
+    fit = scipy.stats.linregress(np.log(tokens), np.log([min(times) for times in times_s]))
     freedom = len(tokens) - 2
     return Estimate(float(fit.slope), float(fit.stderr) if freedom else None, freedom)
 

@@ -32,8 +32,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+import scipy
 from pydantic import BaseModel, Field
-from scipy import special, stats
 
 from labs.judging.metrics import METRICS, Repeats, by_repeat
 from labs.lab import MARGIN, Claim, Forecast, Prediction
@@ -309,19 +309,21 @@ def effect(
     units = [list(arm.values()) for arm in arms]
     counts = [len(values) for values in units]
     several = min(counts) > 1
-    spread = math.hypot(*(math.sqrt(_variance(u, of_means)) for u in units)) if several else None
+    variances = [_variance(u, of_means) for u in units] if several else []
+    spread = math.hypot(*map(math.sqrt, variances)) if several else None
     terms, least_starts = [], None
     if starts:
         by_start = [_means_by_start(*arm) for arm in zip(arms, starts, strict=True)]
         least_starts = min(map(len, by_start))
         if least_starts >= ENOUGH_STARTS:
             units = by_start
+            variances = [_variance(u, of_means) for u in units] if several else []
         else:
             per_start = sum(1 / len(means) for means in by_start)
             terms = [(START_SPREAD**2 * per_start, START_FREEDOM)]
     error, freedom = None, 1.0
     if several:
-        terms += [(_variance(u, of_means) / len(u), len(u) - 1) for u in units]
+        terms += [(v / len(u), len(u) - 1) for v, u in zip(variances, units, strict=True)]
         error, freedom = _standard_error(terms)
     above, below = (float(np.mean(u)) for u in units)
     estimate = Effect(
@@ -381,14 +383,14 @@ def contrast(
     if paired and shared:
         logs = [math.log(treatment[r] / baseline[r]) for r in shared]
         mean, counts, constant = float(np.mean(logs)), len(logs), np.ptp(logs) < NEGLIGIBLE_LOG
-        test = None if counts < 2 or constant else stats.ttest_1samp(logs, 0.0)
+        test = None if counts < 2 or constant else scipy.stats.ttest_1samp(logs, 0.0)
     elif not paired and treatment and baseline:
         a, b = ([math.log(v) for v in arm.values()] for arm in (treatment, baseline))
         mean, counts = float(np.mean(a) - np.mean(b)), min(len(a), len(b))
         constant = max(np.ptp(a), np.ptp(b)) < NEGLIGIBLE_LOG
         with warnings.catch_warnings():  # one arm may be an exact count, the same in every repeat
             warnings.simplefilter("ignore", RuntimeWarning)
-            test = None if counts < 2 or constant else stats.ttest_ind(a, b, equal_var=False)
+            test = None if counts < 2 or constant else scipy.stats.ttest_ind(a, b, equal_var=False)
     else:
         return None
     value = math.exp(mean)
@@ -423,7 +425,7 @@ def _t_quantile(n: int, confidence: float = CONFIDENCE) -> float:
 
 def _student(freedom: float, confidence: float) -> float:
     """Return the two-sided quantile of Student's t, 40 times as fast as `stats.t.ppf` does."""
-    return float(special.stdtrit(freedom, 0.5 + confidence / 2))
+    return float(scipy.special.stdtrit(freedom, 0.5 + confidence / 2))
 
 
 # -------------------------------------------------------------------------------------- verdicts

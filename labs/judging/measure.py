@@ -123,9 +123,27 @@ class Trial:
         start, end = self.summary.window_s
         return end - start
 
+    @cached_property
+    def _samples_s(self) -> dict[Latency, list[float]]:
+        return {}
+
     def samples_s(self, latency: Latency) -> list[float]:
         """Collect all samples of a latency in seconds: one per request, token or chunk."""
-        return [sample_s for r in self.measured_requests for sample_s in latency.samples_s(r)]
+        if latency not in self._samples_s:
+            self._samples_s[latency] = [
+                sample_s for r in self.measured_requests for sample_s in latency.samples_s(r)
+            ]
+        return self._samples_s[latency]
+
+    @cached_property
+    def _percentiles_s(self) -> dict[Latency, dict[int, float]]:
+        return {}
+
+    def percentile_s(self, latency: Latency, q: int) -> float | None:
+        """Compute the q-th percentile of a latency's samples, or None with too few for it."""
+        if latency not in self._percentiles_s:
+            self._percentiles_s[latency] = percentiles(self.samples_s(latency))
+        return self._percentiles_s[latency].get(q)
 
     def per_s(self, amount: Callable[[RequestRecord], float]) -> float | None:
         """Compute how much of an amount the requests that were sent in the window bring a second.
@@ -202,6 +220,12 @@ MOST_IDLE = 0.01
 """The most time of users that may be missing at the end of complete cycles, as a share of these."""
 LEAST_SAMPLES = {50: 5, 90: 30, 99: 200}
 """The least number of samples for each percentile, so that at least two lie above a p99."""
+
+
+def percentiles(samples: Sequence[float]) -> dict[int, float]:
+    """Compute each percentile for which there are enough raw samples."""
+    qs = [q for q, least in LEAST_SAMPLES.items() if len(samples) >= least]
+    return dict(zip(qs, np.percentile(samples, qs).tolist(), strict=True)) if qs else {}
 
 
 def percentile(samples: Sequence[float], q: int) -> float | None:

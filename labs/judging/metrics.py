@@ -108,7 +108,7 @@ def mean_of(latency: Latency) -> Statistic:
 def percentile_of(latency: Latency, q: int, pooled: bool = True) -> Statistic:
     """Take the q-th percentile of a latency's raw samples."""
     return Statistic(
-        "percentile", latency.per, lambda t: percentile(t.samples_s(latency), q), latency, q, pooled
+        "percentile", latency.per, lambda t: t.percentile_s(latency, q), latency, q, pooled
     )
 
 

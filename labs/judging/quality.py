@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import scipy
 from pydantic import BaseModel
-from scipy import stats
 
 from labs.judging.evaluation import Evaluation, ScoredCompletion
 from labs.judging.judge import CONFIDENCE, Interval
@@ -90,10 +90,11 @@ def compare(baseline: Evaluation, treatment: Evaluation) -> list[QualityFigure]:
 def kl_divergence(p: Mapping[int, float], q: Mapping[int, float]) -> float:
     """Compute KL(p || q) in nats from logprobs, over the ids that both know and one rest."""
     shared = p.keys() & q.keys()
-    rest_p, rest_q = (
-        max(LEAST_REST, 1 - math.fsum(math.exp(side[i]) for i in shared)) for side in (p, q)
-    )
-    terms = [math.exp(p[i]) * (p[i] - q[i]) for i in shared]
+    logs_p, logs_q = ([side[i] for i in shared] for side in (p, q))
+    shares_p = [*map(math.exp, logs_p)]
+    rest_p = max(LEAST_REST, 1 - math.fsum(shares_p))
+    rest_q = max(LEAST_REST, 1 - math.fsum(map(math.exp, logs_q)))
+    terms = [share * (a - b) for share, a, b in zip(shares_p, logs_p, logs_q, strict=True)]
     return max(0.0, math.fsum([*terms, rest_p * math.log(rest_p / rest_q)]))
 
 
@@ -113,7 +114,7 @@ def over_clusters(totals: Sequence[float], sizes: Sequence[int]) -> Interval:
     if m < 2:
         return Interval(value=mean, low=None, high=None, n=int(size.sum()))
     spread = math.sqrt(float(((total - mean * size) ** 2).sum()) * m / (m - 1))
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, m - 1)) * spread / float(size.sum())
+    half = float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, m - 1)) * spread / float(size.sum())
     return Interval(value=mean, low=mean - half, high=mean + half, n=int(size.sum()))
 
 
@@ -127,18 +128,19 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[In
     n = len(pairs)
     gained, lost = (sum(pair == kind for pair in pairs) for kind in ((False, True), (True, False)))
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * math.sqrt(
+    half = float(scipy.stats.norm.ppf(0.5 + CONFIDENCE / 2)) * math.sqrt(
         (up + down - (up - down) ** 2) / (n + 2)
     )
     low, high = max(-1.0, up - down - half), min(1.0, up - down + half)
     changed = gained + lost
-    p_value = float(stats.binomtest(lost, changed).pvalue) if changed else 1.0
+    p_value = float(scipy.stats.binomtest(lost, changed).pvalue) if changed else 1.0
     return Interval(value=(gained - lost) / n, low=low, high=high, n=n), p_value
 
 
 def _first(logprobs: Mapping[int, float]) -> int:
     """Return the likeliest id; where BF16 logits tie, the lowest of the tied ids."""
-    return min(logprobs, key=lambda token: (-logprobs[token], token))
+    most = max(logprobs.values())
+    return min(token for token, logprob in logprobs.items() if logprob == most)
 
 
 SOURCES = {
@@ -173,7 +175,7 @@ def _figure(
 
 def _level(name: str, completions: Sequence[ScoredCompletion], where: str) -> QualityFigure:
     correct, n = sum(c.correct for c in completions), len(completions)
-    bounds = stats.binomtest(correct, n).proportion_ci(CONFIDENCE, method="wilson")
+    bounds = scipy.stats.binomtest(correct, n).proportion_ci(CONFIDENCE, method="wilson")
     return QualityFigure(
         name=name,
         where=where,

@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 from pydantic import BaseModel
-from scipy import stats
 
 from labs.judging.evaluation import (
     DEPTHS,
@@ -149,7 +149,7 @@ def _goes_on(expected: str, written: str) -> bool:
 
 def share(hits: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     """Compute a share with Wilson's interval (1927), which takes needles as independent."""
-    bounds = stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
+    bounds = scipy.stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
     return Interval(value=hits / n, low=float(bounds.low), high=float(bounds.high), n=n)
 
 
@@ -208,5 +208,5 @@ def _ratio(totals: Sequence[float], sizes: Sequence[float], confidence: float) -
     if m < 2:
         return Interval(value=value, low=None, high=None, n=m)
     spread = math.sqrt(float(((total - value * size) ** 2).sum()) * m / (m - 1))
-    half = float(stats.t.ppf(0.5 + confidence / 2, m - 1)) * spread / abs(float(size.sum()))
+    half = float(scipy.stats.t.ppf(0.5 + confidence / 2, m - 1)) * spread / abs(float(size.sum()))
     return Interval(value=value, low=value - half, high=value + half, n=m)

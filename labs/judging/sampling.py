@@ -22,10 +22,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from labs.judging.judge import CONFIDENCE, Interval
 
@@ -125,9 +125,15 @@ def vote_at(k: int, answers: Sequence[str | None], expected: str) -> float:
         return sum(a == expected for a in answers) / len(answers)
     if k == len(answers):
         return _vote(answers, expected)
-    rng = random.Random(f"{k}/{len(answers)}")
-    drawn = (rng.sample(answers, k) for _ in range(VOTES_DRAWN))
-    return sum(_vote(votes, expected) for votes in drawn) / VOTES_DRAWN
+    votes = ([answers[i] for i in drawn] for drawn in _draws(k, len(answers)))
+    return sum(_vote(of_draw, expected) for of_draw in votes) / VOTES_DRAWN
+
+
+@lru_cache(maxsize=64)  # every task of a run is voted on by the same draws
+def _draws(k: int, n: int) -> tuple[tuple[int, ...], ...]:
+    """Draw k places of n, as often as a vote is drawn."""
+    rng = random.Random(f"{k}/{n}")
+    return tuple(tuple(rng.sample(range(n), k)) for _ in range(VOTES_DRAWN))
 
 
 def _vote(answers: Sequence[str | None], expected: str) -> float:
@@ -142,7 +148,7 @@ def over_tasks(values: Sequence[float]) -> Interval:
     n, mean = len(values), float(np.mean(values))
     if len(set(values)) == 1:
         k = round(mean * n)
-        bounds = stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
+        bounds = scipy.stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
         return Interval(
             value=mean, low=min(mean, float(bounds.low)), high=max(mean, float(bounds.high)), n=n
         )

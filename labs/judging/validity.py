@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from pydantic import BaseModel
-from scipy import stats
 
 from labs.judging import dose
 from labs.judging.judge import Caveat
@@ -388,9 +388,9 @@ def _trend(trial: Trial) -> Iterator[Caveat]:
             blocks=False,
         )
         return
-    log_change, p = change
+    log_change, p_of = change
     test = "the jackknife's p" if varying else "Theil-Sen's slope; Kendall's p"
-    if abs(log_change) > math.log1p(MOST_TREND) and p < TREND_P:
+    if abs(log_change) > math.log1p(MOST_TREND) and p_of() < TREND_P:
         equal = " with as many requests in decode" * varying
         context = ", unless contexts became as much longer" * varying
         yield _caveat(
@@ -403,20 +403,24 @@ def _trend(trial: Trial) -> Iterator[Caveat]:
         )
 
 
-def _change(trial: Trial) -> tuple[float, float] | None:
-    """Return by how much the logarithm of a step's length changed along the window, with its p.
+def _change(trial: Trial) -> tuple[float, Callable[[], float]] | None:
+    """Return by how much the logarithm of a step's length changed along the window.
 
-    None where too little of the window has steps.
+    With it comes what computes its p, which only a large change needs. None where too little of the
+    window has steps.
     """
     times, steps_s = step_times_s(trial)
     if len(times) < LEAST_SLICES:
         return None
-    slope = float(stats.theilslopes(np.log(steps_s), times)[0])
-    return slope * trial.window_length_s, float(stats.kendalltau(times, steps_s).pvalue)
+    slope = float(scipy.stats.theilslopes(np.log(steps_s), times)[0])
+    return (
+        slope * trial.window_length_s,
+        lambda: float(scipy.stats.kendalltau(times, steps_s).pvalue),
+    )
 
 
-def _change_at_equal_load(trial: Trial) -> tuple[float, float] | None:
-    """Return the same change among steps with as many requests in decode, with its p.
+def _change_at_equal_load(trial: Trial) -> tuple[float, Callable[[], float]] | None:
+    """Return the same change among steps with as many requests in decode, and what computes its p.
 
     The gaps between chunks are parted by tenths of the window and by the number of requests in
     decode; the median of each part counts as often as it has gaps, up to ten. Fitted are a level
@@ -440,7 +444,10 @@ def _change_at_equal_load(trial: Trial) -> tuple[float, float] | None:
     if slope is None or len(others) < n:
         return None
     error = math.sqrt((n - 1) * float(np.var(others)))
-    p = 2 * float(stats.t.sf(abs(slope) / error, n - 1)) if error else float(not slope)
+
+    def p() -> float:
+        return 2 * float(scipy.stats.t.sf(abs(slope) / error, n - 1)) if error else float(not slope)
+
     return slope * TREND_SLICES, p
 
 

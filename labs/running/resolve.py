@@ -23,7 +23,6 @@ from labs.running.load_processes import chosen_number, cores_for_clients, most_u
 from labs.running.machines_on_file import MachineOnFile, largest_step
 from labs.running.probes import PROBES, TEXT_PROBES
 from labs.running.progress import ProgressDisplay
-from labs.telling.plots import plots_of
 from loadtests.load_workers import LOOPBACK, LoadWorkers, address_of, require_key
 from loadtests.prompts import Writer
 from loadtests.trace import TraceRow
@@ -579,6 +578,8 @@ def require_client_limits(lab: Lab, elsewhere: LoadWorkers | None) -> None:
 
 def require_known_names(lab: Lab) -> None:
     """Check the names that only other modules know. Raises LabError."""
+    from labs.telling.plots import plots_of  # imports matplotlib, which other commands do without
+
     parts: list[Claim | Forecast] = [*lab.claims, *lab.forecasts]
     for part in parts:
         if part.metric not in trial_metrics():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
 
-from scipy import stats
+import scipy
 
 from labs.filing.results import Band, OnTwoEngines
 from labs.findings.parts import Pair, ReportParts, parts_of
@@ -516,4 +516,4 @@ def by_chance(values: Sequence[float], repeats: int) -> float:
     if len(values) < 2:
         return 0.0
     error = stdev(values) * math.sqrt(1 / len(values) + 1 / repeats)
-    return error * float(stats.t.ppf(0.9, len(values) - 1))
+    return error * float(scipy.stats.t.ppf(0.9, len(values) - 1))

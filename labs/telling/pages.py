@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from labs import LABS
 from labs.filing.results import Run, RunFolder
-from labs.telling import chart_data, html, plots, report
+from labs.telling import chart_data, html, report
 from labs.telling.document import Figure, plain_text
 from serving import whole
 
@@ -51,6 +51,8 @@ def page(
     No more is drawn than there is `room` for. Unless `figures` are given, which `report.draw` has
     drawn, the plots are drawn again, for their captions.
     """
+    from labs.telling import plots  # imports matplotlib, which few commands draw with
+
     facts = report.Facts.of(folder)
     run, summary = facts.run, facts.summary
     if figures is None:

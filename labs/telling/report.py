@@ -42,7 +42,7 @@ from labs.judging.text import (
 from labs.judging.validity import OVER_LONG_PROMPTS, TOKEN_TIMES
 from labs.lab import Lab, Point, Prediction
 from labs.questions import QUESTIONS
-from labs.telling import markdown, method, plots, tables
+from labs.telling import markdown, method, tables
 from labs.telling.document import (
     Block,
     Bullets,
@@ -114,6 +114,8 @@ class Facts:
 
 def draw(folder: RunFolder) -> list[Figure]:
     """Draw the plots anew from the files of a run; return them with their captions."""
+    from labs.telling import plots  # imports matplotlib, which few commands draw with
+
     facts = Facts.of(folder)
     for old in folder.path.glob("*.svg"):
         old.unlink()

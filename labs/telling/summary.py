@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from labs.filing import engine_series
 from labs.filing.bounded import DamagedError
-from labs.filing.checks import contradictions
-from labs.filing.results import Predictions, Run, RunFolder, Session, Summary, readable, write_json
+from labs.filing.checks import contradictions, problems
+from labs.filing.results import Predictions, Run, RunFolder, Session, Summary, write_json
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import answers, parts_of
 from labs.judging import dose
@@ -55,24 +55,24 @@ def checked(folder: RunFolder) -> Summary:
 
     Raises DamagedError where its files contradict each other.
     """
-    if problems := contradictions(folder):
-        raise DamagedError(problems[0])
-    summary = computed(folder)
+    again: list[Summary] = []
+    if wrong := contradictions(folder, lambda run: again.append(computed(run))):
+        raise DamagedError(wrong[0])
+    (summary,) = again
     if problem := unlike(folder.summary(), summary):
         raise DamagedError(problem)
     return summary
 
 
-def stale_summary(folder: RunFolder) -> list[str]:
-    """Say where the summary on file is not what its records give; empty where it is."""
-    if contradictions(folder):
-        return []  # the check of its files lists them
-    try:
-        with readable(folder):
-            problem = unlike(folder.summary(), computed(folder))
-    except DamagedError as error:
-        return [str(error)]
-    return [problem] if problem else []
+def all_problems(folder: RunFolder) -> list[str]:
+    """List what is wrong with a run on file, and where its summary is not what its records give.
+
+    A run whose files contradict each other gives no summary to compare.
+    """
+    again: list[Summary] = []
+    wrong = problems(folder, lambda run: again.append(computed(run)))
+    stale = [unlike(folder.summary(), summary) for summary in again]
+    return [*wrong, *filter(None, stale)]
 
 
 def unlike(filed: Summary, again: Summary) -> str:

@@ -192,13 +192,14 @@ def write_run(results: Path, day: str = DAY, **fields: Any) -> RunFolder:
     """
     if fields or day != DAY:
         return _written(results, day, **fields)
-    plain = _plain_run().path
+    plain = plain_run().path
     folder = results.joinpath(*plain.parts[-3:])
     return RunFolder(shutil.copytree(plain, folder, dirs_exist_ok=True))
 
 
 @functools.cache
-def _plain_run() -> RunFolder:
+def plain_run() -> RunFolder:
+    """The run that `write_run` copies, to be read alone."""
     return _written(Path(os.environ["LABS_SCRATCH"]) / "plain", DAY)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,12 @@ WORKLOADS = [
 ]
 
 
+@functools.cache
+def sent(workload: Workload, before: int, after: int) -> list[Request]:
+    """What is sent of this workload to a model with this template: the same cold and warm."""
+    return workload.requests(600, 1, writer(template(before, after)))
+
+
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (10, 5), (13, 3), (16, 5), (27, 4)])
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_a_cold_cache_is_never_taken_for_a_warm_one(
@@ -91,9 +98,8 @@ def test_a_cold_cache_is_never_taken_for_a_warm_one(
     Qwen's has ten tokens before the text and five after it: some 1,300 tokens of 600 prompts were
     found, and none were allowed.
     """
-    tokenize = template(before, after)
-    requests = workload.requests(600, 1, writer(tokenize))
-    hits = found(requests, tokenize)
+    requests = sent(workload, before, after)
+    hits = found(requests, template(before, after))
     assert not is_warm(workload, requests, hits, before)
 
 
@@ -112,16 +118,14 @@ def test_prefixes_that_the_cache_loses_may_begin_alike() -> None:
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (10, 5), (13, 3), (16, 5), (27, 4)])
 @pytest.mark.parametrize("workload", WORKLOADS[:4])
 def test_a_warm_cache_still_shows(workload: Workload, before: int, after: int) -> None:
-    tokenize = template(before, after)
-    requests = workload.requests(600, 1, writer(tokenize))
-    hits = found(requests, tokenize, warm=True)
+    requests = sent(workload, before, after)
+    hits = found(requests, template(before, after), warm=True)
     assert is_warm(workload, requests, hits, before)
 
 
 def test_the_bound_allows_little_more_than_such_prompts_share() -> None:
-    tokenize = template(10, 5)
-    requests = WORKLOADS[1].requests(600, 1, writer(tokenize))
-    hits = found(requests, tokenize)
+    requests = sent(WORKLOADS[1], 10, 5)
+    hits = found(requests, template(10, 5))
     assert hits > 500
     assert is_warm(WORKLOADS[1], requests, 2 * hits + BLOCK_TOKENS, 10)
 

@@ -119,19 +119,30 @@ def kept_in_part(lab: Lab) -> Iterator[dict[str, Any]]:
         yield {f"workloads.{workload.name}.only": served[1:]}
 
 
-@pytest.mark.parametrize(
-    ("scale", "quick", "dummy"),
-    [("cpu", False, False), ("gpu-80", True, False), ("gpu-80", True, True)],
-    ids=["cpu", "gpu-quick", "gpu-quick-random"],
-)
-@pytest.mark.parametrize("name", LABS)
+SIZES = {
+    "cpu": ("cpu", False, False),
+    "gpu-quick": ("gpu-80", True, False),
+    "gpu-quick-random": ("gpu-80", True, True),
+}
+
+
+def labs_in_sizes() -> Iterator[tuple[str, str]]:
+    """Every lab in each size in which it is not what it was in the one before."""
+    for name, lab in LABS.items():
+        resolved = {size: lab.at(scale, q, dummy=d) for size, (scale, q, d) in SIZES.items()}
+        same = resolved["gpu-quick-random"].resolved() == resolved["gpu-quick"].resolved()
+        yield from ((name, size) for size in SIZES if not (same and size == "gpu-quick-random"))
+
+
+@pytest.mark.parametrize(("name", "size"), labs_in_sizes())
 def test_findings_answers_and_plots_bear_what_is_left_out(
-    name: str, scale: str, quick: bool, dummy: bool, tmp_path: Path
+    name: str, size: str, tmp_path: Path
 ) -> None:
     """All that a reader may keep of a lab, every figure of it measured; nothing may raise.
 
     A quick run on a GPU does without parts of it from the beginning.
     """
+    scale, quick, dummy = SIZES[size]
     parts, told = parts_of(name), list[Any]()
     whole = LABS[name].at(scale, quick, dummy=dummy)
     for i, changes in enumerate(({}, *kept_in_part(whole))):

@@ -74,6 +74,38 @@ def test_imports_go_one_way(path: Path) -> None:
     assert not {"utils", "common", "helpers", "misc"} & {path.stem, path.parent.name}
 
 
+def names_on_import(tree: ast.Module) -> Iterator[str]:
+    """What is imported, by its whole name: `from scipy import stats` is scipy.stats."""
+    for node in at_module_level(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def on_start(start: str) -> dict[Path, ast.Module]:
+    """The files of this house that are imported with a module, itself included."""
+    found: dict[Path, ast.Module] = {}
+    names = [start]
+    while names:
+        module = names.pop().split(".")
+        paths = (ROOT.joinpath(*module[:end]).with_suffix(".py") for end in (None, -1))
+        path = next((p for p in paths if p.exists()), None)
+        if path and path not in found:
+            found[path] = parsed(path)
+            names += imported(at_module_level(found[path]))
+    return found
+
+
+def test_a_command_that_draws_nothing_imports_no_library_of_plots_or_statistics() -> None:
+    """They take two thirds of its start. `import scipy` alone loads each part at its first use."""
+    files = on_start("labs.commands.cli")
+    assert ROOT / "labs" / "judging" / "judge.py" in files
+    for path, tree in files.items():
+        names = [*names_on_import(tree)]
+        assert not [name for name in names if name.startswith(("matplotlib", "scipy."))], path
+
+
 ROOM_FILES = [path for path in FILES if path.relative_to(ROOT).parts[0] == "labs"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 
 from labs.judging.judge import (
     ENOUGH_STARTS,
@@ -74,7 +74,7 @@ def at_equal_load_time(repeats: int) -> float:
 
 
 def between(mean: Floats, error: Floats, freedom: Floats | int, confidence: float) -> Any:
-    half = stats.t.ppf(0.5 + confidence / 2, freedom) * error
+    half = scipy.stats.t.ppf(0.5 + confidence / 2, freedom) * error
     return mean - half, mean + half
 
 
@@ -206,7 +206,7 @@ def test_the_interval_is_scipys_welch() -> None:
     found = effect(a, b)
     assert found
     logs = (np.log(list(arm.values())) for arm in (a, b))
-    expected = stats.ttest_ind(*logs, equal_var=False).confidence_interval(0.9)
+    expected = scipy.stats.ttest_ind(*logs, equal_var=False).confidence_interval(0.9)
     assert bounds(found, 0.9) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
     assert found.ratio.n == 3
 
@@ -372,7 +372,7 @@ def adjusted(arms: tuple[Floats, Floats], beside: tuple[Floats, Floats]) -> tupl
     repeats = arms[0].shape[1]
     variance = ((y - slope[:, None] * x) ** 2).sum(1) / (2 * repeats - 3)
     errors = np.sqrt(variance * (2 / repeats + apart**2 / (x * x).sum(1)))
-    return effects, errors * stats.t.ppf(0.975, 2 * repeats - 3)
+    return effects, errors * scipy.stats.t.ppf(0.975, 2 * repeats - 3)
 
 
 def narrowed(correlation: float, repeats: int) -> float:
@@ -409,7 +409,7 @@ def test_the_mean_of_what_cannot_be_negative_has_no_negative_interval(
     rng = np.random.default_rng(repeats)
     shape = 1 / variation**2
     values = rng.gamma(shape, 1 / shape, (CLAIMS // 5, repeats))  # of mean 1
-    covered, quantile = {"ours": 0, "student": 0}, stats.t.ppf(0.975, repeats - 1)
+    covered, quantile = {"ours": 0, "student": 0}, scipy.stats.t.ppf(0.975, repeats - 1)
     for row in values:
         found = mean_interval(list(row))
         assert found.low is not None
@@ -428,7 +428,7 @@ def test_the_mean_of_shares_has_an_interval_of_shares(share: float, repeats: int
     """Shares with a beta distribution: it covers at least as often as Student's alone."""
     rng = np.random.default_rng(repeats)
     values = rng.beta(2 * share, 2 * (1 - share), (CLAIMS // 5, repeats))
-    covered, quantile = {"ours": 0, "student": 0}, stats.t.ppf(0.975, repeats - 1)
+    covered, quantile = {"ours": 0, "student": 0}, scipy.stats.t.ppf(0.975, repeats - 1)
     for row in values:
         found = mean_interval(list(row), most=1)
         assert found.low is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pwd
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from serving import guard
 from serving.engines.base import EngineError
 from serving.engines.endpoint import Endpoint
 from serving.machine import engine_variables
-from serving.masking import holds_secret, masked, recordable, tellable
+from serving.masking import MARKS, PATTERN, holds_secret, masked, recordable, tellable
 
 TOKEN = "hf_" + "a1B2" * 8
 LAB = next(iter(LABS))
@@ -43,6 +44,20 @@ LAB = next(iter(LABS))
 def test_a_secret_is_masked_and_the_rest_is_not(text: str, shown: str) -> None:
     assert masked(text) == shown
     assert holds_secret(text)
+
+
+LONG = "a1B2" * 8
+OF_EACH_KIND = [
+    f"hf_{LONG}", *(f"gh{kind}_{LONG}" for kind in "pousr"), f"github_pat_{LONG}", f"glsa_{LONG}",
+    f"sk-{LONG}", f"AKIA{LONG[:16].upper()}", f"Bearer {LONG}", "-----BEGIN RSA PRIVATE KEY-----",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("secret", OF_EACH_KIND)
+def test_each_kind_of_secret_has_a_mark(secret: str) -> None:
+    assert re.search(PATTERN, secret)
+    assert any(mark in secret for mark in MARKS)
+    assert PATTERN.count("|") + 1 + len("pousr") - 1 == len(OF_EACH_KIND)  # none is left out here
 
 
 @pytest.mark.parametrize(

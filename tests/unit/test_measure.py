@@ -1,5 +1,6 @@
 """Trial-level metrics on a hand-made trial."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from labs.judging.measure import (
     expected_pieces,
     output_tokens_per_s,
     percentile,
+    percentiles,
     stalls_s,
 )
 from labs.judging.metrics import METRICS, measure, trial_metrics
@@ -140,6 +142,14 @@ def test_what_a_limit_turns_away_has_not_failed() -> None:
 def test_percentile_needs_samples_beyond_it(q: int, least: int) -> None:
     assert percentile([1.0] * (least - 1), q) is None
     assert percentile([1.0] * least, q) == 1
+
+
+@pytest.mark.parametrize("n", [4, 5, 29, 30, 199, 200, 257])
+def test_percentiles_are_computed_together_as_each_by_itself(n: int) -> None:
+    samples = [math.sin(i) for i in range(n)]
+    assert percentiles(samples) == {
+        q: value for q in LEAST_SAMPLES if (value := percentile(samples, q)) is not None
+    }
 
 
 def test_p99_needs_two_hundred_samples() -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from labs.commands import all_labs
 from labs.commands.cli import app
 from labs.comparing import compare, leaderboards, side_by_side
-from labs.filing import manifest, results
+from labs.filing import committed, manifest, results
 from labs.filing.newest import newest_runs
 from labs.filing.results import RunFolder, write_json
 from labs.findings.parts import Headline, ReportParts
@@ -323,3 +323,18 @@ def test_a_call_with_other_settings_leaves_the_record_of_the_first(folder: RunFo
 
 def test_a_sitting_in_which_nothing_ended_has_no_page(folder: RunFolder) -> None:
     assert all_labs.start(quick=False, model="", fresh=False).page() is None
+
+
+def test_git_is_not_asked_about_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most runs have no reproductions, and each question starts a process."""
+    asked: list[Path] = []
+
+    def none(folder: Path) -> list[str]:
+        asked.append(folder)
+        return []
+
+    monkeypatch.setattr(committed, "tracked_names", none)
+    assert committed.tracked([], tmp_path) == []
+    assert asked == []
+    assert committed.tracked([tmp_path / "a"], tmp_path) == [tmp_path / "a"]
+    assert asked == [tmp_path]

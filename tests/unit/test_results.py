@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,8 @@ from labs.filing.results import (
 )
 from labs.lab import Arm, LabError, digest_of
 from labs.running import resume
-from labs.telling.summary import summarise
+from labs.telling.summary import all_problems, summarise
+from loadtests import records
 from serving import metrics
 from serving.machine import Environment
 from serving.metrics import Histogram, Snapshot
@@ -387,3 +389,19 @@ def test_results_that_cannot_be_written_are_refused_in_a_sentence(tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(LabError, match=r"^RESULTS=.*/file cannot be written \(.*\): name another"):
         require_room(tmp_path / "file")
+
+
+def test_a_check_reads_each_trial_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, read = Counter[Path](), records.read
+    monkeypatch.setattr(records, "read", lambda path: reads.update([path]) or read(path))
+    assert all_problems(folder) == []
+    assert {*reads.values()} == {1, 2}
+    twice = {path.parts[-3] for path, count in reads.items() if count == 2}
+    assert twice == {"concurrent-1"}  # first for what transport takes at one stream
+
+
+@pytest.mark.parametrize("home", ["/home/me/x", "/Users/me/x", "/root/x"])
+def test_the_name_of_a_home_folder_is_found(home: str, folder: RunFolder) -> None:
+    (folder.path / "note.txt").write_text(f"from {home}")
+    (problem,) = problems(folder)
+    assert problem.startswith("note.txt names a home folder, /")
