@@ -46,6 +46,7 @@ TOO_LARGE = f"flags.kv-cache-memory-bytes={int(0.6 * psutil.virtual_memory().tot
 CEILINGS = machine.Ceilings(
     memory_bandwidth_bytes_per_s=2e10,
     bf16_flops_per_s=1e12,
+    fp32_flops_per_s=1e12 if machine.cpu().lacks_bf16 else None,
     threads=1,
     torch="none",
     measured_at="not measured: given by the test",
