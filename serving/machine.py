@@ -314,8 +314,7 @@ def environment(root: Path, kind: str) -> Environment:
     driver, cuda, gpu_clocks, compute_mode = _driver()
     return Environment(
         python=platform.python_version(),
-        # of two distributions with one name, Python imports the first on the path
-        packages={d.name.lower(): d.version for d in [*metadata.distributions()][::-1]},
+        packages=_packages(),
         kernel=platform.release(),
         driver=driver,
         cuda=cuda,
@@ -332,6 +331,14 @@ def environment(root: Path, kind: str) -> Environment:
         engine_cores=engine_cores,
         client_cores=client_cores,
     )
+
+
+def _packages() -> dict[str, str]:
+    """List the installed distributions by name, each with its version."""
+    # each is read once: its name and its version would read it anew
+    read = [distribution.metadata for distribution in metadata.distributions()]
+    # of two with one name, Python imports the first on the path
+    return {about["Name"].lower(): about["Version"] for about in read[::-1]}
 
 
 def compiler(kind: str) -> tuple[str, str]:
