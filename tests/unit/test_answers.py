@@ -134,7 +134,7 @@ def labs_in_sizes() -> Iterator[tuple[str, str]]:
         yield from ((name, size) for size in SIZES if not (same and size == "gpu-quick-random"))
 
 
-@pytest.mark.parametrize(("name", "size"), labs_in_sizes())
+@pytest.mark.parametrize(("name", "size"), [*labs_in_sizes()])
 def test_findings_answers_and_plots_bear_what_is_left_out(
     name: str, size: str, tmp_path: Path
 ) -> None:
