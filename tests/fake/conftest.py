@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import socket
 import socketserver
 import subprocess
@@ -32,6 +31,7 @@ from serving.engines import DEFAULT_ENGINE
 from serving.engines.vllm import Vllm
 from serving.install import find_prometheus
 from serving.models import ROOT
+from tests.fake import forked
 from tests.processes import lives
 from tests.sizes import BRIEF, sizes_of
 
@@ -62,18 +62,7 @@ class Command:
 
     def __init__(self, argv: list[str], env: dict[str, str], out: Path, results: Path) -> None:
         self._out, self._results = out, results
-        with out.open("wb") as sink:
-            self.process = subprocess.Popen(
-                argv,
-                cwd=ROOT,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # a shell's background job ignores SIGINT, and its children inherit that
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-            )
+        self.process = forked.start(argv, env, out)
 
     @property
     def said(self) -> str:
@@ -152,7 +141,7 @@ class Reader:
             **{f"LABS_{name}": value for name, value in settings.items()},
         }
         out = self.home / f"{len(self.commands)}.out"
-        command = Command([sys.executable, *program, *words], env, out, self.results)
+        command = Command([*program, *words], env, out, self.results)
         self.commands.append(command)
         return command
 
@@ -181,8 +170,11 @@ class Reader:
         return sorted(lines, key=lambda line: float(line["received"]))
 
     def processes(self) -> list[psutil.Process]:
-        """All that live and belong to a command typed here, told by their environment."""
-        mine = []
+        """All that live and belong to a command typed here, told by their environment.
+
+        That of a command itself is its parent's, of which it is a copy.
+        """
+        mine = [psutil.Process(c.process.pid) for c in self.commands if c.process.poll() is None]
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if process.environ().get("LABS_RESULTS") == str(self.results) and lives(process):

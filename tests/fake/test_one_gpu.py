@@ -22,7 +22,8 @@ SETTINGS = (
 def run(reader: Reader, slower: float = 1.0, first: tuple[str, ...] = ()) -> Command:
     machine = Machine(kind="gpu", model=GPU, count=1, memory_bytes=DATASHEETS[GPU].memory_bytes)
     file = reader.results / machine.slug / "machine.json"
-    write_json(file, MachineFile(machine=machine, ceilings=CEILINGS))
+    of_a_gpu = CEILINGS.model_copy(update={"fp32_flops_per_s": None})
+    write_json(file, MachineFile(machine=machine, ceilings=of_a_gpu))
     command = reader.types(
         "run", "prefix-caching", program=("-m", "tests.fake.one_gpu", f"{slower:g}"),
         first_engine=first, WEIGHTS="dummy", QUICK="1", SET=SETTINGS,

@@ -18,7 +18,7 @@ from dashboards import boards
 from labs.filing.results import Run
 from serving.ports import free_port
 from tests.browser import Page, browser, find
-from tests.fake.conftest import needs_prometheus, reading
+from tests.fake.conftest import LABS_WITH_FAKE_MODELS, needs_prometheus, reading
 from tests.real import may_be_empty
 
 PREVIEW = boards.FOLDER.parent / "preview"
@@ -65,7 +65,9 @@ def previewed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Previewed]:
         prometheus, port = free_port(), free_port()
         assert someone.types("watch", PORT=str(prometheus)).wait() == 0
         try:
-            command = someone.types("run", "continuous-batching", QUICK="1", SET=BRIEF)
+            command = someone.types(
+                "run", "continuous-batching", QUICK="1", SET=BRIEF, program=LABS_WITH_FAKE_MODELS
+            )
             assert command.wait() == 0, command.said
             assert someone.types("watch-stop").wait() == 0  # a fresh one sees the figures at once
             assert someone.types("watch", PORT=str(prometheus)).wait() == 0

@@ -20,7 +20,14 @@ from loadtests.records import RequestRecord
 from serving import metrics
 from serving.ports import free_port
 from tests.browser import Page, browser, find
-from tests.fake.conftest import Command, Reader, needs_prometheus, reading, the_program
+from tests.fake.conftest import (
+    LABS_WITH_FAKE_MODELS,
+    Command,
+    Reader,
+    needs_prometheus,
+    reading,
+    the_program,
+)
 
 pytestmark = needs_prometheus
 
@@ -77,7 +84,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 def cut(watched: Watched) -> Command:
     """A run whose own Prometheus was killed in the middle of it, before anybody watched."""
     watched.reader.types("watch-stop").wait()
-    command = watched.reader.types("run", "continuous-batching", QUICK="1", SET=BRIEF)
+    command = watched.reader.types(
+        "run", "continuous-batching", QUICK="1", SET=BRIEF, program=LABS_WITH_FAKE_MODELS
+    )
     command.until(r"repeat 1 of .* tok/s \(")
     the_program("prometheus", command.family()).kill()
     assert command.wait() == 0, command.said
@@ -212,8 +221,9 @@ def test_a_lab_records_where_it_is_watched(watched: Watched, cut: Command, tmp_p
     (results / here.parent.name).mkdir(parents=True)
     (results / here.parent.name / "machine.json").write_bytes(here.read_bytes())
     command = watched.reader.types(
-        "run", "continuous-batching", QUICK="1", SET=BRIEF, RESULTS=str(results)
-    )
+        "run", "continuous-batching", QUICK="1", SET=BRIEF, RESULTS=str(results),
+        program=LABS_WITH_FAKE_MODELS,
+    )  # fmt: skip
     assert command.wait() == 0, command.said
     assert f":{watched.port}/" in command.said
     (found,) = results.glob("*/*/*/run.json")
