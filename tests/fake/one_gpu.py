@@ -1,6 +1,6 @@
 """The `labs` command on a made-up GPU, an H100: `python -m tests.fake.one_gpu FACTOR WORDS`.
 
-NVML is the rehearsal's stand-in. Nothing can be timed on the GPU, so no step is forecast, and the
+NVML is the rehearsal's stand-in, and the host has memory enough. Nothing can be timed on the GPU, so no step is forecast, and the
 reference step takes as long each time; FACTOR times as long from when engines were loaded.
 """
 
@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from labs.judging.idle_neighbours import STEPS
-from labs.running import run
+from labs.running import engines, run
 from serving import gpus, reference_step
 from serving.reference_step import ReferenceStep, ReferenceTimer
 from tests.fake import bare
 from tests.rehearsal.__main__ import STAND_IN
+
+HOST_BYTES = 64 * 2**30
 
 
 class DisturbedTimer(ReferenceTimer):
@@ -44,6 +46,7 @@ def app(factor: float) -> None:
     run.in_virtual_time = lambda *_: None
     bare.with_a_constant_reference_step = lambda: None
     reference_step.started = started
+    engines.available_bytes = lambda: HOST_BYTES  # whatever other tests hold meanwhile
     bare.app()
 
 
