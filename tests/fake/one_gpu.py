@@ -1,8 +1,8 @@
 """The `labs` command on a made-up GPU, an H100: `python -m tests.fake.one_gpu FACTOR WORDS`.
 
-NVML is the rehearsal's stand-in, and the host has memory enough. Nothing can be timed on the GPU, so
-no step is forecast, and the reference step takes as long each time; FACTOR times as long from when
-engines were loaded.
+NVML is the rehearsal's stand-in, and the host has memory enough. Nothing can be timed on the GPU,
+so no step is forecast, and the reference step takes as long each time; FACTOR times as long from
+when engines were loaded.
 """
 
 from __future__ import annotations
