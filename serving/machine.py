@@ -96,7 +96,9 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     def describe(self) -> str:
         unit = "GPU" if self.kind == "gpu" else "logical CPU"
         plural = "s" if self.count > 1 else ""
-        return f"{self.model}, {self.count} {unit}{plural}, {self.memory_bytes / GIB:.0f} GiB"
+        without = " without BF16" if self.lacks_bf16 else ""  # vendors give several CPUs one name
+        name = f"{self.model}{without}"
+        return f"{name}, {self.count} {unit}{plural}, {self.memory_bytes / GIB:.0f} GiB"
 
 
 class Ceilings(BaseModel, frozen=True, extra="forbid"):

@@ -188,7 +188,10 @@ def test_an_x86_cpu_without_instructions_for_bf16_is_known() -> None:
         (("avx2", "avx512f", "avx512_bf16"), False),
         (("avx2", "avx512f", "amx_bf16", "amx_int8"), False),
     ):
-        assert plain.model_copy(update={"cpu_flags": flags}).lacks_bf16 == lacks
+        named = plain.model_copy(update={"cpu_flags": flags})
+        assert named.lacks_bf16 == lacks
+        without = " without BF16" * lacks
+        assert named.describe() == f"Abacus{without}, 2 logical CPUs, 16 GiB"
 
 
 def test_without_instructions_for_bf16_the_rate_is_that_of_float32() -> None:
