@@ -35,7 +35,8 @@ def lines(
     env = run.environment
     return [
         f"Machine: {run.machine.describe()}; {ceilings_text(run.ceilings)}.",
-        f"Model: {run.model}, {run.model_shape['params'] / 1e6:,.0f} M parameters.",
+        f"Model: {run.model}, {run.model_shape['params'] / 1e6:,.0f} M parameters"
+        f"{', served in float32' if run.in_float32 else ''}.",
         _software(run),
         *(
             ("Engine ", Code(name), ": ", Code(" ".join(a for a in argv if a)))

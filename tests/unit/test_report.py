@@ -313,6 +313,14 @@ def test_a_run_says_how_many_processes_sent_its_load(folder: RunFolder) -> None:
     assert report.notes(shared, folder.summary()) == ["Load processes on this machine: 4."]
 
 
+def test_a_run_in_float32_says_so_beside_its_model(folder: RunFolder) -> None:
+    assert "float32" not in report.write(folder).read_text()
+    run = folder.run()
+    wide = run.model_copy(update={"model_shape": {**run.model_shape, "value_bytes": 4}})
+    write_json(folder.path / "run.json", wide)
+    assert "M parameters, served in float32." in report.write(folder).read_text()
+
+
 def test_a_run_with_random_weights_says_so_first(folder: RunFolder) -> None:
     lab = {**folder.run().lab, "left_out": ("quality: there is no text",)}
     changed = {"dummy": True, "model": "llama-8b-dummy", "lab": lab}
