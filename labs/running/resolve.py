@@ -96,6 +96,19 @@ class Setup:
         return max(p.load.seats for p in self.points)
 
 
+def scale_of(request: RunRequest, machine: Machine) -> str:
+    """Name the sizes that a run has: those of its machine, or of the run that it repeats.
+
+    What an endpoint computes in is not this machine's to say: it is taken for BF16.
+    """
+    if request.on_file:
+        return request.on_file.scale
+    if request.scale:
+        return request.scale
+    scale = models.scale_of(machine)
+    return "cpu" if request.endpoint and scale == models.CPU_FP32 else scale
+
+
 def lab_of(request: RunRequest, scale: str) -> Lab:
     """Return the lab that is asked for, in its sizes; a recorded one has them, and its changes."""
     if request.reproduces:
@@ -112,7 +125,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     elsewhere, keep_disturbed = load_workers_of(request), keeps_disturbed()
     on_file = request.on_file
     machine, datasheet = (on_file.machine, None) if on_file else machine_of(request.card)
-    lab = lab_of(request, on_file.scale if on_file else models.scale_of(machine))
+    lab = lab_of(request, scale_of(request, machine))
     if datasheet:  # there may be as many GPUs as are asked for
         machine = machine.model_copy(update={"count": max(f.devices for f in lab.all_flags)})
     require_known_names(lab)

@@ -44,6 +44,7 @@ from labs.running.resolve import (
     Setup,
     engine_environment,
     resolve,
+    scale_of,
 )
 from labs.running.resume import unfinished
 from labs.running.trials import requests_file, write_requests
@@ -197,7 +198,7 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         run_id=run_id(lab.digest()),
         lab=lab.resolved(),
         digest=lab.digest(),
-        scale=request.scale or models.scale_of(setup.machine),
+        scale=scale_of(request, setup.machine),
         quick=request.quick,
         changes=request.changes,
         endpoint=request.endpoint or None,

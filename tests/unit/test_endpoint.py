@@ -10,11 +10,12 @@ import pytest
 from labs import LABS
 from labs.commands.terminal import ConsoleProgress
 from labs.lab import LabError
-from labs.running.resolve import RunRequest, resolve
-from serving import guard, metrics
+from labs.running.resolve import RunRequest, resolve, scale_of
+from serving import guard, metrics, models
 from serving.engines import endpoint
 from serving.engines.base import EngineError, metrics_text
 from serving.engines.endpoint import Endpoint
+from serving.machine import Machine
 from tests.unit import hostile
 from tests.unit.hostile import Send, says, whole
 
@@ -230,3 +231,11 @@ def test_replicas_without_an_endpoint_are_told() -> None:
     request = RunRequest(LABS["continuous-batching"], replicas=("http://a",))
     with pytest.raises(LabError, match="ENDPOINT_METRICS names replicas behind an ENDPOINT"):
         resolve(request, ConsoleProgress())
+
+
+def test_an_endpoint_is_taken_for_bf16_whatever_this_cpu_has() -> None:
+    old = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34, cpu_flags=("avx2",))
+    lab = LABS["continuous-batching"]
+    assert scale_of(RunRequest(lab), old) == models.CPU_FP32
+    assert scale_of(RunRequest(lab, endpoint="http://127.0.0.1:8000"), old) == "cpu"
+    assert scale_of(RunRequest(lab, scale="gpu-80"), old) == "gpu-80"
