@@ -79,10 +79,13 @@ def start_locust_ui(
 
 
 def _wait_for_page(process: Process, url: str) -> None:
-    """Wait until the page is there. Raises LabError where Locust ends before."""
+    """Wait until the page is there and the load process has joined, before which no load starts.
+
+    Raises LabError where Locust ends before.
+    """
     while process.returncode is None:
-        with contextlib.suppress(requests.RequestException):
-            if requests.get(url, timeout=5).ok:
+        with contextlib.suppress(requests.RequestException, ValueError):
+            if requests.get(f"{url}/stats/requests", timeout=5).json().get("workers"):
                 return
         time.sleep(0.1)
     raise LabError(f"Locust ended; its last lines:\n{process.tail()}")

@@ -32,7 +32,7 @@ print(json.dumps({
                          & {"labs", "serving", "loadtests", "dashboards"}),
     "open": len(os.listdir("/proc/self/fd")),
     "garbage": gc.get_threshold(),
-}))
+}), flush=True)
 print("and this", file=sys.stderr)
 """
 
@@ -53,6 +53,8 @@ def test_it_begins_as_a_fresh_process_does(tmp_path: Path) -> None:
         subprocess.run(
             [sys.executable, *argv], cwd=ROOT, env=_env(), check=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
+            # where the tests run in a shell's background, it would ignore SIGINT
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
     (forked_one, then), (fresh_one, and_then) = _said(here), _said(there)
     assert forked_one == fresh_one

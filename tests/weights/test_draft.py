@@ -67,7 +67,8 @@ def test_distilling_makes_a_smaller_model_that_agrees_with_the_target(
     assert untrained["steps"] == 0
     assert trained["steps"] == 8 * 4
     assert trained["trained_on_tokens"] == 32 * draft.ANSWER_TOKENS
-    assert trained["acceptance"] > untrained["acceptance"] + 0.1
+    # half as often again; by how much more depends on the type that this machine computes in
+    assert trained["acceptance"] > 1.4 * untrained["acceptance"]
     assert trained["acceptance_untrained"] == untrained["acceptance_untrained"]
     assert trained["acceptance_within"]["64"].keys() == {"even", "odd", "all"}
 
