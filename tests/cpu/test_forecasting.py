@@ -73,7 +73,7 @@ OLD = machine.cpu().lacks_avx512  # so that some kernels are missing
 KINDS = {name: kind for name, kind in QUANTIZED.items() if not (OLD and name == "w4a16")}
 TYPES = [  # of what is not quantized, and of the cache
     ("auto", "auto"),
-    ("float32", "auto"),
+    *([("float32", "auto")] if machine.cpu().lacks_bf16 else []),  # where labs serve in it
     *(() if OLD else (("auto", "fp8_e4m3"), ("auto", "fp8_e5m2"))),
 ]
 STEPS_TIMED = len(KINDS) - 1 + len(TYPES)
