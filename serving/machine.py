@@ -47,8 +47,8 @@ VLLM = tuple(platform.vllm for platform in PLATFORMS.values())  # packages that 
 
 
 IN_FLOAT32 = (
-    "this CPU has no instructions for BF16, in which the models are and which it would multiply in"
-    " software: vLLM serves them in float32, with twice the bytes"
+    "the models are in BF16, and this CPU has no instructions for it: vLLM serves them in float32,"
+    " which takes twice the memory, and far less time for prompts and batches"
 )
 SLOW_BF16 = (
     "this CPU has no instructions for BF16, in which this run serves the model: prompts and larger"
