@@ -495,11 +495,18 @@ class Vllm(Engine):
         """Say what vLLM 0.32 has no kernels for on this CPU; whatever else is known at the start.
 
         Sources: `_get_attn_isa` of vllm/v1/attention/backends/cpu_attn.py, and `cpu_gemm_wna16`,
-        which its build for AVX2 lacks.
+        which its build for AVX2 lacks. A model in float32 was tried with a cache in BF16: vLLM
+        starts, and writes empty text.
         """
         dtype = str(flags.get("kv-cache-dtype", "auto"))
         if dtype.startswith("fp8") and machine.lacks_avx512:
             return "vLLM has no kernel for keys and values in FP8 on a CPU without AVX-512"
+        in_float32 = machine.kind == "cpu" and VllmFlags(flags).value_bytes == 4
+        if in_float32 and dtype in ("bfloat16", "float16"):
+            return (
+                f"vLLM writes no text on a CPU from a model in float32 and a cache in {dtype}: leave"
+                " kv-cache-dtype out"
+            )
         if weight_bits == 4 and machine.lacks_avx512:
             return "vLLM has no kernel for weights of 4 bits on a CPU without AVX-512"
         return ""

@@ -250,6 +250,9 @@ def test_keys_and_values_in_8_bits_are_refused_where_the_cpu_has_no_kernel_for_t
     assert "without AVX-512" in Vllm.cannot_serve(model, flags, old)
     assert not Vllm.cannot_serve(model, plain, old)
     assert not Vllm.cannot_serve(model, flags, new)
+    mixed = {"dtype": "float32", "kv-cache-dtype": "bfloat16"}
+    assert "writes no text" in Vllm.cannot_serve(model, mixed, new)
+    assert not Vllm.cannot_serve(model, {"kv-cache-dtype": "bfloat16"}, new)
     assert "weights of 4 bits" in Vllm.cannot_serve(model, plain, old, 4)
     assert not Vllm.cannot_serve(model, plain, old, 8)
     assert not Vllm.cannot_serve(model, plain, new, 4)
