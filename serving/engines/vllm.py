@@ -504,8 +504,8 @@ class Vllm(Engine):
         in_float32 = machine.kind == "cpu" and VllmFlags(flags).value_bytes == 4
         if in_float32 and dtype in ("bfloat16", "float16"):
             return (
-                f"vLLM writes no text on a CPU from a model in float32 and a cache in {dtype}: leave"
-                " kv-cache-dtype out"
+                f"vLLM writes no text on a CPU from a model in float32 and a cache in {dtype}:"
+                " leave kv-cache-dtype out"
             )
         if weight_bits == 4 and machine.lacks_avx512:
             return "vLLM has no kernel for weights of 4 bits on a CPU without AVX-512"
