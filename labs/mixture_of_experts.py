@@ -15,8 +15,8 @@ The mixture stands beside two dense models, which differ from it in their MLPs a
 has an MLP as wide as all experts together, so that it holds as many bytes; `dense-active` one as
 wide as the k experts of a token, so that it reads as many for one token. All three have random
 weights, since what is read does not depend on their values, and the engine is told to route each
-token to experts drawn evenly. Trained routers do so only nearly, and what they are unequal in
-lets a batch need fewer.
+token to experts drawn evenly. Trained routers do so only nearly; where they are uneven, a batch
+needs fewer experts.
 
 Claims about ratios that are to be nearly 1 have a margin of 25%, which was set before the first
 run. Reading all experts and reading a token's own lie a factor of more than three and a half apart,

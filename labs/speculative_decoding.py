@@ -421,8 +421,9 @@ LAB = Lab(
         " A model this small, asked to edit, copies, leaves out and comments more than it edits;"
         " its answers are taken as they are.",
         "gpu": "Greedy decoding of four kinds of text; sampling at a temperature accepts less. All"
-        " engines run without asynchronous scheduling and on vLLM's first model runner: n-grams and"
-        " draft models have no other, an engine that guesses nothing would by itself.",
+        " engines run without asynchronous scheduling and on vLLM's first model runner, because"
+        " n-grams and draft models need that. Left to itself, an engine without speculation would"
+        " use asynchronous scheduling and the newer runner.",
     },
     next_knobs=(*GUESSES, loads_knob(1, 8, 32)),
 )  # fmt: skip

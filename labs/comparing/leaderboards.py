@@ -28,10 +28,10 @@ from labs.judging.text import (
     claim_outcome,
     counted,
     decided_text,
-    number,
     point_label,
     predictions_text,
     ratio_interval,
+    ratio_number,
     ratio_text,
     verdict_text,
 )
@@ -310,7 +310,7 @@ def _headline(folder: RunFolder, judgement: Judgement, headline: Headline) -> In
     return (
         Link(headline.done, os.path.relpath(folder.path / "report.md", ROOT)),
         f"{gpu}{marks(run)}: {ratio_text(judgement).removesuffix('x')} times {headline.figure}"
-        f" ({ratio_interval(judgement)}; predicted {number(judgement.prediction.value)}:"
+        f" ({ratio_interval(judgement)}; predicted {ratio_number(judgement.prediction.value)}:"
         f" {claim_outcome(judgement)}){_earlier(run)}.",
     )
 
@@ -516,7 +516,7 @@ def leaderboard(committed: bool = False) -> Table:
             "Between sittings",
             "Verdict",
             "Prediction",
-            "Lab since then",
+            "Settings since then",
             "Repeated",
         ),
         rows,
@@ -537,7 +537,7 @@ def _claim(folder: RunFolder, judgement: Judgement, page_folder: Path) -> list[I
         (parse(judgement.title), f" ({point_label(judgement.treatment, run.rebuilt_lab())})"),
         f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
         ratio_interval(judgement),
-        f"{number(judgement.prediction.value)}x",
+        f"{ratio_number(judgement.prediction.value)}x",
         claim_outcome(judgement),
         parse(verdict_text(judgement)),
     ]

@@ -233,7 +233,8 @@ def _verdict_sentence(verdict: VerdictPair) -> str:
         side_by_side.outcome_with_ratio(*side) for side in ((verdict.a, there), (verdict.b, here))
     )
     answer = ANSWER_OF_OUTCOME[verdict.outcome]
-    text = f"{verdict.title} ({verdict.where}), {answer}: {a} there; {b} here"
+    where = verdict.where.replace(" / ", " beside ").replace("/", ", ")
+    text = f"{verdict.title} ({where}), {answer}: {a} in the original; {b} in the repetition"
     if there and here and here.low is not None and here.high is not None:
         inside = here.low <= there.value <= here.high
         text += ", an interval that contains the original value" * inside

@@ -17,13 +17,13 @@ from labs.context_retrieval import (
 from labs.filing.results import AT, Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import plt
-from labs.findings.offloading import CopyOrCompute, break_even_sentence
+from labs.findings.offloading import BREAK_EVEN_LENGTH, CopyOrCompute, break_even_sentence
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import CONFIDENCE, TWO_ONE_SIDED, Interval, prediction_outcome
 from labs.judging.quality import paired_difference
 from labs.judging.retrieval import Changes, Needle, adds_up, by_text, margin_change, share
-from labs.judging.text import number, prediction_text, sentences, times_with_interval
+from labs.judging.text import counted, number, prediction_text, sentences, times_with_interval
 from labs.lab import Prediction
 
 Place = tuple[int, float]  # length of a text in tokens, and depth in it
@@ -254,23 +254,23 @@ def tell_losses(facts: Losses | None) -> Finding:
     lines += [line for v in facts.variants if (line := reach_sentence(v, facts))]
     lines.append(
         "Differences of shares have adjusted Wald intervals (Bonett and Price 2012), which take"
-        " needles as independent; changes of the margin have intervals over texts. Both are of 95"
-        " %. Forecasts are judged by intervals of 90%."
+        " needles as independent; changes of the margin have intervals over texts. Both are 95%"
+        " intervals. Forecasts are judged by 90% intervals."
     )
     return Finding(title=title, rows=rows, lines=lines)
 
 
-def _points(interval: Interval) -> str:
+def _points(interval: Interval, unit: str = "") -> str:
     ends = (100 * v for v in (interval.low, interval.high) if v is not None)
-    return f"{100 * interval.value:+z.1f} ({' to '.join(f'{e:+z.1f}' for e in ends)})"
+    return f"{100 * interval.value:+z.1f}{unit} ({' to '.join(f'{e:+z.1f}' for e in ends)})"
 
 
-def _nats(interval: Interval | None) -> str:
+def _nats(interval: Interval | None, unit: str = "") -> str:
     if interval is None:
         return "–"
     if interval.low is None or interval.high is None:
-        return f"{interval.value:+z.2f}"
-    return f"{interval.value:+z.2f} ({interval.low:+z.2f} to {interval.high:+z.2f})"
+        return f"{interval.value:+z.2f}{unit}"
+    return f"{interval.value:+z.2f}{unit} ({interval.low:+z.2f} to {interval.high:+z.2f})"
 
 
 def lost_sentence(lost: Lost, base: str) -> str | None:
@@ -278,7 +278,7 @@ def lost_sentence(lost: Lost, base: str) -> str | None:
     if not lost.lost or lost.margin_of_lost is None or lost.margin_of_kept is None:
         return None
     return (
-        f"`{lost.variant}`: the {lost.lost} that it lost had a margin of"
+        f"`{lost.variant}`: the {counted(lost.lost, 'needle')} that it lost had a mean margin of"
         f" {lost.margin_of_lost:.2f} nats at `{base}`, those that it kept"
         f" {lost.margin_of_kept:.2f}."
     )
@@ -355,12 +355,12 @@ class Ways:
 
 TITLES = {
     "full": "all tokens in 16 bits",
-    "fp8": "quantize: 8 bits",
-    "window": "slide a window",
-    "fp8 and window": "a window in 8 bits",
-    "evicted": f"evict: keep {EVICTED_SHARE:.0%} by attention",
-    "shared": f"share: one cache for {SHARING_LAYERS} layers",
-    "fp8 and shared": "share, in 8 bits",
+    "fp8": "a cache in 8 bits",
+    "window": "a sliding window",
+    "fp8 and window": "a sliding window in 8 bits",
+    "evicted": f"eviction that keeps {EVICTED_SHARE:.0%} by attention",
+    "shared": f"one cache for {SHARING_LAYERS} layers",
+    "fp8 and shared": f"one cache for {SHARING_LAYERS} layers in 8 bits",
 }
 RUN_BY = {"full": "full", "fp8": "kv-fp8", "window": "window"}
 NOT_RUN = {
@@ -463,7 +463,7 @@ def tell_ways(facts: Ways | None) -> Finding:
         f" {EVICTED_SHARE:.0%}, sharing at every second layer."
     )
     if facts.offload:
-        lines.append(break_even_sentence(facts.offload))
+        lines.append(f"{break_even_sentence(facts.offload)} {BREAK_EVEN_LENGTH}")
     return Finding(title=title, rows=rows, lines=lines)
 
 
@@ -478,14 +478,14 @@ def why_it_drops(run: JudgedRun) -> str | None:
     if facts is None:
         return None
     parts = [
-        f"`{v.variant}` finds {v.correct_count} of {v.n} ({_points(v.difference)} points)"
-        + (f", its margin changes by {_nats(v.margin)} nats" if v.margin else "")
+        f"`{v.variant}` finds {v.correct_count} of {v.n}, {_points(v.difference, ' points')}"
+        + (f", and its margin changes by {_nats(v.margin, ' nats')}" if v.margin else "")
         for v in facts.variants
         if v.variant in (*PARTS_OF_BOTH, BOTH)
     ]
     lost = [
-        f"the {v.lost} lost by `{v.variant}` had {v.margin_of_lost:.2f} nats before, the kept"
-        f" {v.margin_of_kept:.2f}"
+        f"the {counted(v.lost, 'needle')} that `{v.variant}` lost had a mean margin of"
+        f" {v.margin_of_lost:.2f} nats before, those that it kept {v.margin_of_kept:.2f}"
         for v in facts.variants
         if v.variant in (*PARTS_OF_BOTH, BOTH)
         and v.lost
@@ -508,17 +508,17 @@ def which_way(run: JudgedRun) -> str | None:
     if facts is None or not facts.measured:
         return None
     ran = [
-        f"{w.title} keeps {facts.ratio(w):.2f} of the bytes"
+        f"{w.title} takes {facts.ratio(w):.2f} of the bytes"
         + (f", runs {times_with_interval(w.at_once)} the requests at once" if w.at_once else "")
-        + (f", TPOT {times_with_interval(w.step)}" if w.step else "")
-        + (f" and {w.price}" if w.price != "–" else "")
+        + (f", has {times_with_interval(w.step)} the TPOT" if w.step else "")
+        + (f", and {w.price}" if w.price != "–" else "")
         for w in facts.measured
     ]
     rest = [f"{w.title} {facts.ratio(w):.2f}" for w in facts.ways if w.variant is None]
     text = sentences(
         [
             f"at {facts.tokens:,} tokens, measured: {'; '.join(ran)}",
-            f"by arithmetic, not run: {'; '.join(rest)} of the bytes",
+            f"by arithmetic, not run, these take so much of the bytes: {', '.join(rest)}",
             "a window and sharing change the model, which is trained for them; the other two change"
             " how any model is served",
         ]

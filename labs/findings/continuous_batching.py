@@ -144,8 +144,8 @@ def larger_batch(run: JudgedRun) -> str | None:
         else "in this range its time did not grow with the batch"
     )
     return (
-        f"A step serves all requests and reads the weights once for them: {grows}. From {users[0]}"
-        f" to {users[-1]} in flight throughput is {rate}, and TPOT {tpot}."
+        f"A step serves all requests and reads the weights once for them: {grows}. With {users[-1]}"
+        f" in flight instead of {users[0]}, throughput is {rate} and TPOT {tpot}."
     )
 
 
@@ -167,7 +167,7 @@ def ridge(run: JudgedRun) -> str | None:
     )
     by_work = (
         f"FLOP for each byte read: {low:.3g} at {few} in flight, {high:.3g} at {many}. This"
-        f" machine's ridge is {at:,.3g}, a batch of about {batch:,.0f}: by the work alone {side}."
+        f" machine's ridge is {at:,.3g}, a batch of about {batch:,.0f}: by the work alone, {side}."
     )
     return " ".join([by_work, *_time_sentences(run.once(steps_at_loads))])
 
@@ -186,7 +186,7 @@ def _time_sentences(steps: tuple[StepAtLoad, ...]) -> list[str]:
     return [
         last.parts.sentence(f"At {last.users} in flight an output token"),
         parts_mean([last.parts]),
-        f"By the time measured {limits}.",
+        f"By the measured times, {limits}.",
     ]
 
 

@@ -174,13 +174,13 @@ def tell_blind_diagnoses(facts: BlindDiagnoses) -> Finding:
         (t.injected, t.named) for t in facts.trials if not t.right
     ):
         alike = [t for t in facts.trials if (t.injected, t.named) == (injected, named_otherwise)]
-        repeats = ", ".join(str(t.repeat) for t in alike)
+        repeats = f"repeat{'s' * (len(alike) > 1)} {', '.join(str(t.repeat) for t in alike)}"
         why = alike[0].why or "nothing was worse by more than the thresholds"
         lines.append(
-            f"*{TITLES[injected]}* (repeat {repeats}) was named *{TITLES[named_otherwise]}*: {why}."
+            f"*{TITLES[injected]}* ({repeats}) was named *{TITLES[named_otherwise]}*: {why}."
         )
     lines += [
-        f"*{TITLES[injected]}* was known by this (repeat {t.repeat}): {t.why}."
+        f"*{TITLES[injected]}* was named rightly (repeat {t.repeat}): {t.why}."
         for injected in facts.injected
         if (t := next((t for t in facts.trials if t.injected == injected and t.right), None))
         and t.why
@@ -526,19 +526,20 @@ def made_of(ttft: Fit, itl: Fit) -> str:
     """Says what a long prompt's first token and a token after it take, part by part."""
     longest = max(n for n, _ in ttft.measured)
     parts = [c.value * longest**i for i, c in enumerate(ttft.coefficients)]
-    pairs = "" if ttft.coefficients[2].known else ", which is not told from none,"
+    pairs = "" if ttft.coefficients[2].known else " (its interval includes 0)"
     far = max(c for c, _ in itl.measured)
     grows = itl.coefficients[1]
     context = (
         f"and {number(grows.value * far, 's')} more with {far:,.0f} of them"
         if grows.known
-        else "and a context of these lengths adds nothing that is told from none"
+        else f"and what {far:,.0f} of them add has an interval that includes 0"
     )
     return (
         f"A prompt of {longest:,.0f} tokens alone has its first token after"
-        f" {number(ttft.at(longest), 's')}: {number(parts[0], 's')} fixed, {number(parts[1], 's')}"
-        f" for its tokens, {number(parts[2], 's')} for its pairs of tokens{pairs} by the fit. A"
-        f" later token takes {number(itl.coefficients[0].value, 's')} without context, {context}."
+        f" {number(ttft.at(longest), 's')}; by the fit {number(parts[0], 's')} are fixed,"
+        f" {number(parts[1], 's')} for its tokens, {number(parts[2], 's')} for its pairs of"
+        f" tokens{pairs}. A later token takes {number(itl.coefficients[0].value, 's')} without"
+        f" context, {context}."
     )
 
 
@@ -617,7 +618,7 @@ def first_token_late(run: JudgedRun) -> str | None:
         ttft, queue, prefill = (cells.get(name) for name in ("TTFT", "Queue", "Prefill"))
         if ttft and queue and prefill:
             clauses.append(
-                f"with {TITLES[cause]} TTFT is {ttft.text}, the queue {queue.text}, prefill"
+                f"with {TITLES[cause]}, TTFT is {ttft.text}, the queue {queue.text}, prefill"
                 f" {prefill.text}"
             )
     if not facts or not clauses:
@@ -625,10 +626,10 @@ def first_token_late(run: JudgedRun) -> str | None:
     return (
         "Split it into queue and prefill, as the engine counts them (over whole trials, the warm-up"
         " included, and against the workload `reference`; the claims compare what clients saw in"
-        " the window). Healthy,"
-        f" {facts.healthy['Queue']} and {facts.healthy['Prefill']}; {'; '.join(clauses)}. A queue"
-        " means more than the batch takes, or a long prompt ahead; a longer prefill a long prompt,"
-        " or a cache that lost it: the hit rate tells these two apart."
+        f" the window). Healthy, the queue takes {facts.healthy['Queue']} and prefill"
+        f" {facts.healthy['Prefill']}; {'; '.join(clauses)}. A longer queue means more requests"
+        " than the batch takes, or a long prompt ahead. A longer prefill means a longer prompt, or"
+        " one that the cache has lost: then the hit rate has fallen."
     )
 
 
@@ -642,7 +643,7 @@ def token_slow(run: JudgedRun) -> str | None:
         tpot, gaps, prefill = (cells.get(name) for name in ("TPOT", "Long gaps", "Prefill"))
         if tpot and gaps and prefill:
             clauses.append(
-                f"with {TITLES[cause]} TPOT is {tpot.text}, prefill {prefill.text}, long gaps"
+                f"with {TITLES[cause]}, TPOT is {tpot.text}, prefill {prefill.text}, long gaps"
                 f" {gaps.text}"
             )
     if not clauses:

@@ -12,7 +12,7 @@ from dashboards.palette import VARIANTS
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import draw_forecasts, plt
-from labs.findings.offloading import CopyOrCompute, break_even_sentence
+from labs.findings.offloading import BREAK_EVEN_LENGTH, CopyOrCompute, break_even_sentence
 from labs.findings.parts import IN_PART, Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.findings.quality import QUALITY, compared, in_brief, treatments_of
@@ -281,12 +281,12 @@ def memory_ladder(context: Context) -> MemoryLadder | None:
             "FP8 KV cache", twice, _price(context), "measured" if measured_eight else "arithmetic"
         ),
         Step(
-            "and 4-bit weights", with_4_bits,
+            "4-bit weights as well", with_4_bits,
             "see the weight-quantization lab", "arithmetic",
             how="¾ of the bytes of all weights except the output head become cache",
         ),
         Step(
-            "and KV offload to the host's memory", with_4_bits,
+            "KV offload to the host's memory as well", with_4_bits,
             "a prompt that returns is copied back"
             + (f", with {times_with_interval(returning)} the TTFT of computing it again (measured"
                " in BF16, without the steps above)" if returning else ""),
@@ -317,7 +317,7 @@ def _price(context: Context) -> str:
     parts = [in_brief(figures)] if figures is not None else []
     slower = {
         f"*{METRICS[metric].title}* {times_with_interval(ratio)} {where}": worse
-        for workload, where in (("far", "over a long context"), ("near", "over a short one"))
+        for workload, where in (("far", "over a long context"), ("near", "over a short context"))
         for metric in ("tpot_mean_s", "ttft_mean_s", "output_tokens_per_s")
         if (ratio := _of_base(context, workload, metric))
         and (worse := ratio.value if METRICS[metric].better == "lower" else 1 / ratio.value) > 1
@@ -353,7 +353,7 @@ def tell_ladder(facts: MemoryLadder | None) -> Finding:
         " bytes a token in BF16. The steps before the FP8 cache change no answer. From there on"
         " each step has a price in quality or time; the worst measured one is given. The"
         f" model itself ends at {facts.max_positions:,} positions.",
-        break_even_sentence(facts.offload),
+        f"{break_even_sentence(facts.offload)} {BREAK_EVEN_LENGTH}",
     ]
     return Finding(title=title, rows=rows, lines=lines)
 
@@ -384,9 +384,9 @@ def kv_of_a_sequence(run: JudgedRun) -> str | None:
     both = [8192 * point.shape.kv_bytes_per_token(b) for b in (2, 1)]
     onset = " ".join(onset_sentence(o) for o in PREEMPTION.facts_of(run) or ())
     return (
-        f"8,192 tokens take {both[0] / 2**20:,.0f} MiB in BF16 and {both[1] / 2**20:,.0f} in 8"
-        f" bits, so {memory / 2**20:,.0f} MiB hold {memory / both[0]:.1f} such sequences or"
-        f" {memory / both[1]:.1f}. {onset}".strip()
+        f"8,192 tokens take {both[0] / 2**20:,.0f} MiB in BF16 and {both[1] / 2**20:,.0f} MiB in 8"
+        f" bits, so {memory / 2**20:,.0f} MiB hold {memory / both[0]:.1f} such sequences in BF16"
+        f" and {memory / both[1]:.1f} in 8 bits. {onset}".strip()
     )
 
 

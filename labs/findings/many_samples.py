@@ -17,7 +17,7 @@ from labs.findings.parts import ARITHMETIC, IN_PART, Conclusion, Headline, Repor
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
 from labs.judging.sampling import canonical, gain_over_tasks, over_tasks, pass_at, vote_at
-from labs.judging.text import number
+from labs.judging.text import number, ratio_number
 from labs.lab import Point
 from serving import dummy, models
 from serving.models import Shape
@@ -95,13 +95,16 @@ def times_sentence(facts: Sequence[Cost]) -> str | None:
         c for c in facts if c.samples > 1 and c.seconds and c.variant == one.variant
     ]
     clauses = [
-        f"{c.samples} in {_requests(c.requests)} take {c.seconds / one.seconds:.2f} times as long"
+        f"{c.samples} samples in {_requests(c.requests)} take {c.seconds / one.seconds:.2f} times"
+        " as long"
         for c in costs_of_several
         if c.seconds
     ]
     if not clauses:
         return None
-    return f"One sample takes {number(one.seconds, 's')}; with the cache on {', '.join(clauses)}."
+    return (
+        f"One sample takes {number(one.seconds, 's')}. With the prefix cache, {', '.join(clauses)}."
+    )
 
 
 def _requests(count: int) -> str:
@@ -267,8 +270,9 @@ def tell_voting(facts: Voting) -> Finding:
             f"{len(facts.tasks)} tasks with one right answer each, {facts.drawn} samples of each at"
             f" temperature {facts.temperature:g}. pass@n is best-of-n with a perfect judge; a vote"
             " needs none. Engine seconds are of one task at a time. A *point* is 1% of the tasks;"
-            " what it costs stands where voting beats one sample beyond its interval."
-            " Intervals are of 95%, over tasks: other tasks, not other samples, are most of them."
+            " what one costs is given where the interval of voting over one sample excludes 0."
+            " Intervals are 95% intervals over tasks: most of their width comes from which tasks"
+            " were asked, not from which samples were drawn."
         )
     return Finding(title="What do samples buy on tasks with one right answer?", rows=rows,
                    lines=lines)  # fmt: skip
@@ -474,9 +478,9 @@ def answer_s(shape: Shape, point: Point) -> float:
 
 def tell_larger(facts: LargerModel) -> Finding:
     rows = [["Larger model", "Parameters", "A step takes", "Samples, same seconds alone",
-             "Samples, same FLOP", "A vote of these solves", "One of these is right"]]  # fmt: skip
+             "Samples, same FLOP", "A vote of those solves", "One of those is right"]]  # fmt: skip
     rows += [
-        [row.name, f"{row.params / 1e9:.1f} B", f"{row.times:.1f}x", row.alone_text,
+        [row.name, f"{row.params / 1e9:.1f} B", f"{ratio_number(row.times)}x", row.alone_text,
          row.busy_text, f"{100 * row.voted:.1f}%", f"{100 * row.passed:.1f}%"]
         for row in facts.rows
     ]  # fmt: skip
@@ -494,8 +498,8 @@ def tell_larger(facts: LargerModel) -> Finding:
             " last two columns say."
         )
         lines.append(
-            "To measure it, run this lab with the larger model (`MODEL=`) and put both beside each"
-            " other with `make compare`."
+            "To measure it, run this lab with the larger model (`MODEL=`) and set the two runs side"
+            " by side with `make compare`."
         )
     return Finding(title="Samples, or a larger model?", rows=rows if facts.rows else [],
                    lines=lines)  # fmt: skip

@@ -203,15 +203,15 @@ def mixture_gains(run: JudgedRun) -> str | None:
         f" {mixture.params / 1e6:,.0f} million parameters (random weights, tokens routed evenly) a"
         f" token is multiplied with {mixture.active_params / mixture.params:.0%}: with one request"
         f" TPOT is {alone} that of a dense model as large"
-        + (f" (by bytes {ratio_number(first.total.by_bytes)}x)" if first.total else "")
+        + (f", {ratio_number(first.total.by_bytes)}x by bytes" if first.total else "")
         + (f", and {small} that of a dense model with the parameters of one token" if small else "")
         + "."
     ]
     if total and last.users > first.users:
         sentences.append(
             f"With {last.users} in flight a step is expected to need {last.needed:.3g} of"
-            f" {last.experts} experts, and TPOT is {total} that of the dense model as large"
-            + (f" and {active} that of the other" if active else "")
+            f" {last.experts} experts. TPOT beside the dense model as large is {total}"
+            + (f"; beside the other it is {active}" if active else "")
             + "."
         )
     sentences.append(
@@ -226,7 +226,7 @@ def _ratio_text(beside: Beside | None) -> str:
     if beside is None or beside.measured is None or beside.withheld:
         return ""
     by_bytes = ratio_number(beside.by_bytes)
-    return f"{times_with_interval(beside.measured)} (by bytes and FLOP {by_bytes}x)"
+    return f"{times_with_interval(beside.measured)} and by bytes and FLOP {by_bytes}x"
 
 
 # --------------------------------------------------------------------------------------- its plot

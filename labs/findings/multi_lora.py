@@ -304,16 +304,16 @@ def many_adapters(run: JudgedRun) -> str | None:
         return None
     return (
         f"Eight tenants take {memory.together_bytes(8) / 1e9:.2f} GB of weights on one engine, and"
-        f" {memory.apart_bytes(8) / 1e9:.2f} GB on a server for each. With an adapter, throughput"
+        f" {memory.apart_bytes(8) / 1e9:.2f} GB on a server each. With an adapter, throughput"
         f" is {one} that of the base."
     )
 
 
 def mixed_adapters(run: JudgedRun) -> str | None:
     parts = (
-        ("eight", "with eight adapters in one batch instead of one TPOT is"),
-        ("swap", "with two slots for eight adapters instead of eight slots TTFT is"),
-        ("skew", "with two slots and a skewed mix instead of a uniform one TTFT is"),
+        ("eight", "with eight adapters in one batch instead of one, TPOT is"),
+        ("swap", "with two slots for eight adapters instead of eight slots, TTFT is"),
+        ("skew", "with two slots and a skewed mix instead of a uniform one, TTFT is"),
     )
     ratios = [f"{text} {ratio}" for claim, text in parts if (ratio := run.ratio(claim))]
     mixed = "One batch holds requests of several adapters, each computed with its own."

@@ -44,6 +44,12 @@ class CopyOrCompute:
         )
 
 
+BREAK_EVEN_LENGTH = (
+    "That length is (k F / r - 2 P) / (2 L d) tokens, with k bytes a token, F FLOP/s, r bytes/s, P"
+    " parameters, and L layers of width d."
+)
+
+
 def break_even_sentence(facts: CopyOrCompute) -> str:
     """Says which way is the faster, and from where on, by arithmetic."""
     rate = number(facts.link_bytes_per_s / 1e9, "GB/s")
@@ -61,8 +67,7 @@ def break_even_sentence(facts: CopyOrCompute) -> str:
     return (
         "Where evicted keys and values are kept in the host's memory (arithmetic), copying"
         f" {facts.bytes_per_token:,.0f} bytes a token back over {link} ({known}) takes"
-        f" less time than prefilling at {number(facts.flops_per_s / 1e12, 'TFLOP/s')} {when}. Any"
-        f" link of more than {number(facts.pays_from_bytes_per_s / 1e9, 'GB/s')} does so at any"
-        " length, a slower one from (k F / r - 2 P) / (2 L d) tokens on: k bytes a token, F FLOP/s,"
-        " r bytes/s, P parameters, L layers of width d."
+        f" less time than prefilling at {number(facts.flops_per_s / 1e12, 'TFLOP/s')} {when}. A"
+        f" link of more than {number(facts.pays_from_bytes_per_s / 1e9, 'GB/s')} is the faster way"
+        " at any length, a slower one only from some length on."
     )

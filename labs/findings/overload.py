@@ -31,7 +31,7 @@ from labs.judging.signals import (
     watch,
 )
 from labs.judging.signals import SIGNALS as SIGNAL_NAMES
-from labs.judging.text import interval, number
+from labs.judging.text import counted, interval, number
 from labs.lab import SLO, Point
 from loadtests.arrivals import Offered, Ramp
 from serving.engines.vllm import VllmFlags
@@ -661,8 +661,8 @@ def _alarm(name: str, threshold: float, came: Sequence[Watch], foreseen: Sequenc
 
 def tell_alarms(facts: tuple[Alarms, ...]) -> Finding:
     rows = [
-        ["Load", "Signal", "Threshold", "Reached after, mean", "Lead, mean", "Led", "False alarms",
-         "Forecast: lead", "Led", "False alarms"]
+        ["Load", "Signal", "Threshold", "Reached after, mean", "Lead, mean", "Led in",
+         "False alarms", "Forecast: lead", "Forecast: led in", "Forecast: false alarms"]
     ]  # fmt: skip
     lines = []
     for of in facts:
@@ -763,13 +763,16 @@ def scaling_signal(run: JudgedRun) -> str | None:
     early = [s for s in facts.signals if s.lead_s is not None]
     never = [s.name for s in facts.signals if s.lead_s is None]
     clauses = [
-        f"{s.name}, {number(s.lead_s, 's')} before"
+        f"{s.name}, {number(s.lead_s, 's')} ahead"
         + (f" (in {s.alarms} of {facts.trials} trials)" if s.alarms < facts.trials else "")
         for s in early
     ]
-    alarms = f"an alarm came from: {'; '.join(clauses)}" if clauses else "no signal gave an alarm"
-    silent = f" None came from: {', '.join(never)}." if clauses and never else ""
-    return f"Before the first request that came too late was sent, {alarms}.{silent}{_leads(run)}"
+    alarms = f"these alarmed: {'; '.join(clauses)}" if clauses else "no signal alarmed"
+    silent = f" These did not: {', '.join(never)}." if clauses and never else ""
+    return (
+        "By the rule that a signal alarms above its highest value under the steady load, before"
+        f" the first request that came too late was sent {alarms}.{silent}{_leads(run)}"
+    )
 
 
 def _leads(run: JudgedRun) -> str:
@@ -781,9 +784,10 @@ def _leads(run: JudgedRun) -> str:
             first = max(led, key=lambda a: a.lead_s or 0.0)
             expected = number(first.forecast_lead_s, "s")
             lead_sentences.append(
-                f" With thresholds that were set beforehand, on {of.load}: {first.signal},"
-                f" {number(first.lead_s, 's')} before a request had waited as long as the SLO"
-                f" allows (forecast {expected}), with {first.false_alarms} false alarms."
+                f" By thresholds that were set beforehand, on {of.load}, {first.signal} alarmed"
+                f" first: {number(first.lead_s, 's')} before a request had waited as long as the"
+                f" SLO allows (forecast {expected}), with"
+                f" {counted(first.false_alarms, 'false alarm')}."
             )
     return "".join(lead_sentences)
 

@@ -307,8 +307,8 @@ def watermark_sentence(facts: Watermarks) -> str | None:
     return (
         f"A watermark of {treated.watermark:g} keeps {treated.blocks} of {facts.blocks} blocks"
         f" free: {number(treated.served.preemptions)} preemptions in a trial instead of"
-        f" {number(without.served.preemptions)}, {times_with_interval(facts.preemptions)}. Of what"
-        f" it is without one: {', '.join(changed)}."
+        f" {number(without.served.preemptions)}, {times_with_interval(facts.preemptions)}. Relative"
+        f" to no watermark: {', '.join(changed)}."
     )
 
 
@@ -400,7 +400,7 @@ def tell_heads(facts: HeadsCompared | None) -> Finding:
     if facts is None:
         return Finding(title=title)
     rows = [["Attention", "KV heads", "Bytes a token", "Tokens in the same memory", "Known from",
-             "TPOT, short context", "TPOT, long context", "A thousand tokens more"]]  # fmt: skip
+             "TPOT, short context", "TPOT, long context", "Per 1,000 tokens more"]]  # fmt: skip
     rows += [
         [
             facts.name(h.kv_heads),
@@ -415,10 +415,10 @@ def tell_heads(facts: HeadsCompared | None) -> Finding:
         for h in facts.all
     ]
     lines = [
-        f"Of {facts.memory_bytes / 2**20:,.0f} MiB, for a model of {facts.query_heads} query heads"
-        f" and {facts.of_model} KV heads. With other KV heads it has the same answers where heads"
-        " are copied, and none worth reading where one is their mean; what that would cost in"
-        " quality after training is not measured here."
+        f"The memory is {facts.memory_bytes / 2**20:,.0f} MiB; the model has {facts.query_heads}"
+        f" query heads and {facts.of_model} KV heads. With other KV heads it has the same answers"
+        " where heads are copied, and none worth reading where one is their mean; what that would"
+        " cost in quality after training is not measured here."
     ]
     return Finding(title=title, rows=rows, lines=lines)
 
@@ -554,8 +554,8 @@ def tiles_or_pages(run: JudgedRun) -> str | None:
         "Both, as they mend different things. Tiling is about time: for a prompt of"
         f" {facts.prompt_tokens:,.0f} tokens attention moves {facts.inputs_bytes / 1e9:.3g} GB"
         f" where scores in memory would make it {with_scores:.3g} GB (arithmetic: every kernel here"
-        f" tiles), and no request holds less. Paging is about capacity: {at_once} the requests in"
-        " decode that contiguous allocation has, measured"
+        f" tiles), and each request holds as much as before. Paging is about capacity: {at_once}"
+        " the requests in decode that contiguous allocation has, measured"
         f"{f', and small blocks make a step {step} as long as large ones' if step else ''}."
     )
 

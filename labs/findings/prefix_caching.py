@@ -140,12 +140,12 @@ def sharing(run: JudgedRun) -> str | None:
     rest = [
         f"{text} {ratio}"
         for claim, text in (
-            ("thrash", "TTFT with more prefixes than the cache holds:"),
-            ("cost", "throughput where nothing is shared:"),
+            ("thrash", "with more prefixes than the cache holds, TTFT is"),
+            ("cost", "where nothing is shared, throughput is"),
         )
         if (ratio := run.ratio(claim))
     ]
-    return sentences([f"the more is shared: TTFT is {', '.join(shared)}", *rest])
+    return sentences([f"the more is shared, the more it helps: TTFT is {', '.join(shared)}", *rest])
 
 
 def where_to_look(run: JudgedRun) -> str | None:
@@ -163,10 +163,12 @@ def where_to_look(run: JudgedRun) -> str | None:
         prefill_s = _engine_mean_s(run, point, metrics.PREFILL_TIME)
         if queue_s is None or prefill_s is None:
             return None
-        parts.append(f"{text}, {number(queue_s, 's')} and {number(prefill_s, 's')}")
+        parts.append(
+            f"{text}, {number(queue_s, 's')} queued and {number(prefill_s, 's')} in prefill"
+        )
     return (
         "Look at how the engine itself splits it, into mean time in the queue and mean time in"
-        " prefill: " + "; ".join(parts) + "."
+        " prefill. Here: " + "; ".join(parts) + "."
         " A long queue means too much load; a long prefill means a long prompt, a cold cache, or"
         " other prompts that are prefilled in the same steps."
     )

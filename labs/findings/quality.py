@@ -55,13 +55,13 @@ def tell_quality(facts: Quality) -> Finding:
             rows.append(_level_row(figure, columns))
         else:
             unit = "" if figure.unit == "1" else f", {figure.unit}"
-            rows.append([figure.name.replace("_", " ") + unit, "", *(
+            rows.append([_words(figure.name) + unit, "", *(
                 with_interval(figure_of(figures, figure.name)) for figures in columns.values()
             )])  # fmt: skip
     rows.append(["**gate**", "", *(f"**{gate(f)[0]}**" for f in columns.values())])
     lines = [
         f"`{name}`: {gate(figures)[0]}; "
-        + ", ".join(f"{v.figure.name.replace('_', ' ')} {v.result}" for v in gate(figures)[1])
+        + ", ".join(f"{_words(v.figure.name)} {v.result}" for v in gate(figures)[1])
         + "."
         for name, figures in columns.items()
     ]
@@ -71,7 +71,7 @@ def tell_quality(facts: Quality) -> Finding:
         f" {n['needle_retrieval_difference']} needles and {n['task_accuracy_difference']} tasks."
         " Sources: "
         + ", ".join(
-            f"{name.replace('_', ' ')} ({source.replace(';', ',')})"
+            f"{_words(name)} ({source.replace(';', ',')})"
             for name, source in SOURCES.items()
             if name != "perplexity_ratio"
         )
@@ -97,15 +97,28 @@ def figure_of(figures: Figures, name: str, where: str = "") -> QualityFigure:
 
 
 def with_interval(figure: QualityFigure) -> str:
+    """Writes a figure with its interval; a difference of two shares in points, with its sign."""
+    is_difference = figure.name.endswith("_difference")
+
+    def text(value: float) -> str:
+        return f"{100 * value:+z.1f}" if is_difference else f"{value:.3g}"
+
+    value = text(figure.value) + " points" * is_difference
     if figure.low is None or figure.high is None:
-        return f"{figure.value:.3g}"
-    return f"{figure.value:.3g} ({figure.low:.3g} to {figure.high:.3g})"
+        return value
+    return f"{value} ({text(figure.low)} to {text(figure.high)})"
+
+
+def _words(name: str) -> str:
+    """Writes a figure's name as a reader would."""
+    names = {"top1_agreement": "top-1 agreement", "kl_divergence": "KL divergence"}
+    return names.get(name, name.replace("_", " "))
 
 
 def _level_row(figure: QualityFigure, columns: Mapping[str, Figures]) -> list[str]:
     treated = [figure_of(figures, figure.name, "treatment") for figures in columns.values()]
     cells = [f"{f.value:.3g}" for f in treated]
-    return [figure.name.replace("_", " "), f"{figure.value:.3g}", *cells]
+    return [_words(figure.name), f"{figure.value:.3g}", *cells]
 
 
 QUALITY = Conclusion("quality", compared, tell_quality)
@@ -118,8 +131,8 @@ def in_brief(figures: Figures) -> str:
     perplexity = figure_of(figures, "perplexity_ratio").value - 1
     needles = figure_of(figures, "needle_retrieval_difference").value
     return (
-        f"perplexity {perplexity:+.1%}, needles found {100 * needles:+.0f} points, the gate says"
-        f" *{gate(figures)[0]}*"
+        f"perplexity {perplexity:+.1%}, needles found {100 * needles:+.0f} points, the quality gate"
+        f" says *{gate(figures)[0]}*"
     )
 
 
@@ -136,12 +149,12 @@ def quality_gate(run: JudgedRun) -> str | None:
         return None
     gates = ", ".join(f"`{name}` {gate(f)[0]}" for name, f in quality.treatments.items())
     again = (
-        f" {quality.base} against itself: {gate(quality.again)[0]}, where a gate without false"
-        " alarms says pass."
+        f" `{quality.base}` against itself: {gate(quality.again)[0]}; a gate without false alarms"
+        " would say pass."
         if quality.again
         else ""
     )
     return (
-        f"Paired with {quality.base} over the same passages and questions, with intervals:"
-        f" {gates}.{again}"
+        f"Compare with `{quality.base}` over the same passages and questions, in pairs, and gate by"
+        f" the interval. Here: {gates}.{again}"
     )

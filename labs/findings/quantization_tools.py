@@ -22,13 +22,13 @@ from labs.judging.quality import compare
 from labs.judging.text import sentences
 
 TOOLS = (
-    ("gptqmodel", "auto-gptq", "GPTQ: GPTQModel, the successor, against AutoGPTQ"),
-    ("w4a16-gptq", "auto-gptq", "GPTQ: llm-compressor against AutoGPTQ"),
-    ("w4a16-awq", "autoawq", "AWQ: llm-compressor against AutoAWQ"),
-    ("w4a16-awq", "w4a16-gptq", "One tool: AWQ against GPTQ"),
-    ("w4a16-gptq", "w4a16-rtn", "One tool: GPTQ against rounding to nearest"),
-    ("w4a16-awq", "w4a16-rtn", "One tool: AWQ, with zero points, against rounding to nearest"),
-    ("w4a16-gptq-code", "w4a16-gptq", "One tool: calibrated on code against calibrated on prose"),
+    ("gptqmodel", "auto-gptq", "GPTQ by GPTQModel, the successor, against AutoGPTQ"),
+    ("w4a16-gptq", "auto-gptq", "GPTQ by llm-compressor against AutoGPTQ"),
+    ("w4a16-awq", "autoawq", "AWQ by llm-compressor against AutoAWQ"),
+    ("w4a16-awq", "w4a16-gptq", "AWQ against GPTQ, by one tool"),
+    ("w4a16-gptq", "w4a16-rtn", "GPTQ against rounding to nearest, by one tool"),
+    ("w4a16-awq", "w4a16-rtn", "AWQ, with zero points, against rounding to nearest, by one tool"),
+    ("w4a16-gptq-code", "w4a16-gptq", "Calibrated on code against on prose, GPTQ by one tool"),
 )
 
 
@@ -81,7 +81,7 @@ def tell_tools(facts: tuple[Compared, ...]) -> Finding:
 def better_sentence(pair: Compared) -> str:
     if pair.better is None:
         return f"{pair.title}: no difference in perplexity is shown."
-    return f"{pair.title}: `{pair.better}` keeps the lower perplexity."
+    return f"{pair.title}: `{pair.better}` has the lower perplexity."
 
 
 TOOLS_COMPARED = Conclusion("tools", compared_tools, tell_tools)

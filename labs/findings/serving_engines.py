@@ -13,7 +13,7 @@ from labs.filing.results import Band, Finding
 from labs.findings.context import Context, JudgedRun
 from labs.findings.drawing import BANDS, draw_forecasts_of_two, legend_of_all, plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
-from labs.judging.text import number
+from labs.judging.text import number, sentences
 from serving.engines import DEFAULT_ENGINE, ENGINES
 
 # ----------------------------------------------------------------------------------- the curves
@@ -189,7 +189,7 @@ def leading_share(text: str, other: str) -> float:
 
 def tell_same_words(facts: tuple[SameWords, ...]) -> Finding:
     rows = [["Engine", "Answers", "Of the length asked for", "Compared with vLLM's", "The same",
-             "Words before the first other one"]]  # fmt: skip
+             "Words before the first difference"]]  # fmt: skip
     rows += [
         [
             f"`{w.variant}`",
@@ -296,7 +296,7 @@ def answer(run: JudgedRun) -> str | None:
         key=lambda at: (not at.tokens_are_valid, -at.tokens_per_s),
     )
     clauses = [
-        f"With {few} user{'s' * (few > 1)} a token takes "
+        f"with {few} user{'s' * (few > 1)} a token takes "
         + ", ".join(
             f"{number(at.tpot_s, 's') if at.tpot_is_valid else 'not valid'} (`{at.variant}`)"
             for at in alone
@@ -316,7 +316,7 @@ def answer(run: JudgedRun) -> str | None:
             + ", ".join(f"`{w.variant}` wrote {w.same} of {w.compared}" for w in agreed)
             + " word for word"
         )
-    return "; ".join(clauses) + "."
+    return sentences(clauses)
 
 
 PARTS = ReportParts(

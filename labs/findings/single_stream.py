@@ -236,8 +236,8 @@ def beside(context: Context, variant: str, name: PhaseName) -> PhaseComparison |
 def tell_flags(facts: FlagEffects) -> Finding:
     """Shows every variant beside the defaults: which settings matter to one stream."""
     rows = [[
-        "Variant", "TPOT", "MBU", "Beside the defaults", "Matters to decode",
-        "TTFT, mean", "MFU", "Beside the defaults", "Matters to prefill",
+        "Variant", "TPOT", "MBU", "TPOT beside the defaults", "Matters to decode",
+        "TTFT, mean", "MFU", "TTFT beside the defaults", "Matters to prefill",
     ]]  # fmt: skip
     rows += [
         [
@@ -254,10 +254,10 @@ def tell_flags(facts: FlagEffects) -> Finding:
     lines = [sentence] if (sentence := fastest_sentence(facts)) else []
     lines += ["TPOT and MBU are those of decode, TTFT and MFU those of the long prompt's prefill."]
     groups: tuple[tuple[str, Matters], ...] = (
-        ("It matters to decode, TPOT beside the defaults", "yes"),
-        ("It does not matter", "no"),
+        ("These flags matter to decode, by TPOT beside the defaults", "yes"),
+        ("These do not matter to decode", "no"),
         ("Not settled by these repeats", "not settled"),
-        ("Not valid, see validity", "not valid"),
+        ("Not valid, as *Validity* says", "not valid"),
     )
     for text, matters in groups:
         members = [
@@ -332,7 +332,7 @@ def two_phases(run: JudgedRun) -> str | None:
     made_of = " ".join(p.parts.sentence(PASSES[name]) for name, p in phases.measured.items())
     limits = " and ".join(f"{p.parts.limit} {name}" for name, p in phases.measured.items())
     return (
-        f"{contrast_sentence(phases.decode, phases.prefill)} By the work alone {nearer}. {made_of}"
+        f"{contrast_sentence(phases.decode, phases.prefill)} By the work alone, {nearer}. {made_of}"
         f" {parts_mean(p.parts for p in phases.measured.values())} On this machine {limits}."
     )
 
@@ -343,10 +343,10 @@ def fused(run: JudgedRun) -> str | None:
     if not decode:
         return None
     graphs, fusion = run.ratio("no-graphs"), run.ratio("no-fusion")
-    parts = [f"with every operation launched separately TPOT is {decode} that of the defaults"]
-    parts += [f"TTFT of a long prompt {prefill}"] if prefill else []
-    parts += [f"compiled but without CUDA graphs TPOT is {graphs}"] if graphs else []
-    parts += [f"with CUDA graphs but not compiled {fusion}"] if fusion else []
+    parts = [f"with every operation launched separately, TPOT is {decode} that of the defaults"]
+    parts += [f"TTFT of a long prompt is then {prefill}"] if prefill else []
+    parts += [f"compiled but without CUDA graphs, TPOT is {graphs}"] if graphs else []
+    parts += [f"with CUDA graphs but not compiled, it is {fusion}"] if fusion else []
     flags = FLAGS.facts_of(run)
     return f"{sentences(parts)} {fastest_sentence(flags) or '' if flags else ''}"
 

@@ -150,7 +150,7 @@ ACCEPTANCE = Conclusion("acceptance", acceptance, tell_acceptance)
 # ------------------------------------------------------------------------------- what it gained
 
 
-Outcome = Literal["wins", "loses", "not told apart", "not valid"]
+Outcome = Literal["wins", "loses", "undecided", "not valid"]
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ class SpeedUp:
 
     @property
     def outcome(self) -> Outcome:
-        """Says whether speculation wins; it is not told apart where the interval includes 1."""
+        """Says whether speculation wins; it is undecided where the interval includes 1."""
         ratio = self.measured
         if not self.is_valid:
             return "not valid"
         if ratio.low is None or ratio.high is None or ratio.low <= 1 <= ratio.high:
-            return "not told apart"
+            return "undecided"
         return "wins" if ratio.value > 1 else "loses"
 
 
@@ -193,7 +193,7 @@ class Curve:
         """Finds the loads between which it turns, and whether it wins beyond them.
 
         They are the last load told before and the first told after the turn; loads between them are
-        those where speculation is not told apart from the plain engine, or the figures not valid.
+        those where speculation is undecided, or the figures not valid.
         """
         decided_loads = [
             (p.point.load.users, p.outcome == "wins")
@@ -324,7 +324,7 @@ def tell_speed_up(facts: SpeedUps) -> Finding:
         lines=[
             *turn_sentences(facts),
             "Speed-up is TPOT without / with speculation at the same load, with a 95% interval; it"
-            " *wins* or *loses* where the interval excludes 1, and is *not told apart* elsewhere."
+            " *wins* or *loses* where the interval excludes 1, and is *undecided* elsewhere."
             + " Where it is *not valid*, see validity."
             * any(not p.is_valid for p in facts.points),
             "c is a step of the draft served alone / a step of the target, both at one stream, by"
@@ -342,11 +342,12 @@ def turn_sentences(facts: SpeedUps) -> list[str]:
     for curve in facts.curves:
         clauses: list[str] = []
         for outcome, loads in groupby(curve.speed_ups, key=lambda p: p.outcome):
-            unit = "" if clauses else " in flight"
             at = (
-                f"at {p.point.load.users}{unit}, {times_with_interval(p.measured)}" for p in loads
+                f"at {p.point.load.users}{' in flight' if p is curve.speed_ups[0] else ''} with"
+                f" {times_with_interval(p.measured)}"
+                for p in loads
             )
-            clauses.append(f"{outcome} {', and '.join(at)}")
+            clauses.append(f"{outcome} {', '.join(at)}")
         turns = ""
         if turn := curve.turn:
             before, after, gains = turn

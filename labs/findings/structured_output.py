@@ -336,7 +336,7 @@ def tell_first_tokens(facts: tuple[FirstToken, ...]) -> Finding:
 
 
 def _signed(value_s: float) -> str:
-    return ("−" if value_s < 0 else "+") + number(abs(value_s), "s")
+    return ("-" if value_s < 0 else "+") + number(abs(value_s), "s")
 
 
 def slowest_sentence(facts: tuple[FirstToken, ...]) -> str | None:
@@ -401,10 +401,10 @@ def masks(context: Context) -> Masks:
 
 def tell_masks(facts: Masks) -> Finding:
     rows = [["Backend", "Form", "Compiling, unseen", "Compiling, seen", "A mask",
-             "Hidden by one stream's step"]]  # fmt: skip
+             "Masks that one stream's step hides"]]  # fmt: skip
     rows += [
         [f.backend, f.form, number(f.compile_s, "s"), number(f.again_s, "s"),
-         number(f.mask_s, "s"), "–" if f.most_hidden is None else f"{f.most_hidden:,} masks"]
+         number(f.mask_s, "s"), "–" if f.most_hidden is None else number(f.most_hidden)]
         for f in facts.forms
     ]  # fmt: skip
     rows += [[name, "–", "–", "–", "–", "–"] for name in facts.unusable]

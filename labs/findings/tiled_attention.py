@@ -294,7 +294,7 @@ def peak_sentence(facts: Tiling) -> str | None:
     return (
         f"At {both.tokens:,} tokens attention without tiles holds"
         f" {megabytes(both.untiled.peak_bytes)}{held}; with tiles"
-        f" {megabytes(both.tiled.peak_bytes)}, a part in {both.memory_ratio:,.0f}."
+        f" {megabytes(both.tiled.peak_bytes)}, 1/{both.memory_ratio:,.0f} of that."
     )
 
 
@@ -304,7 +304,8 @@ def time_sentence(facts: Tiling) -> str | None:
     if both is None or ratio is None:
         return None
     measured_text = (
-        f"There it takes with tiles {times_with_interval(ratio.ratio)} of the time without them"
+        f"There attention with tiles takes {times_with_interval(ratio.ratio)} the time of that"
+        " without"
     )
     if not both.ratio:
         return f"{measured_text}."
@@ -467,7 +468,7 @@ def prompt_sentence(facts: Prompts) -> str | None:
     interval = share.interval()
     so = ""
     if interval.low is not None:
-        so = ": it shows" if interval.low > 0 else ": it is not told apart from none"
+        so = ": it shows" if interval.low > 0 else ": the interval includes 0"
     by_flop = (
         f"; of the FLOP it is {longest.flop_share.value:.0%} ({share.outcome(longest.flop_share)})"
         if longest.flop_share
@@ -622,8 +623,8 @@ def slope_sentence(of: Contexts) -> str | None:
         per_thousand += f" ({number(slope.low, 's')} to {number(slope.high, 's')})"
     if (slope.low is not None and slope.low <= 0) or slope.value <= 0:
         return (
-            f"`{of.variant}`: 1,000 tokens of context add {per_thousand} to a step, which is not"
-            " told apart from nothing."
+            f"`{of.variant}`: 1,000 tokens of context add {per_thousand} to a step; the interval"
+            " includes 0."
         )
     rate = of.kv_bytes_per_s
     read = f", so they are read at {gigabytes_per_s(rate.value if rate else None)}"

@@ -492,12 +492,12 @@ def tell_training(facts: Training | None) -> Finding:
     rows = [["Way", "Parameters read", "TPOT, one stream, at best", "Perplexity beside dense",
              "FLOP to make it", "At this machine's BF16 rate"],
             ["half of the weights zero (Wanda)", "1x", "1x", _ratio(lost) if lost else "–",
-             f"{facts.calibrate_flop:.2g}", _time(facts.calibrate_flop / facts.flops_per_s)],
+             _tera(facts.calibrate_flop), _time(facts.calibrate_flop / facts.flops_per_s)],
             ["half of the layers, distilled", f"{facts.half_params:.2f}x",
-             f"{facts.half_step:.2f}x", "not measured", f"{facts.train_flop:.2g}",
+             f"{facts.half_step:.2f}x", "not measured", _tera(facts.train_flop),
              _time(facts.train_flop / facts.flops_per_s)],
             ["the same zeros, trained around them", "1x", "1x",
-             f"1 to {number(lost.ratio)}" if lost else "–", f"{facts.train_flop:.2g}",
+             f"1 to {number(lost.ratio)}" if lost else "–", _tera(facts.train_flop),
              _time(facts.train_flop / facts.flops_per_s)]]  # fmt: skip
     lines = [
         "Arithmetic, but for the first row's perplexity. Making weights after training (PTQ, or"
@@ -509,6 +509,10 @@ def tell_training(facts: Training | None) -> Finding:
         " around zeros or rounding can win back at most what they cost without it.",
     ]
     return Finding(title=title, rows=rows, lines=lines)
+
+
+def _tera(flop: float) -> str:
+    return number(flop / 1e12, "TFLOP")
 
 
 def _time(seconds: float) -> str:
@@ -545,7 +549,7 @@ def cliff(run: JudgedRun) -> str | None:
         return None
     gone = ", ".join(f"{s.share:.0%}: {s.energy_gone:.2%}" for s in facts.of("magnitude")[::2])
     return (
-        "The smallest weights hold next to nothing, and then quickly more: the energy that"
+        "The smallest weights hold hardly any energy, and those after them quickly more: what"
         f" magnitude pruning takes away grows with about the cube of the sparsity ({gone}), and"
         f" each layer passes its error on to the next. {knee_sentence(facts)}"
     )
@@ -576,12 +580,12 @@ def qat(run: JudgedRun) -> str | None:
         return None
     return (
         "By arithmetic: first without training, since that takes"
-        f" {facts.calibrate_flop:.2g} FLOP"
+        f" {_tera(facts.calibrate_flop)}"
         f"{f' ({facts.made_s:.0f} s here)' if facts.made_s else ''} and training takes"
-        f" {facts.train_flop:.2g} for {TOKENS_TRAINED / 1e6:.0f} million tokens,"
-        f" {facts.train_flop / facts.calibrate_flop:,.0f} times as much. What training could win"
-        " back is at most what was lost without it: little before the knee, and beyond it a lot."
-        " The lab weight-quantization measures the loss at 8 and 4 bits."
+        f" {_tera(facts.train_flop)} for {TOKENS_TRAINED / 1e6:.0f} million tokens,"
+        f" about {float(f'{facts.train_flop / facts.calibrate_flop:.2g}'):,.0f} times as much."
+        " What training could win back is at most what was lost without it: little before the"
+        " knee, and beyond it a lot. The lab weight-quantization measures the loss at 8 and 4 bits."
     )
 
 

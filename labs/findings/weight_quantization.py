@@ -184,7 +184,12 @@ def winners(run: JudgedRun) -> str | None:
 
 def outlier_problem(run: JudgedRun) -> str | None:
     facts = OUTLIERS.facts_of(run)
-    return scales_sentence(facts) if facts else None
+    if facts is None:
+        return None
+    return (
+        "A few channels of the activations are far larger than the others, so that one scale for"
+        f" all rounds the others coarsely. {scales_sentence(facts)}"
+    )
 
 
 def recipes(run: JudgedRun) -> str | None:

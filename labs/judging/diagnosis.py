@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from labs.judging.text import number
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
 
@@ -404,9 +405,9 @@ def _large_budget(now: Reading, healthy: Reading) -> Mark | None:
         return None
     return Mark(
         "large budget",
-        f"{longer:.0%} more of the gaps are long, and {shorter:.0%} more are"
-        " short: prompts are computed in fewer and longer steps, beside which the running answers"
-        " stand still",
+        f"the share of long gaps rose by {100 * longer:.0f} points, and that of short ones by"
+        f" {100 * shorter:.0f}: prompts are computed in fewer and longer steps, beside which the"
+        " running answers stand still",
     )
 
 
@@ -421,8 +422,8 @@ def _burst(now: Reading, healthy: Reading) -> Mark | None:
         return None  # every step is slower, and those that a request waits for are no exception
     return Mark(
         "burst",
-        f"requests wait {1e3 * now.queue_s:.0f} ms before they are scheduled, healthy"
-        f" {1e3 * healthy.queue_s:.0f} ms: that is {queued_s / later_s:.0%} of what was added to"
+        f"requests wait {number(now.queue_s, 's')} before they are scheduled, healthy"
+        f" {number(healthy.queue_s, 's')}: that is {queued_s / later_s:.0%} of what was added to"
         " the first token; more come at once than the batch takes",
     )
 
@@ -498,7 +499,7 @@ def _by_thresholds(now: Reading) -> Diagnosis:
         marks.append(
             Mark(
                 "burst",
-                f"{now.queue_s / now.ttft_s:.0%} of the {1e3 * now.ttft_s:.0f} ms to the first"
+                f"{now.queue_s / now.ttft_s:.0%} of the {number(now.ttft_s, 's')} to the first"
                 f" token pass before a request is scheduled{waiting}: more come at once than the"
                 " batch takes",
             )

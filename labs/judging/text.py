@@ -42,7 +42,12 @@ def counted(number: int, of: str) -> str:
 
 
 def ratio_number(ratio: float) -> str:
-    """Write a ratio with two decimals, and a small one with two significant digits: 0.088."""
+    """Write a ratio with two decimals; a small one with two digits, a large one with three.
+
+    That is `0.088`, `1.46`, `29.8` and `215`.
+    """
+    if abs(ratio) >= 9.995:
+        return _three_digits(ratio)
     return f"{ratio:.2f}" if abs(ratio) >= 0.095 or not ratio else f"{ratio:.2g}"
 
 

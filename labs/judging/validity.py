@@ -36,7 +36,7 @@ from labs.judging.measure import (
     ran_out,
 )
 from labs.judging.metrics import METRICS, Repeats, by_repeat
-from labs.judging.text import literal
+from labs.judging.text import counted, literal
 from labs.lab import Claim, Evidence, Point, factors
 from loadtests.plan import LEAST_COUNTED
 from loadtests.records import RequestRecord
@@ -217,7 +217,7 @@ def _counted_alike(trial: Trial) -> Iterator[Caveat]:
         return
     completed = [r for r in trial.records if r.ok]
     failed = len(trial.failed)
-    for counted, metric, by_client, of_failed in (
+    for what, metric, by_client, of_failed in (
         ("requests", metrics.REQUESTS, len(completed), failed),
         (
             "prompt tokens",
@@ -237,7 +237,7 @@ def _counted_alike(trial: Trial) -> Iterator[Caveat]:
             yield _caveat(
                 trial,
                 "client and engine disagree",
-                f"the engine counts {by_engine:.0f} {counted}, the client {by_client}: was another"
+                f"the engine counts {by_engine:.0f} {what}, the client {by_client}: was another"
                 " client using it?",
             )
 
@@ -392,7 +392,7 @@ def _trend(trial: Trial) -> Iterator[Caveat]:
     test = "the jackknife's p" if varying else "Theil-Sen's slope; Kendall's p"
     if abs(log_change) > math.log1p(MOST_TREND) and p_of() < TREND_P:
         equal = " with as many requests in decode" * varying
-        context = ", unless contexts became as much longer" * varying
+        context = "; longer contexts along the window may be the reason too" * varying
         yield _caveat(
             trial,
             "trend in the window",
@@ -526,8 +526,8 @@ def _other_work(trial: Trial, expected: Expected) -> Iterator[Caveat]:
         yield _caveat(trial, "load from others", text)
     if other_work.gpu_processes:
         text = (
-            f"{other_work.gpu_processes} other processes used the GPU: end them, or name another"
-            " GPU in CUDA_VISIBLE_DEVICES, and measure again"
+            f"processes of others that used the GPU: {other_work.gpu_processes}; end them, or name"
+            " another GPU in CUDA_VISIBLE_DEVICES, and measure again"
         )
         yield _caveat(trial, "GPU shared", text)
     if other_work.other_processes_share is None or expected.endpoint:
@@ -644,15 +644,15 @@ def _server_busy(trial: Trial, expected: Expected) -> Iterator[Caveat]:
 
 def _too_few(trial: Trial) -> Iterator[Caveat]:
     """Check that each metric is taken over five requests at least, or as many long prompts."""
-    for what, counted, hit in (
-        ("requests", len(trial.measured_requests), OVER_REQUESTS),
-        ("long prompts", len(trial.intruders), OVER_LONG_PROMPTS),
+    for what, count, hit in (
+        ("request", len(trial.measured_requests), OVER_REQUESTS),
+        ("long prompt", len(trial.intruders), OVER_LONG_PROMPTS),
     ):
-        if counted < LEAST_COUNTED and (what == "requests" or trial.point.workload.intruder):
+        if count < LEAST_COUNTED and (what == "request" or trial.point.workload.intruder):
             yield _caveat(
                 trial,
-                f"too few {what}",
-                f"{counted} {what} were counted, and a figure needs {LEAST_COUNTED}: raise"
+                f"too few {what}s",
+                f"the window has {counted(count, what)}, and a figure needs {LEAST_COUNTED}: raise"
                 " `window_s`",
                 metrics=hit,
             )
@@ -673,8 +673,8 @@ def _answered(trial: Trial, expected: Expected) -> Iterator[Caveat]:
         yield _caveat(
             trial,
             "token counts differ",
-            f"in {odd} answers the tokens of the chunks do not add up to the reported usage: ITL"
-            " and TPOT are estimates on this server",
+            f"in {counted(odd, 'answer')} the tokens of the chunks do not add up to the reported"
+            " usage: ITL and TPOT are estimates on this server",
         )
     chunks = [k for r in trial.measured_requests for _, k in r.chunks[1:]]
     several = sum(k > 1 for k in chunks) / len(chunks) if chunks else 0.0
@@ -691,7 +691,7 @@ def _answered(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     if different := [r for r in completed if r.output_tokens != r.asked_tokens]:
         first = different[0]
         text = (
-            f"{len(different)} answers have another length than requested; the first has"
+            f"{counted(len(different), 'answer')} of another length than requested; the first has"
             f" {first.output_tokens} tokens instead of {first.asked_tokens}"
         )
         yield _caveat(trial, "lengths differ", text)
@@ -711,10 +711,10 @@ def _prompts_differ(
         if r.prompt_tokens is not None and abs(r.prompt_tokens - asked) > off * asked
     ]
     if different:
-        counted, asked = different[0]
+        by_engine, asked = different[0]
         text = (
-            f"{len(different)} prompts have another length than planned; in the first the engine"
-            f" counts {counted} tokens instead of {asked}"
+            f"{counted(len(different), 'prompt')} of another length than planned; in the first the"
+            f" engine counts {by_engine} tokens instead of {asked}"
         )
         yield _caveat(trial, "prompts differ", text)
 
@@ -754,8 +754,8 @@ def _answered_by(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     if wrong:
         answered, wanted = wrong[0]
         text = (
-            f"{len(wrong)} answers came from another model than requested; the first came from"
-            f" {literal(answered or 'one without a name')} instead of {literal(wanted)}"
+            f"{counted(len(wrong), 'answer')} from another model than requested; the first came"
+            f" from {literal(answered or 'one without a name')} instead of {literal(wanted)}"
         )
         yield _caveat(trial, "treatment not applied", text)
 

@@ -127,11 +127,11 @@ def _documents() -> Computed:
         f"keep the documents in the prefix cache, send each to the replica that has it, and cut"
         f" prompts into pieces. {_model(name)} on an {card} needs {cold_s} for a prompt of"
         f" {prompt:,} tokens, and {warm_s} where its first {document:,} are cached: at most"
-        f" {cold_per_s} and {warm_per_s} prompts a second if it did nothing else. The cache has"
-        f" room for {kept:,.0f} such documents: of {documents} a round-robin router shows all to"
-        f" each of {replicas} replicas, a prefix-aware one {documents // replicas}. In pieces of"
-        f" {budget} tokens a prompt that is not cached holds everybody else up for {piece_s} at a"
-        " time.",
+        f" {cold_per_s} and {warm_per_s} prompts a second if it did nothing else. The cache of a"
+        f" replica has room for {kept:,.0f} such documents. Behind a round-robin router each of"
+        f" {replicas} replicas meets all {documents}, behind a prefix-aware one only"
+        f" {documents // replicas}. In pieces of {budget} tokens a prompt that is not cached holds"
+        f" everybody else up for {piece_s} at a time.",
         f"make plan MACHINE={sheet.short_name} RATE=60 LENGTHS={prompt}/100"
         f" DOCUMENTS={documents}/{document} REPLICAS={replicas}",
     )
@@ -178,15 +178,15 @@ def _smaller_cache() -> Computed:
     return Computed(
         "arithmetic",
         f"the keys and values of {context:,} tokens of {_model(name)} take {_gb(each * context)}."
-        f" In 8 bits they take {_gb(eight * context)}; with a window of, or evicted to, the"
-        f" {window:,} tokens that matter {_gb(each * window)}; where each two layers share them"
-        f" {_gb(each * context / 2)}. The factors multiply. The first is a setting of the engine;"
+        f" In 8 bits they take {_gb(eight * context)}; with a sliding window, or eviction, that"
+        f" keeps {window:,} tokens, {_gb(each * window)}; with one cache for every two layers,"
+        f" {_gb(each * context / 2)}. The factors multiply. 8 bits are a setting of the engine;"
         " a window and shared layers have to be trained into the model. What each costs in quality"
-        " is no arithmetic. Nothing is lost where what is evicted stays in the host's memory: an"
+        " cannot be computed. Nothing is lost where what is evicted stays in the host's memory: an"
         f" {card} copies it back at {number(link / 1e9, 'GB/s')} (its datasheet) in"
         f" {number(copy_s, 's')}, and computes it again in {number(prefill_s, 's')} at"
         f" {number(EXPECTED.computing, 'share')} of its FLOP/s. Over a link of more than"
-        f" {number(pays / 1e9, 'GB/s')} copying is the faster at any length, over a slower one only"
+        f" {number(pays / 1e9, 'GB/s')} copying is faster at any length, over a slower one only"
         " from some length on.",
         "make plan MACHINE=h100 MODEL=llama-8b LENGTHS=32000/500",
     )

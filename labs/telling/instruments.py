@@ -293,8 +293,8 @@ def server_sentence(server: Server) -> str:
 
 
 def _memory(memory: Memory) -> str:
-    change = f"{abs(memory.growth):.1%} {'more' if memory.growth >= 0 else 'less'}"
-    return f"held at most {memory.most_bytes / 1e6:,.0f} MB, {change} with each hour"
+    change = f"{'grew' if memory.growth >= 0 else 'shrank'} by {abs(memory.growth):.1%} an hour"
+    return f"held at most {memory.most_bytes / 1e6:,.0f} MB and {change}"
 
 
 def _sentences(bench: Bench) -> list[str]:
@@ -340,7 +340,7 @@ def _sentences(bench: Bench) -> list[str]:
     if soak := bench.soak:
         sentences.append(
             f"{soak.minutes} minutes of load ({soak.streams} streams, {soak.requests:,} requests):"
-            f" the process that sends {_memory(soak.sending)}, the one that records"
+            f" the process that sends {_memory(soak.sending)}; the one that records"
             f" {_memory(soak.recording)}."
         )
     if bench.fleet:

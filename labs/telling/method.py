@@ -93,9 +93,9 @@ def covers(lab: Lab, session: Session | None, judgements: Sequence[Judgement]) -
     if lab.looks > 1:
         level, held = (1 - (1 - share) / lab.looks for share in (CONFIDENCE, TWO_ONE_SIDED))
         parts.append(
-            f"The lab may judge its claims {lab.looks} times. So that all looks together keep to"
-            f" the stated confidence, an interval of {CONFIDENCE:.0%} is taken at {level:.1%}, and"
-            f" one of {TWO_ONE_SIDED:.0%} at {held:.0%}."
+            "The lab may judge its claims twice. So that both looks together keep to the stated"
+            f" confidence, an interval of {CONFIDENCE:.0%} is taken at {level:.1%}, and one of"
+            f" {TWO_ONE_SIDED:.0%} at {held:.0%}."
         )
     return " ".join(parts)
 

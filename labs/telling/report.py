@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from labs.filing.manifest import is_stale
 from labs.filing.results import (
     AT,
     Finding,
@@ -79,6 +80,10 @@ VERDICTS = parse(
     " bound is *not broken*, *broken* or *open* by the same rule. A prediction is *trivial* if p is"
     " 1 within the claim's margin."
 )
+OTHER_SETTINGS = (
+    "This explains the lab as it is now. Its settings have changed since this run: margins, sizes"
+    " and claims may have been others."
+)
 MOST_POINTS_NAMED = 6  # of a caveat that withholds no verdict; more are counted
 TTFT_TWICE = (
     "TTFT from the send, over every request of the trial, warm-up included. The client's is longer"
@@ -139,7 +144,7 @@ def document(facts: Facts, figures: Sequence[Figure]) -> Section:
         Paragraph(Emphasis(parse(lab.question))),
         Notes(tuple(notes(run, facts.summary))),
         answer(facts),
-        section("How it works", *(Paragraph(parse(text)) for text in lesson(lab.name))),
+        _how_it_works(run),
         _claims(facts, figures),
         _every_point(facts),
         _in_virtual_time(facts),
@@ -230,7 +235,7 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
 
 def answer(facts: Facts) -> Section:
     """Answer each question of the lab in plain words."""
-    missing = "This run lacks the figures that would answer it."
+    missing = "This run lacks valid figures that would answer it: see *Validity*."
     answers = facts.summary.answers
     return section(
         "The answer",
@@ -239,6 +244,17 @@ def answer(facts: Facts) -> Section:
             for id in facts.lab.answers
             if not facts.lab.aa  # an engine beside its twin answers nothing
         ),
+    )
+
+
+def _how_it_works(run: Run) -> Section:
+    """Explain the mechanism as the lab does now, and say where its settings were others then."""
+    paragraphs = lesson(str(run.lab["name"]))
+    differs = bool(paragraphs) and not run.ad_hoc and is_stale(run)
+    return section(
+        "How it works",
+        Paragraph(Emphasis(OTHER_SETTINGS)) if differs else None,
+        *(Paragraph(parse(text)) for text in paragraphs),
     )
 
 
@@ -305,7 +321,7 @@ def _every_point(facts: Facts) -> Section:
     )
     return section(
         "Every point",
-        Paragraph(f"Every point was sent the same load: {load}.") if load else None,
+        Paragraph(f"Every point has the same load: {load}.") if load else None,
         varying_columns,
         same,
         Paragraph(columns),
@@ -334,9 +350,15 @@ IN_VIRTUAL_TIME = (
     " Before any engine started, vLLM's own scheduler played each point in virtual time, with the"
     " arguments that the engine was then started with and the requests that were then sent. The"
     " time of a step comes from a stand-in of the model's shape, timed on this machine beforehand."
-    " The band: the engine's own step may take 0.90 to 1.18 times as long as the stand-in's; both"
-    " ends lie further off by the usual change of this machine's speed, {}; the slow end"
-    " also by how much it changed while the stand-in was timed; and chance between trials is added."
+    " The band spans steps that take 0.90 to 1.18 times as long as the stand-in's. {} The slow end"
+    " is moved out by how much the speed changed while the stand-in was timed, and both ends by"
+    " chance between trials."
+)
+USUAL_CHANGE = (
+    "Both ends are moved out by the usual change of this machine's speed, a factor of {:.2f}."
+)
+UNKNOWN_CHANGE = (
+    "How much this machine's speed usually changes was not known then, and is not in the band."
 )
 
 
@@ -356,8 +378,8 @@ KV_USE = (
 
 def _bands_explained(machine_spread: float) -> str:
     """Say what the forecasts and their bands are made of."""
-    spread = f"a factor of {machine_spread:.2f}" if machine_spread > 1 else "not known then"
-    return IN_VIRTUAL_TIME.format(spread)
+    known = USUAL_CHANGE.format(machine_spread)
+    return IN_VIRTUAL_TIME.format(known if machine_spread > 1 else UNKNOWN_CHANGE)
 
 
 def _in_virtual_time(facts: Facts) -> Section:
@@ -392,8 +414,8 @@ def forecast_score(summary: Summary) -> str:
         return "Nothing was measured beside the forecasts."
     within = sum(bool(f.within) for f in shown if f.share is not None)
     return (
-        f"{within} of {len(shares)} measured figures lie within their band; the median distance is"
-        f" {median_distance(shares)}."
+        f"{within} of {len(shares)} measured figures lie within their band; their median distance"
+        f" from the forecast is {median_distance(shares)}."
     )
 
 

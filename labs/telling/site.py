@@ -36,11 +36,11 @@ from labs.judging.text import (
     ceilings_text,
     claim_outcome,
     decided_text,
-    number,
     point_label,
     prediction_text,
     predictions_text,
     ratio_interval,
+    ratio_number,
     ratio_text,
 )
 from labs.lab import Claim, Lab
@@ -327,7 +327,7 @@ class Lesson:
         return (
             f"{ratio_text(judgement)} (95% interval {ratio_interval(judgement)}):"
             f" {judgement.outcome}. Predicted before the engine started:"
-            f" {number(judgement.prediction.value)}, {claim_outcome(judgement)}."
+            f" {ratio_number(judgement.prediction.value)}x, {claim_outcome(judgement)}."
         )
 
     @cached_property

@@ -30,7 +30,7 @@ from labs.judging.text import (
     verdict_text,
     yes_or_no,
 )
-from labs.lab import MARGIN, Lab, Point
+from labs.lab import MARGIN, OF_FORECASTS, Lab, Point
 from labs.telling.document import Code, Inline, Table, parse, table
 from serving.gpus import DATASHEETS
 from serving.machine import Ceilings, Machine
@@ -55,20 +55,21 @@ def ceilings(machine: Machine, measured: Ceilings) -> Table:
 
 
 def predictions(lab: Lab, predicted_before: Predictions) -> Table:
-    """Tabulate every figure that was predicted before an engine started."""
+    """Tabulate every figure that was predicted before an engine started, and what predicted it."""
     rows: list[list[Inline]] = []
     for claim in lab.claims:
         for pair, prediction in predicted_before.effects[claim.name].items():
             treatment, _, baseline = pair.partition("|")
             where = f"{point_label(treatment, lab)} / {point_label(baseline, lab)}"
-            rows.append([METRICS[claim.metric].title, where, f"{ratio_number(prediction.value)}x"])
+            by = "forecast" if prediction.source == OF_FORECASTS else "formula"
+            ratio = f"{ratio_number(prediction.value)}x"
+            rows.append([METRICS[claim.metric].title, where, ratio, by])
     for forecast in lab.forecasts:
         metric = METRICS[forecast.metric]
         for key, prediction in predicted_before.forecasts[forecast.name].items():
-            rows.append(
-                [metric.title, point_label(key, lab), prediction_text(prediction, metric.unit)]
-            )
-    return table(("Figure", "Where", "Predicted"), rows)
+            predicted = prediction_text(prediction, metric.unit)
+            rows.append([metric.title, point_label(key, lab), predicted, "formula"])
+    return table(("Figure", "Where", "Predicted", "By"), rows)
 
 
 def claims(lab: Lab, summary: Summary) -> Table:
@@ -89,7 +90,7 @@ def _claim(lab: Lab, j: Judgement) -> list[Inline]:
         (parse(j.title), where),
         ratio_text(j),
         ratio_interval(j),
-        f"{j.prediction.value:.2f}x",
+        f"{ratio_number(j.prediction.value)}x",
         claim_outcome(j),
         "; ".join(figures) or "–",
         parse(verdict_text(j)),
@@ -267,7 +268,7 @@ def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
                 yes_or_no(f.within),
             ]
         )
-    header = ("Point", "Figure", "Forecast", "Band", "Measured", "Measured / forecast", "Within")
+    header = ("Point", "Figure", "Forecast", "Band", "Measured", "Measured / forecast", "In band")
     return table(header, rows)
 
 
@@ -301,8 +302,8 @@ def closed_forms(lab: Lab, summary: Summary, before: Predictions) -> Table:
                 f" ({point_label(j.treatment, lab)} / {point_label(j.baseline, lab)})",
             ),
             ratio_text(j),
-            f"{j.prediction.value:.2f}x",
-            f"{closed.value:.2f}x",
+            f"{ratio_number(j.prediction.value)}x",
+            f"{ratio_number(closed.value)}x",
             (Code(closed.formula), f" ({closed.source})" if closed.source else ""),
         ]
         for j in summary.judgements

@@ -196,7 +196,7 @@ def test_the_page_of_forecasts_has_every_residual_and_the_run_it_came_from(
     known = {e.href for e in course.entries}
     assert {run["href"] for run in seen.data["runs"]} <= known
     misses = sum(not r.near for r in found)
-    assert f"Misses: {misses} of {len(found)} lie further off than 25%" in seen.read
+    assert f"Misses: {misses:,} of {len(found):,} lie further off than 25%" in seen.read
 
 
 def test_a_guess_is_asked_for_in_words_that_do_not_give_the_answer_away(course: Course) -> None:

@@ -393,7 +393,7 @@ def test_two_engines_that_answer_alike_differ_in_nothing(finish: Finish) -> None
     rows = _rows(finish("weight-quantization"), "Quality")
     assert set(rows["perplexity"]) == {"2"}
     assert {cell.split(" ")[0] for cell in rows["perplexity ratio"][1:]} == {"1"}
-    assert {cell.split(" ")[0] for cell in rows["kl divergence, nat/token"][1:]} == {"0"}
+    assert {cell.split(" ")[0] for cell in rows["KL divergence, nat/token"][1:]} == {"0"}
 
 
 def test_every_tenant_hears_its_own_adapter(finish: Finish) -> None:

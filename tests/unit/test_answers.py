@@ -174,8 +174,8 @@ def test_a_claim_that_was_not_valid_is_no_answer(tmp_path: Path) -> None:
     assert sharing(judged_run(found, [invalid])) is None
     text = sharing(judged_run(found, [judged("ttft-share-50", 0.5), judged("thrash", 1.0)]))
     assert text == (
-        "The more is shared: TTFT is 0.50x (0.45 to 0.55) with half of the prompt shared."
-        " TTFT with more prefixes than the cache holds: 1.00x (0.91 to 1.10)."
+        "The more is shared, the more it helps: TTFT is 0.50x (0.45 to 0.55) with half of the"
+        " prompt shared. With more prefixes than the cache holds, TTFT is 1.00x (0.91 to 1.10)."
     )
 
 
@@ -183,8 +183,9 @@ def test_one_repeat_is_told_as_one(tmp_path: Path) -> None:
     one = Effect(ratio=Interval(value=0.5, low=None, high=None, n=1), spread=None)
     found = judged_run(context(tmp_path, make_lab(), {}), [judged("ttft-share-50", 1, effect=one)])
     text = sharing(found)
-    assert (
-        text == "The more is shared: TTFT is 0.50x (of one repeat) with half of the prompt shared."
+    assert text == (
+        "The more is shared, the more it helps: TTFT is 0.50x (of one repeat) with half of the"
+        " prompt shared."
     )
 
 
@@ -203,7 +204,7 @@ def test_the_side_of_the_ridge_is_told_by_the_intensities(tmp_path: Path) -> Non
     assert below
     assert "1 at 1 in flight, 9 at 2" in below
     assert (
-        "ridge is 10, a batch of about 10: by the work alone memory bandwidth is the nearer ceiling"
+        "ridge is 10, a batch of about 10: by the work alone, memory bandwidth is the nearer"
         in below
     )
     across = ridge(swept(tmp_path / "b", (1, 11)))
@@ -211,7 +212,7 @@ def test_the_side_of_the_ridge_is_told_by_the_intensities(tmp_path: Path) -> Non
     assert "memory bandwidth is the nearer ceiling of the first, arithmetic of the last" in across
     above = ridge(swept(tmp_path / "c", (11, 20)))
     assert above
-    assert "by the work alone arithmetic is the nearer ceiling of both." in above
+    assert "by the work alone, arithmetic is the nearer ceiling of both." in above
 
 
 def test_one_stream_is_held_against_the_weights_and_the_bandwidth(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_the_time_of_a_step_is_told_beside_the_side_of_the_ridge(tmp_path: Path)
         f"At 2 in flight an output token takes 4.00 ms: 2.51 ms (63%) reading, {flop / 1e4:.2f} ms"
     ) in text
     assert text.endswith(
-        "By the time measured neither ceiling limits a step at 1 in flight, and memory bandwidth"
+        "By the measured times, neither ceiling limits a step at 1 in flight, and memory bandwidth"
         " limits one at 2."
     )
 
@@ -349,8 +350,8 @@ def test_ttft_is_split_by_the_engines_own_clock(tmp_path: Path) -> None:
     played(found, "on/share-90/concurrent-1", engine=engine(0.001, 0.05))
     text = where_to_look(judged_run(found))
     assert text
-    assert "nothing cached, 1 ms and 500 ms; four at once, 1.5 s and 600 ms; one" in text
-    assert "its prefix cached, 1 ms and 50 ms." in text
+    assert "nothing cached, 1 ms queued and 500 ms in prefill; four at once, 1.5 s queued" in text
+    assert "its prefix cached, 1 ms queued and 50 ms in prefill." in text
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_figures_by_hand() -> None:
     assert "200 million tokens a day, 2,315 a second" in text("SD-6")  # 24 h x 2.50 / 0.30
     # 131,072 bytes a token: 2 x 32 layers x 8 KV heads x 128 x 2 bytes
     assert "take 4.29 GB. In 8 bits they take 2.15 GB" in text("KV-8")
-    assert "4,096 tokens that matter 0.537 GB" in text("KV-8")
+    assert "4,096 tokens, 0.537 GB; with one cache for every two layers, 2.15 GB" in text("KV-8")
     # 4.29 GB at 64 GB/s; 2 x 6.98e9 x 32,768 + 2 x 32 x 4096 x 32,768^2 FLOP at 504 TFLOP/s
     assert "at 64 GB/s (its datasheet) in 67.1 ms, and computes it again in 1.46 s" in text("KV-8")
     # 131,072 bytes at 504 TFLOP/s, by 2 x 6.98e9 FLOP a token

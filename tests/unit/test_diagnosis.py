@@ -390,7 +390,7 @@ def test_trials_are_named_blind_and_counted(tmp_path: Path) -> None:
     (cold,) = (row for row in rows if row[0] == "a cold cache")
     assert cold[header.index("Named: nothing")] == str(LAB.repeats)
     assert any(
-        "*a cold cache* (repeat 1, 2, 3, 4) was named *nothing*: nothing" in line
+        "*a cold cache* (repeats 1, 2, 3, 4) was named *nothing*: nothing" in line
         for line in finding.lines
     )
 
@@ -407,8 +407,8 @@ def test_trials_are_named_blind_and_counted(tmp_path: Path) -> None:
     )
     wrong = "Named wrongly: a cold cache was taken for a healthy engine in 4 of 4 trials."
     assert wrong in (texts["ME-4"] or "")
-    assert "with a burst TTFT is 3.45x, the queue 500 ms" in (texts["IP-5"] or "")
-    assert "with a long context TPOT is 1.50x" in (texts["IP-6"] or "")
+    assert "with a burst, TTFT is 3.45x, the queue 500 ms" in (texts["IP-5"] or "")
+    assert "with a long context, TPOT is 1.50x" in (texts["IP-6"] or "")
     assert texts["IP-4"] is None  # nobody was alone
 
 

@@ -544,15 +544,15 @@ def test_where_speculation_turns(guess_ms: tuple[Any, ...], said: str, tmp_path:
     assert len(cells(finding, 0)) == 4
 
 
-def test_a_load_whose_interval_holds_1_is_not_told_apart(tmp_path: Path) -> None:
+def test_a_load_whose_interval_holds_1_is_undecided(tmp_path: Path) -> None:
     """Speculation is faster at both loads on average, and shown to be at the first alone."""
     found = guessing(tmp_path, {"none 1": 10.0, "guess 1": 8.0, "none 8": (15.0, 16.0),
                                 "guess 8": (14.9, 12.0)})  # fmt: skip
     finding = SPEED_UP.finding(found)
-    assert cells(finding, 2) == [["wins"], ["not told apart"]]
-    assert "wins at 1 in flight, 1.25x (1.25 to 1.25); not told apart at 8" in finding.lines[0]
+    assert cells(finding, 2) == [["wins"], ["undecided"]]
+    assert "wins at 1 in flight with 1.25x (1.25 to 1.25); undecided at 8 with" in finding.lines[0]
     one = replace(found, values={k: {1: of[1]} for k, of in found.values.items()})
-    assert cells(SPEED_UP.finding(one), 2) == [["not told apart"]] * 2
+    assert cells(SPEED_UP.finding(one), 2) == [["undecided"]] * 2
 
 
 @pytest.mark.parametrize("side", ["none", "guess"])
@@ -561,7 +561,7 @@ def test_a_speed_up_that_is_not_valid_neither_wins_nor_loses(side: str, tmp_path
     run = withheld(found, f"{side}/story/concurrent-8", ("tpot_mean_s",))
     finding = SPEED_UP.finding(run)
     assert cells(finding, 2) == [["wins"], ["wins"], ["not valid"]]
-    assert "; not valid at 8, 0.53x" in finding.lines[0]
+    assert "; not valid at 8 with 0.53x" in finding.lines[0]
     assert "starts to" not in finding.lines[0]
     assert "Where it is *not valid*, see validity." in finding.lines[1]
     other = withheld(found, f"{side}/story/concurrent-8", ("ttft_mean_s",))
@@ -706,7 +706,7 @@ def test_offloading_is_priced_as_measured_or_is_said_to_be_arithmetic(tmp_path: 
     assert cells(ladder, 2, 3)[-1][1].startswith("arithmetic: what runs has to be")
     # 32 bytes a token at 1e7 FLOP/s, by 2 x 872 FLOP a token
     assert "32 bytes a token back over a GPU's link of 32 GB/s (PCIe 4.0 x16" in ladder.lines[-1]
-    assert "at any length of the prefix. Any link of more than 0.000183 GB/s" in ladder.lines[-1]
+    assert "at any length of the prefix. A link of more than 0.000183 GB/s is" in ladder.lines[-1]
     variants = [Variant(name=n, flags={"kv-cache-memory-bytes": 32 * 640})
                 for n in ("bf16", "bf16-tight", "recompute", "offload")]  # fmt: skip
     lab = make_lab(variants=tuple(variants), workloads=(make_workload(name="returning"),),
@@ -741,7 +741,7 @@ def test_a_failed_gate_is_part_of_the_price(tmp_path: Path) -> None:
         answers = {"answers": [answered(0.5, right)]}
         write_gzip(run.folder.probe_file("quality", variant), answers)
     price = cells(MEMORY_LADDER.finding(run), 2)[3][0]
-    assert "needles found -70 points, the gate says *fail*" in price
+    assert "needles found -70 points, the quality gate says *fail*" in price
     assert price.endswith("at worst *Output throughput* 0.80x (0.80 to 0.80) over a long context")
 
 
@@ -796,8 +796,8 @@ def test_quality_asked_once_has_no_false_alarms_and_not_asked_no_figures(tmp_pat
 def test_needles_by_where_they_lay(tmp_path: Path) -> None:
     """90 of 100 found, then 80: five fewer at either length, all ten at the one depth."""
     finding = NEEDLES.finding(judged(tmp_path, 0.5, 80))
-    found = {where: change.split(" ")[0] for where, change in cells(finding, 0, 1)}
-    assert found == {"256 tokens": "-0.1", "512 tokens": "-0.1", "depth 0.5": "-0.1"}
+    found = {where: change.split(" (")[0] for where, change in cells(finding, 0, 1)}
+    assert found == dict.fromkeys(("256 tokens", "512 tokens", "depth 0.5"), "-10.0 points")
 
 
 def test_weights_by_their_bytes_and_by_the_clock(tmp_path: Path) -> None:
@@ -860,9 +860,9 @@ def test_a_tool_is_compared_with_its_heir_and_says_which_is_better(tmp_path: Pat
     finding = TOOLS_COMPARED.finding(run)
     assert [cell.split(" ")[0] for (cell,) in cells(finding, 1)] == ["0.5", "0.5", "0.5", "1"]
     assert [line.split(": ")[-1] for line in finding.lines[:4]] == [
-        "`gptqmodel` keeps the lower perplexity.",
-        "`w4a16-gptq` keeps the lower perplexity.",
-        "`w4a16-gptq` keeps the lower perplexity.",
+        "`gptqmodel` has the lower perplexity.",
+        "`w4a16-gptq` has the lower perplexity.",
+        "`w4a16-gptq` has the lower perplexity.",
         "no difference in perplexity is shown.",
     ]
 
@@ -1197,7 +1197,7 @@ def test_which_flag_matters_is_told_beside_the_noise(tmp_path: Path) -> None:
     ]
     assert finding.lines[0].startswith("`default` decodes fastest")
     assert finding.lines[2:] == [
-        "It matters to decode, TPOT beside the defaults: `eager` 1.50x (1.46 to 1.55)."
+        "These flags matter to decode, by TPOT beside the defaults: `eager` 1.50x (1.46 to 1.55)."
     ]
 
 
@@ -1213,7 +1213,7 @@ def test_a_flag_without_its_evidence_matters_to_nothing(tmp_path: Path) -> None:
     finding = FLAGS.finding(replace(found, caveats=[caveat]))
     assert cells(finding, 0, 4, 8) == [["default", "–", "–"], ["eager", "not valid", "–"]]
     assert not any("fastest" in line for line in finding.lines)  # one is left, beside no other
-    assert finding.lines[1].startswith("Not valid, see validity: `eager` 0.67x")
+    assert finding.lines[1].startswith("Not valid, as *Validity* says: `eager` 0.67x")
 
 
 def test_defaults_that_are_not_valid_are_not_the_fastest(tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def test_the_report_tells_how_near_the_forecasts_came(folder: RunFolder) -> None
     report.write(folder)
     text = (folder.path / "report.md").read_text()
     _, _, told = text.partition("## Forecast beside measured")
-    assert "1 of 2 measured figures lie within their band; the median distance is 25%." in told
+    assert "1 of 2 measured figures lie within their band; their median distance from" in told
+    assert "the forecast is 25%." in told
     assert "| 0.50x | no |" in told
     assert "- `on`: it was not timed" in told
 
@@ -218,7 +219,8 @@ def test_a_zero_is_a_miss_on_the_page_and_in_the_report(with_zeros: RunFolder) -
     assert "| 0% | 5% | – | – |" in told
     assert "| Prefix hit rate | 2 | infinite | 0 (0%) | 0 (0%) |" in told
     assert report.forecast_score(with_zeros.summary()) == (
-        "1 of 4 measured figures lie within their band; the median distance is 75%."
+        "1 of 4 measured figures lie within their band; their median distance from the"
+        " forecast is 75%."
     )
     compared = tables.forecast_beside_measured(make_lab(), with_zeros.summary())
     rows = [[plain_text(cell) for cell in row[2:]] for row in compared.rows[2:]]

@@ -143,7 +143,7 @@ def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None
         "share of a run (`tiny`) that is neither engine starts nor load: 7.0%",
         "a false alarm in 2 of 80 claims judged, 2.5% (0.3% to 8.7%), 1 not judged",
         "60 minutes of load (64 streams, 420,000 requests): the process that sends held at most"
-        " 200 MB, 1.5% less with each hour, the one that records held at most 100 MB, 1.0% more",
+        " 200 MB and shrank by 1.5% an hour; the one that records held at most 100 MB and grew by",
         "(vLLM 0.32.0) takes 9.0 s of CPU time to start and 0.25 s to build another replica; with"
         " all of them it holds 900 MB",
         "187 µs, 200 µs of CPU time a chunk with 16, 256 streams. One core would have time for"

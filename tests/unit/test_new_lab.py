@@ -251,7 +251,7 @@ def not_passed(tests: str, *names: str) -> list[str]:
 def test_a_lab_is_one_file_and_one_line(house: Path, told: list[str]) -> None:
     report, _, course, _, tests, collected = told
     assert "# Abacus beads on Abacus" in report
-    assert "(SO-4) This run lacks the figures that would answer it." in report
+    assert "(SO-4) This run lacks valid figures that would answer it: see *Validity*." in report
     assert "| On is faster (Output throughput: on, 1 user / off, 1 user) | 2.9" in report
     assert "drawn: effects.svg variants.svg" in report
     link = "[`abacus-beads`](labs/abacus_beads.py)"

@@ -285,7 +285,7 @@ def test_a_watermark_is_told_replayed_and_measured(tmp_path: Path) -> None:
     assert by_share["0.02"] == [by_share["0"][0], "–", "–", "–"]  # rounded down, so the same
     assert told.lines[0].startswith(
         "A watermark of 0.05 keeps 2 of 48 blocks free: 20 preemptions in a trial instead of 40,"
-        " 0.50x (0.50 to 0.50). Of what it is without one: p99 of ITL 1.00x"
+        " 0.50x (0.50 to 0.50). Relative to no watermark: p99 of ITL 1.00x"
     )
     assert "TTFT 2.00x" in told.lines[0]
     assert tell_watermarks(None).rows == []

@@ -162,7 +162,7 @@ def test_what_is_left_open_is_no_difference_and_has_no_cause(
     )
     opened = found.model_copy(update={"verdicts": [left_open, *others]})
     (said,) = (line for line in reproduction.sentences(opened) if agreed.title in line)
-    assert "hurts, 1.08x (1.05 to 1.11) there; inconclusive" in said
+    assert "hurts, 1.08x (1.05 to 1.11) in the original; inconclusive" in said
     assert said.endswith("an interval that contains the original value.") == holds
     assert (opened.outcome, opened.exit_code) == ("undecided", 2)
     assert reproduction.likeliest_cause([left_open], [], found.differences) == ""

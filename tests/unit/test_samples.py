@@ -484,7 +484,7 @@ def test_costs_are_told_beside_one_sample_and_hits_as_exact_or_not() -> None:
     one = Cost("on", "one", 1, 1, 1.2, 20.0, 0.3, 0.0, 0.0)
     eight = Cost("on", "apart", 8, 8, 1.8, 100.0, 0.4, 0.7875, 0.7875)
     told = tell_costs((one, eight))
-    assert "8 in 8 requests take 1.50 times as long" in told.lines[0]
+    assert "8 samples in 8 requests take 1.50 times as long" in told.lines[0]
     assert "found exactly" in told.lines[1]
     assert "found exactly" not in tell_costs((one, replace(eight, hit_rate=0.7))).lines[1]
     assert tell_costs((replace(one, seconds=None),)).rows[1][3] == "–"

@@ -74,7 +74,7 @@ def test_answers_are_compared_with_vllms_to_the_same_prompts(tmp_path: Path) -> 
     told = answer(judged_run(found))
     assert told
     assert "50 ms (`vllm`), 100 ms (`turns`)" in told
-    assert "with 8 users the throughput is 80 tok/s (`vllm`), 10 tok/s (`turns`)" in told
+    assert "With 8 users the throughput is 80 tok/s (`vllm`), 10 tok/s (`turns`)" in told
     assert "`turns` wrote 2 of 4 word for word" in told
     told = answer(judged_run(withheld(found, "vllm/short/concurrent-1", ("tpot_mean_s",))))
     assert told

@@ -328,6 +328,6 @@ def test_the_longest_wait_is_named() -> None:
 def test_a_backend_without_figures_has_its_reason() -> None:
     form = StudiedForm("a", "record", 0.02, 0.001, 0.0005, most_hidden=100)
     told = tell_masks(StudiedMasks((form,), {"b": "ImportError: no"}, 49_152))
-    assert told.rows[1][-1] == "100 masks"
+    assert told.rows[1][-1] == "100"
     assert told.rows[2] == ["b", "–", "–", "–", "–", "–"]
     assert "`b` is not compared" in told.lines[0]

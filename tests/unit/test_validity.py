@@ -819,7 +819,7 @@ def test_every_answer_must_come_from_the_adapter_that_was_asked() -> None:
     assert checked(**of) == []  # an old record, which has no names
     (caveat,) = checked(some(50, model="base"), **of)
     assert caveat.name == "treatment not applied"
-    assert "50 answers came from another model than requested" in caveat.text
+    assert "50 answers from another model than requested" in caveat.text
     (caveat,) = checked(some(1, model="tenant-1"), **{**of, "asked": ASKED})
     assert "from tenant-1 instead of base" in caveat.text
 
