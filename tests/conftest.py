@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import forecaster
+from tests import with_vllm
 from tests.startup import sitecustomize
 
 for name in tuple(os.environ):
@@ -23,7 +23,7 @@ _scratch = tempfile.TemporaryDirectory(prefix="labs-tests-")
 os.environ["LABS_RESULTS"] = f"{_scratch.name}/results"
 os.environ["LABS_PROMETHEUS_DATA"] = f"{_scratch.name}/prometheus"
 os.environ["LABS_SCRATCH"] = f"{_scratch.name}/scratch"
-os.environ.setdefault(forecaster.PLACE, f"{_scratch.name}/forecaster")  # one for all processes
+os.environ.setdefault(with_vllm.PLACE, f"{_scratch.name}/with-vllm")  # one for all processes
 # what this process starts begins with the same module
 _startup = str(Path(sitecustomize.__file__).parent)
 _paths = [_startup, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]

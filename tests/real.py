@@ -28,7 +28,7 @@ from serving.engines import ENGINES
 from serving.engines.base import EngineError
 from serving.forecasting.__main__ import _tokenizer
 from serving.models import ROOT
-from tests import forecaster
+from tests import with_vllm
 from tests.fake.conftest import CEILINGS
 from tests.shallow import shallow
 from tests.sizes import sizes_of
@@ -57,10 +57,14 @@ def quick_run(
     others' as `tests/startup` says; one of them has vLLM's default processes, as a reader's have.
     """
     before = set(results.glob(RUNS))
-    if command != AS_READERS_DO:
-        forecaster.start()
+    words = [command, "run", lab]
+    if command == AS_READERS_DO:
+        argv = [sys.executable, "-m", *words]
+    else:
+        with_vllm.start(cores=len(machine.split_cores("cpu")[0]))
+        argv = with_vllm.argv_of(*words)
     done = subprocess.run(
-        [sys.executable, "-m", command, "run", lab],
+        argv,
         cwd=ROOT,
         env={
             **os.environ,

@@ -2,18 +2,18 @@
 
 How many answers a probe asks for, how many tasks it sets, how often a step is timed and how much
 text is read for a forecast decide how sure a finding is, and not whether it can be made. What makes
-forecasts is forked from a process that has imported vLLM (`tests/forecaster.py`). The README's lab
-is run without it, as a reader runs it.
+forecasts, and engines, are forked from a process that has imported vLLM (`tests/with_vllm.py`). The
+README's lab is run without it, as a reader runs it.
 """
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 from labs.commands.cli import app
 from labs.judging import evaluation
 from labs.running import copied_text, forecaster, probes, step_timing
+from tests import with_vllm
 
 _tasks_with_shots = evaluation.tasks_with_shots
 
@@ -30,7 +30,8 @@ def make_small() -> None:
     evaluation.tasks_with_shots = _fewer_tasks
     setattr(step_timing, "QUICK_PASSES", 1)  # noqa: B010
     copied_text.ANSWERS = 8
-    forecaster.FORECASTER_ARGV = (sys.executable, "-m", "tests.forecaster")
+    forecaster.FORECASTER_ARGV = with_vllm.argv_of("serving.forecasting")
+    with_vllm.fork_engines()
 
 
 if __name__ == "__main__":

@@ -94,10 +94,10 @@ class ConsoleProgress:
             self._task, description=escape(text), completed=time.monotonic() - self._began
         )
 
-    def trial_done(self, text: str, remaining_s: float) -> None:
+    def part_done(self, text: str, remaining_s: float) -> None:
         raise_if_stopped()
         done = time.monotonic() - self._began
-        left = f"{minutes(remaining_s)} left" if remaining_s else "last trial"
+        left = f"{minutes(remaining_s)} left" if remaining_s else "the last"
         self._progress.update(self._task, total=done + remaining_s, completed=done, remaining=left)
         console.print(f"{self._elapsed()} {escape(text)} [dim]({left})[/]")
 

@@ -33,7 +33,7 @@ from labs.findings.steps import (
 )
 from labs.findings.sweep import concurrency_sweep, step_line
 from labs.judging.metrics import METRICS
-from labs.judging.text import number, ratio_number
+from labs.judging.text import between, number, ratio_number
 from labs.lab import Point
 from loadtests import records
 
@@ -227,7 +227,7 @@ def both_ends(run: JudgedRun) -> str | None:
     figures = f"TTFT {ttft}, ITL {itl}, end to end {e2e} (medians) and {throughput}"
     return (
         f"At {point.load.users} in flight: {figures}. {_agreement(session.agreement)}; the client's"
-        f" mean TTFT is longer by {number(min(longer_s), 's')} to {number(max(longer_s), 's')}."
+        f" mean TTFT is longer by {between(min(longer_s), max(longer_s), 's')}."
     )
 
 

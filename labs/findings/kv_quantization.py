@@ -18,7 +18,7 @@ from labs.findings.published import Published, PublishedFigures
 from labs.findings.quality import QUALITY, compared, in_brief, treatments_of
 from labs.judging.judge import Interval
 from labs.judging.metrics import METRICS
-from labs.judging.text import number, times_with_interval
+from labs.judging.text import between, number, times_with_interval
 from labs.lab import Point
 
 # ------------------------------------------------------------------ where preemption begins
@@ -187,10 +187,10 @@ def tell_slope(facts: ContextLines) -> Finding:
              "KV bytes per token"]]  # fmt: skip
     for name, line in facts.lines.items():
         reach = line.reach(line.error_s_per_token, line.freedom)
-        low, high = (number(1000 * (line.s_per_token + s * reach), "s") for s in (-1, 1))
+        low, high = (1000 * (line.s_per_token + side * reach) for side in (-1, 1))
         rows.append(
             [name, number(line.fixed_s, "s"), number(1000 * line.s_per_token, "s"),
-             f"{low} to {high}" if line.freedom else "–", f"{line.kv_bytes_per_token:,.0f}"]
+             between(low, high, "s") if line.freedom else "–", f"{line.kv_bytes_per_token:,.0f}"]
         )  # fmt: skip
     plain = facts.lines.get(facts.base)
     lines = [

@@ -27,7 +27,7 @@ from labs.judging.judge import (
     effect,
     prediction_outcome,
 )
-from labs.judging.text import number, times_with_interval, value_with_interval
+from labs.judging.text import number, times_with_interval, value_with_interval, with_ends
 from labs.lab import Point, Prediction
 from labs.tiled_attention import DAO, FLASH_DECODING
 from serving.attention import AttentionTimes, Kernel, KernelTimes
@@ -618,9 +618,10 @@ def slope_sentence(of: Contexts) -> str | None:
     if of.line is None:
         return None
     slope = of.line.each.times(1000).interval()
-    per_thousand = number(slope.value, "s")
-    if slope.low is not None and slope.high is not None:
-        per_thousand += f" ({number(slope.low, 's')} to {number(slope.high, 's')})"
+    if slope.low is None or slope.high is None:
+        per_thousand = number(slope.value, "s")
+    else:
+        per_thousand = with_ends(slope.value, slope.low, slope.high, "s")
     if (slope.low is not None and slope.low <= 0) or slope.value <= 0:
         return (
             f"`{of.variant}`: 1,000 tokens of context add {per_thousand} to a step; the interval"

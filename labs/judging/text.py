@@ -101,11 +101,37 @@ def literal(text: str) -> str:
     return re.sub(r"[\\`*]", r"\\\g<0>", text)
 
 
+def between(low: float, high: float, unit: str = "1") -> str:
+    """Write `400 to 600 ms`; each end has its own unit where they differ: `900 ms to 1.2 s`."""
+    (first, last), unit_once = _sharing_unit((low, high), unit)
+    return f"{first} to {last}{unit_once}"
+
+
+def with_ends(value: float, low: float, high: float, unit: str = "1") -> str:
+    """Write `50 (43.3 to 55) tok/s`; each figure has its own unit where they differ.
+
+    Ends that are written as the figure itself are left out.
+    """
+    (figure, first, last), unit_once = _sharing_unit((value, low, high), unit)
+    if figure == first == last:
+        return f"{figure}{unit_once}"
+    return f"{figure} ({first} to {last}){unit_once}"
+
+
+def _sharing_unit(values: Sequence[float], unit: str) -> tuple[list[str], str]:
+    """Write the values without their unit, and that unit behind a space, if they share one."""
+    texts = [number(value, unit) for value in values]
+    units = {text.partition(" ")[2] for text in texts}
+    if len(units) > 1 or units == {""}:
+        return texts, ""
+    return [text.partition(" ")[0] for text in texts], f" {units.pop()}"
+
+
 def interval(measured: Interval | None, unit: str = "1") -> str:
-    """Write `400 ms to 600 ms`, or a dash where one repeat gave no interval."""
-    if measured is None or measured.low is None:
+    """Write `400 to 600 ms`, or a dash where one repeat gave no interval."""
+    if measured is None or measured.low is None or measured.high is None:
         return "–"
-    return f"{number(measured.low, unit)} to {number(measured.high, unit)}"
+    return between(measured.low, measured.high, unit)
 
 
 ONE_SITTING = (

@@ -230,10 +230,9 @@ class Engines:
             lambda s: self._progress.waiting(f"{starting}: {s:.0f} s{about}"),
             self._setup.clock.start_timeout_s,
         )
-        took_s = time.monotonic() - began
-        self.start_s += took_s
+        self.start_s += time.monotonic() - began
         serves = f"{engine.title} ({variant.name}) serves at {engine.url}"
-        self._progress.message(f"{serves} after {took_s:.0f} s")
+        self._progress.message(f"{serves} after {engine.age_s:.0f} s")
         if engine.shown_metrics():
             labels = {**self._labels, "variant": variant.name}
             self._prometheus.scrape("engine", engine.url, labels)

@@ -24,7 +24,7 @@ from serving.forecasting.timing import TimingPlan
 from serving.process import Process
 
 TIMING_LIMIT_S = 300
-FORECASTER_ARGV = (sys.executable, "-m", "serving.forecasting")
+FORECASTER_ARGV: Sequence[str] = (sys.executable, "-m", "serving.forecasting")
 
 
 class ForecastError(LabError):

@@ -144,6 +144,7 @@ class Harness:
         """
         due = self.trials.due(trials)
         probes_due = probe and any(self._probes_due(variant) for variant in group)
+        self._count_probes()
         if self.failed_to_start.intersection(v.name for v in group) or not (due or probes_due):
             return
         clock, names = self.setup.clock, ", ".join(v.name for v in group)
@@ -310,9 +311,14 @@ class Harness:
             finally:
                 self.setup.clock.probed(time.monotonic() - began)
             write_gzip(self.folder.probe_file(name, variant.name), answers)
-            self.progress.message(
-                f"{variant.name}: the probe {name} took {time.monotonic() - began:.0f} s"
-            )
+            self._count_probes()
+            took = f"{variant.name}: the probe {name} took {time.monotonic() - began:.0f} s"
+            self.progress.part_done(took, self.trials.remaining_s)
+
+    def _count_probes(self) -> None:
+        """Count the probes to come, on engines that have not failed to start."""
+        variants = [v for v in self.setup.lab.variants if v.name not in self.failed_to_start]
+        self.trials.probes_to_come = sum(len(self._probes_due(v)) for v in variants)
 
     def _probes_due(self, variant: Variant) -> list[str]:
         """Return the probes of this variant that are not recorded."""

@@ -14,13 +14,13 @@ class ProgressDisplay(Protocol):
         """Show a line that stays."""
 
     def expect(self, remaining_s: float) -> None:
-        """Set how long the trials and starts that are still to come will take, in seconds."""
+        """Set how long the trials, starts and probes that are to come will take, in seconds."""
 
     def waiting(self, text: str) -> None:
         """Show what the run is waiting for; the next call replaces it."""
 
-    def trial_done(self, text: str, remaining_s: float) -> None:
-        """Show what a finished trial measured, and the seconds that remain after it."""
+    def part_done(self, text: str, remaining_s: float) -> None:
+        """Show what a finished trial or probe brought, and the seconds that remain after it."""
 
     def show(self, content: Block) -> None:
         """Show a part of a document."""

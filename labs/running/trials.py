@@ -160,6 +160,7 @@ class Trials:
         self.load_s = 0.0  # spent under load so far
         self.work = work  # the folder of what is sent
         self.starts_to_come = 0  # of engines, before the last of the remaining trials
+        self.probes_to_come = 0
         self._setup, self._folder, self._progress = setup, folder, progress
         self._engines, self._load, self._in_turn = engines, load, in_turn
         self._telemetry, self._counts = telemetry, counts
@@ -193,20 +194,23 @@ class Trials:
 
     @property
     def remaining_s(self) -> float:
-        """Estimate how long the remaining trials and the engine starts between them take.
+        """Estimate how long the remaining trials, engine starts between them and probes take.
 
-        A start takes what those so far took in the mean, and a trial the mean over the points.
+        A start takes what those so far took in the mean, a probe what the longest so far took, and
+        a trial the mean over the points.
         Once as many trials were played as there are points, it is what each of these took: windows
         that were held open and attempts that were measured again are in that. Until then the points
         to come are taken to need no second attempt.
         """
         points = self._setup.points
-        starts_s = self.starts_to_come * self._engines.mean_start_s if self.starts_to_come else 0.0
+        beside_s = self.probes_to_come * self._setup.clock.probe_s
+        if self.starts_to_come:
+            beside_s += self.starts_to_come * self._engines.mean_start_s
         if self._played >= len(points):
-            return starts_s + self._left * self._took_s / self._played
+            return beside_s + self._left * self._took_s / self._played
         planned_s = fmean(self._planned_s(point) for point in points)
         attempts_each = 1 + self._again / len(points)
-        return starts_s + self._left * attempts_each * (planned_s + PER_TRIAL_S)
+        return beside_s + self._left * attempts_each * (planned_s + PER_TRIAL_S)
 
     def trial_s(self, point: Point) -> float:
         """Estimate how long a trial of this point takes, no trial so far having taken longer."""
@@ -259,12 +263,16 @@ class Trials:
         self._played += 1
         self._took_s += time.monotonic() - began
         self._left -= 1
-        self._progress.trial_done(f"{name}: {played.rate}", self.remaining_s)
+        self._progress.part_done(f"{name}: {played.rate}", self.remaining_s)
 
     def _why_again(self, reasons: Mapping[str, str]) -> str:
         """Explain each kind of disturbance, by check, where it comes first; then name it."""
+
+        def explained(check: str, text: str) -> str:
+            return text if text.startswith(check) else f"{check}: {text}"
+
         why = "; ".join(
-            check if check in self._explained else f"{check}, {text}"
+            check if check in self._explained else explained(check, text)
             for check, text in reasons.items()
         )
         way_out = "" if self._explained else " (DISTURBED=keep accepts every trial as it is)"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from labs.filing.results import Band
-from labs.judging.text import counted, number
+from labs.judging.text import counted, number, with_ends
 from labs.lab import SLO
 from labs.telling.document import (
     Block,
@@ -398,8 +398,4 @@ def with_band(band: Band | None, unit: str) -> str:
     """Write `50 (43.3 to 55) tok/s`; without a band the figure alone, no figure as a dash."""
     if band is None or band.low == band.high:
         return number(band.value if band else None, unit)
-    figure, low, high = (
-        number(value, unit if unit in ("s", "share") else "1")
-        for value in (band.value, band.low, band.high)
-    )
-    return f"{figure} ({low} to {high})" + ("" if unit in ("s", "share", "1") else f" {unit}")
+    return with_ends(band.value, band.low, band.high, unit)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from labs.judging.diagnosis import Diagnosis, Reading
-from labs.judging.text import number
+from labs.judging.text import between, number
 from labs.telling.document import Inline, Paragraph, Section, Strong, bullets, section, table
 
 MEANINGS = {
@@ -116,4 +116,4 @@ def _within(bounds: tuple[float, float] | None, unit: str) -> str:
     low, high = bounds
     if math.isinf(high):
         return f"over {number(low, unit)}"
-    return f"{number(low, unit)} to {number(high, unit)}"
+    return between(low, high, unit)

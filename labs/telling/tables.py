@@ -18,6 +18,7 @@ from labs.judging.judge import Judgement
 from labs.judging.machine_speed import MachineSpeed
 from labs.judging.metrics import METRICS, columns
 from labs.judging.text import (
+    between,
     claim_outcome,
     interval,
     number,
@@ -28,6 +29,7 @@ from labs.judging.text import (
     ratio_number,
     ratio_text,
     verdict_text,
+    with_ends,
     yes_or_no,
 )
 from labs.lab import MARGIN, OF_FORECASTS, Lab, Point
@@ -247,7 +249,7 @@ def _shares(forecasts: PointForecasts, point: str) -> list[str]:
 
 
 def _band(band: Band | None, unit: str) -> str:
-    return f"{number(band.value, unit)} ({_between(band.low, band.high, unit)})" if band else "–"
+    return with_ends(band.value, band.low, band.high, unit) if band else "–"
 
 
 def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
@@ -262,7 +264,7 @@ def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
                 point_label(f.point, lab),
                 METRICS[f.metric].title,
                 number(f.value, unit),
-                _between(f.low, f.high, unit),
+                between(f.low, f.high, unit),
                 number(f.measured.value if f.measured else None, unit),
                 "–" if f.share is None or math.isinf(f.share) else f"{f.share:.2f}x",
                 yes_or_no(f.within),
@@ -313,10 +315,6 @@ def closed_forms(lab: Lab, summary: Summary, before: Predictions) -> Table:
     return table(("Claim", "Measured", "Forecast", "Closed form", "Its formula"), rows)
 
 
-def _between(low: float, high: float, unit: str) -> str:
-    return f"{number(low, unit)} to {number(high, unit)}"
-
-
 def machine_speed(speed: MachineSpeed) -> Table:
     """Tabulate the times of the two parts of the reference step over a run."""
     return table(
@@ -325,7 +323,7 @@ def machine_speed(speed: MachineSpeed) -> Table:
             [
                 title,
                 number(part.median_s, "s"),
-                _between(part.low_s, part.high_s, "s"),
+                between(part.low_s, part.high_s, "s"),
                 "–" if part.trend is None else f"{part.trend:+.0%}",
             ]
             for title, part in (("Reading", speed.reading), ("Computing", speed.computing))

@@ -380,13 +380,18 @@ class Engine(Server):
             with contextlib.suppress(requests.RequestException):
                 if requests.get(f"{self.url}{self.ready_path}", timeout=2).ok:
                     return
-            if (elapsed := time.monotonic() - self._started_s) >= timeout_s:
+            if (elapsed := self.age_s) >= timeout_s:
                 raise EngineError(
                     f"the engine {self.name} did not answer within {timeout_s:.0f} s; its last"
                     f" lines:\n{self._process.tail()}"
                 )
             waiting(elapsed)
             time.sleep(0.25)
+
+    @property
+    def age_s(self) -> float:
+        """The seconds since it was started."""
+        return time.monotonic() - self._started_s
 
     @property
     def pid(self) -> int:

@@ -21,6 +21,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -44,14 +45,17 @@ class Forked:
 
     def __init__(self, pid: int, argv: Sequence[str]) -> None:
         self.pid, self._argv = pid, list(argv)
+        self.stdin = self.stdout = None
         self.returncode: int | None = None
+        self._reaping = threading.Lock()
 
     def poll(self) -> int | None:
         """Its exit code, negative where a signal ended it; None while it runs."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
+        with self._reaping:
+            if self.returncode is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -85,7 +89,7 @@ def start(argv: Sequence[str], env: Mapping[str, str], out: Path) -> Forked:
     assert parent.stdout
     out.touch()  # it may be read before the child has begun
     about = {"argv": list(argv), "env": dict(env), "out": str(out)}
-    with _adopting_orphans():
+    with adopting_orphans():
         parent.stdin.write(json.dumps(about) + "\n")
         parent.stdin.flush()
         return Forked(int(parent.stdout.readline()), argv)
@@ -105,7 +109,7 @@ def _parent() -> subprocess.Popen[str]:
 
 
 @contextlib.contextmanager
-def _adopting_orphans() -> Iterator[None]:
+def adopting_orphans() -> Iterator[None]:
     """Have those who are orphaned meanwhile become children of this process."""
     prctl = ctypes.CDLL(None).prctl
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

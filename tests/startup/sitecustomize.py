@@ -22,12 +22,14 @@ import gc
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from itertools import count
 from multiprocessing.context import BaseContext
 
 SERVER = "vllm.entrypoints.openai.api_server"
 WORKER_APART = "VLLM_ENABLE_V1_MULTIPROCESSING"
 CORES = "VLLM_CPU_OMP_THREADS_BIND"
+EAGER = "--enforce-eager"
 NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 _get_context = multiprocessing.get_context
@@ -49,10 +51,24 @@ def _keep_the_worker_to(cores: list[int]) -> None:
     os.register_at_fork(after_in_child=bind)
 
 
-gc.set_threshold(100_000, 50, 1000)
-if SERVER in sys.orig_argv:
+def become_server(argv: Sequence[str]) -> None:
+    """Prepare this process, which is to be vLLM's server with these arguments."""
     setattr(multiprocessing, "get_context", _forking)  # noqa: B010
-    if "--enforce-eager" in sys.orig_argv:
+    if EAGER in argv:
         os.environ[NO_COMPILER] = "1"
     if "|" not in os.environ.get(CORES, "|"):  # which parts the cores of several workers
         _keep_the_worker_to([int(core) for core in os.environ[CORES].split(",")])
+
+
+def freeze() -> None:
+    """Leave all that this process has made to its children without a look at it.
+
+    A collection in a child would copy the pages of all that was imported.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+gc.set_threshold(100_000, 50, 1000)
+if SERVER in sys.orig_argv:
+    become_server(sys.orig_argv)

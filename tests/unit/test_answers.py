@@ -433,7 +433,7 @@ def test_counts_that_differ_are_told(
     text = both_ends(judged_run(found))
     assert text
     assert said in text
-    assert "mean TTFT is longer by 2 ms to 2 ms" in text
+    assert "mean TTFT is longer by 2 to 2 ms" in text
 
 
 def test_facts_are_computed_once_for_the_finding_and_the_answers(tmp_path: Path) -> None:

@@ -666,7 +666,7 @@ def test_where_a_quantized_cache_breaks_even(
     })  # fmt: skip
     finding = CONTEXT_SLOPE.finding(run)
     assert finding.lines[0].startswith(f"`fp8`: {said}")
-    assert cells(finding, 0, 2, 3, 4)[0] == ["bf16", "10 ms", "10 ms to 10 ms", "32"]
+    assert cells(finding, 0, 2, 3, 4)[0] == ["bf16", "10 ms", "10 to 10 ms", "32"]
     assert cells(finding, 4) == [["32"], ["16"]]
 
 

@@ -182,7 +182,7 @@ def test_the_report_shows_the_machines_speed_and_names_the_trial_that_was_distur
     text = report.write(folder).read_text()
     assert "The machine's own speed" in text
     assert "| Reading | 10 ms |" in text
-    assert "| Computing | 5 ms | 5 ms to 5 ms |" in text
+    assert "| Computing | 5 ms | 5 to 5 ms |" in text
     assert "reading took 2.00 times as long beside the trial as in the run's median" in text
 
 

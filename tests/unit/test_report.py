@@ -26,6 +26,7 @@ from labs.filing.results import (
 from labs.findings.context import JudgedRun
 from labs.judging.judge import Caveat, Effect, Interval, Judgement, PredictionOutcome
 from labs.judging.text import (
+    between,
     claim_outcome,
     decided_text,
     interval,
@@ -39,6 +40,7 @@ from labs.judging.text import (
     ratio_interval,
     ratio_text,
     verdict_text,
+    with_ends,
 )
 from labs.judging.validity import SERVER_BUSY
 from labs.lab import Prediction
@@ -92,8 +94,30 @@ def test_number(value: float | None, unit: str, text: str) -> None:
 
 def test_interval_has_both_bounds_or_is_a_dash() -> None:
     found = Interval(value=0.5, low=0.4, high=0.6, n=3)
-    assert interval(found, "s") == "400 ms to 600 ms"
+    assert interval(found, "s") == "400 to 600 ms"
     assert interval(None) == "–"
+    assert between(0.9, 1.2, "s") == "900 ms to 1.2 s"
+    assert between(0.1, 0.2, "share") == "10% to 20%"
+    assert between(1, 2000) == "1 to 2,000"
+
+
+@pytest.mark.parametrize(
+    ("ends", "unit", "text"),
+    [
+        ((50.0, 43.3, 55.0), "tok/s", "50 (43.3 to 55) tok/s"),
+        ((0.151, 0.117, 0.207), "s", "151 (117 to 207) ms"),
+        ((0.898, 0.696, 1.23), "s", "898 ms (696 ms to 1.23 s)"),
+        ((0.5, 0.4, 0.6), "share", "50% (40% to 60%)"),
+        ((0.0912, 0.09119, 0.09121), "share", "9.12%"),
+    ],
+)
+def test_a_figure_and_its_ends_name_the_unit_once(
+    ends: tuple[float, float, float], unit: str, text: str
+) -> None:
+    assert with_ends(*ends, unit) == text
+
+
+def test_an_interval_without_an_end_is_a_dash() -> None:
     assert interval(Interval(value=1, low=None, high=None, n=1)) == "–"
 
 

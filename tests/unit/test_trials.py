@@ -69,7 +69,7 @@ class Script(Trials):
         self.remaining, self.skipped, self.gap_s = list[float](), list[int](), 0.1
         self.steps = list[ReferenceStep]()  # before and after each attempt; none: not timed
         progress: Any = SimpleNamespace(
-            message=self.said.append, trial_done=lambda text, left: self.remaining.append(left)
+            message=self.said.append, part_done=lambda text, left: self.remaining.append(left)
         )
         counts = Counts(folder.path.name, exporter_port=1)
         super().__init__(setup, folder, folder.path, nothing, nothing, nothing, counts, progress)
@@ -134,7 +134,7 @@ def test_a_disturbed_trial_is_measured_again_and_told(tmp_path: Path) -> None:
     assert discarded.loop_lag_max_s == 2.5
     (said,) = trials.said
     assert (
-        "is measured again (1 of at most 2): generator's loop lagged, its event loop ran 2500 ms"
+        "is measured again (1 of at most 2): generator's loop lagged: its event loop ran 2500 ms"
         " late" in said
     )
     assert said.endswith("(DISTURBED=keep accepts every trial as it is)")
@@ -360,7 +360,7 @@ def test_a_failure_is_recorded_and_shown_without_secrets(
     trials = Script(folder, [])
     monkeypatch.setattr(trials, "_play", fail)
     shown: list[str] = []
-    monkeypatch.setattr(trials._progress, "trial_done", lambda text, _: shown.append(text))
+    monkeypatch.setattr(trials._progress, "part_done", lambda text, _: shown.append(text))
     trials.play(point, 1)
     trials.fail([(point, 2)], said)
     results = [folder.trial_result(point, repeat) for repeat in (1, 2)]

@@ -14,7 +14,7 @@ import pytest
 from labs.filing.results import PointForecasts, RunFolder, Session, TrialResult, write_json
 from labs.lab import Point, Variant
 from labs.running import run as running
-from labs.running.clock import Clock, TimeUsedUp
+from labs.running.clock import PROBE_S, Clock, TimeUsedUp
 from labs.running.counts import Counts
 from labs.running.engines import Engines, order_of_engines, resident_groups
 from labs.running.harness import Harness
@@ -292,12 +292,16 @@ def test_a_probe_that_fails_costs_itself_alone(
     setup.clock = Clock()
     progress: Any = harness.progress
     progress.waiting = lambda text: None
+    progress.part_done = lambda text, remaining_s: harness.steps.append(f"{text}, {remaining_s}")
     engine: Any = SimpleNamespace(reset_prefix_cache=lambda: None)
     monkeypatch.setattr(harness.engines, "alive", lambda variant: engine)
     on = setup.lab.variants[1]
     Harness._probe(harness, on)
     assert harness.steps[0] == "on: the probe faulty failed: KeyError: 'choices'"
     assert harness.steps[1].startswith("on: the probe sound took")
+    still_due_s = setup.clock.longest_probe_s  # of the one that failed
+    assert harness.steps[1].endswith(f", {harness.trials.remaining_s}")
+    assert (harness.trials.probes_to_come, still_due_s) == (1, setup.clock.probe_s)
     assert [folder.probe_file(name, "on").exists() for name in probes] == [False, True]
     assert harness._probes_due(on) == ["faulty"]
     assert setup.clock.played
@@ -457,6 +461,20 @@ def test_the_time_that_remains_counts_the_starts_between_engines(folder: RunFold
     assert remaining == [pair for starts in (3, 2, 1, 0) for pair in [(starts, 100.0 * starts)] * 2]
     harness.groups = [list(harness.setup.lab.variants)]
     assert harness._starts_of([(harness.groups[0], [(harness.setup.points[0], 9)])]) == 0
+
+
+def test_the_time_that_remains_counts_the_probes(folder: RunFolder) -> None:
+    set_lab(folder, probes=["salt", "retrieval"], probed=["on"])
+    harness = Noted(folder)
+    harness.trials.expect(0)
+    assert harness.trials.remaining_s == 0
+    harness._count_probes()
+    assert harness.trials.remaining_s == 2 * PROBE_S
+    harness.setup.clock.probed(7.0)
+    assert harness.trials.remaining_s == 2 * 7.0
+    harness.failed_to_start = {"on"}
+    harness._count_probes()
+    assert harness.trials.remaining_s == 0
 
 
 def test_once_every_point_was_played_the_rest_is_estimated_from_what_it_took(
