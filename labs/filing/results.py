@@ -212,7 +212,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     @property
     def in_float32(self) -> bool:
         """Whether its engines held weights of 16 bits in float32."""
-        return self.model_shape.get("value_bytes") == 4
+        return Shape(**self.model_shape).in_float32
 
     def rebuilt_lab(self) -> Lab:
         """Rebuild the lab as it was run, without its functions: its predictions are on file."""

@@ -258,10 +258,8 @@ def _introduce(
 ) -> None:
     """Say what the lab is about to run on, with its ceilings as text."""
     progress.message(f"Machine: {machine.describe()}; {ceilings}")
-    if machine.lacks_bf16 and model.shape.value_bytes == 4:
-        progress.message(f"Note: {IN_FLOAT32}")
-    elif machine.lacks_bf16:
-        progress.message(f"Note: {SLOW_BF16}")
+    if machine.lacks_bf16:
+        progress.message(f"Note: {IN_FLOAT32 if model.shape.in_float32 else SLOW_BF16}")
     random_weights = ", random weights" if model.dummy else ""
     progress.message(
         f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters{random_weights}"

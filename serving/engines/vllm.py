@@ -175,9 +175,14 @@ class VllmFlags(TypedFlags):
         return 1 if dtype.startswith(("fp8", "int8")) else 2
 
     @property
+    def in_float32(self) -> bool:
+        """Whether the engine holds weights that have 16 bits in their file in float32."""
+        return self.get("dtype") in ("float32", "float")
+
+    @property
     def value_bytes(self) -> int:
         """The bytes of a weight that has 16 bits in its file, as the engine holds it."""
-        return 4 if self.get("dtype") in ("float32", "float") else 2
+        return 4 if self.in_float32 else 2
 
     @property
     def kv_offloading_bytes(self) -> int:
@@ -501,7 +506,7 @@ class Vllm(Engine):
         dtype = str(flags.get("kv-cache-dtype", "auto"))
         if dtype.startswith("fp8") and machine.lacks_avx512:
             return "vLLM has no kernel for keys and values in FP8 on a CPU without AVX-512"
-        in_float32 = machine.kind == "cpu" and VllmFlags(flags).value_bytes == 4
+        in_float32 = machine.kind == "cpu" and VllmFlags(flags).in_float32
         if in_float32 and dtype in ("bfloat16", "float16"):
             return (
                 f"vLLM writes no text on a CPU from a model in float32 and a cache in {dtype}:"
