@@ -158,8 +158,8 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     require_client_limits(lab, elsewhere)
     require_prompts(lab, writer)
     places, weights = _derived(lab, model, progress, request.quick)
-    ceilings, about = _ceilings(machine, datasheet, on_file, progress)
-    _introduce(machine, model, about, progress)
+    ceilings, about = _ceilings(machine, model, datasheet, on_file, progress)
+    _introduce(machine, model, endpoint, about, progress)
     points = lab.points(
         model.shape,
         ceilings,
@@ -205,6 +205,7 @@ def _covering(
 
 def _ceilings(
     machine: Machine,
+    model: models.Model,
     datasheet: Datasheet | None,
     on_file: MachineOnFile | None,
     progress: ProgressDisplay,
@@ -216,7 +217,7 @@ def _ceilings(
         each = "each, " if machine.count > 1 else ""
         ceilings = datasheet_ceilings(datasheet)
         return ceilings, ceilings_text(ceilings, f"{each}by its datasheet")
-    ceilings = measured_ceilings(machine, progress)
+    ceilings = measured_ceilings(machine, model.shape.in_float32, progress)
     return ceilings, ceilings_text(ceilings)
 
 
@@ -254,11 +255,15 @@ def _derived(
 
 
 def _introduce(
-    machine: Machine, model: models.Model, ceilings: str, progress: ProgressDisplay
+    machine: Machine,
+    model: models.Model,
+    endpoint: Endpoint | None,
+    ceilings: str,
+    progress: ProgressDisplay,
 ) -> None:
     """Say what the lab is about to run on, with its ceilings as text."""
     progress.message(f"Machine: {machine.describe()}; {ceilings}")
-    if machine.lacks_bf16:
+    if machine.lacks_bf16 and not endpoint:
         progress.message(f"Note: {IN_FLOAT32 if model.shape.in_float32 else SLOW_BF16}")
     random_weights = ", random weights" if model.dummy else ""
     progress.message(
@@ -612,14 +617,15 @@ def require_no_reading(lab: Lab) -> None:
         raise LabError(f"{', '.join(reading_probes)}: {NO_TEXT}")
 
 
-def measured_ceilings(machine: Machine, progress: ProgressDisplay) -> Ceilings:
+def measured_ceilings(machine: Machine, in_float32: bool, progress: ProgressDisplay) -> Ceilings:
     """Read the ceilings from machine.json; measure and keep them there where it is missing.
 
+    Those of a model that is not served in float32 are without its rate, whatever the CPU lacks.
     Raises LabError where they cannot be measured.
     """
     path = RESULTS / machine.slug / "machine.json"
-    on_file = read_json(path, MachineFile).ceilings if path.exists() else None
-    if on_file is None or (machine.lacks_bf16 and on_file.fp32_flops_per_s is None):
+    ceilings = read_json(path, MachineFile).ceilings if path.exists() else None
+    if ceilings is None or (machine.lacks_bf16 and ceilings.fp32_flops_per_s is None):
         rate = "float32" if machine.lacks_bf16 else "BF16"
         progress.message(f"Measuring memory bandwidth and {rate} rate (once a machine, about 15 s)")
         try:
@@ -627,7 +633,7 @@ def measured_ceilings(machine: Machine, progress: ProgressDisplay) -> Ceilings:
         except machines.CeilingsError as error:
             raise LabError(f"the ceilings could not be measured: {error}") from error
         write_json(path, MachineFile(machine=machine, ceilings=ceilings))
-    return read_json(path, MachineFile).ceilings
+    return ceilings if in_float32 else ceilings.model_copy(update={"fp32_flops_per_s": None})
 
 
 def engine_environment(kind: str, model: models.Model, lab: Lab) -> Environment:
