@@ -165,6 +165,12 @@ class Point:
         return min(self.context_tokens, self.flags.sliding_window or self.context_tokens)
 
     @property
+    def primed_requests(self) -> int:
+        """The first requests that are sent before a trial, so that their prefixes are cached."""
+        prefix = self.workload.prefix if self.workload.primed else None
+        return prefix.groups if prefix and self.flags.enable_prefix_caching else 0
+
+    @property
     def kv_room_tokens(self) -> float:
         """The tokens for which the KV cache has room, by its number of blocks or its memory."""
         flags = self.flags
