@@ -29,7 +29,6 @@ from typing import IO
 
 import orjson
 
-FORMAT_VERSION = 1
 BY_CLIENT = "not sent"
 """How the error of a request begins that the load generator turned away: `loadtests/admission.py`.
 """

@@ -721,19 +721,17 @@ class RunFolder:
                 yield point, result, trial
                 del trial
 
-    def trial(
-        self, point: Point, result: TrialResult, lab: Lab, most_bytes: int = MOST_RECORD_BYTES
-    ) -> Trial | None:
-        """Read a trial that ended; None where it failed.
-
-        Raises DamagedError where it cannot be read, or its records unpack to over `most_bytes`.
-        """
-        return self._trial_and_size(point, result, lab, most_bytes)[0]
+    def trial(self, point: Point, result: TrialResult, lab: Lab) -> Trial | None:
+        """Read a trial that ended; None where it failed. Raises DamagedError."""
+        return self._trial_and_size(point, result, lab, MOST_RECORD_BYTES)[0]
 
     def _trial_and_size(
         self, point: Point, result: TrialResult, lab: Lab, most_bytes: int
     ) -> tuple[Trial | None, int]:
-        """Read a trial as `trial` does, and count the bytes that its records unpack to."""
+        """Read a trial as `trial` does, and count the bytes that its records unpack to.
+
+        Raises DamagedError for more than `most_bytes` of them, too.
+        """
         if result.failed or result.summary is None:
             return None, 0
         home = self.trial_folder(point, result.repeat)

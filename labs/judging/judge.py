@@ -412,15 +412,10 @@ def repeats_to_decide(effect: Effect, margin: float) -> int | None:
         return 3
     size, level = abs(math.log(effect.ratio.value)), 1 - (1 - CONFIDENCE) / effect.looks
     for n in range(effect.ratio.n + 1, MOST_REPEATS + 1):
-        half = _t_quantile(n, level) * effect.spread / math.sqrt(n)
+        half = _student(n - 1, level) * effect.spread / math.sqrt(n)
         if max(half, math.log1p(margin)) < size or size + half < math.log1p(margin):
             return n
     return None
-
-
-def _t_quantile(n: int, confidence: float = CONFIDENCE) -> float:
-    """Return the two-sided Student quantile for the mean of n values."""
-    return _student(n - 1, confidence)
 
 
 def _student(freedom: float, confidence: float) -> float:
