@@ -266,10 +266,10 @@ def mean_interval(
     return Interval(value=mean, low=low, high=min(high, most), n=len(values))
 
 
-def over_repeats(repeats: Repeats, metric: str, confidence: float = CONFIDENCE) -> Interval | None:
+def over_repeats(repeats: Repeats, metric: str) -> Interval | None:
     """Compute the mean over the repeats that have the metric, on which every verdict rests."""
     values, most = by_repeat(repeats, metric), METRICS[metric].most
-    return mean_interval(list(values.values()), confidence, most) if values else None
+    return mean_interval(list(values.values()), most=most) if values else None
 
 
 def figure(repeats: Repeats, pooled: Mapping[str, float], metric: str) -> Interval | None:
