@@ -204,7 +204,7 @@ def _other_kernels(setup: Setup, variant: Variant) -> str | None:
     """Say which operators this variant has in the place of the model's own, or beside them."""
     if _has_quantized_weights(setup, variant):
         return "the kernels of quantized weights were not timed"
-    if _has_quantized_cache(setup, variant):
+    if setup.lab.flags_of(variant).quantizes_cache:
         return "attention to a quantized cache was not timed"
     if setup.lab.flags_of(variant).get("enable-lora"):
         return "vLLM's operators for adapters were not timed"
@@ -236,11 +236,6 @@ def _unseen(lab: Lab, variant: Variant) -> str | None:
 
 def _has_quantized_weights(setup: Setup, variant: Variant) -> bool:
     return "quantization_config" in config_of(served_folder(setup, variant) / "config.json")
-
-
-def _has_quantized_cache(setup: Setup, variant: Variant) -> bool:
-    dtype = setup.lab.flags_of(variant).get("kv-cache-dtype", "auto")
-    return str(dtype) not in ("auto", "bfloat16")
 
 
 def _unpublished(flags: VllmFlags) -> str | None:

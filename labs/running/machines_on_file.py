@@ -184,7 +184,7 @@ def _serves_the_model_alone(lab: Lab, forecast: Collection[str]) -> bool:
         v.name in forecast
         and v.engine == DEFAULT_ENGINE
         and not v.weights
-        and str(flags.get("kv-cache-dtype", "auto")) in ("auto", "bfloat16")
+        and not flags.quantizes_cache
         and flags.devices == 1
         and not flags.get("enable-lora")
         for v, flags in zip(lab.variants, lab.all_flags, strict=True)
