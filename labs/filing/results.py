@@ -635,7 +635,7 @@ class RunFolder:
     def starts_on_file(self, points: Sequence[Point], lab: Lab) -> dict[str, int]:
         """Read the last start of each variant's engine that a trial was played on."""
         last: dict[str, int] = {}
-        for result in self._results(points, lab):
+        for result in self.trial_results(points, lab):
             variant = result.point.partition("/")[0]
             last[variant] = max(last.get(variant, 0), result.start or 0)
         return last
@@ -647,7 +647,7 @@ class RunFolder:
         """
         return sum(
             result.took_s + sum(attempt.took_s for attempt in result.discarded)
-            for result in self._results(points, lab)
+            for result in self.trial_results(points, lab)
         )
 
     def took_turns(self, points: Sequence[Point], lab: Lab) -> bool | None:
@@ -655,7 +655,7 @@ class RunFolder:
 
         Where none has, they do if it was found that they cannot share the GPU; else None.
         """
-        starts = [r.start for r in self._results(points, lab) if r.failed is None]
+        starts = [r.start for r in self.trial_results(points, lab) if r.failed is None]
         if starts:
             return any(start is not None for start in starts)
         residency = self.residency()
@@ -680,14 +680,15 @@ class RunFolder:
                 del trial  # before the next one is read
         return found
 
-    def _results(self, points: Sequence[Point], lab: Lab) -> list[TrialResult]:
+    def trial_results(self, points: Sequence[Point], lab: Lab) -> list[TrialResult]:
+        """Read the own files of all trials that ended."""
         trials = ((point, r) for point in points for r in range(1, lab.rounds + 1))
         return [result for trial in trials if (result := self.trial_result(*trial)) is not None]
 
     def sampling(self, points: Sequence[Point], lab: Lab) -> Sampling:
         """Read how the repeats came about: the looks, and the starts where engines took turns."""
         session, starts = self.session(), dict[str, dict[int, int]]()
-        for result in self._results(points, lab):
+        for result in self.trial_results(points, lab):
             start = result.start
             if start is None and session is not None and not session.resident:
                 # a run from before trials recorded their start
