@@ -211,9 +211,9 @@ class Side:
             return here
         return f"{endpoint} on {here}" if _is_here(endpoint) else endpoint
 
-    def key(self, point: Point) -> str:
-        """Return the point's name, without the variant where variants are compared."""
-        return point.key.partition("/")[2] if self.variant else point.key
+    def where(self, point: str) -> str:
+        """Return the name of a point, without the variant where variants are compared."""
+        return point.partition("/")[2] if self.variant else point
 
     @property
     def points(self) -> list[Point]:
@@ -336,7 +336,7 @@ def _measured(side: Side, metrics: Sequence[str]) -> Columns:
     for point in side.points:
         for metric in metrics:
             if column := by_repeat(side.summary.measurements.get(point.key, {}), metric):
-                columns[metric, side.key(point)] = column
+                columns[metric, side.where(point.key)] = column
     return columns
 
 
@@ -357,7 +357,7 @@ def _effects(side: Side) -> Columns:
             if baseline[repeat]
         }
         if column:
-            columns[f"effect on {j.metric}", f"{j.treatment} / {j.baseline}"] = column
+            columns[f"effect on {j.metric}", j.where] = column
     return columns
 
 
@@ -371,9 +371,8 @@ def _shares(side: Side, of_bounds: bool = False) -> Columns:
             continue
         measured = by_repeat(side.summary.measurements.get(f.point, {}), f.metric)
         column = {repeat: v / f.prediction.value for repeat, v in measured.items()}
-        where = f.point.partition("/")[2] if side.variant else f.point
         if column:
-            columns[f"measured / predicted {f.metric}", where] = column
+            columns[f"measured / predicted {f.metric}", side.where(f.point)] = column
     return columns
 
 
@@ -453,7 +452,7 @@ def of_claims(
     """Give each effect the margin of its claim; of several claims, the least."""
     margins: dict[tuple[str, str], float] = {}
     for j in judgements:
-        key = (f"effect on {j.metric}", f"{j.treatment} / {j.baseline}")
+        key = (f"effect on {j.metric}", j.where)
         margins[key] = min(j.margin, margins.get(key, j.margin))
     return [
         row.model_copy(update={"margin": margins.get((row.figure, row.where), row.margin)})
@@ -505,12 +504,12 @@ def _outcome(ratio: Interval, p: float, margin: float) -> tuple[Outcome, str]:
 
 
 def _verdicts(a: Sequence[Judgement], b: Sequence[Judgement]) -> list[VerdictPair]:
-    judged_a, judged_b = ({(j.claim, j.treatment, j.baseline): j for j in of} for of in (a, b))
+    judged_a, judged_b = ({(j.claim, j.where): j for j in of} for of in (a, b))
     return [
         VerdictPair(
             claim=key[0],
             title=(judged_a.get(key) or judged_b[key]).title,
-            where=f"{key[1]} / {key[2]}",
+            where=key[1],
             a=judged_a[key].outcome if key in judged_a else "missing",
             b=judged_b[key].outcome if key in judged_b else "missing",
             a_ratio=judged_a[key].ratio if key in judged_a else None,

@@ -182,6 +182,11 @@ class Judgement(BaseModel, frozen=True, extra="forbid"):
     why: str
 
     @property
+    def where(self) -> str:
+        """The two points, as comparisons name them."""
+        return f"{self.treatment} / {self.baseline}"
+
+    @property
     def ratio(self) -> Interval | None:
         """The measured ratio, treatment / baseline."""
         return self.effect.ratio if self.effect else None
