@@ -31,7 +31,7 @@ from labs.filing.bounded import DamagedError
 from labs.filing.checks import unreadable
 from labs.filing.manifest import Fact
 from labs.filing.newest import newest_of
-from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run, readable
+from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run, readable, runs_of
 from labs.judging.judge import (
     CONFIDENCE,
     Caveat,
@@ -175,9 +175,8 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     paired: bool
     forced: str = ""  # why they are not comparable, where the reader insisted
     rows: list[ComparedFigure]
-    effects: list[
-        ComparedFigure
-    ]  # what claims compare; dimensionless, and their sides are among the rows
+    # what claims compare; dimensionless, and their sides are among the rows
+    effects: list[ComparedFigure]
     of_machines: list[MachineProperty] = []  # of other hardware
     left_out: int  # absolute figures, of other hardware
     verdicts: list[VerdictPair]
@@ -582,9 +581,7 @@ def compare_named(a: str, b: str, force: bool = False) -> tuple[list[Comparison]
 
 def _newest_below(home: Path) -> list[RunFolder]:
     """List the newest run of each lab in a machine's folder, wherever that lies."""
-    manifests = sorted(home.glob("*/*/run.json"), key=lambda path: path.parent.name)
-    folders = (RunFolder(path.parent) for path in manifests)
-    return newest_of(folder for folder in folders if not unreadable(folder))
+    return newest_of(folder for folder in runs_of(home) if not unreadable(folder))
 
 
 def _machine(text: str) -> Path | None:

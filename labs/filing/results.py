@@ -27,7 +27,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -858,7 +858,15 @@ def require_room(path: Path) -> None:
 
 def all_runs() -> list[RunFolder]:
     """List the folders of all runs, the newest last."""
-    manifests = RESULTS.glob("*/*/*/run.json")
+    return _newest_last(RESULTS.glob("*/*/*/run.json"))
+
+
+def runs_of(machine: Path) -> list[RunFolder]:
+    """List the runs in a machine's folder of results, wherever that lies, the newest last."""
+    return _newest_last(machine.resolve().glob("*/*/run.json"))
+
+
+def _newest_last(manifests: Iterable[Path]) -> list[RunFolder]:
     return [RunFolder(p.parent) for p in sorted(manifests, key=lambda p: p.parent.name)]
 
 

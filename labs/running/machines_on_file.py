@@ -143,15 +143,14 @@ def _of_model(timed: Sequence[MachineOnFile], model: str) -> list[MachineOnFile]
 
 def named() -> list[str]:
     """List the machines on file, as MACHINE= takes them."""
-    return sorted({manifest.parts[-4] for manifest in results.RESULTS.glob("*/*/*/run.json")})
+    return sorted({folder.path.parent.parent.name for folder in results.all_runs()})
 
 
 def _runs_in(folder: Path) -> list[RunFolder]:
     """Return a machine's runs, the newest last, or the only run where the folder is one."""
     if (folder / "run.json").is_file():
         return [RunFolder(folder.resolve())]
-    manifests = sorted(folder.glob("*/*/run.json"), key=lambda path: path.parent.name)
-    return [RunFolder(manifest.parent.resolve()) for manifest in manifests]
+    return results.runs_of(folder)
 
 
 def _of(folder: RunFolder) -> MachineOnFile:
