@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labs.lab import LabError, Point
-from labs.running.capacity_plan import ENDS, fleet_forecast, in_order, processes
+from labs.running.capacity_plan import by_load, fleet_forecast, in_order, processes
 from labs.running.copied_text import read_answers
 from labs.running.forecast import reason_against, steps_of
 from labs.running.forecaster import side_by_side, started
@@ -22,9 +22,10 @@ from labs.running.resolve import Setup
 from labs.running.step_timing import earlier_speeds
 from labs.running.trials import requests_file
 from labs.running.virtual_trials import VirtualTrials
-from labs.telling.capacity_plans import FleetForecast, Latencies
+from labs.telling.capacity_plans import FleetForecast
 from loadtests.arrivals import OfCapacity
 from loadtests.trace import MOST_ROWS
+from serving.forecasting.datasheet import ENDS
 from serving.forecasting.fleet import serial_delays
 from serving.forecasting.plan import ForecastPlan, SyntheticRequest
 
@@ -104,10 +105,7 @@ def forecast_fleets(
     with side_by_side(processes(most_requests)) as forecasters:
         played = in_order(forecasters, plans, setup.lab.slo, progress, f"{size.replicas} replicas")
     found: dict[str, list[FleetForecast]] = {}
-    of_router: list[Latencies] = []
-    for (point, router, _), latencies in zip(jobs, played, strict=True):
-        of_router.append(latencies)
-        if len(of_router) == len(ENDS):
-            found.setdefault(point.key, []).append(fleet_forecast(router, of_router))
-            of_router = []
+    loads = itertools.product(points, size.routers)
+    for (point, router), plays in zip(loads, by_load(played), strict=True):
+        found.setdefault(point.key, []).append(fleet_forecast(router, plays))
     return FleetForecasts(size, found, without)

@@ -163,8 +163,8 @@ def steps_by_datasheet(setup: Setup, points: Sequence[Point], sheet: Datasheet) 
             else None,
         )  # fmt: skip
 
-    ends = (datasheet.EXPECTED, datasheet.FASTER, datasheet.SLOWER)
-    return {p.key: (at(p, ends[0]), at(p, ends[1]), at(p, ends[2])) for p in points}
+    expected, faster, slower = datasheet.ENDS
+    return {p.key: (at(p, expected), at(p, faster), at(p, slower)) for p in points}
 
 
 def is_eight_bit(config: Mapping[str, Any]) -> bool:
