@@ -739,9 +739,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         What the lab claims and looks for is about its own loads, so none of it is left. Raises
         LabError for a trace without a duration.
         """
-        duration_s = trace[-1][0]
-        if not duration_s:
-            raise LabError("all requests of the trace come at one time, so it has no rate")
+        duration_s = duration_s_of(trace)
         warmup_s = min(self.warmup_s, duration_s / 10)
         _, *lengths = zip(*trace, strict=True)
         prompt_tokens, output_tokens = (round(fmean(column)) for column in lengths)
@@ -911,6 +909,15 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             for b in points
             if baseline.matches(b) and open_part(t) == open_part(b)
         ]
+
+
+def duration_s_of(trace: Sequence[TraceRow]) -> float:
+    """Return the time from a trace's first request to its last. Raises LabError for none."""
+    if not (duration_s := trace[-1][0]):
+        raise LabError(
+            "all requests of the trace come at one time, so it has no rate: give more of it"
+        )
+    return duration_s
 
 
 def _write_out_defaults(fields: dict[str, Any]) -> None:

@@ -176,7 +176,10 @@ def resolve(request: BundleRequest, work: Path, say: Callable[[str], None]) -> P
         **{name: v or locked[name] for name, v in request.have.items() if v or name in locked},
     }
     if unknown := [n for n in request.without if n not in left_out]:
-        raise BundleError(f"WITHOUT names {', '.join(unknown)}, which is not in the lock file")
+        raise BundleError(
+            f"WITHOUT names {', '.join(unknown)}, which is not in the lock file: correct"
+            " the name, or leave it out"
+        )
     (work / "there").mkdir()
     python = "cp" + request.python.replace(".", "")
     tag = f"{python}-{python}-manylinux_2_{GLIBC_MINOR}_{ARCH}"

@@ -37,7 +37,10 @@ def request(
         f"`git checkout {commit[:12]}` has it" if commit else "the commit is not on file"
     )
     if run.endpoint:
-        raise LabError("this run was measured on an endpoint, which only its owner can start again")
+        raise LabError(
+            "this run was measured on an endpoint, which only its owner can start again: give"
+            " RUN= one whose engines the lab started, or ENDPOINT= to the lab itself"
+        )
     if name not in LABS:
         raise LabError(f"there is no lab {name} in this checkout: {checkout_hint}")
     current_lab = LABS[name]

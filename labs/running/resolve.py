@@ -580,7 +580,8 @@ def require_client_limits(lab: Lab, elsewhere: LoadWorkers | None) -> None:
     if elsewhere:
         raise LabError(
             "LOAD_WORKERS cannot be combined with limits on the queue that the load generator holds"
-            " (admission_by_client), as load processes on several machines do not count together"
+            " (admission_by_client), as load processes on several machines do not count together:"
+            " leave LOAD_WORKERS or the limits out"
         )
     of_tokens = any(flags.max_num_queued_tokens is not None for flags in lab.all_flags)
     several = [workload.name for workload in lab.workloads if workload.choices > 1]
@@ -588,7 +589,7 @@ def require_client_limits(lab: Lab, elsewhere: LoadWorkers | None) -> None:
         raise LabError(
             "the load generator cannot hold max-num-queued-tokens (admission_by_client) where a"
             f" request asks for several answers, as in {several[0]}: vLLM counts its prompt once"
-            " for each, until that answer's first token"
+            " for each, until that answer's first token. Leave that flag out, or ask for one answer"
         )
 
 
