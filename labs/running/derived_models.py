@@ -187,19 +187,40 @@ def make(
     folder = place(model, name)
     if is_made(folder, model) and not _lacks_a_backend(folder):
         return folder
-    try:
-        if not (made_here or folder.exists()) and (downloaded := models.sibling(model, name)):
-            report(f"{name} is served as published: {models.SIBLINGS[model.name][name]}")
-            return downloaded
-    except ModelError as error:
-        if name not in RECIPES:
-            raise
-        report(f"{name} is made here, because {error}")
+    if not (made_here or folder.exists()) and (published := _published(model, name, report)):
+        return published
     if name not in RECIPES:
         raise LabError(
             f"no {name!r} is published for {model.name}, and this lab cannot make it; it makes"
             f" {', '.join(RECIPES)}"
         )
+    return _make_here(model, name, folder, report, quick)
+
+
+def _published(model: Model, name: str, report: Callable[[str], None]) -> Path | None:
+    """Download a derived model that is published; None for one that is to be made here.
+
+    Raises ModelError where it can be had in neither way.
+    """
+    try:
+        downloaded = models.sibling(model, name)
+    except ModelError as error:
+        if name not in RECIPES:
+            raise
+        report(f"{name} is made here, because {error}")
+        return None
+    if downloaded:
+        report(f"{name} is served as published: {models.SIBLINGS[model.name][name]}")
+    return downloaded
+
+
+def _make_here(
+    model: Model, name: str, folder: Path, report: Callable[[str], None], quick: bool
+) -> Path:
+    """Make a derived model in this folder, or for a quick run a smaller one in a folder beside it.
+
+    Return the folder that was made, by this process or by another. Raises LabError.
+    """
     recipe = RECIPES[name]
     share, minutes, lesser = 1.0, recipe.minutes, ""
     if quick and recipe.quick_share < 1:
