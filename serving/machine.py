@@ -118,6 +118,8 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
     threads: PositiveInt
     torch: str
     measured_at: str
+    # the devices that these are the limits of together, each with a link of its own
+    devices: Annotated[PositiveInt, Field(exclude_if=lambda number: number == 1)] = 1
 
     @property
     def ridge_flops_per_byte(self) -> float:
@@ -128,9 +130,6 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
     def flops_per_s(self) -> float:
         """The rate in the type in which labs serve weights that are not quantized."""
         return self.fp32_flops_per_s or self.bf16_flops_per_s
-
-    # the devices that these are the limits of together, each with a link of its own
-    devices: Annotated[PositiveInt, Field(exclude_if=lambda number: number == 1)] = 1
 
     @property
     def link_bytes_per_s(self) -> float:

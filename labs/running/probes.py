@@ -1,7 +1,7 @@
 """Probe an engine apart from the load: quality, isolation of tenants, leaks through timing.
 
 Each probe runs once for a variant, on the same engine, after its trials. Its result is kept as it
-came (`probes/<probe>-<variant>.json`); `labs/findings/` concludes from it.
+came (`probes/<probe>-<variant>.json.gz`); `labs/findings/` concludes from it.
 """
 
 from __future__ import annotations
