@@ -367,10 +367,21 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
         )
 
 
+def pair_of(treatment: str, baseline: str) -> str:
+    """Name a pair of points that are compared, as `predictions.json` does."""
+    return f"{treatment}|{baseline}"
+
+
+def points_of(pair: str) -> tuple[str, str]:
+    """Split the name of a pair into those of its treatment and its baseline."""
+    treatment, _, baseline = pair.partition("|")
+    return treatment, baseline
+
+
 class Predictions(BaseModel, frozen=True, extra="forbid"):
     """The predictions of a run, written before its first engine starts.
 
-    `effects[claim][treatment|baseline]` is the ratio of two points' forecasts where both have one;
+    `effects[claim][pair]` is the ratio of two points' forecasts where both have one;
     `closed_forms` then holds the lab's own formula beside it. `forecasts[name][point]` are closed
     forms, most of them bounds. `in_virtual_time` holds every point's forecast; it is None in runs
     before it was introduced, and where none could be made. `arithmetic` is what findings are held
@@ -386,7 +397,7 @@ class Predictions(BaseModel, frozen=True, extra="forbid"):
 
     def of_means(self, claim: Claim, treatment: str, baseline: str) -> Prediction | None:
         """Return what a ratio of arithmetic means is held against, where forecasts predict it."""
-        ratio = self.effects[claim.name][f"{treatment}|{baseline}"]
+        ratio = self.effects[claim.name][pair_of(treatment, baseline)]
         if ratio.source != OF_FORECASTS or not self.in_virtual_time:
             return None
         return self.in_virtual_time.ratio(claim.metric, treatment, baseline, of_means=True)
