@@ -272,6 +272,11 @@ def split_cores(kind: str = "cpu") -> tuple[tuple[int, ...], tuple[int, ...]]:
     return engine, clients
 
 
+def timing_cores(kind: str) -> tuple[int, ...]:
+    """Return the cores to bind a process to that times the engine's work; none beside a GPU."""
+    return split_cores()[0] if kind == "cpu" else ()
+
+
 class CeilingsError(Exception):
     """The ceilings could not be measured; the message is the last line of what measures them."""
 
@@ -281,14 +286,13 @@ def measure_ceilings(machine: Machine) -> Ceilings:
 
     Raises CeilingsError.
     """
-    cores = split_cores()[0] if machine.kind == "cpu" else ()
     with (
         tempfile.TemporaryDirectory() as scratch,
         Process(
             "ceilings",
             [*MEASURING, machine.kind],
             log=Path(scratch) / "ceilings.log",
-            cores=cores,
+            cores=timing_cores(machine.kind),
             talk=True,
         ) as child,
     ):

@@ -65,7 +65,7 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
     return TimingPlan(
         config=_timed(setup, point.variant) / "config.json",
         device="cpu" if cpu else "cuda",
-        cores=tuple(machines.split_cores()[0]) if cpu else (),
+        cores=machines.timing_cores(setup.machine.kind),
         # one size for all variants, so that those whose steps are the same share a timing
         tokens=tuple(2**i for i in range(14) if 2**i < 2 * largest_step(setup.points)),
         rows=(1, 4, 16, 64) if cpu else (1, 16, 64, 256),
