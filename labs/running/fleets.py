@@ -15,7 +15,7 @@ from pathlib import Path
 from labs.lab import LabError, Point
 from labs.running.capacity_plan import by_load, fleet_forecast, in_order, processes
 from labs.running.copied_text import read_answers
-from labs.running.forecast import reason_against, steps_of
+from labs.running.forecast import reasons_against, steps_of
 from labs.running.forecaster import side_by_side, started
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
@@ -82,7 +82,7 @@ def forecast_fleets(
 
     Raises ForecastError where the step cannot be timed, or vLLM's scheduler cannot be driven.
     """
-    without = {v.name: why for v in setup.lab.variants if (why := reason_against(setup, v))}
+    without = reasons_against(setup)
     points = [p for p in _open_points(setup) if p.variant.name not in without]
     if not points:
         return FleetForecasts(size, {}, without)

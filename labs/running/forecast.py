@@ -58,7 +58,7 @@ def forecast(
     `requests[workload]` holds the file of each repeat. Raises ForecastError where the step cannot
     be timed, vLLM does not import, or its scheduler cannot be driven.
     """
-    without = {v.name: why for v in setup.lab.variants if (why := reason_against(setup, v))}
+    without = reasons_against(setup)
     points = [p for p in setup.points if p.variant.name not in without]
     if not points:
         return PointForecasts(points={}, without=without)
@@ -167,6 +167,11 @@ def _on_two_engines(trials: VirtualTrials, points: Sequence[Point]) -> tuple[OnT
     lab = trials.setup.lab
     pairs = parts_of(lab.name).on_two(points) if lab.findings else ()
     return trials.on_two_engines(pairs) if pairs else ()
+
+
+def reasons_against(setup: Setup) -> dict[str, str]:
+    """Say of each variant whose step cannot be timed in advance why not."""
+    return {v.name: why for v in setup.lab.variants if (why := reason_against(setup, v))}
 
 
 def reason_against(setup: Setup, variant: Variant) -> str | None:
