@@ -38,6 +38,7 @@ from labs.errors import NotApplicable as NotApplicable
 from labs.errors import did_you_mean
 from loadtests.admission import QueueLimits
 from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
+from loadtests.records import LONGEST_S
 from loadtests.trace import MOST_ROWS, TraceRow
 from loadtests.workload import Fixed, Name, Workload
 from serving import gpus, models
@@ -51,7 +52,6 @@ from serving.models import Shape
 MOST_POINTS = 500  # load points of a lab
 MOST_REQUESTS = 3_000_000  # prepared for all repeats of all load points
 MOST_ATTENTION_TOKENS = 131_072  # at which attention is timed by itself
-LONGEST_S = 7 * 24 * 3600.0  # a window, a warm-up or a timeout
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_S, allow_inf_nan=False)]
 MARGIN = 0.05
 """Two figures are equal where their ratio is 1 within this share, unless a claim says otherwise.

@@ -35,13 +35,12 @@ from typing import IO, Any
 from urllib.parse import unquote
 
 from serving import whole
-from serving.install import PROGRAMS, entries, lock_of
+from serving.install import PROGRAMS, ROOT, entries, lock_of
 from serving.lean import LEAN, lean_wheel, tokenizer_files, why
 from serving.unbundle import BUILT_AS_ONE, HOME, MANIFEST, PROGRAMS_HOME, SCRIPT, sha256
 
 GO = "go.sh"
 
-ROOT = Path(__file__).resolve().parent.parent
 LOCK, MODEL_LOCK = lock_of(ROOT, "cuda"), lock_of(ROOT, "model")
 PLATFORMS = ("cuda",)
 ARCH = "x86_64"

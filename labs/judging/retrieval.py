@@ -154,9 +154,7 @@ def share(hits: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     return Interval(value=hits / n, low=float(bounds.low), high=float(bounds.high), n=n)
 
 
-def margin_change(
-    before: Sequence[Needle], after: Sequence[Needle], confidence: float = CONFIDENCE
-) -> Interval | None:
+def margin_change(before: Sequence[Needle], after: Sequence[Needle]) -> Interval | None:
     """Average the change of the margin over needles that both sides have one of, in nats.
 
     The interval treats texts as independent and the needles of one text not: Student's t with the
@@ -166,7 +164,7 @@ def margin_change(
     if not changes:
         return None
     totals, sizes = ([f(v) for v in changes.values()] for f in (math.fsum, len))
-    return ratio_of_sums(totals, sizes, confidence)
+    return ratio_of_sums(totals, sizes)
 
 
 def adds_up(
