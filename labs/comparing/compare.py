@@ -559,9 +559,7 @@ def compare_named(a: str, b: str, force: bool = False) -> tuple[list[Comparison]
             raise LabError(f"{a} and {b}: give two runs, two variants of runs, or two machines")
         return [compare(read_side(a), read_side(b), force)], []
     runs_a, runs_b = (
-        {folder.path.parent.name: folder for folder in _newest_below(home)}
-        for home in homes
-        if home
+        {folder.lab_name: folder for folder in _newest_below(home)} for home in homes if home
     )
     comparisons, refused = [], []
     for lab in runs_a:

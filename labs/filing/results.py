@@ -562,6 +562,21 @@ class RunFolder:
         return folder
 
     @property
+    def machine_slug(self) -> str:
+        """The name of the machine whose folder it is in."""
+        return self.path.parent.parent.name
+
+    @property
+    def lab_name(self) -> str:
+        """The name of the lab whose folder it is in."""
+        return self.path.parent.name
+
+    @property
+    def place(self) -> str:
+        """Its path below `results/`: machine/lab/run."""
+        return "/".join(self.path.parts[-3:])
+
+    @property
     def complete(self) -> bool:
         """Whether the run ended and no trial failed."""
         return (self.path / "COMPLETE").exists()

@@ -332,7 +332,7 @@ def _about(folder: RunFolder, run: Run) -> dict[str, str]:
         "model": run.model,
         "scale": run.scale,
         "quick": "yes" if run.quick else "no",
-        "report": "/".join((*folder.path.parts[-3:], "report.md")),
+        "report": f"{folder.place}/report.md",
     }
 
 

@@ -143,7 +143,7 @@ def _of_model(timed: Sequence[MachineOnFile], model: str) -> list[MachineOnFile]
 
 def named() -> list[str]:
     """List the machines on file, as MACHINE= takes them."""
-    return sorted({folder.path.parent.parent.name for folder in results.all_runs()})
+    return sorted({folder.machine_slug for folder in results.all_runs()})
 
 
 def _runs_in(folder: Path) -> list[RunFolder]:
@@ -165,7 +165,7 @@ def _of(folder: RunFolder) -> MachineOnFile:
     if not _serves_the_model_alone(run.rebuilt_lab(), variants_forecast):
         raise LabError(f"the run {folder.path.name} timed no step of the model as it is")
     return MachineOnFile(
-        run="/".join(folder.path.parts[-3:]),
+        run=folder.place,
         machine=run.machine,
         scale=run.scale,
         ceilings=run.ceilings,

@@ -110,7 +110,7 @@ def ends_of_band(times: StepTimes, spread: float = 1.0) -> tuple[StepTimes, Step
 
 def earlier_speeds(machine: Machine) -> list[MachineSpeed]:
     """List how fast this machine was in the finished runs on file; damaged runs are left out."""
-    folders = (f for f in all_runs() if f.path.parent.parent.name == machine.slug and f.complete)
+    folders = (f for f in all_runs() if f.machine_slug == machine.slug and f.complete)
     speeds = (f.summary().machine_speed for f in folders if not unreadable(f))
     return [speed for speed in speeds if speed]
 
