@@ -96,7 +96,9 @@ AUTO_GPTQ = Tool("auto-gptq", "auto_gptq", r"Start quantizing layer (\d+)/(\d+)"
 AUTOAWQ = Tool("autoawq", "autoawq", r"AWQ:.* (\d+)/(\d+) \[", transformers=4)
 METHODS: dict[str, Method] = {
     "w8a8-rtn": Method(LLM_COMPRESSOR, 8, "INT8 weights and activations, rounded to nearest", 0),
-    "w8a8": Method(LLM_COMPRESSOR, 8, "the same by SmoothQuant, then GPTQ", GPTQ_SAMPLES),
+    "w8a8": Method(
+        LLM_COMPRESSOR, 8, "INT8 weights and activations by SmoothQuant, then GPTQ", GPTQ_SAMPLES
+    ),
     "w4a16-rtn": Method(LLM_COMPRESSOR, 4, "INT4 weights, rounded to nearest", 0),
     "w4a16-gptq": Method(LLM_COMPRESSOR, 4, "INT4 weights by GPTQ", GPTQ_SAMPLES),
     "w4a16-awq": Method(LLM_COMPRESSOR, 4, "INT4 weights with zero points by AWQ", AWQ_SAMPLES),
