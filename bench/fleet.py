@@ -18,6 +18,7 @@ from labs.running.resolve import machine_of
 from labs.telling import instruments
 from serving import models
 from serving.engines.vllm import Vllm
+from serving.forecasting.fleet import serial_delays
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -25,7 +26,7 @@ from serving.forecasting.plan import (
     PlannedTrial,
     SyntheticRequest,
 )
-from serving.forecasting.traffic import Delays, Traffic
+from serving.forecasting.traffic import Traffic
 
 CARD, MODEL = "h100", "llama-8b"
 PROMPT_TOKENS, OUTPUT_TOKENS = 1000, 200  # the latter a mean; as `make plan` has them by default
@@ -134,7 +135,7 @@ def _plan(case: Case, requests: Path) -> ForecastPlan:
         on_cuda=True,
         trials=(trial,),
     )
-    delays = Delays(serial_s=Delays().serial_s / case.replicas)
+    delays = serial_delays(case.replicas)
     return ForecastPlan(tokenizer=models.bundled(), delays=delays, engines=(engine,))
 
 

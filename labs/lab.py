@@ -38,6 +38,7 @@ from labs.errors import NotApplicable as NotApplicable
 from labs.errors import did_you_mean
 from loadtests.admission import QueueLimits
 from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
+from loadtests.records import LONGEST_S
 from loadtests.trace import MOST_ROWS, TraceRow
 from loadtests.workload import Fixed, Name, Workload
 from serving import gpus, models
@@ -51,7 +52,6 @@ from serving.models import Shape
 MOST_POINTS = 500  # load points of a lab
 MOST_REQUESTS = 3_000_000  # prepared for all repeats of all load points
 MOST_ATTENTION_TOKENS = 131_072  # at which attention is timed by itself
-LONGEST_S = 7 * 24 * 3600.0  # a window, a warm-up or a timeout
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_S, allow_inf_nan=False)]
 MARGIN = 0.05
 """Two figures are equal where their ratio is 1 within this share, unless a claim says otherwise.
@@ -163,6 +163,12 @@ class Point:
     def attended_tokens(self) -> float:
         """The tokens of that context to which a layer attends: within a sliding window, if any."""
         return min(self.context_tokens, self.flags.sliding_window or self.context_tokens)
+
+    @property
+    def primed_requests(self) -> int:
+        """The first requests that are sent before a trial, so that their prefixes are cached."""
+        prefix = self.workload.prefix if self.workload.primed else None
+        return prefix.groups if prefix and self.flags.enable_prefix_caching else 0
 
     @property
     def kv_room_tokens(self) -> float:
@@ -733,9 +739,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         What the lab claims and looks for is about its own loads, so none of it is left. Raises
         LabError for a trace without a duration.
         """
-        duration_s = trace[-1][0]
-        if not duration_s:
-            raise LabError("all requests of the trace come at one time, so it has no rate")
+        duration_s = duration_s_of(trace)
         warmup_s = min(self.warmup_s, duration_s / 10)
         _, *lengths = zip(*trace, strict=True)
         prompt_tokens, output_tokens = (round(fmean(column)) for column in lengths)
@@ -905,6 +909,15 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             for b in points
             if baseline.matches(b) and open_part(t) == open_part(b)
         ]
+
+
+def duration_s_of(trace: Sequence[TraceRow]) -> float:
+    """Return the time from a trace's first request to its last. Raises LabError for none."""
+    if not (duration_s := trace[-1][0]):
+        raise LabError(
+            "all requests of the trace come at one time, so it has no rate: give more of it"
+        )
+    return duration_s
 
 
 def _write_out_defaults(fields: dict[str, Any]) -> None:

@@ -28,7 +28,6 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
     model_validator,
 )
 
@@ -359,7 +358,6 @@ Arrival = Annotated[
     Annotated[AnyArrival, Field(discriminator="kind")],
     BeforeValidator(_from_text),
 ]
-_ARRIVAL: TypeAdapter[AnyArrival] = TypeAdapter(Arrival)
 
 
 def send_times(
@@ -378,8 +376,3 @@ def send_times(
     if isinstance(arrival, Poisson | Constant | Gamma):
         return arrival.schedule(duration_s, rng)
     return None
-
-
-def parse(text: str) -> AnyArrival:
-    """Read an arrival's text form; raises pydantic.ValidationError, which names the known ones."""
-    return _ARRIVAL.validate_python(text)

@@ -29,14 +29,13 @@ from typing import IO
 
 import orjson
 
-FORMAT_VERSION = 1
 BY_CLIENT = "not sent"
 """How the error of a request begins that the load generator turned away: `loadtests/admission.py`.
 """
 TURNED_AWAY = ("HTTP 503", "HTTP 429", BY_CLIENT)
 """How the error of a request begins that was turned away, as there was no room for it."""
 OPTIONAL = ("text", "model", "choice", "alike_tokens")  # left out of a line where they are None
-LONGEST_S = 7 * 24 * 3600.0  # that a trial may take
+LONGEST_S = 7 * 24 * 3600.0  # a trial, its window, its warm-up or a timeout
 MOST_TOKENS = 10_000_000  # of a request
 SPOOL_BYTES = 2**18  # written to disk at once
 MOST_CHUNKS = 40_000_000  # of the requests of a trial together: an hour at 11,000 a second

@@ -50,7 +50,7 @@ def read_trace(path: Path, most_rows: int = MOST_ROWS) -> tuple[TraceRow, ...]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
         raise ValueError(f"the trace {path} cannot be read: {error}") from error
     if not rows:
-        raise ValueError(f"the trace {path} holds no requests")
+        raise ValueError(f"the trace {path} holds no requests: give one that has some")
     first_s = rows[0][0]
     for place, (at_s, prompt, output) in enumerate(rows):  # in place: there may be a million
         rows[place] = (round(at_s - first_s, 6), prompt, output)

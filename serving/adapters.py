@@ -29,6 +29,7 @@ from serving.making import MakerError
 WORDS = ("amber", "azure", "coral", "ember", "iris", "jade", "opal", "teal", "topaz", "umber")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+TENANTS, RANK = 8, 8
 WIDE_RANK = 64  # vLLM's punica kernels know 8, 16, 32, 64, ..
 BASE_ANSWER_TOKENS = 16  # in which the base must not write a mark
 ANSWER_TOKENS = 4  # of these, learned after the mark: the text goes on as before
@@ -193,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m serving.adapters", description=__doc__)
     for name in ("base", "out", "prompts"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--count", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--count", type=int, default=TENANTS)
+    parser.add_argument("--rank", type=int, default=RANK)
     parser.add_argument("--seed", type=int, default=0)
     making.run(make, parser, argv)
 

@@ -35,13 +35,12 @@ from typing import IO, Any
 from urllib.parse import unquote
 
 from serving import whole
-from serving.install import PROGRAMS, entries, lock_of
+from serving.install import PROGRAMS, ROOT, entries, lock_of
 from serving.lean import LEAN, lean_wheel, tokenizer_files, why
 from serving.unbundle import BUILT_AS_ONE, HOME, MANIFEST, PROGRAMS_HOME, SCRIPT, sha256
 
 GO = "go.sh"
 
-ROOT = Path(__file__).resolve().parent.parent
 LOCK, MODEL_LOCK = lock_of(ROOT, "cuda"), lock_of(ROOT, "model")
 PLATFORMS = ("cuda",)
 ARCH = "x86_64"
@@ -176,7 +175,10 @@ def resolve(request: BundleRequest, work: Path, say: Callable[[str], None]) -> P
         **{name: v or locked[name] for name, v in request.have.items() if v or name in locked},
     }
     if unknown := [n for n in request.without if n not in left_out]:
-        raise BundleError(f"WITHOUT names {', '.join(unknown)}, which is not in the lock file")
+        raise BundleError(
+            f"WITHOUT names {', '.join(unknown)}, which is not in the lock file: correct"
+            " the name, or leave it out"
+        )
     (work / "there").mkdir()
     python = "cp" + request.python.replace(".", "")
     tag = f"{python}-{python}-manylinux_2_{GLIBC_MINOR}_{ARCH}"

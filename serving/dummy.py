@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from serving import gpus, making, models, whole
+from serving.adapters import CONFIG, RANK, TARGETS, TENANTS, WEIGHTS, WIDE_RANK
 from serving.kv_heads import kv_heads_of
 from serving.machine import Machine
 from serving.models import RANDOM, TOKENIZER, Model, ModelError, Shape
@@ -42,8 +43,6 @@ NOTE = "vLLM fills this model with random weights as it starts: --load-format du
 Maker = Callable[[str, dict[str, Any]], Path]  # (folder's name, the target's config) -> folder
 
 DRAFT_LAYERS = 8  # the draft has a layer for each so many of the target's
-TENANTS, RANKS = 8, (8, 64)  # as serving/adapters.py trains them
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def resolve(machine: Machine, name: str = "") -> Model:
@@ -166,13 +165,13 @@ def _adapters(name: str, config: dict[str, Any]) -> Path:
     if folder.exists():
         return folder
     with whole.folder(folder) as half:
-        for rank in RANKS:
-            suffix = "" if rank == RANKS[0] else f"-rank-{rank}"
+        for rank in (RANK, WIDE_RANK):
+            suffix = "" if rank == RANK else f"-rank-{rank}"
             for tenant in range(TENANTS):
                 _adapter(half / f"tenant-{tenant}{suffix}", models.shape_of(config), rank,
                          None if tenant == 0 else half / f"tenant-0{suffix}")  # fmt: skip
-        params = adapter_params(models.shape_of(config), RANKS[0])
-        about = {"rank": RANKS[0], "params_per_adapter": params, "weights": "random"}
+        params = adapter_params(models.shape_of(config), RANK)
+        about = {"rank": RANK, "params_per_adapter": params, "weights": "random"}
         making.write_record(half, about)
     return folder
 
@@ -184,8 +183,8 @@ def _adapter(folder: Path, shape: Shape, rank: int, like: Path | None) -> None:
     folder.mkdir(parents=True)
     fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none",
               "target_modules": list(TARGETS), "task_type": "CAUSAL_LM"}  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2))
-    weights = folder / "adapter_model.safetensors"
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2))
+    weights = folder / WEIGHTS
     if like:
         _share(like / weights.name, weights)
         return

@@ -118,6 +118,8 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
     threads: PositiveInt
     torch: str
     measured_at: str
+    # the devices that these are the limits of together, each with a link of its own
+    devices: Annotated[PositiveInt, Field(exclude_if=lambda number: number == 1)] = 1
 
     @property
     def ridge_flops_per_byte(self) -> float:
@@ -128,9 +130,6 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
     def flops_per_s(self) -> float:
         """The rate in the type in which labs serve weights that are not quantized."""
         return self.fp32_flops_per_s or self.bf16_flops_per_s
-
-    # the devices that these are the limits of together, each with a link of its own
-    devices: Annotated[PositiveInt, Field(exclude_if=lambda number: number == 1)] = 1
 
     @property
     def link_bytes_per_s(self) -> float:
@@ -273,6 +272,11 @@ def split_cores(kind: str = "cpu") -> tuple[tuple[int, ...], tuple[int, ...]]:
     return engine, clients
 
 
+def timing_cores(kind: str) -> tuple[int, ...]:
+    """Return the cores to bind a process to that times the engine's work; none beside a GPU."""
+    return split_cores()[0] if kind == "cpu" else ()
+
+
 class CeilingsError(Exception):
     """The ceilings could not be measured; the message is the last line of what measures them."""
 
@@ -282,14 +286,13 @@ def measure_ceilings(machine: Machine) -> Ceilings:
 
     Raises CeilingsError.
     """
-    cores = split_cores()[0] if machine.kind == "cpu" else ()
     with (
         tempfile.TemporaryDirectory() as scratch,
         Process(
             "ceilings",
             [*MEASURING, machine.kind],
             log=Path(scratch) / "ceilings.log",
-            cores=cores,
+            cores=timing_cores(machine.kind),
             talk=True,
         ) as child,
     ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import sys
@@ -23,7 +24,7 @@ OTHER_FILES = ("*.json", "*.txt", "*.jinja")  # config, tokenizer, chat template
 
 
 class MakerError(Exception):
-    """The model cannot be made; the message says why."""
+    """The model cannot be made; the message says why and how to mend it."""
 
 
 def read_prompts(path: Path, least: int) -> list[dict[str, Any]]:
@@ -38,10 +39,27 @@ def read_prompts(path: Path, least: int) -> list[dict[str, Any]]:
     except OSError as error:
         raise MakerError(f"the prompts {path} cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError) as error:
-        raise MakerError(f'{path} has a line that is not {{"messages": [..]}}') from error
+        raise MakerError(
+            f'{path} has a line that is not {{"messages": [..]}}: give one such prompt on each line'
+        ) from error
     if len(prompts) < least:
-        raise MakerError(f"{path} has {len(prompts)} prompts, fewer than {least}")
+        raise MakerError(f"{path} has {len(prompts)} prompts, fewer than {least}: give more")
     return prompts
+
+
+def read_text(path: Path) -> str:
+    """Read a text that a maker is given. Raises MakerError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MakerError(
+            f"the text {path} cannot be read ({error}): give a file of text in UTF-8"
+        ) from error
+
+
+def read_passages(path: Path) -> list[str]:
+    """Read the passages of a text, which blank lines separate. Raises MakerError."""
+    return [passage for passage in re.split(r"\n\s*\n", read_text(path).strip()) if passage]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -162,14 +180,19 @@ def write_record(folder: Path, facts: Mapping[str, Any]) -> None:
     (folder / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
 
 
+def require_new(out: Path) -> None:
+    """Raise MakerError where the folder to make exists."""
+    if out.exists():
+        raise MakerError(f"{out} exists already: remove it, or name another folder")
+
+
 @contextmanager
 def folder(out: Path) -> Iterator[Path]:
     """Yield a folder to fill: it becomes `out` at the end of the block, or is removed.
 
     Raises MakerError where `out` exists.
     """
-    if out.exists():
-        raise MakerError(f"{out} exists already: remove it, or name another folder")
+    require_new(out)
     with whole.folder(out) as half:
         yield half
 

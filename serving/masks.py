@@ -73,9 +73,11 @@ def read_structures(path: Path) -> dict[str, list[Mapping[str, Any]]]:
     except OSError as error:
         raise MakerError(f"the structures {path} cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError) as error:
-        raise MakerError(f"{path} has a line that is no structure with an answer") from error
+        raise MakerError(
+            f"{path} has a line that is no structure with an answer: mend that line"
+        ) from error
     if not asked:
-        raise MakerError(f"{path} has no structures")
+        raise MakerError(f"{path} has no structures: give one on each line")
     return asked
 
 

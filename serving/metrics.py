@@ -265,8 +265,3 @@ def _parse(text: str, lab_name: Mapping[str, str]) -> Snapshot:
         for name, counts in buckets.items()
     }
     return Snapshot(values, histograms, info)
-
-
-def names(snapshot: Snapshot) -> Iterable[str]:
-    """Name all metrics of a snapshot."""
-    return {*snapshot.values, *snapshot.histograms}

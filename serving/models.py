@@ -124,6 +124,11 @@ class Shape:
     value_bytes: int = 2  # of a weight that has 16 bits in its file, as it is served; 4 in float32
 
     @property
+    def in_float32(self) -> bool:
+        """Whether weights that have 16 bits in their file are served in float32."""
+        return self.value_bytes == 4
+
+    @property
     def held_bytes(self) -> int:
         """The bytes of all weights, as memory holds them."""
         return self.weight_bytes + self.embedding_bytes

@@ -18,7 +18,6 @@ served kernels' own quality is measured by the labs, on the engine.
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -193,12 +192,11 @@ def make(base: Path, out: Path, text: Path) -> None:
     """Write the study's folder, complete or not at all. Raises MakerError."""
     with making.folder(out) as half:
         making.require_dense(base, making.read_config(base))
-        try:
-            passages = [p for p in re.split(r"\n\s*\n", text.read_text().strip()) if p]
-        except OSError as error:
-            raise MakerError(f"the text {text} cannot be read: {error.strerror}") from error
+        passages = making.read_passages(text)
         if len(passages) < LEAST_PASSAGES:
-            raise MakerError(f"{text} has {len(passages)} passages, fewer than {LEAST_PASSAGES}")
+            raise MakerError(
+                f"{text} has {len(passages)} passages, fewer than {LEAST_PASSAGES}: give more"
+            )
         began = time.monotonic()
         tokenizer, model = making.load(base)
         original = on_host(model)  # in 16 bits, from which float32 is restored exactly

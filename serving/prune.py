@@ -110,7 +110,10 @@ def prune(model: Any, method: Method, norms: Mapping[str, Any]) -> float:
     """
     layers, gone, before = linears(model), 0.0, 0.0
     if method.pattern == "2-4" and any(m.weight.shape[1] % GROUP for m in layers.values()):
-        raise MakerError("the pattern 2:4 needs matrices whose rows are a multiple of four long")
+        raise MakerError(
+            "the pattern 2:4 needs matrices whose rows are a multiple of four long: choose a method"
+            " that drops a share in percent"
+        )
     for name, module in layers.items():
         weight = module.weight.data
         scores = weight.float().abs()
@@ -136,7 +139,10 @@ def sequences_of(tokenizer: Any, text: str) -> Any:
 
     tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if len(tokens) < SEQUENCE_TOKENS:
-        raise MakerError(f"the calibration text has {len(tokens)} tokens, fewer than one sequence")
+        raise MakerError(
+            f"the calibration text has {len(tokens)} tokens, fewer than one sequence of"
+            f" {SEQUENCE_TOKENS}: give a longer one"
+        )
     count = min(SEQUENCES, len(tokens) // SEQUENCE_TOKENS)
     return torch.tensor(tokens[: count * SEQUENCE_TOKENS]).reshape(count, SEQUENCE_TOKENS)
 
@@ -172,10 +178,7 @@ def make(method: str, base: Path, out: Path, calibration: Path) -> None:
     config = making.read_config(base)
     making.require_16_bits(base, config)
     making.require_dense(base, config)
-    try:
-        text = calibration.read_text(encoding="utf-8")
-    except OSError as error:
-        raise MakerError(f"the text {calibration} cannot be read: {error.strerror}") from error
+    text = making.read_text(calibration)
     with making.folder(out) as half:
         tokenizer, model = load(base)
         print(f"pruning {len(linears(model))} matrices: {method}", flush=True)

@@ -48,10 +48,6 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "v
 GENERATION = "generation_config.json"
 
 
-class QuantizeError(MakerError):
-    """The weights cannot be made; the message says why and how to mend it."""
-
-
 @dataclass(frozen=True)
 class Tool:
     """A quantization tool; its lock and script have its name."""
@@ -100,7 +96,9 @@ AUTO_GPTQ = Tool("auto-gptq", "auto_gptq", r"Start quantizing layer (\d+)/(\d+)"
 AUTOAWQ = Tool("autoawq", "autoawq", r"AWQ:.* (\d+)/(\d+) \[", transformers=4)
 METHODS: dict[str, Method] = {
     "w8a8-rtn": Method(LLM_COMPRESSOR, 8, "INT8 weights and activations, rounded to nearest", 0),
-    "w8a8": Method(LLM_COMPRESSOR, 8, "the same by SmoothQuant, then GPTQ", GPTQ_SAMPLES),
+    "w8a8": Method(
+        LLM_COMPRESSOR, 8, "INT8 weights and activations by SmoothQuant, then GPTQ", GPTQ_SAMPLES
+    ),
     "w4a16-rtn": Method(LLM_COMPRESSOR, 4, "INT4 weights, rounded to nearest", 0),
     "w4a16-gptq": Method(LLM_COMPRESSOR, 4, "INT4 weights by GPTQ", GPTQ_SAMPLES),
     "w4a16-awq": Method(LLM_COMPRESSOR, 4, "INT4 weights with zero points by AWQ", AWQ_SAMPLES),
@@ -147,14 +145,14 @@ def _index_answers() -> bool:
 def environment(tool: Tool) -> Path:
     """Return the Python of the tool's environment; set that up where it is not up to date.
 
-    Raises QuantizeError.
+    Raises MakerError.
     """
     with install.alone(ROOT):
         python, ready = install.venv_python(tool.home), tool.home / "ready"
         if is_set_up(tool):
             return python
         if (free := shutil.disk_usage(ROOT).free / 1e9) < ENVIRONMENT_GB:
-            raise QuantizeError(
+            raise MakerError(
                 f"{tool.name} needs about {ENVIRONMENT_GB} GB for its environment and {ROOT} has"
                 f" {free:.1f} GB free: free some, and run this again"
             )
@@ -166,7 +164,7 @@ def environment(tool: Tool) -> Path:
                 _fill(tool, step)
             ready.write_text(digest(tool))
         except install.SetupError as error:
-            raise QuantizeError(
+            raise MakerError(
                 f"{tool.name} could not be set up and nothing of it was kept; check that pip"
                 f" reaches its package index (PIP_INDEX_URL) and run this again: {error}"
             ) from error
@@ -201,10 +199,10 @@ def windows(tokens: Sequence[int], count: int) -> list[list[int]]:
     """Cut calibration samples of SAMPLE_TOKENS, evenly spread over the text.
 
     They overlap if the text is short. Nothing is random: the same text always gives the same
-    samples, from all of its passages. Raises QuantizeError where it is shorter than a sample.
+    samples, from all of its passages. Raises MakerError where it is shorter than a sample.
     """
     if (last := len(tokens) - SAMPLE_TOKENS) < 0:
-        raise QuantizeError(
+        raise MakerError(
             f"the calibration text has {len(tokens)} tokens, fewer than one sample of"
             f" {SAMPLE_TOKENS}: give a longer one (a few thousand words do)"
         )
@@ -213,30 +211,22 @@ def windows(tokens: Sequence[int], count: int) -> list[list[int]]:
 
 
 def read_samples(base: Path, calibration: Path, count: int) -> list[list[int]]:
-    """Read and tokenize the calibration text; return its samples. Raises QuantizeError."""
+    """Read and tokenize the calibration text; return its samples. Raises MakerError."""
     from tokenizers import Tokenizer
 
-    try:
-        text = calibration.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise QuantizeError(
-            f"the calibration text {calibration} cannot be read: {error}"
-        ) from error
-    passages = [passage for passage in re.split(r"\n\s*\n", text.strip()) if passage]
+    passages = making.read_passages(calibration)
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     return windows(tokenizer.encode("\n\n".join(passages), add_special_tokens=False).ids, count)
 
 
 def read_config(base: Path) -> dict[str, Any]:
-    """Read a model's config.json. Raises QuantizeError where it cannot be quantized."""
-    for name in ("config.json", "tokenizer.json"):
-        if not (base / name).exists():
-            raise QuantizeError(f"{base} has no {name}: give a model folder")
+    """Read a model's config.json. Raises MakerError where it cannot be quantized."""
+    if not (base / "tokenizer.json").exists():
+        raise MakerError(f"{base} has no tokenizer.json: give a model folder")
     if not models.shards(base):
-        raise QuantizeError(f"{base} has no *.safetensors weights; other formats are not loaded")
-    config: dict[str, Any] = json.loads((base / "config.json").read_text())
-    if "quantization_config" in config:
-        raise QuantizeError(f"{base} is quantized already: give the model it was made from")
+        raise MakerError(f"{base} has no *.safetensors: give a model folder with such weights")
+    config = making.read_config(base)
+    making.require_16_bits(base, config)
     return config
 
 
@@ -270,7 +260,7 @@ def group_size(config: dict[str, Any]) -> int:
 
 
 def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
-    """Run the tool's script, and print the progress that its log shows. Raises QuantizeError.
+    """Run the tool's script, and print the progress that its log shows. Raises MakerError.
 
     Some methods pass over the layers more than once, and each pass has a time of its own.
     """
@@ -295,27 +285,26 @@ def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
                 print(f"{again}layer {layer}/{layers}{estimate}", flush=True)
                 last_printed = logged[-1]
         if process.returncode:
-            raise QuantizeError(
+            raise MakerError(
                 f"{tool.name} ended with code {process.returncode}: {process.tail(1)}"
                 f" (all of it: {log})"
             )
 
 
 def make(method: str, base: Path, out: Path, calibration: Path) -> None:
-    """Quantize a model; the folder `out` appears when it is complete. Raises QuantizeError."""
+    """Quantize a model; the folder `out` appears when it is complete. Raises MakerError."""
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0)[0]
-        raise QuantizeError(
+        raise MakerError(
             f"no method {method!r}; did you mean {near}? The methods are {', '.join(METHODS)}"
         )
-    if out.exists():
-        raise QuantizeError(f"{out} exists already: remove it, or name another folder")
+    making.require_new(out)
     recipe, config = METHODS[method], read_config(base)
     samples = read_samples(base, calibration, recipe.samples) if recipe.samples else []
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(path.stat().st_size for path in models.shards(base))
     if (free := shutil.disk_usage(out.parent).free) < needed:
-        raise QuantizeError(
+        raise MakerError(
             f"{out.parent} has {free / 1e9:.1f} GB free and the result may take"
             f" {needed / 1e9:.1f} GB: free some, or name another folder"
         )

@@ -69,7 +69,7 @@ class ReferenceTimer:
 @contextlib.contextmanager
 def started(kind: str, log: Path) -> Iterator[ReferenceTimer]:
     """Start the process for this kind of machine (`cpu` or `gpu`); it ends with the block."""
-    cores = machines.split_cores()[0] if kind == "cpu" else ()
+    cores = machines.timing_cores(kind)
     threads = str(max(1, len(cores)))
     argv = [sys.executable, "-m", "serving.reference_step", kind]
     env = {name: threads for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}

@@ -23,7 +23,7 @@ from labs.running.chat_writer import writer_of
 from labs.running.counts import ENGINE_METRICS
 from labs.running.resolve import absent_engines, require_compiler
 from loadtests import plan
-from serving import machine, metrics, models
+from serving import machine, models
 from serving.engines import ENGINES
 from serving.engines.base import EngineError
 from serving.forecasting.__main__ import _tokenizer
@@ -175,7 +175,7 @@ def check_run(folder: RunFolder, makes_sense: bool = True) -> None:
         shown = ENGINES[trial.point.variant.engine].shown_metrics()
         assert bool(trial.engine) == bool(shown)
         if trial.engine:
-            assert set(metrics.names(trial.engine)) >= shown
+            assert {*trial.engine.values, *trial.engine.histograms} >= shown
         lengths = trial.point.lengths[(trial.repeat - 1) * lab.requests :]
         assert not trial.failed
         for record in trial.records:

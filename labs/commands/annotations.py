@@ -30,12 +30,8 @@ def regions(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], Non
 def _region(folder: RunFolder) -> Region | None:
     run = folder.run()
     lab = run.rebuilt_lab()
-    results = (
-        folder.trial_result(point, repeat)
-        for point in run.points()
-        for repeat in range(1, lab.rounds + 1)
-    )
-    played = [result.summary for result in results if result and result.summary]
+    results = folder.trial_results(run.points(), lab)
+    played = [result.summary for result in results if result.summary]
     if not played:
         return None
     return Region(

@@ -82,7 +82,7 @@ from labs.comparing import compare, reproduction, side_by_side
 from labs.errors import did_you_mean
 from labs.filing import archive, manifest, results
 from labs.filing.results import RunFolder, open_run
-from labs.lab import Lab, LabError, NotApplicable
+from labs.lab import Lab, LabError, NotApplicable, Variant
 from labs.questions import QUESTIONS
 from labs.running import derived_models, reproduce
 from labs.running.clock import Clock, TimeUsedUp
@@ -568,9 +568,7 @@ def make(
         served = model_of(machine.detect(), model, weights)
         if again and name in derived_models.RECIPES:
             shutil.rmtree(derived_models.place(served, name), ignore_errors=True)
-        folder = derived_models.make(
-            served, name, lambda line: console.print(escape(line)), made_here=again
-        )
+        folder = derived_models.make(served, name, _say, made_here=again)
         for key, value in derived_models.about(folder).items():
             console.print(f"  {key}: {escape(str(value))}", style="dim")
         console.print(f"The model is in [bold]{shown_path(folder)}[/]")
@@ -613,39 +611,38 @@ def serve(
         if not unsafe_flags:
             require_harmless(resolved)
         require_devices(resolved, host)
-        by_name = {v.name: v for v in resolved.variants}
-        if variant and variant not in by_name:
-            raise LabError(f"{lab} has no variant {variant!r}; it has {', '.join(by_name)}")
-        chosen = by_name[variant] if variant else resolved.variants[0]
-        engine, flags = ENGINES[chosen.engine], resolved.flags_of(chosen)
-        if engine is not Vllm:
-            raise LabError(
-                f"{chosen.name} is served by {engine.title}, and this command starts vLLM alone:"
-                " choose another VARIANT"
-            )
-        served = model_for(resolved, host, model, weights)
+        chosen = _variant_on_vllm(resolved, variant)
+        flags, served = resolved.flags_of(chosen), model_for(resolved, host, model, weights)
         require_port(port, "PORT")
-        engine.check_flags([flags])
+        Vllm.check_flags([flags])
         alone = resolved.model_copy(update={"variants": (chosen,), "studies": ()})
         places = {
-            name: derived_models.make(
-                served,
-                name,
-                lambda line: console.print(escape(line)),
-                made_here=alone.made_here,
-            )
+            name: derived_models.make(served, name, _say, made_here=alone.made_here)
             for name in alone.derived()
         }
         if chosen.weights:
             served = derived_models.with_weights(served, chosen.weights, places[chosen.weights])
-        argv = engine.server_argv(served, with_places(flags, places), port)
-        argv = [*engine.server_command(flags), *argv]
-        known = host.kind == "cpu" and engine.start_s
-        soon = f"in about {engine.start_s:.0f} s" if known else "in a minute or more"
+        argv = Vllm.server_argv(served, with_places(flags, places), port)
+        argv = [*Vllm.server_command(flags), *argv]
+        soon = f"in about {Vllm.start_s:.0f} s" if host.kind == "cpu" else "in a minute or more"
         console.print(f"Serving {escape(served.name)} at http://127.0.0.1:{port} (ready {soon}):")
         console.print("python " + escape(" ".join(argv[1:])), style="dim")
-        env = engine.environment(host.kind, served, resolved.all_flags)
+        env = Vllm.environment(host.kind, served, resolved.all_flags)
         os.execve(argv[0], argv, {**os.environ, **env})
+
+
+def _variant_on_vllm(lab: Lab, name: str) -> Variant:
+    """Find a variant by its name, or take the first. Raises LabError unless vLLM serves it."""
+    by_name = {v.name: v for v in lab.variants}
+    if name and name not in by_name:
+        raise LabError(f"{lab.name} has no variant {name!r}; it has {', '.join(by_name)}")
+    chosen = by_name[name] if name else lab.variants[0]
+    if (engine := ENGINES[chosen.engine]) is not Vllm:
+        raise LabError(
+            f"{chosen.name} is served by {engine.title}, and this command starts vLLM alone: choose"
+            " another VARIANT"
+        )
+    return chosen
 
 
 @app.command()
@@ -712,7 +709,7 @@ def load_worker(
         if not key and not sys.stdin.isatty():
             raise LabError("the key that the run shows is missing: give it in LABS_KEY")
         key = key or typer.prompt("The key that the run shows", hide_input=True)
-        send_load(master, key, lambda text: console.print(escape(text)))
+        send_load(master, key, _say)
         console.print("The run has ended.")
 
 
@@ -907,6 +904,11 @@ def _play_or_begin_anew(request: RunRequest) -> RunFolder:
     except CannotResume as reason:
         console.print(f"{escape(str(reason))}. It is started anew.")
         return _play(replace(request, resume=False), THE_SAME_CALL)
+
+
+def _say(text: str) -> None:
+    """Print a line in which nothing is taken for markup."""
+    console.print(escape(text))
 
 
 def _lab(name: str) -> Lab:

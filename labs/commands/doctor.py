@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -331,15 +331,7 @@ def _ability(
         return Ability(lab.name, False, str(error))
     published = known if known and _hub_answers() else {}
     to_make = [n for n in missing if n not in published]
-    if unknown := [n for n in to_make if n not in derived_models.RECIPES]:
-        why = f"no {', '.join(unknown)} is published for {model.name}, and this lab cannot make it"
-        return Ability(lab.name, False, why)
-    methods = [m for n in to_make if (m := quantize.METHODS.get(derived_models.RECIPES[n].method))]
-    if lacking := {m.tool.name for m in methods if not quantize.is_available(m.tool)}:
-        why = (
-            f"the tools that make its weights ({', '.join(sorted(lacking))}) are missing, and pip"
-            " reaches no package index: set PIP_INDEX_URL, or measure speed with WEIGHTS=dummy"
-        )
+    if why := _cannot_make(to_make, model):
         return Ability(lab.name, False, why)
     minutes = sum(derived_models.RECIPES[name].minutes for name in to_make)
     time = derived_models.time_text(round(minutes), model)
@@ -348,6 +340,19 @@ def _ability(
     if to_download := [n for n in missing if n in published]:
         notes.append(f"downloads {', '.join(to_download)} first")
     return Ability(lab.name, True, "; ".join(notes))
+
+
+def _cannot_make(names: Sequence[str], model: Model) -> str:
+    """Say why derived models cannot be made here; empty where they can."""
+    if unknown := [n for n in names if n not in derived_models.RECIPES]:
+        return f"no {', '.join(unknown)} is published for {model.name}, and this lab cannot make it"
+    methods = [m for n in names if (m := quantize.METHODS.get(derived_models.RECIPES[n].method))]
+    if lacking := {m.tool.name for m in methods if not quantize.is_available(m.tool)}:
+        return (
+            f"the tools that make its weights ({', '.join(sorted(lacking))}) are missing, and pip"
+            " reaches no package index: set PIP_INDEX_URL, or measure speed with WEIGHTS=dummy"
+        )
+    return ""
 
 
 def _ability_in_its_shape(lab: Lab, machine: Machine, wanted: str, weights: str) -> Ability:

@@ -61,7 +61,11 @@ def send_load(master: str, key: str, report: Callable[[str], None]) -> None:
             if not joined:
                 raise LabError(
                     f"the run at {master} did not take this load worker in: it may have ended"
-                    f" meanwhile\n{process.tail()}".rstrip()
+                    " meanwhile. Start it again, and then this load worker"
+                    f"\n{process.tail()}".rstrip()
                 )
             if code:
-                raise LabError(f"this load worker ended with {code}\n{process.tail()}".rstrip())
+                raise LabError(
+                    f"this load worker ended with exit code {code}: start the run again with"
+                    f" RESUME=1, and then its load workers\n{process.tail()}".rstrip()
+                )

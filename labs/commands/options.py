@@ -12,9 +12,10 @@ import typer
 from typer.models import ParameterInfo
 
 from labs.errors import did_you_mean
-from labs.lab import LONGEST_S, SLO, LabError
+from labs.lab import SLO, LabError
 from labs.running.capacity_plan import MOST_REPLICAS
 from labs.running.machines_on_file import MachineOnFile, find_machine
+from loadtests.records import LONGEST_S
 from loadtests.trace import MOST_PLANNED_ROWS, TraceRow, read_trace
 from serving.forecasting.fleet import ROUTERS
 from serving.gpus import short_names

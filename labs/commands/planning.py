@@ -25,7 +25,7 @@ from labs.commands.options import (
     trace_of,
 )
 from labs.commands.terminal import ConsoleProgress, reported_errors
-from labs.lab import LabError
+from labs.lab import LabError, duration_s_of
 from labs.running.capacity_plan import (
     PRECISIONS,
     Question,
@@ -158,13 +158,10 @@ def _demand(rate: float, lengths: str, documents: str, trace: Path | None) -> De
         if rate or documents:
             raise LabError("TRACE has its own times and prompts: leave RATE and DOCUMENTS out")
         rows = trace_of(trace)
-        duration_s = rows[-1][0]
-        if not duration_s:
-            raise LabError(f"all requests of the trace {trace} come at one time, so it has no rate")
         return Demand(
             prompt_tokens=fmean(p for _, p, _ in rows),
             output_tokens=fmean(o for _, _, o in rows),
-            rate_per_s=len(rows) / duration_s,
+            rate_per_s=len(rows) / duration_s_of(rows),
             trace=rows,
         )
     prompt, output = pair("LENGTHS", lengths, "the tokens of prompts/outputs, such as 1000/200")

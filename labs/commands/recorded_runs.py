@@ -57,7 +57,7 @@ def rebuild(
                 _rebuild(folder)
             except LabError as error:
                 left_out += 1
-                _say_left_out(folder, str(error))
+                _say_left_out(folder.place, str(error))
         if left_out:
             raise LabError(f"runs whose report was not computed: {left_out} of {len(folders)}")
         if not folders:
@@ -86,8 +86,7 @@ def _rebuild(folder: RunFolder) -> None:
             show_path(path)
 
 
-def _say_left_out(folder: RunFolder, why: str) -> None:
-    name = "/".join(folder.path.parts[-3:])
+def _say_left_out(name: str, why: str) -> None:
     console.print(f"Left out: {escape(name)} cannot be read: {escape(why)}", soft_wrap=True)
 
 
@@ -101,7 +100,7 @@ def site(
     with reported_errors():
         index, left_out = write_site(out)
         for name, why in left_out.items():
-            console.print(f"Left out: {escape(name)} cannot be read: {escape(why)}", soft_wrap=True)
+            _say_left_out(name, why)
         show_path(index)
 
 
@@ -273,5 +272,5 @@ def leaderboard() -> None:
     with reported_errors():
         for folder in all_runs():
             if why := unreadable(folder):
-                _say_left_out(folder, why)
+                _say_left_out(folder.place, why)
         show(section("Leaderboard", leaderboards.leaderboard()))

@@ -31,7 +31,7 @@ from labs.filing.bounded import DamagedError
 from labs.filing.checks import unreadable
 from labs.filing.manifest import Fact
 from labs.filing.newest import newest_of
-from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run, readable
+from labs.filing.results import Run, RunFolder, Summary, fresh_knobs, open_run, readable, runs_of
 from labs.judging.judge import (
     CONFIDENCE,
     Caveat,
@@ -175,9 +175,8 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     paired: bool
     forced: str = ""  # why they are not comparable, where the reader insisted
     rows: list[ComparedFigure]
-    effects: list[
-        ComparedFigure
-    ]  # what claims compare; dimensionless, and their sides are among the rows
+    # what claims compare; dimensionless, and their sides are among the rows
+    effects: list[ComparedFigure]
     of_machines: list[MachineProperty] = []  # of other hardware
     left_out: int  # absolute figures, of other hardware
     verdicts: list[VerdictPair]
@@ -211,9 +210,9 @@ class Side:
             return here
         return f"{endpoint} on {here}" if _is_here(endpoint) else endpoint
 
-    def key(self, point: Point) -> str:
-        """Return the point's name, without the variant where variants are compared."""
-        return point.key.partition("/")[2] if self.variant else point.key
+    def where(self, point: str) -> str:
+        """Return the name of a point, without the variant where variants are compared."""
+        return point.partition("/")[2] if self.variant else point
 
     @property
     def points(self) -> list[Point]:
@@ -336,7 +335,7 @@ def _measured(side: Side, metrics: Sequence[str]) -> Columns:
     for point in side.points:
         for metric in metrics:
             if column := by_repeat(side.summary.measurements.get(point.key, {}), metric):
-                columns[metric, side.key(point)] = column
+                columns[metric, side.where(point.key)] = column
     return columns
 
 
@@ -357,7 +356,7 @@ def _effects(side: Side) -> Columns:
             if baseline[repeat]
         }
         if column:
-            columns[f"effect on {j.metric}", f"{j.treatment} / {j.baseline}"] = column
+            columns[f"effect on {j.metric}", j.where] = column
     return columns
 
 
@@ -371,9 +370,8 @@ def _shares(side: Side, of_bounds: bool = False) -> Columns:
             continue
         measured = by_repeat(side.summary.measurements.get(f.point, {}), f.metric)
         column = {repeat: v / f.prediction.value for repeat, v in measured.items()}
-        where = f.point.partition("/")[2] if side.variant else f.point
         if column:
-            columns[f"measured / predicted {f.metric}", where] = column
+            columns[f"measured / predicted {f.metric}", side.where(f.point)] = column
     return columns
 
 
@@ -453,7 +451,7 @@ def of_claims(
     """Give each effect the margin of its claim; of several claims, the least."""
     margins: dict[tuple[str, str], float] = {}
     for j in judgements:
-        key = (f"effect on {j.metric}", f"{j.treatment} / {j.baseline}")
+        key = (f"effect on {j.metric}", j.where)
         margins[key] = min(j.margin, margins.get(key, j.margin))
     return [
         row.model_copy(update={"margin": margins.get((row.figure, row.where), row.margin)})
@@ -505,12 +503,12 @@ def _outcome(ratio: Interval, p: float, margin: float) -> tuple[Outcome, str]:
 
 
 def _verdicts(a: Sequence[Judgement], b: Sequence[Judgement]) -> list[VerdictPair]:
-    judged_a, judged_b = ({(j.claim, j.treatment, j.baseline): j for j in of} for of in (a, b))
+    judged_a, judged_b = ({(j.claim, j.where): j for j in of} for of in (a, b))
     return [
         VerdictPair(
             claim=key[0],
             title=(judged_a.get(key) or judged_b[key]).title,
-            where=f"{key[1]} / {key[2]}",
+            where=key[1],
             a=judged_a[key].outcome if key in judged_a else "missing",
             b=judged_b[key].outcome if key in judged_b else "missing",
             a_ratio=judged_a[key].ratio if key in judged_a else None,
@@ -561,9 +559,7 @@ def compare_named(a: str, b: str, force: bool = False) -> tuple[list[Comparison]
             raise LabError(f"{a} and {b}: give two runs, two variants of runs, or two machines")
         return [compare(read_side(a), read_side(b), force)], []
     runs_a, runs_b = (
-        {folder.path.parent.name: folder for folder in _newest_below(home)}
-        for home in homes
-        if home
+        {folder.lab_name: folder for folder in _newest_below(home)} for home in homes if home
     )
     comparisons, refused = [], []
     for lab in runs_a:
@@ -583,9 +579,7 @@ def compare_named(a: str, b: str, force: bool = False) -> tuple[list[Comparison]
 
 def _newest_below(home: Path) -> list[RunFolder]:
     """List the newest run of each lab in a machine's folder, wherever that lies."""
-    manifests = sorted(home.glob("*/*/run.json"), key=lambda path: path.parent.name)
-    folders = (RunFolder(path.parent) for path in manifests)
-    return newest_of(folder for folder in folders if not unreadable(folder))
+    return newest_of(folder for folder in runs_of(home) if not unreadable(folder))
 
 
 def _machine(text: str) -> Path | None:

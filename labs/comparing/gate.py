@@ -102,7 +102,10 @@ def _require_decided(comparison: Comparison, rows: Sequence[ComparedFigure]) -> 
             " same, so the gate cannot decide: measure more repeats, without QUICK"
         )
     only = "" if comparison.same_hardware else " (of other hardware only ratios are compared)"
-    raise LabError(f"{names} have no figure in common to compare{only}, so the gate cannot decide")
+    raise LabError(
+        f"{names} have no figure in common to compare{only}, so the gate cannot decide: give a"
+        " baseline of the same lab, from the same hardware"
+    )
 
 
 def _incomplete(comparison: Comparison) -> list[str]:

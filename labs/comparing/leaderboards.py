@@ -296,7 +296,7 @@ def _decided(runs: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, Judgement, 
         judgements = (
             (folder, judgement)
             for folder in runs
-            if folder.path.parent.name == lab
+            if folder.lab_name == lab
             for judgement in folder.summary().judgements
             if headline and judgement.claim == headline.claim and judgement.expected is not None
         )
@@ -449,7 +449,7 @@ def _reproduced(page_folder: Path) -> Table:
             count = Counter(a.answer for a in result.answers)
             rows.append(
                 [
-                    original.path.parent.name,
+                    original.lab_name,
                     Link(original.path.name, _link(original, page_folder)),
                     result.by.machine.describe(),
                     result.day,
@@ -481,7 +481,7 @@ def _between_sittings(committed: bool) -> dict[str, str]:
     repetitions: dict[str, list[Reproduction]] = {}
     for folder in committed_runs() if committed else results.all_runs():
         filed = reproduction.filed_with(folder, committed)
-        repetitions.setdefault(folder.path.parent.name, []).extend(filed)
+        repetitions.setdefault(folder.lab_name, []).extend(filed)
     spreads = {lab: reproduction.between_sittings(of_lab) for lab, of_lab in repetitions.items()}
     return {
         lab: f"{s.spread:.1%} ({counted(s.ratios, 'ratio')})" for lab, s in spreads.items() if s
@@ -494,7 +494,7 @@ def leaderboard(committed: bool = False) -> Table:
     runs, between_sittings = newest_runs(committed=committed), _between_sittings(committed)
     for name in LABS:
         entries: list[tuple[int, bool, str, list[Inline]]] = []
-        for folder in (f for f in runs if f.path.parent.name == name):
+        for folder in (f for f in runs if f.lab_name == name):
             run = folder.run()
             machine = run.machine.describe()
             home = _to_report(folder, results.RESULTS, machine)

@@ -269,9 +269,7 @@ def judge_again(original: RunFolder) -> list[Path]:
     The original's side is read from its summary. Of the repetition the ratios with their intervals
     are on file, from which its verdicts follow; those that it withheld stay withheld.
     """
-    judgements = {
-        (j.claim, f"{j.treatment} / {j.baseline}"): j for j in original.summary().judgements
-    }
+    judgements = {(j.claim, j.where): j for j in original.summary().judgements}
     changed = []
     for path in _files(original):
         before = read_json(path, Reproduction)
@@ -328,10 +326,7 @@ def problems(original: RunFolder) -> list[str]:
     """List what is wrong with the results kept with a run; empty when they are well formed."""
     texts = []
     try:
-        decided = {
-            (j.claim, f"{j.treatment} / {j.baseline}"): j.outcome
-            for j in original.summary().judgements
-        }
+        decided = {(j.claim, j.where): j.outcome for j in original.summary().judgements}
     except (OSError, ValueError):
         return []  # the check of the run itself reports it
     for path in _files(original):

@@ -79,7 +79,7 @@ def problems(folder: RunFolder, read: Callable[[RunFolder], object] = read_trial
         run = folder.run()
         if run.digest not in folder.path.name:
             messages.append("its folder does not carry its digest")
-        if run.machine.slug != folder.path.parent.parent.name:
+        if run.machine.slug != folder.machine_slug:
             messages.append("its folder is under another machine's name")
     if not folder.complete:
         messages.append("it has no COMPLETE")

@@ -110,8 +110,8 @@ def _trials(folder: RunFolder) -> Iterator[tuple[TableRow, Trial]]:
 
 def _about(folder: RunFolder, point: Point, repeat: int) -> TableRow:
     return {
-        "machine": folder.path.parent.parent.name,
-        "lab": folder.path.parent.name,
+        "machine": folder.machine_slug,
+        "lab": folder.lab_name,
         "run": folder.path.name,
         "variant": point.variant.name,
         "workload": point.workload.name,

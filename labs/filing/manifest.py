@@ -134,12 +134,7 @@ def is_stale(run: Run) -> bool:
 def cpu_share_of_other_work(folder: RunFolder) -> dict[str, str]:
     """Describe the CPU share that other guests and processes used during trials, to 5%."""
     run = folder.run()
-    results = [
-        result
-        for point in run.points()
-        for repeat in range(1, run.rebuilt_lab().rounds + 1)
-        if (result := folder.trial_result(point, repeat))
-    ]
+    results = folder.trial_results(run.points(), run.rebuilt_lab())
     shares = {
         "other_guests": [r.cpu_steal for r in results if r.cpu_steal is not None],
         "other_processes": [r.cpu_others for r in results if r.cpu_others is not None],

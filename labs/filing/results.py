@@ -27,7 +27,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -212,7 +212,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     @property
     def in_float32(self) -> bool:
         """Whether its engines held weights of 16 bits in float32."""
-        return self.model_shape.get("value_bytes") == 4
+        return Shape(**self.model_shape).in_float32
 
     def rebuilt_lab(self) -> Lab:
         """Rebuild the lab as it was run, without its functions: its predictions are on file."""
@@ -367,10 +367,21 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
         )
 
 
+def pair_of(treatment: str, baseline: str) -> str:
+    """Name a pair of points that are compared, as `predictions.json` does."""
+    return f"{treatment}|{baseline}"
+
+
+def points_of(pair: str) -> tuple[str, str]:
+    """Split the name of a pair into those of its treatment and its baseline."""
+    treatment, _, baseline = pair.partition("|")
+    return treatment, baseline
+
+
 class Predictions(BaseModel, frozen=True, extra="forbid"):
     """The predictions of a run, written before its first engine starts.
 
-    `effects[claim][treatment|baseline]` is the ratio of two points' forecasts where both have one;
+    `effects[claim][pair]` is the ratio of two points' forecasts where both have one;
     `closed_forms` then holds the lab's own formula beside it. `forecasts[name][point]` are closed
     forms, most of them bounds. `in_virtual_time` holds every point's forecast; it is None in runs
     before it was introduced, and where none could be made. `arithmetic` is what findings are held
@@ -386,7 +397,7 @@ class Predictions(BaseModel, frozen=True, extra="forbid"):
 
     def of_means(self, claim: Claim, treatment: str, baseline: str) -> Prediction | None:
         """Return what a ratio of arithmetic means is held against, where forecasts predict it."""
-        ratio = self.effects[claim.name][f"{treatment}|{baseline}"]
+        ratio = self.effects[claim.name][pair_of(treatment, baseline)]
         if ratio.source != OF_FORECASTS or not self.in_virtual_time:
             return None
         return self.in_virtual_time.ratio(claim.metric, treatment, baseline, of_means=True)
@@ -551,6 +562,21 @@ class RunFolder:
         return folder
 
     @property
+    def machine_slug(self) -> str:
+        """The name of the machine whose folder it is in."""
+        return self.path.parent.parent.name
+
+    @property
+    def lab_name(self) -> str:
+        """The name of the lab whose folder it is in."""
+        return self.path.parent.name
+
+    @property
+    def place(self) -> str:
+        """Its path below `results/`: machine/lab/run."""
+        return "/".join(self.path.parts[-3:])
+
+    @property
     def complete(self) -> bool:
         """Whether the run ended and no trial failed."""
         return (self.path / "COMPLETE").exists()
@@ -635,7 +661,7 @@ class RunFolder:
     def starts_on_file(self, points: Sequence[Point], lab: Lab) -> dict[str, int]:
         """Read the last start of each variant's engine that a trial was played on."""
         last: dict[str, int] = {}
-        for result in self._results(points, lab):
+        for result in self.trial_results(points, lab):
             variant = result.point.partition("/")[0]
             last[variant] = max(last.get(variant, 0), result.start or 0)
         return last
@@ -647,7 +673,7 @@ class RunFolder:
         """
         return sum(
             result.took_s + sum(attempt.took_s for attempt in result.discarded)
-            for result in self._results(points, lab)
+            for result in self.trial_results(points, lab)
         )
 
     def took_turns(self, points: Sequence[Point], lab: Lab) -> bool | None:
@@ -655,7 +681,7 @@ class RunFolder:
 
         Where none has, they do if it was found that they cannot share the GPU; else None.
         """
-        starts = [r.start for r in self._results(points, lab) if r.failed is None]
+        starts = [r.start for r in self.trial_results(points, lab) if r.failed is None]
         if starts:
             return any(start is not None for start in starts)
         residency = self.residency()
@@ -680,14 +706,15 @@ class RunFolder:
                 del trial  # before the next one is read
         return found
 
-    def _results(self, points: Sequence[Point], lab: Lab) -> list[TrialResult]:
+    def trial_results(self, points: Sequence[Point], lab: Lab) -> list[TrialResult]:
+        """Read the own files of all trials that ended."""
         trials = ((point, r) for point in points for r in range(1, lab.rounds + 1))
         return [result for trial in trials if (result := self.trial_result(*trial)) is not None]
 
     def sampling(self, points: Sequence[Point], lab: Lab) -> Sampling:
         """Read how the repeats came about: the looks, and the starts where engines took turns."""
         session, starts = self.session(), dict[str, dict[int, int]]()
-        for result in self._results(points, lab):
+        for result in self.trial_results(points, lab):
             start = result.start
             if start is None and session is not None and not session.resident:
                 # a run from before trials recorded their start
@@ -721,19 +748,17 @@ class RunFolder:
                 yield point, result, trial
                 del trial
 
-    def trial(
-        self, point: Point, result: TrialResult, lab: Lab, most_bytes: int = MOST_RECORD_BYTES
-    ) -> Trial | None:
-        """Read a trial that ended; None where it failed.
-
-        Raises DamagedError where it cannot be read, or its records unpack to over `most_bytes`.
-        """
-        return self._trial_and_size(point, result, lab, most_bytes)[0]
+    def trial(self, point: Point, result: TrialResult, lab: Lab) -> Trial | None:
+        """Read a trial that ended; None where it failed. Raises DamagedError."""
+        return self._trial_and_size(point, result, lab, MOST_RECORD_BYTES)[0]
 
     def _trial_and_size(
         self, point: Point, result: TrialResult, lab: Lab, most_bytes: int
     ) -> tuple[Trial | None, int]:
-        """Read a trial as `trial` does, and count the bytes that its records unpack to."""
+        """Read a trial as `trial` does, and count the bytes that its records unpack to.
+
+        Raises DamagedError for more than `most_bytes` of them, too.
+        """
         if result.failed or result.summary is None:
             return None, 0
         home = self.trial_folder(point, result.repeat)
@@ -859,7 +884,15 @@ def require_room(path: Path) -> None:
 
 def all_runs() -> list[RunFolder]:
     """List the folders of all runs, the newest last."""
-    manifests = RESULTS.glob("*/*/*/run.json")
+    return _newest_last(RESULTS.glob("*/*/*/run.json"))
+
+
+def runs_of(machine: Path) -> list[RunFolder]:
+    """List the runs in a machine's folder of results, wherever that lies, the newest last."""
+    return _newest_last(machine.resolve().glob("*/*/run.json"))
+
+
+def _newest_last(manifests: Iterable[Path]) -> list[RunFolder]:
     return [RunFolder(p.parent) for p in sorted(manifests, key=lambda p: p.parent.name)]
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from labs.judging.measure import Trial
+from labs.judging.measure import Trial, counter_increase
 from loadtests.records import RequestRecord
 from serving import metrics
 
@@ -82,7 +82,7 @@ def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
 
 def cache_hits(trial: Trial, template_tokens: int | None) -> CacheHits | None:
     """Return what a trial found in its cache; None without one, or where it is not counted."""
-    hits = trial.engine.values.get(metrics.PREFIX_HITS) if trial.engine else None
+    hits = counter_increase(trial, metrics.PREFIX_HITS)
     cache = _Cache.of(trial)
     if hits is None or cache is None or not caching(trial):
         return None
@@ -148,7 +148,7 @@ class _Cache:
 
     @classmethod
     def of(cls, trial: Trial) -> _Cache | None:
-        config = trial.engine.info.get(metrics.CACHE_CONFIG, {}) if trial.engine else {}
+        config = trial.cache_config
         block, blocks = config.get("block_size", ""), config.get("num_gpu_blocks", "")
         if not block.isdigit() or not int(block):
             return None
@@ -204,7 +204,7 @@ def _counts_vary(trial: Trial) -> bool:
     A preempted request loses its blocks, a draft head that shares the target's cache leaves out the
     last block, and adapters have caches of their own.
     """
-    preempted = trial.engine.values.get(metrics.PREEMPTIONS, 0.0) if trial.engine else 0.0
+    preempted = counter_increase(trial, metrics.PREEMPTIONS) or 0.0
     point = trial.point
     return bool(preempted or point.flags.speculative_config or point.workload.adapters)
 
@@ -216,7 +216,7 @@ def drafted_tokens(trial: Trial) -> Bounds | None:
     many. None where the engine counts no drafts.
     """
     config = trial.point.flags.speculative_config
-    drafts = trial.engine.values.get(metrics.SPEC_DRAFTS) if trial.engine else None
+    drafts = counter_increase(trial, metrics.SPEC_DRAFTS)
     if drafts is None:
         return None
     most = drafts * int(config["num_speculative_tokens"])
@@ -248,7 +248,7 @@ def accepted_share(trial: Trial, predicted: float) -> Bounds | None:
     None where the engine counts no drafts.
     """
     config = trial.point.flags.speculative_config
-    drafts = trial.engine.values.get(metrics.SPEC_DRAFTS) if trial.engine else None
+    drafts = counter_increase(trial, metrics.SPEC_DRAFTS)
     if not drafts:
         return None
     guesses = int(config["num_speculative_tokens"])

@@ -13,7 +13,7 @@ Kernels round differently for another batch or another share of cached tokens. T
 perplexity by 0.1 to 0.3% and changes the last digit of a needle's number. So passages are scored
 one at a time, and every evaluation has its own cache salt, so that a second one does not find the
 blocks of the first. The noise that remains shows when an engine is evaluated twice; with
-`at_once=1` there is next to none.
+one request at a time there is next to none.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 KEYS = ("Lisbon", "Vienna", "Nairobi", "Lima", "Oslo", "Cairo", "Delhi", "Tokyo", "Boston")
 SHOTS = 3  # the first lines of each block of tasks.txt are examples
 TIMEOUT_S = 120
+AT_ONCE = 4  # needles and tasks
 
 
 class Passage(BaseModel, frozen=True, extra="forbid"):
@@ -118,11 +119,10 @@ def evaluate(
     lengths_tokens: Sequence[int] = LENGTHS_TOKENS,
     seeds: int = 4,
     quick: bool = False,
-    at_once: int = 4,
 ) -> Evaluation:
     """Evaluate the engine at `url` on passages, needles and tasks.
 
-    `quick` takes a third of it, which decides little. Needles and tasks have `at_once` requests in
+    `quick` takes a third of it, which decides little. Needles and tasks have AT_ONCE requests in
     flight. Fewer than four seeds of needles decide nothing: even where none of 45 completions
     differs, the interval is ± 6 points.
     """
@@ -135,7 +135,7 @@ def evaluate(
         for seed in range(1 if quick else seeds)
     ]
     passages = tuple(score_passage(client, text) for text in read_passages("held_out.txt")[third])
-    with thread_pool(at_once) as pool:
+    with thread_pool(AT_ONCE) as pool:
         needles = pool.map(lambda text: ask_needles(client, *text), texts)
         tasks = pool.map(lambda task: ask_task(client, *task), tasks_with_shots()[third])
         return Evaluation(
@@ -147,9 +147,9 @@ def evaluate(
         )
 
 
-def score_passage(client: EvaluationClient, text: str, top: int = TOP) -> Passage:
+def score_passage(client: EvaluationClient, text: str) -> Passage:
     """Score every token of a text but the first, which nothing precedes."""
-    body = {"prompt": text, "max_tokens": 1, "prompt_logprobs": top, "return_token_ids": True}
+    body = {"prompt": text, "max_tokens": 1, "prompt_logprobs": TOP, "return_token_ids": True}
     choice = client.complete("completions", body)
     return Passage(
         token_ids=choice["prompt_token_ids"][1:],

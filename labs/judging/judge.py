@@ -182,6 +182,11 @@ class Judgement(BaseModel, frozen=True, extra="forbid"):
     why: str
 
     @property
+    def where(self) -> str:
+        """The two points, as comparisons name them."""
+        return f"{self.treatment} / {self.baseline}"
+
+    @property
     def ratio(self) -> Interval | None:
         """The measured ratio, treatment / baseline."""
         return self.effect.ratio if self.effect else None
@@ -266,10 +271,10 @@ def mean_interval(
     return Interval(value=mean, low=low, high=min(high, most), n=len(values))
 
 
-def over_repeats(repeats: Repeats, metric: str, confidence: float = CONFIDENCE) -> Interval | None:
+def over_repeats(repeats: Repeats, metric: str) -> Interval | None:
     """Compute the mean over the repeats that have the metric, on which every verdict rests."""
     values, most = by_repeat(repeats, metric), METRICS[metric].most
-    return mean_interval(list(values.values()), confidence, most) if values else None
+    return mean_interval(list(values.values()), most=most) if values else None
 
 
 def figure(repeats: Repeats, pooled: Mapping[str, float], metric: str) -> Interval | None:
@@ -412,15 +417,10 @@ def repeats_to_decide(effect: Effect, margin: float) -> int | None:
         return 3
     size, level = abs(math.log(effect.ratio.value)), 1 - (1 - CONFIDENCE) / effect.looks
     for n in range(effect.ratio.n + 1, MOST_REPEATS + 1):
-        half = _t_quantile(n, level) * effect.spread / math.sqrt(n)
+        half = _student(n - 1, level) * effect.spread / math.sqrt(n)
         if max(half, math.log1p(margin)) < size or size + half < math.log1p(margin):
             return n
     return None
-
-
-def _t_quantile(n: int, confidence: float = CONFIDENCE) -> float:
-    """Return the two-sided Student quantile for the mean of n values."""
-    return _student(n - 1, confidence)
 
 
 def _student(freedom: float, confidence: float) -> float:

@@ -22,7 +22,7 @@ throughput is known.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -77,6 +77,11 @@ class Trial:
     other_work: OtherWork = OtherWork()
     asked: Sequence[Asked] = ()  # by the index of a request; empty where that is not known
     usd_per_hour: float | None = None  # the price of the machine, as the run recorded it
+
+    @property
+    def cache_config(self) -> Mapping[str, str]:
+        """The engine's configuration of its KV cache; empty where it is not known."""
+        return self.engine.info.get(metrics.CACHE_CONFIG, {}) if self.engine else {}
 
     @cached_property
     def measured_requests(self) -> list[RequestRecord]:
@@ -470,7 +475,7 @@ def acceptance_length(trial: Trial) -> float | None:
 
 def kv_capacity_tokens(trial: Trial) -> float | None:
     """Tokens that the KV cache holds: blocks x block size, from the engine's configuration."""
-    config = trial.engine.info.get(metrics.CACHE_CONFIG, {}) if trial.engine else {}
+    config = trial.cache_config
     try:
         return float(int(config["num_gpu_blocks"]) * int(config["block_size"]))
     except (KeyError, ValueError):

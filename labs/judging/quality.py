@@ -104,18 +104,25 @@ def per_token(clusters: Sequence[Sequence[float]]) -> Interval:
 
 
 def over_clusters(totals: Sequence[float], sizes: Sequence[int]) -> Interval:
-    """Divide the sum of the clusters' totals by the sum of their sizes, which is `n`.
+    """Divide the sum of the clusters' totals by the sum of their sizes, which is `n`."""
+    return ratio_of_sums(totals, sizes).model_copy(update={"n": sum(sizes)})
+
+
+def ratio_of_sums(
+    totals: Sequence[float], sizes: Sequence[float], confidence: float = CONFIDENCE
+) -> Interval:
+    """Divide two sums over the same clusters, whose number is `n`.
 
     The interval is Student's t with the standard error of a ratio of cluster totals (Cochran 1977,
     9.1).
     """
     total, size = np.array(totals, dtype=float), np.array(sizes, dtype=float)
-    m, mean = len(total), float(total.sum() / size.sum())
+    m, value = len(total), float(total.sum() / size.sum())
     if m < 2:
-        return Interval(value=mean, low=None, high=None, n=int(size.sum()))
-    spread = math.sqrt(float(((total - mean * size) ** 2).sum()) * m / (m - 1))
-    half = float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, m - 1)) * spread / float(size.sum())
-    return Interval(value=mean, low=mean - half, high=mean + half, n=int(size.sum()))
+        return Interval(value=value, low=None, high=None, n=m)
+    spread = math.sqrt(float(((total - value * size) ** 2).sum()) * m / (m - 1))
+    half = float(scipy.stats.t.ppf(0.5 + confidence / 2, m - 1)) * spread / abs(float(size.sum()))
+    return Interval(value=value, low=value - half, high=value + half, n=m)
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[Interval, float]:

@@ -30,6 +30,7 @@ from labs.judging.evaluation import (
     says_number,
 )
 from labs.judging.judge import CONFIDENCE, Interval
+from labs.judging.quality import ratio_of_sums
 
 ANSWER_TOKENS = 8
 Changes = Mapping[tuple[int, int], Sequence[float]]
@@ -153,9 +154,7 @@ def share(hits: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     return Interval(value=hits / n, low=float(bounds.low), high=float(bounds.high), n=n)
 
 
-def margin_change(
-    before: Sequence[Needle], after: Sequence[Needle], confidence: float = CONFIDENCE
-) -> Interval | None:
+def margin_change(before: Sequence[Needle], after: Sequence[Needle]) -> Interval | None:
     """Average the change of the margin over needles that both sides have one of, in nats.
 
     The interval treats texts as independent and the needles of one text not: Student's t with the
@@ -165,7 +164,7 @@ def margin_change(
     if not changes:
         return None
     totals, sizes = ([f(v) for v in changes.values()] for f in (math.fsum, len))
-    return _ratio(totals, sizes, confidence)
+    return ratio_of_sums(totals, sizes)
 
 
 def adds_up(
@@ -183,7 +182,7 @@ def adds_up(
     below = [sum(float(np.mean(part[t])) for part in parts) for t in texts]
     if not texts or sum(below) >= 0:
         return None
-    return _ratio(above, below, confidence)
+    return ratio_of_sums(above, below, confidence)
 
 
 def by_text(before: Sequence[Needle], after: Sequence[Needle]) -> Changes:
@@ -200,13 +199,3 @@ def by_text(before: Sequence[Needle], after: Sequence[Needle]) -> Changes:
         if b.margin_nats is not None and a.margin_nats is not None:
             changes.setdefault((b.length_tokens, b.text), []).append(a.margin_nats - b.margin_nats)
     return changes
-
-
-def _ratio(totals: Sequence[float], sizes: Sequence[float], confidence: float) -> Interval:
-    total, size = np.array(totals, dtype=float), np.array(sizes, dtype=float)
-    m, value = len(total), float(total.sum() / size.sum())
-    if m < 2:
-        return Interval(value=value, low=None, high=None, n=m)
-    spread = math.sqrt(float(((total - value * size) ** 2).sum()) * m / (m - 1))
-    half = float(scipy.stats.t.ppf(0.5 + confidence / 2, m - 1)) * spread / abs(float(size.sum()))
-    return Interval(value=value, low=value - half, high=value + half, n=m)

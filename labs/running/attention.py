@@ -29,13 +29,13 @@ def time_attention(setup: Setup, folder: RunFolder, progress: ProgressDisplay) -
     Where that fails the run goes on without them, and says why. An endpoint's kernels are not this
     machine's: they are not timed.
     """
-    lengths, cpu = setup.lab.attention_tokens, setup.machine.kind == "cpu"
+    lengths, kind = setup.lab.attention_tokens, setup.machine.kind
     if not lengths or setup.endpoint or folder.attention_file.exists():
         return
     plan = AttentionPlan(
         config=setup.model.path / "config.json",
-        device="cpu" if cpu else "cuda",
-        cores=tuple(machines.split_cores()[0]) if cpu else (),
+        device="cuda" if kind == "gpu" else "cpu",
+        cores=machines.timing_cores(kind),
         cache_bytes=setup.machine.caches_bytes.get("L2"),
         lengths_tokens=lengths,
     )

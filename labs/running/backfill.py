@@ -27,7 +27,7 @@ from labs.filing.bounded import DamagedError
 from labs.filing.results import Run, RunFolder, readable
 from labs.judging.judge import Interval
 from labs.judging.metrics import METRICS
-from labs.judging.text import claim_outcome, outcome_text
+from labs.judging.text import claim_outcome, counted, outcome_text
 from labs.lab import Lab, LabError, Point
 from loadtests import exporter, records
 from loadtests.exporter import Exporter
@@ -67,7 +67,8 @@ class Loaded:
     def __str__(self) -> str:
         if not self.trials and not self.figures:
             return "already loaded"
-        return f"{self.trials} trials{' and the figures of its report' if self.figures else ''}"
+        figures = " and the figures of its report" if self.figures else ""
+        return f"{counted(self.trials, 'trial')}{figures}"
 
 
 def load(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], None]) -> None:
@@ -76,26 +77,12 @@ def load(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], None])
     A run that cannot be read is left out and reported; of an interrupted run the finished trials
     are added.
     """
-    watch = prometheus.watching()
-    loads: list[tuple[RunFolder, _Since, bool]] = []  # no records: runs may be many
-    damaged: list[RunFolder] = []
+    watch, damaged = prometheus.watching(), list[RunFolder]()
     try:
         with Prometheus(CACHE / "import.log") as own_prometheus:
             if own_prometheus.missing:
                 raise LabError(own_prometheus.missing)
-            for folder in folders:
-                try:
-                    with readable(folder):
-                        trials = _trials(folder)
-                    if trials:
-                        loads.append((folder, *_missing(folder, trials, own_prometheus)))
-                    else:
-                        report(folder, "left out, as none of its trials has finished")
-                except requests.RequestException as error:  # not "no samples"
-                    raise LabError(f"Prometheus did not answer: {error}") from error
-                except (DamagedError, OSError) as error:
-                    damaged.append(folder)
-                    report(folder, f"left out: {error}")
+            loads = _loads(folders, own_prometheus, report, damaged)
         if watch and watch.own:  # it reads new blocks when it starts
             prometheus.unwatch()
         for folder, since, figures in loads:
@@ -119,6 +106,33 @@ def load(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], None])
         )
 
 
+def _loads(
+    folders: Sequence[RunFolder],
+    own_prometheus: Prometheus,
+    report: Callable[[RunFolder, str], None],
+    damaged: list[RunFolder],
+) -> list[tuple[RunFolder, _Since, bool]]:
+    """List what Prometheus lacks of each run, without records: runs may be many.
+
+    A run that cannot be read is reported, and added to those that are damaged. Raises LabError.
+    """
+    loads: list[tuple[RunFolder, _Since, bool]] = []
+    for folder in folders:
+        try:
+            with readable(folder):
+                trials = _trials(folder)
+            if trials:
+                loads.append((folder, *_missing(folder, trials, own_prometheus)))
+            else:
+                report(folder, "left out, as none of its trials has finished")
+        except requests.RequestException as error:  # not "no samples"
+            raise LabError(f"Prometheus did not answer: {error}") from error
+        except (DamagedError, OSError) as error:
+            damaged.append(folder)
+            report(folder, f"left out: {error}")
+    return loads
+
+
 def load_figures(folder: RunFolder) -> None:
     """Add the figures of a run that Prometheus has just followed; none where every trial failed."""
     if _trials(folder):
@@ -138,9 +152,17 @@ class _Played:
     summary: TrialSummary
     length_s: float
 
+    @property
+    def name(self) -> tuple[str, int]:
+        return self.point.key, self.repeat
 
-def _name(trial: _Played) -> tuple[str, int]:
-    return trial.point.key, trial.repeat
+    @property
+    def start_unix_s(self) -> float:
+        return self.summary.started_unix_s
+
+    @property
+    def end_unix_s(self) -> float:
+        return self.start_unix_s + self.length_s
 
 
 def _missing(
@@ -150,7 +172,7 @@ def _missing(
     run_id = folder.path.name
     known = f'count(last_over_time({series.RUN_INFO}{{run_id="{run_id}"}}[1m]))'
     lacking = {
-        _name(t): since_s
+        t.name: since_s
         for t in trials
         if not (since_s := _known_s(t, run_id, own_prometheus))
         or t.length_s - since_s > SCRAPES_LATE_S
@@ -168,20 +190,18 @@ def _trials(folder: RunFolder) -> list[_Played]:
         if trial:
             finished.append(_Played(point, result.repeat, trial.summary, trial.length_s))
         del trial  # before the next one is read
-    return sorted(finished, key=lambda t: t.summary.started_unix_s)
+    return sorted(finished, key=lambda t: t.start_unix_s)
 
 
 def _known_s(trial: _Played, run_id: str, own_prometheus: Prometheus) -> float:
     """Return how many seconds into the trial Prometheus has samples of its run."""
-    start, end = trial.summary.started_unix_s, trial.summary.started_unix_s + trial.length_s
-    latest = own_prometheus.known(
-        f'max(timestamp({exporter.LOAD_POINT}{{run_id="{run_id}"}}))', end + ROUNDED_S
-    )
-    return max(0.0, (latest or start) - start)
+    newest = f'max(timestamp({exporter.LOAD_POINT}{{run_id="{run_id}"}}))'
+    latest = own_prometheus.known(newest, trial.end_unix_s + ROUNDED_S)
+    return max(0.0, (latest or 0.0) - trial.start_unix_s)
 
 
 def _end_unix_s(trials: Sequence[_Played]) -> float:
-    return max(t.summary.started_unix_s + t.length_s for t in trials)
+    return max(t.end_unix_s for t in trials)
 
 
 def _all(folder: RunFolder, since: _Since, figures: bool) -> Iterator[str]:
@@ -195,9 +215,9 @@ def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
     lab = folder.run().rebuilt_lab()
     by_variant: dict[str, Exporter] = {}  # only the variant under load has samples
     for trial in _trials(folder):
-        if (since_s := since.get(_name(trial))) is None:
+        if (since_s := since.get(trial.name)) is None:
             continue
-        point, start = trial.point, trial.summary.started_unix_s
+        point, start = trial.point, trial.start_unix_s
         client = by_variant.setdefault(point.variant.name, Exporter())
         client.begin(_plan(lab, folder.path.name, trial))
         path = folder.trial_folder(point, trial.repeat) / "requests.jsonl.gz"
@@ -312,7 +332,7 @@ def _about(folder: RunFolder, run: Run) -> dict[str, str]:
         "model": run.model,
         "scale": run.scale,
         "quick": "yes" if run.quick else "no",
-        "report": "/".join((*folder.path.parts[-3:], "report.md")),
+        "report": f"{folder.place}/report.md",
     }
 
 

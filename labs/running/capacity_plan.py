@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from labs.lab import SLO, LabError
 from labs.running.forecaster import Forecaster, play_all, side_by_side
 from labs.running.machines_on_file import DEFAULT_BUDGET_TOKENS, MachineOnFile
 from labs.running.progress import ProgressDisplay
+from labs.running.prompt_files import usable_cores
 from labs.running.resolve import machine_of
 from labs.running.step_timing import ends_of_band, is_eight_bit
 from labs.running.virtual_trials import as_one_gpu, defaults_on_a_gpu, records
@@ -43,13 +43,7 @@ from loadtests.arrivals import Poisson
 from serving import dummy, models
 from serving.engines.base import FlagValue
 from serving.engines.vllm import CPU_KV_BYTES, PROCESS_BYTES, Vllm, VllmFlags, usable_bytes
-from serving.forecasting.datasheet import (
-    EXPECTED,
-    FASTER,
-    SLOWER,
-    reason_against_sharing,
-    step_times,
-)
+from serving.forecasting.datasheet import ENDS, reason_against_sharing, step_times
 from serving.forecasting.fleet import serial_delays
 from serving.forecasting.plan import (
     ForecastPlan,
@@ -74,7 +68,6 @@ the first."""
 FEWEST = 500  # requests that count in a play
 MOST_REPLICAS = 64
 LONGEST_OUTPUT = 4  # drawn outputs are cut at so many times their mean
-ENDS = (EXPECTED, FASTER, SLOWER)
 MOST_PROCESSES = 16  # that play loads side by side
 FORECASTER_BYTES = 1.5e9  # of memory for each of them, and for every request of its longest play
 REQUEST_BYTES = 4e3
@@ -220,6 +213,18 @@ class Served:
         """The tokens of the longest request: one fills the cache, or all of the positions."""
         return min(self.model.shape.max_positions, int(self.room_tokens)) - 1
 
+    def fit(self, precision: str, memory_bytes: float, demand: Demand) -> Fit:
+        """Say how it fits so much memory, and how many requests of a demand fit beside it."""
+        shape = self.model.shape
+        return Fit(
+            precision,
+            shape.held_bytes,
+            memory_bytes,
+            shape.kv_bytes_per_token(),
+            self.room_tokens,
+            self.room_tokens / demand.tokens,
+        )
+
     def argv(self, longest_tokens: int) -> tuple[str, ...]:
         more = {"max-model-len": longest_tokens, "enable-prefix-caching": True}
         return (
@@ -252,13 +257,9 @@ def _on_file(question: Question, on_file: MachineOnFile) -> tuple[Served, tuple[
             f"on {on_file.machine.slug} one device's step in BF16 was timed: leave PRECISION and TP"
             " out, or name a GPU by its datasheet with MACHINE="
         )
-    served, shape = Served.on_file(question.model, on_file), question.model.shape
+    served = Served.on_file(question.model, on_file)
     kv_bytes = max(0, served.flags.kv_cache_memory_bytes)
-    fit = Fit(
-        "bf16", shape.held_bytes, shape.held_bytes + kv_bytes, shape.kv_bytes_per_token(),
-        served.room_tokens, served.room_tokens / question.demand.tokens,
-    )  # fmt: skip
-    return served, (fit,)
+    return served, (served.fit("bf16", served.model.shape.held_bytes + kv_bytes, question.demand),)
 
 
 def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fit]:
@@ -267,14 +268,8 @@ def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fi
             served = Served.of(question.model, precision, machine, sheet, question.gpus)
         except ModelError:  # quantized experts, for example
             continue
-        yield Fit(
-            precision,
-            served.model.shape.held_bytes,
-            question.gpus * usable_bytes(machine.memory_bytes),
-            served.model.shape.kv_bytes_per_token(),
-            served.room_tokens,
-            served.room_tokens / question.demand.tokens,
-        )
+        memory_bytes = question.gpus * usable_bytes(machine.memory_bytes)
+        yield served.fit(precision, memory_bytes, question.demand)
 
 
 def _request_alone(served: Served, demand: Demand) -> Alone:
@@ -332,11 +327,12 @@ def _rate_forecasts(player: _Player, rates: Sequence[float]) -> Iterator[RateFor
         for end in range(len(ENDS))
     ]
     plays = player.play(jobs, "one replica")
-    for rate, (expected, *ends) in zip(rates, _by_load(plays), strict=True):
+    for rate, (expected, *ends) in zip(rates, by_load(plays), strict=True):
         yield RateForecast(rate, expected, over([p.within for p in (expected, *ends)]))
 
 
-def _by_load(plays: Sequence[Latencies]) -> list[Sequence[Latencies]]:
+def by_load(plays: Sequence[Latencies]) -> list[Sequence[Latencies]]:
+    """Group plays of which each load has one at each end of the band."""
     return [plays[first : first + len(ENDS)] for first in range(0, len(plays), len(ENDS))]
 
 
@@ -391,7 +387,7 @@ def _fleets(player: _Player, replicas: int) -> Iterator[FleetForecast]:
         _Job(load, end, replicas, router) for router in question.routers for end in range(len(ENDS))
     ]
     plays = player.play(jobs, f"{replicas} replicas")
-    for router, of_router in zip(question.routers, _by_load(plays), strict=True):
+    for router, of_router in zip(question.routers, by_load(plays), strict=True):
         yield fleet_forecast(router, of_router)
 
 
@@ -491,7 +487,7 @@ def processes(requests: int = 0) -> int:
     `requests` are those of the longest play.
     """
     room = int(available_bytes() / (FORECASTER_BYTES + requests * REQUEST_BYTES))
-    return max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, room))
+    return max(1, min(usable_cores(), MOST_PROCESSES, room))
 
 
 def in_order(
@@ -601,19 +597,16 @@ def _price(question: Question, answer: CapacityPlan) -> Price | None:
     """Compare renting a GPU with buying tokens; None without a price and a capacity."""
     if question.usd_per_hour is None or answer.capacity_per_s is None:
         return None
-    capacity, output = answer.capacity_per_s, question.demand.output_tokens
-    usd_per_hour = question.gpus * question.usd_per_hour
-    usd_per_million = [
-        usd_per_hour / 3600 / (per_s * output) * 1e6
+    usd_per_hour, capacity = question.gpus * question.usd_per_hour, answer.capacity_per_s
+    tokens_per_s = [
+        per_s * question.demand.output_tokens
         for per_s in (capacity.value, capacity.high, capacity.low)
-        if per_s
     ]
-    million_a_day = [
-        per_s * output * 86_400 / 1e6 for per_s in (capacity.value, capacity.high, capacity.low)
-    ]
+    usd_per_million = [usd_per_hour / 3600 / per_s * 1e6 for per_s in tokens_per_s if per_s]
     return Price(
         usd_per_hour=usd_per_hour,
-        million_tokens_per_day=over(million_a_day),
-        usd_per_million=over(usd_per_million) if len(usd_per_million) == len(ENDS) else None,
+        million_tokens_per_day=over([per_s * 86_400 / 1e6 for per_s in tokens_per_s]),
+        # a slower step may serve none within the objective
+        usd_per_million=over(usd_per_million) if all(tokens_per_s) else None,
         api_usd_per_million=question.api_usd_per_million,
     )

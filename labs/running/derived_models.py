@@ -78,7 +78,10 @@ def _pruned(method: prune.Method) -> Recipe:
     return Recipe(what, "serving.prune", 0.3, method=str(method), text="calibration.txt")
 
 
-def _quantized(method: str, what: str, minutes: float, text: str = "calibration.txt") -> Recipe:
+def _quantized(
+    method: str, minutes: float, text: str = "calibration.txt", note: str = ""
+) -> Recipe:
+    what = f"{quantize.METHODS[method].what}{note}"
     return Recipe(what, "serving.quantize", minutes, method=method, text=text)
 
 
@@ -129,18 +132,16 @@ RECIPES: dict[str, Recipe] = {
         quick_share=0.25,
     ),
     **{name: _pruned(prune.Method.parse(name)) for name in prune.METHODS},
-    "w8a8-rtn": _quantized("w8a8-rtn", "INT8 weights and activations, rounded to nearest", 1),
-    "w8a8": _quantized("w8a8", "INT8 weights and activations by SmoothQuant and GPTQ", 2),
-    "w4a16-rtn": _quantized("w4a16-rtn", "4-bit weights, rounded to nearest", 1),
-    "w4a16-gptq": _quantized("w4a16-gptq", "4-bit weights by GPTQ", 2),
-    "w4a16-gptq-code": _quantized(
-        "w4a16-gptq", "4-bit weights by GPTQ, calibrated on code", 2, "calibration_code.txt"
-    ),
-    "w4a16-awq": _quantized("w4a16-awq", "4-bit weights by AWQ", 3),
-    "fp8": _quantized("fp8", "FP8 weights, activations scaled as they come", 1),
-    "gptqmodel": _quantized("gptqmodel", "4-bit weights by GPTQ, by GPTQModel", 4),
-    "auto-gptq": _quantized("auto-gptq", "4-bit weights by GPTQ, by the archived AutoGPTQ", 4),
-    "autoawq": _quantized("autoawq", "4-bit weights by AWQ, by the archived AutoAWQ", 6),
+    "w8a8-rtn": _quantized("w8a8-rtn", 1),
+    "w8a8": _quantized("w8a8", 2),
+    "w4a16-rtn": _quantized("w4a16-rtn", 1),
+    "w4a16-gptq": _quantized("w4a16-gptq", 2),
+    "w4a16-gptq-code": _quantized("w4a16-gptq", 2, "calibration_code.txt", ", calibrated on code"),
+    "w4a16-awq": _quantized("w4a16-awq", 3),
+    "fp8": _quantized("fp8", 1),
+    "gptqmodel": _quantized("gptqmodel", 4),
+    "auto-gptq": _quantized("auto-gptq", 4),
+    "autoawq": _quantized("autoawq", 6),
 }
 PROMPTS_EACH = 200
 LARGER_PARAMS = 400_000_000  # three times the bundled model's
@@ -187,19 +188,40 @@ def make(
     folder = place(model, name)
     if is_made(folder, model) and not _lacks_a_backend(folder):
         return folder
-    try:
-        if not (made_here or folder.exists()) and (downloaded := models.sibling(model, name)):
-            report(f"{name} is served as published: {models.SIBLINGS[model.name][name]}")
-            return downloaded
-    except ModelError as error:
-        if name not in RECIPES:
-            raise
-        report(f"{name} is made here, because {error}")
+    if not (made_here or folder.exists()) and (published := _published(model, name, report)):
+        return published
     if name not in RECIPES:
         raise LabError(
             f"no {name!r} is published for {model.name}, and this lab cannot make it; it makes"
             f" {', '.join(RECIPES)}"
         )
+    return _make_here(model, name, folder, report, quick)
+
+
+def _published(model: Model, name: str, report: Callable[[str], None]) -> Path | None:
+    """Download a derived model that is published; None for one that is to be made here.
+
+    Raises ModelError where it can be had in neither way.
+    """
+    try:
+        downloaded = models.sibling(model, name)
+    except ModelError as error:
+        if name not in RECIPES:
+            raise
+        report(f"{name} is made here, because {error}")
+        return None
+    if downloaded:
+        report(f"{name} is served as published: {models.SIBLINGS[model.name][name]}")
+    return downloaded
+
+
+def _make_here(
+    model: Model, name: str, folder: Path, report: Callable[[str], None], quick: bool
+) -> Path:
+    """Make a derived model in this folder, or for a quick run a smaller one in a folder beside it.
+
+    Return the folder that was made, by this process or by another. Raises LabError.
+    """
     recipe = RECIPES[name]
     share, minutes, lesser = 1.0, recipe.minutes, ""
     if quick and recipe.quick_share < 1:

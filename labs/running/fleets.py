@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labs.lab import LabError, Point
-from labs.running.capacity_plan import ENDS, fleet_forecast, in_order, processes
+from labs.running.capacity_plan import by_load, fleet_forecast, in_order, processes
 from labs.running.copied_text import read_answers
-from labs.running.forecast import reason_against, steps_of
+from labs.running.forecast import reasons_against, steps_of
 from labs.running.forecaster import side_by_side, started
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from labs.running.step_timing import earlier_speeds
 from labs.running.trials import requests_file
 from labs.running.virtual_trials import VirtualTrials
-from labs.telling.capacity_plans import FleetForecast, Latencies
+from labs.telling.capacity_plans import FleetForecast
 from loadtests.arrivals import OfCapacity
 from loadtests.trace import MOST_ROWS
+from serving.forecasting.datasheet import ENDS
 from serving.forecasting.fleet import serial_delays
 from serving.forecasting.plan import ForecastPlan, SyntheticRequest
 
@@ -81,7 +82,7 @@ def forecast_fleets(
 
     Raises ForecastError where the step cannot be timed, or vLLM's scheduler cannot be driven.
     """
-    without = {v.name: why for v in setup.lab.variants if (why := reason_against(setup, v))}
+    without = reasons_against(setup)
     points = [p for p in _open_points(setup) if p.variant.name not in without]
     if not points:
         return FleetForecasts(size, {}, without)
@@ -104,10 +105,7 @@ def forecast_fleets(
     with side_by_side(processes(most_requests)) as forecasters:
         played = in_order(forecasters, plans, setup.lab.slo, progress, f"{size.replicas} replicas")
     found: dict[str, list[FleetForecast]] = {}
-    of_router: list[Latencies] = []
-    for (point, router, _), latencies in zip(jobs, played, strict=True):
-        of_router.append(latencies)
-        if len(of_router) == len(ENDS):
-            found.setdefault(point.key, []).append(fleet_forecast(router, of_router))
-            of_router = []
+    loads = itertools.product(points, size.routers)
+    for (point, router), plays in zip(loads, by_load(played), strict=True):
+        found.setdefault(point.key, []).append(fleet_forecast(router, plays))
     return FleetForecasts(size, found, without)

@@ -58,7 +58,7 @@ def forecast(
     `requests[workload]` holds the file of each repeat. Raises ForecastError where the step cannot
     be timed, vLLM does not import, or its scheduler cannot be driven.
     """
-    without = {v.name: why for v in setup.lab.variants if (why := reason_against(setup, v))}
+    without = reasons_against(setup)
     points = [p for p in setup.points if p.variant.name not in without]
     if not points:
         return PointForecasts(points={}, without=without)
@@ -169,6 +169,11 @@ def _on_two_engines(trials: VirtualTrials, points: Sequence[Point]) -> tuple[OnT
     return trials.on_two_engines(pairs) if pairs else ()
 
 
+def reasons_against(setup: Setup) -> dict[str, str]:
+    """Say of each variant whose step cannot be timed in advance why not."""
+    return {v.name: why for v in setup.lab.variants if (why := reason_against(setup, v))}
+
+
 def reason_against(setup: Setup, variant: Variant) -> str | None:
     """Say why this variant's step cannot be timed in advance; None where it can."""
     flags = setup.lab.flags_of(variant)
@@ -204,7 +209,7 @@ def _other_kernels(setup: Setup, variant: Variant) -> str | None:
     """Say which operators this variant has in the place of the model's own, or beside them."""
     if _has_quantized_weights(setup, variant):
         return "the kernels of quantized weights were not timed"
-    if _has_quantized_cache(setup, variant):
+    if setup.lab.flags_of(variant).quantizes_cache:
         return "attention to a quantized cache was not timed"
     if setup.lab.flags_of(variant).get("enable-lora"):
         return "vLLM's operators for adapters were not timed"
@@ -236,11 +241,6 @@ def _unseen(lab: Lab, variant: Variant) -> str | None:
 
 def _has_quantized_weights(setup: Setup, variant: Variant) -> bool:
     return "quantization_config" in config_of(served_folder(setup, variant) / "config.json")
-
-
-def _has_quantized_cache(setup: Setup, variant: Variant) -> bool:
-    dtype = setup.lab.flags_of(variant).get("kv-cache-dtype", "auto")
-    return str(dtype) not in ("auto", "bfloat16")
 
 
 def _unpublished(flags: VllmFlags) -> str | None:

@@ -143,15 +143,14 @@ def _of_model(timed: Sequence[MachineOnFile], model: str) -> list[MachineOnFile]
 
 def named() -> list[str]:
     """List the machines on file, as MACHINE= takes them."""
-    return sorted({manifest.parts[-4] for manifest in results.RESULTS.glob("*/*/*/run.json")})
+    return sorted({folder.machine_slug for folder in results.all_runs()})
 
 
 def _runs_in(folder: Path) -> list[RunFolder]:
     """Return a machine's runs, the newest last, or the only run where the folder is one."""
     if (folder / "run.json").is_file():
         return [RunFolder(folder.resolve())]
-    manifests = sorted(folder.glob("*/*/run.json"), key=lambda path: path.parent.name)
-    return [RunFolder(manifest.parent.resolve()) for manifest in manifests]
+    return results.runs_of(folder)
 
 
 def _of(folder: RunFolder) -> MachineOnFile:
@@ -166,7 +165,7 @@ def _of(folder: RunFolder) -> MachineOnFile:
     if not _serves_the_model_alone(run.rebuilt_lab(), variants_forecast):
         raise LabError(f"the run {folder.path.name} timed no step of the model as it is")
     return MachineOnFile(
-        run="/".join(folder.path.parts[-3:]),
+        run=folder.place,
         machine=run.machine,
         scale=run.scale,
         ceilings=run.ceilings,
@@ -184,7 +183,7 @@ def _serves_the_model_alone(lab: Lab, forecast: Collection[str]) -> bool:
         v.name in forecast
         and v.engine == DEFAULT_ENGINE
         and not v.weights
-        and str(flags.get("kv-cache-dtype", "auto")) in ("auto", "bfloat16")
+        and not flags.quantizes_cache
         and flags.devices == 1
         and not flags.get("enable-lora")
         for v, flags in zip(lab.variants, lab.all_flags, strict=True)

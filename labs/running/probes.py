@@ -1,7 +1,7 @@
 """Probe an engine apart from the load: quality, isolation of tenants, leaks through timing.
 
 Each probe runs once for a variant, on the same engine, after its trials. Its result is kept as it
-came (`probes/<probe>-<variant>.json`); `labs/findings/` concludes from it.
+came (`probes/<probe>-<variant>.json.gz`); `labs/findings/` concludes from it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from typing import Any
 import requests
 
 from labs.judging import retrieval, sampling
-from labs.judging.evaluation import LENGTHS_TOKENS, EvaluationClient, evaluate, thread_pool
+from labs.judging.evaluation import (
+    LENGTHS_TOKENS,
+    TIMEOUT_S,
+    EvaluationClient,
+    evaluate,
+    thread_pool,
+)
 from labs.lab import Lab, Variant
 from loadtests.prompts import Messages, Writer
 from loadtests.structures import FORMS, Form, Spec, instruction, spec
@@ -39,7 +45,6 @@ class ProbedEngine:
 
 
 Probe = Callable[[ProbedEngine], dict[str, Any]]
-TIMEOUT_S = 120
 TEXTS_ASKED = 12  # with five needles each: with fewer the gate could not even pass a twin
 
 

@@ -15,7 +15,7 @@ from labs import LABS
 from labs.filing import manifest
 from labs.filing.manifest import Fact
 from labs.filing.results import Run, lab_from_resolved
-from labs.lab import LabError
+from labs.lab import Lab, LabError
 from labs.running.resolve import RunRequest, engine_environment, model_for, require_harmless
 from serving import machine as machines
 from serving import models
@@ -32,12 +32,32 @@ def request(
     Of what a manifest holds, only the lab, its sizes and the name of its model are used; its
     variables are compared and never set.
     """
+    if run.endpoint:
+        raise LabError(
+            "this run was measured on an endpoint, which only its owner can start again: name"
+            " a run whose engines the lab started, or run the lab anew with an ENDPOINT= of yours"
+        )
+    lab = _lab_of(run)
+    require_harmless(lab, recorded=True)
+    return RunRequest(
+        lab=lab,
+        quick=run.quick,
+        changes=run.changes,
+        model=model or _model_setting(run),
+        weights="dummy" if run.dummy else "",
+        resume=resume,
+        reproduces=run.run_id,
+        scale=run.scale,
+        engine_command=engine_command,
+    )
+
+
+def _lab_of(run: Run) -> Lab:
+    """Read the run's lab, with what predicts from this checkout. Raises LabError without that."""
     name, commit = run.lab["name"], run.environment.git_commit
     checkout_hint = (
         f"`git checkout {commit[:12]}` has it" if commit else "the commit is not on file"
     )
-    if run.endpoint:
-        raise LabError("this run was measured on an endpoint, which only its owner can start again")
     if name not in LABS:
         raise LabError(f"there is no lab {name} in this checkout: {checkout_hint}")
     current_lab = LABS[name]
@@ -55,24 +75,12 @@ def request(
             f" {checkout_hint}"
         )
     try:
-        lab = lab_from_resolved(run.lab, current_lab)
+        return lab_from_resolved(run.lab, current_lab)
     except ValueError as error:
         raise LabError(
             f"this checkout can no longer read the run's lab ({str(error).splitlines()[0]}):"
             f" {checkout_hint}"
         ) from error
-    require_harmless(lab, recorded=True)
-    return RunRequest(
-        lab=lab,
-        quick=run.quick,
-        changes=run.changes,
-        model=model or _model_setting(run),
-        weights="dummy" if run.dummy else "",
-        resume=resume,
-        reproduces=run.run_id,
-        scale=run.scale,
-        engine_command=engine_command,
-    )
 
 
 def _model_setting(run: Run) -> str:

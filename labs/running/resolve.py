@@ -158,8 +158,8 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     require_client_limits(lab, elsewhere)
     require_prompts(lab, writer)
     places, weights = _derived(lab, model, progress, request.quick)
-    ceilings, about = _ceilings(machine, datasheet, on_file, progress)
-    _introduce(machine, model, about, progress)
+    ceilings, about = _ceilings(machine, model, datasheet, on_file, progress)
+    _introduce(machine, model, endpoint, about, progress)
     points = lab.points(
         model.shape,
         ceilings,
@@ -205,6 +205,7 @@ def _covering(
 
 def _ceilings(
     machine: Machine,
+    model: models.Model,
     datasheet: Datasheet | None,
     on_file: MachineOnFile | None,
     progress: ProgressDisplay,
@@ -216,7 +217,7 @@ def _ceilings(
         each = "each, " if machine.count > 1 else ""
         ceilings = datasheet_ceilings(datasheet)
         return ceilings, ceilings_text(ceilings, f"{each}by its datasheet")
-    ceilings = measured_ceilings(machine, progress)
+    ceilings = measured_ceilings(machine, model.shape.in_float32, progress)
     return ceilings, ceilings_text(ceilings)
 
 
@@ -254,14 +255,16 @@ def _derived(
 
 
 def _introduce(
-    machine: Machine, model: models.Model, ceilings: str, progress: ProgressDisplay
+    machine: Machine,
+    model: models.Model,
+    endpoint: Endpoint | None,
+    ceilings: str,
+    progress: ProgressDisplay,
 ) -> None:
     """Say what the lab is about to run on, with its ceilings as text."""
     progress.message(f"Machine: {machine.describe()}; {ceilings}")
-    if machine.lacks_bf16 and model.shape.value_bytes == 4:
-        progress.message(f"Note: {IN_FLOAT32}")
-    elif machine.lacks_bf16:
-        progress.message(f"Note: {SLOW_BF16}")
+    if machine.lacks_bf16 and not endpoint:
+        progress.message(f"Note: {IN_FLOAT32 if model.shape.in_float32 else SLOW_BF16}")
     random_weights = ", random weights" if model.dummy else ""
     progress.message(
         f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters{random_weights}"
@@ -577,7 +580,8 @@ def require_client_limits(lab: Lab, elsewhere: LoadWorkers | None) -> None:
     if elsewhere:
         raise LabError(
             "LOAD_WORKERS cannot be combined with limits on the queue that the load generator holds"
-            " (admission_by_client), as load processes on several machines do not count together"
+            " (admission_by_client), as load processes on several machines do not count together:"
+            " leave LOAD_WORKERS or the limits out"
         )
     of_tokens = any(flags.max_num_queued_tokens is not None for flags in lab.all_flags)
     several = [workload.name for workload in lab.workloads if workload.choices > 1]
@@ -585,7 +589,7 @@ def require_client_limits(lab: Lab, elsewhere: LoadWorkers | None) -> None:
         raise LabError(
             "the load generator cannot hold max-num-queued-tokens (admission_by_client) where a"
             f" request asks for several answers, as in {several[0]}: vLLM counts its prompt once"
-            " for each, until that answer's first token"
+            " for each, until that answer's first token. Leave that flag out, or ask for one answer"
         )
 
 
@@ -614,14 +618,15 @@ def require_no_reading(lab: Lab) -> None:
         raise LabError(f"{', '.join(reading_probes)}: {NO_TEXT}")
 
 
-def measured_ceilings(machine: Machine, progress: ProgressDisplay) -> Ceilings:
+def measured_ceilings(machine: Machine, in_float32: bool, progress: ProgressDisplay) -> Ceilings:
     """Read the ceilings from machine.json; measure and keep them there where it is missing.
 
+    Those of a model that is not served in float32 are without its rate, whatever the CPU lacks.
     Raises LabError where they cannot be measured.
     """
     path = RESULTS / machine.slug / "machine.json"
-    on_file = read_json(path, MachineFile).ceilings if path.exists() else None
-    if on_file is None or (machine.lacks_bf16 and on_file.fp32_flops_per_s is None):
+    ceilings = read_json(path, MachineFile).ceilings if path.exists() else None
+    if ceilings is None or (machine.lacks_bf16 and ceilings.fp32_flops_per_s is None):
         rate = "float32" if machine.lacks_bf16 else "BF16"
         progress.message(f"Measuring memory bandwidth and {rate} rate (once a machine, about 15 s)")
         try:
@@ -629,7 +634,7 @@ def measured_ceilings(machine: Machine, progress: ProgressDisplay) -> Ceilings:
         except machines.CeilingsError as error:
             raise LabError(f"the ceilings could not be measured: {error}") from error
         write_json(path, MachineFile(machine=machine, ceilings=ceilings))
-    return read_json(path, MachineFile).ceilings
+    return ceilings if in_float32 else ceilings.model_copy(update={"fp32_flops_per_s": None})
 
 
 def engine_environment(kind: str, model: models.Model, lab: Lab) -> Environment:

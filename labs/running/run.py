@@ -20,6 +20,8 @@ from labs.filing.results import (
     Run,
     RunFolder,
     Session,
+    pair_of,
+    points_of,
     run_id,
     write_json,
 )
@@ -328,15 +330,14 @@ def predict(setup: Setup, forecasts: PointForecasts | None) -> Predictions:
     """
     lab, points = setup.lab, setup.points
     closed = {
-        c.name: {f"{t.key}|{b.key}": c.predict(t, b) for t, b in lab.pairs(c, points)}
+        c.name: {pair_of(t.key, b.key): c.predict(t, b) for t, b in lab.pairs(c, points)}
         for c in lab.claims
     }
     return Predictions(
         effects={
             c.name: {
-                f"{t.key}|{b.key}": (forecasts and forecasts.ratio(c.metric, t.key, b.key))
-                or closed[c.name][f"{t.key}|{b.key}"]
-                for t, b in lab.pairs(c, points)
+                pair: (forecasts and forecasts.ratio(c.metric, *points_of(pair))) or by_formula
+                for pair, by_formula in closed[c.name].items()
             }
             for c in lab.claims
         },

@@ -65,7 +65,7 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
     return TimingPlan(
         config=_timed(setup, point.variant) / "config.json",
         device="cpu" if cpu else "cuda",
-        cores=tuple(machines.split_cores()[0]) if cpu else (),
+        cores=machines.timing_cores(setup.machine.kind),
         # one size for all variants, so that those whose steps are the same share a timing
         tokens=tuple(2**i for i in range(14) if 2**i < 2 * largest_step(setup.points)),
         rows=(1, 4, 16, 64) if cpu else (1, 16, 64, 256),
@@ -110,7 +110,7 @@ def ends_of_band(times: StepTimes, spread: float = 1.0) -> tuple[StepTimes, Step
 
 def earlier_speeds(machine: Machine) -> list[MachineSpeed]:
     """List how fast this machine was in the finished runs on file; damaged runs are left out."""
-    folders = (f for f in all_runs() if f.path.parent.parent.name == machine.slug and f.complete)
+    folders = (f for f in all_runs() if f.machine_slug == machine.slug and f.complete)
     speeds = (f.summary().machine_speed for f in folders if not unreadable(f))
     return [speed for speed in speeds if speed]
 
@@ -163,8 +163,8 @@ def steps_by_datasheet(setup: Setup, points: Sequence[Point], sheet: Datasheet) 
             else None,
         )  # fmt: skip
 
-    ends = (datasheet.EXPECTED, datasheet.FASTER, datasheet.SLOWER)
-    return {p.key: (at(p, ends[0]), at(p, ends[1]), at(p, ends[2])) for p in points}
+    expected, faster, slower = datasheet.ENDS
+    return {p.key: (at(p, expected), at(p, faster), at(p, slower)) for p in points}
 
 
 def is_eight_bit(config: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ import psutil
 import requests
 
 from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
-from labs.judging.measure import Trial, output_tokens_per_s, ran_out, requests_per_s
+from labs.judging.measure import OtherWork, Trial, output_tokens_per_s, ran_out, requests_per_s
 from labs.judging.text import point_label
 from labs.judging.validity import (
     Expected,
@@ -41,7 +41,7 @@ from loadtests.records import RequestRecord
 from loadtests.workload import Workload
 from loadtests.writing import Order
 from serving import guard, masking, metrics, models, whole
-from serving.engines.base import EngineError
+from serving.engines.base import EngineError, Server
 from serving.metrics import Snapshot
 from serving.reference_step import ReferenceStep, ReferenceTimer
 from serving.telemetry import Telemetry
@@ -342,7 +342,8 @@ class Trials:
         """Record these trials as failed, but for those that succeeded in an earlier sitting."""
         why = masking.tellable(reason)
         for point, repeat in self.due(trials):
-            self._record(point, repeat, TrialResult(point=point.key, repeat=repeat, failed=why))
+            self._write(point, TrialResult(point=point.key, repeat=repeat, failed=why))
+            self._left -= 1
 
     def time_machine(self, steps: int) -> tuple[ReferenceStep, ...]:
         """Time the machine itself so many times, beside idle engines; none where that fails.
@@ -365,29 +366,63 @@ class Trials:
             self._reference = None
         return step
 
-    def _record(self, point: Point, repeat: int, result: TrialResult) -> None:
-        self._write(point, result)
-        self._left -= 1
-
     def _write(self, point: Point, result: TrialResult) -> None:
         write_json(self._folder.trial_folder(point, result.repeat) / "trial.json", result)
 
     def _play(self, point: Point, repeat: int, name: str, began: float) -> Played:
-        lab = self._setup.lab
+        """Play an attempt at a trial, which has begun at a time on the monotonic clock.
+
+        Raises EngineError and GeneratorError.
+        """
         engine = self._engines.serving(point.variant)
         engine.reset_prefix_cache()
-        sending = requests_file(self.work, point.workload, repeat)
-        if point.flags.enable_prefix_caching and point.workload.primed and point.workload.prefix:
-            _prime(engine.url, sending, point.workload.prefix.groups, lab.timeout_s)
+        trial_plan = self._trial_plan(point, repeat, engine)
+        if point.primed_requests:
+            timeout_s = trial_plan.timeout_s
+            _prime(engine.url, trial_plan.requests, point.primed_requests, timeout_s)
         before = engine.snapshot()
-        path = self._folder.trial_folder(point, repeat) / "requests.jsonl.gz"
-        of_capacity = isinstance(point.load, OfCapacity)
-        trial_plan = plan.TrialPlan(
+        summary, other_work = self._send(trial_plan, engine, name)
+        request_records = self._read_records(trial_plan.records)
+        succeeded = [r for r in request_records if r.ok]
+        if (
+            reason := engine.died()
+            or summary.aborted
+            or nothing_measured(request_records, ran_out(point, summary))
+        ):
+            self._counts.discard(succeeded)
+            raise EngineError(reason)
+        engine_counters = counted_since(engine, before, len(succeeded))
+        slo = self._setup.lab.slo
+        trial = Trial(point, repeat, slo, request_records, summary, engine_counters)
+        tokens_per_s = output_tokens_per_s(trial)
+        rate = "nothing in the window" if tokens_per_s is None else f"{tokens_per_s:.0f} tok/s"
+        if engine_counters and (served := engine.served()):
+            engine_counters.info[metrics.SERVED] = served
+        result = TrialResult(
+            point=point.key,
+            repeat=repeat,
+            summary=summary,
+            engine=None if engine_counters is None else snapshot_json(engine_counters),
+            start=self._engines.starts[point.variant.name] if self._in_turn else None,
+            cpu_steal=other_work.steal_share,
+            cpu_others=other_work.other_processes_share,
+            cpu_engine=other_work.engine_share,
+            server_core_share=other_work.server_core_share,
+            gpu_others=other_work.gpu_processes,
+            cpu_cores=other_work.cores,
+            took_s=round(time.monotonic() - began, 3),
+        )
+        return Played(result, rate, succeeded, engine_counters)
+
+    def _trial_plan(self, point: Point, repeat: int, engine: Server) -> plan.TrialPlan:
+        """Plan what the load generator sends. Raises EngineError where a load has no rate."""
+        lab, of_capacity = self._setup.lab, isinstance(point.load, OfCapacity)
+        return plan.TrialPlan(
             url=engine.url,
             arrival=point.load,
-            requests=sending,
+            requests=requests_file(self.work, point.workload, repeat),
             skip=self._requests_to_skip(point),
-            records=path,
+            records=self._folder.trial_folder(point, repeat) / "requests.jsonl.gz",
             warmup_s=lab.warmup_of(point.workload),
             window_s=lab.window_s,
             timeout_s=lab.timeout_s,
@@ -406,57 +441,45 @@ class Trials:
             reconnects=engine.closes_connections,
             secrets=masking.SECRETS,
         )
-        load_began, other_load = time.monotonic(), OtherLoad(engine.pid)
+
+    def _send(
+        self, trial_plan: plan.TrialPlan, engine: Server, name: str
+    ) -> tuple[TrialSummary, OtherWork]:
+        """Have the load sent, and watch what else uses the machine. Raises GeneratorError."""
+        began, other_load = time.monotonic(), OtherLoad(engine.pid)
         server_load = ServerLoad(engine.api_servers())
 
         def waiting() -> None:
             server_load.read()
             self._progress.waiting(name)
 
-        self._telemetry.begin(point.variant.name, self._engines.started)
+        self._telemetry.begin(trial_plan.variant, self._engines.started)
         try:
             summary = self._load.play(trial_plan, waiting)
         except GeneratorError:
             self._counts.lose_prometheus()
             raise
-        self._telemetry.write(path.with_name("telemetry.csv.gz"), summary.started_monotonic_s)
-        self.load_s += time.monotonic() - load_began
+        telemetry_file = trial_plan.records.with_name("telemetry.csv.gz")
+        self._telemetry.write(telemetry_file, summary.started_monotonic_s)
+        self.load_s += time.monotonic() - began
         server_load.read()
-        shares, foreign_processes = other_load.shares(), self._telemetry.foreign_processes()
+        shares = other_load.shares()
+        return summary, OtherWork(
+            shares.steal,
+            shares.other_processes,
+            shares.engine,
+            self._telemetry.foreign_processes(),
+            psutil.cpu_count(),
+            _in_window(server_load, summary),
+        )
+
+    def _read_records(self, path: Path) -> list[RequestRecord]:
+        """Read what the load generator recorded. Raises GeneratorError."""
         try:
-            request_records = list(records.read(path))
+            return list(records.read(path))
         except ValueError as error:
             self._counts.lose_prometheus()
             raise GeneratorError(f"its records cannot be read: {error}") from error
-        succeeded = [r for r in request_records if r.ok]
-        if (
-            reason := engine.died()
-            or summary.aborted
-            or nothing_measured(request_records, ran_out(point, summary))
-        ):
-            self._counts.discard(succeeded)
-            raise EngineError(reason)
-        engine_counters = counted_since(engine, before, len(succeeded))
-        trial = Trial(point, repeat, lab.slo, request_records, summary, engine_counters)
-        tokens_per_s = output_tokens_per_s(trial)
-        rate = "nothing in the window" if tokens_per_s is None else f"{tokens_per_s:.0f} tok/s"
-        if engine_counters and (served := engine.served()):
-            engine_counters.info[metrics.SERVED] = served
-        result = TrialResult(
-            point=point.key,
-            repeat=repeat,
-            summary=summary,
-            engine=None if engine_counters is None else snapshot_json(engine_counters),
-            start=self._engines.starts[point.variant.name] if self._in_turn else None,
-            cpu_steal=shares.steal,
-            cpu_others=shares.other_processes,
-            cpu_engine=shares.engine,
-            server_core_share=_in_window(server_load, summary),
-            gpu_others=foreign_processes,
-            cpu_cores=psutil.cpu_count(),
-            took_s=round(time.monotonic() - began, 3),
-        )
-        return Played(result, rate, succeeded, engine_counters)
 
     def _capacity_per_s(self) -> float:
         """Read the requests/s of the lab's first point in its first repeat.

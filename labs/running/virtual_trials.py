@@ -218,7 +218,7 @@ class VirtualTrials:
             copied=tuple(self.copies[key][repeat - 1]) if key in self.copies else (),
             pace=pace,
             masking=lab.masking(point) if lab.masking else None,
-            primed=_primed(point),
+            primed=point.primed_requests,
             traffic=_traffic(lab, point, repeat, capacity_per_s),
         )
 
@@ -304,12 +304,6 @@ def as_one_gpu(flags: Mapping[str, FlagValue]) -> VllmFlags:
     rest = {name: flag for name, flag in flags.items() if name != "tensor-parallel-size"}
     memory_bytes = shared.tensor_parallel_size * shared.kv_cache_memory_bytes
     return VllmFlags({**rest, "kv-cache-memory-bytes": memory_bytes})
-
-
-def _primed(point: Point) -> int:
-    cached = point.flags.enable_prefix_caching
-    prefix = point.workload.prefix
-    return prefix.groups if cached and prefix and point.workload.primed else 0
 
 
 def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) -> Traffic:

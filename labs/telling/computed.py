@@ -22,13 +22,12 @@ from labs.telling.planner import BLOCK_TOKENS, kv_room_tokens
 from serving import dummy, models
 from serving.dummy import SHAPES
 from serving.engines.vllm import MEMORY_SHARE, usable_bytes
-from serving.forecasting.datasheet import EXPECTED, FASTER, SLOWER, step_times
+from serving.forecasting.datasheet import ENDS, EXPECTED, step_times
 from serving.forecasting.step import Piece, Step
 from serving.gpus import DATASHEETS, PCIE_4_BYTES_PER_S, Datasheet
 from serving.models import Shape
 
 CARD = "NVIDIA H100 80GB HBM3"  # of every example
-ENDS = (EXPECTED, FASTER, SLOWER)
 
 
 @dataclass(frozen=True)

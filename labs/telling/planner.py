@@ -19,7 +19,7 @@ from labs.telling.document import Table, table
 from serving import gpus
 from serving.dummy import SHAPES
 from serving.engines.vllm import ACTIVATION_BYTES, MEMORY_SHARE, usable_bytes
-from serving.forecasting.datasheet import EXPECTED, FASTER, SLOWER
+from serving.forecasting.datasheet import ENDS
 from serving.models import Shape
 
 BLOCK_TOKENS = 16  # of the KV cache on CUDA
@@ -49,7 +49,7 @@ def data(runs: Sequence[Run], lessons: Mapping[str, tuple[str, str]]) -> dict[st
             *({"name": SHAPES[n], "shape": asdict(s), "lab": n} for n, s in shapes.items()),
             *({"name": name, "shape": asdict(s), "lab": ""} for name, s in served.items()),
         ],
-        "efficiencies": [asdict(e) for e in (EXPECTED, FASTER, SLOWER)],
+        "efficiencies": [asdict(e) for e in ENDS],
         "share": MEMORY_SHARE,
         "activations": ACTIVATION_BYTES,
         "block": BLOCK_TOKENS,

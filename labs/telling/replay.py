@@ -23,7 +23,6 @@ from labs.judging.measure import Trial
 from labs.judging.text import counted, number, point_label
 from labs.lab import Point
 from loadtests.records import RequestRecord
-from serving import metrics
 
 MOST_CHUNKS = 700  # in one picture: a mark for each
 WIDTH, HEAD, LEFT = 420, 4, 6  # of the picture, in its own units: about a phone's pixels
@@ -119,8 +118,7 @@ def _cache(folder: RunFolder, trial: Trial | None, begin_s: float, span_s: float
         for t, share in zip(usage.times_s, usage.values, strict=True)
         if 0 <= t - begin_s <= span_s
     ]
-    config = trial.engine.info.get(metrics.CACHE_CONFIG, {}) if trial.engine else {}
-    blocks = config.get("num_gpu_blocks", "")
+    blocks = trial.cache_config.get("num_gpu_blocks", "")
     return Cache(
         tuple(t for t, _ in inside),
         tuple(share for _, share in inside),

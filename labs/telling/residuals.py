@@ -185,7 +185,7 @@ def _runs(committed: bool) -> list[RunFolder]:
 def of_runs(runs: Iterable[RunFolder]) -> list[Residual]:
     """List the residuals of runs, lab by lab in the order of the course."""
     labs = {name: place for place, name in enumerate(LABS)}  # a run's lab may be gone
-    ordered = sorted(runs, key=lambda f: (labs.get(f.path.parent.name, len(labs)), f.path.name))
+    ordered = sorted(runs, key=lambda f: (labs.get(f.lab_name, len(labs)), f.path.name))
     return [residual for folder in ordered for residual in residuals(folder)]
 
 

@@ -129,14 +129,13 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
         whole.write(out / name, text)
     runs = all_runs()
     for folder in runs:
-        machine, lab, name = folder.path.parts[-3:]
-        href = f"{machine}/{lab}/{name}.html"
+        href = f"{folder.place}.html"
         try:
             with readable(folder):
                 text = page(folder, "../../", chart_data.SITE.shared(len(runs)))
                 entry = Entry(folder, folder.run(), folder.summary(), href)
         except (DamagedError, OSError) as error:
-            left_out[f"{machine}/{lab}/{name}"] = str(error)
+            left_out[folder.place] = str(error)
             continue
         whole.write(out / href, text)
         entries.append(entry)

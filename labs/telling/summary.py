@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from labs.filing import engine_series
 from labs.filing.bounded import DamagedError
 from labs.filing.checks import contradictions, problems
-from labs.filing.results import Predictions, Run, RunFolder, Session, Summary, write_json
+from labs.filing.results import Predictions, Run, RunFolder, Session, Summary, pair_of, write_json
 from labs.findings.context import Context, JudgedRun
 from labs.findings.parts import answers, parts_of
 from labs.judging import dose
@@ -127,7 +127,7 @@ def computed(folder: RunFolder) -> Summary:
                 t.key,
                 b.key,
                 values,
-                predictions.effects[claim.name][f"{t.key}|{b.key}"],
+                predictions.effects[claim.name][pair_of(t.key, b.key)],
                 [*caveats, *own],
                 context.sampling,
                 predictions.of_means(claim, t.key, b.key),

@@ -12,6 +12,8 @@ from labs.filing.results import (
     Predictions,
     Session,
     Summary,
+    pair_of,
+    points_of,
 )
 from labs.findings.parts import published_of
 from labs.judging.judge import Judgement
@@ -61,7 +63,7 @@ def predictions(lab: Lab, predicted_before: Predictions) -> Table:
     rows: list[list[Inline]] = []
     for claim in lab.claims:
         for pair, prediction in predicted_before.effects[claim.name].items():
-            treatment, _, baseline = pair.partition("|")
+            treatment, baseline = points_of(pair)
             where = f"{point_label(treatment, lab)} / {point_label(baseline, lab)}"
             by = "forecast" if prediction.source == OF_FORECASTS else "formula"
             ratio = f"{ratio_number(prediction.value)}x"
@@ -309,7 +311,7 @@ def closed_forms(lab: Lab, summary: Summary, before: Predictions) -> Table:
             (Code(closed.formula), f" ({closed.source})" if closed.source else ""),
         ]
         for j in summary.judgements
-        if (closed := before.closed_forms.get(j.claim, {}).get(f"{j.treatment}|{j.baseline}"))
+        if (closed := before.closed_forms.get(j.claim, {}).get(pair_of(j.treatment, j.baseline)))
         and closed.formula != j.prediction.formula
     ]
     return table(("Claim", "Measured", "Forecast", "Closed form", "Its formula"), rows)

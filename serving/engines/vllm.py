@@ -167,17 +167,31 @@ class VllmFlags(TypedFlags):
         return float(str(self.get("watermark", 0)))
 
     @property
+    def kv_cache_dtype(self) -> str:
+        """The type in which keys and values are cached; `auto`: in that of the model."""
+        return str(self.get("kv-cache-dtype", "auto"))
+
+    @property
+    def quantizes_cache(self) -> bool:
+        """Whether keys and values are cached in another type than that of the model, or BF16."""
+        return self.kv_cache_dtype not in ("auto", "bfloat16")
+
+    @property
     def kv_value_bytes(self) -> int:
         """The bytes of a cached number, without the few scales of a quantized cache."""
-        dtype = str(self.get("kv-cache-dtype", "auto"))
-        if dtype == "auto":
+        if self.kv_cache_dtype == "auto":
             return self.value_bytes
-        return 1 if dtype.startswith(("fp8", "int8")) else 2
+        return 1 if self.kv_cache_dtype.startswith(("fp8", "int8")) else 2
+
+    @property
+    def in_float32(self) -> bool:
+        """Whether the engine holds weights that have 16 bits in their file in float32."""
+        return self.get("dtype") in ("float32", "float")
 
     @property
     def value_bytes(self) -> int:
         """The bytes of a weight that has 16 bits in its file, as the engine holds it."""
-        return 4 if self.get("dtype") in ("float32", "float") else 2
+        return 4 if self.in_float32 else 2
 
     @property
     def kv_offloading_bytes(self) -> int:
@@ -498,10 +512,10 @@ class Vllm(Engine):
         which its build for AVX2 lacks. A model in float32 was tried with a cache in BF16: vLLM
         starts, and writes empty text.
         """
-        dtype = str(flags.get("kv-cache-dtype", "auto"))
+        dtype = VllmFlags(flags).kv_cache_dtype
         if dtype.startswith("fp8") and machine.lacks_avx512:
             return "vLLM has no kernel for keys and values in FP8 on a CPU without AVX-512"
-        in_float32 = machine.kind == "cpu" and VllmFlags(flags).value_bytes == 4
+        in_float32 = machine.kind == "cpu" and VllmFlags(flags).in_float32
         if in_float32 and dtype in ("bfloat16", "float16"):
             return (
                 f"vLLM writes no text on a CPU from a model in float32 and a cache in {dtype}:"

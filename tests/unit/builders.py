@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from labs.comparing import reproduction
 from labs.filing.results import (
@@ -25,7 +26,7 @@ from labs.judging.measure import Trial
 from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
 from labs.telling.summary import summarise
 from loadtests import records
-from loadtests.arrivals import parse
+from loadtests.arrivals import AnyArrival, Arrival
 from loadtests.plan import TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Fixed, Workload
@@ -45,6 +46,12 @@ CEILINGS = Ceilings(
 MACHINE = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**30)
 PREDICTION = Prediction(value=2.0, formula="by hand")
 DAY = "20260101"
+_ARRIVAL: TypeAdapter[AnyArrival] = TypeAdapter(Arrival)
+
+
+def parse(text: str) -> AnyArrival:
+    """Read an arrival's text form, as a lab reads it."""
+    return _ARRIVAL.validate_python(text)
 
 
 def make_record(

@@ -21,9 +21,9 @@ from loadtests.arrivals import (
     Ramp,
     Replay,
     Waves,
-    parse,
     send_times,
 )
+from tests.unit.builders import parse
 
 RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
 from labs import LABS
 from labs.commands.terminal import ConsoleProgress
+from labs.filing.results import MachineFile, write_json
 from labs.lab import LabError
-from labs.running.resolve import RunRequest, resolve, scale_of
+from labs.running.resolve import RunRequest, measured_ceilings, resolve, scale_of
 from serving import guard, metrics, models
 from serving.engines import endpoint
 from serving.engines.base import EngineError, metrics_text
 from serving.engines.endpoint import Endpoint
-from serving.machine import Machine
+from serving.machine import Ceilings, Machine
 from tests.unit import hostile
 from tests.unit.hostile import Send, says, whole
+from tests.unit.test_other_engines import Told
 
 MODELS = says(whole('{"data": [{"id": "abacus-1"}]}'))
 STREAMS = says(hostile.STREAM + hostile.EVENT + b"data: [DONE]\n\n")
@@ -239,3 +242,23 @@ def test_an_endpoint_is_taken_for_bf16_whatever_this_cpu_has() -> None:
     assert scale_of(RunRequest(lab), old) == models.CPU_FP32
     assert scale_of(RunRequest(lab, endpoint="http://127.0.0.1:8000"), old) == "cpu"
     assert scale_of(RunRequest(lab, scale="gpu-80"), old) == "gpu-80"
+
+
+def test_predictions_take_the_rate_of_what_is_served(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34, cpu_flags=("avx2",))
+    both = Ceilings(
+        memory_bandwidth_bytes_per_s=1e10, bf16_flops_per_s=1e9, fp32_flops_per_s=9e10,
+        threads=1, torch="-", measured_at="-",
+    )  # fmt: skip
+    monkeypatch.setattr("labs.running.resolve.machines.detect", lambda: old)
+    monkeypatch.setattr("labs.running.resolve.RESULTS", tmp_path)
+    write_json(tmp_path / old.slug / "machine.json", MachineFile(machine=old, ceilings=both))
+    lab, told = LABS["continuous-batching"], Told()
+    assert measured_ceilings(old, True, told).flops_per_s == 9e10
+    with hostile.serving({"/v1/models": MODELS, "/v1/chat/completions": STREAMS}) as url:
+        setup = resolve(RunRequest(lab, quick=True, endpoint=url), told)
+    assert {point.ceilings.flops_per_s for point in setup.points} == {1e9}
+    # an endpoint may compute in any type, and on another machine
+    assert not any(message.startswith("Note: ") for message in told.messages)

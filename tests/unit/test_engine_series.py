@@ -80,7 +80,7 @@ def test_without_prometheus_nothing_is_kept(folder: RunFolder) -> None:
 def test_an_import_puts_them_back_at_their_times(folder: RunFolder) -> None:
     kept(folder, Scraped(metrics.KV_USAGE))
     trials = backfill._trials(folder)
-    since = {backfill._name(trial): 0.0 for trial in trials}
+    since = {trial.name: 0.0 for trial in trials}
     told = [line for line in backfill._client(folder, since) if line.startswith(metrics.KV_USAGE)]
     assert len(told) == 2 * len(trials)
     first = trials[0]

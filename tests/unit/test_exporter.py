@@ -9,11 +9,10 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from labs.judging.metrics import measure
 from loadtests import exporter
-from loadtests.arrivals import parse
 from loadtests.exporter import Exporter
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, SEND_LAG, TPOT, TTFT
 from loadtests.plan import Progress, TrialPlan, total_progress
-from tests.unit.builders import make_point, make_record, make_trial
+from tests.unit.builders import make_point, make_record, make_trial, parse
 
 STREAMS = (TTFT, ITL, TPOT, E2E, CHUNK_GAP)
 MINE = {"lab": "l", "variant": "v", "run_id": "r"}

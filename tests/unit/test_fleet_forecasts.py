@@ -39,7 +39,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[ForecastPlan]:
     monkeypatch.setattr(fleets, "started", lambda: nullcontext(None))
     monkeypatch.setattr(fleets, "side_by_side", lambda _: nullcontext([]))
     monkeypatch.setattr(fleets, "steps_of", lambda setup, points, *_: steps_of(points))
-    monkeypatch.setattr(fleets, "reason_against", lambda *_: None)
+    monkeypatch.setattr(fleets, "reasons_against", lambda _: {})
     monkeypatch.setattr(capacity_plan, "play_all", play_all)
     monkeypatch.setattr(capacity_plan, "latencies", lambda *_: latencies(0.5))
     return plans

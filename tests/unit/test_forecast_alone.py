@@ -14,7 +14,7 @@ from labs.filing.results import PointForecasts, Predictions, Searched
 from labs.judging.machine_speed import MachineSpeed, PartSpeed
 from labs.lab import Lab, LabError
 from labs.running import run as running
-from labs.running.forecast import reason_against
+from labs.running.forecast import reason_against, reasons_against
 from labs.running.resolve import (
     RunRequest,
     Setup,
@@ -149,7 +149,7 @@ def _reasons(name: str, here: bool = True, **changes: Any) -> dict[str, str]:
         machine=SimpleNamespace(kind="gpu"), model=SimpleNamespace(shape=SHAPE, path=bundled()),
         datasheet=None if here else machine_of("h100")[1], on_file=None,
     )  # fmt: skip
-    return {v.name: why for v in lab.variants if (why := reason_against(setup, v))}
+    return reasons_against(setup)
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -17,7 +17,7 @@ from labs.filing.results import Band, PointForecasts, RunFolder, write_json
 from labs.lab import SLO, LabError
 from labs.running import capacity_plan, machines_on_file, resolve
 from labs.running.capacity_plan import Question, plan
-from labs.running.forecast import reason_against, steps_of
+from labs.running.forecast import reasons_against, steps_of
 from labs.running.machines_on_file import MachineOnFile, find_machine
 from labs.running.resolve import machine_of
 from labs.telling import capacity_plans, markdown
@@ -163,7 +163,7 @@ def test_only_engines_with_the_models_own_step_are_forecast_on_it(measured: Mach
             lab=lab, endpoint=None, engine_command=(), datasheet=None, on_file=measured, weights={},
             places={}, machine=CPU, model=load(bundled(), BUNDLED),
         )  # fmt: skip
-        return {v.name: why for v in lab.variants if (why := reason_against(setup, v))}
+        return reasons_against(setup)
 
     assert not reasons("chunked-prefill")
     assert not reasons("prefix-caching")

@@ -4,7 +4,7 @@ import pytest
 
 from serving import metrics
 from serving.engines.vllm import GOLDEN, Vllm
-from serving.metrics import Histogram, Snapshot, names, parse
+from serving.metrics import Histogram, Snapshot, parse
 
 BEFORE = """\
 # TYPE vllm:num_requests_running gauge
@@ -126,7 +126,3 @@ def test_acceptance_is_counted_by_position_too() -> None:
 def test_what_lacks_a_part_is_no_metrics(text: str) -> None:
     with pytest.raises(ValueError, match="has no"):
         Vllm.read_metrics(text)
-
-
-def test_names_lists_values_and_histograms() -> None:
-    assert {metrics.TTFT, metrics.REQUESTS, metrics.CACHE_CONFIG} <= set(names(parse(BEFORE)))

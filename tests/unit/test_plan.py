@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from loadtests import plan
-from loadtests.arrivals import parse
 from loadtests.generator import argv
 from loadtests.plan import TrialPlan, merged_summary
-from tests.unit.builders import make_summary
+from tests.unit.builders import make_summary, parse
 
 
 def make_plan(arrival: str, number: int = 0, of: int = 1) -> TrialPlan:

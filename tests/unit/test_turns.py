@@ -63,7 +63,7 @@ class NotedTrials(Trials):
             raise KeyboardInterrupt
         self.noted.append(str(repeat))
         start = self.engines.starts[point.variant.name] if self._in_turn else None
-        self._record(point, repeat, TrialResult(point=point.key, repeat=repeat, start=start))
+        self._write(point, TrialResult(point=point.key, repeat=repeat, start=start))
 
 
 class Noted(Harness):

@@ -146,6 +146,11 @@ def test_what_cannot_be_pruned_is_refused_and_nothing_is_left(tiny: Path, tmp_pa
     out, text = tmp_path / "out", calibration(tmp_path)
     with pytest.raises(MakerError, match=r"the text .*none\.txt cannot be read"):
         prune.make("wanda-50", tiny, out, tmp_path / "none.txt")
+    (odd := tmp_path / "odd.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(
+        MakerError, match=r"odd\.txt cannot be read .*: give a file of text in UTF-8"
+    ):
+        prune.make("wanda-50", tiny, out, odd)
     (short := tmp_path / "short.txt").write_text("too short")
     with pytest.raises(MakerError, match="has 9 tokens, fewer than one sequence"):
         prune.make("wanda-50", tiny, out, short)
