@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import math
@@ -490,10 +491,18 @@ RESOLVED = pytest.mark.parametrize(
 """Each lab at each scale: all tests of one follow each other, and share it and its points."""
 
 
+def resolved(name: str, scale: str, quick: bool = False, dummy: bool = False) -> Lab:
+    return resolved_once(name, scale, quick, dummy)
+
+
+@functools.cache
+def resolved_once(name: str, scale: str, quick: bool, dummy: bool) -> Lab:
+    return LABS[name].at(scale, quick, dummy=dummy)
+
+
 @pytest.fixture(scope="module")
 def lab(request: pytest.FixtureRequest) -> Lab:
-    name, scale, quick, dummy = request.param
-    return LABS[name].at(scale, quick, dummy=dummy)
+    return resolved(*request.param)
 
 
 # a shape and ceilings of a size that predictions make sense for
@@ -645,10 +654,10 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
 def test_a_quick_run_on_a_gpu_has_repeats_enough_for_an_interval(lab: Lab) -> None:
     """Most of its time goes into engine starts; one repeat gave next to no claim a verdict."""
     for scale in ("gpu", *CLASSES):
-        quick = lab.at(scale, quick=True)
+        quick = resolved(lab.name, scale, quick=True)
         assert (quick.repeats, quick.starts, quick.looks) == (3, 1, 1), scale
     assert lab.at("gpu-80", True, {"repeats": 1}).repeats == 1
-    assert lab.at("cpu", quick=True).repeats == lab.quick.get("repeats", lab.repeats)
+    assert resolved(lab.name, "cpu", quick=True).repeats == lab.quick.get("repeats", lab.repeats)
     assert lab.quick.get("repeats", 0) < 3
 
 
@@ -661,12 +670,12 @@ def unsent(lab: Lab) -> set[str]:
 @EVERY
 def test_a_quick_run_on_a_gpu_does_without_parts_that_the_lab_has(lab: Lab) -> None:
     for scale in ("gpu", *CLASSES):
-        wholes = [lab.at(scale, quick=False, dummy=dummy) for dummy in (False, True)]
+        wholes = [resolved(lab.name, scale, dummy=dummy) for dummy in (False, True)]
         parts = {name for at in wholes for name in at._part_names()}
         of_quick = (lab.scales.get(f"{name}-quick", {}) for name in ("gpu", scale))
         assert {name for own in of_quick for name in own.get(WITHOUT, ())} <= parts
         for whole, dummy in zip(wholes, (False, True), strict=True):
-            quick = lab.at(scale, quick=True, dummy=dummy)
+            quick = resolved(lab.name, scale, quick=True, dummy=dummy)
             assert {c.name for c in quick.claims} <= {c.name for c in whole.claims}
             assert bool(quick.claims) == bool(whole.claims)
             assert unsent(quick) <= unsent(whole)  # no engine starts for nothing
@@ -674,23 +683,23 @@ def test_a_quick_run_on_a_gpu_does_without_parts_that_the_lab_has(lab: Lab) -> N
 
 @EVERY
 def test_a_lab_repeats_as_often_as_its_intervals_were_tried_for(lab: Lab) -> None:
-    resolved = lab.at("cpu", quick=False)
-    assert 3 <= resolved.repeats <= 5  # of which the simulations speak
+    on_cpu = resolved(lab.name, "cpu")
+    assert 3 <= on_cpu.repeats <= 5  # of which the simulations speak
     # a lab that has no time for a second look spends its time on what it compares
-    arms = [arm for claim in resolved.claims for arm in (claim.treatment, claim.baseline)]
-    points = resolved.points(SHAPE, CEILINGS)
+    arms = [arm for claim in on_cpu.claims for arm in (claim.treatment, claim.baseline)]
+    points = on_cpu.points(SHAPE, CEILINGS)
     only_compared = all(any(arm.matches(point) for arm in arms) for point in points)
-    if resolved.looks == 1:
-        assert resolved.curve_repeats > 0 or only_compared
+    if on_cpu.looks == 1:
+        assert on_cpu.curve_repeats > 0 or only_compared
     else:
-        assert resolved.curve_repeats == 0
+        assert on_cpu.curve_repeats == 0
 
 
 @EVERY
 def test_what_needs_text_is_part_of_the_lab(lab: Lab) -> None:
     parts = {*lab.studies, *lab.probes, *lab.findings, *lab.plots, *lab.quick.get("probes", ())}
     assert {name.removesuffix("-quick") for name in lab.needs_text} <= parts
-    assert not set(lab.at("cpu", quick=False, dummy=True).probes) & TEXT_PROBES
+    assert not set(resolved(lab.name, "cpu", dummy=True).probes) & TEXT_PROBES
 
 
 @EVERY
@@ -719,12 +728,13 @@ def test_variants_differ_and_those_with_other_flags_show_it(lab: Lab) -> None:
 
 @EVERY
 def test_what_to_turn_next_can_be_turned(lab: Lab) -> None:
+    digest = resolved(lab.name, "cpu").digest()
     for knob in lab.next_knobs:
         setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
         assert setting, knob
         changes = parse_changes(setting[2] or setting[3])
         turned = lab.at("cpu", quick=False, changes=changes)
-        assert turned.digest() != lab.at("cpu", quick=False).digest(), knob
+        assert turned.digest() != digest, knob
         for evidence in turned.evidence:
             flag = next(
                 (f for f, told in ECHOED.items() if told == (evidence.metric, evidence.label)), ""
@@ -740,13 +750,14 @@ def test_what_to_turn_next_can_be_turned(lab: Lab) -> None:
 @pytest.mark.parametrize("name", FIRST)
 def test_what_to_turn_next_fits_the_sizes_of_a_quick_run(name: str, dummy: bool) -> None:
     """It may name a part that a quick run does without, which then has it."""
-    quick = LABS[name].at("gpu-80", quick=True, dummy=dummy)
+    quick = resolved(name, "gpu-80", quick=True, dummy=dummy)
+    digest = quick.digest()
     for knob in quick.next_knobs:
         setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
         assert setting, knob
         changes = parse_changes(setting[2] or setting[3])
         turned = LABS[name].at("gpu-80", True, changes, dummy)
-        assert turned.digest() != quick.digest(), knob
+        assert turned.digest() != digest, knob
         longest = max(w.longest_tokens for w in turned.workloads)
         assert all(longest <= flags.max_model_len for flags in turned.all_flags), knob
 
@@ -805,7 +816,7 @@ def test_engines_on_a_gpu_are_alike_where_a_lab_says_nothing_else() -> None:
 @pytest.mark.parametrize("scale", CLASSES)
 @pytest.mark.parametrize("name", LABS)
 def test_what_is_compiled_for_one_lab_serves_the_next(name: str, scale: str) -> None:
-    lab = LABS[name].at(scale, quick=True, dummy=name != "quantization-tools")
+    lab = resolved(name, scale, quick=True, dummy=name != "quantization-tools")
     for variant in lab.variants:
         flags = lab.flags_of(variant)
         assert "kv-cache-memory-bytes" in flags
@@ -826,13 +837,13 @@ LEANING = re.compile(
 @pytest.mark.parametrize("name", LABS)
 def test_a_claims_title_is_understood_without_the_one_before_it(name: str) -> None:
     for scale in ("cpu", "gpu-80"):
-        for claim in LABS[name].at(scale, quick=False).claims:
+        for claim in resolved(name, scale).claims:
             assert not LEANING.search(claim.title), claim.title
 
 
 @pytest.mark.parametrize("name", LABS)
 def test_in_float32_as_many_tokens_fit_as_in_bf16(name: str) -> None:
-    plain, wide = (LABS[name].at(scale, quick=False) for scale in ("cpu", models.CPU_FP32))
+    plain, wide = (resolved(name, scale) for scale in ("cpu", models.CPU_FP32))
     assert (plain.value_bytes, wide.value_bytes) == (2, 4)
     assert plain.digest() != wide.digest()
     for before, after in zip(
