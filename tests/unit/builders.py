@@ -205,6 +205,12 @@ def plain_run() -> RunFolder:
     return _written(Path(os.environ["LABS_SCRATCH"]) / "plain", DAY)
 
 
+@functools.cache
+def plain_manifest() -> Run:
+    """What `plain_run` says of itself."""
+    return plain_run().run()
+
+
 def _written(results: Path, day: str, **fields: Any) -> RunFolder:
     lab = make_lab(**fields).at("cpu", quick=False)
     run = Run(
