@@ -129,13 +129,13 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from labs.running import prompt_files
-from loadtests.prompts import Writer
 from tests.unit.test_prompt_files import MODEL, order, workload
 prompt_files.START_S, prompt_files.usable_cores = -1e9, lambda: 2
 long = workload("long", 20_000)
 orders = [order(long, n, Path(sys.argv[1])).model_copy(update={"requests": 9999}) for n in (1, 2)]
-prompt_files.write_files(orders, Writer.of(str(MODEL)), MODEL, lambda _: None)
+prompt_files.write_files(orders, None, MODEL, lambda _: None)
 """
+"""It writes nothing itself, and so needs no writer."""
 
 
 @pytest.mark.usefixtures("writer")
