@@ -7,7 +7,7 @@ import importlib
 import itertools
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -471,24 +471,25 @@ def test_unknown_variant_is_refused(naming: dict[str, Any]) -> None:
 
 EVERY = pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 CLASSES = [f"gpu-{c.gb}" for c in gpus.CLASSES]
-SCALES = [
-    *((kind, quick, dummy) for kind in ("cpu", "gpu") for quick in (0, 1) for dummy in (0, 1)),
-    *((scale, quick, dummy) for scale in CLASSES for quick in (0, 1) for dummy in (0, 1)),
-]
+SCALES = ["cpu", "gpu", *CLASSES]
+SIZES = [*itertools.product((False, True), (False, True))]
 RESOLVED = pytest.mark.parametrize(
-    "lab",
-    [
-        pytest.param(
-            (name, scale, bool(quick), bool(dummy)),
-            id=f"{name}-{scale}{'-quick' * quick}{'-dummy' * dummy}",
-        )
-        for name in LABS
-        for scale, quick, dummy in SCALES
-    ],
+    "sizes",
+    [pytest.param((name, scale), id=f"{name}-{scale}") for name in LABS for scale in SCALES],
     indirect=True,
     scope="module",
 )
-"""Each lab at each scale: all tests of one follow each other, and share it and its points."""
+"""Each lab at each scale, in full and quick, with real and with random weights: all tests of one
+follow each other, and share these and their points."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A lab as it is resolved for a scale, with its points."""
+
+    lab: Lab
+    points: list[Point]
+    told: str
 
 
 def resolved(name: str, scale: str, quick: bool = False, dummy: bool = False) -> Lab:
@@ -501,8 +502,13 @@ def resolved_once(name: str, scale: str, quick: bool, dummy: bool) -> Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(request: pytest.FixtureRequest) -> Lab:
-    return resolved(*request.param)
+def sizes(request: pytest.FixtureRequest) -> list[Size]:
+    found = []
+    for quick, dummy in SIZES:
+        lab = resolved(*request.param, quick, dummy)
+        told = f"{'quick' if quick else 'full'}, {'random' if dummy else 'real'} weights"
+        found.append(Size(lab, real_points(lab), told))
+    return found
 
 
 # a shape and ceilings of a size that predictions make sense for
@@ -529,21 +535,18 @@ def real_points(lab: Lab) -> list[Point]:
     )
 
 
-@pytest.fixture(scope="module")
-def points(lab: Lab) -> list[Point]:
-    return real_points(lab)
-
-
 @RESOLVED
-def test_every_claim_has_a_pair_and_a_prediction(lab: Lab, points: list[Point]) -> None:
-    for claim in lab.claims:
-        pairs = lab.pairs(claim, points)
-        assert pairs, claim.name
-        assert all(0 < claim.predict(t, b).value < math.inf for t, b in pairs), claim.name
-    for forecast in lab.forecasts:
-        values = [forecast.predict(p).value for p in points if forecast.arm.matches(p)]
-        assert values, forecast.name
-        assert all(0 <= v < math.inf for v in values), forecast.name
+def test_every_claim_has_a_pair_and_a_prediction(sizes: list[Size]) -> None:
+    for size in sizes:
+        for claim in size.lab.claims:
+            at, pairs = (claim.name, size.told), size.lab.pairs(claim, size.points)
+            assert pairs, at
+            assert all(0 < claim.predict(t, b).value < math.inf for t, b in pairs), at
+        for forecast in size.lab.forecasts:
+            at = (forecast.name, size.told)
+            values = [forecast.predict(p).value for p in size.points if forecast.arm.matches(p)]
+            assert values, at
+            assert all(0 <= v < math.inf for v in values), at
 
 
 def test_fp8_prefill_is_predicted_from_the_fp8_rate_that_was_measured() -> None:
@@ -560,30 +563,33 @@ def test_fp8_prefill_is_predicted_from_the_fp8_rate_that_was_measured() -> None:
 
 
 @RESOLVED
-def test_a_claim_changes_one_thing_or_says_why_not(lab: Lab, points: list[Point]) -> None:
-    for claim in lab.claims:
-        several = [factors(*pair) for pair in lab.pairs(claim, points) if len(factors(*pair)) > 1]
-        assert bool(several) == bool(claim.coupled), (claim.name, several)
+def test_a_claim_changes_one_thing_or_says_why_not(sizes: list[Size]) -> None:
+    for size in sizes:
+        for claim in size.lab.claims:
+            changed = [factors(*pair) for pair in size.lab.pairs(claim, size.points)]
+            several = [names for names in changed if len(names) > 1]
+            assert bool(several) == bool(claim.coupled), (claim.name, several, size.told)
 
 
 @RESOLVED
-def test_every_lab_runs_against_itself(lab: Lab, points: list[Point]) -> None:
-    twins = lab.against_itself()
-    base, twin = twins.variants
-    assert twins.flags_of(base) == twins.flags_of(twin)
-    assert Lab.model_validate(dict(twins)) == twins
-    of_twins = real_points(twins)
-    most = len(points) - (len(lab.variants) > 2)
-    assert len(of_twins) <= most or len(lab.variants) < 2
-    for claim in twins.claims:
-        assert claim.expect == "unchanged"
-        assert claim.metric in {c.metric for c in lab.claims}
-        pairs = lab.pairs(claim, of_twins)
-        assert pairs
-        for treatment, baseline in pairs:
-            assert factors(treatment, baseline) == []
-            assert claim.predict(treatment, baseline).value == 1
-    assert twins.digest() != lab.digest()
+def test_every_lab_runs_against_itself(sizes: list[Size]) -> None:
+    for size in sizes:
+        lab, twins = size.lab, size.lab.against_itself()
+        base, twin = twins.variants
+        assert twins.flags_of(base) == twins.flags_of(twin), size.told
+        assert Lab.model_validate(dict(twins)) == twins, size.told
+        of_twins = real_points(twins)
+        most = len(size.points) - (len(lab.variants) > 2)
+        assert len(of_twins) <= most or len(lab.variants) < 2, size.told
+        for claim in twins.claims:
+            assert claim.expect == "unchanged", size.told
+            assert claim.metric in {c.metric for c in lab.claims}, size.told
+            pairs = lab.pairs(claim, of_twins)
+            assert pairs, size.told
+            for treatment, baseline in pairs:
+                assert factors(treatment, baseline) == [], size.told
+                assert claim.predict(treatment, baseline).value == 1, size.told
+        assert twins.digest() != lab.digest(), size.told
 
 
 PROVED_BY: dict[str, tuple[str, ...]] = {  # flag -> metrics, or labels of the engines' logs
@@ -600,32 +606,34 @@ BY_ANSWERS = {"lora-modules"}  # each names the adapter that it came from
 
 
 @RESOLVED
-def test_every_flag_in_which_two_engines_differ_is_proved(lab: Lab) -> None:
+def test_every_flag_in_which_two_engines_differ_is_proved(sizes: list[Size]) -> None:
     """Asynchronous scheduling and kernels of attention were compared and proved by nothing."""
-    asked = {(e.arm.variant, shown) for e in lab.evidence for shown in (e.metric, e.label)}
-    for above, below in itertools.combinations(lab.variants, 2):
-        if above.engine != below.engine or not ENGINES[above.engine].shown_metrics():
-            continue  # of other engines, or of one without a log to read, the report says so
-        flags = [lab.flags_of(v) for v in (above, below)]
-        for flag in {f for own in flags for f in own if flags[0].get(f) != flags[1].get(f)}:
-            if flag in {*ECHOED, *ARGUMENTS} | BY_DOSE | BY_ANSWERS:
-                continue
-            setting = [v for v in (above, below) if flag in v.flags]
-            assert setting, flag
-            for variant in setting:
-                proofs = PROVED_BY.get(flag, ())
-                assert any((variant.name, shown) in asked for shown in proofs), (
-                    f"nothing proves {flag} of {variant.name}"
-                )
+    for size in sizes:
+        lab = size.lab
+        asked = {(e.arm.variant, shown) for e in lab.evidence for shown in (e.metric, e.label)}
+        for above, below in itertools.combinations(lab.variants, 2):
+            if above.engine != below.engine or not ENGINES[above.engine].shown_metrics():
+                continue  # of other engines, or of one without a log to read, the report says so
+            flags = [lab.flags_of(v) for v in (above, below)]
+            for flag in {f for own in flags for f in own if flags[0].get(f) != flags[1].get(f)}:
+                if flag in {*ECHOED, *ARGUMENTS} | BY_DOSE | BY_ANSWERS:
+                    continue
+                setting = [v for v in (above, below) if flag in v.flags]
+                assert setting, (flag, size.told)
+                for variant in setting:
+                    proofs = PROVED_BY.get(flag, ())
+                    assert any((variant.name, shown) in asked for shown in proofs), (
+                        f"nothing proves {flag} of {variant.name}: {size.told}"
+                    )
 
 
 @RESOLVED
-def test_every_point_has_a_name_of_its_own_and_requests_for_its_users(
-    lab: Lab, points: list[Point]
-) -> None:
-    assert len({p.key for p in points}) == len(points)
-    assert all(p.load.users <= lab.requests for p in points)
-    assert len({c.name for c in lab.claims}) == len(lab.claims)
+def test_every_point_has_a_name_of_its_own_and_requests_for_its_users(sizes: list[Size]) -> None:
+    for size in sizes:
+        lab, points = size.lab, size.points
+        assert len({p.key for p in points}) == len(points), size.told
+        assert all(p.load.users <= lab.requests for p in points), size.told
+        assert len({c.name for c in lab.claims}) == len(lab.claims), size.told
 
 
 @EVERY
