@@ -536,7 +536,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             lab = self.dummy(lab) if self.dummy else lab
         lab = lab._shortened(gone - lab._named_by(changes or {}))
         changes, kept = parts_kept(changes or {})
-        lab = lab._changed(changes)
+        if changes or dummy or gone:  # else nothing has been left out since it was checked
+            lab = lab._changed(changes)
         if dummy and (parts := lab._named(self.needs_text)):
             raise LabError(f"{', '.join(parts)}: {NO_TEXT}")
         return lab._keeping(**kept)
@@ -654,10 +655,13 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
     def _changed(self, *layers: Mapping[str, Any]) -> Lab:
         fields = self.model_dump(exclude={"scales", "quick"})
+        brought = True  # whether there may be parts without their defaults
         for layer in layers:
             for path, value in layer.items():
-                _write_out_defaults(fields)  # of what the path before it may have brought
+                if brought:
+                    _write_out_defaults(fields)
                 set_field(fields, path, copy.deepcopy(value))  # a later path may lead into it
+                brought = value is not None and not isinstance(value, str | int | float)
         beside = {n: getattr(self, n) for n in NOT_FILED}
         try:
             return Lab.model_validate(fields | beside)
