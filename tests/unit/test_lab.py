@@ -503,9 +503,10 @@ def resolved_once(name: str, scale: str, quick: bool, dummy: bool) -> Lab:
 
 @pytest.fixture(scope="module")
 def sizes(request: pytest.FixtureRequest) -> list[Size]:
+    name, scale = request.param
     found = []
     for quick, dummy in SIZES:
-        lab = resolved(*request.param, quick, dummy)
+        lab = resolved(name, scale, quick, dummy)
         told = f"{'quick' if quick else 'full'}, {'random' if dummy else 'real'} weights"
         found.append(Size(lab, real_points(lab), told))
     return found
