@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import chain, compress
@@ -98,6 +98,22 @@ class Variant(BaseModel, frozen=True, extra="forbid"):
         )
 
 
+class Lengths(tuple[tuple[int, int], ...]):
+    """The (prompt, output) tokens of requests, whose means all points that are sent them share."""
+
+    @cached_property
+    def means(self) -> tuple[float, float]:
+        """The mean lengths of the prompts and of the completions, in tokens."""
+        prompt_tokens: int = sum(map(itemgetter(0), self))
+        output_tokens: int = sum(map(itemgetter(1), self))
+        return prompt_tokens / len(self), output_tokens / len(self)
+
+    @classmethod
+    def of(cls, lengths: Iterable[tuple[int, int]]) -> Lengths:
+        """Take lengths that may have their means already."""
+        return lengths if isinstance(lengths, cls) else cls(lengths)
+
+
 @dataclass(frozen=True)
 class Point:
     """A point holds everything that a prediction may use: what is known before an engine starts."""
@@ -145,14 +161,12 @@ class Point:
     @cached_property
     def prompt_tokens(self) -> float:
         """The mean length of the prompts, in tokens."""
-        total: int = sum(map(itemgetter(0), self.lengths))
-        return total / len(self.lengths)
+        return Lengths.of(self.lengths).means[0]
 
     @cached_property
     def output_tokens(self) -> float:
         """The mean length of the completions, in tokens."""
-        total: int = sum(map(itemgetter(1), self.lengths))
-        return total / len(self.lengths)
+        return Lengths.of(self.lengths).means[1]
 
     @property
     def context_tokens(self) -> float:
@@ -542,7 +556,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             lab = self.dummy(lab) if self.dummy else lab
         lab = lab._shortened(gone - lab._named_by(changes or {}))
         changes, kept = parts_kept(changes or {})
-        lab = lab._changed(changes)
+        if changes or dummy or gone:  # else nothing has been left out since it was checked
+            lab = lab._changed(changes)
         if dummy and (parts := lab._named(self.needs_text)):
             raise LabError(f"{', '.join(parts)}: {NO_TEXT}")
         return lab._keeping(**kept)
@@ -660,10 +675,13 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
     def _changed(self, *layers: Mapping[str, Any]) -> Lab:
         fields = self.model_dump(exclude={"scales", "quick"})
+        brought = True  # whether there may be parts without their defaults
         for layer in layers:
             for path, value in layer.items():
-                _write_out_defaults(fields)  # of what the path before it may have brought
+                if brought:
+                    _write_out_defaults(fields)
                 set_field(fields, path, copy.deepcopy(value))  # a later path may lead into it
+                brought = value is not None and not isinstance(value, str | int | float)
         beside = {n: getattr(self, n) for n in NOT_FILED}
         try:
             return Lab.model_validate(fields | beside)
@@ -861,7 +879,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         sent = [  # every variant under every load of a workload is sent the same
             (
                 workload,
-                tuple(
+                Lengths(
                     chain.from_iterable(
                         workload.lengths(self.requests_of(workload), seed) for seed in seeds
                     )
@@ -869,20 +887,29 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
             )
             for workload in self.workloads
         ]
+        served = [  # every load is served by the same engine
+            (
+                variant.model_copy(update={"flags": dict(flags)}),
+                (weights or {}).get(variant.name, shape),
+                ceilings.times(flags.tensor_parallel_size),
+            )
+            for variant in self.variants
+            for flags in [self.flags_of(variant)]
+        ]
         return [
             Point(
-                variant.model_copy(update={"flags": dict(self.flags_of(variant))}),
+                variant,
                 workload,
                 load,
                 lengths,
-                (weights or {}).get(variant.name, shape),
-                ceilings.times(self.flags_of(variant).tensor_parallel_size),
+                served_shape,
+                shared_ceilings,
                 about or {},
                 (warmup_s := self.warmup_of(workload), warmup_s + self.window_s),
                 self.slo,
                 self.admission_by_client,
             )
-            for variant in self.variants
+            for variant, served_shape, shared_ceilings in served
             for workload, lengths in sent
             if not workload.only or variant.name in workload.only
             for load in workload.loads

@@ -184,7 +184,7 @@ def replay(
     return Replayed(requests / steps, written / steps, taken_in_all / steps, preempted, requests)
 
 
-_replayed_once = lru_cache(maxsize=256)(replay)  # whatever the ceilings: claims and cards share it
+replay_once = lru_cache(maxsize=256)(replay)  # whatever the ceilings: claims and cards share it
 
 
 def replayed(point: Point, watermark: float | None = None) -> Replayed | None:
@@ -194,7 +194,7 @@ def replayed(point: Point, watermark: float | None = None) -> Replayed | None:
     """
     block, room = point.flags.block_size, point.kv_room_tokens
     share = point.flags.watermark if watermark is None else watermark
-    return _replayed_once(
+    return replay_once(
         point.lengths[:MOST_REPLAYED],
         point.load.users,
         room - block,

@@ -77,11 +77,11 @@ def require_known(base: Path) -> None:
 
 def make(base: Path, out: Path) -> None:
     """Write the file, and what it was made from. Raises MakerError where that is not possible."""
+    require_known(base)  # before imports that take seconds
     import gguf
     import torch
     from safetensors import safe_open
 
-    require_known(base)
     config = making.read_config(base)
     architecture = ARCHITECTURES[config["architectures"][0]]
     rope = config.get("rope_parameters") or {}

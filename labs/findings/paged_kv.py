@@ -22,7 +22,7 @@ from labs.paged_kv import (
     Replayed,
     held_tokens,
     kept_free_blocks,
-    replay,
+    replay_once,
     replayed,
 )
 from serving.metrics import PREEMPTIONS
@@ -90,7 +90,7 @@ def allocations(context: Context) -> Allocations | None:
         # the engine keeps a block for itself; a contiguous allocator has no such block
         room = (capacity // block - 1) * block if block else capacity
         held = held_tokens(base, block) if block else stretch
-        done = replay(lengths, len(lengths), room, block, 0 if block else stretch)
+        done = replay_once(lengths, len(lengths), room, block, 0 if block else stretch)
         point = run.get(block)
         if done:
             by_block.append(

@@ -197,17 +197,25 @@ def write_run(results: Path, day: str = DAY, **fields: Any) -> RunFolder:
 
     The plain one is computed once a process, before any test, and copied.
     """
-    if fields or day != DAY:
+    if fields:
         return _written(results, day, **fields)
-    plain = plain_run().path
-    folder = results.joinpath(*plain.parts[-3:])
-    return RunFolder(shutil.copytree(plain, folder, dirs_exist_ok=True))
+    plain = plain_run()
+    if day != DAY:
+        return _changed(plain, day, results)
+    folder = results.joinpath(*plain.path.parts[-3:])
+    return RunFolder(shutil.copytree(plain.path, folder, dirs_exist_ok=True))
 
 
 @functools.cache
 def plain_run() -> RunFolder:
     """The run that `write_run` copies, to be read alone."""
     return _written(Path(os.environ["LABS_SCRATCH"]) / "plain", DAY)
+
+
+@functools.cache
+def plain_manifest() -> Run:
+    """What `plain_run` says of itself."""
+    return plain_run().run()
 
 
 def _written(results: Path, day: str, **fields: Any) -> RunFolder:
@@ -259,8 +267,35 @@ def _written(results: Path, day: str, **fields: Any) -> RunFolder:
 
 
 def write_slowed(folder: RunFolder, factor: float, variant: str = "") -> RunFolder:
-    """A copy of the run, a day later, in which everything (of a variant) took `factor` longer."""
-    later = RunFolder(folder.path.with_name(folder.path.name.replace("20260101", "20260102")))
+    """A copy of the run, a day later, in which everything (of a variant) took `factor` longer.
+
+    That of a plain run is computed once a process, and copied.
+    """
+    later = _day_later(folder)
+    if _files(folder) == _files(plain_run()):
+        shutil.copytree(_plain_slowed(factor, variant).path, later.path)
+        return later
+    return _slowed(folder, later, factor, variant)
+
+
+def _day_later(folder: RunFolder) -> RunFolder:
+    return RunFolder(folder.path.with_name(folder.path.name.replace("20260101", "20260102")))
+
+
+def _files(folder: RunFolder) -> dict[Path, bytes]:
+    """What a run has on disk, by the path within its folder."""
+    paths = (path for path in folder.path.rglob("*") if path.is_file())
+    return {path.relative_to(folder.path): path.read_bytes() for path in paths}
+
+
+@functools.cache
+def _plain_slowed(factor: float, variant: str) -> RunFolder:
+    """What `write_slowed` makes of the plain run, to be copied."""
+    home = Path(os.environ["LABS_SCRATCH"]) / f"plain-{factor:g}-{variant}"
+    return _slowed(plain_run(), _day_later(write_run(home)), factor, variant)
+
+
+def _slowed(folder: RunFolder, later: RunFolder, factor: float, variant: str) -> RunFolder:
     shutil.copytree(folder.path, later.path)
     run = later.run().model_copy(update={"run_id": later.path.name})
     write_json(later.path / "run.json", run)
@@ -325,11 +360,12 @@ def write_runs_of_others(published: RunFolder) -> list[RunFolder]:
     return [ordinary, repetition, quick, elsewhere, traced, unfinished, damaged]
 
 
-def _changed(folder: RunFolder, day: str, **fields: Any) -> RunFolder:
+def _changed(folder: RunFolder, day: str, results: Path | None = None, **fields: Any) -> RunFolder:
     """A copy of another day, with other fields of its manifest, under its machine's name."""
+    home = results or folder.path.parents[2]
     run_id = day + folder.path.name[len(day) :]
     run = folder.run().model_copy(update={"run_id": run_id, **fields})
-    copied = RunFolder(folder.path.parents[2] / run.machine.slug / run.lab["name"] / run_id)
+    copied = RunFolder(home / run.machine.slug / run.lab["name"] / run_id)
     shutil.copytree(folder.path, copied.path)
     write_json(copied.path / "run.json", run)
     return copied

@@ -39,15 +39,17 @@ def found(requests: Sequence[Request], tokenize: Tokenize, warm: bool = False) -
 
     Where it is warm, all were sent before.
     """
-    cached, hits = set[tuple[str, ...]](), 0
+    prompts, hits = [tokenize(request.messages) for request in requests], 0
+    numbers = dict[tuple[int, tuple[str, ...]], int]()  # (all before a block, its tokens) -> both
     for _ in range(1 + warm):
         hits = 0
-        for request in requests:
-            tokens = tokenize(request.messages)
-            whole = range(BLOCK_TOKENS, len(tokens), BLOCK_TOKENS)  # the last token is computed
-            hits += BLOCK_TOKENS * sum(tuple(tokens[:end]) in cached for end in whole)
-            ends = range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS)
-            cached |= {tuple(tokens[:end]) for end in ends}
+        for tokens in prompts:
+            before = 0
+            for end in range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS):
+                block = before, tuple(tokens[end - BLOCK_TOKENS : end])
+                if end < len(tokens):  # the last token is computed
+                    hits += BLOCK_TOKENS * (block in numbers)
+                before = numbers.setdefault(block, len(numbers) + 1)
     return hits
 
 

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 import requests
@@ -19,7 +19,7 @@ from labs.judging.text import claim_outcome
 from labs.lab import LabError, Prediction
 from labs.running import backfill
 from loadtests import exporter, records
-from tests.unit.builders import make_record, write_run
+from tests.unit.builders import make_record, make_workload, write_run
 
 
 class Empty:
@@ -57,6 +57,11 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
+def brief_run(home: Path, **fields: Any) -> RunFolder:
+    """A run of one trial a variant, as each second of each is hundreds of lines."""
+    return write_run(home, workloads=(make_workload(),), repeats=1, **fields)
+
+
 def imported(*folders: RunFolder) -> list[str]:
     said: list[str] = []
     backfill.load(folders, lambda folder, what: said.append(f"{folder.path.name}: {what}"))
@@ -67,7 +72,7 @@ def test_of_an_interrupted_run_its_finished_trials_are_added(
     tmp_path: Path, loaded: list[str]
 ) -> None:
     """And the runs beside it whole, also where one has barely begun."""
-    whole, cut, begun = (write_run(tmp_path / name) for name in ("whole", "cut", "begun"))
+    whole, cut, begun = (brief_run(tmp_path / name) for name in ("whole", "cut", "begun"))
     for folder in (cut, begun):
         (folder.path / "summary.json").unlink()
         (folder.path / "COMPLETE").unlink()
@@ -83,7 +88,7 @@ def test_of_an_interrupted_run_its_finished_trials_are_added(
 
 def test_the_warm_up_of_every_trial_is_told(tmp_path: Path, loaded: list[str]) -> None:
     """Its window begins at 10 s, so the scrapes of ten seconds lie before it."""
-    folder = write_run(tmp_path)
+    folder = brief_run(tmp_path)
     imported(folder)
     told = [line for line in loaded if line.startswith(exporter.WARM_UP)]
     trials = len(list(folder.path.rglob("trial.json")))
@@ -95,7 +100,7 @@ def test_the_warm_up_of_every_trial_is_told(tmp_path: Path, loaded: list[str]) -
 def test_a_refusal_counts_as_it_does_in_the_report(
     flags: dict[str, int], tmp_path: Path, loaded: list[str]
 ) -> None:
-    folder = write_run(tmp_path, flags=flags)
+    folder = brief_run(tmp_path, flags=flags)
     path = next(folder.path.rglob("requests.jsonl.gz"))
     refused = make_record([], error="HTTP 503: busy", end_s=11.0)
     records.write(path, [*records.read(path), refused])

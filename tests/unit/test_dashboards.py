@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -48,6 +49,7 @@ def histogram(name: str) -> set[str]:
     return {f"{name}_bucket", f"{name}_sum", f"{name}_count"}
 
 
+@functools.cache
 def exported() -> set[str]:
     """Every sample's name that the client, the engine, finished runs and the GPUs have."""
     client: set[str] = set()
@@ -278,18 +280,19 @@ def test_every_outcome_of_a_verdict_has_its_colour() -> None:
     assert set(outcomes) == boards.OUTCOMES.keys()
 
 
-def valid(found: dict[str, Any]) -> bool:
+@functools.cache
+def validator() -> Any:
     schema = json.loads(SCHEMA.read_text())
     # where Grafana takes any value, the published schema says object
     schema["definitions"]["MatcherConfig"]["properties"]["options"] = {}
     schema["definitions"]["DynamicConfigValue"]["properties"]["value"] = {}
-    return jsonschema.validators.validator_for(schema)(schema).is_valid(found)
+    return jsonschema.validators.validator_for(schema)(schema)
 
 
 @pytest.mark.skipif(not SCHEMA.exists(), reason="GRAFANA_SCHEMA names no dashboard.jsonschema.json")
 @pytest.mark.parametrize("name", BUILT)
 def test_dashboards_obey_the_published_schema(name: str) -> None:
-    assert valid(BUILT[name])
+    assert validator().is_valid(BUILT[name])
     broken = json.loads(json.dumps(BUILT[name]))
     broken["panels"][1]["fieldConfig"]["defaults"]["thresholds"]["mode"] = "nonsense"
-    assert not valid(broken)
+    assert not validator().is_valid(broken)

@@ -15,6 +15,7 @@ from labs.running import backfill
 from labs.running.engine_series import keep
 from serving import metrics
 from tests.unit.builders import write_run
+from tests.unit.test_backfill import brief_run
 
 Samples = list[tuple[dict[str, str], list[tuple[float, float]]]]
 
@@ -77,7 +78,8 @@ def test_without_prometheus_nothing_is_kept(folder: RunFolder) -> None:
     assert engine_series.read(folder.path) == []
 
 
-def test_an_import_puts_them_back_at_their_times(folder: RunFolder) -> None:
+def test_an_import_puts_them_back_at_their_times(tmp_path: Path) -> None:
+    folder = brief_run(tmp_path)
     kept(folder, Scraped(metrics.KV_USAGE))
     trials = backfill._trials(folder)
     since = {trial.name: 0.0 for trial in trials}

@@ -68,7 +68,7 @@ from tests.unit.builders import (
     make_record,
     make_summary,
     make_workload,
-    plain_run,
+    plain_manifest,
 )
 
 INF = float("inf")
@@ -84,7 +84,7 @@ def context(
     about: Mapping[str, Any] | None = None,
 ) -> Context:
     """A run of a lab; `values[point][metric]` over its repeats, all alike where one is given."""
-    run = plain_run().run().model_copy(update={"about": dict(about or {})})
+    run = plain_manifest().model_copy(update={"about": dict(about or {})})
     weights = {name: replace(SHAPE, weight_bytes=1000) for name in halved}
     points = lab.points(SHAPE, CEILINGS, weights, about)
     assert values.keys() <= {p.key for p in points}

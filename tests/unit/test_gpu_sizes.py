@@ -51,6 +51,7 @@ def expected_on(card: str) -> Ceilings:
     return ceilings_of(card, EXPECTED.reading, EXPECTED.computing)
 
 
+@functools.cache
 def shape_on(card: str, random: bool) -> Shape:
     """The model that a card serves by default."""
     (of,) = (c for c in CLASSES if c.gb == CARDS[card][0])
@@ -58,7 +59,13 @@ def shape_on(card: str, random: bool) -> Shape:
 
 
 def lab_on(name: str, card: str, random: bool, quick: bool = False) -> Lab:
-    return LABS[name].at(f"gpu-{CARDS[card][0]}", quick, dummy=random)
+    return resolved(name, CARDS[card][0], random, quick)
+
+
+@functools.cache
+def resolved(name: str, gb: int, random: bool, quick: bool) -> Lab:
+    """What a lab is on all cards of a class."""
+    return LABS[name].at(f"gpu-{gb}", quick, dummy=random)
 
 
 def points_on(lab: Lab, card: str, random: bool) -> list[Point]:

@@ -22,11 +22,15 @@ from labs.telling.summary import summarise
 from loadtests import records
 from tests.unit.builders import make_record, make_summary, write_run
 
+LIBRARY, IN_ITS_PLACE = get_plotlyjs(), "the library"
 HOSTILE = "</script><script>hacked()</script><img src=x onerror=hacked()>[a](javascript:hacked())"
 
 
 class Seen(HTMLParser):
-    """Every tag with its attributes, the text of scripts and styles, and what a reader reads."""
+    """Every tag with its attributes, the text of scripts and styles, and what a reader reads.
+
+    Plotly's library, of megabytes, is not parsed: `IN_ITS_PLACE` is, exactly where it stands.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -34,7 +38,7 @@ class Seen(HTMLParser):
         self.code: list[str] = []
         self.read = ""
         self._in = ""
-        self.feed(text)
+        self.feed(text.replace(LIBRARY, IN_ITS_PLACE))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, {k: v or "" for k, v in attrs}))
@@ -131,7 +135,7 @@ def test_nothing_is_loaded_from_anywhere(folder: RunFolder) -> None:
     seen = written(folder)
     places = [*seen.attributes("src"), *seen.attributes("href"), *seen.attributes("srcset")]
     assert all(p.startswith(("#", "data:")) for p in places)
-    own = [c for c in seen.code if c != get_plotlyjs()]
+    own = [c for c in seen.code if c != IN_ITS_PLACE]
     assert len(own) == len(seen.code) - 1
     assert not any("http" in c or "url(" in c or "@import" in c for c in own)
     (policy,) = (a["content"] for _, a in seen.tags if a.get("http-equiv"))
@@ -145,8 +149,8 @@ def test_only_the_scripts_the_page_was_written_with_may_run(folder: RunFolder) -
     (policy,) = (a["content"] for _, a in seen.tags if a.get("http-equiv"))
     kinds = [a for tag, a in seen.tags if tag == "script"]
     assert [a.get("type") for a in kinds] == ["application/json", None, None]
-    scripts = [c for c in seen.code if c.lstrip().startswith(("/", '"use'))][-2:]
-    for script in scripts:
+    scripts = [LIBRARY if c == IN_ITS_PLACE else c for c in seen.code]
+    for script in [c for c in scripts if c.lstrip().startswith(("/", '"use'))][-2:]:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert f"'sha256-{digest}'" in policy
     assert "'unsafe-inline'" not in policy.split("script-src")[1].split(";")[0]
@@ -320,6 +324,6 @@ def test_a_site_has_every_run_that_can_be_read_and_links_that_lead_there(
     for link in links:
         text = (index.parent / link).read_text()
         assert 'src="../../plotly.min.js"' in text
-        assert get_plotlyjs() not in text
-    assert (index.parent / "plotly.min.js").read_text() == get_plotlyjs()
+        assert LIBRARY not in text
+    assert (index.parent / "plotly.min.js").read_text() == LIBRARY
     assert "quick, repetition, not complete" in seen.read

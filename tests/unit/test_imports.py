@@ -4,7 +4,7 @@ import ast
 import functools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -38,7 +38,18 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imported(nodes: Iterator[ast.AST]) -> set[str]:
+@functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(parsed(path)))
+
+
+@functools.cache
+def imported_by(path: Path) -> frozenset[str]:
+    """What a file imports, on import or later."""
+    return frozenset(imported(nodes_of(path)))
+
+
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
     """Absolute module names; `from labs import theory` is labs.theory."""
     found = set()
     for node in nodes:
@@ -63,7 +74,7 @@ def at_module_level(tree: ast.AST) -> Iterator[ast.AST]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
     tree, house = parsed(path), path.relative_to(ROOT).parts[0]
-    everywhere = {name.split(".")[0] for name in imported(ast.walk(tree))}
+    everywhere = {name.split(".")[0] for name in imported_by(path)}
     assert everywhere & {*MAY_IMPORT, "tests"} <= MAY_IMPORT[house]
     if str(path.relative_to(ROOT)) not in IN_LOCUST:
         assert not everywhere & {"locust", "gevent", "geventhttpclient"}
@@ -114,7 +125,7 @@ def test_rooms_import_those_below_them(path: Path) -> None:
     """The vocabulary and the lab files know no room; a room knows only those below it."""
     parts = path.relative_to(ROOT).parts[1:]
     at = ROOMS.index(parts[0]) if len(parts) > 1 else -1
-    names = (name.split(".") for name in imported(ast.walk(parsed(path))))
+    names = (name.split(".") for name in imported_by(path))
     rooms = {name[1] for name in names if name[0] == "labs" and len(name) > 1 and name[1] in ROOMS}
     assert rooms <= set(ROOMS[: at + 1])
 
@@ -134,8 +145,7 @@ def imports_between_rooms() -> set[tuple[str, str]]:
     edges = set()
     for path in FILES:
         importer = room_of(path.relative_to(ROOT).parts)
-        tree = parsed(path)
-        names = [name.split(".") for name in imported(ast.walk(tree))]
+        names = [name.split(".") for name in imported_by(path)]
         rooms = {room_of(name) for name in names if name[0] in MAY_IMPORT}
         edges |= {(importer, room) for room in rooms if room != importer}
 
@@ -158,8 +168,7 @@ def test_the_picture_of_the_architecture_is_the_code() -> None:
 
 @pytest.mark.parametrize("lab", LABS)
 def test_a_lab_file_speaks_the_lab_vocabulary_only(lab: str) -> None:
-    tree = ast.parse((ROOT / "labs" / f"{lab.replace('-', '_')}.py").read_text())
-    others = imported(ast.walk(tree)) - LAB_VOCABULARY
+    others = imported_by(ROOT / "labs" / f"{lab.replace('-', '_')}.py") - LAB_VOCABULARY
     assert {name.split(".")[0] for name in others} <= sys.stdlib_module_names
 
 
@@ -180,11 +189,10 @@ ITS_OWN_FLAG = {ROOT / "serving" / "engines" / "transformers.py": "continuous-ba
 @pytest.mark.parametrize("path", MACHINERY, ids=lambda p: str(p.relative_to(ROOT)))
 def test_machinery_knows_no_lab(path: Path) -> None:
     """Neither by its module nor by its name, so that the next lab needs no change here."""
-    nodes = list(ast.walk(parsed(path)))
-    froms = (node for node in nodes if isinstance(node, ast.ImportFrom))
+    froms = (node for node in nodes_of(path) if isinstance(node, ast.ImportFrom))
     inner = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
-    assert not (imported(iter(nodes)) | inner) & LAB_MODULES
-    values = (node.value for node in nodes if isinstance(node, ast.Constant))
+    assert not (imported_by(path) | inner) & LAB_MODULES
+    values = (node.value for node in nodes_of(path) if isinstance(node, ast.Constant))
     texts = [text for text in values if isinstance(text, str)]
     if flag := ITS_OWN_FLAG.get(path):  # of an engine, which a lab happens to be called after
         texts = [text.replace(flag, "") for text in texts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -74,7 +75,7 @@ def at_equal_load_time(repeats: int) -> float:
 
 
 def between(mean: Floats, error: Floats, freedom: Floats | int, confidence: float) -> Any:
-    half = scipy.stats.t.ppf(0.5 + confidence / 2, freedom) * error
+    half = scipy.special.stdtrit(freedom, 0.5 + confidence / 2) * error
     return mean - half, mean + half
 
 
@@ -103,18 +104,32 @@ def alarms(interval: tuple[Floats, Floats]) -> float:
     return float(np.mean((interval[0] > 0) | (interval[1] < 0)))
 
 
-def decided(of: Interval, a: Floats, b: Floats, shift: float, confidence: float = 0.95) -> Any:
-    """Which claims are decided: the interval excludes no effect, or proves there is next to none.
+@dataclass(frozen=True)
+class Ends:
+    """The ends of intervals of claims without an effect; one shifts them, and is as wide."""
 
-    Equality takes both one-sided tests, hence an interval of 1 - 2 alpha.
-    """
-    low, high = of(a + shift, b, confidence)
-    equal_low, equal_high = of(a + shift, b, 2 * confidence - 1)
-    return (low > 0) | (high < 0) | ((equal_low > -MARGIN) & (equal_high < MARGIN))
+    low: Floats
+    high: Floats
+    equal_low: Floats  # equality takes both one-sided tests, hence an interval of 1 - 2 alpha
+    equal_high: Floats
+
+    @classmethod
+    def by(cls, of: Interval, a: Floats, b: Floats, confidence: float = 0.95) -> Ends:
+        return cls(*of(a, b, confidence), *of(a, b, 2 * confidence - 1))
+
+    def apart(self, shift: float) -> Any:
+        """Which intervals exclude no effect."""
+        return (self.low + shift > 0) | (self.high + shift < 0)
+
+    def decided(self, shift: float) -> Any:
+        """Which claims are decided: by an effect, or by the proof that there is next to none."""
+        equal = (self.equal_low + shift > -MARGIN) & (self.equal_high + shift < MARGIN)
+        return self.apart(shift) | equal
 
 
 def share_decided(of: Interval, a: Floats, b: Floats) -> float:
-    return fmean(float(decided(of, a, b, shift).mean()) for shift in EFFECTS)
+    ends = Ends.by(of, a, b)
+    return fmean(float(ends.decided(shift).mean()) for shift in EFFECTS)
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -217,17 +232,15 @@ def looks(noise: str, at: tuple[int, ...], confidence: float) -> tuple[float, fl
 
     The latter over all `EFFECTS`.
     """
-    arms = two_arms(noise, at[-1], at_equal_load_time(5))
+    a, b = two_arms(noise, at[-1], at_equal_load_time(5))
+    all_ends = [Ends.by(welch, a[:, :n], b[:, :n], confidence) for n in at]
     told = []
     for shift in EFFECTS:
         done, alarm, covers = (np.zeros(CLAIMS, bool) for _ in range(3))
-        for n in at:
-            a, b = (arm[:, :n] for arm in arms)
-            now = decided(welch, a, b, shift, confidence) & ~done
-            low, high = welch(a, b, confidence)
-            apart = welch(a + shift, b, confidence)
-            alarm |= now & ((apart[0] > 0) | (apart[1] < 0))
-            covers = np.where(done, covers, (low <= 0) & (high >= 0))
+        for ends in all_ends:
+            now = ends.decided(shift) & ~done
+            alarm |= now & ends.apart(shift)
+            covers = np.where(done, covers, (ends.low <= 0) & (ends.high >= 0))
             done |= now
         told.append((float(alarm.mean()), float(covers.mean()), float(done.mean())))
     return told[0][0], min(cover for _, cover, _ in told), fmean(share for *_, share in told)

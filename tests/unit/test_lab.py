@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -470,30 +471,45 @@ def test_unknown_variant_is_refused(naming: dict[str, Any]) -> None:
 
 EVERY = pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 CLASSES = [f"gpu-{c.gb}" for c in gpus.CLASSES]
-SCALES = [
-    *((kind, quick, dummy) for kind in ("cpu", "gpu") for quick in (0, 1) for dummy in (0, 1)),
-    *((scale, quick, dummy) for scale in CLASSES for quick in (0, 1) for dummy in (0, 1)),
-]
+SCALES = ["cpu", "gpu", *CLASSES]
+SIZES = [*itertools.product((False, True), (False, True))]
 RESOLVED = pytest.mark.parametrize(
-    "lab",
-    [
-        pytest.param(
-            (name, scale, bool(quick), bool(dummy)),
-            id=f"{name}-{scale}{'-quick' * quick}{'-dummy' * dummy}",
-        )
-        for name in LABS
-        for scale, quick, dummy in SCALES
-    ],
+    "sizes",
+    [pytest.param((name, scale), id=f"{name}-{scale}") for name in LABS for scale in SCALES],
     indirect=True,
     scope="module",
 )
-"""Each lab at each scale: all tests of one follow each other, and share it and its points."""
+"""Each lab at each scale, in full and quick, with real and with random weights: all tests of one
+follow each other, and share these and their points."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A lab as it is resolved for a scale, with its points."""
+
+    lab: Lab
+    points: list[Point]
+    told: str
+
+
+def resolved(name: str, scale: str, quick: bool = False, dummy: bool = False) -> Lab:
+    return resolved_once(name, scale, quick, dummy)
+
+
+@functools.cache
+def resolved_once(name: str, scale: str, quick: bool, dummy: bool) -> Lab:
+    return LABS[name].at(scale, quick, dummy=dummy)
 
 
 @pytest.fixture(scope="module")
-def lab(request: pytest.FixtureRequest) -> Lab:
-    name, scale, quick, dummy = request.param
-    return LABS[name].at(scale, quick, dummy=dummy)
+def sizes(request: pytest.FixtureRequest) -> list[Size]:
+    name, scale = request.param
+    found = []
+    for quick, dummy in SIZES:
+        lab = resolved(name, scale, quick, dummy)
+        told = f"{'quick' if quick else 'full'}, {'random' if dummy else 'real'} weights"
+        found.append(Size(lab, real_points(lab), told))
+    return found
 
 
 # a shape and ceilings of a size that predictions make sense for
@@ -520,21 +536,18 @@ def real_points(lab: Lab) -> list[Point]:
     )
 
 
-@pytest.fixture(scope="module")
-def points(lab: Lab) -> list[Point]:
-    return real_points(lab)
-
-
 @RESOLVED
-def test_every_claim_has_a_pair_and_a_prediction(lab: Lab, points: list[Point]) -> None:
-    for claim in lab.claims:
-        pairs = lab.pairs(claim, points)
-        assert pairs, claim.name
-        assert all(0 < claim.predict(t, b).value < math.inf for t, b in pairs), claim.name
-    for forecast in lab.forecasts:
-        values = [forecast.predict(p).value for p in points if forecast.arm.matches(p)]
-        assert values, forecast.name
-        assert all(0 <= v < math.inf for v in values), forecast.name
+def test_every_claim_has_a_pair_and_a_prediction(sizes: list[Size]) -> None:
+    for size in sizes:
+        for claim in size.lab.claims:
+            at, pairs = (claim.name, size.told), size.lab.pairs(claim, size.points)
+            assert pairs, at
+            assert all(0 < claim.predict(t, b).value < math.inf for t, b in pairs), at
+        for forecast in size.lab.forecasts:
+            at = (forecast.name, size.told)
+            values = [forecast.predict(p).value for p in size.points if forecast.arm.matches(p)]
+            assert values, at
+            assert all(0 <= v < math.inf for v in values), at
 
 
 def test_fp8_prefill_is_predicted_from_the_fp8_rate_that_was_measured() -> None:
@@ -551,30 +564,33 @@ def test_fp8_prefill_is_predicted_from_the_fp8_rate_that_was_measured() -> None:
 
 
 @RESOLVED
-def test_a_claim_changes_one_thing_or_says_why_not(lab: Lab, points: list[Point]) -> None:
-    for claim in lab.claims:
-        several = [factors(*pair) for pair in lab.pairs(claim, points) if len(factors(*pair)) > 1]
-        assert bool(several) == bool(claim.coupled), (claim.name, several)
+def test_a_claim_changes_one_thing_or_says_why_not(sizes: list[Size]) -> None:
+    for size in sizes:
+        for claim in size.lab.claims:
+            changed = [factors(*pair) for pair in size.lab.pairs(claim, size.points)]
+            several = [names for names in changed if len(names) > 1]
+            assert bool(several) == bool(claim.coupled), (claim.name, several, size.told)
 
 
 @RESOLVED
-def test_every_lab_runs_against_itself(lab: Lab, points: list[Point]) -> None:
-    twins = lab.against_itself()
-    base, twin = twins.variants
-    assert twins.flags_of(base) == twins.flags_of(twin)
-    assert Lab.model_validate(dict(twins)) == twins
-    of_twins = real_points(twins)
-    most = len(points) - (len(lab.variants) > 2)
-    assert len(of_twins) <= most or len(lab.variants) < 2
-    for claim in twins.claims:
-        assert claim.expect == "unchanged"
-        assert claim.metric in {c.metric for c in lab.claims}
-        pairs = lab.pairs(claim, of_twins)
-        assert pairs
-        for treatment, baseline in pairs:
-            assert factors(treatment, baseline) == []
-            assert claim.predict(treatment, baseline).value == 1
-    assert twins.digest() != lab.digest()
+def test_every_lab_runs_against_itself(sizes: list[Size]) -> None:
+    for size in sizes:
+        lab, twins = size.lab, size.lab.against_itself()
+        base, twin = twins.variants
+        assert twins.flags_of(base) == twins.flags_of(twin), size.told
+        assert Lab.model_validate(dict(twins)) == twins, size.told
+        of_twins = real_points(twins)
+        most = len(size.points) - (len(lab.variants) > 2)
+        assert len(of_twins) <= most or len(lab.variants) < 2, size.told
+        for claim in twins.claims:
+            assert claim.expect == "unchanged", size.told
+            assert claim.metric in {c.metric for c in lab.claims}, size.told
+            pairs = lab.pairs(claim, of_twins)
+            assert pairs, size.told
+            for treatment, baseline in pairs:
+                assert factors(treatment, baseline) == [], size.told
+                assert claim.predict(treatment, baseline).value == 1, size.told
+        assert twins.digest() != lab.digest(), size.told
 
 
 PROVED_BY: dict[str, tuple[str, ...]] = {  # flag -> metrics, or labels of the engines' logs
@@ -591,32 +607,34 @@ BY_ANSWERS = {"lora-modules"}  # each names the adapter that it came from
 
 
 @RESOLVED
-def test_every_flag_in_which_two_engines_differ_is_proved(lab: Lab) -> None:
+def test_every_flag_in_which_two_engines_differ_is_proved(sizes: list[Size]) -> None:
     """Asynchronous scheduling and kernels of attention were compared and proved by nothing."""
-    asked = {(e.arm.variant, shown) for e in lab.evidence for shown in (e.metric, e.label)}
-    for above, below in itertools.combinations(lab.variants, 2):
-        if above.engine != below.engine or not ENGINES[above.engine].shown_metrics():
-            continue  # of other engines, or of one without a log to read, the report says so
-        flags = [lab.flags_of(v) for v in (above, below)]
-        for flag in {f for own in flags for f in own if flags[0].get(f) != flags[1].get(f)}:
-            if flag in {*ECHOED, *ARGUMENTS} | BY_DOSE | BY_ANSWERS:
-                continue
-            setting = [v for v in (above, below) if flag in v.flags]
-            assert setting, flag
-            for variant in setting:
-                proofs = PROVED_BY.get(flag, ())
-                assert any((variant.name, shown) in asked for shown in proofs), (
-                    f"nothing proves {flag} of {variant.name}"
-                )
+    for size in sizes:
+        lab = size.lab
+        asked = {(e.arm.variant, shown) for e in lab.evidence for shown in (e.metric, e.label)}
+        for above, below in itertools.combinations(lab.variants, 2):
+            if above.engine != below.engine or not ENGINES[above.engine].shown_metrics():
+                continue  # of other engines, or of one without a log to read, the report says so
+            flags = [lab.flags_of(v) for v in (above, below)]
+            for flag in {f for own in flags for f in own if flags[0].get(f) != flags[1].get(f)}:
+                if flag in {*ECHOED, *ARGUMENTS} | BY_DOSE | BY_ANSWERS:
+                    continue
+                setting = [v for v in (above, below) if flag in v.flags]
+                assert setting, (flag, size.told)
+                for variant in setting:
+                    proofs = PROVED_BY.get(flag, ())
+                    assert any((variant.name, shown) in asked for shown in proofs), (
+                        f"nothing proves {flag} of {variant.name}: {size.told}"
+                    )
 
 
 @RESOLVED
-def test_every_point_has_a_name_of_its_own_and_requests_for_its_users(
-    lab: Lab, points: list[Point]
-) -> None:
-    assert len({p.key for p in points}) == len(points)
-    assert all(p.load.users <= lab.requests for p in points)
-    assert len({c.name for c in lab.claims}) == len(lab.claims)
+def test_every_point_has_a_name_of_its_own_and_requests_for_its_users(sizes: list[Size]) -> None:
+    for size in sizes:
+        lab, points = size.lab, size.points
+        assert len({p.key for p in points}) == len(points), size.told
+        assert all(p.load.users <= lab.requests for p in points), size.told
+        assert len({c.name for c in lab.claims}) == len(lab.claims), size.told
 
 
 @EVERY
@@ -645,10 +663,10 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
 def test_a_quick_run_on_a_gpu_has_repeats_enough_for_an_interval(lab: Lab) -> None:
     """Most of its time goes into engine starts; one repeat gave next to no claim a verdict."""
     for scale in ("gpu", *CLASSES):
-        quick = lab.at(scale, quick=True)
+        quick = resolved(lab.name, scale, quick=True)
         assert (quick.repeats, quick.starts, quick.looks) == (3, 1, 1), scale
     assert lab.at("gpu-80", True, {"repeats": 1}).repeats == 1
-    assert lab.at("cpu", quick=True).repeats == lab.quick.get("repeats", lab.repeats)
+    assert resolved(lab.name, "cpu", quick=True).repeats == lab.quick.get("repeats", lab.repeats)
     assert lab.quick.get("repeats", 0) < 3
 
 
@@ -661,12 +679,12 @@ def unsent(lab: Lab) -> set[str]:
 @EVERY
 def test_a_quick_run_on_a_gpu_does_without_parts_that_the_lab_has(lab: Lab) -> None:
     for scale in ("gpu", *CLASSES):
-        wholes = [lab.at(scale, quick=False, dummy=dummy) for dummy in (False, True)]
+        wholes = [resolved(lab.name, scale, dummy=dummy) for dummy in (False, True)]
         parts = {name for at in wholes for name in at._part_names()}
         of_quick = (lab.scales.get(f"{name}-quick", {}) for name in ("gpu", scale))
         assert {name for own in of_quick for name in own.get(WITHOUT, ())} <= parts
         for whole, dummy in zip(wholes, (False, True), strict=True):
-            quick = lab.at(scale, quick=True, dummy=dummy)
+            quick = resolved(lab.name, scale, quick=True, dummy=dummy)
             assert {c.name for c in quick.claims} <= {c.name for c in whole.claims}
             assert bool(quick.claims) == bool(whole.claims)
             assert unsent(quick) <= unsent(whole)  # no engine starts for nothing
@@ -674,23 +692,23 @@ def test_a_quick_run_on_a_gpu_does_without_parts_that_the_lab_has(lab: Lab) -> N
 
 @EVERY
 def test_a_lab_repeats_as_often_as_its_intervals_were_tried_for(lab: Lab) -> None:
-    resolved = lab.at("cpu", quick=False)
-    assert 3 <= resolved.repeats <= 5  # of which the simulations speak
+    on_cpu = resolved(lab.name, "cpu")
+    assert 3 <= on_cpu.repeats <= 5  # of which the simulations speak
     # a lab that has no time for a second look spends its time on what it compares
-    arms = [arm for claim in resolved.claims for arm in (claim.treatment, claim.baseline)]
-    points = resolved.points(SHAPE, CEILINGS)
+    arms = [arm for claim in on_cpu.claims for arm in (claim.treatment, claim.baseline)]
+    points = on_cpu.points(SHAPE, CEILINGS)
     only_compared = all(any(arm.matches(point) for arm in arms) for point in points)
-    if resolved.looks == 1:
-        assert resolved.curve_repeats > 0 or only_compared
+    if on_cpu.looks == 1:
+        assert on_cpu.curve_repeats > 0 or only_compared
     else:
-        assert resolved.curve_repeats == 0
+        assert on_cpu.curve_repeats == 0
 
 
 @EVERY
 def test_what_needs_text_is_part_of_the_lab(lab: Lab) -> None:
     parts = {*lab.studies, *lab.probes, *lab.findings, *lab.plots, *lab.quick.get("probes", ())}
     assert {name.removesuffix("-quick") for name in lab.needs_text} <= parts
-    assert not set(lab.at("cpu", quick=False, dummy=True).probes) & TEXT_PROBES
+    assert not set(resolved(lab.name, "cpu", dummy=True).probes) & TEXT_PROBES
 
 
 @EVERY
@@ -719,12 +737,13 @@ def test_variants_differ_and_those_with_other_flags_show_it(lab: Lab) -> None:
 
 @EVERY
 def test_what_to_turn_next_can_be_turned(lab: Lab) -> None:
+    digest = resolved(lab.name, "cpu").digest()
     for knob in lab.next_knobs:
         setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
         assert setting, knob
         changes = parse_changes(setting[2] or setting[3])
         turned = lab.at("cpu", quick=False, changes=changes)
-        assert turned.digest() != lab.at("cpu", quick=False).digest(), knob
+        assert turned.digest() != digest, knob
         for evidence in turned.evidence:
             flag = next(
                 (f for f, told in ECHOED.items() if told == (evidence.metric, evidence.label)), ""
@@ -740,13 +759,14 @@ def test_what_to_turn_next_can_be_turned(lab: Lab) -> None:
 @pytest.mark.parametrize("name", FIRST)
 def test_what_to_turn_next_fits_the_sizes_of_a_quick_run(name: str, dummy: bool) -> None:
     """It may name a part that a quick run does without, which then has it."""
-    quick = LABS[name].at("gpu-80", quick=True, dummy=dummy)
+    quick = resolved(name, "gpu-80", quick=True, dummy=dummy)
+    digest = quick.digest()
     for knob in quick.next_knobs:
         setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
         assert setting, knob
         changes = parse_changes(setting[2] or setting[3])
         turned = LABS[name].at("gpu-80", True, changes, dummy)
-        assert turned.digest() != quick.digest(), knob
+        assert turned.digest() != digest, knob
         longest = max(w.longest_tokens for w in turned.workloads)
         assert all(longest <= flags.max_model_len for flags in turned.all_flags), knob
 
@@ -805,7 +825,7 @@ def test_engines_on_a_gpu_are_alike_where_a_lab_says_nothing_else() -> None:
 @pytest.mark.parametrize("scale", CLASSES)
 @pytest.mark.parametrize("name", LABS)
 def test_what_is_compiled_for_one_lab_serves_the_next(name: str, scale: str) -> None:
-    lab = LABS[name].at(scale, quick=True, dummy=name != "quantization-tools")
+    lab = resolved(name, scale, quick=True, dummy=name != "quantization-tools")
     for variant in lab.variants:
         flags = lab.flags_of(variant)
         assert "kv-cache-memory-bytes" in flags
@@ -826,13 +846,13 @@ LEANING = re.compile(
 @pytest.mark.parametrize("name", LABS)
 def test_a_claims_title_is_understood_without_the_one_before_it(name: str) -> None:
     for scale in ("cpu", "gpu-80"):
-        for claim in LABS[name].at(scale, quick=False).claims:
+        for claim in resolved(name, scale).claims:
             assert not LEANING.search(claim.title), claim.title
 
 
 @pytest.mark.parametrize("name", LABS)
 def test_in_float32_as_many_tokens_fit_as_in_bf16(name: str) -> None:
-    plain, wide = (LABS[name].at(scale, quick=False) for scale in ("cpu", models.CPU_FP32))
+    plain, wide = (resolved(name, scale) for scale in ("cpu", models.CPU_FP32))
     assert (plain.value_bytes, wide.value_bytes) == (2, 4)
     assert plain.digest() != wide.digest()
     for before, after in zip(

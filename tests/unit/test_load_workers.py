@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +17,8 @@ from loadtests import generator, load_workers, records
 from loadtests.arrivals import Concurrent
 from loadtests.load_workers import LoadWorkers
 from loadtests.plan import TrialPlan
-from serving.models import ROOT
 from serving.ports import free_port
+from tests.unit.beside_locust import said_by
 from tests.unit.builders import make_summary
 
 KEY = "k" * load_workers.LEAST_KEY_CHARACTERS
@@ -167,34 +165,6 @@ print(json.dumps({"sent": [(name, client) for name, _, client in sent], "same": 
 """
 
 
-def test_what_is_late_belongs_to_no_trial_and_who_was_lost_stays_lost(tmp_path: Path) -> None:
-    requests = tmp_path / "requests.jsonl"
-    requests.touch()
-    plan = TrialPlan(
-        url="", arrival=Concurrent(users=2), requests=requests, records=tmp_path / "records.gz",
-        warmup_s=0, window_s=1, timeout_s=1, seed=0, lab="tiny", variant="on", run_id="r",
-        workload="w",
-    )  # fmt: skip
-    argv = [
-        sys.executable,
-        "-c",
-        DIRECTED,
-        plan.model_dump_json(),
-        make_summary().model_dump_json(),
-    ]
-    process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    first, second, told = map(json.loads, process.stdout.splitlines())
-    assert (first["summary"]["sent"], first["summary"]["lost_share"]) == (3, 0.5)
-    assert (second["summary"]["sent"], second["summary"]["lost_share"]) == (5, 0)
-    assert not told["same"]
-    trials = ["lab-trial", "lab-trial", "lab-go", "quit", "lab-trial", "lab-go"]
-    assert [name for name, _ in told["sent"]] == trials
-    assert ["quit", "there_2"] in told["sent"]
-    assert [record.index for record in records.read(plan.records)] == [3, 5, 6]
-    assert sorted(os.listdir(tmp_path)) == ["records.gz", "requests.jsonl"]
-
-
 FULL_DISK = """
 import errno, os, sys
 from types import SimpleNamespace
@@ -212,22 +182,6 @@ director.begin(TrialPlan.model_validate_json(sys.argv[1]))
 """
 
 
-def test_a_full_disk_at_the_first_trial_is_told_at_once(tmp_path: Path) -> None:
-    """Nothing was begun that could be ended, and the run waited for its longest time."""
-    plan = TrialPlan(
-        url="", arrival=Concurrent(users=2), requests=tmp_path / "r", records=tmp_path / "r.gz",
-        warmup_s=0, window_s=1, timeout_s=1, seed=0, lab="tiny", variant="on", run_id="r",
-        workload="w",
-    )  # fmt: skip
-    argv = [sys.executable, "-c", FULL_DISK, plan.model_dump_json()]
-    process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    event = json.loads(process.stdout)
-    assert event["event"] == "failed"
-    assert "the records could not be written" in event["reason"]
-    assert "No space left" in event["reason"]
-
-
 SILENT = """
 from types import SimpleNamespace
 import gevent
@@ -241,10 +195,54 @@ gevent.sleep(0)
 """
 
 
-def test_a_load_worker_leaves_a_run_that_it_hears_nothing_of() -> None:
-    argv = [sys.executable, "-c", SILENT]
-    said = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    event, left = said.splitlines()
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("load")
+
+
+@pytest.fixture(scope="module")
+def said(home: Path) -> dict[str, str]:
+    """What the programs above have said; the last leaves no disk to write to."""
+    requests = home / "requests.jsonl"
+    requests.touch()
+    plan = TrialPlan(
+        url="", arrival=Concurrent(users=2), requests=requests, records=home / "records.gz",
+        warmup_s=0, window_s=1, timeout_s=1, seed=0, lab="tiny", variant="on", run_id="r",
+        workload="w",
+    )  # fmt: skip
+    planned = plan.model_dump_json()
+    programs = {
+        "directed": (DIRECTED, planned, make_summary().model_dump_json()),
+        "silent": (SILENT,),
+        "full disk": (FULL_DISK, planned),
+    }
+    return dict(zip(programs, said_by(*programs.values()), strict=True))
+
+
+def test_what_is_late_belongs_to_no_trial_and_who_was_lost_stays_lost(
+    home: Path, said: dict[str, str]
+) -> None:
+    first, second, told = map(json.loads, said["directed"].splitlines())
+    assert (first["summary"]["sent"], first["summary"]["lost_share"]) == (3, 0.5)
+    assert (second["summary"]["sent"], second["summary"]["lost_share"]) == (5, 0)
+    assert not told["same"]
+    trials = ["lab-trial", "lab-trial", "lab-go", "quit", "lab-trial", "lab-go"]
+    assert [name for name, _ in told["sent"]] == trials
+    assert ["quit", "there_2"] in told["sent"]
+    assert [record.index for record in records.read(home / "records.gz")] == [3, 5, 6]
+    assert sorted(os.listdir(home)) == ["records.gz", "requests.jsonl"]
+
+
+def test_a_full_disk_at_the_first_trial_is_told_at_once(said: dict[str, str]) -> None:
+    """Nothing was begun that could be ended, and the run waited for its longest time."""
+    event = json.loads(said["full disk"])
+    assert event["event"] == "failed"
+    assert "the records could not be written" in event["reason"]
+    assert "No space left" in event["reason"]
+
+
+def test_a_load_worker_leaves_a_run_that_it_hears_nothing_of(said: dict[str, str]) -> None:
+    event, left = said["silent"].splitlines()
     assert json.loads(event)["event"] == "refused"
     assert "nothing was heard of the run" in event
     assert left == "left"

@@ -25,10 +25,7 @@ print(child.pid)
 """
 MEASURED = f"""
 import subprocess, sys, time, psutil
-import pytest
-
-from labs.running import machine_load
-from labs.running.machine_load import OtherLoad, wait_until_idle
+from labs.running.machine_load import OtherLoad
 other_load = OtherLoad()
 printed = subprocess.run([sys.executable, "-c", {ORPHAN!r}], capture_output=True, check=True)
 stranger = psutil.Process(int(printed.stdout))
@@ -73,10 +70,7 @@ def test_others_are_what_neither_we_nor_our_engine_use(
 
 OURS = f"""
 import subprocess, sys
-import pytest
-
-from labs.running import machine_load
-from labs.running.machine_load import OtherLoad, wait_until_idle
+from labs.running.machine_load import OtherLoad
 other_load = OtherLoad()
 before = other_load._now()
 subprocess.run([sys.executable, "-c", {BUSY!r}], check=True)

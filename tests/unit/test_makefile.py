@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import ast
 import os
 import re
 import shlex
@@ -24,10 +24,12 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 LINES = MAKEFILE.replace("\\\n", "").splitlines()
 SETTINGS = next(line.split()[2:] for line in LINES if line.startswith("SETTINGS :="))
 RECORD = """\
-import json, os, pathlib, sys
-with pathlib.Path("calls.jsonl").open("a") as calls:
-    calls.write(json.dumps([[NAME, *sys.argv[1:]], dict(os.environ)]) + "\\n")
+import os, sys
+with open("calls", "a") as calls:
+    print(ascii([[NAME, *sys.argv[1:]], dict(os.environ)]), file=calls)
 """
+QUICK_PYTHON = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S "$@"\n'
+"""Python without what is installed, which the programs here do not need; it starts much faster."""
 LABS = ".venv/bin/labs"
 HERE = Path(__file__).parent
 HOSTILE = (
@@ -47,9 +49,13 @@ class Checkout:
             ".venv/bin/python",
             ".tools/vllm-0.31.0/.venv/bin/labs",
         ):
-            self._program(home / program, f"#!{sys.executable}\n", program)
+            self._program(home / program, f"#!{sys.executable} -S\n", program)
         for module in ("install", "unbundle"):
             self._program(home / "serving" / f"{module}.py", "", module)
+        python = home / "path" / "python3"
+        python.parent.mkdir()
+        python.write_text(QUICK_PYTHON)
+        python.chmod(0o755)
 
     def _program(self, path: Path, first_line: str, name: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,16 +68,16 @@ class Checkout:
             for name, value in os.environ.items()
             if name not in (*SETTINGS, "PYTHONPATH") and not name.startswith("LABS_")
         }
-        clean["PATH"] = f"{Path(sys.executable).parent}:{clean['PATH']}"  # its Python starts fast
+        clean["PATH"] = f"{self.home / 'path'}:{clean['PATH']}"
         return subprocess.run(
             ["make", *words], cwd=self.home, env=clean | environment, capture_output=True, text=True
         )
 
     def calls(self) -> list[tuple[list[str], dict[str, str]]]:
         """(program and arguments, its environment), in order."""
-        path = self.home / "calls.jsonl"
+        path = self.home / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [(argv, env) for argv, env in map(json.loads, lines)]
+        return [(argv, env) for argv, env in map(ast.literal_eval, lines)]
 
 
 @pytest.fixture

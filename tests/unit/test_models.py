@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import struct
@@ -234,6 +235,7 @@ def default(name: str) -> Model:
     return Model(name, Path(), shape_of(default_models.config_of(name)))
 
 
+@functools.cache
 def of_the_class(lab: str, c: MemoryClass, random: bool) -> tuple[Lab, Machine, Model]:
     machine = gpu(round(0.96 * c.gb * 10**9 / 2**20))
     lab_ = LABS[lab].at(models.scale_of(machine), quick=False, dummy=random)
@@ -284,12 +286,13 @@ def test_what_to_turn_next_can_be_turned_on_every_gpu(
     lab: str, c: MemoryClass, random: bool
 ) -> None:
     resolved, machine, model = of_the_class(lab, c, random)
+    digest = resolved.digest()
     for knob in resolved.next_knobs:
         setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
         assert setting, knob
         changes = parse_changes(setting[2] or setting[3])
         turned = LABS[lab].at(models.scale_of(machine), False, changes, random)
-        assert turned.digest() != resolved.digest(), knob
+        assert turned.digest() != digest, knob
         require_sizes(turned, model)
         require_memory(turned, machine, model)
         if random and lab not in NEED_REAL_WEIGHTS:

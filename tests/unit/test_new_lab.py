@@ -259,7 +259,7 @@ def test_a_lab_is_one_file_and_one_line(house: Path, told: list[str]) -> None:
     assert "make lab-abacus-beads" in said(house, "make", "help")
     missing = not_passed(
         tests,
-        "test_lab.py::test_every_claim_has_a_pair_and_a_prediction[abacus-beads-gpu-80-dummy]",
+        "test_lab.py::test_every_claim_has_a_pair_and_a_prediction[abacus-beads-gpu-80]",
         "test_lab.py::test_what_to_turn_next_can_be_turned[abacus-beads]",
         "test_lab.py::test_a_quick_run_on_a_gpu_has_repeats_enough_for_an_interval[abacus-beads]",
         "test_answers.py::test_every_question_of_a_lab_has_an_answer_and_no_other[abacus-beads]",

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from labs import LABS
@@ -38,7 +37,6 @@ from tests.unit.builders import (
     make_record,
     make_trial,
     write_run,
-    write_tiny_llama,
 )
 from tests.unit.test_capacity_plan import SilentProgress
 
@@ -63,9 +61,19 @@ llamacpp:requests_deferred 13
 """  # as its server of build 11549 writes them, with its other rows left out
 
 
+CONFIG: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Model:
-    return Model("abacus-1", write_tiny_llama(tmp_path / "abacus", 1), SHAPE)
+    """What is read of a Llama before it is converted; its weights are in `tests/weights`."""
+    folder = tmp_path / "abacus"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    cutter = {"type": "ByteLevel", "use_regex": True}
+    tokenizer = {"model": {"type": "BPE"}, "pre_tokenizer": cutter}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return Model("abacus-1", folder, SHAPE)
 
 
 def asked_of(engine: Transformers | LlamaCpp) -> dict[str, Any]:
@@ -305,49 +313,18 @@ def test_the_guard_stands_before_the_server_of_transformers() -> None:
     assert build("manager", enable_cors=False).added == [Guard]
 
 
-def test_a_gguf_file_has_the_same_weights_in_the_order_that_llama_cpp_expects(
-    tmp_path: Path, model: Model
-) -> None:
-    gguf = pytest.importorskip("gguf")
-    from safetensors.torch import load_file
-
-    to_gguf.make(model.path, out := tmp_path / "out")
-    reader = gguf.GGUFReader(out / to_gguf.FILE)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    assert fields["general.architecture"] == "llama"
-    assert fields["llama.attention.head_count_kv"] == 1
-    assert fields["tokenizer.ggml.pre"] == "gpt-2"
-    assert len(fields["tokenizer.ggml.tokens"]) == 256
-    tensors = {t.name: t for t in reader.tensors}
-    original = load_file(model.path / "model.safetensors")
-
-    def values(name: str) -> Any:
-        found = tensors[name]
-        return gguf.quants.dequantize(found.data, found.tensor_type)
-
-    query = original["model.layers.0.self_attn.q_proj.weight"].bfloat16().float().numpy()
-    # of each head of 16 rows: 0, 8, 1, 9, .. where the checkpoint has its halves apart
-    order = [16 * head + half + at for head in (0, 1) for at in range(8) for half in (0, 8)]
-    np.testing.assert_array_equal(values("blk.0.attn_q.weight"), query[order])
-    value = original["model.layers.0.self_attn.v_proj.weight"].bfloat16().float().numpy()
-    np.testing.assert_array_equal(values("blk.0.attn_v.weight"), value)
-    norm = original["model.norm.weight"].float().numpy()
-    np.testing.assert_array_equal(values("output_norm.weight"), norm)
-    assert json.loads((out / "about.json").read_text())["dtype"] == "bfloat16"
-
-
 def test_a_model_of_another_kind_is_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda program: f"/usr/bin/{program}")
-    base = write_tiny_llama(tmp_path / "abacus", 1)
-    config = json.loads((base / "config.json").read_text())
+    assert LlamaCpp.cannot_serve(model, {}, CPU) == ""
+    base = model.path
     for changes, why in (
         ({"architectures": ["BeadsForCausalLM"]}, "is BeadsForCausalLM"),
         ({"quantization_config": {}}, "quantized"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "scaled rotary"),
     ):
-        (base / "config.json").write_text(json.dumps({**config, **changes}))
+        (base / "config.json").write_text(json.dumps(CONFIG | changes))
         with pytest.raises(MakerError, match=why):
             to_gguf.make(base, tmp_path / "out")
         told = LlamaCpp.cannot_serve(Model("abacus", base, SHAPE), {}, CPU)

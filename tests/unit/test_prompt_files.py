@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,7 +17,7 @@ from labs.lab import LabError
 from labs.running import prompt_files
 from labs.running.prompt_files import lab_takes_s, processes_for, takes_s, write_files
 from loadtests.arrivals import Concurrent
-from loadtests.prompts import Writer
+from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed, Prefix, Samples, Workload
 from loadtests.writing import Order
 from serving.models import BUNDLED, CACHE, ROOT
@@ -98,6 +99,7 @@ def test_files_are_the_same_side_by_side(
 
 def refusals(writer: Writer, folder: Path) -> tuple[str, int | None]:
     """Return how a workload that cannot be written, and a folder that cannot be made, are told."""
+    folder.mkdir()
     orders = [order(workload("short", 3), seed, folder) for seed in (1, 2)]
     with pytest.raises(LabError) as refused:
         write_files(orders, writer, MODEL, lambda _: None)
@@ -108,13 +110,36 @@ def refusals(writer: Writer, folder: Path) -> tuple[str, int | None]:
     return str(refused.value), failed.value.errno
 
 
+def words(messages: Messages) -> int:
+    return 5 + sum(len(m["content"].split()) for m in messages)
+
+
+PYTHON = f"""#!{sys.executable}
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from loadtests.prompts import Writer
+from loadtests.writing import take_orders
+
+def words(messages):
+    return 5 + sum(len(m["content"].split()) for m in messages)
+
+for done in take_orders(sys.stdin, Writer(words)):
+    print(done.model_dump_json(), flush=True)
+"""
+"""Stands in for Python, whatever module it is to run: it takes orders and counts words."""
+
+
 def test_errors_are_told_alike(
-    writer: Writer, tmp_path: Path, request: pytest.FixtureRequest
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    here = refusals(writer, tmp_path)
+    """Whatever the tokenizer, which takes each process seconds to load."""
+    here = refusals(Writer(words), tmp_path / "here")
     assert here[0].startswith("workload short: prompt_tokens=3 is below")
     request.getfixturevalue("side_by_side")
-    assert refusals(writer, tmp_path) == here
+    (python := tmp_path / "python").write_text(PYTHON)
+    python.chmod(0o755)
+    monkeypatch.setattr(prompt_files, "sys", SimpleNamespace(executable=str(python)))
+    assert refusals(Writer(words), tmp_path / "there") == here
 
 
 @pytest.mark.usefixtures("side_by_side")
@@ -129,13 +154,13 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from labs.running import prompt_files
-from loadtests.prompts import Writer
 from tests.unit.test_prompt_files import MODEL, order, workload
 prompt_files.START_S, prompt_files.usable_cores = -1e9, lambda: 2
 long = workload("long", 20_000)
 orders = [order(long, n, Path(sys.argv[1])).model_copy(update={"requests": 9999}) for n in (1, 2)]
-prompt_files.write_files(orders, Writer.of(str(MODEL)), MODEL, lambda _: None)
+prompt_files.write_files(orders, None, MODEL, lambda _: None)
 """
+"""It writes nothing itself, and so needs no writer."""
 
 
 @pytest.mark.usefixtures("writer")

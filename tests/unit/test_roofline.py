@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from labs.telling import roofline
 from labs.telling.dials import cards, shipped_shape
 from labs.telling.summary import summarise
 from serving import dummy, models
-from tests.unit.builders import write_run
+from tests.unit.builders import plain_manifest, write_run
 
 
 @pytest.fixture
@@ -24,11 +25,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     return write_run(tmp_path)
 
 
-def test_every_place_under_a_roof_is_what_theory_computes(folder: RunFolder) -> None:
-    drawn = roofline.data([folder.run()])
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, Any]:
+    return roofline.data([plain_manifest()])
+
+
+def test_every_place_under_a_roof_is_what_theory_computes(drawn: dict[str, Any]) -> None:
     names = [machine["name"] for machine in drawn["machines"]]
-    assert names == [folder.run().machine.describe(), *(card.name for card in cards())]
-    assert drawn["models"][0] == folder.run().model
+    assert names == [plain_manifest().machine.describe(), *(card.name for card in cards())]
+    assert drawn["models"][0] == plain_manifest().model
     model = drawn["models"].index("Llama 3.1 8B")
     shape, card = shipped_shape("llama-8b"), cards()[0]
     (work,) = (w for w in drawn["works"]
@@ -43,8 +48,7 @@ def test_every_place_under_a_roof_is_what_theory_computes(folder: RunFolder) -> 
     assert len(json.dumps(drawn)) < 60_000
 
 
-def test_fewer_bits_are_read_faster_and_fp8_has_a_rate_of_its_own(folder: RunFolder) -> None:
-    drawn = roofline.data([folder.run()])
+def test_fewer_bits_are_read_faster_and_fp8_has_a_rate_of_its_own(drawn: dict[str, Any]) -> None:
     model, names = (drawn["models"].index("Llama 3.1 8B"), [m["name"] for m in drawn["machines"]])
     steps = {w["bits"]: w["step_s"][names.index("H100 80GB HBM3")][0] for w in drawn["works"]
              if (w["model"], w["context"]) == (model, 128)}  # fmt: skip
@@ -57,8 +61,7 @@ def test_fewer_bits_are_read_faster_and_fp8_has_a_rate_of_its_own(folder: RunFol
     assert max(roofs[8]["y"]) > max(roofs[16]["y"]) == max(roofs[4]["y"])
 
 
-def test_experts_are_drawn_in_16_bits_alone(folder: RunFolder) -> None:
-    drawn = roofline.data([folder.run()])
+def test_experts_are_drawn_in_16_bits_alone(drawn: dict[str, Any]) -> None:
     model = drawn["models"].index("Qwen3 30B-A3B")
     assert {w["bits"] for w in drawn["works"] if w["model"] == model} == {16}
 

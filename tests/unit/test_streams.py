@@ -18,6 +18,7 @@ import pytest
 from serving import guard
 from serving.models import ROOT
 from tests.unit import hostile
+from tests.unit.beside_locust import said_by
 
 _WORKER = """
 import json, sys
@@ -150,15 +151,6 @@ def test_a_key_in_an_answer_or_a_models_name_is_not_recorded(ask: Ask) -> None:
     assert (record["text"], record["model"], record["error"]) == ("***", "a-***", None)
 
 
-def test_a_load_process_stays_when_the_wall_clock_jumps() -> None:
-    """A day after the master was last heard of, by that clock."""
-    said = subprocess.run(
-        [sys.executable, "-c", _A_DAY_LATER],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    assert said.strip() == "stays"
-
-
 _A_DAY_LATER = """
 import time, types
 import gevent, loadtests.locustfile
@@ -191,14 +183,6 @@ load.aborted = "the server is gone"
 gevent.joinall(users)
 print([user.value is not None for user in users], load.sent)
 """
-
-
-def test_in_an_open_loop_no_user_sends_once_the_trial_is_given_up(tmp_path: Path) -> None:
-    requests = tmp_path / "requests.jsonl"
-    requests.write_text('{"index": 0, "output_tokens": 20, "body": ""}\n' * 4)
-    argv = [sys.executable, "-c", _GIVEN_UP, str(requests)]
-    out = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out == "[True, False, False] 1\n"
 
 
 _ORDER = """
@@ -243,20 +227,45 @@ except KeyboardInterrupt:
 """
 
 
+LONG, REFUSED = (
+    ('data: {"choices": [{"delta": {"content": "a"}}]}', "20"),
+    ('{"object": "error"}', "1"),
+)
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the programs above have said; the last leaves Locust patched."""
+    requests = tmp_path_factory.mktemp("load") / "requests.jsonl"
+    requests.write_text('{"index": 0, "output_tokens": 20, "body": ""}\n' * 4)
+    programs = {
+        "given up": (_GIVEN_UP, str(requests)),
+        "long": (_ORDER, str(requests), *LONG),
+        "refused": (_ORDER, str(requests), *REFUSED),
+        "a day later": (_A_DAY_LATER,),
+    }
+    return dict(zip(programs, said_by(*programs.values()), strict=True))
+
+
+def test_a_load_process_stays_when_the_wall_clock_jumps(said: dict[str, str]) -> None:
+    """A day after the master was last heard of, by that clock."""
+    assert said["a day later"].strip() == "stays"
+
+
+def test_in_an_open_loop_no_user_sends_once_the_trial_is_given_up(said: dict[str, str]) -> None:
+    assert said["given up"] == "[True, False, False] 1\n"
+
+
 @pytest.mark.parametrize(
-    ("line", "times", "before_the_next", "error"),
+    ("answer", "before_the_next", "error"),
     [
-        ('data: {"choices": [{"delta": {"content": "a"}}]}', 20, ["sent", "sent", "parsed"], None),
-        ('{"object": "error"}', 1, ["sent", "parsed", "sent"], "the stream ended without a token"),
+        ("long", ["sent", "sent", "parsed"], None),
+        ("refused", ["sent", "parsed", "sent"], "the stream ended without a token"),
     ],
 )
 def test_the_next_request_does_not_wait_until_a_long_answer_has_been_parsed(
-    tmp_path: Path, line: str, times: int, before_the_next: list[str], error: str | None
+    said: dict[str, str], answer: str, before_the_next: list[str], error: str | None
 ) -> None:
-    requests = tmp_path / "requests.jsonl"
-    requests.write_text('{"index": 0, "output_tokens": 20, "body": ""}\n' * 2)
-    argv = [sys.executable, "-c", _ORDER, str(requests), line, str(times)]
-    out = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    order, errors = json.loads(out)
+    order, errors = json.loads(said[answer])
     assert order[:3] == before_the_next
     assert errors == [error] * 3
