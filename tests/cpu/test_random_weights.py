@@ -32,7 +32,10 @@ def test_a_lab_runs_on_random_weights_and_says_so_first(tmp_path: Path) -> None:
         f'{BRIEF} repeats=1 variants.base.weights=w8a8 workloads=["exponential"]'
         ' workloads.exponential.loads=["concurrent:1","concurrent:8","waves:8","concurrent:16"]'
     )
-    folder = quick_run("continuous-batching", with_ceilings(tmp_path), settings, weights="dummy")
+    results = with_ceilings(tmp_path)
+    folder = quick_run(
+        "continuous-batching", results, settings, weights="dummy", command="tests.small"
+    )
     check_run(folder)
     run = folder.run()
     assert (run.model, run.dummy) == ("llama-tiny-dummy", True)
