@@ -36,7 +36,7 @@ from tests.startup import sitecustomize
 
 AS_READERS_DO = "labs.commands.cli"  # what the target in the Makefile runs
 FRONT_DOOR = "continuous-batching"  # the lab of the README's first command
-AS_VLLM_DOES = "prefix-caching"  # two engines beside each other, each with a worker of its own
+AS_VLLM_DOES = "many-samples"  # two engines beside each other, each with a worker of its own
 RUNS = "*/*/*/run.json"
 BRIEF = "warmup_s=0.5 window_s=2"
 MOST_SERIES = 5000  # of one run in Prometheus
@@ -188,6 +188,9 @@ def check_run(folder: RunFolder, makes_sense: bool = True) -> None:
         assert bool(trial.intruders) == (trial.point.workload.intruder is not None)
     guesses = "of the drafted tokens were accepted"
     blocking = [c for c in summary.caveats if c.blocks and (makes_sense or guesses not in c.text)]
+    if any(c.name == "other processes" for c in blocking):
+        # a token that was sent before a piece of a prompt may then arrive in it
+        blocking = [c for c in blocking if not c.text.endswith("prefill_pieces pieces")]
     assert not [c for c in blocking if c.name in ("treatment not applied", "token counts differ")]
     # in what they count: whether they agree on times depends on what else the machine does
     disagreeing = [c for c in blocking if c.name == "client and engine disagree"]

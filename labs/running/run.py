@@ -64,6 +64,7 @@ from serving.masking import recordable
 PROMPTS_TOOK = "Writing the prompts took {} s"  # said where a call is bounded
 # What a run needs on disk while it lasts, and the lock that keeps a second one out.
 SCRATCH = scratch_of(models.ROOT)
+AMPLE = 0.5  # of the KV cache: where no point uses so much of it, its use decides nothing
 
 
 def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
@@ -113,13 +114,20 @@ def _write_and_show_predictions(
     progress.show(
         section(
             "Predicted, before any engine starts",
-            tables.in_virtual_time(setup.lab, forecasts) if forecasts else None,
+            tables.in_virtual_time(setup.lab, _for_terminal(forecasts)) if forecasts else None,
             tables.searched(forecasts) if forecasts else None,
             on_two_engines(setup.lab, forecasts) if forecasts else None,
             tables.predictions(setup.lab, predictions),
             bullets(report.formulas(setup.lab, predictions)),
         )
     )
+
+
+def _for_terminal(forecasts: PointForecasts) -> PointForecasts:
+    """Leave out the use of the KV cache where memory is ample: the report has it in any case."""
+    if any(use.peak >= AMPLE for use in forecasts.kv_use.values()):
+        return forecasts
+    return forecasts.model_copy(update={"kv_use": {}})
 
 
 def _measure(

@@ -23,7 +23,7 @@ pytestmark = [
         machine.detect().kind != "cpu", reason="this machine has a GPU: see tests/gpu"
     ),
 ]
-PROMPTS_EACH = 90  # of which a quick run trains on a share
+PROMPTS_EACH = 80  # of which a quick run trains on a share
 WITH_DERIVED_MODELS = [name for name in LABS if takes_making(name)]
 
 

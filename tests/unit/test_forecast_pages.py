@@ -22,6 +22,7 @@ from labs.filing.results import (
 from labs.judging.judge import Caveat, ForecastAtPoint, Interval
 from labs.judging.metrics import METRICS
 from labs.lab import OF_FORECASTS
+from labs.running import run
 from labs.telling import markdown, report, residual_plot, residuals, tables
 from labs.telling.document import plain_text
 from labs.telling.residuals import Residual
@@ -92,6 +93,16 @@ def test_the_cache_in_use_stands_beside_what_was_forecast_of_it(folder: RunFolde
     alone = markdown.fragment([tables.in_virtual_time(make_lab(), forecasts)])
     assert "| KV cache in use, mean | KV cache in use, peak |" in alone
     assert "| 50% | 75% |" in alone
+
+
+def test_before_a_run_the_use_of_ample_memory_is_not_shown(folder: RunFolder) -> None:
+    forecasts = folder.predictions().in_virtual_time
+    assert forecasts
+    first, second = forecasts.points
+    ample = {first: KvUse(mean=0.3, peak=0.49), second: KvUse(mean=0.1, peak=0.2)}
+    short = ample | {second: KvUse(mean=0.1, peak=0.5)}
+    shown = [run._for_terminal(forecasts.model_copy(update={"kv_use": u})) for u in (ample, short)]
+    assert [forecasts.kv_use for forecasts in shown] == [{}, short]
 
 
 def test_without_such_a_forecast_files_and_reports_are_as_before(folder: RunFolder) -> None:
