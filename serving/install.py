@@ -16,6 +16,7 @@ traceback.
 """
 
 import argparse
+import ast
 import contextlib
 import ctypes
 import fcntl
@@ -68,6 +69,22 @@ QUIET = {  # for pip, apt-get and the model's conversion, over whatever this use
     "HF_HUB_OFFLINE": "1",
     # what grafana-client needs would put its fork in the place of everybody's urllib3
     "URLLIB3_NO_OVERRIDE": "1",
+}
+
+
+UV_SETTINGS = {  # what uv calls pip's settings of where files come from
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "no-index": "UV_NO_INDEX",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
+    "proxy": "ALL_PROXY",
+}
+UV_AS_PIP = {  # modules are compiled beforehand, and no index goes before another
+    "UV_COMPILE_BYTECODE": "1",
+    "UV_INDEX_STRATEGY": "unsafe-best-match",
+    "UV_NO_PROGRESS": "1",
 }
 
 
@@ -240,13 +257,19 @@ def log_of(home: Path) -> Path:
     return home / ".venv" / "install.log"
 
 
-def run(home: Path, step: Step, *command: str, cwd: "Path | None" = None) -> bool:
+def run(
+    home: Path,
+    step: Step,
+    *command: str,
+    cwd: "Path | None" = None,
+    env: "dict[str, str] | None" = None,
+) -> bool:
     """Run a command with its output in the log, show its progress; return whether it succeeded."""
     log = log_of(home)
     with log.open("ab") as sink:
         sink.write(f"\n$ {' '.join(command)}\n".encode())
         sink.flush()
-        with started(command, cwd or home, sink) as child:
+        with started(command, cwd or home, sink, env or {}) as child:
             while child.poll() is None:
                 step.tick(doing(log))
                 time.sleep(0.2)
@@ -255,7 +278,7 @@ def run(home: Path, step: Step, *command: str, cwd: "Path | None" = None) -> boo
 
 @contextlib.contextmanager
 def started(
-    command: "Sequence[str]", cwd: Path, sink: "IO[bytes]"
+    command: "Sequence[str]", cwd: Path, sink: "IO[bytes]", env: "dict[str, str]"
 ) -> "Iterator[subprocess.Popen[bytes]]":
     """Start a command with its output in a file; it is ended with the block.
 
@@ -264,7 +287,7 @@ def started(
     child = subprocess.Popen(
         command,
         cwd=cwd,
-        env={**os.environ, **QUIET},
+        env={**os.environ, **QUIET, **env},
         stdin=subprocess.DEVNULL,
         stdout=sink,
         stderr=subprocess.STDOUT,
@@ -303,6 +326,8 @@ def doing(log: Path) -> str:
     for line in reversed(last_lines(log, 50)):
         if line.startswith("Installing collected packages:"):
             return f"Installing {line.count(',') + 1} packages"
+        if line.startswith("Installed "):  # uv's, which then goes on
+            return "Compiling Python modules"
         if re.match(r"\s*(Collecting|Downloading|Building|Installing|Converting|Get:)", line):
             return line.strip()[:60]
         if line.startswith("$ "):
@@ -332,6 +357,40 @@ def pip(home: Path, step: Step, *arguments: str) -> bool:
 
 def pip_command(home: Path) -> "tuple[str, ...]":
     return (str(venv_python(home)), "-m", "pip")
+
+
+def install_exactly(home: Path, step: Step, *arguments: str) -> bool:
+    """Install with these arguments of `pip install`, without dependencies.
+
+    By uv where that is installed, which fetches and unpacks many files at once. By pip where it is
+    not, or fails: pip reaches what it reaches, and its errors are those that are told.
+    """
+    exactly = ("install", "--no-deps", *arguments)
+    return uv(home, step, *exactly) or pip(home, step, *exactly)
+
+
+def uv(home: Path, step: Step, *arguments: str) -> bool:
+    """Do as `pip` does, with pip's settings of where files come from; False without a uv."""
+    for program in (place / ".venv" / "bin" / "uv" for place in (home, ROOT)):
+        if program.exists():
+            first, *rest = arguments
+            command = (str(program), "pip", first, "--python", str(venv_python(home)), *rest)
+            return run(home, step, *command, env=uv_environment(home))
+    return False
+
+
+def uv_environment(home: Path) -> "dict[str, str]":
+    """Translate pip's settings, from its files and the environment, for uv."""
+    command = (*pip_command(home), "config", "list")
+    listed = subprocess.run(command, capture_output=True, check=False, env={**os.environ, **QUIET})
+    found = re.findall(r"(?m)^(global|install|:env:)\.([\w-]+)=(.+)$", listed.stdout.decode())
+    env = dict(UV_AS_PIP)
+    for section in ("global", "install", ":env:"):  # a later one overrides
+        for name, value in ((name, value) for where, name, value in found if where == section):
+            if name in UV_SETTINGS:
+                between = "," if name == "find-links" else " "
+                env[UV_SETTINGS[name]] = between.join(str(ast.literal_eval(value)).split())
+    return env
 
 
 def apt_get(root: Path, step: Step, *arguments: str, cwd: "Path | None" = None) -> bool:
@@ -421,22 +480,21 @@ def install_packages(root: Path, platform: str, step: Step) -> None:
     install_locked(root, step, lock_of(root, platform))
     if PLATFORMS[platform].torch_build:
         install_torch(root, platform, lock_of(root, f"{platform}-torch"), step)
-    here = ("install", "--no-deps", "--no-build-isolation", "--editable", str(root))
-    if not pip(root, step, *here):
+    if not install_exactly(root, step, "--no-build-isolation", "--editable", str(root)):
         raise failure(root, "pip could not install this project")
 
 
 def install_locked(home: Path, step: Step, lock: Path, without: "tuple[str, ...]" = ()) -> None:
     """Install the files that a lock names, and no other, but for packages that begin so.
 
-    Each file must have a SHA-256 of the lock. One is built here; what builds it comes before.
-    Raises SetupError.
+    Each file must have a SHA-256 of the lock. uv comes first, which installs the others. One
+    package is built here, after what builds it. Raises SetupError.
     """
     listed = {n: e for n, e in entries(lock).items() if not (without and n.startswith(without))}
     wheels = {n: e for n, e in listed.items() if n != BUILT_HERE}
-    if not install_in_halves(home, step, wheels, "--only-binary", ":all:"):
-        raise refusal(home, lock) or failure(home, "pip could not install the packages")
-    install_files(home, step, lock, wheels, "--only-binary", ":all:")
+    first = {name: entry for name, entry in listed.items() if name == "uv"}
+    for chosen in filter(None, (first, wheels)):
+        install_files(home, step, lock, chosen, "--only-binary", ":all:")
     built = (*FROM_SOURCE, "--no-build-isolation")
     install_files(home, step, lock, listed, "--only-binary", ":all:", *built)
 
@@ -445,37 +503,15 @@ def install_files(
     home: Path, step: Step, lock: Path, chosen: "dict[str, str]", *options: str
 ) -> None:
     """Install these entries of a lock, without their dependencies. Raises SetupError."""
-    if not pip(home, step, *with_hashes(home, chosen), *options):
+    if not install_exactly(home, step, *with_hashes(home, chosen), *options):
         raise refusal(home, lock) or failure(home, "pip could not install the packages")
 
 
-def install_in_halves(home: Path, step: Step, chosen: "dict[str, str]", *options: str) -> bool:
-    """Try to install these entries by two pips at once, since each uses one core.
-
-    Return whether one of them succeeded: the `install_files` that comes after it goes through all,
-    and finds there what they installed.
-    """
-    half = dict(list(chosen.items())[::2])
-    rest = {name: entry for name, entry in chosen.items() if name not in half}
-    if not rest:
-        return True
-    command = (*pip_command(home), *with_hashes(home, half, "half.txt"), *options)
-    log = home / ".venv" / "half.log"
-    with log.open("wb") as sink, started(command, home, sink) as other:
-        succeeded = pip(home, step, *with_hashes(home, rest), *options)
-        while other.poll() is None:
-            step.tick("Installing the other half")
-            time.sleep(0.2)
-    return succeeded or other.returncode == 0
-
-
-def with_hashes(
-    home: Path, chosen: "dict[str, str]", name: str = "locked.txt"
-) -> "tuple[str, ...]":
-    """Return pip's command that installs these entries, if their hashes are right."""
-    listed = home / ".venv" / name
+def with_hashes(home: Path, chosen: "dict[str, str]") -> "tuple[str, ...]":
+    """Return arguments that install these entries, if their hashes are right."""
+    listed = home / ".venv" / "locked.txt"
     listed.write_text("\n".join(chosen.values()) + "\n")
-    return ("install", "--no-deps", "--require-hashes", "--requirement", str(listed))
+    return ("--require-hashes", "--requirement", str(listed))
 
 
 def refusal(home: Path, lock: Path) -> "SetupError | None":
@@ -506,13 +542,14 @@ def install_torch(
     the reader's own build; a file from an index must be one of the lock's. Raises SetupError.
     """
     wanted = {name: entry for name, entry in entries(lock).items() if name in names}
-    if pip(home, step, "install", "--no-deps", "--no-index", *map(pin, wanted.values())):
+    if install_exactly(home, step, "--no-index", *map(pin, wanted.values())):
         return
-    command = with_hashes(home, wanted)
-    if not pip(home, step, *command):
+    arguments = with_hashes(home, wanted)
+    if not install_exactly(home, step, *arguments):
         refused = refusal(home, lock)
         if refused:
             raise refused
+        command = ("install", "--no-deps", *arguments)
         install_with_torch_index(home, PLATFORMS[platform].torch_index, step, *command, lock=lock)
 
 

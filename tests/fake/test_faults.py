@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from tests.fake.conftest import (
     still_alive,
     the_program,
 )
+from tests.processes import listening_sockets, still_listening
 
 BATCHING = "continuous-batching"
 LOADS = (
@@ -445,20 +445,20 @@ def test_a_load_process_that_dies_is_reported_with_its_share(reader: Reader) -> 
 # --------------------------------------------------------------------------- the runner is stopped
 
 
-def _refuses(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
 def _nothing_is_left(
-    command: Command, family: list[psutil.Process], reader: Reader, trials: int
+    command: Command,
+    family: list[psutil.Process],
+    sockets: set[str],
+    reader: Reader,
+    trials: int,
 ) -> None:
     """No process, no open port, no lock, and nothing that looks complete; the rest is readable."""
     assert len(family) >= 5  # guards, Locust's two processes, the engine
     assert not still_alive(family)
     assert not reader.processes()
     assert "Traceback" not in command.said
-    assert _refuses(int(re.findall(r"serves at http://127\.0\.0\.1:(\d+)", command.said)[0]))
+    assert len(sockets) >= 2  # of the engine, and of Locust's first process
+    assert not still_listening(sockets)
     folder = command.folder
     assert not folder.complete
     assert not (folder.path / "report.md").exists()
@@ -479,9 +479,10 @@ def test_nothing_outlives_a_runner_that_is_stopped(
     command.until(TRIAL_ENDED)
     time.sleep(0.2)  # the next one is well under way
     family = command.family()
+    sockets = listening_sockets(family)
     command.process.send_signal(sign)
     assert command.wait() == code, command.said
-    _nothing_is_left(command, family, reader, LONGER_TRIALS)
+    _nothing_is_left(command, family, sockets, reader, LONGER_TRIALS)
     if sign == signal.SIGINT:
         assert "finished trials are kept, and RESUME=1 continues from there" in command.said
 
@@ -512,6 +513,7 @@ class Stopped:
     second: Command  # another lab, asked for meanwhile
     otherwise: Command  # the same lab, resumed with another engine
     family: list[psutil.Process]
+    sockets: set[str]
     files: dict[Path, tuple[int, bytes]]
     requests: int
 
@@ -528,12 +530,15 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stopped]:
         command.process.send_signal(signal.SIGCONT)
         command.until(TRIAL_ENDED)
         family = command.family()
+        sockets = listening_sockets(family)
         command.process.terminate()
         command.wait()
         log = reader.engine_log()
         otherwise = reader.types("run", BATCHING, SET=LONGER, RESUME="1", engine=("--seed", "1"))
         otherwise.wait()
-        yield Stopped(reader, command, second, otherwise, family, _files(command), len(log))
+        yield Stopped(
+            reader, command, second, otherwise, family, sockets, _files(command), len(log)
+        )
 
 
 def _files(command: Command) -> dict[Path, tuple[int, bytes]]:
@@ -548,7 +553,9 @@ def _files(command: Command) -> dict[Path, tuple[int, bytes]]:
 
 def test_nothing_outlives_a_runner_that_is_terminated(stopped: Stopped) -> None:
     assert stopped.command.process.returncode == 143
-    _nothing_is_left(stopped.command, stopped.family, stopped.reader, LONGER_TRIALS)
+    _nothing_is_left(
+        stopped.command, stopped.family, stopped.sockets, stopped.reader, LONGER_TRIALS
+    )
 
 
 def test_a_second_lab_is_told_to_wait(stopped: Stopped) -> None:

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import pytest
 
 from labs.filing.results import TrialResult
 from tests.fake.conftest import Command, Reader, reading, still_alive
-from tests.processes import listening_ports
+from tests.processes import listening_sockets, still_listening
 
 LAB = "prefix-caching"  # two engines, the second of which is probed
 IN_TURN, IN_TURN_WITHOUT_PROMETHEUS = (
@@ -121,16 +120,6 @@ def _trial_files(command: Command) -> dict[Path, bytes]:
     return {p: p.read_bytes() for p in command.folder.path.rglob("trial.json")}
 
 
-def _listened_to(ports: set[int]) -> list[int]:
-    """Those of the ports that take a connection."""
-    taken = []
-    for port in ports:
-        with socket.socket() as knock:
-            if knock.connect_ex(("127.0.0.1", port)) == 0:
-                taken.append(port)
-    return taken
-
-
 def _nothing_is_left(reader: Reader, command: Command) -> None:
     """No process and no lock."""
     assert not still_alive(reader.processes()), command.said
@@ -156,12 +145,12 @@ def test_nothing_outlives_a_runner(sign: signal.Signals, name: str, reader: Read
     command = _begin(reader, stage.settings)
     _reach(name, reader, command)
     family = command.family()
-    ports = listening_ports(family)
+    sockets = listening_sockets(family)
     command.process.send_signal(sign)
     assert command.wait() == (-sign if sign == signal.SIGKILL else 128 + sign), command.said
     assert not still_alive(family)
     _nothing_is_left(reader, command)
-    assert not _listened_to(ports)
+    assert not still_listening(sockets)
     assert command.said.count("Stopping: finished trials are kept") == (sign != signal.SIGKILL)
     assert "Traceback" not in command.said
     assert "error:" not in command.said
@@ -177,20 +166,20 @@ def test_nothing_outlives_a_runner(sign: signal.Signals, name: str, reader: Read
         assert again.folder.probe_file("salt", "on").exists()
 
 
-def _kill_engine(name: str, reader: Reader, command: Command) -> set[int]:
-    """Kill the engine once the run has reached this stage; the ports of the run by then."""
+def _kill_engine(name: str, reader: Reader, command: Command) -> set[str]:
+    """Kill the engine once the run has reached this stage; the sockets of the run by then."""
     _reach(name, reader, command)
-    ports = listening_ports(command.family())
+    sockets = listening_sockets(command.family())
     os.kill(int(_last_engine(reader).stem), signal.SIGKILL)
-    return ports
+    return sockets
 
 
 def test_engines_that_are_killed_as_they_start(reader: Reader) -> None:
     command = _begin(reader, IN_ITS_FIRST_TRIAL, program=IN_TURN_WITHOUT_PROMETHEUS)
-    ports = _kill_engine("start", reader, command) | _kill_engine("turn", reader, command)
+    sockets = _kill_engine("start", reader, command) | _kill_engine("turn", reader, command)
     assert command.wait() == 1, command.said
     _nothing_is_left(reader, command)
-    assert not _listened_to(ports)
+    assert not still_listening(sockets)
     assert "Traceback" not in command.said
     assert "the engine off ended with exit code 137 (SIGKILL" in command.said
     assert "error: the engine on ended with exit code 137 (SIGKILL" in command.said
@@ -214,19 +203,19 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killed]:
     with reading(tmp_path_factory.mktemp("killed") / "reader") as reader:
         program = IN_TURN_WITHOUT_PROMETHEUS
         first = _begin(reader, IN_ITS_FIRST_TRIAL, program=program)
-        ports = _kill_engine("warm-up", reader, first)
+        sockets = _kill_engine("warm-up", reader, first)
         _reach("turn", reader, first)
-        ports |= _kill_engine("window", reader, first)
+        sockets |= _kill_engine("window", reader, first)
         first.wait()
         _nothing_is_left(reader, first)
-        assert not _listened_to(ports)
+        assert not still_listening(sockets)
         failed = [result.failed or "" for result in _results(first)]
         complete = first.folder.complete
         second = _begin(reader, IN_ITS_FIRST_TRIAL, resume=True, program=program)
-        ports = _kill_engine("probe", reader, second)
+        sockets = _kill_engine("probe", reader, second)
         second.wait()
         _nothing_is_left(reader, second)
-        assert not _listened_to(ports)
+        assert not still_listening(sockets)
         yield Killed(reader, first, failed, complete, second)
 
 

