@@ -309,10 +309,6 @@ class Evidence(BaseModel, frozen=True, extra="forbid"):
         value = point.flags.get(flag, "")
         return str(value.get(name, "") if name and isinstance(value, dict) else value)
 
-    def __str__(self) -> str:
-        condition = f"{self.label}={self.value}" if self.kind == "echoes" else self.kind
-        return f"{self.metric} {condition}"
-
 
 class SLO(BaseModel, frozen=True, extra="forbid"):
     """Service-level objective: the longest times, in seconds, that a user should have to wait.
