@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from labs.filing.results import Band
@@ -33,8 +34,8 @@ mpl.rcParams.update(
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 __all__ = [
-    "BANDS", "GREY", "PLAYED", "draw_forecasts", "draw_forecasts_of_two", "legend_above",
-    "legend_of_all", "plt", "reach", "thinned",
+    "BANDS", "GREY", "PLAYED", "draw_forecasts", "draw_forecasts_of_two", "draw_logarithmic",
+    "legend_above", "legend_of_all", "plt", "reach", "thinned",
 ]  # fmt: skip
 
 GREY = "#666666"
@@ -106,6 +107,16 @@ def reach(intervals: Sequence[Interval | None], scale: float = 1) -> list[list[f
     below = [scale * (i.value - i.low) if i and i.low is not None else 0.0 for i in intervals]
     above = [scale * (i.high - i.value) if i and i.high is not None else 0.0 for i in intervals]
     return [below, above]
+
+
+def draw_logarithmic(ax: Axes) -> None:
+    """Make both axes logarithmic, with plain numbers at 1, 2 and 5 times each power of ten."""
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:,.7g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def legend_above(ax: Axes) -> None:
