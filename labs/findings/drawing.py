@@ -34,8 +34,8 @@ mpl.rcParams.update(
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 __all__ = [
-    "BANDS", "GREY", "PLAYED", "draw_forecasts", "draw_forecasts_of_two", "draw_logarithmic",
-    "legend_above", "legend_of_all", "plt", "reach", "thinned",
+    "BANDS", "GREY", "PLAYED", "aside", "draw_forecasts", "draw_forecasts_of_two",
+    "draw_logarithmic", "legend_above", "legend_of_all", "plt", "reach", "thinned",
 ]  # fmt: skip
 
 GREY = "#666666"
@@ -107,6 +107,14 @@ def reach(intervals: Sequence[Interval | None], scale: float = 1) -> list[list[f
     below = [scale * (i.value - i.low) if i and i.low is not None else 0.0 for i in intervals]
     above = [scale * (i.high - i.value) if i and i.high is not None else 0.0 for i in intervals]
     return [below, above]
+
+
+def aside(place: int, series: int) -> float:
+    """Return by what factor to move one of several series across a logarithmic axis.
+
+    The intervals of two series at one place then stand beside each other.
+    """
+    return float(2 ** (0.15 * (place - (series - 1) / 2)))
 
 
 def draw_logarithmic(ax: Axes) -> None:
