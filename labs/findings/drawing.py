@@ -118,11 +118,15 @@ def aside(place: int, series: int) -> float:
 
 
 def draw_logarithmic(ax: Axes) -> None:
-    """Make both axes logarithmic, with plain numbers at 1, 2 and 5 times each power of ten."""
+    """Make both axes logarithmic over what has been drawn, with plain numbers, few on a long one.
+
+    That is 1, 2 and 5 times each power of ten; beyond two of these powers, 1 and 3 times.
+    """
     ax.set_xscale("log")
     ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1, 3)))
         axis.set_major_formatter("{x:,.7g}")
         axis.set_minor_formatter(NullFormatter())
 
