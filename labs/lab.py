@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import chain, compress
@@ -98,20 +98,22 @@ class Variant(BaseModel, frozen=True, extra="forbid"):
         )
 
 
-class Lengths(tuple[tuple[int, int], ...]):
-    """The (prompt, output) tokens of requests, whose means all points that are sent them share."""
+class RequestLengths(tuple[tuple[int, int], ...]):
+    """The (prompt, output) tokens of each request to be sent, and their means.
+
+    All points that are sent the same requests hold the same one, so that thousands of lengths are
+    added up once.
+    """
 
     @cached_property
-    def means(self) -> tuple[float, float]:
-        """The mean lengths of the prompts and of the completions, in tokens."""
-        prompt_tokens: int = sum(map(itemgetter(0), self))
-        output_tokens: int = sum(map(itemgetter(1), self))
-        return prompt_tokens / len(self), output_tokens / len(self)
+    def mean_prompt_tokens(self) -> float:
+        total: int = sum(map(itemgetter(0), self))
+        return total / len(self)
 
-    @classmethod
-    def of(cls, lengths: Iterable[tuple[int, int]]) -> Lengths:
-        """Take lengths that may have their means already."""
-        return lengths if isinstance(lengths, cls) else cls(lengths)
+    @cached_property
+    def mean_output_tokens(self) -> float:
+        total: int = sum(map(itemgetter(1), self))
+        return total / len(self)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Point:
     variant: Variant
     workload: Workload
     load: Arrival
-    lengths: tuple[tuple[int, int], ...]  # (prompt, output) tokens of each request to be sent
+    lengths: RequestLengths
     shape: Shape
     ceilings: Ceilings
     about: Mapping[str, Any] = field(default_factory=dict)  # derived model -> its maker's record
@@ -158,15 +160,15 @@ class Point:
         """The point's name in summaries and in folders: `variant/workload/load`."""
         return f"{self.variant.name}/{self.workload.name}/{self.load.name}"
 
-    @cached_property
+    @property
     def prompt_tokens(self) -> float:
         """The mean length of the prompts, in tokens."""
-        return Lengths.of(self.lengths).means[0]
+        return self.lengths.mean_prompt_tokens
 
-    @cached_property
+    @property
     def output_tokens(self) -> float:
         """The mean length of the completions, in tokens."""
-        return Lengths.of(self.lengths).means[1]
+        return self.lengths.mean_output_tokens
 
     @property
     def context_tokens(self) -> float:
@@ -308,10 +310,6 @@ class Evidence(BaseModel, frozen=True, extra="forbid"):
         flag, _, name = self.value.removeprefix("--").partition(".")
         value = point.flags.get(flag, "")
         return str(value.get(name, "") if name and isinstance(value, dict) else value)
-
-    def __str__(self) -> str:
-        condition = f"{self.label}={self.value}" if self.kind == "echoes" else self.kind
-        return f"{self.metric} {condition}"
 
 
 class SLO(BaseModel, frozen=True, extra="forbid"):
@@ -675,13 +673,12 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
     def _changed(self, *layers: Mapping[str, Any]) -> Lab:
         fields = self.model_dump(exclude={"scales", "quick"})
-        brought = True  # whether there may be parts without their defaults
+        _write_out_defaults(fields)
         for layer in layers:
             for path, value in layer.items():
-                if brought:
-                    _write_out_defaults(fields)
                 set_field(fields, path, copy.deepcopy(value))  # a later path may lead into it
-                brought = value is not None and not isinstance(value, str | int | float)
+                if isinstance(value, dict | list | tuple):  # in which there may be whole parts
+                    _write_out_defaults(fields)
         beside = {n: getattr(self, n) for n in NOT_FILED}
         try:
             return Lab.model_validate(fields | beside)
@@ -879,7 +876,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         sent = [  # every variant under every load of a workload is sent the same
             (
                 workload,
-                Lengths(
+                RequestLengths(
                     chain.from_iterable(
                         workload.lengths(self.requests_of(workload), seed) for seed in seeds
                     )
@@ -948,7 +945,10 @@ def duration_s_of(trace: Sequence[TraceRow]) -> float:
 
 
 def _write_out_defaults(fields: dict[str, Any]) -> None:
-    """Add to a lab's plain fields what a digest leaves out while it is the default."""
+    """Add to a lab's plain fields what a digest leaves out while it is the default.
+
+    A change then finds them, as it finds the others.
+    """
     models: dict[str, type[BaseModel]] = {
         "variants": Variant, "workloads": Workload, "claims": Claim
     }  # fmt: skip

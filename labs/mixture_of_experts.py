@@ -164,7 +164,8 @@ LARGE = {"shape": "moe-30b", "flags.kv-cache-memory-bytes": 8 * 2**30}
 LAB = Lab(
     name="mixture-of-experts",
     title="Mixture of experts",
-    question="How much faster is a mixture of experts, for one user and for many?",
+    question="How much faster is a mixture of experts than a dense model as large, for one user and"
+    " for many?",
     answers=("CO-4",),
     variants=VARIANTS,
     shape="moe-tiny",

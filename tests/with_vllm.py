@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from tests.fake.forked import LIBRARIES, Forked, adopting_orphans
+from tests.fake.forked import LIBRARIES, Forked, adopting_orphans, fork_orphan
 from tests.startup import sitecustomize
 from tests.startup.sitecustomize import CORES, EAGER, NO_COMPILER, SERVER, WORKER_APART
 
@@ -228,22 +228,12 @@ def _fork_guards(asked: socket.socket, set_by_vllm: Mapping[str, str]) -> NoRetu
         about, descriptors = _receive(asked, 3)
         if not about:
             os._exit(0)
-        reading, writing = os.pipe()
-        between = os.fork()
-        if between == 0:
-            between = os.getpid()
-            guard = os.fork()
-            if guard:
-                os.write(writing, guard.to_bytes(8, "big"))
-                os._exit(0)
-            while os.getppid() == between:  # it is to have one parent from its beginning
-                time.sleep(0.001)
-            for descriptor in (reading, writing, asked.fileno()):
-                os.close(descriptor)
+        guard = fork_orphan()
+        if guard == 0:
+            os.close(asked.fileno())
             _guard(about, descriptors, set_by_vllm)
-        os.waitpid(between, 0)
-        asked.sendall(os.read(reading, 8))
-        for descriptor in (reading, writing, *descriptors):
+        asked.sendall(guard.to_bytes(8, "big"))
+        for descriptor in descriptors:
             os.close(descriptor)
 
 

@@ -39,6 +39,8 @@ from loadtests import records
 
 # ------------------------------------------------------------------------- what a step is made of
 
+WHAT_A_STEP_IS = "What is a step made of?"
+
 
 @dataclass(frozen=True)
 class StepAtLoad:
@@ -94,7 +96,7 @@ def tell_steps(facts: tuple[StepAtLoad, ...]) -> Finding:
         " requests in decode, and the prefills of others that come between two tokens."
         f" {counted_in_turn(parts)}"
     )
-    return Finding(title="What is a step made of?", rows=rows, lines=lines)
+    return Finding(title=WHAT_A_STEP_IS, rows=rows, lines=lines)
 
 
 def draw_steps(facts: tuple[StepAtLoad, ...]) -> str | None:
@@ -106,8 +108,10 @@ def draw_steps(facts: tuple[StepAtLoad, ...]) -> str | None:
     ax.set_xlabel("requests in flight")
     ax.set_ylabel("TPOT, mean (ms)")
     figure.legend(loc="outside right upper", frameon=False)
-    means = parts_mean(s.parts for s in facts)
-    return f"What the time of an output token goes to at each load. {means}"
+    return (
+        "What the time of an output token goes to at each load. The report explains the parts under"
+        f' "{WHAT_A_STEP_IS}"'
+    )
 
 
 STEPS = Conclusion("steps", steps_at_loads, tell_steps, draw_steps)
@@ -185,7 +189,7 @@ def _time_sentences(steps: tuple[StepAtLoad, ...]) -> list[str]:
     )
     return [
         last.parts.sentence(f"At {last.users} in flight an output token"),
-        parts_mean([last.parts]),
+        parts_mean(s.parts for s in steps),
         f"By the measured times, {limits}.",
     ]
 
@@ -198,13 +202,17 @@ def one_stream(run: JudgedRun) -> str | None:
         return None
     bandwidth = point.ceilings.memory_bandwidth_bytes_per_s
     most_per_s = bandwidth / point.shape.step_bytes(1)
-    alone = [s.parts for s in run.once(steps_at_loads) if s.users == 1]
-    made_of = f" {alone[0].sentence('A step')} {parts_mean(alone)}" if alone else ""
-    return (
+    steps = run.once(steps_at_loads)
+    alone = [s.parts for s in steps if s.users == 1]
+    made_of = [alone[0].sentence("A step")] if alone else []
+    if alone and not _time_sentences(steps):  # else the answer before has said it
+        made_of.append(parts_mean(alone))
+    measured = (
         f"{bandwidth / 1e9:,.1f} GB/s over {point.shape.step_bytes(1) / 1e6:,.0f} MB of weights is"
         f" at most {number(most_per_s, 'tok/s')}. Measured: {number(1 / tpot_s, 'tok/s')} (1 /"
-        f" TPOT), {1 / tpot_s / most_per_s:.0%} of it.{made_of}"
+        f" TPOT), {1 / tpot_s / most_per_s:.0%} of it."
     )
+    return " ".join([measured, *made_of])
 
 
 def both_ends(run: JudgedRun) -> str | None:

@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from labs.filing.results import Band
@@ -33,8 +34,8 @@ mpl.rcParams.update(
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 __all__ = [
-    "BANDS", "GREY", "PLAYED", "draw_forecasts", "draw_forecasts_of_two", "legend_above",
-    "legend_of_all", "plt", "reach", "thinned",
+    "BANDS", "GREY", "PLAYED", "aside", "draw_forecasts", "draw_forecasts_of_two",
+    "draw_logarithmic", "legend_above", "legend_of_all", "plt", "reach", "thinned",
 ]  # fmt: skip
 
 GREY = "#666666"
@@ -106,6 +107,28 @@ def reach(intervals: Sequence[Interval | None], scale: float = 1) -> list[list[f
     below = [scale * (i.value - i.low) if i and i.low is not None else 0.0 for i in intervals]
     above = [scale * (i.high - i.value) if i and i.high is not None else 0.0 for i in intervals]
     return [below, above]
+
+
+def aside(place: int, series: int) -> float:
+    """Return by what factor to move one of several series across a logarithmic axis.
+
+    The intervals of two series at one place then stand beside each other.
+    """
+    return float(2 ** (0.15 * (place - (series - 1) / 2)))
+
+
+def draw_logarithmic(ax: Axes) -> None:
+    """Make both axes logarithmic over what has been drawn, with plain numbers, few on a long one.
+
+    That is 1, 2 and 5 times each power of ten; beyond two of these powers, 1 and 3 times.
+    """
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1, 3)))
+        axis.set_major_formatter("{x:,.7g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def legend_above(ax: Axes) -> None:

@@ -11,7 +11,7 @@ from dashboards.palette import VARIANTS
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import GREY, plt, reach
+from labs.findings.drawing import GREY, aside, plt, reach
 from labs.findings.parts import IN_PART, Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.findings.sweep import concurrency_sweep
@@ -241,13 +241,13 @@ def draw_batches(run: JudgedRun) -> str | None:
         return None
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
     colours = dict(zip([v.name for v in run.lab.variants], VARIANTS, strict=False))
-    for name, colour in colours.items():
-        _draw_tpots(left, run, name, colour)
+    for place, (name, colour) in enumerate(colours.items()):
+        _draw_tpots(left, run, name, colour, aside(place, len(colours)))
     left.set_ylabel("TPOT (ms); dotted: at least, by bytes and FLOP")
     left.set_ylim(bottom=0)
-    for dense in (TOTAL, ACTIVE):
+    for place, dense in enumerate((TOTAL, ACTIVE)):
         if dense in colours:
-            _draw_ratios(right, run, facts, dense, colours[dense])
+            _draw_ratios(right, run, facts, dense, colours[dense], aside(place, 2))
     right.axhline(1, color=GREY, lw=0.8)
     right.set_yscale("log")
     low, high = right.get_ylim()
@@ -269,11 +269,11 @@ def draw_batches(run: JudgedRun) -> str | None:
     )
 
 
-def _draw_tpots(ax: Axes, run: JudgedRun, variant: str, colour: str) -> None:
+def _draw_tpots(ax: Axes, run: JudgedRun, variant: str, colour: str, moved: float) -> None:
     points = [p for p in concurrency_sweep(run.points) if p.variant.name == variant]
     known = [(p, i) for p in points if (i := run.interval(p, "tpot_mean_s"))]
     if known:
-        users = [p.load.users for p, _ in known]
+        users = [moved * p.load.users for p, _ in known]
         values = [1000 * i.value for _, i in known]
         ax.errorbar(users, values, yerr=reach([i for _, i in known], 1000), fmt="o-", ms=4,
                     color=colour, capsize=3, label=variant)  # fmt: skip
@@ -284,13 +284,13 @@ def _draw_tpots(ax: Axes, run: JudgedRun, variant: str, colour: str) -> None:
 
 
 def _draw_ratios(
-    ax: Axes, run: JudgedRun, facts: tuple[AtLoad, ...], dense: str, colour: str
+    ax: Axes, run: JudgedRun, facts: tuple[AtLoad, ...], dense: str, colour: str, moved: float
 ) -> None:
     sides = [(at.users, at.total if dense == TOTAL else at.active) for at in facts]
     known = [(users, of.measured) for users, of in sides if of and of.measured]
     if known:
         ratios = [ratio for _, ratio in known]
-        ax.errorbar([users for users, _ in known], [ratio.value for ratio in ratios],
+        ax.errorbar([moved * users for users, _ in known], [ratio.value for ratio in ratios],
                     yerr=reach(ratios), fmt="o", ms=4, color=colour, capsize=3,
                     label=f"mixture / {dense}")  # fmt: skip
     sweep = concurrency_sweep(run.points)

@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from matplotlib.ticker import LogLocator, NullFormatter
-
 from dashboards.palette import VARIANTS
 from labs.filing.results import Band, Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, draw_forecasts_of_two, legend_of_all, plt
+from labs.findings.drawing import (
+    BANDS,
+    draw_forecasts_of_two,
+    draw_logarithmic,
+    legend_of_all,
+    plt,
+)
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.judging.text import number, sentences
 from serving.engines import DEFAULT_ENGINE, ENGINES
@@ -112,13 +116,8 @@ def draw_curves(facts: tuple[At, ...]) -> str | None:
                     textcoords="offset points", xytext=(4, 4),
                 )  # fmt: skip
     for ax, title in zip(axes, ("TPOT, mean (ms)", "TTFT, mean (ms)"), strict=True):
-        ax.set_xscale("log")
-        ax.set_yscale("log")
+        draw_logarithmic(ax)
         ax.set_xlabel(title)
-        for axis in (ax.xaxis, ax.yaxis):  # plain numbers, few enough to be read
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("output throughput (tok/s)")
     legend_of_all(figure, axes)
     return (

@@ -17,7 +17,7 @@ from dashboards.palette import VARIANTS
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import GREY, plt, reach
+from labs.findings.drawing import GREY, aside, plt, reach
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import Interval
@@ -503,8 +503,7 @@ def _draw_gain(
     """Draws a workload's speed-up over load: measured, explained, forecast."""
     for place, (variant, colour) in enumerate(colours.items()):
         mine = _by_load(points, variant)
-        aside = 2 ** (0.15 * (place - (len(colours) - 1) / 2))  # so that intervals stand apart
-        x = [aside * p.point.load.users for p in mine]
+        x = [aside(place, len(colours)) * p.point.load.users for p in mine]
         ax.errorbar(
             x, [p.measured.value if p.is_valid else np.nan for p in mine],
             yerr=reach([p.measured for p in mine]),

@@ -36,7 +36,7 @@ from labs.judging.measure import (
     ran_out,
 )
 from labs.judging.metrics import METRICS, Repeats, by_repeat
-from labs.judging.text import counted, literal
+from labs.judging.text import counted, literal, number
 from labs.lab import Claim, Evidence, Point, factors
 from loadtests.plan import LEAST_COUNTED
 from loadtests.records import RequestRecord
@@ -728,15 +728,9 @@ def _treated(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     yield from _cached(trial, expected)
     if expected.endpoint:
         return  # its engine was not configured here: there is no treatment to prove
-    faults = (_not_echoed, _not_given, _not_served)
+    faults = (_not_echoed, _not_given, _not_served, _not_guessed, _not_shown)
     for fault in itertools.chain.from_iterable(of(trial, expected) for of in faults):
         yield _caveat(trial, "treatment not applied", fault)
-    for fault in _not_guessed(trial, expected):
-        yield _caveat(trial, "treatment not applied", fault)
-    for item in expected.evidence:
-        if item.arm.matches(trial.point) and not _evidence_holds(item, trial):
-            who = "client" if _is_of_client(item, trial) else "engine"
-            yield _caveat(trial, "treatment not applied", f"the {who} does not show {item}")
 
 
 def _answered_by(trial: Trial, expected: Expected) -> Iterator[Caveat]:
@@ -922,23 +916,55 @@ def _not_guessed(trial: Trial, expected: Expected) -> Iterator[str]:
         )
 
 
-def _evidence_holds(evidence: Evidence, trial: Trial) -> bool:
+def _not_shown(trial: Trial, expected: Expected) -> Iterator[str]:
+    """Say what the engine shows where the lab's evidence asks for something else."""
+    for item in expected.evidence:
+        if item.arm.matches(trial.point):
+            yield from _contradictions(item, trial)
+
+
+def _contradictions(evidence: Evidence, trial: Trial) -> Iterator[str]:
     assert trial.engine
+    name, values = evidence.metric, trial.engine.values
     if evidence.kind == "echoes":
-        echoed = trial.engine.info.get(evidence.metric, {}).get(evidence.label)
-        return echoed == evidence.expected(trial.point)
-    if evidence.kind == "pieces":
-        pieces, expected = METRICS[evidence.metric].of(trial), expected_pieces(trial.point)
-        most = 1.3 * expected + _steps_before(trial)
-        return pieces is not None and 0.7 * expected <= pieces <= most
-    if evidence.kind == "absent":
-        return evidence.metric not in trial.engine.values
-    increase = trial.engine.values.get(evidence.metric)
-    if _is_of_client(evidence, trial):
-        increase = sum(r.turned_away for r in trial.records)
-    if increase is None:  # a counter that was renamed proves nothing
-        return False
-    return increase > 0 if evidence.kind == "rises" else increase == 0
+        label, wanted = evidence.label, evidence.expected(trial.point)
+        reported = trial.engine.info.get(name, {}).get(label)
+        if reported != wanted:
+            said = literal(str(reported))
+            yield f"the engine reports {label}={said}, but {wanted or 'nothing'} was expected"
+    elif evidence.kind == "pieces":
+        yield from _other_pieces(METRICS[name].of(trial), trial)
+    elif evidence.kind == "absent":
+        if name in values:
+            yield f"the engine has the metric {name}, which it should not have here"
+    elif _is_of_client(evidence, trial):
+        turned_away = sum(r.turned_away for r in trial.records)
+        yield from _otherwise(evidence, "the client's count of requests turned away", turned_away)
+    elif name not in values:
+        yield f"the engine has no counter {name}, so that nothing is proved: was it renamed?"
+    else:
+        yield from _otherwise(evidence, f"the engine's {name}", values[name])
+
+
+def _otherwise(evidence: Evidence, counter: str, increase: float) -> Iterator[str]:
+    """Say how a counter has changed, if it rose and was to stay, or stayed and was to rise."""
+    if evidence.kind == "rises" and increase <= 0:
+        yield f"{counter} did not rise in the trial, but should have"
+    if evidence.kind == "stays" and increase != 0:
+        yield f"{counter} rose by {increase:,.0f} in the trial, but should not have risen"
+
+
+def _other_pieces(pieces: float | None, trial: Trial) -> Iterator[str]:
+    """Say in how many pieces a long prompt came, unless its budget makes about as many."""
+    expected = expected_pieces(trial.point)
+    if pieces is None:
+        yield "no stream ran long enough beside a long prompt to count its pieces"
+    elif not 0.7 * expected <= pieces <= 1.3 * expected + _steps_before(trial):
+        yield (
+            f"a stream received {number(pieces)} tokens on average while a long prompt was"
+            " prefilled, one with each of its pieces, but its token budget makes"
+            f" {counted(expected, 'piece')}"
+        )
 
 
 def _is_of_client(evidence: Evidence, trial: Trial) -> bool:

@@ -25,7 +25,7 @@ from serving.forecasting.timing import PASSES, QUICK_PASSES, TimingPlan
 from serving.gpus import Datasheet
 from serving.machine import Machine
 
-FASTER, SLOWER = 0.90, 1.18
+LEAST_OF_STAND_IN, MOST_OF_STAND_IN = 0.90, 1.18
 """The ends of a band: the engine's own step may take this many times as long as the stand-in step.
 
 Both factors were measured on two machines (vLLM 0.32 on CPU, batches of 1 to 16 and a prompt of 768
@@ -105,7 +105,11 @@ def ends_of_band(times: StepTimes, spread: float = 1.0) -> tuple[StepTimes, Step
 
     `spread` is the usual one of this machine's speed, a factor of 1 or more.
     """
-    return times, times.times(FASTER / spread), times.times(SLOWER * max(times.wander, spread))
+    return (
+        times,
+        times.times(LEAST_OF_STAND_IN / spread),
+        times.times(MOST_OF_STAND_IN * max(times.wander, spread)),
+    )
 
 
 def earlier_speeds(machine: Machine) -> list[MachineSpeed]:

@@ -20,7 +20,7 @@ from labs.lab import Lab, Point
 from labs.running.copied_text import Copies
 from labs.running.forecaster import Forecaster
 from labs.running.resolve import Setup
-from labs.running.step_timing import FASTER, Steps, served_folder
+from labs.running.step_timing import LEAST_OF_STAND_IN, Steps, served_folder
 from loadtests.admission import QueueLimits
 from loadtests.arrivals import Contended, Replay, Waves, send_times
 from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s
@@ -173,7 +173,7 @@ class VirtualTrials:
         repeats = self.setup.lab.repeats
         if repeats == 1 or not isinstance(point.load, Contended):
             return [(repeat, 1.0) for repeat in range(1, repeats + 1)]
-        speeds = paces(max(repeats, PLAYS_OF_CHANCE), self.spread / FASTER)
+        speeds = paces(max(repeats, PLAYS_OF_CHANCE), self.spread / LEAST_OF_STAND_IN)
         return [(1 + i % repeats, pace) for i, pace in enumerate(speeds)]
 
     def _engine(
@@ -428,7 +428,7 @@ class PointPlays:
 
     point: Point
     as_timed: Sequence[Outcome]  # at the expected step
-    shifted: Sequence[Outcome]  # the first at FASTER and at SLOWER
+    shifted: Sequence[Outcome]  # the first, at the two ends of the band of its step
     timeline: Timeline | None  # of the first, where the lab's plots show it
 
     @property
@@ -481,10 +481,10 @@ def _bands(
 ) -> dict[str, Band]:
     """Take each figure's mean over plays, how far another step shifts it, and what chance adds.
 
-    `as_timed` holds the figures of each play, `shifted` those of the first at FASTER and SLOWER.
-    `repeats` independent trials will be measured. Their mean differs by chance from that of the
-    plays, by as much as these differ from one another: the band holds that with 80%, and no end of
-    it lies beyond all plays.
+    `as_timed` holds the figures of each play, `shifted` those of the first at the two ends of the
+    band of its step. `repeats` independent trials will be measured. Their mean differs by chance
+    from that of the plays, by as much as these differ from one another: the band holds that with
+    80%, and no end of it lies beyond all plays.
     """
     bands = {}
     for name in names:

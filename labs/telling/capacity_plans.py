@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from labs.filing.results import Band
-from labs.judging.text import counted, number, with_ends
+from labs.judging.text import counted, number
 from labs.lab import SLO
 from labs.telling.document import (
     Block,
@@ -20,6 +20,7 @@ from labs.telling.document import (
     section,
     table,
 )
+from labs.telling.tables import with_band
 from loadtests.trace import TraceRow
 from serving.engines.vllm import ACTIVATION_BYTES, CPU_KV_BYTES, MEMORY_SHARE, PROCESS_BYTES
 
@@ -392,10 +393,3 @@ def break_even_millions(usd_per_hour: float, usd_per_million: float) -> float:
 def over(values: Sequence[float]) -> Band:
     """Gather a figure as expected, the first, and those with a faster and a slower step."""
     return Band(value=values[0], low=min(values), high=max(values))
-
-
-def with_band(band: Band | None, unit: str) -> str:
-    """Write `50 (43.3 to 55) tok/s`; without a band the figure alone, no figure as a dash."""
-    if band is None or band.low == band.high:
-        return number(band.value if band else None, unit)
-    return with_ends(band.value, band.low, band.high, unit)

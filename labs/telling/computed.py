@@ -15,10 +15,11 @@ from labs import theory
 from labs.findings.parts import parts_of
 from labs.judging.text import number
 from labs.questions import QUESTIONS
-from labs.telling.capacity_plans import break_even_millions, over, with_band
+from labs.telling.capacity_plans import break_even_millions, over
 from labs.telling.dials import shipped_shape
 from labs.telling.document import Code, Inline
 from labs.telling.planner import BLOCK_TOKENS, kv_room_tokens
+from labs.telling.tables import with_band
 from serving import dummy, models
 from serving.dummy import SHAPES
 from serving.engines.vllm import MEMORY_SHARE, usable_bytes

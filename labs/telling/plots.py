@@ -21,6 +21,7 @@ from labs.findings.drawing import (
     GREY,
     draw_forecasts,
     draw_forecasts_of_two,
+    draw_logarithmic,
     legend_above,
     plt,
     reach,
@@ -272,8 +273,7 @@ def roofline(run: JudgedRun) -> str | None:
             ax.annotate(str(point.load.users), (at, rate / 1e9), xytext=(-4, 5), ha="right",
                         textcoords="offset points")  # fmt: skip
     ax.plot([], [], "o", color=BLUE, label="decode at 1, 2, 4 ... in flight")
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+    draw_logarithmic(ax)
     ax.set_xlabel("arithmetic intensity (FLOP/byte)")
     ax.set_ylabel("decode GFLOP/s")
     ax.legend(frameon=False, loc="upper left")

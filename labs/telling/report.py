@@ -363,9 +363,10 @@ UNKNOWN_CHANGE = (
 
 
 SERVER = (
-    "API server, of a core, is the CPU time in the window of the process that takes requests in and"
-    " sends tokens out, the busiest where there are several. A process of Python can use hardly"
-    " more than one core: near 100%, the other figures show its limit and not the engine's."
+    "The API server's share of a core is the CPU time in the window of the process that takes"
+    " requests in and sends tokens out, the busiest where there are several. A process of Python"
+    " can use hardly more than one core: near 100%, the other figures show its limit and not the"
+    " engine's."
 )
 
 

@@ -165,7 +165,7 @@ def in_virtual_time(lab: Lab, forecasts: PointForecasts, also: Collection[str] =
         (
             [
                 point_label(key, lab),
-                *(_band(bands.get(metric), METRICS[metric].unit) for metric in metrics),
+                *(with_band(bands.get(metric), METRICS[metric].unit) for metric in metrics),
                 *_shares(forecasts, key),
             ]
             for key, bands in forecasts.points.items()
@@ -211,7 +211,7 @@ def on_two_engines(lab: Lab, forecasts: PointForecasts) -> Table:
     return table(
         ("Engines", *(f"{METRICS[metric].title}, forecast" for metric in metrics)),
         (
-            [engines, *(_band(bands.get(metric), METRICS[metric].unit) for metric in metrics)]
+            [engines, *(with_band(bands.get(metric), METRICS[metric].unit) for metric in metrics)]
             for engines, bands in rows
         )
         if forecasts.on_two
@@ -245,12 +245,13 @@ def _shares(forecasts: PointForecasts, point: str) -> list[str]:
     use, bands = forecasts.kv_use.get(point), forecasts.kv_bands.get(point, {})
     shares = {"mean": use.mean if use else None, "peak": use.peak if use else None}
     return [
-        _band(bands[which], "share") if which in bands else number(share, "share")
+        with_band(bands[which], "share") if which in bands else number(share, "share")
         for which, share in shares.items()
     ]
 
 
-def _band(band: Band | None, unit: str) -> str:
+def with_band(band: Band | None, unit: str) -> str:
+    """Write a forecast with its band as `50 (43.3 to 55) tok/s`, or a dash where there is none."""
     return with_ends(band.value, band.low, band.high, unit) if band else "–"
 
 

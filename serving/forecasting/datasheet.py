@@ -53,9 +53,9 @@ class Efficiency:
 
 
 EXPECTED = Efficiency(0.85, 0.51, step_s=1.2e-3, linking=0.76, exchange_s=10e-6)
-FASTER = Efficiency(0.92, 0.75, step_s=0.4e-3, linking=0.81, exchange_s=4e-6)
-SLOWER = Efficiency(0.78, 0.43, step_s=1.6e-3, linking=0.45, exchange_s=19e-6)
-ENDS = (EXPECTED, FASTER, SLOWER)
+MOST_EFFICIENT = Efficiency(0.92, 0.75, step_s=0.4e-3, linking=0.81, exchange_s=4e-6)
+LEAST_EFFICIENT = Efficiency(0.78, 0.43, step_s=1.6e-3, linking=0.45, exchange_s=19e-6)
+ENDS = (EXPECTED, MOST_EFFICIENT, LEAST_EFFICIENT)
 """The steps of a band: as expected, on a faster and on a slower engine."""
 
 

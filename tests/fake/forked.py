@@ -129,25 +129,36 @@ def serve() -> None:
     gc.collect()
     gc.freeze()  # a collection in a child would copy the pages of all that was imported
     for line in sys.stdin:
-        reading, writing = os.pipe()
-        between = os.fork()
-        if between == 0:
-            between = os.getpid()
-            pid = os.fork()
-            if pid == 0:
-                while os.getppid() == between:  # it is to have one parent from its beginning
-                    time.sleep(0.001)
-                os.close(reading)
-                os.close(writing)
-                become(json.loads(line))
-                return
-            os.write(writing, f"{pid}\n".encode())
-            os._exit(0)  # which orphans the child
-        os.waitpid(between, 0)
-        os.write(1, os.read(reading, 64))
-        os.close(reading)
-        os.close(writing)
+        pid = fork_orphan()
+        if pid == 0:
+            become(json.loads(line))
+            return
+        os.write(1, f"{pid}\n".encode())
     sys.exit()
+
+
+def fork_orphan() -> int:
+    """Fork a child that somebody else adopts; return its pid, and 0 in the child, as `os.fork`.
+
+    A process between this one and the child ends at once, which orphans the child: it then belongs
+    to the nearest process above that is `adopting_orphans`.
+    """
+    reading, writing = os.pipe()
+    between = os.fork()
+    if between == 0:
+        between = os.getpid()
+        pid = os.fork()
+        if pid:
+            os.write(writing, pid.to_bytes(8, "big"))
+            os._exit(0)
+        while os.getppid() == between:  # it is to have one parent from its beginning
+            time.sleep(0.001)
+    else:
+        os.waitpid(between, 0)
+        pid = int.from_bytes(os.read(reading, 8), "big")
+    os.close(reading)
+    os.close(writing)
+    return pid
 
 
 def become(about: dict[str, object]) -> None:

@@ -23,7 +23,7 @@ from labs.filing.results import (
     write_json,
 )
 from labs.judging.measure import Trial
-from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
+from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, RequestLengths, Variant
 from labs.telling.summary import summarise
 from loadtests import records
 from loadtests.arrivals import AnyArrival, Arrival
@@ -135,7 +135,7 @@ def make_point(
 ) -> Point:
     """`fields` are of its workload."""
     workload = make_workload(load, **fields)
-    lengths = tuple(workload.lengths(8, seed=0))
+    lengths = RequestLengths(workload.lengths(8, seed=0))
     varied = Variant(name=variant, flags=dict(flags or {}))
     return Point(varied, workload, parse(load), lengths, shape, CEILINGS)
 

@@ -243,6 +243,18 @@ def test_the_time_of_a_step_is_told_beside_the_side_of_the_ridge(tmp_path: Path)
     )
 
 
+@pytest.mark.parametrize("users", [(1, 2), (1,)])
+def test_the_parts_of_a_step_are_explained_in_one_answer(
+    users: tuple[int, ...], tmp_path: Path
+) -> None:
+    lab = make_lab(variants=(Variant(name="base"),), claims=(), evidence=())
+    figures = {"intensity": 1.0, "tpot_mean_s": 0.020, "batch": 1.0}
+    run = judged_run(context(tmp_path, lab, {f"base/short/concurrent-{n}": figures for n in users}))
+    texts = [ridge(run) or "", one_stream(run) or ""]
+    assert "A step takes 20.0 ms" in texts[1]
+    assert [text.count("Reading is the time") for text in texts] == [len(users) - 1, 2 - len(users)]
+
+
 def test_the_price_of_small_pieces_is_told_beside_what_they_solve(tmp_path: Path) -> None:
     """Claims of a run that was made before the price was one of them are enough."""
     variants = tuple(

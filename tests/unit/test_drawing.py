@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from labs.findings.drawing import reach
+from labs.findings.drawing import aside, draw_logarithmic, plt, reach
 from labs.judging.judge import Interval, mean_interval
 
 
@@ -17,3 +17,34 @@ def test_an_interval_reaches_as_far_below_and_above_as_it_does() -> None:
     assert 0 < below[0] < 2 * wide.value < above[0]
     assert (below[1:], above[1:]) == ([4, 0, 0], [2, 0, 0])
     assert reach([known]) == [[pytest.approx(2)], [pytest.approx(1)]]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (4, 90, ["5", "10", "20", "50"]),
+        (0.4, 30, ["0.5", "1", "2", "5", "10", "20"]),
+        (900, 1.2e6, ["1,000", "3,000", "10,000", "30,000", "100,000", "300,000", "1,000,000"]),
+    ],
+)
+def test_a_logarithmic_axis_has_plain_numbers(low: float, high: float, labels: list[str]) -> None:
+    figure, ax = plt.subplots(figsize=(6, 3.8))
+    ax.plot([low, high], [low, high])
+    ax.set_ylim(low, high)
+    draw_logarithmic(ax)
+    figure.canvas.draw()
+    seen = [
+        label.get_text()
+        for at, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)
+        if low <= at <= high
+    ]
+    plt.close(figure)
+    assert seen == labels
+    assert not any(label.get_text() for label in ax.get_yticklabels(minor=True))
+
+
+def test_series_are_moved_aside_evenly_about_their_place() -> None:
+    left, middle, right = (aside(place, 3) for place in range(3))
+    assert (left < middle < right, middle) == (True, 1)
+    assert left * right == pytest.approx(1)
+    assert aside(0, 1) == 1

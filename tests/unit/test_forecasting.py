@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from labs.running.step_timing import FASTER, SLOWER, ends_of_band
+from labs.running.step_timing import LEAST_OF_STAND_IN, MOST_OF_STAND_IN, ends_of_band
 from loadtests.load import AFTER_ERROR_S
 from serving.forecasting import timing
 from serving.forecasting.step import Piece, Step, StepTimes
@@ -322,14 +322,14 @@ def test_a_machine_whose_speed_wanders_widens_the_slow_end_of_the_band() -> None
     wander = timing.wander_of([[1.0, 1.5, 2.0], [2.0, 3.0, 3.0]])
     assert wander == 1.5
     steady, unsteady = TIMES, TIMES.model_copy(update={"wander": wander})
-    for times, slowest in ((steady, SLOWER), (unsteady, 1.5 * SLOWER)):
+    for times, slowest in ((steady, MOST_OF_STAND_IN), (unsteady, 1.5 * MOST_OF_STAND_IN)):
         expected, faster, slower = ends_of_band(times)
         assert expected.linear_s == TIMES.linear_s
-        assert faster.linear_s[0] == pytest.approx(FASTER * TIMES.linear_s[0])
+        assert faster.linear_s[0] == pytest.approx(LEAST_OF_STAND_IN * TIMES.linear_s[0])
         assert slower.linear_s[0] == pytest.approx(slowest * TIMES.linear_s[0])
     _, faster, slower = ends_of_band(unsteady, spread=1.7)  # more than within the timing
-    assert faster.linear_s[0] == pytest.approx(FASTER / 1.7 * TIMES.linear_s[0])
-    assert slower.linear_s[0] == pytest.approx(SLOWER * 1.7 * TIMES.linear_s[0])
+    assert faster.linear_s[0] == pytest.approx(LEAST_OF_STAND_IN / 1.7 * TIMES.linear_s[0])
+    assert slower.linear_s[0] == pytest.approx(MOST_OF_STAND_IN * 1.7 * TIMES.linear_s[0])
     assert ends_of_band(unsteady, spread=1.2)[2] == ends_of_band(unsteady)[2]
 
 

@@ -14,7 +14,7 @@ from labs.lab import Lab, Point, factors
 from labs.prefix_caching import cached_tokens
 from loadtests.plan import LEAST_COUNTED
 from serving import dummy
-from serving.forecasting.datasheet import EXPECTED, FASTER
+from serving.forecasting.datasheet import EXPECTED, MOST_EFFICIENT
 from serving.gpus import CLASSES
 from serving.machine import Ceilings
 from serving.models import Shape, shape_of
@@ -95,7 +95,7 @@ def test_a_long_prompt_is_prefilled_well_before_the_next_one(
 def test_long_requests_of_one_user_do_not_run_out(card: str, random: bool) -> None:
     """There are twice as many as the fastest engine that is expected could answer in a trial."""
     lab = lab_on("tiled-attention", card, random)
-    ceilings = ceilings_of(card, FASTER.reading, FASTER.computing)
+    ceilings = ceilings_of(card, MOST_EFFICIENT.reading, MOST_EFFICIENT.computing)
     for point in lab.points(shape_on(card, random), ceilings):
         assert point.load.users == 1
         prefix = point.workload.prefix
@@ -105,7 +105,7 @@ def test_long_requests_of_one_user_do_not_run_out(card: str, random: bool) -> No
         ) + (point.output_tokens - 1) * theory.decode_step_s(
             point.shape, ceilings, 1, point.context_tokens
         )
-        steps_s = point.output_tokens * FASTER.step_s
+        steps_s = point.output_tokens * MOST_EFFICIENT.step_s
         sent = (lab.warmup_s + lab.window_s) / (request_s + steps_s)
         assert 2 * sent < lab.requests, point.key
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -278,6 +279,9 @@ def test_the_plot_has_measured_and_forecast_ratios(tmp_path: Path) -> None:
     assert caption
     assert left.get_legend_handles_labels()[1] == [*TPOTS_S]
     assert right.get_legend_handles_labels()[1] == [f"mixture / {TOTAL}", f"mixture / {ACTIVE}"]
+    for ax in (left, right):  # no interval hides another
+        first = [drawn.lines[0].get_xdata()[0] for drawn in cast(Any, ax.containers)]
+        assert len({*first}) == len(first) > 1
 
 
 def test_a_shape_that_no_model_has_is_told_as_made_up() -> None:

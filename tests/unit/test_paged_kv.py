@@ -27,7 +27,7 @@ from labs.findings.paged_kv import (
     tell_watermarks,
     tiles_or_pages,
 )
-from labs.lab import Lab, Point, factors
+from labs.lab import Lab, Point, RequestLengths, factors
 from labs.paged_kv import admitted, held_tokens, kept_free_blocks, replay, replayed
 from serving import gpus
 from tests.unit.builders import CEILINGS, SHAPE, make_point
@@ -59,7 +59,7 @@ def test_a_request_holds_whole_blocks_of_what_it_has_written() -> None:
     assert held_tokens(make_point(), 4) == (8 + 8 + 8 + 12) / 4
     assert held_tokens(make_point(), 1) == (6 + 7 + 8 + 9) / 4
     # requests of 1 and of 3 steps: the longer one counts for three
-    two = replace(make_point(), lengths=((6, 1), (6, 3)))
+    two = replace(make_point(), lengths=RequestLengths([(6, 1), (6, 3)]))
     assert held_tokens(two, 4) == (8 + 8 + 8 + 8) / 4
 
 

@@ -395,7 +395,7 @@ def test_a_report_shows_how_busy_the_api_server_was_where_that_was_recorded(
     folder: RunFolder,
 ) -> None:
     """Runs from before it was recorded are told as they were."""
-    assert "API server, of a core" not in report.write(folder).read_text()
+    assert "API server's share of a core" not in report.write(folder).read_text()
     points = folder.run().points()
     for n, point in enumerate(points):
         result = folder.trial_result(point, 1)
@@ -405,7 +405,7 @@ def test_a_report_shows_how_busy_the_api_server_was_where_that_was_recorded(
     summary = summarise(folder)
     assert summary.value(points[1].key, "server_core_share") == 0.375
     told = report.write(folder).read_text()
-    assert "| API server, of a core |" in told
+    assert "| API server's share of a core |" in told
     assert "can use hardly more than one core" in told
 
 

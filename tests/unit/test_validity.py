@@ -851,15 +851,38 @@ def test_one_error_in_a_hundred_is_told_but_does_not_block() -> None:
     assert (caveat.name, caveat.blocks) == ("errors", False)
 
 
-def shows(evidence: Evidence, trial: Trial) -> bool:
-    caveats = caveats_of(trial, Expected(evidence=[evidence]))
-    return f"the engine does not show {evidence}" not in {c.text for c in caveats}
+def fault(evidence: Evidence, trial: Trial) -> str | None:
+    """What a trial lacks of this evidence, if anything."""
+    found = caveats_of(trial, Expected(evidence=[evidence]))
+    return next((c.text for c in found if c.name == "treatment not applied"), None)
 
 
 def test_absent_is_not_there_rather_than_zero() -> None:
     none = Evidence(arm=Arm(), kind="absent", metric=metrics.SPEC_DRAFTS)
-    assert shows(none, make_trial(CLEAN, engine=Snapshot({})))
-    assert not shows(none, make_trial(CLEAN, engine=Snapshot({metrics.SPEC_DRAFTS: 0.0})))
+    assert fault(none, make_trial(CLEAN, engine=Snapshot({}))) is None
+    assert fault(none, make_trial(CLEAN, engine=Snapshot({metrics.SPEC_DRAFTS: 0.0}))) == (
+        "the engine has the metric vllm:spec_decode_num_drafts_total, which it should not have here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "text"),
+    [
+        ("rises", {metrics.PREEMPTIONS: 2.0}, None),
+        ("stays", {metrics.PREEMPTIONS: 0.0}, None),
+        ("rises", {metrics.PREEMPTIONS: 0.0}, "num_preemptions_total did not rise in the trial"),
+        ("stays", {metrics.PREEMPTIONS: 2.0}, "num_preemptions_total rose by 2 in the trial"),
+        ("stays", {}, "no counter vllm:num_preemptions_total, so that nothing is proved"),
+    ],
+)
+def test_a_counter_that_is_not_as_it_should_be_is_told_in_a_sentence(
+    kind: Literal["rises", "stays"], values: dict[str, float], text: str | None
+) -> None:
+    told = fault(
+        Evidence(arm=Arm(), kind=kind, metric=metrics.PREEMPTIONS),
+        make_trial(CLEAN, engine=Snapshot(values)),
+    )
+    assert told is None if text is None else text in str(told)
 
 
 @pytest.mark.parametrize(
@@ -879,9 +902,10 @@ def test_a_long_prompt_comes_in_as_many_pieces_as_its_budget_says(
     beside = make_record([(t, 1) for t in times], index=0)
     pieces = Evidence(arm=Arm(), kind="pieces", metric="prefill_pieces")
     trial = make_trial([beside, visit], point=point, engine=Snapshot({}))
-    assert shows(pieces, trial) is shown
+    told = fault(pieces, trial)
+    assert told is None if shown else "makes 4 pieces" in str(told)
     alone = make_trial([beside], point=point, engine=Snapshot({}))
-    assert not shows(pieces, alone)  # nothing seen proves nothing
+    assert "no stream ran long enough" in str(fault(pieces, alone))  # nothing seen proves nothing
 
 
 def test_a_prompt_on_its_way_to_an_engine_of_short_steps_sees_more_of_them() -> None:
@@ -897,7 +921,7 @@ def test_a_prompt_on_its_way_to_an_engine_of_short_steps_sees_more_of_them() -> 
         visit = make_record([(times[-2] + 0.001, 1)], sent_s=times[199] + 0.001, index=3)
         beside = make_record([(t, 1) for t in times], index=0)
         trial = make_trial([beside, visit], point=point, engine=Snapshot({}))
-        assert shows(pieces, trial) is shown, meanwhile
+        assert (fault(pieces, trial) is None) is shown, meanwhile
 
 
 def test_counter_that_the_engine_does_not_have_proves_nothing() -> None:
@@ -937,21 +961,17 @@ def test_two_factors_at_once_allow_no_verdict_unless_the_engine_couples_them() -
 
 def test_an_echo_may_be_asked_of_the_variants_own_flag() -> None:
     """What a changed setting asks for is then what the engine must say."""
-    asked = Evidence(
-        arm=Arm(), kind="echoes", metric=CACHE, label="block_size", value="--block-size"
-    )
-    assert str(asked).endswith("block_size=--block-size")
-    point = make_point(flags={"block-size": 32})
-    assert (asked.expected(point), asked.expected(make_point())) == ("32", "")
+    asked = Evidence.echo("off", metrics.ENGINE_CONFIG, "watermark", "--watermark")
+    point = make_point(flags={"watermark": 0.05})
+    assert (asked.expected(point), asked.expected(make_point())) == ("0.05", "")
 
-    def proved(size: str) -> bool:
-        engine = replace(make_engine(CLEAN), info={CACHE: {"block_size": size}})
-        trial = replace(make_trial(CLEAN, engine=engine), point=point)
-        found = caveats_of(trial, Expected(evidence=(asked,)))
-        return "treatment not applied" not in [c.name for c in found]
+    def told(share: str) -> str | None:
+        info = {metrics.ENGINE_CONFIG: {"watermark": share}}
+        engine = replace(make_engine(CLEAN), info=info)
+        return fault(asked, replace(make_trial(CLEAN, engine=engine), point=point))
 
-    assert proved("32")
-    assert not proved("16")
+    assert told("0.05") is None
+    assert told("0.01") == "the engine reports watermark=0.01, but 0.05 was expected"
 
 
 def busy_server(share: float | None) -> OtherWork:
