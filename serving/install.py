@@ -384,7 +384,8 @@ def uv_environment(home: Path) -> "dict[str, str]":
     command = (*pip_command(home), "config", "list")
     listed = subprocess.run(command, capture_output=True, check=False, env={**os.environ, **QUIET})
     found = re.findall(r"(?m)^(global|install|:env:)\.([\w-]+)=(.+)$", listed.stdout.decode())
-    env = dict(UV_AS_PIP)
+    cache = os.environ.get("UV_CACHE_DIR", str(ROOT / ".cache" / "uv"))  # files of .venv have links
+    env = {**UV_AS_PIP, "UV_CACHE_DIR": cache}
     for section in ("global", "install", ":env:"):  # a later one overrides
         for name, value in ((name, value) for where, name, value in found if where == section):
             if name in UV_SETTINGS:

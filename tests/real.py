@@ -50,6 +50,7 @@ def quick_run(
     weights: str = "",
     model: str = "",
     command: str = AS_READERS_DO,
+    copies: int = 1,
 ) -> RunFolder:
     """`labs run LAB` with QUICK=1 and these settings; the run it left among the results.
 
@@ -58,6 +59,7 @@ def quick_run(
     """
     before = set(results.glob(RUNS))
     words = [command, "run", lab]
+    as_a_reader = lab == FRONT_DOOR and command == AS_READERS_DO and not weights
     if command == AS_READERS_DO:
         argv = [sys.executable, "-m", *words]
     else:
@@ -68,13 +70,14 @@ def quick_run(
         cwd=ROOT,
         env={
             **os.environ,
-            **({"PYTHONPATH": ""} if lab == FRONT_DOOR and not weights else {}),
+            **({"PYTHONPATH": ""} if as_a_reader else {}),
             **({sitecustomize.WORKER_APART: "1"} if lab == AS_VLLM_DOES else {}),
             "LABS_QUICK": "1",
             "LABS_DISTURBED": "keep",  # other tests run meanwhile
             "LABS_SET": settings,
             "LABS_MODEL": model,
             "LABS_WEIGHTS": weights,
+            **({"LABS_DP": str(copies)} if copies > 1 else {}),
             "LABS_RESULTS": str(results),
         },
         capture_output=True,

@@ -111,16 +111,16 @@ def _write_and_show_predictions(
         predictions = predict(setup, in_virtual_time(setup, work, progress))
         write_json(folder.path / "predictions.json", predictions)
     forecasts = predictions.in_virtual_time
-    progress.show(
-        section(
-            "Predicted, before any engine starts",
-            tables.in_virtual_time(setup.lab, _for_terminal(forecasts)) if forecasts else None,
-            tables.searched(forecasts) if forecasts else None,
-            on_two_engines(setup.lab, forecasts) if forecasts else None,
-            tables.predictions(setup.lab, predictions),
-            bullets(report.formulas(setup.lab, predictions)),
-        )
+    predicted = section(
+        "Predicted, before any engine starts",
+        tables.in_virtual_time(setup.lab, _for_terminal(forecasts)) if forecasts else None,
+        tables.searched(forecasts) if forecasts else None,
+        on_two_engines(setup.lab, forecasts) if forecasts else None,
+        tables.predictions(setup.lab, predictions),
+        bullets(report.formulas(setup.lab, predictions)),
     )
+    if predicted.blocks:
+        progress.show(predicted)
 
 
 def _for_terminal(forecasts: PointForecasts) -> PointForecasts:

@@ -28,6 +28,7 @@ from labs.judging.validity import (
 )
 from labs.lab import Lab, Point
 from loadtests.latencies import Latency
+from serving.machine import Machine
 from serving.metrics import KvUse
 
 
@@ -263,12 +264,22 @@ def _of_the_whole(run: Run, lab: Lab, session: Session | None) -> list[Caveat]:
         )
         caveats.append(Caveat(name="endpoint's hardware unknown", text=text))
     if any(flags.is_parallel for flags in lab.all_flags):
-        text = (
-            "predictions assume no communication between GPUs, and the ceilings of those that"
-            " share each layer (TP=)"
-        )
-        caveats.append(Caveat(name="several GPUs", text=text))
+        caveats.append(_of_parallelism(run.machine))
     return caveats
+
+
+def _of_parallelism(machine: Machine) -> Caveat:
+    if machine.kind == "cpu":
+        text = (
+            "predictions are those of one copy of the model; the copies share the memory's"
+            " bandwidth, and may compute on the load generator's cores (DP=)"
+        )
+        return Caveat(name="several copies", text=text)
+    text = (
+        "predictions assume no communication between GPUs, and the ceilings of those that share"
+        " each layer (TP=)"
+    )
+    return Caveat(name="several GPUs", text=text)
 
 
 def _each_once(caveats: Sequence[Caveat]) -> list[Caveat]:

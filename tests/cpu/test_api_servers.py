@@ -24,8 +24,13 @@ ASKED = 12
 
 
 @pytest.mark.timeout(900)  # beside the labs of other tests
-def test_two_api_servers_are_found_and_their_counts_are_one(tmp_path: Path) -> None:
+def test_two_api_servers_are_found_and_their_counts_are_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each answers some of the requests, and either shows what both have counted."""
+    counts = tmp_path / "counts"  # forked servers have imported their client of Prometheus before
+    counts.mkdir()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(counts))
     flags = {**ENGINE_FLAGS, "distributed-executor-backend": INSTANT, "api-server-count": 2}
     host = machine.detect()
     model = models.resolve(host)

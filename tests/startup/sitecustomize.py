@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from itertools import count
 from multiprocessing.context import BaseContext
 
-SERVER = "vllm.entrypoints.openai.api_server"
+SERVER, SEVERAL_SERVERS = "vllm.entrypoints.openai.api_server", "serving.api_servers"
 WORKER_APART = "VLLM_ENABLE_V1_MULTIPROCESSING"
 CORES = "VLLM_CPU_OMP_THREADS_BIND"
 EAGER = "--enforce-eager"
@@ -58,8 +58,11 @@ def become_server(argv: Sequence[str]) -> None:
     setattr(multiprocessing, "get_context", _forking)  # noqa: B010
     if EAGER in argv:
         os.environ[NO_COMPILER] = "1"
-    if "|" not in os.environ.get(CORES, "|"):  # which parts the cores of several workers
-        _keep_the_worker_to([int(core) for core in os.environ[CORES].split(",")])
+    first, *others = os.environ.get(CORES, "").split("|")  # the cores of several workers
+    if others:
+        os.environ["OMP_NUM_THREADS"] = str(len(first.split(",")))
+    elif first:
+        _keep_the_worker_to([int(core) for core in first.split(",")])
 
 
 def _read_entry_points_once() -> None:
@@ -78,7 +81,7 @@ def freeze() -> None:
 
 
 gc.set_threshold(100_000, 50, 1000)
-if SERVER in sys.orig_argv:
+if {SERVER, SEVERAL_SERVERS} & {*sys.orig_argv}:
     become_server(sys.orig_argv)
 if "locust" in sys.orig_argv[1:3]:  # python -m locust
     _read_entry_points_once()

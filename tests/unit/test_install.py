@@ -497,6 +497,7 @@ def test_uv_is_told_pips_settings(root: Path) -> None:
     told = install.uv_environment(root)
     assert {name: told[name] for name in set(told) - set(install.UV_AS_PIP)} == {
         "SSL_CERT_FILE": "/a/certificate.crt",
+        "UV_CACHE_DIR": str(root / ".cache" / "uv"),
         "UV_DEFAULT_INDEX": "https://near.index/simple",
         "UV_INDEX": "https://a.index/simple https://b.index/simple",
     }

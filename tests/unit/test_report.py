@@ -359,14 +359,24 @@ def test_a_run_with_random_weights_says_so_first(folder: RunFolder) -> None:
     assert any("WEIGHTS=dummy MODEL=llama-8b`" in line for line in lines)
 
 
-def test_several_gpus_are_a_caveat_of_the_predictions(folder: RunFolder) -> None:
-    assert "several GPUs" not in {c.name for c in folder.summary().caveats}
-    lab = folder.run().lab
-    lab["flags"]["tensor-parallel-size"] = 2
-    write_json(folder.path / "run.json", folder.run().model_copy(update={"lab": lab}))
+@pytest.mark.parametrize(
+    ("kind", "flag", "name", "says"),
+    [
+        ("gpu", "tensor-parallel-size", "several GPUs", "no communication between GPUs"),
+        ("cpu", "data-parallel-size", "several copies", "those of one copy of the model"),
+    ],
+)
+def test_several_gpus_or_copies_are_a_caveat_of_the_predictions(
+    kind: str, flag: str, name: str, says: str, folder: RunFolder
+) -> None:
+    assert not {"several GPUs", "several copies"} & {c.name for c in folder.summary().caveats}
+    run = folder.run()
+    machine, lab = run.machine.model_copy(update={"kind": kind}), run.lab
+    lab["flags"][flag] = 2
+    write_json(folder.path / "run.json", run.model_copy(update={"lab": lab, "machine": machine}))
     caveats = {c.name: c for c in summarise(folder).caveats}
-    assert not caveats["several GPUs"].blocks
-    assert "no communication between GPUs" in caveats["several GPUs"].text
+    assert not caveats[name].blocks
+    assert says in caveats[name].text
 
 
 @pytest.mark.parametrize("differs", [True, False])
