@@ -441,6 +441,11 @@ class Vllm(Engine):
     @classmethod
     def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:
         vllm_flags, gpus = VllmFlags(flags), machine.count if machine.kind == "gpu" else 0
+        if vllm_flags.uses_ray and machine.kind == "cpu":
+            raise EngineError(
+                "distributed-executor-backend=ray needs GPUs: vLLM's CPU build does not support Ray"
+                " (DP=2 serves two copies of the model on cores of their own)"
+            )
         if vllm_flags.uses_ray and not importlib.util.find_spec("ray"):
             raise EngineError(
                 "distributed-executor-backend=ray needs Ray, which is not installed here: run"
@@ -451,10 +456,14 @@ class Vllm(Engine):
         if vllm_flags.weight_parts == 1 and 1 < vllm_flags.copies <= cores:
             return  # each copy computes on cores of its own
         if vllm_flags.devices > max(1, gpus) and not vllm_flags.uses_ray:
+            instead = (
+                ", or span machines with SET=flags.distributed-executor-backend=ray"
+                if machine.kind == "gpu"
+                else f" (DP= alone serves as many copies as there are cores, here {cores})"
+            )
             raise EngineError(
                 f"TP x PP x DP = {vllm_flags.devices} needs as many GPUs, and this machine has"
-                f" {gpus}: lower them, or span machines with"
-                " SET=flags.distributed-executor-backend=ray"
+                f" {gpus}: lower them{instead}"
             )
         if machine.kind == "cpu" and vllm_flags.kv_offloading_bytes:
             raise Unsupported(

@@ -447,8 +447,11 @@ def test_on_a_cpu_copies_of_a_model_need_a_core_each() -> None:
     require_devices(lab.at("cpu", quick=False, changes={"flags.data-parallel-size": 2}), cpu)
     for flag, size in (("data", 3), ("tensor", 2), ("pipeline", 2)):
         asked = lab.at("cpu", quick=False, changes={f"flags.{flag}-parallel-size": size})
-        with pytest.raises(EngineError, match="needs as many GPUs, and this machine has 0"):
+        with pytest.raises(EngineError, match=r"needs as many GPUs, .* has 0: .* cores, here 2\)"):
             require_devices(asked, cpu)
+    over_ray = lab.at("cpu", False, {"flags.distributed-executor-backend": "ray"})
+    with pytest.raises(EngineError, match="vLLM's CPU build does not support Ray"):
+        require_devices(over_ray, cpu)
 
 
 @pytest.mark.parametrize(
