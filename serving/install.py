@@ -81,11 +81,7 @@ UV_SETTINGS = {  # what uv calls pip's settings of where files come from
     "cert": "SSL_CERT_FILE",
     "proxy": "ALL_PROXY",
 }
-UV_AS_PIP = {  # modules are compiled beforehand, and no index goes before another
-    "UV_COMPILE_BYTECODE": "1",
-    "UV_INDEX_STRATEGY": "unsafe-best-match",
-    "UV_NO_PROGRESS": "1",
-}
+UV_AS_PIP = {"UV_INDEX_STRATEGY": "unsafe-best-match", "UV_NO_PROGRESS": "1"}
 
 
 class SetupError(Exception):
@@ -373,8 +369,9 @@ def uv(home: Path, step: Step, *arguments: str) -> bool:
     """Do as `pip` does, with pip's settings of where files come from; False without a uv."""
     for program in (place / ".venv" / "bin" / "uv" for place in (home, ROOT)):
         if program.exists():
-            first, *rest = arguments
-            command = (str(program), "pip", first, "--python", str(venv_python(home)), *rest)
+            compiled = () if "--no-compile" in arguments else ("--compile-bytecode",)
+            here = ("--python", str(venv_python(home)), *compiled)
+            command = (str(program), "pip", *arguments, *here)
             return run(home, step, *command, env=uv_environment(home))
     return False
 

@@ -474,12 +474,17 @@ def test_uv_installs_what_it_can_and_pip_the_rest(root: Path, uv_fails: bool) ->
     asked.mkdir()
     program(uv, f"{keeps}exit {int(uv_fails)}")
     install.install_locked(root, install.Step("packages"), lock)
-    by_uv = [words for who, words, _ in calls() if who == "uv"]
+    by_uv = [words.split() for who, words, _ in calls() if who == "uv"]
     assert len(by_uv) == 3
     for words in by_uv:
-        assert words.startswith("/one,/two pip install --python ")
-        assert {"--no-deps", "--require-hashes"} <= set(words.split())
+        assert words[:3] == ["/one,/two", "pip", "install"]
+        assert {"--no-deps", "--require-hashes", "--compile-bytecode"} <= set(words)
     assert len(calls()) == (6 if uv_fails else 3)
+    some = {"numpy": install.entries(lock)["numpy"]}
+    install.install_files(root, install.Step("packages"), lock, some, "--no-compile")
+    (words,) = (words.split() for who, words, names in calls() if (who, names) == ("uv", "numpy"))
+    assert "--no-compile" in words
+    assert "--compile-bytecode" not in words
 
 
 def test_uv_is_told_pips_settings(root: Path) -> None:
