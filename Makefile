@@ -179,7 +179,7 @@ CHOSEN := $(value LABS_TESTS)
 SIDE_BY_SIDE := $(if $(filter-out $(FOLDERS) $(FOLDERS:/=),$(CHOSEN)),,-n $(if $(strip $(CHOSEN)),2,4) $(TOGETHER) $(CHOSEN))
 # The tests start some hundred processes of these modules: each would compile them anew, which takes
 # it a second or two, where PYTHONDONTWRITEBYTECODE is set, as it is in many containers.
-test: setup ## Run the tests (unit, weights, committed runs, fake engine, real vLLM on CPU, GPU if there is one): [TESTS=tests/unit]
+test: setup ## Run the tests (unit, programs, weights, committed runs, fake engine, real vLLM on CPU, GPU if there is one): [TESTS=tests/unit]
 	@PYTHONDONTWRITEBYTECODE= PYTEST_ADDOPTS="$$PYTEST_ADDOPTS$(if $(SIDE_BY_SIDE),, $$LABS_TESTS)" $(BIN)/pytest $(SIDE_BY_SIDE)
 
 rehearse: setup ## Rehearse a short session on a locked-down GPU machine without having one: [SECONDS=530] [ONLY=..]

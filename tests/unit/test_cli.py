@@ -30,8 +30,8 @@ from serving import models
 from serving.engines.vllm import Vllm
 from serving.machine import detect
 from serving.models import ROOT, Model
+from tests.makefile import SETTINGS
 from tests.unit.builders import SHAPE, write_run, write_slowed
-from tests.unit.test_makefile import SETTINGS
 
 LAB = next(iter(LABS))
 COMMANDS = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]

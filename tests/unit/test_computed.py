@@ -19,8 +19,8 @@ from labs.telling.document import plain_text
 from labs.telling.planner import kv_room_tokens
 from serving.forecasting.datasheet import EXPECTED, step_times
 from serving.gpus import DATASHEETS
+from tests.makefile import SETTINGS
 from tests.unit.test_capacity_plan import SilentProgress, question
-from tests.unit.test_makefile import SETTINGS
 
 COMPUTED = [id for id in QUESTIONS if computed(id)]
 

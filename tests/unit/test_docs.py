@@ -17,7 +17,7 @@ from labs.commands.cli import app
 from labs.comparing.leaderboards import MOST_HEADLINES
 from labs.findings.parts import parts_of
 from serving.models import ROOT
-from tests.unit.test_makefile import LINES, PAGES, SETTINGS
+from tests.makefile import LINES, PAGES, SETTINGS
 
 README_BYTES = 8 * 1024  # a page, of which a lab takes a row
 A_FINDING = 232  # bytes around a headline's words: a link to a report, the ratio, its prediction

@@ -1,19 +1,15 @@
-"""The machine's own speed, by reference steps: planted slowdowns, and the process that times."""
+"""The machine's own speed, by reference steps: planted slowdowns."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from labs.comparing import compare, reproduction, side_by_side
@@ -33,9 +29,8 @@ from labs.running import harness, step_timing
 from labs.telling import report
 from labs.telling.document import plain_text
 from labs.telling.summary import summarise
-from serving import machine, reference_step
-from serving.process import Process
-from serving.reference_step import ReferenceStep, ReferenceTimer
+from serving import reference_step
+from serving.reference_step import ReferenceStep
 from tests.unit.builders import write_run, write_slowed
 
 QUIET = [1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.03, 0.97]
@@ -232,39 +227,3 @@ def test_a_forecast_reads_the_speeds_of_earlier_runs_on_this_machine(
     assert step_timing.earlier_speeds(here.model_copy(update={"count": here.count + 1})) == []
     (folder.path / "summary.json").write_text("{")
     assert step_timing.earlier_speeds(here) == []
-
-
-# ------------------------------------------------------------------------------------ the process
-
-
-def test_the_process_times_steps_on_the_engines_cores_and_ends_with_the_block(
-    tmp_path: Path,
-) -> None:
-    with reference_step.started("cpu", tmp_path / "log") as timer:
-        first, second = timer.time(), timer.time()
-        (child,) = psutil.Process(timer.process.pid).children()
-        assert tuple(child.cpu_affinity()) == machine.split_cores()[0]
-    assert first
-    assert second
-    assert not child.is_running()
-
-
-def test_a_process_that_died_times_nothing_more(tmp_path: Path) -> None:
-    with reference_step.started("cpu", tmp_path / "log") as timer:
-        assert timer.time()
-        (child,) = psutil.Process(timer.process.pid).children()
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait(10)
-        assert timer.time() is None
-        assert timer.time() is None
-
-
-def test_the_first_answer_has_time_for_the_process_to_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reference_step, "ANSWER_LIMIT_S", 0.2)
-    late = "import sys, time; [(time.sleep(1), print(sys.argv[1], flush=True)) for _ in sys.stdin]"
-    argv = [sys.executable, "-c", late, step().model_dump_json()]
-    with Process("late", argv, log=tmp_path / "log", talk=True) as process:
-        timer = ReferenceTimer(process)
-        assert [timer.time(), timer.time()] == [step(), None]

@@ -47,6 +47,16 @@ def writer() -> Writer:
     return Writer.of(str(MODEL))
 
 
+@pytest.mark.usefixtures("writer")
+def test_counting_tokens_imports_no_torch() -> None:
+    """Every run counts tokens, and importing torch takes seconds."""
+    program = (
+        "import sys; from loadtests.prompts import counter;"
+        f" counter({str(MODEL)!r}); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 @pytest.fixture
 def side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have two processes write, however little it is."""
@@ -154,7 +164,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from labs.running import prompt_files
-from tests.unit.test_prompt_files import MODEL, order, workload
+from tests.programs.test_prompt_files import MODEL, order, workload
 prompt_files.START_S, prompt_files.usable_cores = -1e9, lambda: 2
 long = workload("long", 20_000)
 orders = [order(long, n, Path(sys.argv[1])).model_copy(update={"requests": 9999}) for n in (1, 2)]

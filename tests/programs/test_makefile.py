@@ -18,11 +18,9 @@ from labs.commands.cli import require_settings_taken
 from labs.commands.environment import BEHIND_MAKE
 from labs.lab import LabError
 from serving.models import ROOT
+from tests.makefile import MAKEFILE, PAGES, SETTINGS
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-MAKEFILE = (ROOT / "Makefile").read_text()
-LINES = MAKEFILE.replace("\\\n", "").splitlines()
-SETTINGS = next(line.split()[2:] for line in LINES if line.startswith("SETTINGS :="))
 RECORD = """\
 import os, sys
 with open("calls", "a") as calls:
@@ -31,7 +29,7 @@ with open("calls", "a") as calls:
 QUICK_PYTHON = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S "$@"\n'
 """Python without what is installed, which the programs here do not need; it starts much faster."""
 LABS = ".venv/bin/labs"
-HERE = Path(__file__).parent
+NOT_READ_THERE = [ROOT / "tests" / name for name in ("unit", "programs")]
 HOSTILE = (
     "$(shell touch made-by-make) `touch made-by-a-shell` \"; touch made-by-a-shell; ' $HOME # %"
 )
@@ -91,7 +89,8 @@ def settings_of(env: dict[str, str]) -> dict[str, str]:
 
 def test_every_setting_that_is_read_is_one_that_make_hands_on() -> None:
     houses = ("labs", "serving", "loadtests", "dashboards", "bench", "tests")
-    sources = [p for house in houses for p in (ROOT / house).rglob("*.py") if p.parent != HERE]
+    files = (path for house in houses for path in (ROOT / house).rglob("*.py"))
+    sources = [path for path in files if path.parent not in NOT_READ_THERE]
     sources.append(ROOT / "dashboards" / "preview" / "vite.config.js")
     read = {name for p in sources for name in re.findall(r"[\"'.]LABS_([A-Z_]+)\b", p.read_text())}
     in_recipes = set(re.findall(r"LABS_([A-Z_]+)", MAKEFILE.partition("DEFAULT_GOAL")[2]))
@@ -215,7 +214,6 @@ def test_tests_are_chosen_as_pytest_reads_its_options(checkout: Checkout) -> Non
 
 # ------------------------------------------------------------------------------ what the pages say
 
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 CALLS = sorted(
     {
         call

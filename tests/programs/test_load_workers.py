@@ -18,7 +18,7 @@ from loadtests.arrivals import Concurrent
 from loadtests.load_workers import LoadWorkers
 from loadtests.plan import TrialPlan
 from serving.ports import free_port
-from tests.unit.beside_locust import said_by
+from tests.programs.beside_locust import said_by
 from tests.unit.builders import make_summary
 
 KEY = "k" * load_workers.LEAST_KEY_CHARACTERS

@@ -17,8 +17,8 @@ import pytest
 
 from serving import guard
 from serving.models import ROOT
+from tests.programs.beside_locust import said_by
 from tests.unit import hostile
-from tests.unit.beside_locust import said_by
 
 _WORKER = """
 import json, sys
