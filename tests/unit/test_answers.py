@@ -34,7 +34,7 @@ from labs.findings.speculative_decoding import speculation_wins
 from labs.findings.weight_quantization import phases, winners
 from labs.judging.judge import Effect, Interval, Judgement
 from labs.judging.metrics import METRICS
-from labs.lab import Lab, LabError, Variant
+from labs.lab import Lab, LabError, Point, Variant
 from labs.telling import plots
 from loadtests.workload import Intruder
 from serving import metrics
@@ -126,27 +126,14 @@ SIZES = {
 }
 
 
-def labs_in_sizes() -> Iterator[tuple[str, str]]:
-    """Every lab in each size in which it is not what it was in the one before."""
-    for name, lab in LABS.items():
-        resolved = {size: lab.at(scale, q, dummy=d) for size, (scale, q, d) in SIZES.items()}
-        same = resolved["gpu-quick-random"].resolved() == resolved["gpu-quick"].resolved()
-        yield from ((name, size) for size in SIZES if not (same and size == "gpu-quick-random"))
+def left_of(name: str, size: str) -> Iterator[tuple[Lab, list[Point]]]:
+    """Each part of a lab in that size which a reader may keep, with few requests, and its points.
 
-
-@pytest.mark.parametrize(("name", "size"), [*labs_in_sizes()])
-def test_findings_answers_and_plots_bear_what_is_left_out(
-    name: str, size: str, tmp_path: Path
-) -> None:
-    """All that a reader may keep of a lab, every figure of it measured; nothing may raise.
-
-    A quick run on a GPU does without parts of it from the beginning. Its figures are given, so that
-    few requests are enough for the lengths.
+    Its figures are given, so that these are enough for the lengths.
     """
     scale, quick, dummy = SIZES[size]
-    parts, told = parts_of(name), list[Any]()
-    whole = LABS[name].at(scale, quick, dummy=dummy)
-    for i, changes in enumerate(({}, *kept_in_part(whole))):
+    told = list[Any]()
+    for changes in ({}, *kept_in_part(LABS[name].at(scale, quick, dummy=dummy))):
         try:
             lab = LABS[name].at(scale, quick, changes, dummy)
         except LabError:  # nothing is left, or nothing that tells a capacity
@@ -154,20 +141,40 @@ def test_findings_answers_and_plots_bear_what_is_left_out(
         lab = lab.model_copy(update={"requests": min(lab.requests, 256)})
         points = lab.points(SHAPE, CEILINGS, {}, ABOUT)
         kept = [v.name for v in lab.variants], [p.key for p in points]
-        if kept in told:
-            continue
-        told.append(kept)
+        if kept not in told:
+            told.append(kept)
+            yield lab, points
+    assert told
+
+
+@pytest.mark.parametrize("name", LABS)
+def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: Path) -> None:
+    """All that a reader may keep of a lab, every figure of it measured; nothing may raise.
+
+    A quick run on a GPU does without parts of it from the beginning. What has the same parts in
+    another size is drawn once: a plot's axes take longer than all that is computed for them.
+    """
+    parts, drawn = parts_of(name), list[Any]()
+    left = ((size, *each) for size in SIZES for each in left_of(name, size))
+    for i, (size, lab, points) in enumerate(left):
         values = {
             p.key: {metric: 0.5 + j / 100 for metric in METRICS} for j, p in enumerate(points)
         }
         run = judged_run(context(tmp_path / str(i), lab, values, about=ABOUT))
+        kept = [v.name for v in lab.variants], [p.key for p in points]
         for finding in lab.findings:
-            assert parts.findings[finding].finding(run).title, changes
+            assert parts.findings[finding].finding(run).title, (size, kept)
         answers(run)
-        for draw in plots._drawn(lab).values():
-            draw(run)
-            plt.close("all")
-    assert told
+        alike = (
+            lab.findings,
+            kept[0],
+            [(p.variant.name, p.workload.name, p.load.kind) for p in points],
+        )
+        if alike not in drawn:
+            drawn.append(alike)
+            for draw in plots._drawn(lab).values():
+                draw(run)
+                plt.close("all")
 
 
 def test_a_claim_that_was_not_valid_is_no_answer(tmp_path: Path) -> None:

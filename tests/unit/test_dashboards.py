@@ -21,6 +21,7 @@ from labs.judging.metrics import METRICS
 from loadtests import exporter
 from loadtests.exporter import Exporter
 from serving import metrics, telemetry
+from tests.cases import each
 from tests.unit.builders import MACHINE
 
 SCHEMA = Path(
@@ -89,7 +90,7 @@ def test_writing_again_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert boards.write(VARIANTS, METRICS) == [one]
 
 
-@pytest.mark.parametrize(("board", "panel", "query"), QUERIES)
+@each(("board", "panel", "query"), QUERIES)
 def test_every_query_parses_and_asks_for_what_is_exported(
     board: str, panel: str, query: str
 ) -> None:
@@ -99,7 +100,7 @@ def test_every_query_parses_and_asks_for_what_is_exported(
     assert names <= exported()
 
 
-@pytest.mark.parametrize(("board", "panel"), EVERY, ids=lambda x: x if isinstance(x, str) else "")
+@each(("board", "panel"), EVERY)
 def test_rows_join_because_no_series_keeps_its_name(board: str, panel: dict[str, Any]) -> None:
     nameless = promql_parser.AggregateExpr | promql_parser.BinaryExpr
     if "merge" in [step["id"] for step in panel.get("transformations", ())]:
@@ -132,7 +133,7 @@ def _selectors(query: str) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(("board", "panel"), EVERY, ids=lambda x: x if isinstance(x, str) else "")
+@each(("board", "panel"), EVERY)
 def test_every_panel_says_its_unit_and_what_to_see(board: str, panel: dict[str, Any]) -> None:
     assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
     says = panel["description"]

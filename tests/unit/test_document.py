@@ -34,6 +34,7 @@ from labs.telling.document import (
     without_constant_columns,
     without_empty_columns,
 )
+from tests.cases import each
 
 FROM_OUTSIDE = [
     "*a* **b** _c_ __d__ `e` ``f`` ***g***", "</script><script>hacked()</script>", "<b>x</b> a<b",
@@ -72,7 +73,7 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("text", FROM_OUTSIDE)
+@each("text", FROM_OUTSIDE)
 def test_text_from_outside_is_never_markup(text: str) -> None:
     seen = read_back(Paragraph(text))
     assert (words(seen.text), seen.tags) == (words(text), {"p"})
@@ -84,7 +85,7 @@ def test_text_from_outside_is_never_markup(text: str) -> None:
     assert seen.tags == {"h1", "table", "thead", "tbody", "tr", "th", "td", "code"}
 
 
-@pytest.mark.parametrize("text", FROM_OUTSIDE)
+@each("text", FROM_OUTSIDE)
 def test_html_has_the_same_text_and_no_tag_of_its_own(text: str) -> None:
     document = section(
         "Title",
@@ -103,7 +104,7 @@ def test_html_has_the_same_text_and_no_tag_of_its_own(text: str) -> None:
     assert seen.tags == {"ul", "li", "code", "em", *cells}
 
 
-@pytest.mark.parametrize("text", FROM_OUTSIDE)
+@each("text", FROM_OUTSIDE)
 def test_what_was_written_literally_is_read_back(text: str) -> None:
     assert plain_text(parse(literal(text))) == text
     assert isinstance(parse(f"{literal(text)}"), str | tuple)

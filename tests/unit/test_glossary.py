@@ -4,7 +4,7 @@ import importlib
 import re
 from pathlib import Path
 
-import pytest
+from tests.cases import each
 
 GLOSSARY = Path(__file__).resolve().parents[2] / "docs" / "glossary.md"
 ROWS = re.findall(r"^\| ([^|]+) \| [^|]+ \| `([\w.]+)` \|$", GLOSSARY.read_text(), re.MULTILINE)
@@ -24,7 +24,7 @@ def named(path: str) -> object:
     raise ModuleNotFoundError(path)
 
 
-@pytest.mark.parametrize(("word", "path"), ROWS, ids=[word for word, _ in ROWS])
+@each(("word", "path"), ROWS)
 def test_a_word_is_defined_where_the_glossary_says(word: str, path: str) -> None:
     assert named(path) is not None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from statistics import mean
 
 import pytest
@@ -18,6 +17,7 @@ from serving.forecasting.datasheet import EXPECTED, MOST_EFFICIENT
 from serving.gpus import CLASSES
 from serving.machine import Ceilings
 from serving.models import Shape, shape_of
+from tests.cases import each
 from tests.default_models import config_of
 
 CARDS = {  # name -> class of memory in GB, bytes/s, dense BF16 FLOP/s, FP8 FLOP/s
@@ -32,8 +32,8 @@ CARDS = {  # name -> class of memory in GB, bytes/s, dense BF16 FLOP/s, FP8 FLOP
     "H100": (80, 3350e9, 989e12, 1979e12),
     "H200": (141, 4800e9, 989e12, 1979e12),
 }
-EVERY_CARD = pytest.mark.parametrize("card", CARDS)
-EVERY_MODEL = pytest.mark.parametrize("random", [False, True], ids=["real", "random"])
+EVERY_CARD = each("card", CARDS)
+EVERY_MODEL = each("random", [False, True])  # weights
 
 
 def ceilings_of(card: str, reading: float, computing: float) -> Ceilings:
@@ -76,7 +76,7 @@ def test_every_class_has_a_card() -> None:
     assert {gb for gb, *_ in CARDS.values()} == {c.gb for c in CLASSES}
 
 
-@pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
+@each("quick", [False, True])
 @EVERY_MODEL
 @EVERY_CARD
 def test_a_long_prompt_is_prefilled_well_before_the_next_one(
@@ -141,7 +141,7 @@ DRAFTS = {  # class of memory -> weights of the published draft and KV of a toke
 }
 
 
-@pytest.mark.parametrize("card", [card for card, (gb, *_) in CARDS.items() if gb in DRAFTS])
+@each("card", [card for card, (gb, *_) in CARDS.items() if gb in DRAFTS])
 def test_verifying_guesses_is_not_free_in_the_largest_batch(card: str) -> None:
     lab = lab_on("speculative-decoding", card, random=False)
     weight_bytes, _ = DRAFTS[CARDS[card][0]]
@@ -155,7 +155,7 @@ def test_verifying_guesses_is_not_free_in_the_largest_batch(card: str) -> None:
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize("gb", [c.gb for c in CLASSES])
+@each("gb", [c.gb for c in CLASSES])
 def test_every_batch_of_guesses_fits_the_cache(gb: int, random: bool) -> None:
     """And the plain batches, without a draft, are as large as what is verified there."""
     card = next(name for name, (of, *_) in CARDS.items() if of == gb)
@@ -185,9 +185,9 @@ def test_three_waves_end_in_a_window(card: str, random: bool) -> None:
     assert lab.window_s > 2.8 * longest * (step_s + EXPECTED.step_s)
 
 
+@pytest.mark.parametrize("name", ["continuous-batching", "structured-output"])
 @EVERY_MODEL
 @EVERY_CARD
-@pytest.mark.parametrize("name", ["continuous-batching", "structured-output"])
 def test_short_requests_do_not_run_out(name: str, card: str, random: bool) -> None:
     lab = lab_on(name, card, random)
     for point in points_on(lab, card, random):
@@ -227,10 +227,13 @@ def alone_s(card: str, random: bool) -> float:
 
 
 @pytest.mark.parametrize("name", LABS)
-def test_an_objective_on_a_gpu_is_no_cpus_and_can_be_met(name: str) -> None:
-    for card, random in itertools.product(CARDS, (False, True)):
-        tpot_s = lab_on(name, card, random).slo.tpot_s
-        assert 1.5 * alone_s(card, random) < tpot_s < LABS[name].slo.tpot_s, (card, random)
+@EVERY_MODEL
+@EVERY_CARD
+def test_an_objective_on_a_gpu_is_no_cpus_and_can_be_met(
+    name: str, card: str, random: bool
+) -> None:
+    tpot_s = lab_on(name, card, random).slo.tpot_s
+    assert 1.5 * alone_s(card, random) < tpot_s < LABS[name].slo.tpot_s
 
 
 # ------------------------------------------------------------------- the sizes of a quick run
@@ -251,9 +254,9 @@ def fastest_s(point: Point) -> float:
     return prefill_s / (2 if eight_bits else 1) + point.output_tokens * step_s / users
 
 
+@pytest.mark.parametrize("name", FIRST)
 @EVERY_MODEL
 @EVERY_CARD
-@pytest.mark.parametrize("name", FIRST)
 def test_requests_of_a_quick_run_do_not_run_out(name: str, card: str, random: bool) -> None:
     lab = lab_on(name, card, random, quick=True)
     for point in lab.points(shape_on(card, random), ceilings_of(card, 1, 1)):
@@ -266,9 +269,9 @@ def test_requests_of_a_quick_run_do_not_run_out(name: str, card: str, random: bo
         assert not point.workload.prefix or point.workload.prefix.groups <= prepared
 
 
+@pytest.mark.parametrize("name", FIRST)
 @EVERY_MODEL
 @EVERY_CARD
-@pytest.mark.parametrize("name", FIRST)
 def test_all_that_a_quick_run_sends_at_once_fits_the_cache(
     name: str, card: str, random: bool
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
+from tests.cases import each
 
 ROOT = Path(__file__).resolve().parents[2]
 MAY_IMPORT = {
@@ -71,7 +72,7 @@ def at_module_level(tree: ast.AST) -> Iterator[ast.AST]:
             yield from at_module_level(node)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+@each("path", FILES)
 def test_imports_go_one_way(path: Path) -> None:
     tree, house = parsed(path), path.relative_to(ROOT).parts[0]
     everywhere = {name.split(".")[0] for name in imported_by(path)}
@@ -120,7 +121,7 @@ def test_a_command_that_draws_nothing_imports_no_library_of_plots_or_statistics(
 ROOM_FILES = [path for path in FILES if path.relative_to(ROOT).parts[0] == "labs"]
 
 
-@pytest.mark.parametrize("path", ROOM_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+@each("path", ROOM_FILES)
 def test_rooms_import_those_below_them(path: Path) -> None:
     """The vocabulary and the lab files know no room; a room knows only those below it."""
     parts = path.relative_to(ROOT).parts[1:]
@@ -186,7 +187,7 @@ NAMED = re.compile(rf"(?<![\w-])(?:lab-)?(?:{'|'.join(LABS)})(?![\w-])")
 ITS_OWN_FLAG = {ROOT / "serving" / "engines" / "transformers.py": "continuous-batching"}
 
 
-@pytest.mark.parametrize("path", MACHINERY, ids=lambda p: str(p.relative_to(ROOT)))
+@each("path", MACHINERY)
 def test_machinery_knows_no_lab(path: Path) -> None:
     """Neither by its module nor by its name, so that the next lab needs no change here."""
     froms = (node for node in nodes_of(path) if isinstance(node, ast.ImportFrom))

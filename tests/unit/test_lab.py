@@ -40,6 +40,7 @@ from loadtests.workload import Fixed, Workload
 from serving import gpus, metrics, models
 from serving.engines import DEFAULT_ENGINE, ENGINES
 from serving.engines.vllm import KV_MEMORY
+from tests.cases import each
 from tests.unit.builders import CEILINGS, SHAPE, make_claim, make_lab, make_point, make_workload
 
 # ------------------------------------------------------------------------------------- resolving
@@ -472,14 +473,9 @@ def test_unknown_variant_is_refused(naming: dict[str, Any]) -> None:
 EVERY = pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 CLASSES = [f"gpu-{c.gb}" for c in gpus.CLASSES]
 SCALES = ["cpu", "gpu", *CLASSES]
-SIZES = [*itertools.product((False, True), (False, True))]
-RESOLVED = pytest.mark.parametrize(
-    "sizes",
-    [pytest.param((name, scale), id=f"{name}-{scale}") for name in LABS for scale in SCALES],
-    indirect=True,
-    scope="module",
-)
-"""Each lab at each scale, in full and quick, with real and with random weights: all tests of one
+SIZES = [*itertools.product(SCALES, (False, True), (False, True))]
+RESOLVED = pytest.mark.parametrize("sizes", LABS, indirect=True, scope="module")
+"""Each lab at each scale, in full and quick, with real and with random weights: all tests of a lab
 follow each other, and share these and their points."""
 
 
@@ -503,11 +499,10 @@ def resolved_once(name: str, scale: str, quick: bool, dummy: bool) -> Lab:
 
 @pytest.fixture(scope="module")
 def sizes(request: pytest.FixtureRequest) -> list[Size]:
-    name, scale = request.param
     found = []
-    for quick, dummy in SIZES:
-        lab = resolved(name, scale, quick, dummy)
-        told = f"{'quick' if quick else 'full'}, {'random' if dummy else 'real'} weights"
+    for scale, quick, dummy in SIZES:
+        lab = resolved(request.param, scale, quick, dummy)
+        told = f"{scale}, {'quick' if quick else 'full'}, {'random' if dummy else 'real'} weights"
         found.append(Size(lab, real_points(lab), told))
     return found
 
@@ -822,8 +817,8 @@ def test_engines_on_a_gpu_are_alike_where_a_lab_says_nothing_else() -> None:
     assert changed["max-num-batched-tokens"] == 64
 
 
-@pytest.mark.parametrize("scale", CLASSES)
 @pytest.mark.parametrize("name", LABS)
+@each("scale", CLASSES)
 def test_what_is_compiled_for_one_lab_serves_the_next(name: str, scale: str) -> None:
     lab = resolved(name, scale, quick=True, dummy=name != "quantization-tools")
     for variant in lab.variants:

@@ -38,6 +38,7 @@ from serving.gpus import CLASSES, MemoryClass, class_of
 from serving.machine import Machine
 from serving.models import SIBLINGS, Model, ModelError, shape_of
 from tests import default_models
+from tests.cases import each
 from tests.gpu import test_labs as on_gpu
 from tests.sizes import sizes_of
 
@@ -244,9 +245,9 @@ def of_the_class(lab: str, c: MemoryClass, random: bool) -> tuple[Lab, Machine, 
     return lab_, machine, shape if random or lab_.shape else default(c.model)
 
 
-@pytest.mark.parametrize("random", [False, True], ids=["real", "random"])
-@pytest.mark.parametrize("c", CLASSES, ids=lambda c: f"{c.gb}")
 @pytest.mark.parametrize("lab", LABS)
+@each("random", [False, True])
+@each("c", CLASSES)
 def test_every_lab_fits_every_class_of_gpu(lab: str, c: MemoryClass, random: bool) -> None:
     """Its lengths the model, its weights and KV cache the memory; what it derives can be had."""
     resolved, machine, model = of_the_class(lab, c, random)
@@ -279,9 +280,9 @@ def test_the_plan_of_a_rehearsal_counts_the_writing_of_prompts() -> None:
     assert on_one > on_many
 
 
-@pytest.mark.parametrize("random", [False, True], ids=["real", "random"])
-@pytest.mark.parametrize("c", CLASSES, ids=lambda c: f"{c.gb}")
 @pytest.mark.parametrize("lab", LABS)
+@each("random", [False, True])
+@each("c", CLASSES)
 def test_what_to_turn_next_can_be_turned_on_every_gpu(
     lab: str, c: MemoryClass, random: bool
 ) -> None:
@@ -306,16 +307,16 @@ def test_the_bundled_model_is_served_on_a_gpu_by_its_name(monkeypatch: pytest.Mo
     assert found == (Path("carried"), models.BUNDLED)
 
 
-@pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
 @pytest.mark.parametrize("lab", LABS)
+@each("quick", [False, True])
 def test_every_lab_that_applies_to_random_weights_fits_them_on_a_cpu(lab: str, quick: bool) -> None:
     resolved = LABS[lab].at("cpu", quick, dummy=True)
     name = resolved.shape or "llama-tiny"
     require_sizes(resolved, Model(name, Path(), shape_of(config_of(name)), dummy=True))
 
 
-@pytest.mark.parametrize("c", CLASSES, ids=lambda c: f"{c.gb}")
 @pytest.mark.parametrize("lab", on_gpu.REAL)
+@each("c", CLASSES)
 def test_what_the_tests_on_a_gpu_send_fits_the_bundled_model(lab: str, c: MemoryClass) -> None:
     machine = of_the_class(lab, c, random=False)[1]
     smollm = (30, 576, 9, 3, 1536, 49152, 8192, True)

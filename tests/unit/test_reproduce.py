@@ -24,6 +24,7 @@ from labs.running import reproduce
 from labs.running.resolve import RunRequest, lab_of
 from serving.machine import Environment, engine_variables
 from serving.models import file_hashes, files_sha256
+from tests.cases import each
 from tests.unit.builders import make_lab, plain_manifest, write_run, write_slowed
 
 
@@ -45,8 +46,8 @@ def run_of(name: str, like: Run, aa: bool = False, random: bool = False) -> Run:
 
 
 @pytest.mark.parametrize("name", LABS)
-@pytest.mark.parametrize("aa", [False, True])
-@pytest.mark.parametrize("random", [False, True])
+@each("aa", [False, True])
+@each("random", [False, True])
 def test_the_lab_of_a_manifest_is_the_lab_that_ran(name: str, aa: bool, random: bool) -> None:
     """Knobs, seeds and the functions that predict, once resolved for this machine."""
     run = run_of(name, plain_manifest(), aa, random)

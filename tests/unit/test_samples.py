@@ -53,6 +53,7 @@ from loadtests.workload import Chat, Fixed, Samples
 from serving import metrics
 from serving.forecasting.traffic import Delays, Prompt, Traffic, play
 from serving.models import ROOT
+from tests.cases import each
 from tests.unit.builders import (
     CEILINGS,
     SHAPE,
@@ -281,7 +282,7 @@ def test_tasks_have_one_right_answer_and_come_after_solved_ones() -> None:
         assert task.expected == " ".join(map(str, right[task.kind.split()[0]]))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each("seed", range(40))
 def test_no_task_is_asked_twice_or_solved_in_its_examples(seed: int) -> None:
     shots, asked = set[tuple[str, str]](), list[tuple[str, str]]()
     for task in tasks(5, seed):

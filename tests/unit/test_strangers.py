@@ -37,6 +37,7 @@ from serving.engines.vllm import Vllm
 from serving.engines.vllm_harmless import refusal
 from serving.models import ModelError
 from serving.unbundle import UnbundleError
+from tests.cases import each
 from tests.unit.builders import write_run, write_slowed
 
 LAB = next(iter(LABS.values()))
@@ -129,8 +130,8 @@ def test_git_starts_no_program_that_a_folder_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LABS)
-@pytest.mark.parametrize("scale", ["cpu", "gpu-24", "gpu-80"])
-@pytest.mark.parametrize("random", [False, True])
+@each("scale", ["cpu", "gpu-24", "gpu-80"])
+@each("random", [False, True])
 def test_the_labs_own_flags_are_harmless(name: str, scale: str, random: bool) -> None:
     require_harmless(LABS[name].at(scale, False, dummy=random))
 
