@@ -10,8 +10,9 @@ import pytest
 
 from serving import attention
 from serving.attention import AttentionPlan
+from tests.weights import needs_torch, torch
 
-torch = pytest.importorskip("torch")
+pytestmark = needs_torch
 
 
 def plan(folder: Path, **fields: Any) -> AttentionPlan:

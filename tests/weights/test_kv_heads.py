@@ -11,8 +11,9 @@ from serving import models, prune
 from serving.kv_heads import converted, main, make
 from serving.making import MakerError
 from tests.unit.builders import write_tiny_llama
+from tests.weights import needs_torch, torch
 
-torch = pytest.importorskip("torch")
+pytestmark = needs_torch
 
 
 @pytest.fixture

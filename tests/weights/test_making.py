@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import pytest
-
 from serving import making
 from tests.unit.builders import write_tiny_llama
+from tests.weights import needs_torch, torch
 
-torch = pytest.importorskip("torch")
+pytestmark = needs_torch
 
 
 def test_answers_are_greedy_whatever_a_model_recommends(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from serving import making, outliers
 from tests.unit.builders import write_tiny_llama
+from tests.weights import needs_torch, torch
 
-torch = pytest.importorskip("torch")
+pytestmark = needs_torch
 
 TEXT = "\n\n".join(f"the {n} quick brown foxes jump over {n + 1} lazy dogs" for n in range(9))
 

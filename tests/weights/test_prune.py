@@ -15,8 +15,9 @@ from serving.making import MakerError
 from serving.outliers import linears
 from serving.prune import Method, Zeros, dropped
 from tests.unit.builders import write_tiny_llama
+from tests.weights import needs_torch, torch
 
-torch = pytest.importorskip("torch")
+pytestmark = needs_torch
 
 TEXT = "\n\n".join(f"the {n} quick brown foxes jump over {n + 1} lazy dogs" for n in range(9))
 

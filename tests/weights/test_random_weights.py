@@ -11,8 +11,9 @@ import pytest
 from labs.mixture_of_experts import experts_needed
 from serving import random_weights
 from serving.engines.vllm import Vllm
+from tests.weights import needs_torch, torch
 
-torch = pytest.importorskip("torch")
+pytestmark = needs_torch
 
 
 def model_of(**tensors: object) -> object:
