@@ -76,6 +76,12 @@ def test_a_report_is_the_same_under_any_home_and_from_any_folder(
     assert "effects.svg" in files_of(here.path)
 
 
+def test_tests_of_programs_do_not_see_the_readers_own_results() -> None:
+    for name in ("results", "site"):
+        with pytest.raises(AssertionError, match=f"a test reads .*/{name}/"):
+            os.listdir(ROOT / name)
+
+
 def test_a_second_clone_reads_its_own_files(tmp_path: Path) -> None:
     """Its results and its settings, and no file of the first; nor does it miss a home folder."""
     house = tmp_path / "second clone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ from loadtests import records
 from serving import metrics
 from serving.machine import Environment
 from serving.metrics import Histogram, Snapshot
+from serving.models import ROOT
 from tests.unit.builders import make_claim, write_run
 
 RECORDS = "trials/on/short/concurrent-2/1/requests.jsonl.gz"
@@ -371,6 +373,12 @@ def test_runs_are_found_newest_last(folder: RunFolder) -> None:
     (broken.path / "COMPLETE").unlink()
     (folder.path.with_name("20260104T000000Z-c")).mkdir()  # no run.json: nothing has begun
     assert [f.path for f in all_runs()] == [folder.path, broken.path, later.path]
+
+
+def test_unit_tests_do_not_see_the_readers_own_results() -> None:
+    for name in ("results", "site"):
+        with pytest.raises(AssertionError, match=f"a test reads .*/{name}/"):
+            os.listdir(ROOT / name)
 
 
 def test_full_disk_is_refused_in_a_sentence(
