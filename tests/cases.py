@@ -16,13 +16,15 @@ def each(names: str | tuple[str, ...], cases: Iterable[Any]) -> Callable[[Test],
     A test takes pytest some milliseconds, which is longer than a check of numbers or of text. The
     first case that fails ends the test, and is named with the failure.
     """
+    checked = [*cases]
+    assert checked, "a check of no case cannot fail"
 
     def named(case: Any) -> dict[str, Any]:
         return {names: case} if isinstance(names, str) else dict(zip(names, case, strict=True))
 
     def of(check: Test) -> Test:
         def test(*given: Any, **fixtures: Any) -> None:
-            for case in map(named, cases):
+            for case in map(named, checked):
                 try:
                     check(*given, **fixtures, **case)
                 except BaseException as failure:  # pytest's own are no `Exception`
