@@ -8,6 +8,7 @@ no reference for the quality of the original model.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -545,9 +546,12 @@ def bundled_tokenizer() -> Path:
 
 
 def _convert(source: Path, target: Path) -> None:
+    import gguf
     import torch
     import transformers
 
+    # transformers reads the file for the configuration, the weights and the tokenizer
+    setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))  # noqa: B010
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     model = transformers.AutoModelForCausalLM.from_pretrained(
