@@ -358,8 +358,8 @@ def pip_command(home: Path) -> "tuple[str, ...]":
 def install_exactly(home: Path, step: Step, *arguments: str) -> bool:
     """Install with these arguments of `pip install`, without dependencies.
 
-    By uv where that is installed, which fetches and unpacks many files at once. By pip where it is
-    not, or fails: pip reaches what it reaches, and its errors are those that are told.
+    By uv where that is installed, which fetches and unpacks many files at once. By pip where uv is
+    missing or fails: pip may reach what uv cannot, and its errors are the ones that are shown.
     """
     exactly = ("install", "--no-deps", *arguments)
     return uv(home, step, *exactly) or pip(home, step, *exactly)
@@ -380,8 +380,9 @@ def uv_environment(home: Path) -> "dict[str, str]":
     """Translate pip's settings, from its files and the environment, for uv."""
     command = (*pip_command(home), "config", "list")
     listed = subprocess.run(command, capture_output=True, check=False, env={**os.environ, **QUIET})
-    found = re.findall(r"(?m)^(global|install|:env:)\.([\w-]+)=(.+)$", listed.stdout.decode())
-    cache = os.environ.get("UV_CACHE_DIR", str(ROOT / ".cache" / "uv"))  # files of .venv have links
+    text = listed.stdout.decode(errors="replace")
+    found = re.findall(r"(?m)^(global|install|:env:)\.([\w-]+)=(.+)$", text)
+    cache = os.environ.get("UV_CACHE_DIR", str(ROOT / ".cache" / "uv"))  # linked into .venv
     env = {**UV_AS_PIP, "UV_CACHE_DIR": cache}
     for section in ("global", "install", ":env:"):  # a later one overrides
         for name, value in ((name, value) for where, name, value in found if where == section):
