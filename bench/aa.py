@@ -89,7 +89,7 @@ def judged_in_blocks(folder: RunFolder, repeats: int) -> list[list[Judgement]]:
     """Judge every so many repeats of a run by themselves; a rest that is shorter is left out."""
     run = folder.run()
     lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
-    expected = run.expected(predictions)
+    expected, sampling = run.expected(predictions), folder.sampling(points, lab)
     values: dict[int, dict[str, dict[int, dict[str, float | None]]]] = defaultdict(dict)
     caveats: dict[int, list[Caveat]] = defaultdict(list)
     for point, result, trial in folder.trials(points, lab):
@@ -106,6 +106,7 @@ def judged_in_blocks(folder: RunFolder, repeats: int) -> list[list[Judgement]]:
                 values[block],
                 predictions.effects[claim.name][f"{t.key}|{b.key}"],
                 caveats[block],
+                sampling,
             )
             for claim in lab.claims
             for t, b in lab.pairs(claim, points)

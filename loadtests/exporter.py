@@ -10,7 +10,8 @@ from here. The histograms are those of `loadtests/latencies.py`.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import prometheus_client
@@ -89,8 +90,29 @@ class SecondsHistogram:
         yield family
 
 
+@dataclass
+class _Followed:
+    """A trial that metrics follow, with its counters.
+
+    They are looked up once, since a look-up by labels costs as much as ten tokens' samples.
+    """
+
+    plan: TrialPlan
+    labels: tuple[str, ...]
+    point: tuple[str, ...]
+    ok: Counter
+    failed: Counter
+    turned_away: Counter
+    output: Counter
+    prompt: Counter
+    last_progress: Progress = field(default_factory=Progress)
+
+
 class Exporter:
-    """Owns the registry of metrics, which follow the trials one after another."""
+    """Owns the registry of metrics, which follow the trials one after another.
+
+    Of trials that are played together each has a number, in the order in which they were begun.
+    """
 
     def __init__(self) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -119,11 +141,7 @@ class Exporter:
             LOAD_POINT, "1 while this load is being sent", (*LABELS, "workload", "load")
         )
         self._warm_up = self._gauge(WARM_UP, "1 during the warm-up, which is not measured")
-        self._is_intruder: Callable[[int], bool] = lambda index: False
-        self._turns_away = False
-        self._now: tuple[str, ...] = ()
-        self._point: tuple[str, ...] = ()
-        self._last_progress = Progress()
+        self._followed: list[_Followed] = []
 
     def _counter(self, name: str, text: str, labels: Sequence[str] = LABELS) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -135,82 +153,83 @@ class Exporter:
         """Serve the metrics over HTTP on loopback."""
         prometheus_client.start_http_server(port, "127.0.0.1", self.registry)
 
-    def begin(self, plan: TrialPlan) -> None:
-        """Follow a new trial, and create every series of its labels at zero."""
-        self._now = (plan.lab, plan.variant, plan.run_id)
+    def begin(self, *plans: TrialPlan) -> None:
+        """Follow a new trial, or several, and create every series of their labels at zero."""
+        self._followed = [self._begun(plan) for plan in plans]
+
+    def _begun(self, plan: TrialPlan) -> _Followed:
+        labels = (plan.lab, plan.variant, plan.run_id)
         for histogram in self._histograms.values():
-            histogram.observe(self._now, [])
-        # looked up once, since a look-up by labels costs as much as ten tokens' samples
-        self._ok_now, self._failed_now, self._turned_away_now = (
-            self._requests.labels(*self._now, outcome) for outcome in ("ok", "error", "turned away")
-        )
-        self._output_now, self._prompt_now = (
-            c.labels(*self._now) for c in (self._output, self._prompt)
-        )
+            histogram.observe(labels, [])
         for metric in (self._sent, self._in_flight):
-            metric.labels(*self._now)
+            metric.labels(*labels)
         if plan.arrival.open_loop:
-            self._scheduled.labels(*self._now)
+            self._scheduled.labels(*labels)
         for name, seconds in plan.slo_s.items():
             self._slo.labels(plan.lab, plan.run_id, name).set(seconds)
-        self._last_progress = Progress()
-        self._point = (*self._now, plan.workload, plan.arrival.name)
-        self._load_point.labels(*self._point).set(1)
-        self._warm_up.labels(*self._now).set(1)
-        self._is_intruder = plan.is_intruder
-        self._turns_away = plan.turns_away
+        point = (*labels, plan.workload, plan.arrival.name)
+        self._load_point.labels(*point).set(1)
+        self._warm_up.labels(*labels).set(1)
+        ok, failed, turned_away = (
+            self._requests.labels(*labels, outcome) for outcome in ("ok", "error", "turned away")
+        )
+        output, prompt = (counter.labels(*labels) for counter in (self._output, self._prompt))
+        return _Followed(plan, labels, point, ok, failed, turned_away, output, prompt)
 
     def end(self) -> None:
-        """End the trial: its gauges fall to zero, or disappear where nothing is measured now.
+        """End the trials: their gauges fall to zero, or disappear where nothing is measured now.
 
         Nothing happens where none was begun.
         """
-        if not self._point:
-            return
-        self._load_point.labels(*self._point).set(0)
-        self._warm_up.labels(*self._now).set(0)
-        self._in_flight.labels(*self._now).set(0)
-        for gauge in (self._overdue, self._loop_lag, self._adapters):
-            gauge.remove(*self._now)
-        self._point = ()
+        for trial in self._followed:
+            self._load_point.labels(*trial.point).set(0)
+            self._warm_up.labels(*trial.labels).set(0)
+            self._in_flight.labels(*trial.labels).set(0)
+            for gauge in (self._overdue, self._loop_lag, self._adapters):
+                gauge.remove(*trial.labels)
+        self._followed = []
 
-    def progress(self, now: Progress) -> None:
+    def progress(self, now: Progress, number: int = 0) -> None:
         """Update the metrics of the load; counters grow by the difference to the last call."""
-        self._sent.labels(*self._now).inc(now.sent - self._last_progress.sent)
+        trial = self._followed[number]
+        labels, last = trial.labels, trial.last_progress
+        self._sent.labels(*labels).inc(now.sent - last.sent)
         if now.due is not None:
-            self._scheduled.labels(*self._now).inc(now.due - (self._last_progress.due or 0))
-            self._overdue.labels(*self._now).set(max(0, now.due - now.sent))
-        self._in_flight.labels(*self._now).set(now.in_flight)
-        self._warm_up.labels(*self._now).set(not now.warm)
+            self._scheduled.labels(*labels).inc(now.due - (last.due or 0))
+            self._overdue.labels(*labels).set(max(0, now.due - now.sent))
+        self._in_flight.labels(*labels).set(now.in_flight)
+        self._warm_up.labels(*labels).set(not now.warm)
         if now.adapters is not None:
-            self._adapters.labels(*self._now).set(len(now.adapters))
+            self._adapters.labels(*labels).set(len(now.adapters))
         if now.loop_lag_s is not None:
-            self._loop_lag.labels(*self._now).set(now.loop_lag_s)
-        self._last_progress = now
+            self._loop_lag.labels(*labels).set(now.loop_lag_s)
+        trial.last_progress = now
 
-    def observe(self, record: RequestRecord) -> None:
+    def observe(self, record: RequestRecord, number: int = 0) -> None:
         """Count a request that ended; one that failed has no latencies, as in the report.
 
         As there, a refusal has not failed where the engine's queue has a limit.
         """
-        refused = self._turns_away and record.turned_away
-        ended = self._turned_away_now if refused else self._failed_now
-        (self._ok_now if record.ok else ended).inc()
+        trial = self._followed[number]
+        labels = trial.labels
+        refused = trial.plan.turns_away and record.turned_away
+        ended = trial.turned_away if refused else trial.failed
+        (trial.ok if record.ok else ended).inc()
         if record.send_lag_s is not None:
-            self._histograms[SEND_LAG.histogram].observe(self._now, [record.send_lag_s])
+            self._histograms[SEND_LAG.histogram].observe(labels, [record.send_lag_s])
         if not record.ok:
             return
-        self._output_now.inc(record.output_tokens or 0)
-        self._prompt_now.inc(record.prompt_tokens or 0)
-        if self._is_intruder(record.index):
+        trial.output.inc(record.output_tokens or 0)
+        trial.prompt.inc(record.prompt_tokens or 0)
+        if trial.plan.is_intruder(record.index):
             return
         for latency in (TTFT, TPOT, E2E):
             if samples_s := latency.samples_s(record):
-                self._histograms[latency.histogram].observe(self._now, samples_s)
+                self._histograms[latency.histogram].observe(labels, samples_s)
         itl_s = record.itl_s
         counts, total = bucket_counts(itl_s), sum(itl_s)
-        self._histograms[ITL.histogram].add(self._now, counts, total)
+        self._histograms[ITL.histogram].add(labels, counts, total)
         if len(itl_s) == len(record.chunks) - 1:  # one token per chunk: chunk gaps are the ITL
-            self._histograms[CHUNK_GAP.histogram].add(self._now, counts, total)
+            self._histograms[CHUNK_GAP.histogram].add(labels, counts, total)
         else:
-            self._histograms[CHUNK_GAP.histogram].observe(self._now, record.chunk_gaps_s)
+            self._histograms[CHUNK_GAP.histogram].observe(labels, record.chunk_gaps_s)

@@ -147,7 +147,16 @@ class Generator:
         return f"Locust ended with {end}" + (f"; its last lines:\n{tail}" if tail else "")
 
     def play(self, plan: TrialPlan, waiting: Callable[[], None] = lambda: None) -> TrialSummary:
-        """Play one trial, whose records are on disk when this returns; raises GeneratorError.
+        """Play one trial, which has no other beside it, as `play_together` does."""
+        (summary,) = self.play_together(plan, waiting)
+        return summary
+
+    def play_together(
+        self, plan: TrialPlan, waiting: Callable[[], None] = lambda: None
+    ) -> list[TrialSummary]:
+        """Play a trial and those beside it; return the summaries, in their order.
+
+        Their records are on disk when this returns. Raises GeneratorError.
 
         After that error the generator may still be playing: it has to be started again.
 
@@ -159,6 +168,8 @@ class Generator:
             self._child.stdin.flush()
         except OSError as error:  # nobody reads it any more
             raise GeneratorError(self._last_lines("a closed pipe")) from error
-        answer_s = plan.longest_s(most_output_tokens(plan.requests))
-        longest_s = plan.latest_s + answer_s + GRACE_S
-        return TrialSummary.model_validate(self._expect("done", longest_s, waiting)["summary"])
+        plans = plan.all_plans
+        answers_s = sum(each.longest_s(most_output_tokens(each.requests)) for each in plans)
+        longest_s = plan.latest_s + answers_s + GRACE_S
+        done = self._expect("done", longest_s, waiting)
+        return [TrialSummary.model_validate(summary) for summary in done["summaries"]]

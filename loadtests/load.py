@@ -174,8 +174,12 @@ class Load:
         elif self._wave_counts:
             self.window_start_s = min(self.window_start_s, at)
 
-    def next_turn(self, seat: int) -> Turn | None:
-        """Block until this user may send; return None when the trial has nothing more to send."""
+    def next_turn(self, seat: int, round_s: float | None = None) -> Turn | None:
+        """Block until this user may send; return None when the trial has nothing more to send.
+
+        Where the loads of several plans take turns, `round_s` is when the round began: it decides
+        for all of them whether a closed loop ends, and whether what they send counts.
+        """
         if self._intruding and seat == self._streams:
             assert isinstance(self.plan.arrival, Contended)
             return self._intrude(self.plan.arrival.every_s)
@@ -196,7 +200,7 @@ class Load:
                 return None
             counts = due_s >= self.plan.warmup_s
         else:
-            at = self.elapsed_s()
+            at = self.elapsed_s() if round_s is None else round_s
             if self._load_ends(at):
                 return None
             counts = at >= self.plan.warmup_s and not self._closed(at)
@@ -301,6 +305,21 @@ class Load:
             if self._closed_loop and awaited == 0:
                 assert record.end_s is not None
                 self.window_end_s = max(self.window_end_s, record.end_s)
+
+
+def turns(loads: Sequence[Load], seat: int) -> Iterator[tuple[Load, Turn]]:
+    """Yield a user's turns until there are no more: of several loads one each, round after round.
+
+    As many of each load count, unless one of them fails.
+    """
+    left = [*loads]
+    while left:
+        round_s = left[0].elapsed_s() if len(loads) > 1 else None
+        for load in tuple(left):
+            if turn := load.next_turn(seat, round_s):
+                yield load, turn
+            else:
+                left.remove(load)
 
 
 @dataclass(slots=True)

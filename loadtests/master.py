@@ -28,13 +28,13 @@ class Director:
     def __init__(self, runner: MasterRunner, exporter: Exporter) -> None:
         self.runner, self.exporter = runner, exporter
         self.plan: TrialPlan | None = None
-        self.records: records.Spool | None = None  # None where none are kept
+        self.spools: list[records.Spool] = []  # of each plan; empty where no records are kept
         self.shares: dict[str, TrialPlan] = {}  # worker -> its share of the trial under way
         self.ready: set[str] = set()
         self.answered: set[str] = set()  # workers whose requests that count have been answered
-        self.done: dict[str, TrialSummary] = {}
+        self.done: dict[str, list[TrialSummary]] = {}  # of each plan
         self.gone: set[str] = set()  # this trial's workers that were lost, for good
-        self.progress: dict[str, Progress] = {}
+        self.progress: dict[int, dict[str, Progress]] = {}  # of each plan, by worker
         self.team: set[str] | None = None  # workers that have users; None where any may join
         self.code: dict[str, str] = {}  # of each worker, by its hash
         self.went = (0.0, 0.0)  # when the trial under way started, by both clocks of this machine
@@ -48,18 +48,18 @@ class Director:
 
     def begin(self, plan: TrialPlan) -> None:
         """Begin a trial: send each living worker its share of the plan."""
-        plan = plan.model_copy(update={"trial": secrets.token_hex(8)})
+        plan = shared(plan, trial=secrets.token_hex(8))
         self.plan, self.gone = plan, set()
         try:
             self.keep_records(plan)
         except OSError as error:  # a full disk, for one
             self.fail(f"the records could not be written: {error}")
             return
-        self.exporter.begin(plan)
+        self.exporter.begin(*plan.all_plans)
         workers = sorted(self.alive() if self.team is None else self.alive() & self.team)
         self.ready, self.answered, self.done, self.progress = set(), set(), {}, {}
         self.shares = {
-            worker: plan.model_copy(update={"share": (number, len(workers))})
+            worker: shared(plan, share=(number, len(workers)))
             for number, worker in enumerate(workers)
         }
         for worker, share in self.shares.items():
@@ -67,9 +67,11 @@ class Director:
 
     def keep_records(self, plan: TrialPlan) -> None:
         """Begin to keep the records of a trial, but not those of users that nobody measures."""
-        if self.records:
-            self.records.close()
-        self.records = None if plan.window_s is None else records.Spool(plan.records)
+        for spool in self.spools:
+            spool.close()
+        self.spools = []
+        if plan.window_s is not None:
+            self.spools += [records.Spool(each.records) for each in plan.all_plans]
 
     def direct(self, users: int, workers: int) -> None:
         """Wait for the users to start, then play the plans from the standard input."""
@@ -191,34 +193,40 @@ class Director:
         """Take a worker's records and progress."""
         if self.is_late(msg, msg.data["trial"]):
             return
+        number = msg.data["number"]
         for fields in msg.data["records"]:
             fields["chunks"] = [(at, tokens) for at, tokens in fields["chunks"]]
             record = RequestRecord(**fields)
-            self.exporter.observe(record)
+            self.exporter.observe(record, number)
             try:
-                if self.records:
-                    self.records.add(record)
+                if self.spools:
+                    self.spools[number].add(record)
             except OSError as error:
                 self.fail(f"the records could not be written: {error}")
                 return
-        self.progress[msg.node_id] = Progress.model_validate_json(msg.data["progress"])
-        self.exporter.progress(total_progress([*self.progress.values()]))
+        of_plan = self.progress.setdefault(number, {})
+        of_plan[msg.node_id] = Progress.model_validate_json(msg.data["progress"])
+        self.exporter.progress(total_progress([*of_plan.values()]), number)
 
     def on_done(self, msg: Any, **_: object) -> None:
-        """Take a worker's summary. Where its clocks are another machine's, take ours instead."""
+        """Take a worker's summaries, one of each plan."""
         if self.is_late(msg, msg.data["trial"]):
             return
-        summary = TrialSummary.model_validate_json(msg.data["summary"])
-        if summary.started_monotonic_s is None:
-            unix_s, monotonic_s = self.went
-            aborted = summary.aborted and f"{machine_of(msg.node_id)}: {summary.aborted}"
-            ours = {"started_unix_s": unix_s, "started_monotonic_s": monotonic_s}
-            summary = summary.model_copy(update={**ours, "aborted": aborted})
-        self.done[msg.node_id] = summary
+        summaries = map(TrialSummary.model_validate_json, msg.data["summaries"])
+        self.done[msg.node_id] = [self.by_our_clocks(s, msg.node_id) for s in summaries]
         self.go_on()
 
+    def by_our_clocks(self, summary: TrialSummary, worker: str) -> TrialSummary:
+        """Return a worker's summary; where its clocks are another machine's, with ours instead."""
+        if summary.started_monotonic_s is not None:
+            return summary
+        unix_s, monotonic_s = self.went
+        aborted = summary.aborted and f"{machine_of(worker)}: {summary.aborted}"
+        ours = {"started_unix_s": unix_s, "started_monotonic_s": monotonic_s}
+        return summary.model_copy(update={**ours, "aborted": aborted})
+
     def end(self) -> None:
-        """End the trial: write the records, and send the runner the combined summary."""
+        """End the trial: write the records, and send the runner the combined summaries."""
         assert self.plan
         seats = {worker: share.seats for worker, share in self.shares.items()}
         self.shares = {}
@@ -231,16 +239,21 @@ class Director:
         if not summaries:
             say(event="failed", reason="the load processes that were to send have died")
             return
-        summary = merged_summary(
-            summaries, sum(seats[worker] for worker in self.gone) / sum(seats.values())
-        )
+        lost_share = sum(seats[worker] for worker in self.gone) / sum(seats.values())
+        merged = [merged_summary(of_plan, lost_share) for of_plan in zip(*summaries, strict=True)]
         try:
-            if self.records:
-                self.records.pack()
+            for spool in self.spools:
+                spool.pack()
         except OSError as error:
             say(event="failed", reason=f"the records could not be written: {error}")
         else:
-            say(event="done", summary=summary.model_dump())
+            say(event="done", summaries=[summary.model_dump() for summary in merged])
+
+
+def shared(plan: TrialPlan, **fields: Any) -> TrialPlan:
+    """Return a plan with these fields, which those beside it get as well."""
+    beside = tuple(other.model_copy(update=fields) for other in plan.beside)
+    return plan.model_copy(update={**fields, "beside": beside})
 
 
 def machine_of(worker: str) -> str:

@@ -34,6 +34,10 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     The window of a closed loop or of waves is held open until five requests count, and one of
     every user. In the drain the users of a closed loop go on sending, uncounted, until every
     request that counts has been answered; an open loop and waves send nothing new.
+
+    With plans `beside` it, which have as many users, each user sends one request of every plan in
+    turn, so that what the machine's speed does meanwhile meets all of them alike. The time that is
+    given is then the time of all together.
     """
 
     url: str
@@ -62,6 +66,12 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     secrets: str = ""
     share: tuple[int, int] = (0, 1)  # (number of this load process, number of all)
     trial: str = ""  # a name that the master gives it, by which late messages are told apart
+    beside: tuple[TrialPlan, ...] = ()
+
+    @property
+    def all_plans(self) -> tuple[TrialPlan, ...]:
+        """This plan, and those whose requests take turns with its own."""
+        return (self, *self.beside)
 
     def longest_s(self, output_tokens: int) -> float:
         """Return the most time that an answer of so many tokens may take, in seconds."""

@@ -6,7 +6,7 @@ import gc
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from locust.runners import WorkerRunner
 
 from loadtests import load_workers
 from loadtests.event_lines import say
-from loadtests.load import AFTER_ERROR_S, Ended, Load, now
+from loadtests.load import AFTER_ERROR_S, Ended, Load, now, turns
 from loadtests.plan import TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.streaming import connect, records_of, stream
@@ -37,50 +37,52 @@ class WaitingRoom:
     """Holds a worker's users between trials, and starts and ends each trial with all of them."""
 
     def __init__(self) -> None:
-        self.load: Load | None = None
+        self.loads: tuple[Load, ...] = ()  # of the plans of a trial, which are played together
         self.opened = gevent.event.Event()
         self.ready_users = 0
         self.users_left = 0
         self.seats = itertools.count()
         self.cpu_s = 0.0  # CPU time of this process when the present trial's clock started
 
-    def play(self, load: Load, meet: Callable[[], None]) -> None:
+    def play(self, loads: tuple[Load, ...], meet: Callable[[], None]) -> None:
         """Play one trial to its end: connect every user, start the clock, wait for the last.
 
         `meet` waits for the other load processes before the clock starts.
         """
+        users = loads[0].users  # as many of each
         self.ready_users = self.users_left = 0
         self.go = gevent.event.Event()
         self.everyone_ready, self.everyone_left = gevent.event.Event(), gevent.event.Event()
-        self.load = load
+        self.loads = loads
         opened, self.opened = self.opened, gevent.event.Event()
         opened.set()
-        if load.users:
+        if users:
             self.everyone_ready.wait()
         gc.collect()
         gc.disable()
         meet()
         self.cpu_s = time.process_time()
-        load.start()
+        for load in loads:
+            load.start()
         self.go.set()
-        if load.users:
+        if users:
             self.everyone_left.wait()
         gc.enable()
-        self.load = None
+        self.loads = ()
 
     def ready(self) -> None:
         """Say that this user is connected, and wait for the trial's start."""
-        assert self.load
+        assert self.loads
         self.ready_users += 1
-        if self.ready_users == self.load.users:
+        if self.ready_users == self.loads[0].users:
             self.everyone_ready.set()
         self.go.wait()
 
     def leave(self) -> None:
         """Say that this user has nothing more to send; the last one ends the trial."""
-        assert self.load
+        assert self.loads
         self.users_left += 1
-        if self.users_left == self.load.users:
+        if self.users_left == self.loads[0].users:
             self.everyone_left.set()
 
 
@@ -97,22 +99,23 @@ class ChatUser(User):
     @task
     def take_part(self) -> None:
         """Wait for a trial and send its requests, turn by turn, until it has no more."""
-        if waiting_room.load is None or waiting_room.load.plan.window_s is not None:
+        if not waiting_room.loads or waiting_room.loads[0].plan.window_s is not None:
             waiting_room.opened.wait()
-        load = waiting_room.load
-        if load is None or (load.plan.window_s is not None and self.seat >= load.users):
+        loads = waiting_room.loads
+        if not loads or (loads[0].plan.window_s is not None and self.seat >= loads[0].users):
             return
-        connection = connect(load)
-        if load.plan.window_s is not None:
+        until_stopped = loads[0].plan.window_s is None
+        connections = {load: connect(load) for load in loads}
+        if not until_stopped:
             waiting_room.ready()
         stopped = False
         try:
-            while turn := load.next_turn(self.seat):
-                ended = stream(connection, turn, load)
+            for load, turn in turns(loads, self.seat):
+                ended = stream(connections[load], turn, load)
                 load.end(ended)
                 if load.plan.reconnects:
-                    connection.close()
-                    connection = connect(load)
+                    connections[load].close()
+                    connections[load] = connect(load)
                 if ended.error is None and len(ended.pieces) > FEW_PIECES:
                     load.unparsed.put(ended)
                 elif parse(ended, load, self.environment).error:
@@ -121,8 +124,9 @@ class ChatUser(User):
             stopped = True
             raise
         finally:
-            connection.close()
-            if load.plan.window_s is not None and not stopped:
+            for connection in connections.values():
+                connection.close()
+            if not (until_stopped or stopped):
                 waiting_room.leave()
 
 
@@ -155,15 +159,22 @@ def parse_in_turn(load: Load, environment: Environment) -> None:
 requests_text: gevent.queue.Queue[dict[str, str]] = gevent.queue.Queue()
 
 
-def fetched(plan: TrialPlan, runner: WorkerRunner) -> Load:
-    """Prepare a share whose requests are on the master's machine."""
+def prepared(plan: TrialPlan) -> tuple[Load, ...]:
+    """Prepare a share of a plan, and of those beside it."""
+    return tuple(map(Load, plan.all_plans))
+
+
+def fetched(plan: TrialPlan, runner: WorkerRunner) -> tuple[Load, ...]:
+    """Prepare a share whose requests are on the master's machine: the same for all plans."""
     runner.send_message("lab-fetch", plan.trial)
     while (message := requests_text.get())["trial"] != plan.trial:
         pass
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="labs-requests-") as file:
         file.write(message["text"])
         file.flush()
-        return Load(plan.model_copy(update={"requests": Path(file.name)}))
+        here = {"requests": Path(file.name)}
+        beside = tuple(other.model_copy(update=here) for other in plan.beside)
+        return prepared(plan.model_copy(update={**here, "beside": beside}))
 
 
 def play_trial(environment: Environment, msg: Any, remote: bool, **_: object) -> None:
@@ -182,33 +193,43 @@ def play_plan(
     environment: Environment, runner: WorkerRunner, plan: TrialPlan, remote: bool
 ) -> None:
     """Play a trial; send the records as they come and the summary at the end."""
-    load = fetched(plan, runner) if remote else Load(plan)
+    loads = fetched(plan, runner) if remote else prepared(plan)
     if plan.window_s is None:
+        (load,) = loads
         load.all_have_opened()  # the web UI has one load process
         load.start()
-        waiting_room.load = load
+        waiting_room.loads = loads
         waiting_room.opened.set()
-        gevent.spawn(report_forever, runner, load)
+        gevent.spawn(report_forever, runner, loads)
         gevent.spawn(parse_in_turn, load, environment)
         return
     lags: list[float] = []
-    parser = gevent.spawn(parse_in_turn, load, environment)
-    helpers = [gevent.spawn(watch_loop, load, lags), gevent.spawn(report_forever, runner, load)]
-    if load.awaited_elsewhere:
-        load.report_none_awaited = partial(runner.send_message, "lab-answered", plan.trial)
+    parsers = [gevent.spawn(parse_in_turn, load, environment) for load in loads]
+    helpers = [gevent.spawn(watch_loop, loads, lags), gevent.spawn(report_forever, runner, loads)]
+    for load in loads:
+        if load.awaited_elsewhere:
+            load.report_none_awaited = partial(runner.send_message, "lab-answered", plan.trial)
     try:
-        waiting_room.play(load, partial(meet, runner, load))
+        waiting_room.play(loads, partial(meet, runner, loads))
     finally:
-        load.all_have_opened()  # also where this process ends before they have met
-    gevent.killall(helpers)
-    parser.kill()
-    while load.unparsed.qsize():
-        parse(load.unparsed.get(), load, environment)
-        gevent.sleep(NEXT_TURN_S)  # for the heartbeats, or the master gives this process up
+        all_have_opened(loads)  # also where this process ends before they have met
+    gevent.killall([*helpers, *parsers])
+    for load in loads:
+        while load.unparsed.qsize():
+            parse(load.unparsed.get(), load, environment)
+            gevent.sleep(NEXT_TURN_S)  # for the heartbeats, or the master gives this process up
     cpu = time.process_time() - waiting_room.cpu_s
-    report(runner, load)
+    report(runner, loads)
     lags.sort()
-    summary = TrialSummary(
+    summaries = [summary_of(load, lags, cpu, remote).model_dump_json() for load in loads]
+    runner.send_message("lab-done", {"trial": plan.trial, "summaries": summaries})
+    if remote:
+        say(event="sent", requests=sum(load.sent for load in loads))
+
+
+def summary_of(load: Load, lags_s: list[float], cpu_s: float, remote: bool) -> TrialSummary:
+    """Sum up one load of a trial, with the sorted lags and the CPU time of the whole process."""
+    return TrialSummary(
         started_unix_s=load.started_unix_s,
         started_monotonic_s=None if remote else load.t0,
         window_s=(load.window_start_s, load.window_end_s),
@@ -216,52 +237,57 @@ def play_plan(
         planned=load.planned,
         sent=load.sent,
         exhausted=load.exhausted,
-        loop_lag_p99_s=lags[int(0.99 * (len(lags) - 1))] if lags else 0.0,
-        loop_lag_max_s=lags[-1] if lags else 0.0,
-        cpu_s=cpu,
+        loop_lag_p99_s=lags_s[int(0.99 * (len(lags_s) - 1))] if lags_s else 0.0,
+        loop_lag_max_s=lags_s[-1] if lags_s else 0.0,
+        cpu_s=cpu_s,
         aborted=load.aborted,
     )
-    done = {"trial": plan.trial, "summary": summary.model_dump_json()}
-    runner.send_message("lab-done", done)
-    if remote:
-        say(event="sent", requests=load.sent)
 
 
 gate = gevent.event.Event()
 
 
-def meet(runner: WorkerRunner, load: Load) -> None:
+def meet(runner: WorkerRunner, loads: Sequence[Load]) -> None:
     """Say that this load process is ready, and wait until all are."""
     gate.clear()
-    runner.send_message("lab-ready", load.plan.trial)
+    runner.send_message("lab-ready", loads[0].plan.trial)
     gate.wait()
-    load.all_have_opened()
+    all_have_opened(loads)
+
+
+def all_have_opened(loads: Sequence[Load]) -> None:
+    """Note that every load process has prepared its share."""
+    for load in loads:
+        load.all_have_opened()
 
 
 def stop_waiting_for_others() -> None:
     """Let this load process's users stop: the counted requests of all processes are answered."""
-    if waiting_room.load:
-        waiting_room.load.awaited_elsewhere = False
+    for load in waiting_room.loads:
+        load.awaited_elsewhere = False
 
 
-def watch_loop(load: Load, lags: list[float]) -> None:
+def watch_loop(loads: Sequence[Load], lags: list[float]) -> None:
     """Measure how late the event loop wakes a greenlet that asked to sleep 20 ms."""
     while True:
         before = now()
         gevent.sleep(LOOP_TICK_S)
         lags.append(max(0.0, now() - before - LOOP_TICK_S))
-        load.loop_lag_s = max(load.loop_lag_s or 0.0, lags[-1])
+        for load in loads:
+            load.loop_lag_s = max(load.loop_lag_s or 0.0, lags[-1])
 
 
-def report(runner: WorkerRunner, load: Load) -> None:
+def report(runner: WorkerRunner, loads: Sequence[Load]) -> None:
     """Send the master the records since the last report, and the progress."""
-    fresh, load.fresh = load.fresh, []
-    message = {
-        "trial": load.plan.trial,
-        "records": [vars(r) for r in fresh],
-        "progress": load.progress().model_dump_json(),
-    }
-    runner.send_message("lab-records", message)
+    for number, load in enumerate(loads):
+        fresh, load.fresh = load.fresh, []
+        message = {
+            "trial": load.plan.trial,
+            "number": number,  # of its plans
+            "records": [vars(r) for r in fresh],
+            "progress": load.progress().model_dump_json(),
+        }
+        runner.send_message("lab-records", message)
 
 
 def watch_master(runner: WorkerRunner) -> None:
@@ -284,13 +310,13 @@ def refuse_to_go_on(runner: WorkerRunner, reason: str) -> None:
     gevent.spawn(runner.quit)  # which ends the greenlets of the runner, as this may be one
 
 
-def report_forever(runner: WorkerRunner, load: Load) -> None:
-    """Report until another load takes its place, as when the web UI starts again."""
+def report_forever(runner: WorkerRunner, loads: Sequence[Load]) -> None:
+    """Report until other loads take their place, as when the web UI starts again."""
     while True:
         gevent.sleep(REPORT_EVERY_S)
-        if waiting_room.load is not load:
+        if waiting_room.loads is not loads:
             return
-        report(runner, load)
+        report(runner, loads)
 
 
 def listen(runner: WorkerRunner, remote: bool) -> None:

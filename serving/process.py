@@ -47,6 +47,11 @@ class Process:
     `log` receives stderr, and stdout too unless `talk` is set; with `talk`, `stdin` and `stdout`
     are text pipes for a line protocol. `folder_variable` names an environment variable in which the
     child gets a temporary folder of its own, which its guard removes.
+
+    The kernel shares the CPUs out among sessions (autogroups, sched(7)). A child has a session of
+    its own, unless it is to share this one: a worker of vLLM's CPU engine looks out for its next
+    step for a second after the last, and one of another session that has the same core gets no time
+    meanwhile. In one session the two take turns.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Process:
         cores: Sequence[int] = (),
         talk: bool = False,
         folder_variable: str = "",
+        own_session: bool = True,
     ) -> None:
         self.name, self.argv, self.log = name, list(argv), log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +80,9 @@ class Process:
                 stderr=sink,
                 env={**os.environ, **(env or {}), **own},
                 pass_fds=(alive_r,),
-                start_new_session=True,  # Ctrl-C reaches us alone; we end it in order
+                # Ctrl-C reaches us alone; we end it in order
+                start_new_session=own_session,
+                process_group=None if own_session else 0,
                 preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
                 text=True,
                 bufsize=1,

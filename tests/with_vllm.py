@@ -223,7 +223,11 @@ def _engines_beside(set_by_vllm: Mapping[str, str]) -> int:
 
 
 def _fork_guards(asked: socket.socket, set_by_vllm: Mapping[str, str]) -> NoReturn:
-    """Fork a guard for each engine that is asked for, and orphan it: who asked then adopts it."""
+    """Fork a guard for each engine that is asked for, and orphan it: who asked then adopts it.
+
+    As in a run of its own, the engines share a session.
+    """
+    os.setsid()
     while True:
         about, descriptors = _receive(asked, 3)
         if not about:
@@ -242,7 +246,7 @@ def _guard(
 ) -> NoReturn:
     """Be the guard of an engine, which it forks."""
     alive, *streams = descriptors
-    os.setsid()
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _become(about, [os.open(os.devnull, os.O_RDONLY), *streams])
     real_popen = subprocess.Popen

@@ -435,6 +435,8 @@ class TrialResult(BaseModel, frozen=True, extra="forbid"):
     ] = None
     gpu_others: int | None = None  # processes of others on the GPUs; None where not known
     cpu_cores: int | None = None  # of this machine; None before it was recorded
+    # the points whose requests took turns with this one's
+    beside: Annotated[tuple[str, ...], Field(exclude_if=lambda points: not points)] = ()
     discarded: tuple[Discarded, ...] = ()  # the attempts before this one
     reference_before: ReferenceStep | None = None  # just before the load; None in older runs
     reference_after: ReferenceStep | None = None
@@ -712,16 +714,22 @@ class RunFolder:
         return [result for trial in trials if (result := self.trial_result(*trial)) is not None]
 
     def sampling(self, points: Sequence[Point], lab: Lab) -> Sampling:
-        """Read how the repeats came about: the looks, and the starts where engines took turns."""
+        """Read how the repeats came about: the looks, and which trials were played together.
+
+        Where engines took turns, the starts are in it.
+        """
         session, starts = self.session(), dict[str, dict[int, int]]()
+        beside = dict[str, dict[int, tuple[str, ...]]]()
         for result in self.trial_results(points, lab):
             start = result.start
+            if result.beside:
+                beside.setdefault(result.point, {})[result.repeat] = result.beside
             if start is None and session is not None and not session.resident:
                 # a run from before trials recorded their start
                 start = 1 + (session.there_and_back and result.repeat > lab.repeats // 2)
             if start is not None:
                 starts.setdefault(result.point, {})[result.repeat] = start
-        return Sampling(looks=lab.looks, starts=starts)
+        return Sampling(looks=lab.looks, starts=starts, beside=beside)
 
     def trials(
         self, points: list[Point], lab: Lab
@@ -791,6 +799,7 @@ class RunFolder:
                 result.other_work,
                 point.workload.asked(lab.requests_of(point.workload), lab.draw_seed(result.repeat)),
                 self._usd_per_hour,
+                result.beside,
             )
         except ValueError as error:
             raise DamagedError(str(error)) from error

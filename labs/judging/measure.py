@@ -12,8 +12,9 @@ lockstep receive their tokens in bursts. Where the window was held open for the 
 requests, that number is fixed instead of the time, and a ratio of two sums over a few requests is
 biased where lengths vary (requests/s by a sixth): then it is Beale's (1962) ratio, which takes the
 larger part of that away. In waves the cycle is the wave, and the window holds whole waves. A
-request for several answers has a record for each, so a user has as many cycles at once. An open
-loop has no cycles: it counts what comes in the window. So does a closed loop whose batch emptied
+request for several answers has a record for each, so a user has as many cycles at once. Cycles
+leave out the pauses of a user whose requests take turns with those of other engines. An open loop
+has no cycles: it counts what comes in the window. So does a closed loop whose batch emptied
 before the last request that counts was answered, which made its last cycles too short; it counts
 until the first user stopped. In `tests/unit/test_throughput.py` each is held against engines whose
 throughput is known.
@@ -77,6 +78,7 @@ class Trial:
     other_work: OtherWork = OtherWork()
     asked: Sequence[Asked] = ()  # by the index of a request; empty where that is not known
     usd_per_hour: float | None = None  # the price of the machine, as the run recorded it
+    beside: Sequence[str] = ()  # the points whose requests took turns with this one's
 
     @property
     def cache_config(self) -> Mapping[str, str]:

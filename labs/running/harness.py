@@ -35,7 +35,7 @@ from labs.running.load import LoadGenerator
 from labs.running.probes import PROBES, ProbedEngine
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup, gpus_used
-from labs.running.trials import Trials, interleave, write_requests
+from labs.running.trials import Trials, interleave, played_together, write_requests
 from labs.telling import pages
 from labs.telling.summary import summarise
 from serving import gpus, reference_step, telemetry
@@ -153,7 +153,8 @@ class Harness:
         start_s = clock.start_s(self.setup.machine.kind) if starts else 0.0
         if self._must_be_harmless(group):  # asked first, by a process that is only starting
             start_s += reference_step.START_S + PROOF_S
-        first_s = self.trials.trial_s(due[0][0]) if due else 0.0
+        parts = played_together(self.setup, group, due)
+        first_s = self.trials.trial_s(*(point for point, _ in parts[0])) if due else 0.0
         clock.require(start_s + first_s, f"starting {names}, and its first trial,")
         try:
             if self._load(group, anew=in_turn):
@@ -172,9 +173,11 @@ class Harness:
             self.trials.fail(interleave(self.setup, group), str(error))
             self.progress.message(str(error))
             return
-        for point, repeat in due:
-            clock.require(self.trials.trial_s(point), "the next trial")
-            self.trials.play(point, repeat)
+        for part in parts:
+            (point, repeat), *others = part
+            beside = [other for other, _ in others]
+            clock.require(self.trials.trial_s(point, *beside), "the next trial")
+            self.trials.play(point, repeat, beside)
         for variant in group if probe else ():
             self._probe(variant)
 

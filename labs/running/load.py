@@ -46,8 +46,8 @@ class LoadGenerator:
         self._process: Process | None = None
         self._generator = self._start()
 
-    def play(self, plan: TrialPlan, waiting: Callable[[], None]) -> TrialSummary:
-        """Play one trial; start Locust anew first where it failed in the one before.
+    def play(self, plan: TrialPlan, waiting: Callable[[], None]) -> list[TrialSummary]:
+        """Play a trial and those beside it; start Locust anew first where it failed before.
 
         Raises GeneratorError, after which Locust is ended: it may have died, or may still be
         playing this trial, and its late answers must not be taken for those of the next. Raises
@@ -61,7 +61,7 @@ class LoadGenerator:
                 )
             self._generator = self._start()
         try:
-            return self._generator.play(plan, waiting)
+            return self._generator.play_together(plan, waiting)
         except GeneratorError:
             self.stop()
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,30 +43,30 @@ def wait_until_idle(pids: Iterable[int], most_s: float = MOST_WAIT_S) -> bool:
 class OtherLoad:
     """Measures the CPU time that others took since this object was created.
 
-    `engine_pid` is the pid above all processes of the engine under load.
+    `engine_pids` are the pids above all processes of the engines under load.
     """
 
-    def __init__(self, engine_pid: int | None = None) -> None:
-        self._engine_pid = engine_pid
+    def __init__(self, engine_pids: Sequence[int] = ()) -> None:
+        self._engine_pids = engine_pids
         self._began, self._before = time.monotonic(), self._now()
 
     def _now(self) -> tuple[float, float, float, float]:
-        """Read the CPU seconds so far: stolen, used here, used by this run, by its engine."""
+        """Read the CPU seconds so far: stolen, used here, used by this run, by its engines."""
         times = psutil.cpu_times()
         used_s = sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "softirq"))
         stolen_s = float(getattr(times, "steal", 0.0))
-        engine_s = 0.0 if self._engine_pid is None else _used_s(self._engine_pid)
-        return stolen_s, float(used_s), _used_s(os.getpid()), engine_s
+        engines_s = sum(map(_used_s, self._engine_pids))
+        return stolen_s, float(used_s), _used_s(os.getpid()), engines_s
 
     def shares(self) -> Shares:
-        """Return what others took, and what the engine used, since the object was created."""
+        """Return what others took, and what the engines used, since the object was created."""
         now = self._now()
         stolen_s, used_s, ours_s, engine_s = (b - a for a, b in zip(self._before, now, strict=True))
         all_s = (time.monotonic() - self._began) * (psutil.cpu_count() or 1)
         return Shares(
             round(stolen_s / all_s, 4),
             round(max(0.0, used_s - ours_s) / all_s, 4),
-            None if self._engine_pid is None else round(max(0.0, engine_s) / all_s, 4),
+            round(max(0.0, engine_s) / all_s, 4) if self._engine_pids else None,
         )
 
 

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,7 +35,7 @@ from labs.running.machine_load import OtherLoad, ServerLoad, wait_until_idle
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
 from loadtests import plan, records
-from loadtests.arrivals import OfCapacity
+from loadtests.arrivals import Concurrent, OfCapacity
 from loadtests.generator import GeneratorError
 from loadtests.plan import TrialSummary
 from loadtests.records import RequestRecord
@@ -46,6 +47,7 @@ from serving.metrics import Snapshot
 from serving.reference_step import ReferenceStep, ReferenceTimer
 from serving.telemetry import Telemetry
 
+BESIDE = "of a trial beside it: "  # how a reason begins that is another trial's
 MOST_AGAIN = 2  # how often a disturbed trial is measured again
 PER_TRIAL_S = 2.0  # drain and bookkeeping, for the estimate of the time remaining
 
@@ -124,6 +126,25 @@ def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]
     return sorted(trials, key=lambda trial: trial != (setup.points[0], 1))
 
 
+def played_together(
+    setup: Setup, group: Sequence[Variant], trials: Sequence[tuple[Point, int]]
+) -> list[list[tuple[Point, int]]]:
+    """Part trials, in their order, into those that are played together.
+
+    Where engines stay loaded together on a CPU, the trials of a repeat that send one user's same
+    requests to several of them are: each engine gets one request in turn. What the machine's speed
+    does within seconds then meets all of them alike. Other loads keep an engine busy all the time,
+    so that their trials come one after another.
+    """
+    lab, parts = setup.lab, dict[tuple[object, ...], list[tuple[Point, int]]]()
+    resident = len(group) > 1 and setup.machine.kind == "cpu" and not lab.finds_capacity
+    for point, repeat in trials:
+        alone = point.load != Concurrent(users=1) or point.client_limits or not resident
+        of = (point.key if alone else "", point.workload.name, repeat)
+        parts.setdefault(of, []).append((point, repeat))
+    return [*parts.values()]
+
+
 def recorded(folder: RunFolder, point: Point, repeat: int) -> bool:
     """Tell whether this trial has succeeded, in this sitting or before."""
     result = folder.trial_result(point, repeat)
@@ -134,10 +155,28 @@ def recorded(folder: RunFolder, point: Point, repeat: int) -> bool:
 class Played:
     """An attempt at a trial that has ended."""
 
+    point: Point
     result: TrialResult
     rate: str  # for the display
-    succeeded: Sequence[RequestRecord]
-    engine: Snapshot | None  # by how much its counters rose
+    succeeded: Sequence[RequestRecord] = ()
+    engine: Snapshot | None = None  # by how much its counters rose
+
+    @classmethod
+    def failed(cls, point: Point, repeat: int, error: Exception) -> Played:
+        """Record a failure with its reason, without secrets."""
+        why = masking.tellable(str(error))
+        result = TrialResult(point=point.key, repeat=repeat, failed=why)
+        return cls(point, result, f"failed: {why.splitlines()[0]}")
+
+
+@dataclass(frozen=True)
+class Sending:
+    """A trial that is about to be played: what is sent, and what the engine had counted before."""
+
+    point: Point
+    engine: Server
+    plan: plan.TrialPlan
+    before: Snapshot | None
 
 
 class Trials:
@@ -170,7 +209,7 @@ class Trials:
         self._left = len(self.due(interleave(setup, setup.lab.variants)))
         self._played = self._again = 0  # trials of this sitting; attempts that were discarded
         self._explained = set[str]()  # checks whose finding the terminal has shown
-        self._sent = 0  # requests, in all attempts at this trial
+        self._sent = Counter[str]()  # requests at each point, in all attempts at this trial
         self._took_s = 0.0  # all of them
         self._beside_s = PER_TRIAL_S  # the most that a trial took beside warm-up and window
 
@@ -212,9 +251,9 @@ class Trials:
         attempts_each = 1 + self._again / len(points)
         return beside_s + self._left * attempts_each * (planned_s + PER_TRIAL_S)
 
-    def trial_s(self, point: Point) -> float:
-        """Estimate how long a trial of this point takes, no trial so far having taken longer."""
-        return self._planned_s(point) + self._beside_s
+    def trial_s(self, *points: Point) -> float:
+        """Estimate how long a trial of these points takes, no trial so far having taken longer."""
+        return sum(self._planned_s(point) + self._beside_s for point in points)
 
     def _planned_s(self, point: Point) -> float:
         """Return the forecast from a trial's start to its last answer, or else its plan.
@@ -226,44 +265,72 @@ class Trials:
         as_written = lab.warmup_of(point.workload) + lab.window_s
         return max(as_written, self._forecast_s.get(point.key, 0.0))
 
-    def play(self, point: Point, repeat: int) -> None:
-        """Play one trial and record it; a failure is recorded with its reason.
+    def play(self, point: Point, repeat: int, beside: Sequence[Point] = ()) -> None:
+        """Play one trial, with those beside it, and record each; a failure with its reason.
 
-        A disturbed trial is measured again, at most twice. Only the checks decide that, never a
-        figure, and the last attempt counts, whatever they say of it.
+        A disturbed trial is measured again, at most twice, and those beside it with it. Only the
+        checks decide that, never a figure, and the last attempt counts, whatever they say of it.
         """
-        lab = self._setup.lab
+        lab, left = self._setup.lab, [point, *beside]
         of = max(repeat, lab.repeats_of(point))
-        name = f"{point_label(point.key, lab)}, repeat {repeat} of {of}"
-        discarded: tuple[Discarded, ...] = ()
-        began = time.monotonic()
-        self._sent = 0
+        name = f"{self._labels(left)}, repeat {repeat} of {of}"
+        discarded: dict[str, tuple[Discarded, ...]] = {each.key: () for each in left}
+        ended, tries, began = list[Played](), 0, time.monotonic()
+        self._sent.clear()
         while True:
-            played = self._attempt(point, repeat, name)
+            played = self._attempt(left, repeat, name)
+            tries += 1
             self._setup.clock.played = True  # so that another attempt has to fit
-            self._sent += played.result.summary.sent if played.result.summary else 0
-            result = played.result.model_copy(update={"discarded": discarded})
-            attempt = self._disturbed(point, result)
-            self._beside_s = max(self._beside_s, (result.took_s or 0) - self._planned_s(point))
-            if attempt is None or len(discarded) == MOST_AGAIN or self._setup.keep_disturbed:
+            played = [self._after(p, discarded[p.point.key]) for p in played]
+            ended += [p for p in played if p.result.failed]
+            played = [p for p in played if not p.result.failed]
+            attempts = self._disturbed(played)
+            for p in played:
+                beside_s = (p.result.took_s or 0) - self._planned_s(p.point)
+                self._beside_s = max(self._beside_s, beside_s)
+            if not attempts or tries > MOST_AGAIN or self._setup.keep_disturbed:
                 break
-            if not self._setup.clock.fits(self.trial_s(point)):
+            left = [p.point for p in played]
+            if not self._setup.clock.fits(self.trial_s(*left)):
                 self._progress.message(f"{name} was disturbed, but no time is left to repeat it")
                 break
-            discarded += (attempt,)
-            self._again += 1
-            self._counts.discard(played.succeeded)
+            for p in played:
+                discarded[p.point.key] += (attempts[p.point.key],)
+                self._counts.discard(p.succeeded)
+            self._again += len(left)
+            reasons = {
+                name: text
+                for attempt in attempts.values()
+                for name, text in attempt.reasons.items()
+                if not text.startswith(BESIDE)
+            }
             self._progress.message(
-                f"{name} is measured again ({len(discarded)} of at most {MOST_AGAIN}):"
-                f" {self._why_again(attempt.reasons)}"
+                f"{name} is measured again ({tries} of at most {MOST_AGAIN}):"
+                f" {self._why_again(reasons)}"
             )
-        self._write(point, result)  # not before: what an interrupted attempt leaves is played anew
-        if not result.failed:
-            self._counts.add(played.succeeded, played.engine)
-        self._played += 1
+        ended += played
+        for p in ended:
+            self._write(p.point, p.result)  # not before: an interrupted attempt is played anew
+            if not p.result.failed:
+                self._counts.add(p.succeeded, p.engine)
+        self._played += len(ended)
         self._took_s += time.monotonic() - began
-        self._left -= 1
-        self._progress.part_done(f"{name}: {played.rate}", self.remaining_s)
+        self._left -= len(ended)
+        rates = {p.point.key: p.rate for p in ended}
+        in_order = " | ".join(rates[each.key] for each in (point, *beside))
+        self._progress.part_done(f"{name}: {in_order}", self.remaining_s)
+
+    def _labels(self, points: Sequence[Point]) -> str:
+        """Name the points of trials that are played together: `off | on, 1 user`."""
+        first, variants = points[0], " | ".join(point.variant.name for point in points)
+        label = point_label(first.key, self._setup.lab)
+        return label.replace(first.variant.name, variants, 1) if len(points) > 1 else label
+
+    def _after(self, played: Played, discarded: tuple[Discarded, ...]) -> Played:
+        """Note an attempt: how much was sent, and the attempts before it."""
+        summary = played.result.summary
+        self._sent[played.point.key] += summary.sent if summary else 0
+        return replace(played, result=played.result.model_copy(update={"discarded": discarded}))
 
     def _why_again(self, reasons: Mapping[str, str]) -> str:
         """Explain each kind of disturbance, by check, where it comes first; then name it."""
@@ -279,18 +346,19 @@ class Trials:
         self._explained.update(reasons)
         return why + way_out
 
-    def _attempt(self, point: Point, repeat: int, name: str) -> Played:
-        """Play one attempt at a trial."""
+    def _attempt(self, points: Sequence[Point], repeat: int, name: str) -> list[Played]:
+        """Play one attempt at a trial, and at those beside it."""
         began = time.monotonic()
         try:
             before = self._time_reference()
-            played = self._play(point, repeat, name, began)
-            steps = {"reference_before": before, "reference_after": self._time_reference()}
-            return replace(played, result=played.result.model_copy(update=steps))
+            played = self._play(points, repeat, name, began)
         except (EngineError, GeneratorError, OSError) as error:
-            why = masking.tellable(str(error))
-            result = TrialResult(point=point.key, repeat=repeat, failed=why)
-            return Played(result, f"failed: {why.splitlines()[0]}", [], None)
+            return [Played.failed(point, repeat, error) for point in points]
+        steps = {"reference_before": before, "reference_after": self._time_reference()}
+        return [
+            p if p.result.failed else replace(p, result=p.result.model_copy(update=steps))
+            for p in played
+        ]
 
     @cached_property
     def _expected(self) -> Expected:
@@ -302,14 +370,36 @@ class Trials:
         """How long transport took by the rule of the report: on file, from where a run goes on."""
         return self._folder.transports_s(self._setup.points, self._setup.lab, self._expected)
 
-    def _disturbed(self, point: Point, result: TrialResult) -> Discarded | None:
-        """Say what disturbed an attempt so that it is to be measured again; None: nothing did.
+    def _disturbed(self, played: Sequence[Played]) -> dict[str, Discarded]:
+        """Say by point what disturbed an attempt, so that it is to be measured again.
+
+        Empty where nothing did. Else it holds the trials beside those that were disturbed, too.
+        """
+        reasons = {p.point.key: self._reasons(p.point, p.result) for p in played}
+        if not any(reasons.values()):
+            return {}
+        of_any = {name: text for of in reasons.values() for name, text in of.items()}
+        return {
+            p.point.key: Discarded(
+                reasons=reasons[p.point.key]
+                or {name: BESIDE + text for name, text in of_any.items()},
+                loop_lag_max_s=p.result.summary.loop_lag_max_s if p.result.summary else None,
+                cpu_steal=p.result.cpu_steal,
+                cpu_others=p.result.cpu_others,
+                cpu_engine=p.result.cpu_engine,
+                took_s=p.result.took_s,
+            )
+            for p in played
+        }
+
+    def _reasons(self, point: Point, result: TrialResult) -> dict[str, str]:
+        """Say what disturbed a trial, by the name of the check.
 
         Whatever allows no verdict does, and a large jump of the machine's speed, which allows one.
         """
         trial = self._folder.trial(point, result, self._setup.lab)
         if trial is None:
-            return None
+            return {}
         expected = self._expected.with_transport(self._transports_s)
         reasons = {c.name: c.text for c in disturbances_of(trial, expected) if c.blocks}
         jumps = speed_jumped_within(result.timed) if result.timed else []
@@ -319,16 +409,7 @@ class Trials:
         took_s = undisturbed_transport_s(trial, result.timed, self._expected)
         if took_s is not None:
             of_variant[point.key, result.repeat] = took_s
-        if not reasons:
-            return None
-        return Discarded(
-            reasons=reasons,
-            loop_lag_max_s=trial.summary.loop_lag_max_s,
-            cpu_steal=result.cpu_steal,
-            cpu_others=result.cpu_others,
-            cpu_engine=result.cpu_engine,
-            took_s=result.took_s,
-        )
+        return reasons
 
     def _requests_to_skip(self, point: Point) -> int:
         """Count the requests that another attempt must not send again.
@@ -336,7 +417,7 @@ class Trials:
         A structure that the engine is not to have seen is compiled, and cached, once it was sent.
         """
         structure = point.workload.structure
-        return self._sent if structure and structure.unseen else 0
+        return self._sent[point.key] if structure and structure.unseen else 0
 
     def fail(self, trials: Iterable[tuple[Point, int]], reason: str) -> None:
         """Record these trials as failed, but for those that succeeded in an earlier sitting."""
@@ -369,20 +450,54 @@ class Trials:
     def _write(self, point: Point, result: TrialResult) -> None:
         write_json(self._folder.trial_folder(point, result.repeat) / "trial.json", result)
 
-    def _play(self, point: Point, repeat: int, name: str, began: float) -> Played:
-        """Play an attempt at a trial, which has begun at a time on the monotonic clock.
+    def _play(self, points: Sequence[Point], repeat: int, name: str, began: float) -> list[Played]:
+        """Play an attempt at these trials, which has begun at a time on the monotonic clock.
 
-        Raises EngineError and GeneratorError.
+        An engine that fails costs its own trial. Raises GeneratorError.
         """
+        sending, played = list[Sending](), list[Played]()
+        for point in points:
+            try:
+                sending.append(self._ready(point, repeat, len(points)))
+            except EngineError as error:
+                played.append(Played.failed(point, repeat, error))
+        if not sending:
+            return played
+        summaries, other_work = self._send(sending, name)
+        took_s = round((time.monotonic() - began) / len(sending), 3)
+        succeeded = list[Played]()
+        for each, summary in zip(sending, summaries, strict=True):
+            try:
+                succeeded.append(self._ended(each, repeat, summary, other_work, took_s))
+            except EngineError as error:
+                played.append(Played.failed(each.point, repeat, error))
+        keys = [p.point.key for p in succeeded]
+        for p in succeeded:
+            beside = {"beside": tuple(key for key in keys if key != p.point.key)}
+            played.append(replace(p, result=p.result.model_copy(update=beside)))
+        return played
+
+    def _ready(self, point: Point, repeat: int, together: int) -> Sending:
+        """Make an engine ready for a trial, one of so many together. Raises EngineError."""
         engine = self._engines.serving(point.variant)
         engine.reset_prefix_cache()
-        trial_plan = self._trial_plan(point, repeat, engine)
+        trial_plan = self._trial_plan(point, repeat, engine, together)
         if point.primed_requests:
             timeout_s = trial_plan.timeout_s
             _prime(engine.url, trial_plan.requests, point.primed_requests, timeout_s)
-        before = engine.snapshot()
-        summary, other_work = self._send(trial_plan, engine, name)
-        request_records = self._read_records(trial_plan.records)
+        return Sending(point, engine, trial_plan, engine.snapshot())
+
+    def _ended(
+        self,
+        sent: Sending,
+        repeat: int,
+        summary: TrialSummary,
+        other_work: OtherWork,
+        took_s: float,
+    ) -> Played:
+        """Read what came of a trial. Raises EngineError and GeneratorError."""
+        point, engine = sent.point, sent.engine
+        request_records = self._read_records(sent.plan.records)
         succeeded = [r for r in request_records if r.ok]
         if (
             reason := engine.died()
@@ -391,7 +506,7 @@ class Trials:
         ):
             self._counts.discard(succeeded)
             raise EngineError(reason)
-        engine_counters = counted_since(engine, before, len(succeeded))
+        engine_counters = counted_since(engine, sent.before, len(succeeded))
         slo = self._setup.lab.slo
         trial = Trial(point, repeat, slo, request_records, summary, engine_counters)
         tokens_per_s = output_tokens_per_s(trial)
@@ -410,12 +525,17 @@ class Trials:
             server_core_share=other_work.server_core_share,
             gpu_others=other_work.gpu_processes,
             cpu_cores=other_work.cores,
-            took_s=round(time.monotonic() - began, 3),
+            took_s=took_s,
         )
-        return Played(result, rate, succeeded, engine_counters)
+        return Played(point, result, rate, succeeded, engine_counters)
 
-    def _trial_plan(self, point: Point, repeat: int, engine: Server) -> plan.TrialPlan:
-        """Plan what the load generator sends. Raises EngineError where a load has no rate."""
+    def _trial_plan(
+        self, point: Point, repeat: int, engine: Server, together: int
+    ) -> plan.TrialPlan:
+        """Plan what the load generator sends. Raises EngineError where a load has no rate.
+
+        A trial of several together has as much time as all of them, in which others are served too.
+        """
         lab, of_capacity = self._setup.lab, isinstance(point.load, OfCapacity)
         return plan.TrialPlan(
             url=engine.url,
@@ -423,8 +543,8 @@ class Trials:
             requests=requests_file(self.work, point.workload, repeat),
             skip=self._requests_to_skip(point),
             records=self._folder.trial_folder(point, repeat) / "requests.jsonl.gz",
-            warmup_s=lab.warmup_of(point.workload),
-            window_s=lab.window_s,
+            warmup_s=together * lab.warmup_of(point.workload),
+            window_s=together * lab.window_s,
             timeout_s=lab.timeout_s,
             seed=lab.draw_seed(repeat),
             lab=lab.name,
@@ -442,35 +562,40 @@ class Trials:
             secrets=masking.SECRETS,
         )
 
-    def _send(
-        self, trial_plan: plan.TrialPlan, engine: Server, name: str
-    ) -> tuple[TrialSummary, OtherWork]:
-        """Have the load sent, and watch what else uses the machine. Raises GeneratorError."""
-        began, other_load = time.monotonic(), OtherLoad(engine.pid)
-        server_load = ServerLoad(engine.api_servers())
+    def _send(self, sending: Sequence[Sending], name: str) -> tuple[list[TrialSummary], OtherWork]:
+        """Have the load sent, and watch what else uses the machine. Raises GeneratorError.
+
+        What one engine of several uses is not known: no energy, and no share of its API server.
+        """
+        first, *others = (each.plan for each in sending)
+        pids = [pid for each in sending if (pid := each.engine.pid) is not None]
+        began, other_load = time.monotonic(), OtherLoad(pids)
+        server_load = ServerLoad(() if others else sending[0].engine.api_servers())
 
         def waiting() -> None:
             server_load.read()
             self._progress.waiting(name)
 
-        self._telemetry.begin(trial_plan.variant, self._engines.started)
+        self._telemetry.begin(first.variant, self._engines.started)
         try:
-            summary = self._load.play(trial_plan, waiting)
+            together = first.model_copy(update={"beside": tuple(others)})
+            summaries = self._load.play(together, waiting)
         except GeneratorError:
             self._counts.lose_prometheus()
             raise
-        telemetry_file = trial_plan.records.with_name("telemetry.csv.gz")
-        self._telemetry.write(telemetry_file, summary.started_monotonic_s)
+        if not others:
+            telemetry_file = first.records.with_name("telemetry.csv.gz")
+            self._telemetry.write(telemetry_file, summaries[0].started_monotonic_s)
         self.load_s += time.monotonic() - began
         server_load.read()
         shares = other_load.shares()
-        return summary, OtherWork(
+        return summaries, OtherWork(
             shares.steal,
             shares.other_processes,
             shares.engine,
             self._telemetry.foreign_processes(),
             psutil.cpu_count(),
-            _in_window(server_load, summary),
+            _in_window(server_load, summaries[0]),
         )
 
     def _read_records(self, path: Path) -> list[RequestRecord]:

@@ -90,6 +90,11 @@ def covers(lab: Lab, session: Session | None, judgements: Sequence[Judgement]) -
         )
     elif session and session.resident and len(lab.variants) > 1:
         parts.append("Each engine was started once: differences between starts are not covered.")
+    if pairs := sum(j.effect is not None and j.effect.paired for j in judgements):
+        parts.append(
+            f"In {counted(pairs, 'claim')} the requests of both sides took turns, so that they are"
+            " compared in pairs, repeat by repeat."
+        )
     if lab.looks > 1:
         level, held = (1 - (1 - share) / lab.looks for share in (CONFIDENCE, TWO_ONE_SIDED))
         parts.append(

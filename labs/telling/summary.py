@@ -241,7 +241,7 @@ def _kv_use(
     for point in (p for p in points if before and p.key in before.kv_use):
         for repeat in range(1, lab.rounds + 1):
             result, home = folder.trial_result(point, repeat), folder.trial_folder(point, repeat)
-            if not result or not result.summary:
+            if not result or not result.summary or result.beside:  # it held little in the pauses
                 continue
             if use := engine_series.kv_use(home, result.summary.window_s):
                 uses.setdefault(point.key, []).append(use)

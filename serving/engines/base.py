@@ -185,7 +185,12 @@ class Engine(Server):
         }
         self._started_s = time.monotonic()
         self._process = Process(
-            f"engine {name}", self.argv, log=log, env=env, folder_variable=self.sockets_variable
+            f"engine {name}",
+            self.argv,
+            log=log,
+            env=env,
+            folder_variable=self.sockets_variable,
+            own_session=False,  # the engines of a run take turns on a core
         )
 
     # before it is started

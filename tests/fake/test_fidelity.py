@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -126,6 +126,49 @@ def playing_trials(
             return Played(summary, found, _lines(path / "log.jsonl"))
 
         yield play, child
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_plans_beside_each_other_take_turns_request_by_request(
+    processes: int, tmp_path: Path
+) -> None:
+    """Each engine is sent the same requests, and as many of each count."""
+    requests = tmp_path / "requests.jsonl"
+    asked = [Request(i, _prompt(i + 1), 0, 5 + i % 7) for i in range(200)]
+    plan.write_requests(requests, asked, "fake")
+    argv = generator.argv(1, free_port(), free_port(), processes)
+    log, cores = tmp_path / "locust.log", split_cores()[1]
+    names = ("first", "second", "third")
+    with ExitStack() as exits:
+        child = exits.enter_context(Process("locust", argv, log=log, cores=cores, talk=True))
+        urls = [exits.enter_context(fake_engine(tmp_path / f"{n}.jsonl", *FAST)) for n in names]
+        first, *beside = (
+            TrialPlan(
+                url=url, arrival=Concurrent(users=1), requests=requests,
+                records=tmp_path / name / "records.jsonl.gz", warmup_s=0.4, window_s=1.8,
+                timeout_s=10, seed=7, lab="none", variant=name, run_id="none", workload="none",
+            )
+            for name, url in zip(names, urls, strict=True)
+        )  # fmt: skip
+        together = first.model_copy(update={"beside": tuple(beside)})
+        summaries = generator.Generator(child).play_together(together)
+    found = [[*records.read(each.records)] for each in together.all_plans]
+    logs = [_lines(tmp_path / f"{name}.jsonl") for name in names]
+    for summary, of_plan, log_lines in zip(summaries, found, logs, strict=True):
+        _sound(Played(summary, of_plan, log_lines))
+        assert summary.answered_under_load
+        assert summary.window_s[0] == 0.4
+    last_s = max(r.sent_s for of_plan in found for r in of_plan if r.in_window)
+    # with two processes, one may be told in the middle of a later round that all are answered
+    found = [[r for r in of_plan if r.sent_s <= last_s] for of_plan in found]
+    sends = sorted((r.sent_s, number) for number, of in enumerate(found) for r in of)
+    turns = [number for _, number in sends]
+    assert turns == [i % 3 for i in range(len(turns))]
+    sent = {tuple((r.index, r.in_window) for r in of_plan) for of_plan in found}
+    assert len(sent) == 1  # a round counts for all, or for none
+    assert sum(counts for _, counts in sent.pop()) >= 5
+    ends = sorted((r.end_s or 0, r.sent_s) for of_plan in found for r in of_plan)
+    assert all(end <= sent + RIGHT_S for (end, _), (_, sent) in pairwise(ends))
 
 
 def _prompt(words: int) -> list[dict[str, str]]:

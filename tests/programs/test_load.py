@@ -32,7 +32,7 @@ for line in sys.stdin:
         time.sleep(5)
     if number == 1:
         os._exit(3)
-    done = {"event": "done", "summary": {**json.loads(sys.argv[2]), "sent": number}}
+    done = {"event": "done", "summaries": [{**json.loads(sys.argv[2]), "sent": number}]}
     print(json.dumps(done), flush=True)
 """
 
@@ -62,7 +62,8 @@ def test_a_trial_that_fails_is_followed_by_another_load_generator(
                 playing.play(plan, lambda: None)
         with pytest.raises(GeneratorError, match="Locust ended with exit code 3"):
             playing.play(plan, lambda: None)
-        assert [playing.play(plan, lambda: None).sent for _ in range(2)] == [2, 2]
+        played = [playing.play(plan, lambda: None) for _ in range(2)]
+        assert [summary.sent for (summary,) in played] == [2, 2]
     finally:
         playing.stop()
     assert len(list(tmp_path.glob("start-*"))) == 3

@@ -135,13 +135,13 @@ def says(worker, what, **fields):
     handler(SimpleNamespace(node_id=worker, data=data))
 
 def done(worker, trial, number):
-    says(worker, "done", trial=trial, summary=json.dumps({**summary, "sent": number}))
+    says(worker, "done", trial=trial, summaries=[json.dumps({**summary, "sent": number})])
 
 def records(worker, trial, *numbers):
     fields = {"asked_tokens": 1, "scheduled_s": None, "sent_s": 0.5, "chunks": [[0.6, 1]],
               "end_s": 0.7, "prompt_tokens": 1, "output_tokens": 1, "in_window": True}
     made = [{"index": number, **fields} for number in numbers]
-    says(worker, "records", trial=trial, records=made, progress="{}")
+    says(worker, "records", trial=trial, number=0, records=made, progress="{}")
 
 director.begin(plan)
 first = director.plan.trial
@@ -223,8 +223,9 @@ def test_what_is_late_belongs_to_no_trial_and_who_was_lost_stays_lost(
     home: Path, said: dict[str, str]
 ) -> None:
     first, second, told = map(json.loads, said["directed"].splitlines())
-    assert (first["summary"]["sent"], first["summary"]["lost_share"]) == (3, 0.5)
-    assert (second["summary"]["sent"], second["summary"]["lost_share"]) == (5, 0)
+    (one,), (other,) = first["summaries"], second["summaries"]
+    assert (one["sent"], one["lost_share"]) == (3, 0.5)
+    assert (other["sent"], other["lost_share"]) == (5, 0)
     assert not told["same"]
     trials = ["lab-trial", "lab-trial", "lab-go", "quit", "lab-trial", "lab-go"]
     assert [name for name, _ in told["sent"]] == trials

@@ -53,19 +53,19 @@ def test_what_a_stranger_uses_is_told() -> None:
     assert 0 < float(strangers) <= 1.05
 
 
-@pytest.mark.parametrize("engine_pid", [None, 9])
-def test_others_are_what_neither_we_nor_our_engine_use(
-    engine_pid: int | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("engine_pids", [(), (9,), (9, 10)])
+def test_others_are_what_neither_we_nor_our_engines_use(
+    engine_pids: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In 10 s on two cores: 1 s stolen, and 6 s used, of these 4 s by us and 3 s by our engine."""
+    """In 10 s on two cores: 1 s stolen, and 6 s used, of these 4 s by us and 3 s by our engines."""
     readings, times = iter([(0.0, 0.0, 0.0, 0.0), (1.0, 6.0, 4.0, 3.0)]), iter([100.0, 110.0])
     monkeypatch.setattr(OtherLoad, "_now", lambda _: next(readings))
     # of the module alone: other threads of the tests read the clock, too
     clock = SimpleNamespace(monotonic=lambda: next(times))
     monkeypatch.setattr("labs.running.machine_load.time", clock)
     monkeypatch.setattr("labs.running.machine_load.psutil", SimpleNamespace(cpu_count=lambda: 2))
-    engine = None if engine_pid is None else 0.15
-    assert OtherLoad(engine_pid).shares() == Shares(0.05, 0.1, engine)
+    engines = 0.15 if engine_pids else None
+    assert OtherLoad(engine_pids).shares() == Shares(0.05, 0.1, engines)
 
 
 OURS = f"""
@@ -93,7 +93,7 @@ def test_what_the_engine_uses_is_told_apart() -> None:
     parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]]); input()"
     engine = subprocess.Popen([sys.executable, "-c", parent, BUSY], stdin=subprocess.PIPE)
     try:
-        other_load = OtherLoad(engine.pid)
+        other_load = OtherLoad([engine.pid])
         deadline = time.monotonic() + 60
         while not (shares := other_load.shares()).engine and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -68,10 +68,13 @@ def test_exit_code_is_the_childs(tmp_path: Path) -> None:
         assert ended(process) == 7
 
 
-def test_a_child_is_out_of_reach_of_the_terminals_ctrl_c(tmp_path: Path) -> None:
-    """It has a session of its own: the runner ends it, in order, when it has recorded all."""
-    with Process("child", ["sleep", "600"], log=tmp_path / "log") as process:
-        assert os.getsid(process.pid) != os.getsid(0)
+@pytest.mark.parametrize("own_session", [True, False])
+def test_a_child_is_out_of_reach_of_the_terminals_ctrl_c(own_session: bool, tmp_path: Path) -> None:
+    """That goes to the runner's group, which ends the child, in order, when it has recorded all."""
+    log = tmp_path / "log"
+    with Process("child", ["sleep", "600"], log=log, own_session=own_session) as process:
+        assert os.getpgid(process.pid) == process.pid
+        assert (os.getsid(process.pid) != os.getsid(0)) == own_session
 
 
 def test_death_by_a_signal_is_128_and_the_signal(tmp_path: Path) -> None:

@@ -196,11 +196,12 @@ from loadtests.plan import TrialPlan
 from loadtests.worker import ChatUser, parse_in_turn, waiting_room
 
 requests, line, times = sys.argv[1], sys.argv[2].encode(), int(sys.argv[3])
-load = waiting_room.load = Load(TrialPlan(
+load = Load(TrialPlan(
     url="", arrival=Concurrent(users=1), requests=requests, records=requests, warmup_s=0,
     window_s=None, timeout_s=1, seed=0, lab="tiny", variant="on", run_id="r", workload="short",
 ))
 load.start()
+waiting_room.loads = (load,)
 order = []
 
 def stream(client, turn, load):

@@ -18,15 +18,17 @@ STREAMS = (TTFT, ITL, TPOT, E2E, CHUNK_GAP)
 MINE = {"lab": "l", "variant": "v", "run_id": "r"}
 
 
+def plan_of(arrival: str, turns_away: bool = False, variant: str = "v") -> TrialPlan:
+    return TrialPlan(
+        url="", arrival=parse(arrival), requests=Path(), records=Path(), warmup_s=1,
+        window_s=2, timeout_s=3, seed=0, lab="l", variant=variant, run_id="r", workload="w",
+        slo_s={"ttft": 0.5}, turns_away=turns_away,
+    )  # fmt: skip
+
+
 def begun(arrival: str, turns_away: bool = False) -> Exporter:
     exported = Exporter()
-    exported.begin(
-        TrialPlan(
-            url="", arrival=parse(arrival), requests=Path(), records=Path(), warmup_s=1,
-            window_s=2, timeout_s=3, seed=0, lab="l", variant="v", run_id="r", workload="w",
-            slo_s={"ttft": 0.5}, turns_away=turns_away,
-        )
-    )  # fmt: skip
+    exported.begin(plan_of(arrival, turns_away))
     return exported
 
 
@@ -59,6 +61,26 @@ def test_a_closed_loop_has_no_schedule() -> None:
     assert value(exported, f"{exporter.SCHEDULED}_total") is None
     assert value(exported, exporter.OVERDUE) is None
     assert value(exported, f"{exporter.SENT}_total") == 3
+
+
+def test_trials_that_are_played_together_are_followed_apart() -> None:
+    exported, (one, other) = Exporter(), (plan_of("concurrent:1", variant=v) for v in "vw")
+    exported.begin(one, other)
+    exported.progress(Progress(sent=2))
+    exported.progress(Progress(sent=5), 1)
+    exported.progress(Progress(sent=3))
+    exported.observe(make_record([(10.1, 1), (10.2, 1)]), 1)
+    theirs = {**MINE, "variant": "w"}
+    assert [value(exported, f"{exporter.SENT}_total", **of) for of in (MINE, theirs)] == [3, 5]
+    ended = [
+        value(exported, f"{exporter.REQUESTS}_total", **of, outcome="ok") for of in (MINE, theirs)
+    ]
+    assert ended == [0, 1]
+    point = {"workload": "w", "load": "concurrent-1"}
+    sending = [value(exported, exporter.LOAD_POINT, **of, **point) for of in (MINE, theirs)]
+    exported.end()
+    over = [value(exported, exporter.LOAD_POINT, **of, **point) for of in (MINE, theirs)]
+    assert (sending, over) == ([1, 1], [0, 0])
 
 
 def test_what_is_not_watched_is_not_there_and_ends_with_the_trial() -> None:

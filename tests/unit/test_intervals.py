@@ -189,6 +189,25 @@ def test_slices_of_a_second_would_be_narrower_but_their_differences_are_not_inde
     assert alarms(repeats) < 0.05
 
 
+def test_requests_that_take_turns_halve_the_interval_within_its_level() -> None:
+    """Five repeats of 2 x 5 requests of a second, a minute apart: one after another, or in turn."""
+    rng, step_s, request, n = np.random.default_rng(3), 0.1, 10, 5
+    one_after_another, in_turn = list[Floats](), list[Floats]()
+    for _ in range(5):  # repeats, between which the machine's speed is drawn anew
+        speed = drift(rng, 2 * n * request, step_s)
+        of_requests = speed.reshape(len(speed), 2 * n, request).mean(2)
+        one_after_another.append(of_requests.reshape(len(speed), 2, n).mean(2))
+        in_turn.append(of_requests.reshape(len(speed), n, 2).mean(1))
+    first, second = np.array(one_after_another).transpose(2, 1, 0)
+    a, b = np.array(in_turn).transpose(2, 1, 0)
+    usual, unpaired, pairs = (
+        welch(first, second, 0.95), welch(a, b, 0.95), paired(a, b, 0.95)
+    )  # fmt: skip
+    assert np.median(pairs[1] - pairs[0]) < np.median(usual[1] - usual[0]) / 2
+    assert alarms(pairs) < 0.06
+    assert np.median(pairs[1] - pairs[0]) < np.median(unpaired[1] - unpaired[0]) / 2
+
+
 # ------------------------------------------------------------------------------- what was chosen
 
 

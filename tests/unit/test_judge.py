@@ -71,6 +71,61 @@ def test_effect_is_the_ratio_of_the_geometric_means() -> None:
     assert (measured.ratio.n, measured.spread) == pytest.approx((3, stdev(logs)))
 
 
+def test_arms_that_were_played_together_are_paired() -> None:
+    """The machine is half as fast in the second repeat, which their ratio does not show."""
+    slow, ratios = {1: 1.0, 2: 2.0, 3: 1.1}, {1: 1.19, 2: 1.20, 3: 1.21}
+    treatment = {r: slow[r] * ratio for r, ratio in ratios.items()}
+    apart, found = effect(treatment, slow), effect(treatment, slow, paired=True)
+    assert apart
+    assert found
+    logs = [math.log(ratio) for ratio in ratios.values()]
+    half = T2 * stdev(logs) / math.sqrt(3)
+    assert found.ratio.value == pytest.approx(apart.ratio.value)
+    assert (found.ratio.low, found.ratio.high) == pytest.approx(
+        (math.exp(fmean(logs) - half), math.exp(fmean(logs) + half))
+    )
+    assert found.spread == pytest.approx(stdev(logs))
+    assert (found.freedom, found.paired, apart.paired) == (2, True, False)
+    assert "paired" not in apart.model_dump()
+    assert apart.ratio.low
+    assert apart.ratio.low < 0.6
+    alone = effect({1: 2.0}, {1: 1.0, 2: 9.0}, paired=True)
+    assert alone
+    assert alone.ratio == make_ratio(2.0, None, None).model_copy(update={"n": 1})
+
+
+def test_where_a_repeat_has_0_arms_are_not_paired() -> None:
+    """It has no logarithm."""
+    arms = {1: 0.0, 2: 3.0, 3: 2.0}, {1: 1.0, 2: 2.0, 3: 2.0}
+    assert effect(*arms, paired=True) == effect(*arms)
+
+
+@pytest.mark.parametrize(
+    ("beside", "paired"),
+    [
+        ({1: ("a/w/l",), 2: ("a/w/l", "c/w/l")}, True),
+        ({1: ("a/w/l",), 2: ("c/w/l",)}, False),
+        ({1: ("a/w/l",)}, False),
+        ({}, False),
+    ],
+)
+def test_they_are_paired_where_they_were_played_together_in_every_repeat(
+    beside: dict[int, tuple[str, ...]], paired: bool
+) -> None:
+    values: dict[str, Any] = {
+        "a/w/l": {1: {"tpot_mean_s": 1.0}, 2: {"tpot_mean_s": 2.0}},
+        "b/w/l": {1: {"tpot_mean_s": 1.1}, 2: {"tpot_mean_s": 2.1}, 3: {"tpot_mean_s": 9.0}},
+    }
+    both = {"a/w/l": {1: ("b/w/l",), 2: ("b/w/l",)}}
+    sampling = Sampling(beside={"b/w/l": beside, **both})
+    found = sampling.effect(values, ("b/w/l", "a/w/l"), "tpot_mean_s")
+    assert found
+    assert found.paired == paired
+    one_sided = Sampling(beside={"b/w/l": beside}).effect(values, ("b/w/l", "a/w/l"), "tpot_mean_s")
+    assert one_sided
+    assert not one_sided.paired  # the other was played anew later
+
+
 def test_effect_with_a_repeat_of_0_is_the_ratio_of_the_arithmetic_means() -> None:
     goodput = {1: 10.6, 2: 9.7, 3: 11.9, 4: 10.6}, {1: 0.94, 2: 0.0, 3: 3.44, 4: 0.0}
     measured = effect(*goodput)

@@ -19,10 +19,18 @@ from labs.lab import LabError, Point
 from labs.running.clock import Clock
 from labs.running.counts import Counts
 from labs.running.resolve import keeps_disturbed
-from labs.running.trials import PER_TRIAL_S, Played, Trials, nothing_measured, recorded
+from labs.running.trials import (
+    PER_TRIAL_S,
+    Played,
+    Trials,
+    nothing_measured,
+    played_together,
+    recorded,
+)
 from labs.telling import report
 from labs.telling.summary import summarise
 from loadtests import records
+from loadtests.arrivals import Concurrent
 from loadtests.generator import GeneratorError
 from loadtests.plan import TrialSummary
 from loadtests.structures import Structure
@@ -81,8 +89,21 @@ class Script(Trials):
     def _time_reference(self) -> ReferenceStep | None:
         return self.steps.pop(0) if self.steps else None
 
-    def _play(self, point: Point, repeat: int, name: str, began: float) -> Played:
-        lag_s = self.lags_s.pop(0)
+    def _play(self, points: Sequence[Point], repeat: int, name: str, began: float) -> list[Played]:
+        played = [self._alone(point, repeat) for point in points]
+        keys = [p.point.key for p in played if not p.result.failed]
+        return [
+            p if p.result.failed else replace(
+                p, result=p.result.model_copy(
+                    update={"beside": tuple(key for key in keys if key != p.point.key)}
+                )
+            )
+            for p in played
+        ]  # fmt: skip
+
+    def _alone(self, point: Point, repeat: int) -> Played:
+        if (lag_s := self.lags_s.pop(0)) == DIES:
+            return Played.failed(point, repeat, EngineError("it died"))
         self.skipped.append(self._requests_to_skip(point))
         found = [
             make_record([(11.0, 1), (11.0 + self.gap_s, 1)], index=i, prompt_tokens=6)
@@ -96,7 +117,10 @@ class Script(Trials):
             summary=make_summary(loop_lag_max_s=lag_s, sent=len(found)),
             engine=snapshot_json(engine),
         )
-        return Played(result, "10 tok/s", found, engine)
+        return Played(point, result, "10 tok/s", found, engine)
+
+
+DIES = -1.0
 
 
 def attempts(
@@ -217,6 +241,63 @@ def test_a_run_that_goes_on_knows_what_transport_takes_as_its_report_does(tmp_pa
     assert Script(folder, [])._transports_s == on_file
 
 
+def together(tmp_path: Path, *lags_s: float) -> tuple[Script, list[TrialResult]]:
+    """Two variants whose requests take turns; their lags come in turn, too."""
+    folder = write_run(tmp_path)
+    points = [p for p in folder.run().points() if p.load == Concurrent(users=1)]
+    trials = Script(folder, lags_s)
+    trials.expect(4)
+    trials.play(points[0], 1, points[1:])
+    results = [folder.trial_result(point, 1) for point in points]
+    assert all(results)
+    return trials, [result for result in results if result]
+
+
+def test_trials_that_are_played_together_are_recorded_apart(tmp_path: Path) -> None:
+    trials, results = together(tmp_path, 0.01, 0.02)
+    one, other = results
+    assert (one.beside, other.beside) == ((other.point,), (one.point,))
+    assert [r.summary and r.summary.loop_lag_max_s for r in results] == [0.01, 0.02]
+    assert trials.said == []
+    assert trials.remaining == [2 * (1 + 4 + PER_TRIAL_S)]  # of four, two are over
+
+
+def test_where_one_is_disturbed_those_beside_it_are_measured_again_too(tmp_path: Path) -> None:
+    trials, results = together(tmp_path, 0.01, 2.5, 0.03, 0.04)
+    assert [r.summary and r.summary.loop_lag_max_s for r in results] == [0.03, 0.04]
+    of_other, own = (r.discarded[0].reasons["generator's loop lagged"] for r in results)
+    assert own.startswith("its event loop ran 2500 ms late")
+    assert of_other == f"of a trial beside it: {own}"
+    (said,) = trials.said
+    assert said.startswith("off | on, 1 user, repeat 1 of 2 is measured again (1 of at most 2): ge")
+
+
+def test_an_engine_that_dies_costs_its_own_trial_alone(tmp_path: Path) -> None:
+    """It is not played again, and the one beside it was alone."""
+    _, (one, other) = together(tmp_path, DIES, 2.5, 0.03)
+    assert (one.failed, one.discarded) == ("it died", ())
+    assert (other.failed, other.beside, len(other.discarded)) == (None, (), 1)
+
+
+def test_one_users_trials_on_engines_that_stay_loaded_are_played_together(tmp_path: Path) -> None:
+    run = write_run(tmp_path).run()
+    lab, points = run.rebuilt_lab(), run.points()
+    trials = [(p, r) for r in (1, 2) for p in points]
+    one, two = ([(p, 1) for p in points if p.load == Concurrent(users=users)] for users in (1, 2))
+
+    def parts(kind: str = "cpu", engines: int = 2) -> list[list[tuple[Point, int]]]:
+        setup: Any = SimpleNamespace(lab=lab, machine=SimpleNamespace(kind=kind))
+        return played_together(setup, lab.variants[:engines], trials)
+
+    found = parts()
+    assert one in found
+    assert [two[:1], two[1:]] == [part for part in found if part[0] in two]
+    assert sorted(len(part) for part in found) == [1, 1, 1, 1, 2, 2]
+    assert next(p.key for part in found for p, r in part) == points[0].key
+    for alone in (parts(kind="gpu"), parts(engines=1)):
+        assert alone == [[trial] for trial in trials]
+
+
 def test_records_that_cannot_be_read_back_fail_the_trial(tmp_path: Path) -> None:
     """They ended the run in a traceback."""
     folder = write_run(tmp_path)
@@ -224,9 +305,9 @@ def test_records_that_cannot_be_read_back_fail_the_trial(tmp_path: Path) -> None
     trials = Script(folder, [])
     path = folder.trial_folder(point, 1) / "requests.jsonl.gz"
 
-    def play(*_: object) -> TrialSummary:
+    def play(*_: object) -> list[TrialSummary]:
         path.write_bytes(gzip.compress(b"no record"))
-        return make_summary()
+        return [make_summary()]
 
     engine = SimpleNamespace(
         reset_prefix_cache=lambda: None, snapshot=lambda: None, url="", pid=None,
@@ -240,7 +321,7 @@ def test_records_that_cannot_be_read_back_fail_the_trial(tmp_path: Path) -> None
     }
     vars(trials).update(stand_ins)
     with pytest.raises(GeneratorError, match=r"its records cannot be read: .*line 1: not a req"):
-        Trials._play(trials, point, 1, "a trial", time.monotonic())
+        Trials._play(trials, [point], 1, "a trial", time.monotonic())
 
 
 @pytest.mark.parametrize(
@@ -274,10 +355,10 @@ def test_a_trial_records_how_busy_the_api_server_was_in_its_window(
     trials = Script(folder, [])
     found = [make_record([(11.0, 1), (11.1, 1)], index=i) for i in range(5)]
 
-    def play(_: object, waiting: Callable[[], None]) -> TrialSummary:
+    def play(_: object, waiting: Callable[[], None]) -> list[TrialSummary]:
         waiting()
         records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
-        return make_summary(started_monotonic_s=began_s)
+        return [make_summary(started_monotonic_s=began_s)]
 
     silent, begun = lambda *_: None, list[object]()
     engine = SimpleNamespace(
@@ -295,7 +376,8 @@ def test_a_trial_records_how_busy_the_api_server_was_in_its_window(
     vars(trials).update(stand_ins)
     monkeypatch.setattr("labs.running.trials.ServerLoad", Servers)
     monkeypatch.setattr("labs.running.trials.counted_since", silent)
-    result = Trials._play(trials, point, 1, "a trial", time.monotonic()).result
+    (played,) = Trials._play(trials, [point], 1, "a trial", time.monotonic())
+    result = played.result
     assert Servers.readings == 2
     assert begun == [(point.variant.name, 2)]
     kept = json.loads(result.model_dump_json())
@@ -354,7 +436,7 @@ def test_a_failure_is_recorded_and_shown_without_secrets(
     folder = write_run(tmp_path)
     point = folder.run().points()[-1]
 
-    def fail(*_: object) -> Played:
+    def fail(*_: object) -> list[Played]:
         raise EngineError(said)
 
     trials = Script(folder, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,12 +59,13 @@ class NotedTrials(Trials):
         )
         self.noted, self.engines = engines.noted, engines
 
-    def play(self, point: Point, repeat: int) -> None:
-        if point.variant.name == self.engines.interrupted_at:
-            raise KeyboardInterrupt
-        self.noted.append(str(repeat))
-        start = self.engines.starts[point.variant.name] if self._in_turn else None
-        self._write(point, TrialResult(point=point.key, repeat=repeat, start=start))
+    def play(self, point: Point, repeat: int, beside: Sequence[Point] = ()) -> None:
+        for each in (point, *beside):
+            if each.variant.name == self.engines.interrupted_at:
+                raise KeyboardInterrupt
+            self.noted.append(str(repeat))
+            start = self.engines.starts[each.variant.name] if self._in_turn else None
+            self._write(each, TrialResult(point=each.key, repeat=repeat, start=start))
 
 
 class Noted(Harness):
@@ -448,7 +450,7 @@ def test_the_time_that_remains_counts_the_starts_between_engines(folder: RunFold
     engines: Any = harness.engines
     remaining = list[tuple[int, float]]()
 
-    def play(point: Point, repeat: int) -> None:
+    def play(point: Point, repeat: int, beside: Sequence[Point]) -> None:
         engines.start_s = 100.0 * engines.started
         NotedTrials.play(harness.trials, point, repeat)  # type: ignore[arg-type]
         starts, trial_s = harness.trials.starts_to_come, harness.trials.remaining_s
@@ -456,7 +458,7 @@ def test_the_time_that_remains_counts_the_starts_between_engines(folder: RunFold
         remaining.append((starts, trial_s - harness.trials.remaining_s))
         harness.trials.starts_to_come = starts
 
-    harness.trials.play = play  # type: ignore[method-assign]
+    harness.trials.play = play  # type: ignore[method-assign,assignment]
     harness.play_lab()
     assert remaining == [pair for starts in (3, 2, 1, 0) for pair in [(starts, 100.0 * starts)] * 2]
     harness.groups = [list(harness.setup.lab.variants)]
