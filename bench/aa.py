@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -20,6 +21,7 @@ from bench.clock import Clock
 from bench.console import aim, console
 from labs.filing.results import MachineFile, RunFolder, write_json
 from labs.judging.judge import CONFIDENCE, Caveat, Judgement, judge
+from labs.judging.measure import influences
 from labs.judging.metrics import measure as figures_of
 from labs.judging.validity import caveats_of
 from labs.telling import instruments
@@ -90,6 +92,7 @@ def judged_in_blocks(folder: RunFolder, repeats: int) -> list[list[Judgement]]:
     run = folder.run()
     lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
     expected, sampling = run.expected(predictions), folder.sampling(points, lab)
+    moved: dict[str, dict[int, dict[str, dict[int, float]]]] = defaultdict(dict)
     values: dict[int, dict[str, dict[int, dict[str, float | None]]]] = defaultdict(dict)
     caveats: dict[int, list[Caveat]] = defaultdict(list)
     for point, result, trial in folder.trials(points, lab):
@@ -97,6 +100,8 @@ def judged_in_blocks(folder: RunFolder, repeats: int) -> list[list[Judgement]]:
         if trial is not None:
             values[block].setdefault(point.key, {})[result.repeat] = figures_of(trial)
             caveats[block] += caveats_of(trial, expected)
+            moved[point.key][result.repeat] = influences(trial)
+    sampling = replace(sampling, influences=moved)
     return [
         [
             judge(

@@ -495,6 +495,11 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     in_virtual_time: list[ForecastAtPoint] = []
     # point -> mean and peak share of the KV cache, each the mean over repeats, if it was forecast
     kv_use: Annotated[dict[str, KvUse], Field(exclude_if=lambda use: not use)] = {}
+    # point -> repeat -> metric -> request: by how much it moves the figure's logarithm, where
+    # requests of several engines took turns
+    influences: Annotated[
+        dict[str, dict[int, dict[str, dict[int, float]]]], Field(exclude_if=lambda of: not of)
+    ] = {}
     answers: dict[str, str] = {}  # id of a question -> this run's answer to it
     machine_speed: MachineSpeed | None = None  # by the reference steps; None in older runs
     caveats: list[Caveat]
@@ -520,6 +525,8 @@ class Undecided(BaseModel, frozen=True, extra="forbid"):
     """Names the points of claims that were undecided after the lab's own repeats."""
 
     points: tuple[str, ...]
+    # no time was left for more repeats, whatever the figures said, so the lab looked only once
+    once: Annotated[bool, Field(exclude_if=lambda once: not once)] = False
 
 
 class Residency(BaseModel, frozen=True, extra="forbid"):
@@ -729,7 +736,9 @@ class RunFolder:
                 start = 1 + (session.there_and_back and result.repeat > lab.repeats // 2)
             if start is not None:
                 starts.setdefault(result.point, {})[result.repeat] = start
-        return Sampling(looks=lab.looks, starts=starts, beside=beside)
+        undecided = self.undecided()
+        looks = 1 if undecided and undecided.once else lab.looks
+        return Sampling(looks=looks, starts=starts, beside=beside)
 
     def trials(
         self, points: list[Point], lab: Lab

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from labs.filing.results import Predictions, Run, RunFolder, Summary
@@ -11,6 +11,7 @@ from labs.judging.judge import (
     Caveat,
     Effect,
     ForecastAtPoint,
+    Influences,
     Interval,
     Judgement,
     Sampling,
@@ -34,6 +35,7 @@ class Context:
     points: list[Point]
     values: Mapping[str, Repeats]
     caveats: Sequence[Caveat] = ()
+    influences: Mapping[str, Influences] = field(default_factory=dict)
     computed: dict[Callable[[Context], Any], Any] = field(
         default_factory=dict, init=False, compare=False
     )
@@ -99,7 +101,8 @@ class Context:
 
 
 def _sampling(context: Context) -> Sampling:
-    return context.folder.sampling(context.points, context.lab)
+    sampling = context.folder.sampling(context.points, context.lab)
+    return replace(sampling, influences=context.influences)
 
 
 def _predictions(context: Context) -> Predictions:

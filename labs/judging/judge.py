@@ -8,7 +8,10 @@ the variance of arms that vary differently raises more than 5 false alarms in 10
 so few repeats covers the truth less often than it says.
 
 Where both arms were played together, a request of each in turn, they meet the same machine within a
-second or two. Then they are paired: the interval is Student's, of the mean log ratio of a repeat.
+second or two. Then they are paired, request by request: the unit is a round, in which each engine
+answers the same request, and a round's difference is by how much it moves the log ratio
+(`labs.judging.measure.influences`), what the ratios of repeats differ by included. Where rounds are
+not known, as for what an engine counts, the unit is the repeat.
 
 A lab may look at its figures more than once, to repeat what is undecided. With k looks each look's
 interval has the confidence 1 - (1 - c) / k, so that all of them together cover with confidence c,
@@ -123,6 +126,8 @@ class Effect(BaseModel, frozen=True, extra="forbid"):
 
 
 Starts = Mapping[int, int]  # repeat -> the start of the engine that it was played on
+# of a point: repeat -> metric -> request -> by how much it moves the logarithm of the figure
+Influences = Mapping[int, Mapping[str, Mapping[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class Sampling:
     starts: Mapping[str, Starts] = field(default_factory=dict)  # point -> where engines take turns
     # point -> repeat -> the points whose requests took turns with its own
     beside: Mapping[str, Mapping[int, Sequence[str]]] = field(default_factory=dict)
+    influences: Mapping[str, Influences] = field(default_factory=dict)  # of points beside others
 
     def effect(
         self, values: Mapping[str, Repeats], pair: Sequence[str], metric: str
@@ -146,8 +152,15 @@ class Sampling:
         turns = not one_engine and all(self.starts.get(point) for point in pair)
         starts = [self.starts[point] for point in pair] if turns else []
         shared = arms[0].keys() & arms[1].keys()
-        paired = bool(shared) and all(self._together(pair, repeat) for repeat in shared)
-        return effect(*arms, starts=starts, looks=self.looks, paired=paired)
+        if not shared or not all(self._together(pair, repeat) for repeat in shared):
+            return effect(*arms, starts=starts, looks=self.looks)
+        rounds = {repeat: self._rounds(pair, repeat, metric) for repeat in shared}
+        return effect(*arms, looks=self.looks, rounds=rounds)
+
+    def _rounds(self, pair: Sequence[str], repeat: int, metric: str) -> list[float]:
+        """Return by how much each round moves the log ratio; none where that is not known."""
+        of = [self.influences.get(p, {}).get(repeat, {}).get(metric, {}) for p in pair]
+        return [of[0][request] - of[1][request] for request in of[0].keys() & of[1].keys()]
 
     def _together(self, pair: Sequence[str], repeat: int) -> bool:
         """Tell whether the trials of two points in a repeat were played together.
@@ -312,7 +325,7 @@ def effect(
     *,
     starts: Sequence[Starts] = (),
     looks: int = 1,
-    paired: bool = False,
+    rounds: Mapping[int, Sequence[float]] | None = None,
 ) -> Effect | None:
     """Compute the effect from the repeats of both arms (repeat number -> value).
 
@@ -320,17 +333,18 @@ def effect(
     repeat has 0, the ratio is that of the arithmetic means: by the delta method the logarithm of an
     arm's mean has the variance s^2 / (n mean^2). For counts with a mean of 1 to 10 the interval
     covers in 94 of 100 cases or more, and over three to five repeats mostly in 97 or more, as a
-    simulation shows (`tests/unit/test_intervals.py`). Where the arms were played together they are
-    `paired`: only repeats of both count. Returns None where an arm has no repeat, or 0 in all of
-    them.
+    simulation shows (`tests/unit/test_intervals.py`). `rounds` is given where both arms were
+    played together: by how much each round moves the log ratio of its repeat, if that is known.
+    Returns None where an arm has no repeat, or 0 in all of them.
     """
     arms: list[Mapping[int, float]] = [treatment, baseline]
     if not all(any(arm.values()) for arm in arms):
         return None
     of_means = not all(v > 0 for arm in arms for v in arm.values())
-    if paired and not of_means:
+    if rounds is not None and not of_means:
         shared = treatment.keys() & baseline.keys()
-        return _effect_of_pairs([treatment[r] / baseline[r] for r in shared], looks)
+        logs = {r: math.log(treatment[r] / baseline[r]) for r in shared}
+        return _effect_of_pairs(logs, rounds, looks)
     if not of_means:
         arms = [{r: math.log(v) for r, v in arm.items()} for arm in arms]
     units = [list(arm.values()) for arm in arms]
@@ -370,16 +384,31 @@ def effect(
     return estimate.model_copy(update={"ratio": estimate.interval(CONFIDENCE)})
 
 
-def _effect_of_pairs(ratios: Sequence[float], looks: int) -> Effect:
-    """Compute the effect from the ratio of each pair, with Student's interval of its logarithm."""
-    logs = [math.log(ratio) for ratio in ratios]
-    spread = math.sqrt(_variance(logs, of_means=False)) if len(logs) > 1 else None
-    error, freedom = None, 1.0
-    if spread is not None:
-        error, freedom = _standard_error([(spread**2 / len(logs), len(logs) - 1)])
-    ratio = Interval(value=math.exp(float(np.mean(logs))), low=None, high=None, n=len(logs))
+def _effect_of_pairs(
+    logs: Mapping[int, float], rounds: Mapping[int, Sequence[float]], looks: int
+) -> Effect:
+    """Compute the effect from the log ratio of each repeat, with Student's interval of the mean.
+
+    It rests on all rounds of all repeats. Those of a repeat differ by their own influences, and
+    those of different repeats by what the ratios of these do, too. Requests that come in the same
+    order in every round make differences of neighbouring rounds correlate negatively, never
+    positively, so that the interval is rather too wide (`tests/unit/test_intervals.py`).
+    """
+    mean, repeats = float(np.mean([*logs.values()])), len(logs)
+    units = [*logs.values()]
+    if all(len(rounds.get(repeat, ())) > 1 for repeat in logs):
+        units = [log + moved for repeat, log in logs.items() for moved in rounds[repeat]]
+    error, freedom, spread = None, 1.0, None
+    if repeats > 1:
+        error, freedom = _standard_error([(_variance(units, False) / len(units), len(units) - 1)])
+        spread = error * math.sqrt(repeats)
     estimate = Effect(
-        ratio=ratio, spread=spread, error=error, freedom=freedom, looks=looks, paired=True
+        ratio=Interval(value=math.exp(mean), low=None, high=None, n=repeats),
+        spread=spread,
+        error=error,
+        freedom=freedom,
+        looks=looks,
+        paired=True,
     )
     return estimate.model_copy(update={"ratio": estimate.interval(CONFIDENCE)})
 
@@ -453,7 +482,8 @@ def repeats_to_decide(effect: Effect, margin: float) -> int | None:
         return 3
     size, level = abs(math.log(effect.ratio.value)), 1 - (1 - CONFIDENCE) / effect.looks
     for n in range(effect.ratio.n + 1, MOST_REPEATS + 1):
-        half = _student(n - 1, level) * effect.spread / math.sqrt(n)
+        freedom = effect.freedom * n / effect.ratio.n if effect.paired else n - 1
+        half = _student(freedom, level) * effect.spread / math.sqrt(n)
         if max(half, math.log1p(margin)) < size or size + half < math.log1p(margin):
             return n
     return None

@@ -273,6 +273,37 @@ def output_tokens(record: RequestRecord) -> int:
     return sum(tokens for _, tokens in record.chunks)
 
 
+def influences(trial: Trial) -> dict[str, dict[int, float]]:
+    """Compute by how much each counted request moves the logarithm of a figure, by its index.
+
+    The variance of these over n requests, divided by n, is that of the figure's logarithm (the
+    empirical influence function: Hampel 1974). For a mean it is x_i / mean - 1, for a rate over
+    complete cycles the difference of that of its amount and that of its cycle. Only of trials whose
+    requests took turns with those of other engines, and of answers that come one by one.
+    """
+    requests = trial.measured_requests
+    if not trial.beside or trial.point.workload.choices > 1 or not trial.complete_cycles:
+        return {}
+    samples_s = {
+        "ttft_mean_s": {r.index: r.ttft_s for r in requests},
+        "tpot_mean_s": {r.index: r.tpot_s for r in requests},
+    }
+    found = {metric: _relative(of) for metric, of in samples_s.items()}
+    tokens = _relative({r.index: float(output_tokens(r)) for r in requests})
+    cycles = _relative({r.index: cycle_s(r) for r in requests})
+    found["output_tokens_per_s"] = {i: tokens[i] - cycles[i] for i in tokens.keys() & cycles.keys()}
+    return {metric: of for metric, of in found.items() if of}
+
+
+def _relative(values: Mapping[int, float | None]) -> dict[int, float]:
+    """Compute how far each value lies from their mean, as a share of it; none where one lacks."""
+    known = {i: value for i, value in values.items() if value is not None}
+    average = mean([*known.values()])
+    if len(known) < len(values) or not average:
+        return {}
+    return {i: round(value / average - 1, 6) for i, value in known.items()}
+
+
 def output_tokens_per_s(trial: Trial) -> float | None:
     """Output tokens/s: of complete cycles, and in an open loop of those that arrive in the window.
 

@@ -235,12 +235,19 @@ class Harness:
         """Repeat the points of claims that are undecided after the lab's own repeats.
 
         All get the same further repeats, up to the lab's `most_repeats` and none that would end
-        after `until` on the monotonic clock; the verdicts that follow are the second look. Raises
-        TimeUsedUp where the call's own time ends first: the next call continues with them.
+        after `until` on the monotonic clock; the verdicts that follow are the second look. Where no
+        time is left for another repeat of any claim, that is settled before the figures are looked
+        at, so that the lab looks once. Raises TimeUsedUp where the call's own time ends first: the
+        next call continues with them.
         """
         lab = self.setup.lab
         further = range(lab.repeats + 1, lab.rounds + 1)
-        points = self._undecided() if further else []
+        if not further:
+            return
+        if self.folder.undecided() is None and not self._has_time(until):
+            write_json(self.folder.path / "undecided.json", Undecided(points=(), once=True))
+            self.progress.message(f"The stated time is used up (most_s={lab.most_s:g})")
+        points = self._undecided()
         if not points:
             return
         self.progress.message(
@@ -262,6 +269,12 @@ class Harness:
             for number, (group, of_group) in enumerate(trials, 1):
                 self.trials.starts_to_come = self._starts_of(trials[number:])
                 self.play_trials(group, of_group, probe=bool(of_group))
+
+    def _has_time(self, until: float) -> bool:
+        """Tell whether one more repeat of the two points of a claim could end until then."""
+        self.trials.expect(2)
+        self.trials.starts_to_come = 0
+        return time.monotonic() + self.trials.remaining_s <= until
 
     def _undecided(self) -> list[Point]:
         """Return the points of claims that were undecided after the lab's own repeats.

@@ -93,10 +93,16 @@ def covers(lab: Lab, session: Session | None, judgements: Sequence[Judgement]) -
     if pairs := sum(j.effect is not None and j.effect.paired for j in judgements):
         parts.append(
             f"In {counted(pairs, 'claim')} the requests of both sides took turns, so that they are"
-            " compared in pairs, repeat by repeat."
+            " compared in pairs, request by request."
         )
-    if lab.looks > 1:
-        level, held = (1 - (1 - share) / lab.looks for share in (CONFIDENCE, TWO_ONE_SIDED))
+    looks = max((j.effect.looks for j in judgements if j.effect), default=lab.looks)
+    if looks < lab.looks:
+        parts.append(
+            "After these repeats no time was left for more, whatever the figures said, so the lab"
+            " judged its claims once."
+        )
+    if looks > 1:
+        level, held = (1 - (1 - share) / looks for share in (CONFIDENCE, TWO_ONE_SIDED))
         parts.append(
             "The lab may judge its claims twice. So that both looks together keep to the stated"
             f" confidence, an interval of {CONFIDENCE:.0%} is taken at {level:.1%}, and one of"

@@ -39,9 +39,8 @@ def draw(
     folder: RunFolder, lab: Lab, points: Sequence[Point], summary: Summary, save: bool = True
 ) -> list[Figure]:
     """Draw the lab's plots into the run's folder, unless it has them already."""
-    context = Context(
-        folder, folder.run(), lab, list(points), summary.measurements, summary.caveats
-    )
+    figures_of, caveats, influences = summary.measurements, summary.caveats, summary.influences
+    context = Context(folder, folder.run(), lab, list(points), figures_of, caveats, influences)
     run, figures = JudgedRun.of(context, summary), []
     for name, draw_one in _drawn(lab).items():
         caption = draw_one(run)

@@ -16,6 +16,7 @@ from labs.findings.parts import answers, parts_of
 from labs.judging import dose
 from labs.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, over_repeats
 from labs.judging.machine_speed import MachineSpeed, machine_speed
+from labs.judging.measure import influences
 from labs.judging.metrics import METRICS, measure, pooled_latencies, pooled_percentiles
 from labs.judging.validity import (
     SERVER_BUSY,
@@ -42,6 +43,7 @@ class _Measured:
     failed: dict[str, str]  # trial -> reason
     machine_speed: MachineSpeed | None
     measured_again: dict[str, list[str]]  # trial -> why each attempt was discarded
+    influences: dict[str, dict[int, dict[str, dict[int, float]]]]
 
 
 def summarise(folder: RunFolder) -> Summary:
@@ -117,7 +119,7 @@ def computed(folder: RunFolder) -> Summary:
         for claim in lab.claims
         for t, b in lab.pairs(claim, points)
     ]
-    context = Context(folder, run, lab, points, values, caveats)
+    context = Context(folder, run, lab, points, values, caveats, measured.influences)
     conclusions = parts_of(lab.name).findings
     summary = Summary(
         measurements=values,
@@ -142,6 +144,7 @@ def computed(folder: RunFolder) -> Summary:
         ],
         in_virtual_time=_beside_forecasts(predictions, values),
         kv_use=_kv_use(folder, lab, points, predictions),
+        influences=measured.influences,
         findings=[conclusions[name].finding(context) for name in lab.findings],
         caveats=[*caveats, *(caveat for *_, own in pairs for caveat in own)],
         failed=measured.failed,
@@ -181,6 +184,7 @@ def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expecte
     failed: dict[str, str] = {}
     again: dict[str, list[str]] = {}
     timed, found = [], dict[str, list[dose.CacheHits]]()
+    moved = dict[str, dict[int, dict[str, dict[int, float]]]]()
     for point, result, trial in folder.trials(points, lab):
         if result.discarded:
             again[f"{point.key}/{result.repeat}"] = [", ".join(d.reasons) for d in result.discarded]
@@ -191,6 +195,8 @@ def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expecte
         for latency in pooled_latencies():
             of_point = samples_s.setdefault(point.key, {})
             of_point.setdefault(latency, array("d")).extend(trial.samples_s(latency))
+        if of_trial := influences(trial):
+            moved.setdefault(point.key, {})[result.repeat] = of_trial
         caveats += caveats_of(trial, expected)
         if in_cache := dose.cache_hits(trial, expected.template_tokens):
             found.setdefault(point.key, []).append(in_cache)
@@ -207,7 +213,7 @@ def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expecte
     caveats += speed_jumped(timed)
     caveats += [c for p in points for c in first_trial_slow(values[p.key], p.key)]
     caveats = _each_once([*caveats, *_of_the_whole(folder.run(), lab, folder.session())])
-    return _Measured(values, samples_s, caveats, failed, machine_speed(timed), again)
+    return _Measured(values, samples_s, caveats, failed, machine_speed(timed), again, moved)
 
 
 def _beside_forecasts(

@@ -15,6 +15,7 @@ from labs.judging.judge import (
     TWO_ONE_SIDED,
     Caveat,
     Effect,
+    Influences,
     Interval,
     Judgement,
     PredictionOutcome,
@@ -71,14 +72,18 @@ def test_effect_is_the_ratio_of_the_geometric_means() -> None:
     assert (measured.ratio.n, measured.spread) == pytest.approx((3, stdev(logs)))
 
 
+SLOW = {1: 1.0, 2: 2.0, 3: 1.1}  # the machine is half as fast in the second repeat
+TREATED = {
+    r: slow * ratio for (r, slow), ratio in zip(SLOW.items(), (1.19, 1.20, 1.21), strict=True)
+}
+
+
 def test_arms_that_were_played_together_are_paired() -> None:
-    """The machine is half as fast in the second repeat, which their ratio does not show."""
-    slow, ratios = {1: 1.0, 2: 2.0, 3: 1.1}, {1: 1.19, 2: 1.20, 3: 1.21}
-    treatment = {r: slow[r] * ratio for r, ratio in ratios.items()}
-    apart, found = effect(treatment, slow), effect(treatment, slow, paired=True)
+    """What the machine's speed does to both, their ratio does not show."""
+    apart, found = effect(TREATED, SLOW), effect(TREATED, SLOW, rounds={})
     assert apart
     assert found
-    logs = [math.log(ratio) for ratio in ratios.values()]
+    logs = [math.log(ratio) for ratio in (1.19, 1.20, 1.21)]
     half = T2 * stdev(logs) / math.sqrt(3)
     assert found.ratio.value == pytest.approx(apart.ratio.value)
     assert (found.ratio.low, found.ratio.high) == pytest.approx(
@@ -89,15 +94,39 @@ def test_arms_that_were_played_together_are_paired() -> None:
     assert "paired" not in apart.model_dump()
     assert apart.ratio.low
     assert apart.ratio.low < 0.6
-    alone = effect({1: 2.0}, {1: 1.0, 2: 9.0}, paired=True)
+    alone = effect({1: 2.0}, {1: 1.0, 2: 9.0}, rounds={1: [0.1, -0.1]})
     assert alone
     assert alone.ratio == make_ratio(2.0, None, None).model_copy(update={"n": 1})
+
+
+def test_their_interval_rests_on_all_rounds() -> None:
+    rounds = {r: (-0.02, 0.0, 0.02) for r in SLOW}
+    found = effect(TREATED, SLOW, rounds=rounds)
+    assert found
+    logs = [math.log(ratio) for ratio in (1.19, 1.20, 1.21)]
+    units = [log + moved for log in logs for moved in (-0.02, 0.0, 0.02)]
+    half = 2.306004 * stdev(units) / 3  # Student's, of 8 degrees of freedom
+    assert found.freedom == 8
+    assert found.ratio.value == pytest.approx(math.exp(fmean(logs)))
+    assert found.ratio.high == pytest.approx(math.exp(fmean(logs) + half))
+    del rounds[2]  # then the unit is the repeat
+    assert effect(TREATED, SLOW, rounds=rounds) == effect(TREATED, SLOW, rounds={})
+
+
+def test_more_repeats_bring_more_rounds() -> None:
+    """So fewer of them are needed than where a repeat is the unit."""
+    rounds = {r: (-0.08, -0.04, 0.04, 0.08) for r in SLOW}
+    equal = {r: slow * 1.001 for r, slow in SLOW.items()}
+    found = effect(equal, SLOW, rounds=rounds)
+    assert found
+    apart = found.model_copy(update={"paired": False})
+    assert (repeats_to_decide(found, MARGIN), repeats_to_decide(apart, MARGIN)) == (4, 5)
 
 
 def test_where_a_repeat_has_0_arms_are_not_paired() -> None:
     """It has no logarithm."""
     arms = {1: 0.0, 2: 3.0, 3: 2.0}, {1: 1.0, 2: 2.0, 3: 2.0}
-    assert effect(*arms, paired=True) == effect(*arms)
+    assert effect(*arms, rounds={}) == effect(*arms)
 
 
 @pytest.mark.parametrize(
@@ -112,16 +141,20 @@ def test_where_a_repeat_has_0_arms_are_not_paired() -> None:
 def test_they_are_paired_where_they_were_played_together_in_every_repeat(
     beside: dict[int, tuple[str, ...]], paired: bool
 ) -> None:
+    metric, pair = "tpot_mean_s", ("b/w/l", "a/w/l")
     values: dict[str, Any] = {
-        "a/w/l": {1: {"tpot_mean_s": 1.0}, 2: {"tpot_mean_s": 2.0}},
-        "b/w/l": {1: {"tpot_mean_s": 1.1}, 2: {"tpot_mean_s": 2.1}, 3: {"tpot_mean_s": 9.0}},
+        "a/w/l": {1: {metric: 1.0}, 2: {metric: 2.0}},
+        "b/w/l": {1: {metric: 1.1}, 2: {metric: 2.1}, 3: {metric: 9.0}},
     }
     both = {"a/w/l": {1: ("b/w/l",), 2: ("b/w/l",)}}
-    sampling = Sampling(beside={"b/w/l": beside, **both})
-    found = sampling.effect(values, ("b/w/l", "a/w/l"), "tpot_mean_s")
+    of = {r: {metric: {4: -0.1, 5: 0.0, 6: 0.1}} for r in (1, 2)}
+    others = {r: {metric: {5: 0.2, 6: 0.1, 7: 0.0}} for r in (1, 2)}  # of two requests in common
+    influences: dict[str, Influences] = {"b/w/l": of, "a/w/l": others}
+    sampling = Sampling(beside={"b/w/l": beside, **both}, influences=influences)
+    found = sampling.effect(values, pair, metric)
     assert found
-    assert found.paired == paired
-    one_sided = Sampling(beside={"b/w/l": beside}).effect(values, ("b/w/l", "a/w/l"), "tpot_mean_s")
+    assert (found.paired, found.freedom == 3) == (paired, paired)
+    one_sided = Sampling(beside={"b/w/l": beside}).effect(values, pair, metric)
     assert one_sided
     assert not one_sided.paired  # the other was played anew later
 
