@@ -11,6 +11,7 @@ from labs.judging.measure import (
     OtherWork,
     Trial,
     expected_pieces,
+    influences,
     output_tokens_per_s,
     percentile,
     percentiles,
@@ -18,7 +19,7 @@ from labs.judging.measure import (
 )
 from labs.judging.metrics import METRICS, measure, trial_metrics
 from loadtests.records import RequestRecord
-from loadtests.workload import Intruder
+from loadtests.workload import Intruder, Samples
 from serving import metrics
 from serving.metrics import PREFIX_HITS, PREFIX_QUERIES, TTFT, Histogram, Snapshot
 from serving.telemetry import Sample
@@ -319,3 +320,55 @@ def test_as_many_pieces_as_the_budget_leaves_beside_the_streams(budget: int, pie
         intruder=Intruder(prompt_tokens=96),
     )
     assert expected_pieces(point) == pieces
+
+
+def in_turn() -> Trial:
+    """Three requests of one user, 10 s apart, of 2 to 4 tokens, beside those of another engine."""
+    found = [
+        make_record(
+            [(10 * i + 0.2 + 0.1 * i, 1), (10 * i + 1.0 + 0.1 * i, 1 + i)],
+            sent_s=10 * i, index=i, end_s=10 * i + 1.0 + 0.1 * i,
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    trial = make_trial(found, window_s=(0, 30), answered_under_load=True)
+    return replace(trial, beside=("on/short/concurrent-1",))
+
+
+def test_what_a_request_moves_a_figure_by() -> None:
+    """Less each request in turn, a figure changes by that, in the first order."""
+    trial = in_turn()
+    found = influences(trial)
+    ttfts_s = [0.2, 0.3, 0.4]
+    assert found["ttft_mean_s"] == {i: round(s / 0.3 - 1, 6) for i, s in enumerate(ttfts_s)}
+    tokens, cycles_s = [2, 3, 4], [1.0, 1.1, 1.2]
+    assert found["output_tokens_per_s"] == pytest.approx(
+        {i: k / 3 - s / 1.1 for i, (k, s) in enumerate(zip(tokens, cycles_s, strict=True))},
+        abs=2e-6,
+    )
+    assert set(found) == {"ttft_mean_s", "tpot_mean_s", "output_tokens_per_s"}
+    assert all(sum(of.values()) == pytest.approx(0, abs=1e-5) for of in found.values())
+
+
+def test_it_is_told_only_where_requests_took_turns() -> None:
+    assert influences(replace(in_turn(), beside=())) == {}
+    several = make_point(samples=Samples(count=2, together=True, temperature=0.8))
+    assert influences(replace(in_turn(), point=several)) == {}
+
+
+def test_a_figure_that_a_request_lacks_is_moved_by_none() -> None:
+    """As TPOT, of a completion of one token."""
+    one = make_record([(25.0, 1)], sent_s=24.0, index=3)
+    trial = in_turn()
+    found = influences(replace(trial, records=[*trial.records, one]))
+    assert set(found) == {"ttft_mean_s", "output_tokens_per_s"}
+
+
+def test_rates_leave_out_the_pauses_in_which_others_are_served() -> None:
+    """Nine tokens in cycles of 3.3 s, not in a window of 30."""
+    assert measure(in_turn())["output_tokens_per_s"] == pytest.approx(9 / 3.3, rel=0.02)
+
+
+def test_energy_is_not_told_apart_where_requests_took_turns() -> None:
+    """The run keeps no samples then: what the processors used, they used for all engines."""
+    assert measure(in_turn())["joules_per_token"] is None

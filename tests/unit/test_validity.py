@@ -422,6 +422,19 @@ def test_an_engine_that_slows_along_the_window_is_noticed(factor: float, names: 
     assert [c.name for c in caveats] == names
 
 
+@pytest.mark.parametrize(
+    ("factor", "names"), [(1.0, []), (1.1, []), (1.5, ["trend in the window"])]
+)
+def test_it_is_noticed_where_requests_take_turns_too(factor: float, names: list[str]) -> None:
+    """Four of five requests went to other engines, so that tenths of the window have no step."""
+    found = [replace(r, index=i) for i, r in enumerate(slowing(factor)[::5])]
+    trial = make_trial(found, engine=make_engine(found, True))
+    apart = {c.name for c in caveats_of(trial, Expected())}
+    together = replace(trial, beside=("on/short/concurrent-1",))
+    assert [c.name for c in caveats_of(together, Expected())] == names
+    assert "trend not checked" in apart
+
+
 def speed_at(at: float, factor: float) -> float:
     """By how much longer a step takes after so much of the window from 10 to 20 s."""
     return math.exp(math.log(factor) * (at - 10) / 10)
