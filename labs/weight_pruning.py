@@ -22,8 +22,8 @@ more first multiply perplexity by over 1.10.
 That the speed is the same is claimed within 15%. The question is whether the engine leaves zeros
 out: a kernel that did would take about 0.66 times as long for 2:4 with the bundled model, by its
 bytes, and one that reached half of that gain 0.81 times (its square root). A ratio within 15% of 1,
-which is 0.87 to 1.15, excludes both. To show an equal TPOT within 5%, as where a setting is chosen,
-would take 85 repeats and more by the spread of the runs on file, and would answer no more.
+which is 0.87 to 1.15, excludes both. To show equality within 5%, as where a setting is chosen,
+would take many more repeats with 16 in flight, and would answer no more.
 
 Turn: the sparsity (`variants.wanda-50.weights=wanda-30`: 10 to 70, or 2-4, by either method), the
 batch (`workloads.decode.loads`).

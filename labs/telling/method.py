@@ -92,8 +92,8 @@ def covers(lab: Lab, session: Session | None, judgements: Sequence[Judgement]) -
         parts.append("Each engine was started once: differences between starts are not covered.")
     if pairs := sum(j.effect is not None and j.effect.paired for j in judgements):
         parts.append(
-            f"In {counted(pairs, 'claim')} the requests of both sides took turns, so that they are"
-            " compared in pairs, request by request."
+            f"In {counted(pairs, 'claim')} the requests of both sides took turns: they are"
+            " compared in pairs, request by request, by Student's interval in the place of Welch's."
         )
     looks = max((j.effect.looks for j in judgements if j.effect), default=lab.looks)
     if looks < lab.looks:

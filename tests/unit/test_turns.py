@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from labs.filing.results import PointForecasts, RunFolder, Session, TrialResult, write_json
+from labs.filing.results import (
+    PointForecasts,
+    RunFolder,
+    Session,
+    TrialResult,
+    Undecided,
+    write_json,
+)
 from labs.lab import Point, Variant
 from labs.running import run as running
 from labs.running.clock import PROBE_S, Clock, TimeUsedUp
@@ -341,12 +348,50 @@ def test_undecided_points_are_repeated_in_turn_too(
     )
     assert harness.goes(2) == "off 1 1 2 2 on 1 1 2 2"
     harness.noted.clear()
-    harness.repeat_undecided(until=time.monotonic())
-    assert not harness.noted  # its time is used up
+    engines: Any = harness.engines
+    engines.start_s = 100.0 * engines.started
+    harness.repeat_undecided(until=time.monotonic() + 2 * (1 + 4 + PER_TRIAL_S) + 1)
+    assert not harness.noted  # it is enough for two trials, but not for engine starts as well
     assert harness.steps[-1] == "The stated time is used up (most_s=420)"
     harness.repeat_undecided(until=time.monotonic() + 1000)
     assert " ".join(harness.noted) == "off 3 on 3 on 4 off 4"
     assert written == [[3], [4]]
+    assert folder.sampling(harness.setup.points, harness.setup.lab).looks == 2
+
+
+@pytest.mark.usefixtures("written")
+def test_where_no_time_is_left_for_any_repeat_the_lab_looks_once_whatever_it_would_see(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Intervals are then as wide as one look demands, so that there must never be another."""
+    set_lab(folder, most_repeats=4)
+    harness = Noted(folder)
+    harness.goes(2)
+    harness.noted.clear()
+
+    def look(_: RunFolder) -> None:
+        raise AssertionError("the figures were looked at")
+
+    monkeypatch.setattr("labs.running.harness.summarise", look)
+    lab, points = harness.setup.lab, harness.setup.points
+    assert folder.sampling(points, lab).looks == 2
+    harness.repeat_undecided(until=time.monotonic() + 1)
+    assert harness.steps[-1] == "The stated time is used up (most_s=420)"
+    assert folder.sampling(points, lab).looks == 1
+    harness.repeat_undecided(until=time.monotonic() + 1000)  # when the run is resumed
+    assert not harness.noted
+
+
+def test_a_lab_that_looked_once_says_so(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, most_repeats=4)
+    said = "no time was left for more, whatever the figures said, so the lab judged its claims once"
+    told = list[tuple[int, bool]]()
+    for once in (False, True):
+        write_json(folder.path / "undecided.json", Undecided(points=(), once=once))
+        looks = {j.effect.looks for j in summarise(folder).judgements if j.effect}
+        text = " ".join(report.write(folder).read_text().split())
+        told.append((*looks, said in text))  # type: ignore[arg-type]
+    assert told == [(2, False), (1, True)]
 
 
 @pytest.mark.usefixtures("written")
