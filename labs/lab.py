@@ -561,7 +561,12 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         return lab._keeping(**kept)
 
     def _in_float32(self) -> Lab:
-        """Serve in float32, with twice the memory for keys and values: as many tokens fit."""
+        """Serve in float32, with twice the memory for keys and values: as many tokens fit.
+
+        A lab that was resolved so before is left as it is.
+        """
+        if ENGINES[DEFAULT_ENGINE].in_float32.items() <= self.flags.items():
+            return self
 
         def widened(flags: Flags) -> Flags:
             memory = {KV_MEMORY: 2 * int(str(flags[KV_MEMORY]))} if KV_MEMORY in flags else {}

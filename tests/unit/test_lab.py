@@ -863,6 +863,14 @@ def test_in_float32_as_many_tokens_fit_as_in_bf16(name: str) -> None:
             assert after.flags.kv_cache_memory_bytes == 2 * before.flags.kv_cache_memory_bytes
 
 
+def test_a_lab_that_is_resolved_again_for_float32_stays_as_it_is() -> None:
+    """As for the dials of the pages, which change one setting of a resolved lab."""
+    for name, lab in LABS.items():
+        once = lab.at(models.CPU_FP32, False)
+        again = once.model_copy(update={"scales": {}, "quick": {}}).at(models.CPU_FP32, False)
+        assert (again.flags, again.variants) == (once.flags, once.variants), name
+
+
 def test_a_reader_may_serve_in_bf16_nevertheless() -> None:
     changed = LABS["single-stream"].at(models.CPU_FP32, False, {"flags.dtype": "bfloat16"})
     assert changed.value_bytes == 2
