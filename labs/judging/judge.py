@@ -8,10 +8,10 @@ the variance of arms that vary differently raises more than 5 false alarms in 10
 so few repeats covers the truth less often than it says.
 
 Where both arms were played together, a request of each in turn, they meet the same machine within a
-second or two. Then they are paired, request by request: the unit is a round, in which each engine
-answers the same request, and a round's difference is by how much it moves the log ratio
-(`labs.judging.measure.influences`), what the ratios of repeats differ by included. Where rounds are
-not known, as for what an engine counts, the unit is the repeat.
+second or two. Then they are paired, request by request. The unit is a round, in which each engine
+answers the same request. Its value is the log ratio of its repeat and what the round itself adds to
+that (`labs.judging.measure.influences`). Where rounds are not known, as for what an engine counts,
+the unit is the repeat.
 
 A lab may look at its figures more than once, to repeat what is undecided. With k looks each look's
 interval has the confidence 1 - (1 - c) / k, so that all of them together cover with confidence c,
@@ -389,10 +389,9 @@ def _effect_of_pairs(
 ) -> Effect:
     """Compute the effect from the log ratio of each repeat, with Student's interval of the mean.
 
-    It rests on all rounds of all repeats. Those of a repeat differ by their own influences, and
-    those of different repeats by what the ratios of these do, too. Requests that come in the same
-    order in every round make differences of neighbouring rounds correlate negatively, never
-    positively, so that the interval is rather too wide (`tests/unit/test_intervals.py`).
+    It rests on all rounds of all repeats. The engines are asked in the same order in every round,
+    so that the differences of neighbouring rounds correlate negatively, never positively: the
+    interval is rather too wide than too narrow (`tests/unit/test_intervals.py`).
     """
     mean, repeats = float(np.mean([*logs.values()])), len(logs)
     units = [*logs.values()]

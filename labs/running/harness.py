@@ -244,7 +244,7 @@ class Harness:
         further = range(lab.repeats + 1, lab.rounds + 1)
         if not further:
             return
-        if self.folder.undecided() is None and not self._has_time(until):
+        if self.folder.undecided() is None and not self._goes_on() and not self._has_time(until):
             write_json(self.folder.path / "undecided.json", Undecided(points=(), once=True))
             self.progress.message(f"The stated time is used up (most_s={lab.most_s:g})")
         points = self._undecided()
@@ -270,6 +270,11 @@ class Harness:
                 self.trials.starts_to_come = self._starts_of(trials[number:])
                 self.play_trials(group, of_group, probe=bool(of_group))
 
+    def _goes_on(self) -> set[str]:
+        """Name the points of which more than the lab's own repeats are on file."""
+        again = self.setup.lab.repeats + 1
+        return {p.key for p in self.setup.points if self.folder.trial_result(p, again)}
+
     def _has_time(self, until: float) -> bool:
         """Tell whether one more repeat of the two points of a claim could end until then."""
         self.trials.expect(2)
@@ -282,10 +287,9 @@ class Harness:
         The choice is kept: a resumed run goes on with the same points, so that no run looks more
         often than twice. Where it was not, a run goes on with those that have more repeats on file.
         """
-        points, again = self.setup.points, self.setup.lab.repeats + 1
+        points = self.setup.points
         if (chosen := self.folder.undecided()) is None:
-            keys = {p.key for p in points if self.folder.trial_result(p, again)}
-            if not keys:
+            if not (keys := self._goes_on()):
                 summary = summarise(self.folder)
                 keys = {
                     key

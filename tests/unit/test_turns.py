@@ -463,6 +463,9 @@ def test_a_resumed_run_goes_on_with_the_points_it_had_gone_on_with(folder: RunFo
     point = harness.setup.points[0]
     harness.play_trials([point.variant], [(point, 3)], probe=True)
     harness.noted.clear()
+    harness.repeat_undecided(until=time.monotonic())
+    assert not harness.noted
+    assert folder.sampling(harness.setup.points, harness.setup.lab).looks == 2
     harness.repeat_undecided(until=time.monotonic() + 1000)
     assert " ".join(harness.noted) == "off 4"
 
