@@ -6,8 +6,8 @@ a cache, a gated MLP), launched operation by operation on a CPU, so that the cos
 the figures. On a GPU the operations are recorded as a CUDA graph and replayed, as vLLM replays its
 steps; its compiled kernels do several of these operations at once, so that a small step of it may
 take less. All layers have weights of their own, so that no cache holds them. Each size is timed
-several times, in turn with all others, and the least is kept: other work can only add time. How far
-the middle time lies above it tells how much the machine's speed wanders, and widens the forecast.
+several times, in turn with all others, and the middle time is kept, since the machine's speed wanders and
+an engine cannot choose its moments. How far the middle lies above the least widens the forecast.
 
 On a CPU the projections and the reading of the cache are vLLM's own operators
 (`serving/forecasting/kernels.py`): torch's take another time, and it has none for quantized weights
@@ -369,11 +369,11 @@ def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
         if plans[0].device == "cuda":
             series = [[recorded(work) for work in works] for works in series]
         times_s = timed(series, passes, wait)
-    least = iter([[min(seconds) for seconds in works] for works in times_s])
-    linear_s = list(itertools.islice(least, len(timed_once)))
-    head_s = list(itertools.islice(least, len(timed_once)))
-    read_s = list(itertools.islice(least, len(plans)))
-    pair_s = list(least)
+    usual = iter([[median(seconds) for seconds in works] for works in times_s])
+    linear_s = list(itertools.islice(usual, len(timed_once)))
+    head_s = list(itertools.islice(usual, len(timed_once)))
+    read_s = list(itertools.islice(usual, len(plans)))
+    pair_s = list(usual)
     wander = wander_of(itertools.chain(*times_s))
     part, whole = (n * (n + 1) / 2 for n in prompts)
     return [

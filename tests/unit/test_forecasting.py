@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -316,21 +317,45 @@ def test_all_works_take_turns_so_that_a_slow_moment_meets_none_in_all_its_passes
     assert order == ["a", "b"] * 3
 
 
-def test_a_machine_whose_speed_wanders_widens_the_slow_end_of_the_band() -> None:
+def test_the_middle_of_several_times_counts_since_an_engine_cannot_choose_its_moments(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch = SimpleNamespace(inference_mode=contextlib.nullcontext)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(timing, "Decoder", Mock())
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    series_s = [  # of layers, head, reading and prefill, two sizes each
+        [[4.0, 1.0, 5.0], [9.0, 8.0, 3.0]],
+        [[1.0, 2.0, 3.0], [1.0, 2.0, 9.0]],
+        [[1.0, 0.5, 9.0], [2.0, 2.0, 2.0]],
+        [[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]],
+    ]
+    monkeypatch.setattr(timing, "timed", lambda *_: series_s)
+    plan = timing.TimingPlan(config=config, device="cpu", tokens=(1, 2), rows=(1, 4))
+    (times,) = timing.measure([plan])
+    assert times.linear_s == (4.0, 8.0)
+    assert times.head_s == (2.0, 2.0)
+    contexts = timing.LONG_CONTEXT_TOKENS - timing.CONTEXT_TOKENS
+    assert times.attention_read_s == pytest.approx(1.0 / contexts)
+
+
+def test_a_machine_whose_speed_wanders_widens_the_band() -> None:
     assert timing.wander_of([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [1.0, 9.0]]) == 1.0
     assert timing.wander_of([[1.0]]) == 1.0
     wander = timing.wander_of([[1.0, 1.5, 2.0], [2.0, 3.0, 3.0]])
     assert wander == 1.5
     steady, unsteady = TIMES, TIMES.model_copy(update={"wander": wander})
-    for times, slowest in ((steady, MOST_OF_STAND_IN), (unsteady, 1.5 * MOST_OF_STAND_IN)):
-        expected, faster, slower = ends_of_band(times)
+    for times, spread, apart in (
+        (steady, 1.0, 1.0),
+        (unsteady, 1.0, 1.5),
+        (unsteady, 1.7, 1.7),  # more than within the timing
+        (unsteady, 1.2, 1.5),
+    ):
+        expected, faster, slower = ends_of_band(times, spread)
         assert expected.linear_s == TIMES.linear_s
-        assert faster.linear_s[0] == pytest.approx(LEAST_OF_STAND_IN * TIMES.linear_s[0])
-        assert slower.linear_s[0] == pytest.approx(slowest * TIMES.linear_s[0])
-    _, faster, slower = ends_of_band(unsteady, spread=1.7)  # more than within the timing
-    assert faster.linear_s[0] == pytest.approx(LEAST_OF_STAND_IN / 1.7 * TIMES.linear_s[0])
-    assert slower.linear_s[0] == pytest.approx(MOST_OF_STAND_IN * 1.7 * TIMES.linear_s[0])
-    assert ends_of_band(unsteady, spread=1.2)[2] == ends_of_band(unsteady)[2]
+        assert faster.linear_s[0] == pytest.approx(LEAST_OF_STAND_IN / apart * TIMES.linear_s[0])
+        assert slower.linear_s[0] == pytest.approx(MOST_OF_STAND_IN * apart * TIMES.linear_s[0])
 
 
 def test_plans_that_differ_in_the_cache_alone_share_the_timing_of_their_layers() -> None:
