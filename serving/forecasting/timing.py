@@ -6,8 +6,8 @@ a cache, a gated MLP), launched operation by operation on a CPU, so that the cos
 the figures. On a GPU the operations are recorded as a CUDA graph and replayed, as vLLM replays its
 steps; its compiled kernels do several of these operations at once, so that a small step of it may
 take less. All layers have weights of their own, so that no cache holds them. Each size is timed
-several times, in turn with all others, and the middle time is kept, since the machine's speed wanders and
-an engine cannot choose its moments. How far the middle lies above the least widens the forecast.
+several times, in turn with all others. The middle time is kept: the machine's speed wanders, and
+an engine cannot choose its moments. How far it lies above the least widens the forecast.
 
 On a CPU the projections and the reading of the cache are vLLM's own operators
 (`serving/forecasting/kernels.py`): torch's take another time, and it has none for quantized weights
