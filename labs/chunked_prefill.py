@@ -131,6 +131,11 @@ WHOLE = Variant(
 )
 
 
+def budgets(**tokens: int) -> dict[str, Any]:
+    """Return the field of each variant's budget with its tokens."""
+    return {f"variants.{name}.flags.max-num-batched-tokens": n for name, n in tokens.items()}
+
+
 def knobs(budget: int, prompt: int, load: str) -> tuple[str, ...]:
     return (
         f'SET="variants.quarter.flags.max-num-batched-tokens={budget}" tries a budget between two'
@@ -239,13 +244,17 @@ LAB = Lab(
     warmup_s=1.5,
     window_s=7.6,  # five long prompts begin in it
     scales={
+        # a token of a prompt takes four to six times as long as in BF16
+        "cpu-fp32": {
+            **budgets(sixteenth=20, quarter=80, half=160),
+            "workloads.contended.intruder.prompt_tokens": 320,
+            "workloads.contended.loads": (Contended(users=4, every_s=2.5),),
+            "window_s": 12.6,
+            "next_knobs": knobs(budget=40, prompt=160, load="contended:8/3"),
+        },
         "gpu": {
             "flags": {"enable-prefix-caching": False},
-            **{
-                f"variants.{name}.flags.max-num-batched-tokens": tokens
-                for name, tokens in (("sixteenth", 480), ("quarter", 1920), ("half", 3840),
-                                     ("larger", 8192), ("whole", 8192))
-            },
+            **budgets(sixteenth=480, quarter=1920, half=3840, larger=8192, whole=8192),
             "workloads.contended.prompt_tokens.tokens": 128,
             "workloads.contended.output_tokens.mean_tokens": 192,
             "workloads.contended.output_tokens.max_tokens": 768,

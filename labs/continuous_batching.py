@@ -200,6 +200,7 @@ LAB = Lab(
     warmup_s=1,
     window_s=4.5,  # in which nine requests of the open loop are due
     scales={
+        "cpu-fp32": {"curve_repeats": 3},  # where every step takes twice as long
         "gpu": {
             "slo.ttft_s": 0.5,
             "flags": {"enable-prefix-caching": False, "max-num-seqs": 256},

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
@@ -118,17 +119,26 @@ def aside(place: int, series: int) -> float:
 
 
 def draw_logarithmic(ax: Axes) -> None:
-    """Make both axes logarithmic over what has been drawn, with plain numbers, few on a long one.
-
-    That is 1, 2 and 5 times each power of ten; beyond two of these powers, 1 and 3 times.
-    """
+    """Make both axes logarithmic over what has been drawn, with plain numbers."""
     ax.set_xscale("log")
     ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):
-        low, high = axis.get_view_interval()
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1, 3)))
-        axis.set_major_formatter("{x:,.7g}")
-        axis.set_minor_formatter(NullFormatter())
+        write_plainly(axis)
+
+
+def write_plainly(axis: Axis) -> None:
+    """Write plain numbers, no powers of ten, on a logarithmic axis: few on a long one.
+
+    That is 1, 2 and 5 times each power of ten; beyond two of these powers, 1 and 3 times; beyond
+    four, the powers alone. Call it when all is drawn.
+    """
+    low, high = axis.get_view_interval()
+    span = high / low
+    axis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if span < 100 else (1, 3) if span < 1e4 else (1,))
+    )
+    axis.set_major_formatter("{x:,.7g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def legend_above(ax: Axes) -> None:

@@ -13,6 +13,7 @@ from labs.findings.drawing import plt
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import ONE_STREAM, Published, PublishedFigures
 from labs.findings.steps import (
+    BOTH_MEAN,
     Parts,
     alike,
     counted_in_turn,
@@ -28,6 +29,7 @@ from labs.judging.text import number, sentences, times_with_interval
 from labs.lab import Point
 
 DEFAULT = "default"
+TWO_PHASES = "Two phases, two limits"
 PASSES = {"decode": "A decode step", "prefill": "The prefill of the long prompt"}
 PhaseName = Literal["decode", "prefill"]
 METRIC_OF: dict[PhaseName, str] = {"decode": "tpot_mean_s", "prefill": "ttft_mean_s"}
@@ -132,7 +134,7 @@ def tell_phases(facts: Phases) -> Finding:
             f" {number(facts.decode.point.ceilings.ridge_flops_per_byte)} FLOP per byte: it would"
             " limit the phase if the rest took no time.",
         ]
-    return Finding(title="Two phases, two limits", rows=rows, lines=lines)
+    return Finding(title=TWO_PHASES, rows=rows, lines=lines)
 
 
 def contrast_sentence(decode: Phase, prefill: Phase) -> str:
@@ -283,8 +285,7 @@ def fastest_sentence(facts: FlagEffects) -> str | None:
     if facts.fastest is None:
         return None
     variant, best = facts.fastest
-    means = parts_mean([best.parts])
-    return f"`{variant}` decodes fastest. {best.parts.sentence('Its step')} {means}"
+    return f"`{variant}` decodes fastest. {best.parts.sentence('Its step')}"
 
 
 def draw_flags(facts: FlagEffects) -> str | None:
@@ -313,8 +314,11 @@ def draw_flags(facts: FlagEffects) -> str | None:
                   ncols=2 * len(measured), frameon=False)  # fmt: skip
     both = "decode (left) and prefill (right)"
     what = both if len(measured) == 2 else "decode" if decode else "the long prompt's prefill"
-    means = parts_mean([*decode.values(), *prefill.values()])
-    return f"What the time of a pass goes to, in {what}. {means}"
+    timed = {p.stand_in_s is not None for p in (*decode.values(), *prefill.values())}
+    return (
+        f"What the time of a pass goes to, in {what}. The report explains the parts under"
+        f' "{TWO_PHASES}".{BOTH_MEAN * (len(timed) > 1)}'
+    )
 
 
 FLAGS = Conclusion("flags", flag_effects, tell_flags, draw_flags)
@@ -347,8 +351,10 @@ def fused(run: JudgedRun) -> str | None:
     parts += [f"TTFT of a long prompt is then {prefill}"] if prefill else []
     parts += [f"compiled but without CUDA graphs, TPOT is {graphs}"] if graphs else []
     parts += [f"with CUDA graphs but not compiled, it is {fusion}"] if fusion else []
-    flags = FLAGS.facts_of(run)
-    return f"{sentences(parts)} {fastest_sentence(flags) or '' if flags else ''}"
+    told, flags = [sentences(parts)], FLAGS.facts_of(run)
+    if flags and flags.fastest and (fastest := fastest_sentence(flags)):
+        told += [fastest, parts_mean([flags.fastest[1].parts])]
+    return " ".join(told)
 
 
 # ------------------------------------------------------------------- what others published

@@ -15,7 +15,15 @@ from dashboards.palette import BLUE, BOUND, ORANGE, VARIANTS
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY, draw_forecasts, legend_above, plt, reach
+from labs.findings.drawing import (
+    BANDS,
+    GREY,
+    draw_forecasts,
+    legend_above,
+    plt,
+    reach,
+    write_plainly,
+)
 from labs.findings.parts import Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.judging.judge import (
@@ -724,6 +732,8 @@ def draw_growth(run: JudgedRun) -> str | None:
         left.plot(*zip(*formula, strict=True), "_", color=BOUND, ms=14, mew=2, zorder=4,
                   label="2 heads N^2 4 bytes")  # fmt: skip
         left.legend(frameon=False, fontsize=8)
+    for ax in (left, right):
+        write_plainly(ax.yaxis)
     left.set_ylabel("memory beyond the inputs (MB)")
     right.set_ylabel("time of one layer (s)")
     return (

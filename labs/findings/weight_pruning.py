@@ -12,7 +12,7 @@ from dashboards.palette import BLUE, BOUND, ORANGE
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import GREY, plt
+from labs.findings.drawing import GREY, plt, write_plainly
 from labs.findings.parts import ARITHMETIC, IN_PART, Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.findings.quality import QUALITY, figure_of, treatments_of
@@ -617,6 +617,7 @@ def draw_cliff(run: JudgedRun) -> str | None:
             left.axvline(100 * at, color=colour, ls=":", lw=1)
     _draw_served(left, run, facts)
     left.set_yscale("log")
+    write_plainly(left.yaxis)
     left.set_xlabel("zeros, %; dotted: each method's knee")
     left.set_ylabel("perplexity / dense")
     left.legend(frameon=False, fontsize=8)
@@ -627,6 +628,7 @@ def draw_cliff(run: JudgedRun) -> str | None:
     right.plot([100 * s.share for s in magnitude], [100 * s.energy_gone for s in magnitude], "o",
                color=BLUE, ms=4, label="measured, by magnitude")  # fmt: skip
     right.set_yscale("log")
+    write_plainly(right.yaxis)
     right.set_xlabel("zeros, %")
     right.set_ylabel("energy of the weights gone, %")
     right.legend(frameon=False, fontsize=8)

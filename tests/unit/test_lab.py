@@ -472,7 +472,7 @@ def test_unknown_variant_is_refused(naming: dict[str, Any]) -> None:
 
 EVERY = pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 CLASSES = [f"gpu-{c.gb}" for c in gpus.CLASSES]
-SCALES = ["cpu", "gpu", *CLASSES]
+SCALES = ["cpu", models.CPU_FP32, "gpu", *CLASSES]
 SIZES = [*itertools.product(SCALES, (False, True), (False, True))]
 RESOLVED = pytest.mark.parametrize("sizes", LABS, indirect=True, scope="module")
 """Each lab at each scale, in full and quick, with real and with random weights: all tests of a lab
@@ -646,6 +646,7 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert all(bool(e.label) == (e.kind == "echoes") for e in lab.evidence)
     assert set(lab.scales) <= {
         "cpu",
+        models.CPU_FP32,
         "gpu",
         "gpu-quick",
         *CLASSES,
@@ -840,7 +841,7 @@ LEANING = re.compile(
 
 @pytest.mark.parametrize("name", LABS)
 def test_a_claims_title_is_understood_without_the_one_before_it(name: str) -> None:
-    for scale in ("cpu", "gpu-80"):
+    for scale in ("cpu", models.CPU_FP32, "gpu-80"):
         for claim in resolved(name, scale).claims:
             assert not LEANING.search(claim.title), claim.title
 
@@ -860,7 +861,9 @@ def test_in_float32_as_many_tokens_fit_as_in_bf16(name: str) -> None:
             continue
         assert after.flags["dtype"] == "float32"
         if KV_MEMORY in before.flags:
-            assert after.flags.kv_cache_memory_bytes == 2 * before.flags.kv_cache_memory_bytes
+            before_bytes = before.flags.kv_cache_memory_bytes
+            own_bytes = LABS[name].scales.get(models.CPU_FP32, {}).get(f"flags.{KV_MEMORY}")
+            assert after.flags.kv_cache_memory_bytes == 2 * (own_bytes or before_bytes)
 
 
 def test_a_lab_that_is_resolved_again_for_float32_stays_as_it_is() -> None:
