@@ -71,14 +71,14 @@ from serving.gpus import admits_one_process
 
 THEIRS = "Published by others, for their models on their hardware; no verdict depends on it:"
 VERDICTS = parse(
-    "A measured ratio is treatment / baseline, of geometric means over the repeats, with Welch's"
-    " 95% interval. A claim *helps* or *hurts* if the interval excludes 1 and the ratio exceeds"
-    " the claim's margin (5% where the claim names no other, stated before measuring). It has"
-    " *no effect* if the whole interval is within that margin, and is *inconclusive* otherwise. A"
-    " prediction p *held* if the 90% interval lies within p / 1.25 and 1.25 p (two one-sided"
-    " tests at 5%), is *refuted* if the interval lies wholly outside, and is *open* otherwise. A"
-    " bound is *not broken*, *broken* or *open* by the same rule. A prediction is *trivial* if p is"
-    " 1 within the claim's margin."
+    "A measured ratio is treatment / baseline, of geometric means over the repeats, with a 95%"
+    " interval: Welch's, but for claims whose requests took turns. A claim *helps* or *hurts* if"
+    " the interval excludes 1 and the ratio exceeds the claim's margin (5% where the claim names"
+    " no other, stated before measuring). It has *no effect* if the whole interval is within that"
+    " margin, and is *inconclusive* otherwise. A prediction p *held* if the 90% interval lies"
+    " within p / 1.25 and 1.25 p (two one-sided tests at 5%), is *refuted* if the interval lies"
+    " wholly outside, and is *open* otherwise. A bound is *not broken*, *broken* or *open* by the"
+    " same rule. A prediction is *trivial* if p is 1 within the claim's margin."
 )
 OTHER_SETTINGS = (
     "This explains the lab as it is now. Its settings have changed since this run: margins, sizes"
@@ -236,6 +236,8 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
 def answer(facts: Facts) -> Section:
     """Answer each question of the lab in plain words."""
     missing = "This run lacks valid figures that would answer it: see *Validity*."
+    if facts.lab.absent:
+        missing = f"This run does not answer it. Left out: {'; '.join(facts.lab.left_out)}."
     answers = facts.summary.answers
     return section(
         "The answer",

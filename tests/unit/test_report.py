@@ -225,6 +225,11 @@ def test_report_begins_with_the_questions_and_what_the_run_says_to_them(folder: 
     assert unknown.endswith(
         "(SO-4) This run lacks valid figures that would answer it: see *Validity*."
     )
+    less = {"absent": ("on",), "left_out": ("on: vLLM has no kernel for it here",)}
+    cannot = replace(facts, lab=facts.lab.model_copy(update=less))
+    assert markdown.fragment([report.answer(cannot)]).endswith(
+        "(SO-4) This run does not answer it. Left out: on: vLLM has no kernel for it here."
+    )
     answers = {"SO-4": "Where much is *shared*."}
     known = replace(facts, summary=facts.summary.model_copy(update={"answers": answers}))
     assert report.answer(known) == section(
