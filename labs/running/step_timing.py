@@ -30,8 +30,8 @@ LEAST_OF_STAND_IN, MOST_OF_STAND_IN = 0.90, 1.18
 
 Both factors were measured on two machines (vLLM 0.32 on CPU, batches of 1 to 16 and a prompt of 768
 tokens, a stand-in of PyTorch's operators), before any run that is judged by them. With vLLM's own
-operators the engine took 0.92 to 1.01 times as long as the stand-in on a third, and about 1.06
-times on a fourth, which has AVX2 alone. Both ends are further off by the usual spread of the
+projections the engine took 0.92 to 1.01 times as long as the stand-in on a third, and 0.99 to 1.11
+times with vLLM's own model on a fourth. Both ends are further off by the usual spread of the
 machine's speed, as the reference steps of earlier runs on it show, and at least by how much the
 speed wandered while the step was timed.
 """
@@ -72,12 +72,12 @@ def _step_of(setup: Setup, point: Point) -> TimingPlan:
         adapters=flags.max_loras if adapters else 0,
         adapter_rank=flags.max_lora_rank if adapters else 0,
         adapters_asked_for=not adapters or point.workload.adapters is not None,
-        kernels=_kernel_argv(_timed(setup, point.variant), flags) if cpu else (),
+        engine_argv=_engine_argv(_timed(setup, point.variant), flags) if cpu else (),
         passes=QUICK_PASSES if setup.quick else PASSES,
     )
 
 
-def _kernel_argv(model: Path, flags: Mapping[str, FlagValue]) -> tuple[str, ...]:
+def _engine_argv(model: Path, flags: Mapping[str, FlagValue]) -> tuple[str, ...]:
     """Return the arguments that decide which operators an engine chooses."""
     deciding = ("block-size", "dtype", "kv-cache-dtype")
     kept = {name: flag for name, flag in flags.items() if name in deciding}
@@ -91,8 +91,8 @@ def _draft_of(setup: Setup, point: Point) -> TimingPlan | None:
     if not named:
         return None
     step, model = _step_of(setup, point), Path(str(named))
-    kernels = _kernel_argv(model, flags) if step.kernels else ()
-    return step.model_copy(update={"config": model / "config.json", "kernels": kernels})
+    argv = _engine_argv(model, flags) if step.engine_argv else ()
+    return step.model_copy(update={"config": model / "config.json", "engine_argv": argv})
 
 
 EngineSteps = tuple[StepTimes, StepTimes | None]  # of the model, and of its draft model

@@ -9,17 +9,16 @@ take less. All layers have weights of their own, so that no cache holds them. Ea
 several times, in turn with all others. The middle time is kept: the machine's speed wanders, and
 an engine cannot choose its moments. How far it lies above the least widens the forecast.
 
-On a CPU the projections and the reading of the cache are vLLM's own operators
-(`serving/forecasting/kernels.py`): torch's take another time, and it has none for quantized weights
-and caches. On a GPU all is plain torch.
+On a CPU vLLM's own model is timed (`serving/forecasting/engine_model.py`): torch's operators take
+another time, and it has none for quantized weights and caches. On a GPU all is plain torch.
 
 Adapters (LoRA) are applied by vLLM's own operators on a CPU: each token gathers the two thin
 matrices of its adapter, for each of the seven projections of a layer. An engine that is ready for
 adapters prepares for them at every projection, and adds to every row of logits, asked for or not.
 On a GPU vLLM has operators of its own within CUDA graphs, and adapters are not timed.
 
-It does not cover other operators of the engine's own where they differ from torch's, experts,
-compiled steps, and the scheduler's own time.
+It does not cover other operators of the engine's own where they differ from torch's on a GPU,
+experts, compiled steps, and the scheduler's own time.
 """
 
 from __future__ import annotations
@@ -32,13 +31,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel
 
 from serving.forecasting.step import StepTimes
 from serving.models import shape_of
+
+if TYPE_CHECKING:
+    from serving.forecasting.engine_model import EngineModel
 
 CONTEXT_TOKENS = 32  # the timed layers attend to so many; longer contexts are timed separately
 LONG_CONTEXT_TOKENS = 2048
@@ -63,35 +65,20 @@ class TimingPlan(BaseModel, frozen=True, extra="forbid"):
     adapters: int = 0
     adapter_rank: int = 0
     adapters_asked_for: bool = True  # by the requests
-    kernels: tuple[str, ...] = ()  # an engine's arguments, where its own operators are to be timed
+    engine_argv: tuple[str, ...] = ()  # where the engine's own model is to be timed
     passes: int = PASSES
 
 
 class Decoder:
-    """The layers of a model's shape, with random weights.
+    """The layers of a model's shape in plain torch, with random weights.
 
     Raises KeyError where `config` lacks a size of a Llama-like decoder.
     """
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        device: str,
-        adapters: int = 0,
-        adapter_rank: int = 0,
-        adapters_asked_for: bool = True,
-        kernels: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, config: dict[str, Any], device: str) -> None:
         import torch
 
-        self.torch, self.device, self.slots = torch, device, adapters
-        self.adapters_asked_for = adapters_asked_for
-        self.kernels: Any = None
-        if kernels:
-            from serving.forecasting.kernels import Kernels
-
-            self.kernels = Kernels(kernels)
-        self.dtype = self.kernels.dtype if self.kernels else torch.bfloat16
+        self.torch, self.device, self.dtype = torch, device, torch.bfloat16
         self.layers, hidden = config["num_hidden_layers"], config["hidden_size"]
         self.heads = config["num_attention_heads"]
         self.kv_heads = config.get("num_key_value_heads") or self.heads
@@ -103,53 +90,22 @@ class Decoder:
         def matrix(rows: int, columns: int) -> Any:
             return torch.randn(rows, columns, device=device, dtype=self.dtype) * 0.02
 
-        def projection(outputs: int, inputs: int, layer: int) -> Callable[[Any], Any]:
-            if self.kernels:
-                return self.kernels.linear(inputs, outputs, layer)  # type: ignore[no-any-return]
-            weights = matrix(outputs, inputs)
-            return lambda x: torch.nn.functional.linear(x, weights)
-
         self.weights = [
             (
-                projection(q + 2 * kv, hidden, layer),
-                projection(hidden, q, layer),
-                projection(2 * self.inner, hidden, layer),
-                projection(hidden, self.inner, layer),
+                matrix(q + 2 * kv, hidden),
+                matrix(hidden, q),
+                matrix(2 * self.inner, hidden),
+                matrix(hidden, self.inner),
                 torch.ones(hidden, device=device, dtype=self.dtype),
             )
-            for layer in range(self.layers)
+            for _ in range(self.layers)
         ]
         self.head_weights = matrix(config["vocab_size"], hidden)
-        projections = [  # (inputs, outputs) of those that an adapter is added to
-            (hidden, q), (hidden, kv), (hidden, kv), (q, hidden),
-            (hidden, self.inner), (hidden, self.inner), (self.inner, hidden),
-        ]  # fmt: skip
-
-        def thin(inputs: int, outputs: int) -> tuple[Any, Any]:
-            """Make the two matrices of an adapter, for all slots."""
-            return (
-                torch.zeros(adapters, 1, adapter_rank, inputs, device=device).to(self.dtype),
-                torch.zeros(adapters, 1, outputs, adapter_rank, device=device).to(self.dtype),
-            )
-
-        self.adapters = [
-            [thin(inputs, outputs) for inputs, outputs in projections]
-            for _ in range(self.layers if adapters else 0)
-        ]
-        self.head_adapters = thin(hidden, config["vocab_size"])
 
     def rotated(self, x: Any, cos: Any, sin: Any) -> Any:
         """Apply rotary embedding to x, of shape (tokens, heads, head dimension)."""
         first, second = x.chunk(2, dim=-1)
         return self.torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-    def adding(self, tokens: int) -> Callable[[Any, Any, Any], None]:
-        """Return what adds adapters' products to the output of a linear operation, in place."""
-        if not self.slots:
-            return lambda x, matrices, y: None
-        from serving.forecasting.kernels import Adapters
-
-        return Adapters(self.slots, tokens, self.adapters_asked_for).add
 
     def linear(self, tokens: int) -> Callable[[], None]:
         """Return the work of all layers over `tokens`, each with CONTEXT_TOKENS of context."""
@@ -162,17 +118,12 @@ class Decoder:
             )
             for _ in range(2)
         )
-        size, none = [self.hidden], [()] * self.layers
-        adapt = self.adding(tokens)
+        size = [self.hidden]
 
         def run() -> None:
             h = x
-            for (qkv, out_of, up_of, down_of, norm_w), adapters in zip(
-                self.weights, self.adapters or none, strict=True
-            ):
-                normed = f.rms_norm(h, size, norm_w)
-                projected = qkv(normed)
-                adapt(normed, adapters[:3], projected)
+            for qkv_w, out_w, up_w, down_w, norm_w in self.weights:
+                projected = f.linear(f.rms_norm(h, size, norm_w), qkv_w)
                 q, k, v = projected.split(self.sizes, dim=-1)
                 q = self.rotated(q.view(tokens, self.heads, -1), angle, angle)
                 k = self.rotated(k.view(tokens, self.kv_heads, -1), angle, angle)
@@ -181,50 +132,23 @@ class Decoder:
                 attended = f.scaled_dot_product_attention(
                     q.transpose(0, 1).unsqueeze(0), keys, values, enable_gqa=True
                 )
-                flat = attended[0].transpose(0, 1).reshape(tokens, -1)
-                out = out_of(flat)
-                adapt(flat, adapters[3:4], out)
-                h = h + out
-                normed = f.rms_norm(h, size, norm_w)
-                both = up_of(normed)
-                adapt(normed, adapters[4:6], both)
-                gate, up = both.chunk(2, dim=-1)
-                inner = f.silu(gate) * up
-                down = down_of(inner)
-                adapt(inner, adapters[6:], down)
-                h = h + down
+                h = h + f.linear(attended[0].transpose(0, 1).reshape(tokens, -1), out_w)
+                gate, up = f.linear(f.rms_norm(h, size, norm_w), up_w).chunk(2, dim=-1)
+                h = h + f.linear(f.silu(gate) * up, down_w)
 
         return run
 
     def head(self, rows: int) -> Callable[[], None]:
-        """Return the work of the output head and greedy sampling over `rows` positions.
-
-        vLLM's CPU backend adds an adapter's product to the logits of every row, asked for or not.
-        """
+        """Return the work of the output head and greedy sampling over `rows` positions."""
         torch = self.torch
         x = torch.randn(rows, self.hidden, device=self.device, dtype=self.dtype)
-        if not self.slots:
-            return lambda: torch.nn.functional.linear(x, self.head_weights).argmax(dim=-1)
-        from serving.forecasting.kernels import Adapters
-
-        adapters = Adapters(self.slots, rows, self.adapters_asked_for)
-
-        def run() -> None:
-            logits = torch.nn.functional.linear(x, self.head_weights)
-            adapters.add_to_logits(x, self.head_adapters, logits)
-            logits.argmax(dim=-1)
-
-        return run
+        return lambda: torch.nn.functional.linear(x, self.head_weights).argmax(dim=-1)
 
     def attention(self, tokens: int, context_tokens: int) -> Callable[[], None]:
         """Return the work of attention alone, in all layers: `tokens` after `context_tokens`.
 
         Without a context the tokens attend to one another causally.
         """
-        if self.kernels:
-            return self.kernels.attention(  # type: ignore[no-any-return]
-                self.heads, self.kv_heads, self.head_dim, self.layers, tokens, context_tokens
-            )
         torch = self.torch
         sizes = (1, self.heads, tokens, self.head_dim)
         queries = torch.randn(*sizes, device=self.device, dtype=self.dtype)
@@ -242,6 +166,15 @@ class Decoder:
                 )
 
         return run
+
+
+def model_of(plan: TimingPlan) -> Decoder | EngineModel:
+    """Make what is timed: the engine's own model where the plan has its arguments."""
+    if not plan.engine_argv:
+        return Decoder(json.loads(plan.config.read_text()), plan.device)
+    from serving.forecasting.engine_model import EngineModel
+
+    return EngineModel(plan.engine_argv, plan.adapters, plan.adapter_rank, plan.adapters_asked_for)
 
 
 def recorded(work: Work) -> Work:
@@ -326,11 +259,11 @@ def weights_of(plan: TimingPlan) -> TimingPlan:
     """
     kept = [
         argument
-        for before, argument in zip(("", *plan.kernels), plan.kernels, strict=False)
+        for before, argument in zip(("", *plan.engine_argv), plan.engine_argv, strict=False)
         if not {before, argument} & {*CACHE_FLAGS}
         and not argument.startswith(tuple(f"{flag}=" for flag in CACHE_FLAGS))
     ]
-    return plan.model_copy(update={"kernels": tuple(kept), "passes": 0})
+    return plan.model_copy(update={"engine_argv": tuple(kept), "passes": 0})
 
 
 def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
@@ -342,29 +275,19 @@ def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
 
     wait = torch.cuda.synchronize if plans[0].device == "cuda" else lambda: None
     passes = max(plan.passes for plan in plans)
-    decoders = [
-        Decoder(
-            json.loads(plan.config.read_text()),
-            plan.device,
-            plan.adapters,
-            plan.adapter_rank,
-            plan.adapters_asked_for,
-            plan.kernels,
-        )
-        for plan in plans
-    ]
+    timed_models = [model_of(plan) for plan in plans]
     first_of = {weights_of(plan): number for number, plan in reversed([*enumerate(plans)])}
-    timed_once = [(plans[number], decoders[number]) for number in first_of.values()]
+    timed_once = [(plans[number], timed_models[number]) for number in first_of.values()]
     place = {key: at for at, key in enumerate(first_of)}
     places = [place[weights_of(plan)] for plan in plans]
     contexts = (CONTEXT_TOKENS, LONG_CONTEXT_TOKENS)
     prompts = (PREFILL_TOKENS // 4, PREFILL_TOKENS)
     with torch.inference_mode():
         series = [
-            *([d.linear(n) for n in p.tokens] for p, d in timed_once),
-            *([d.head(n) for n in p.rows] for p, d in timed_once),
-            *([d.attention(1, n) for n in contexts] for d in decoders),
-            *([d.attention(n, 0) for n in prompts] for d in decoders),
+            *([m.linear(n) for n in p.tokens] for p, m in timed_once),
+            *([m.head(n) for n in p.rows] for p, m in timed_once),
+            *([m.attention(1, n) for n in contexts] for m in timed_models),
+            *([m.attention(n, 0) for n in prompts] for m in timed_models),
         ]
         if plans[0].device == "cuda":
             series = [[recorded(work) for work in works] for works in series]

@@ -103,7 +103,7 @@ def steps_to_time(folder: Path) -> TimingPlans:
             plans.append(
                 TimingPlan(
                     config=model / "config.json", device="cpu", cores=(0,), tokens=(1, 4),
-                    rows=(1,), kernels=argv, passes=6,
+                    rows=(1,), engine_argv=argv, passes=6,
                 )
             )  # fmt: skip
     return TimingPlans(timing=tuple(plans))

@@ -361,7 +361,7 @@ def test_a_machine_whose_speed_wanders_widens_the_band() -> None:
 def test_plans_that_differ_in_the_cache_alone_share_the_timing_of_their_layers() -> None:
     def plan(*kernels: str, tokens: tuple[int, ...] = (1, 2)) -> timing.TimingPlan:
         return timing.TimingPlan(
-            config=Path("config.json"), device="cpu", tokens=tokens, kernels=kernels
+            config=Path("config.json"), device="cpu", tokens=tokens, engine_argv=kernels
         )
 
     bf16, w8a8 = ("--model", "a", "--kv-cache-dtype", "auto"), ("--model", "b")
