@@ -111,10 +111,6 @@ def hits_left(shuffled: Point, ordered: Point) -> Prediction:
     )
 
 
-WORKLOADS = (
-    "share-0", "share-50", "share-90", "share-97", "few", "many", "documents", "shuffled", "chat",
-)  # fmt: skip
-
 OFF = Variant(name="off", flags={"enable-prefix-caching": False})
 ON = OFF.but("on", {"enable-prefix-caching": True})
 ONE, FOUR = Concurrent(users=1), Concurrent(users=4)
@@ -139,32 +135,9 @@ def documents(name: str, shuffled: bool) -> Workload:
     return plain.model_copy(update={"prefix": prefix, "only": only})
 
 
-def prompts_of(
-    tokens: int, half: int, most: int, nearly_all: int, documents: int
-) -> dict[str, int]:
-    """Return the fields of all prompts of one length, and of what they share, with their tokens."""
-    shared = {
-        "share-50": half, "share-90": most, "share-97": nearly_all, "few": most, "many": most,
-        "documents": documents, "shuffled": documents,
-    }  # fmt: skip
-    lengths = {f"workloads.{name}.prompt_tokens.tokens": tokens for name in ("share-0", *shared)}
-    return lengths | {f"workloads.{name}.prefix.tokens": n for name, n in shared.items()}
-
-
 COARSER_BLOCKS = (
     'SET="flags.block-size=128" coarsens what can be shared: hits are floored to whole blocks'
 )
-
-
-def knobs(more_memory: int) -> tuple[str, ...]:
-    return (
-        'SET="workloads.few.prefix.groups=6" overflows the cache by one prompt: the hit rate of'
-        " `few` collapses",
-        f'SET="flags.kv-cache-memory-bytes={more_memory}" gives the cache room for twenty prompts:'
-        " `many` stops thrashing",
-        COARSER_BLOCKS,
-    )
-
 
 LAB = Lab(
     name="prefix-caching",
@@ -282,23 +255,25 @@ LAB = Lab(
     repeats=4,
     scales={
         "cpu": {"repeats": 3},  # of many points; those that are undecided get more
-        # a token of a prompt takes far longer than in BF16, so prompts are shorter
-        "cpu-fp32": {
-            "flags.kv-cache-memory-bytes": 48 * 2**20,
-            **prompts_of(384, half=192, most=345, nearly_all=363, documents=336),
-            "workloads.chat.prompt_tokens.tokens": 120,
-            "workloads.chat.chat.grows_tokens": 90,
-            "next_knobs": knobs(more_memory=384 * 2**20),
-        },
         "gpu": {
             "flags": {
                 "block-size": 16,
                 "kv-cache-memory-bytes": 8 * 2**30,
             },
-            **prompts_of(8000, half=4000, most=7200, nearly_all=7760, documents=7168),
+            **{
+                f"workloads.{name}.{field}": value
+                for name, tokens in (("share-0", 0), ("share-50", 4000), ("share-90", 7200),
+                                     ("share-97", 7760), ("few", 7200), ("many", 7200),
+                                     ("documents", 7168), ("shuffled", 7168))
+                for field, value in (
+                    ("prompt_tokens.tokens", 8000),
+                    ("output_tokens.tokens", 16),
+                    *([("prefix.tokens", tokens)] if tokens else []),
+                )
+            },
             "workloads.chat.prompt_tokens.tokens": 2048,
             "workloads.chat.chat.grows_tokens": 1024,
-            **{f"workloads.{name}.output_tokens.tokens": 16 for name in WORKLOADS},
+            "workloads.chat.output_tokens.tokens": 16,
             "workloads.many.prefix.groups": 64,
             "requests": 320,  # of 8,000 tokens, which take long to write
             "warmup_s": 5,
@@ -333,5 +308,11 @@ LAB = Lab(
         "gpu": "A small KV memory was given so that thrashing can be reached in seconds; a"
         " server left to its default holds far more prefixes.",
     },
-    next_knobs=knobs(more_memory=256 * 2**20),
+    next_knobs=(
+        'SET="workloads.few.prefix.groups=6" overflows the cache by one prompt: the hit rate of'
+        " `few` collapses",
+        'SET="flags.kv-cache-memory-bytes=268435456" gives the cache room for twenty prompts:'
+        " `many` stops thrashing",
+        COARSER_BLOCKS,
+    ),
 )  # fmt: skip
