@@ -249,7 +249,7 @@ LAB = Lab(
             **budgets(sixteenth=20, quarter=80, half=160),
             "workloads.contended.intruder.prompt_tokens": 320,
             "workloads.contended.loads": (Contended(users=4, every_s=2.5),),
-            "workloads.contended.output_tokens.mean_tokens": 12,  # a trial lasts as its last answer
+            "workloads.contended.output_tokens.mean_tokens": 12,  # the last answer ends a trial
             "workloads.contended.output_tokens.max_tokens": 48,
             "window_s": 12.6,
             "next_knobs": knobs(budget=40, prompt=160, load="contended:8/3"),

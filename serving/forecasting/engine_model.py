@@ -149,7 +149,7 @@ class EngineModel:
         metadata = {}
         for name, layer in self.attending.items():
             spec = layer.get_kv_cache_spec(self.config)
-            if layer.kv_cache.numel() == 0 or layer.kv_cache.shape[0] < blocks:
+            if len(layer.kv_cache) < blocks:
                 layer.kv_cache = torch.zeros(
                     blocks, spec.num_kv_heads, spec.block_size, 2 * spec.head_size,
                     dtype=self._cache_dtype,
