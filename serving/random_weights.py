@@ -18,6 +18,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from serving.metrics import EVEN_ROUTING
+
 EXTENSION = "serving.vllm_worker.RandomWeights"  # for --worker-extension-cls, 0.26 and 0.32
 ROUTING = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
 ROUTED = "Simulating MoE routing using a {} strategy."
@@ -150,6 +152,15 @@ class EvenRouting:
         drawn = torch.rand(router_logits.shape, device=router_logits.device)
         ids = drawn.topk(top_k, dim=-1).indices.to(indices_type or torch.int32)
         return torch.ones(ids.shape, dtype=torch.float32, device=ids.device), ids
+
+
+def register_even_routing() -> None:
+    """Make `EvenRouting` known to vLLM; a model that is then built with ROUTING set has it."""
+    from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import (
+        RoutingSimulator,
+    )
+
+    RoutingSimulator.register_strategy(EVEN_ROUTING, EvenRouting())
 
 
 def filled(load: Callable[..., None]) -> Callable[..., None]:

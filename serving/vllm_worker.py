@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from serving.metrics import EVEN_ROUTING
-from serving.random_weights import ROUTING, EvenRouting, filled
+from serving.random_weights import ROUTING, filled, register_even_routing
 
 
 class RandomWeights:
@@ -23,14 +23,6 @@ def _extend_the_loader() -> None:
     DummyModelLoader.load_weights = filled(DummyModelLoader.load_weights)
 
 
-def _add_even_routing() -> None:
-    from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import (
-        RoutingSimulator,
-    )
-
-    RoutingSimulator.register_strategy(EVEN_ROUTING, EvenRouting())
-
-
 _extend_the_loader()
 if os.environ.get(ROUTING) == EVEN_ROUTING:
-    _add_even_routing()
+    register_even_routing()

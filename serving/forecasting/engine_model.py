@@ -2,9 +2,10 @@
 
 The model is built as the engine builds it, from the engine's own arguments, so that vLLM chooses
 its layers and kernels: on x86 the 8-bit product of SGLang or of oneDNN, for 4 bits its own that
-unpacks as it multiplies. Its parameters are random, and no engine is started. Plain torch has no
-operators for quantized weights and caches, and those that it has take a different time:
-docs/forecasts.md shows how much.
+unpacks as it multiplies. Its parameters are random, and no engine is started. The tokens of a
+mixture of experts are sent to experts drawn evenly, since a random router would prefer a few. Plain
+torch has no operators for quantized weights and caches, and those that it has take a different
+time: docs/forecasts.md shows how much.
 
 This module imports vLLM, so it runs in the engine's environment only. Tested with vLLM 0.32.
 """
@@ -13,18 +14,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.utils import (
     initialize_model,
@@ -34,6 +35,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from serving import random_weights
+from serving.metrics import EVEN_ROUTING
 
 SCALE = 1e-3  # of random weights; the norms between layers keep any product finite
 CACHE_SCALES = (".q_scale", ".k_scale", ".v_scale", ".prob_scale")
@@ -62,21 +66,18 @@ class EngineModel:
         arguments.enforce_eager = True
         self.config: VllmConfig = arguments.create_engine_config()
         self.dtype: torch.dtype = self.config.model_config.dtype
-        if not parallel_state.model_parallel_is_initialized():
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            with TemporaryDirectory() as folder, set_current_vllm_config(self.config):
-                parallel_state.init_distributed_environment(
-                    1, 0, f"file://{folder}/store", 0, "gloo"
-                )
-                parallel_state.initialize_model_parallel()
+        _join_groups(self.config)
         model_config = self.config.model_config
+        if model_config.is_moe:
+            random_weights.register_even_routing()
+            os.environ[random_weights.ROUTING] = EVEN_ROUTING
         with set_current_vllm_config(self.config), set_default_torch_dtype(self.dtype):
             self.model = initialize_model(self.config)
             for name, parameter in self.model.named_parameters():
                 if not name.endswith(CACHE_SCALES):  # as where no checkpoint has them
                     _fill(parameter.data)
             process_weights_after_loading(self.model, model_config, torch.device("cpu"))
-        self.attending: dict[str, Any] = self.config.compilation_config.static_forward_context
+        self.attending = get_layers_from_vllm_config(self.config, Attention)
         self.hidden = model_config.get_hidden_size()
         self.slots, self.adapters_asked_for = adapters, adapters_asked_for
         self.adapting: Adapters | None = None
@@ -131,7 +132,7 @@ class EngineModel:
         with set_current_vllm_config(self.config):
             metadata = self._metadata(described, prompts * blocks)
         slots_of = dict.fromkeys(self.attending, slots)
-        token_ids = torch.zeros(tokens, dtype=torch.int64)
+        token_ids = torch.randint(self.config.model_config.get_vocab_size(), (tokens,))
         adapting = Adapters(self.slots, tokens, self.adapters_asked_for) if self.slots else None
 
         def run() -> None:
@@ -247,6 +248,25 @@ class Adapters:
 
     def add_to_logits(self, x: Any, matrices: tuple[Any, Any], y: Any) -> None:
         self._wrapper.add_lora_logits(y, x, *matrices, 1.0)
+
+
+def _join_groups(config: VllmConfig) -> None:
+    """Join the groups of processes that layers ask for, each of this process alone.
+
+    vLLM makes the one for experts only where the model has some.
+    """
+    lacks_experts = config.model_config.is_moe and parallel_state._EP is None
+    if parallel_state.model_parallel_is_initialized() and not lacks_experts:
+        return
+    parallel_state.destroy_model_parallel()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    with set_current_vllm_config(config):
+        parallel_state.init_distributed_environment(1, 0, local_rank=0, backend="gloo")
+        parallel_state.initialize_model_parallel()
 
 
 def _fill(weights: Any) -> None:

@@ -17,8 +17,8 @@ matrices of its adapter, for each of the seven projections of a layer. An engine
 adapters prepares for them at every projection, and adds to every row of logits, asked for or not.
 On a GPU vLLM has operators of its own within CUDA graphs, and adapters are not timed.
 
-It does not cover other operators of the engine's own where they differ from torch's on a GPU,
-experts, compiled steps, and the scheduler's own time.
+It does not cover compiled steps, the scheduler's own time, and on a GPU experts and whatever
+operators of the engine's own differ from torch's.
 """
 
 from __future__ import annotations

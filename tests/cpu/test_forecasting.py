@@ -9,17 +9,20 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from labs.lab import SLO
+from labs.mixture_of_experts import experts_needed
 from labs.running import capacity_plan
 from labs.running.capacity_plan import Question, model_named
 from labs.running.resolve import machine_of
 from labs.telling.capacity_plans import CapacityPlan, Demand
-from serving import machine, models
+from serving import dummy, machine, models
 from serving.forecasting.copying import Copied
 from serving.forecasting.fleet import ROUTERS, Handover
 from serving.forecasting.plan import (
@@ -76,11 +79,44 @@ TYPES = [  # of what is not quantized, and of the cache
     *([("float32", "auto")] if machine.cpu().lacks_bf16 else []),  # where labs serve in it
     *(() if OLD else (("auto", "fp8_e4m3"), ("auto", "fp8_e5m2"))),
 ]
-STEPS_TIMED = len(KINDS) - 1 + len(TYPES)
+MIXTURE = "mixture"
+STEPS_TIMED = len(KINDS) - 1 + len(TYPES) + 1
+TELLING_EXPERTS = """
+import runpy
+import sys
+
+from serving.random_weights import EvenRouting
+
+route = EvenRouting.route_tokens
+
+
+def telling(self, **routed):
+    weights, ids = route(self, **routed)
+    tokens, experts = routed["router_logits"].shape
+    print(f"experts: {tokens} {experts} {len(ids.unique())}", file=sys.stderr)
+    return weights, ids
+
+
+EvenRouting.route_tokens = telling
+runpy.run_module("serving.forecasting", run_name="__main__")
+"""
+
+
+def step_of(model: Path, dtype: str = "auto", cache: str = "auto") -> TimingPlan:
+    argv = (
+        "--model", str(model), "--block-size", "32", "--dtype", dtype, "--kv-cache-dtype", cache,
+    )  # fmt: skip
+    return TimingPlan(
+        config=model / "config.json", device="cpu", cores=(0,), tokens=(1, 4), rows=(1,),
+        engine_argv=argv, passes=6,
+    )  # fmt: skip
 
 
 def steps_to_time(folder: Path) -> TimingPlans:
-    """Plan to time two layers of the bundled shape, in every type of weights and cache."""
+    """Plan to time two layers of the bundled shape, in every type of weights and cache.
+
+    The last has the shape of a mixture of experts.
+    """
     plans = []
     for name, quantized in KINDS.items():
         model = folder / name
@@ -96,31 +132,34 @@ def steps_to_time(folder: Path) -> TimingPlans:
             }  # fmt: skip
         (model / "config.json").write_text(json.dumps(config))
         for dtype, cache in TYPES if name == "bf16" else TYPES[:1]:
-            argv = (
-                "--model", str(model), "--block-size", "32", "--dtype", dtype,
-                "--kv-cache-dtype", cache,
-            )  # fmt: skip
-            plans.append(
-                TimingPlan(
-                    config=model / "config.json", device="cpu", cores=(0,), tokens=(1, 4),
-                    rows=(1,), engine_argv=argv, passes=6,
-                )
-            )  # fmt: skip
+            plans.append(step_of(model, dtype, cache))
+    shape = json.loads(
+        (dummy.resolve(machine.detect(), "moe-tiny").path / "config.json").read_text()
+    )
+    mixture = folder / MIXTURE
+    shutil.copytree(folder / "bf16", mixture)
+    (mixture / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": 2}))
+    plans.append(step_of(mixture, "float32" if machine.cpu().lacks_bf16 else "auto"))
     return TimingPlans(timing=tuple(plans))
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def forecaster(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
     """One process for all, first timing and then playing: vLLM takes seconds to import."""
     plans = steps_to_time(tmp_path_factory.mktemp("models")), loads(tmp_path_factory)
     done = subprocess.run(
-        [sys.executable, "-m", "serving.forecasting"],
+        [sys.executable, "-c", TELLING_EXPERTS],
         input="".join(f"{plan.model_dump_json()}\n" for plan in plans),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    ready, *lines = done.stdout.splitlines()
+    return done
+
+
+@pytest.fixture(scope="module")
+def answers(forecaster: subprocess.CompletedProcess[str]) -> list[str]:
+    ready, *lines = forecaster.stdout.splitlines()
     assert ready == "ready"
     return lines
 
@@ -142,6 +181,24 @@ def test_quantized_weights_and_caches_are_timed_by_the_engine_s_own_operators(
     """No engine has run, and no weights exist."""
     assert all(t.linear_s[0] > 0 and t.tokens == (1, 4) for t in step_times)
     assert all(t.attention_read_s > 0 for t in step_times)
+
+
+def test_the_tokens_of_a_mixture_go_to_experts_drawn_evenly(
+    forecaster: subprocess.CompletedProcess[str],
+) -> None:
+    """As in an engine with random weights, and for any other, whose router is not there yet."""
+    told = [
+        [int(number) for number in line.split()[1:]]
+        for line in forecaster.stderr.splitlines()
+        if line.startswith("experts: ")
+    ]
+    needed: dict[int, list[int]] = defaultdict(list)
+    for tokens, experts, seen in told:
+        assert experts == 32
+        needed[tokens].append(seen)
+    assert set(needed[1]) == {4}  # each step anew, in both layers
+    assert fmean(needed[4]) == pytest.approx(experts_needed(32, 4, 4), rel=0.15)
+    assert len(needed[4]) >= 2 * 6
 
 
 def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:

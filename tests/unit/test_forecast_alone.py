@@ -141,6 +141,21 @@ def test_what_cannot_be_shared_has_no_forecast() -> None:
         require_shared_layers(shared, model, sheet)
 
 
+def test_routed_experts_are_timed_on_a_cpu_alone() -> None:
+    lab = LABS["mixture-of-experts"].at("cpu", quick=False)
+    model = SimpleNamespace(shape=replace(SHAPE, experts=32))
+
+    def reason(kind: str, on_file: object = None) -> str | None:
+        setup: Any = SimpleNamespace(
+            lab=lab, endpoint=None, engine_command=(), weights={}, datasheet=None,
+            machine=SimpleNamespace(kind=kind), model=model, on_file=on_file,
+        )  # fmt: skip
+        return reason_against(setup, lab.variants[0])
+
+    assert reason("cpu") is None
+    assert reason("gpu") == reason("cpu", "a run") == "routed experts were not timed"
+
+
 def _reasons(name: str, here: bool = True, **changes: Any) -> dict[str, str]:
     """Say why which variants of a lab have no forecast, on an H100 that is here or is not."""
     lab = LABS[name].at("gpu-80", False, {k.replace("_", "-"): v for k, v in changes.items()})

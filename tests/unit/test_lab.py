@@ -860,7 +860,7 @@ def test_in_float32_as_many_tokens_fit_as_in_bf16(name: str) -> None:
             }  # fmt: skip
             continue
         assert after.flags["dtype"] == "float32"
-        if KV_MEMORY in before.flags:
+        if KV_MEMORY in before.flags and name != "speculative-decoding":  # which sets its own
             assert after.flags.kv_cache_memory_bytes == 2 * before.flags.kv_cache_memory_bytes
 
 
