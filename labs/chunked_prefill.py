@@ -282,8 +282,8 @@ LAB = Lab(
     limits={
         "cpu": "The scheduler that cuts prompts into chunks is vLLM's own, so the shape of the"
         " trade carries over: the stall grows with the budget, the first token comes later as it"
-        " shrinks. A decode step here is mostly the cost of launching small operations, which"
-        " every piece pays again: small budgets cost the long prompt more than on a GPU.",
+        " shrinks. A large part of a decode step here is the cost of launching small operations,"
+        " which every piece pays again: small budgets cost the long prompt more than on a GPU.",
         "gpu": "One long prompt at a time; where several arrive together they share the budget.",
     },
     next_knobs=knobs(budget=96, prompt=384, load="contended:8/2"),

@@ -250,8 +250,8 @@ LAB = Lab(
     quick={"window_s": 3.5, "repeats": 2},
     limits={
         "cpu": "A CPU engine shows the same scheduler as a GPU's, and so the same cost of waiting"
-        " for the longest completion. The figures themselves do not carry over: a step of"
-        " few requests here is mostly the cost of launching small operations, so batching looks"
+        " for the longest completion. The figures themselves do not carry over: a large part of a"
+        " step of few requests is here the cost of launching small operations, so batching looks"
         " even cheaper than memory bandwidth alone would make it, and the ridge is where this"
         " core's arithmetic puts it: far off with matrix instructions, near without.",
         "gpu": "One GPU with one model: the knee moves with the model's size, the context length"

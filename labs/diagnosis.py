@@ -520,8 +520,8 @@ LAB = Lab(
     quick={"window_s": 2.5, "repeats": 1},
     limits={
         "cpu": "Queue, cache, preemptions and the pieces of prompts are vLLM's own, so their marks"
-        " carry over. How much each disturbance costs does not: a step here is mostly the cost of"
-        " launching small operations, or of their arithmetic. Every engine is eager, so no step is"
+        " carry over. How much each disturbance costs does not: most of a step here is the cost"
+        " of launching small operations, or their arithmetic. Every engine is eager, so no step is"
         " made slower here: eager beside compiled is measured in `single-stream`.",
         "gpu": "One disturbance at a time, each large enough to be felt. Where two come together"
         " the rule names the first in its order, and lists the other.",

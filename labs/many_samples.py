@@ -273,9 +273,9 @@ LAB = Lab(
     quick={"repeats": 1, "window_s": 2.5, "probes": ("votes-quick",)},
     limits={
         "cpu": "Hits, and that `n` in one request is n requests to the engine, are vLLM's own and"
-        " carry over. What n samples cost does not: a step here is mostly the cost of launching"
-        " small operations, so a larger batch looks cheaper than on a GPU. A model of 135 M"
-        " parameters solves few of the tasks; a larger one solves others, and gains elsewhere.",
+        " carry over. What n samples cost does not: a large part of a step here is the cost of"
+        " launching small operations, so a larger batch looks cheaper than on a GPU. A model of 135"
+        " M parameters solves few of the tasks; a larger one solves others, and gains elsewhere.",
         "gpu": "Small tasks with exact solutions: what voting buys on them says little of essays."
         " The model votes by itself; no reward model and no search was measured.",
     },

@@ -387,9 +387,9 @@ LAB = Lab(
     quick={"repeats": 1},  # a shorter window would end before anyone is late
     limits={
         "cpu": "The scheduler, its queue and its limits are vLLM's own, so what overload does to"
-        " goodput carries over, in multiples of the capacity. The best batch does not: a step here"
-        " is mostly the cost of launching small operations, so a larger batch looks cheaper than on"
-        " a GPU.",
+        " goodput carries over, in multiples of the capacity. The best batch does not: a large"
+        " part of a step here is the cost of launching small operations, so a larger batch looks"
+        " cheaper than on a GPU.",
         "gpu": "One engine, equal lengths. A fleet turns a request away from one engine and sends"
         " it to another; clients here do not try again, and real ones that do make it worse.",
     },

@@ -417,8 +417,8 @@ LAB = Lab(
     quick={"repeats": 1},
     limits={
         "cpu": "Acceptance depends on the models and the text, and carries over to any machine that"
-        " serves them. The costs do not: a step here is mostly the launch of small operations, so"
-        " a draft of few layers is cheap and verification grows early. The draft was trained on"
+        " serves them. The costs do not: a large part of a step here is the launch of small"
+        " operations, so a draft of few layers is cheap and verification grows early. The draft was trained on"
         " this model's own answers to this kind of prompt: elsewhere it would guess less well."
         " A model this small, asked to edit, copies, leaves out and comments more than it edits;"
         " its answers are taken as they are.",

@@ -58,7 +58,7 @@ def same_step(pruned: Point, dense: Point) -> Prediction:
 
     return Prediction(
         value=step_s(pruned) / step_s(dense),
-        formula="max((weight + KV bytes) / bandwidth, FLOP / BF16 rate), pruned / dense",
+        formula="max((weight + KV bytes) / bandwidth, FLOP / rate), pruned / dense",
         assumptions=(
             "zeros are stored and read as other weights are",
             "no kernel leaves out a product with zero",

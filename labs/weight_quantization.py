@@ -29,8 +29,11 @@ def step_s(point: Point) -> float:
 def by_bytes(quantized: Point, plain: Point) -> Prediction:
     return Prediction(
         value=step_s(quantized) / step_s(plain),
-        formula="max((weight + KV bytes) / bandwidth, FLOP / BF16 rate), quantized / BF16",
-        assumptions=("unpacking weights is free", "arithmetic runs at the BF16 rate or hides"),
+        formula="max((weight + KV bytes) / bandwidth, FLOP / rate), quantized / not quantized",
+        assumptions=(
+            "unpacking weights is free",
+            "arithmetic takes as long as without quantizing, or hides",
+        ),
         source="Williams et al., Roofline, 2009",
     )
 
@@ -46,10 +49,10 @@ def prefill_by_rate(quantized: Point, plain: Point) -> Prediction:
     if quantized.variant.weights != "fp8" or not fp8:
         return Prediction(
             value=1.0,
-            formula="FLOP / BF16 rate, the same on both sides",
+            formula="FLOP / rate, the same on both sides",
             assumptions=(
                 "prefill is bound by compute",
-                "8-bit products run no faster than BF16 ones",
+                "8-bit products run no faster than others",
             ),
             source="Williams et al., Roofline, 2009",
         )

@@ -201,8 +201,8 @@ def tell_same_words(facts: tuple[SameWords, ...]) -> Finding:
         for w in facts
     ]
     lines = [
-        "Greedy answers to the same prompts, one user at a time. All engines have the same weights"
-        " in BF16, but add up their products in another order, so a near tie between two tokens may"
+        "Greedy answers to the same prompts, one user at a time. All engines have the same weights,"
+        " but add up their products in another order, so a near tie between two tokens may"
         " go the other way, and all words after it are others: that is no error of an engine. An"
         " engine that loaded other weights or wrote another prompt would agree on hardly any word.",
     ]

@@ -411,7 +411,7 @@ def tell_same_text(facts: tuple[SameText, ...]) -> Finding:
         rows=rows,
         lines=[
             "Greedy completions are compared with those that the plain engine writes one at a time."
-            " `none` can differ although it does not speculate: another batch size adds BF16"
+            " `none` can differ although it does not speculate: another batch size adds"
             " numbers in another order, so a near tie between two tokens may be decided the other"
             " way. The same happens where a verification puts g + 1 tokens into one step.",
         ],

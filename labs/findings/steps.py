@@ -1,4 +1,4 @@
-"""Split the time of a forward pass into reading, computing, launching and the engine's own part.
+"""Split the time of a forward pass into reading, computing, overhead and the engine's own part.
 
 On the roofline a pass that reads slowly is bound by memory bandwidth, however long the engine takes
 beside it. The parts say how much of the measured time either ceiling explains, how much more the
@@ -29,7 +29,7 @@ REST_MEANS = (
     " short of those ceilings."
 )
 SPLIT_MEANS = (
-    " Launching is what the stand-in step, timed before the engine started, took beyond both:"
+    " Overhead is what the stand-in step, timed before the engine started, took beyond both:"
     " launching operations, and what reading and computing fall short of those ceilings. The"
     " engine's own part is what its step took beyond the stand-in step: scheduling, sampling,"
     " serving, and what the machine's speed changed in between; it is negative where the engine's"
@@ -56,14 +56,14 @@ class Parts:
         return self.measured_s - self.reading_s - self.computing_s
 
     @property
-    def launching_s(self) -> float:
+    def overhead_s(self) -> float:
         """What the stand-in took beyond reading and computing; 0 where they overlapped in it."""
         return max(0.0, (self.stand_in_s or 0.0) - self.reading_s - self.computing_s)
 
     @property
     def engine_s(self) -> float:
         """What the engine took beyond its stand-in."""
-        return self.rest_s - self.launching_s
+        return self.rest_s - self.overhead_s
 
     @property
     def limit(self) -> str:
@@ -89,11 +89,12 @@ class Parts:
             if self.rest_s < 0:
                 return f"{parts}, of which {rest.replace('-', '')} overlap."
             return f"{parts}, {rest} the rest."
-        launching, engine = others
+        overhead, engine = others
+        overhead += " overhead beyond both ceilings"
         if self.engine_s < 0:
             less = engine.replace("-", "")
-            return f"{parts}, {launching} launching, less {less} by which the engine was faster."
-        return f"{parts}, {launching} launching, {engine} the engine's own."
+            return f"{parts}, {overhead}, less {less} by which the engine was faster."
+        return f"{parts}, {overhead}, {engine} the engine's own."
 
     def _written(self) -> tuple[str, list[str], list[int]]:
         """Rounds the total, the parts and their percentages, so that both lists add up."""
@@ -101,7 +102,7 @@ class Parts:
         digits = max(0, 2 - math.floor(math.log10(scale * self.measured_s)))
         total = round(scale * self.measured_s, digits)
         known_s = [self.reading_s, self.computing_s]
-        known_s += [] if self.stand_in_s is None else [self.launching_s]
+        known_s += [] if self.stand_in_s is None else [self.overhead_s]
         known = [round(scale * s, digits) for s in known_s]
         times = [*known, round(total - sum(known), digits) + 0.0]  # never a negative zero
         shares = [round(100 * s / self.measured_s) for s in known_s]
@@ -123,7 +124,7 @@ def alike(passes: Iterable[Parts]) -> list[Parts]:
 def header(passes: Collection[Parts]) -> list[str]:
     """Names the columns of the cells of passes that are alike."""
     split = any(p.stand_in_s is not None for p in passes)
-    return ["Reading", "Computing", *(["Launching", "The engine's own"] if split else ["The rest"])]
+    return ["Reading", "Computing", *(["Overhead", "The engine's own"] if split else ["The rest"])]
 
 
 def parts_mean(passes: Iterable[Parts]) -> str:
@@ -136,7 +137,7 @@ def parts_mean(passes: Iterable[Parts]) -> str:
 
 def counted_in_turn(passes: Iterable[Parts]) -> str:
     """Says what becomes of the parts where the device reads and computes at once."""
-    longer = "launching" if any(p.stand_in_s is not None for p in passes) else "the rest"
+    longer = "overhead" if any(p.stand_in_s is not None for p in passes) else "the rest"
     return (
         "Reading and computing are counted one after the other. Where the device does both at"
         f" once, {longer} is longer, by at most the shorter of the two."
@@ -189,7 +190,7 @@ def draw_parts(ax: Axes, passes: Mapping[str, Parts]) -> None:
     for name, colour, seconds in (
         ("reading", BLUE, [p.reading_s for p in passes.values()]),
         ("computing", BOUND, [p.computing_s for p in passes.values()]),
-        ("launching", ORANGE, [p.launching_s if known else None for known, p in each]),
+        ("overhead", ORANGE, [p.overhead_s if known else None for known, p in each]),
         ("the engine's own", GREY, [p.engine_s if known else None for known, p in each]),
         ("the rest", GREY, [None if known else p.rest_s for known, p in each]),
     ):

@@ -490,7 +490,7 @@ def tell_training(facts: Training | None) -> Finding:
         return Finding(title=title, lines=["Not studied in this run."])
     lost = facts.lost
     rows = [["Way", "Parameters read", "TPOT, one stream, at best", "Perplexity beside dense",
-             "FLOP to make it", "At this machine's BF16 rate"],
+             "FLOP to make it", "At this machine's measured rate"],
             ["half of the weights zero (Wanda)", "1x", "1x", _ratio(lost) if lost else "–",
              _tera(facts.calibrate_flop), _time(facts.calibrate_flop / facts.flops_per_s)],
             ["half of the layers, distilled", f"{facts.half_params:.2f}x",

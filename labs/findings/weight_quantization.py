@@ -177,8 +177,8 @@ def winners(run: JudgedRun) -> str | None:
     if not parts:
         return None
     return (
-        f"Throughput relative to BF16, the fastest first. {sentences(parts)} For an 8-bit KV cache"
-        " see the lab kv-quantization."
+        "Throughput relative to weights that are not quantized, the fastest first."
+        f" {sentences(parts)} For an 8-bit KV cache see the lab kv-quantization."
     )
 
 

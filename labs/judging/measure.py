@@ -409,7 +409,7 @@ def flops_per_s(trial: Trial) -> float | None:
 
 
 def mfu(trial: Trial) -> float | None:
-    """Model FLOP/s utilization: the FLOP/s of prefill and decode / the measured BF16 ceiling.
+    """Model FLOP/s utilization: the FLOP/s of prefill and decode / the measured ceiling.
 
     A share of complete cycles, and without these of the window: there a prompt's prefill is spread
     evenly from its send to its first token, and a token's decode step comes when it arrives. So it

@@ -19,7 +19,7 @@ import requests
 
 from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
 from labs.judging.measure import OtherWork, Trial, output_tokens_per_s, ran_out, requests_per_s
-from labs.judging.text import point_label
+from labs.judging.text import number, point_label
 from labs.judging.validity import (
     Expected,
     disturbances_of,
@@ -510,7 +510,7 @@ class Trials:
         slo = self._setup.lab.slo
         trial = Trial(point, repeat, slo, request_records, summary, engine_counters)
         tokens_per_s = output_tokens_per_s(trial)
-        rate = "nothing in the window" if tokens_per_s is None else f"{tokens_per_s:.0f} tok/s"
+        rate = "nothing in the window" if tokens_per_s is None else number(tokens_per_s, "tok/s")
         if engine_counters and (served := engine.served()):
             engine_counters.info[metrics.SERVED] = served
         result = TrialResult(

@@ -1096,7 +1096,7 @@ def test_the_parts_of_a_step_add_up_as_they_are_printed(measured_s: float, limit
     [
         (0.020, [9.4, 1.3, 9.3, 6.3], "6.3 ms (24%) the engine's own."),
         (0.028, [9.4, 1.3, 17.3, -1.7], "less 1.7 ms (7%) by which the engine was faster."),
-        (0.009, [9.4, 1.3, 0.0, 15.6], "0.0 ms (0%) launching, 15.6 ms"),
+        (0.009, [9.4, 1.3, 0.0, 15.6], "0.0 ms (0%) overhead beyond both ceilings, 15.6 ms"),
     ],
 )
 def test_a_step_with_a_timed_stand_in_has_four_parts(
@@ -1108,7 +1108,7 @@ def test_a_step_with_a_timed_stand_in_has_four_parts(
     assert [float(ms) for ms, _ in numbers] == pytest.approx(parts_ms)
     assert sum(float(ms) for ms, _ in numbers) == pytest.approx(26.3)
     assert sum(int(share) for _, share in numbers) == 100
-    assert parts.rest_s == pytest.approx(parts.launching_s + parts.engine_s)
+    assert parts.rest_s == pytest.approx(parts.overhead_s + parts.engine_s)
     assert told in parts.sentence("A step")
 
 
@@ -1141,13 +1141,13 @@ def test_a_pass_has_its_stand_in_where_one_was_timed(tmp_path: Path) -> None:
     assert eager
     assert (decode.stand_in_s, prefill.stand_in_s, eager.stand_in_s) == (2, 9, None)
     finding = PHASES.finding(found)
-    assert finding.rows[0][2:6] == ["Reading", "Computing", "Launching", "The engine's own"]
+    assert finding.rows[0][2:6] == ["Reading", "Computing", "Overhead", "The engine's own"]
     assert "stand-in step, timed before the engine started" in " ".join(finding.lines)
     figure = FLAGS.draw
     assert figure
     assert "these two are told as one, the rest" in (figure(flag_effects(found)) or "")
     labels = {text.get_text() for text in plt.gcf().legends[0].get_texts()}
-    assert {"launching", "the engine's own", "the rest"} <= labels
+    assert {"overhead", "the engine's own", "the rest"} <= labels
     plt.close("all")
 
 
