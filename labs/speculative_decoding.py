@@ -418,10 +418,10 @@ LAB = Lab(
     limits={
         "cpu": "Acceptance depends on the models and the text, and carries over to any machine that"
         " serves them. The costs do not: a large part of a step here is the launch of small"
-        " operations, so a draft of few layers is cheap and verification grows early. The draft was trained on"
-        " this model's own answers to this kind of prompt: elsewhere it would guess less well."
-        " A model this small, asked to edit, copies, leaves out and comments more than it edits;"
-        " its answers are taken as they are.",
+        " operations, so a draft of few layers is cheap and verification grows early. The draft was"
+        " trained on this model's own answers to this kind of prompt: elsewhere it would guess less"
+        " well. A model this small, asked to edit, copies, leaves out and comments more than it"
+        " edits; its answers are taken as they are.",
         "gpu": "Greedy decoding of four kinds of text; sampling at a temperature accepts less. All"
         " engines run without asynchronous scheduling and on vLLM's first model runner, because"
         " n-grams and draft models need that. Left to itself, an engine without speculation would"
