@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from dashboards.palette import VARIANTS
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import GREY, aside, plt, reach
+from labs.findings.drawing import GREY, aside, draw_forecasts, plt, reach
 from labs.findings.parts import IN_PART, Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.findings.sweep import concurrency_sweep
@@ -241,8 +242,9 @@ def draw_batches(run: JudgedRun) -> str | None:
         return None
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
     colours = dict(zip([v.name for v in run.lab.variants], VARIANTS, strict=False))
+    forecast = False
     for place, (name, colour) in enumerate(colours.items()):
-        _draw_tpots(left, run, name, colour, aside(place, len(colours)))
+        forecast |= _draw_tpots(left, run, name, colour, aside(place, len(colours)), forecast)
     left.set_ylabel("TPOT (ms); dotted: at least, by bytes and FLOP")
     left.set_ylim(bottom=0)
     for place, dense in enumerate((TOTAL, ACTIVE)):
@@ -264,13 +266,28 @@ def draw_batches(run: JudgedRun) -> str | None:
     return (
         "Left: TPOT of the mixture and of both dense models over the batch, with 95% intervals, and"
         " the least that reading and computing take. Right: the mixture's TPOT as a ratio to that"
-        " of each dense model, with the line that was forecast from the experts that a batch needs,"
+        " of each dense model, with the line that follows from the experts that a batch needs,"
         " E (1 - (1 - k/E)^B)."
+        + " Grey is what was forecast before any engine started, on the left with its band."
+        * forecast
     )
 
 
-def _draw_tpots(ax: Axes, run: JudgedRun, variant: str, colour: str, moved: float) -> None:
+def _draw_tpots(
+    ax: Axes, run: JudgedRun, variant: str, colour: str, moved: float, labelled: bool
+) -> bool:
+    """Draws one model's TPOT, as forecast and as measured; tells whether any was forecast.
+
+    `labelled`: the legend explains what a forecast looks like already.
+    """
     points = [p for p in concurrency_sweep(run.points) if p.variant.name == variant]
+    forecast = draw_forecasts(
+        ax,
+        [moved * p.load.users for p in points],
+        [run.forecast(p, "tpot_mean_s") for p in points],
+        1000,
+        label="" if labelled else "forecast, with its band",
+    )
     known = [(p, i) for p in points if (i := run.interval(p, "tpot_mean_s"))]
     if known:
         users = [moved * p.load.users for p, _ in known]
@@ -281,6 +298,7 @@ def _draw_tpots(ax: Axes, run: JudgedRun, variant: str, colour: str, moved: floa
         batch = _between(points)
         least_ms = [1000 * _step_s(points[0], b) for b in batch]
         ax.plot(batch, least_ms, ":", lw=1.2, color=colour)
+    return forecast
 
 
 def _draw_ratios(
@@ -295,6 +313,10 @@ def _draw_ratios(
                     label=f"mixture / {dense}")  # fmt: skip
     sweep = concurrency_sweep(run.points)
     ours, theirs = ([p for p in sweep if p.variant.name == v] for v in (MIXTURE.name, dense))
+    for mine, other in itertools.product(ours, theirs):
+        forecast = run.forecast_ratio(mine, other, "tpot_mean_s")
+        if forecast and mine.load == other.load:
+            ax.plot(moved * mine.load.users, forecast, "_", color=GREY, ms=13, mew=2, zorder=3)
     if ours and theirs:
         batch = _between(ours)
         ax.plot(batch, [_step_s(ours[0], b) / _step_s(theirs[0], b) for b in batch],

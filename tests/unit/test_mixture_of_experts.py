@@ -14,10 +14,10 @@ import pytest
 from labs import LABS, theory
 from labs.changes import parse_changes
 from labs.findings.context import Context
-from labs.findings.drawing import plt
+from labs.findings.drawing import GREY, plt
 from labs.findings.mixture_of_experts import BATCHES, SERVED, draw_batches, mixture_gains
 from labs.findings.parts import parts_of
-from labs.judging.judge import is_within
+from labs.judging.judge import ForecastAtPoint, is_within
 from labs.lab import MARGIN, Claim, Lab
 from labs.mixture_of_experts import (
     ACTIVE,
@@ -282,6 +282,33 @@ def test_the_plot_has_measured_and_forecast_ratios(tmp_path: Path) -> None:
     for ax in (left, right):  # no interval hides another
         first = [drawn.lines[0].get_xdata()[0] for drawn in cast(Any, ax.containers)]
         assert len({*first}) == len(first) > 1
+
+
+def test_the_plot_has_the_forecast_of_each_point_and_of_each_ratio(tmp_path: Path) -> None:
+    run = judged_run(measured(tmp_path))
+    forecasts = [
+        ForecastAtPoint(
+            point=f"{variant}/decode/concurrent-{users}", metric="tpot_mean_s",
+            value=1.1 * seconds, low=seconds, high=1.3 * seconds, measured=None,
+        )
+        for variant, of in TPOTS_S.items()
+        for users, seconds in of.items()
+    ]  # fmt: skip
+    summary = run.summary.model_copy(update={"in_virtual_time": forecasts})
+    caption = draw_batches(replace(run, summary=summary))
+    figure = plt.gcf()
+    left, right = figure.axes
+    plt.close(figure)
+    assert caption
+    assert "Grey is what was forecast before any engine started" in caption
+    assert left.get_legend_handles_labels()[1].count("forecast, with its band") == 1
+    grey = [line for line in right.lines if line.get_marker() == "_" and line.get_color() == GREY]
+    drawn = sorted(float(line.get_ydata()[0]) for line in cast(Any, grey))
+    assert drawn == pytest.approx(sorted(
+        seconds / TPOTS_S[dense][users]
+        for dense in (TOTAL, ACTIVE)
+        for users, seconds in TPOTS_S["mixture"].items()
+    ))  # fmt: skip
 
 
 def test_a_shape_that_no_model_has_is_told_as_made_up() -> None:
