@@ -119,6 +119,27 @@ class Process:
         """Ask the guard to end the family, and return at once; any thread may call this."""
         self._guard.terminate()
 
+    def suspend(self) -> None:
+        """Halt the child and all its descendants until `resume`; the guard goes on.
+
+        They keep their memory and ports, and what is sent to them waits.
+        """
+        for member in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.suspend()
+
+    def resume(self) -> None:
+        """Let the child and all its descendants go on; without effect where none is suspended."""
+        for member in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.resume()
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
     def tail(self, lines: int = 12) -> str:
         """Return the last lines of the log, for an error message."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -178,7 +199,10 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _end_family(child: subprocess.Popen[bytes], grace_s: float) -> None:
-    """SIGTERM every descendant, SIGKILL what is left after `grace_s`, until none remains."""
+    """SIGTERM every descendant, SIGKILL what is left after `grace_s`, until none remains.
+
+    One that is suspended goes on, as it would not see SIGTERM before.
+    """
     me, deadline, sent = psutil.Process(), time.monotonic() + grace_s, set[tuple[int, int]]()
     while True:
         child.poll()  # reaped here and nowhere else: its exit code becomes ours
@@ -196,6 +220,7 @@ def _end_family(child: subprocess.Popen[bytes], grace_s: float) -> None:
                 sent.add((pid, sign))
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, sign)
+                    os.kill(pid, signal.SIGCONT)
         time.sleep(0.05)
 
 
@@ -214,6 +239,8 @@ def guard(alive_fd: int, argv: Sequence[str]) -> int:
 
     signal.signal(signal.SIGTERM, request_stop)
     signal.signal(signal.SIGINT, request_stop)
+    # the kernel sends it when the parent is gone while the child is suspended (setpgid(2))
+    signal.signal(signal.SIGHUP, request_stop)
     signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake select()
     child = subprocess.Popen(argv, preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
     orphaned = False

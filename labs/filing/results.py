@@ -550,6 +550,7 @@ class Session(BaseModel, frozen=True, extra="forbid"):
     wall_s: FiniteFloat
     resident: bool
     there_and_back: bool = False  # where not resident: in turns A B C, then C B A, and so on
+    idle_suspended: bool = False  # each engine while only others were measured; never in older runs
     agreement: list[Agreement]
     prometheus: str | None  # why there was no Prometheus; None where there was one
     ended_at: str | None = None

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +170,31 @@ class Engines:
         """Return the engine of a variant; None where it has died or was not started."""
         engine = self._serving.get(variant.name)
         return None if engine is None or engine.died() else engine
+
+    @property
+    def suspends_idle(self) -> bool:
+        """Tell whether engines are suspended while others are measured: on a CPU, which they share.
+
+        What an idle one costs there is told in docs/forecasts.md#what-idle-engines-cost. Those that
+        share a GPU are shown to be harmless before anything is measured.
+        """
+        return self._setup.machine.kind == "cpu" and self._setup.endpoint is None
+
+    @contextlib.contextmanager
+    def others_suspended(self, variants: Iterable[Variant]) -> Iterator[None]:
+        """Suspend, on a CPU, all engines but those of these variants while the block lasts.
+
+        Prometheus cannot scrape them meanwhile; what they have counted it reads after the block.
+        """
+        needed = {variant.name for variant in variants}
+        others = [each for name, each in self._serving.items() if name not in needed]
+        try:
+            for engine in others if self.suspends_idle else ():
+                engine.suspend()
+            yield
+        finally:
+            for engine in others if self.suspends_idle else ():
+                engine.resume()
 
     def serving(self, variant: Variant) -> Server:
         """Return the engine of a variant; start a new one where it died in an earlier trial.

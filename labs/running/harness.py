@@ -322,8 +322,9 @@ class Harness:
             setup = self.setup
             served = ProbedEngine(variant, setup.lab, engine, setup.places, setup.writer)
             try:
-                engine.reset_prefix_cache()
-                answers = PROBES[name](served)
+                with self.engines.others_suspended([variant]):
+                    engine.reset_prefix_cache()
+                    answers = PROBES[name](served)
             except PROBE_ERRORS as error:
                 reason = f"{type(error).__name__}: {error}"
                 self.progress.message(f"{variant.name}: the probe {name} failed: {reason}")

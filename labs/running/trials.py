@@ -351,7 +351,8 @@ class Trials:
         began = time.monotonic()
         try:
             before = self._time_reference()
-            played = self._play(points, repeat, name, began)
+            with self._engines.others_suspended(point.variant for point in points):
+                played = self._play(points, repeat, name, began)
         except (EngineError, GeneratorError, OSError) as error:
             return [Played.failed(point, repeat, error) for point in points]
         steps = {"reference_before": before, "reference_after": self._time_reference()}

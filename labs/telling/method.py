@@ -134,7 +134,9 @@ def _sitting(run: Run, lab: Lab, session: Session) -> list[str]:
     """Say how the engines shared the machine, where the time went, and what recording lacked."""
     overhead_s = session.wall_s - session.engine_start_s - session.load_s
     back = ", back and forth" if session.there_and_back else ""
-    together = "stayed loaded together" if session.resident else f"were started in turn{back}"
+    suspended = ", suspended while others were measured" if session.idle_suspended else ""
+    resident = f"stayed loaded together{suspended}"
+    together = resident if session.resident else f"were started in turn{back}"
     which, earlier = "Time", ""
     if was_resumed(run, session):
         which = "Time of the last session"

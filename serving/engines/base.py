@@ -134,6 +134,14 @@ class Server(ABC):
         """Stop serving this adapter. Raises EngineError."""
         raise EngineError(f"{self.name} cannot unload adapters while it serves")
 
+    def suspend(self) -> None:
+        """Halt it until `resume`, if the lab has started it: requests wait meanwhile."""
+        return
+
+    def resume(self) -> None:
+        """Let it go on after `suspend`."""
+        return
+
     def stop(self) -> None:
         """End the server, if the lab has started it."""
         return
@@ -412,6 +420,12 @@ class Engine(Server):
             f"the engine {self.name} ended with exit code {code}{killed}: {self.cause(self.log)}\n"
             f"its last lines ({self.log}):\n{self._process.tail()}"
         )
+
+    def suspend(self) -> None:
+        self._process.suspend()
+
+    def resume(self) -> None:
+        self._process.resume()
 
     def stop(self) -> None:
         self._process.stop()

@@ -6,6 +6,7 @@ the run whole.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from labs.filing.results import TrialResult
@@ -164,6 +166,38 @@ def test_nothing_outlives_a_runner(sign: signal.Signals, name: str, reader: Read
         assert _trial_files(again).items() >= finished.items()
         assert len(_results(again)) == 2
         assert again.folder.probe_file("salt", "on").exists()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_outlives_a_runner_that_has_suspended_an_engine(
+    sign: signal.Signals, reader: Reader
+) -> None:
+    """Of two that stay loaded together, the one that this trial does not use."""
+    settings = IN_ITS_FIRST_TRIAL.replace("concurrent:1", "concurrent:2")
+    command = reader.types("run", LAB, SET=settings)
+    deadline = time.monotonic() + 300
+    while not (suspended := _suspended(command)):
+        assert command.process.poll() is None, command.said
+        assert time.monotonic() < deadline, command.said
+        time.sleep(0.02)
+    assert len(reader.engine_starts()) == 2
+    assert len(suspended) == 1  # the fake engine is one process
+    family = command.family()
+    sockets = listening_sockets(family)
+    command.process.send_signal(sign)
+    assert command.wait() == (-sign if sign == signal.SIGKILL else 128 + sign), command.said
+    assert not still_alive(family)
+    _nothing_is_left(reader, command)
+    assert not still_listening(sockets)
+
+
+def _suspended(command: Command) -> list[psutil.Process]:
+    suspended = []
+    for process in command.family():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() == psutil.STATUS_STOPPED:
+                suspended.append(process)
+    return suspended
 
 
 def _kill_engine(name: str, reader: Reader, command: Command) -> set[str]:

@@ -166,6 +166,17 @@ def test_each_trial_has_a_reference_step_on_both_sides(lab: str, finish: Finish)
 
 
 @every_lab
+def test_engines_that_stay_loaded_are_suspended_while_idle(lab: str, finish: Finish) -> None:
+    folder = finish(lab).folder
+    session = folder.session()
+    assert session
+    several = len(folder.run().lab["variants"]) > 1
+    assert session.idle_suspended == (session.resident and several)
+    text = "stayed loaded together, suspended while others were measured"
+    assert (text in (folder.path / "report.md").read_text()) == session.idle_suspended
+
+
+@every_lab
 def test_each_load_of_a_repeat_gets_the_same_requests(lab: str, finish: Finish) -> None:
     """They are drawn by the number of the repeat alone."""
     asked: dict[tuple[str, int], dict[int, tuple[int | None, int]]] = {}

@@ -178,6 +178,74 @@ time.sleep(600)
     until(lambda: not any(running(pid) for pid in family))
 
 
+def stopped(pids: list[int]) -> list[bool]:
+    return [psutil.Process(pid).status() == psutil.STATUS_STOPPED for pid in pids]
+
+
+def test_a_family_is_suspended_as_a_whole_and_goes_on(tmp_path: Path, family: list[int]) -> None:
+    with python(STAYING, tmp_path / "log", talk=True) as process:
+        family += map(int, process.stdout.readline().split())
+        below = [p.pid for p in psutil.Process(process.pid).children(recursive=True)]
+        assert {*family} < {*below}  # the child itself is one of them
+        process.suspend()
+        until(lambda: all(stopped(below)))
+        assert stopped([process.pid]) == [False]  # the guard, which ends them
+        assert process.returncode is None
+        process.resume()
+        until(lambda: not any(stopped(below)))
+        process.resume()  # once more does nothing
+    assert [running(pid) for pid in family] == [False, False]
+    process.suspend()  # nothing, where none is left
+    process.resume()
+
+
+def test_a_suspended_child_ends_by_sigterm_and_in_order(tmp_path: Path) -> None:
+    code = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: exit(7))\n"
+        "print('up', flush=True)\n"
+        "time.sleep(600)"
+    )
+    with python(code, tmp_path / "log", talk=True) as process:
+        assert process.stdout.readline() == "up\n"
+        process.suspend()
+    assert process.returncode == 7  # its own handler has run: it was not killed
+
+
+@pytest.mark.parametrize("own_session", [True, False])
+def test_killed_parent_leaves_no_suspended_process(
+    tmp_path: Path, family: list[int], own_session: bool
+) -> None:
+    """In the parent's session the kernel then sends SIGHUP to the guard, too."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from serving.process import Process
+argv, log = [sys.executable, "-c", {STAYING!r}], Path({str(tmp_path / "log")!r})
+process = Process(
+    "child", argv, log=log, talk=True, own_session={own_session}, folder_variable="OWN"
+)
+pids = process.stdout.readline()
+process.suspend()
+print(process.pid, pids, flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        start_new_session=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    family.append(parent.pid)
+    assert parent.stdout
+    guard, *sleepers = map(int, parent.stdout.readline().split())
+    family += [guard, *sleepers, *(p.pid for p in psutil.Process(guard).children(recursive=True))]
+    until(lambda: all(stopped(sleepers)))
+    assert len(list(tmp_path.glob("labs-*"))) == 1
+    parent.kill()
+    parent.communicate()
+    until(lambda: not any(running(pid) for pid in family))
+    assert not list(tmp_path.glob("labs-*"))  # the guard has come to its end
+
+
 FOLDER = """
 import os, time
 open(os.environ["OWN"] + "/socket", "w").close()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from typing import Any, cast
 import pytest
 
 from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
-from labs.lab import LabError, Point
+from labs.lab import LabError, Point, Variant
 from labs.running.clock import Clock
 from labs.running.counts import Counts
 from labs.running.resolve import keeps_disturbed
@@ -80,7 +81,14 @@ class Script(Trials):
             message=self.said.append, part_done=lambda text, left: self.remaining.append(left)
         )
         counts = Counts(folder.path.name, exporter_port=1)
-        super().__init__(setup, folder, folder.path, nothing, nothing, nothing, counts, progress)
+        self.awake = list[list[str]]()  # of each attempt, the engines that it does not suspend
+        engines = cast(Any, SimpleNamespace(others_suspended=self._suspend_others))
+        super().__init__(setup, folder, folder.path, engines, nothing, nothing, counts, progress)
+
+    @contextlib.contextmanager
+    def _suspend_others(self, variants: Iterable[Variant]) -> Iterator[None]:
+        self.awake.append([variant.name for variant in variants])
+        yield
 
     def end_call(self) -> None:
         """Leave no time for anything but what a call begins with."""
@@ -260,6 +268,11 @@ def test_trials_that_are_played_together_are_recorded_apart(tmp_path: Path) -> N
     assert [r.summary and r.summary.loop_lag_max_s for r in results] == [0.01, 0.02]
     assert trials.said == []
     assert trials.remaining == [2 * (1 + 4 + PER_TRIAL_S)]  # of four, two are over
+
+
+def test_the_engines_of_trials_that_are_played_together_are_all_awake(tmp_path: Path) -> None:
+    trials, _ = together(tmp_path, 0.01, 2.5, 0.03, 0.04)  # two attempts
+    assert trials.awake == [["off", "on"], ["off", "on"]]
 
 
 def test_where_one_is_disturbed_those_beside_it_are_measured_again_too(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,6 +215,44 @@ def test_a_run_from_before_trials_knew_their_start_has_it_from_its_sitting(tmp_p
         )  # fmt: skip
         write_json(folder.path / "session.json", session)
         assert starts_of(folder).get("on/short/concurrent-1") == expected
+
+
+def _interrupt(as_expected: bool) -> None:
+    assert as_expected
+    raise KeyboardInterrupt
+
+
+class Halted(Engines):
+    """Engines of A, B and C without processes; `now` has the names of those that are suspended."""
+
+    def __init__(self, kind: str, endpoint: object = None) -> None:
+        setup: Any = SimpleNamespace(machine=SimpleNamespace(kind=kind), endpoint=endpoint)
+        nothing: Any = None
+        super().__init__(setup, Path(), nothing, {}, nothing)
+        self.now = set[str]()
+        for v in (A, B, C):
+            engine: Any = SimpleNamespace(
+                suspend=partial(self.now.add, v.name), resume=partial(self.now.discard, v.name)
+            )
+            self._serving[v.name] = engine
+
+
+def test_on_a_cpu_engines_are_suspended_while_others_are_measured() -> None:
+    engines = Halted("cpu")
+    with engines.others_suspended([B]):
+        assert engines.now == {"A", "C"}
+    assert not engines.now
+    with pytest.raises(KeyboardInterrupt), engines.others_suspended([A, C]):
+        _interrupt(engines.now == {"B"})
+    assert not engines.now
+
+
+@pytest.mark.parametrize(("kind", "endpoint"), [("gpu", None), ("cpu", object())])
+def test_no_engine_is_suspended_on_a_gpu_or_beside_an_endpoint(kind: str, endpoint: object) -> None:
+    engines = Halted(kind, endpoint)
+    assert not engines.suspends_idle
+    with engines.others_suspended([B]):
+        assert not engines.now
 
 
 def test_the_trials_of_an_engine_that_does_not_start_fail_with_its_reason(
