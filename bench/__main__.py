@@ -52,7 +52,7 @@ and the CPU it costs, against a server that records what it really sent.
 `vllm bench serve`: the same requests, in turns on one engine.
 
 [bold]neighbour[/] (3 min): an engine's throughput beside another that is
-loaded and idle, as variants of a lab are, and beside one held still.
+loaded and idle, and beside one that is suspended, as in a lab on a CPU.
 
 [bold]recording[/] (2 min): the share of our Locust's CPU time that goes
 into recording for Prometheus at 10,000 tokens/s.

@@ -1,12 +1,10 @@
-"""An engine's throughput beside another that is loaded and idle, as variants of a lab are."""
+"""An engine's throughput beside another that is loaded and idle, and beside a suspended one."""
 
 from __future__ import annotations
 
 import contextlib
 from functools import partial
 from pathlib import Path
-
-import psutil
 
 from bench.clients import ENGINE_FLAGS, USERS, rate, send_by_locust, write_work
 from bench.clock import Clock
@@ -34,18 +32,15 @@ def measure(clock: Clock, work: Path, pairs: int) -> instruments.Neighbour:
         clock.tell("starting two engines", 0)
         for started in engines:
             started.wait()
-        family = psutil.Process(engines[1].pid).children(recursive=True)
-        for process in family:
-            exits.callback(process.resume)  # a suspended process cannot end
-        play = partial(send_by_locust, load, engines[0].url, work / "requests.jsonl")
+        loaded, other = engines
+        play = partial(send_by_locust, load, loaded.url, work / "requests.jsonl")
         clock.tell("warming up", 0)
         play(work / "warm-up")
         rates: dict[str, dict[int, float]] = {"idle": {}, "held": {}}
         for pair in range(pairs):
             for arm in list(rates)[:: -1 if pair % 2 else 1]:
                 clock.tell(f"{arm}, {pair + 1} of {pairs}", (pair + 0.5) / (pairs + 1))
-                for process in family:
-                    process.suspend() if arm == "held" else process.resume()
+                (other.suspend if arm == "held" else other.resume)()
                 rates[arm][pair] = rate(play(work / f"{pair}-{arm}"))
     slowed = contrast(rates["idle"], rates["held"], paired=True)
     assert slowed

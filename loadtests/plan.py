@@ -37,7 +37,8 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
 
     With plans `beside` it, which have as many users, each user sends one request of every plan in
     turn, so that what the machine's speed does meanwhile meets all of them alike. The time that is
-    given is then the time of all together.
+    given is then the time of all together. Where `pids` are given, an engine is suspended while
+    another has its turn.
     """
 
     url: str
@@ -67,6 +68,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     share: tuple[int, int] = (0, 1)  # (number of this load process, number of all)
     trial: str = ""  # a name that the master gives it, by which late messages are told apart
     beside: tuple[TrialPlan, ...] = ()
+    pids: tuple[int, ...] = ()  # of what computes in the engine, on the load process's machine
 
     @property
     def all_plans(self) -> tuple[TrialPlan, ...]:

@@ -19,8 +19,10 @@ from locust.env import Environment
 from locust.runners import WorkerRunner
 
 from loadtests import load_workers
+from loadtests.connection import Connection
 from loadtests.event_lines import say
-from loadtests.load import AFTER_ERROR_S, Ended, Load, now, turns
+from loadtests.halting import one_awake
+from loadtests.load import AFTER_ERROR_S, Ended, Load, Turn, now, turns
 from loadtests.plan import TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.streaming import connect, records_of, stream
@@ -110,16 +112,10 @@ class ChatUser(User):
             waiting_room.ready()
         stopped = False
         try:
-            for load, turn in turns(loads, self.seat):
-                ended = stream(connections[load], turn, load)
-                load.end(ended)
-                if load.plan.reconnects:
-                    connections[load].close()
-                    connections[load] = connect(load)
-                if ended.error is None and len(ended.pieces) > FEW_PIECES:
-                    load.unparsed.put(ended)
-                elif parse(ended, load, self.environment).error:
-                    gevent.sleep(AFTER_ERROR_S)
+            with one_awake([load.plan.pids for load in loads]) as wake:
+                for load, turn in turns(loads, self.seat):
+                    wake(loads.index(load))
+                    self._send(turn, load, connections)
         except gevent.GreenletExit:  # this process ends: its share is lost, not played to its end
             stopped = True
             raise
@@ -128,6 +124,18 @@ class ChatUser(User):
                 connection.close()
             if not (until_stopped or stopped):
                 waiting_room.leave()
+
+    def _send(self, turn: Turn, load: Load, connections: dict[Load, Connection]) -> None:
+        """Send a request, and read and keep what comes."""
+        ended = stream(connections[load], turn, load)
+        load.end(ended)
+        if load.plan.reconnects:
+            connections[load].close()
+            connections[load] = connect(load)
+        if ended.error is None and len(ended.pieces) > FEW_PIECES:
+            load.unparsed.put(ended)
+        elif parse(ended, load, self.environment).error:
+            gevent.sleep(AFTER_ERROR_S)
 
 
 def parse(ended: Ended, load: Load, environment: Environment) -> RequestRecord:
@@ -165,14 +173,17 @@ def prepared(plan: TrialPlan) -> tuple[Load, ...]:
 
 
 def fetched(plan: TrialPlan, runner: WorkerRunner) -> tuple[Load, ...]:
-    """Prepare a share whose requests are on the master's machine: the same for all plans."""
+    """Prepare a share whose requests are on the master's machine: the same for all plans.
+
+    The pids are that machine's, too: here they would be other processes'.
+    """
     runner.send_message("lab-fetch", plan.trial)
     while (message := requests_text.get())["trial"] != plan.trial:
         pass
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="labs-requests-") as file:
         file.write(message["text"])
         file.flush()
-        here = {"requests": Path(file.name)}
+        here = {"requests": Path(file.name), "pids": ()}
         beside = tuple(other.model_copy(update=here) for other in plan.beside)
         return prepared(plan.model_copy(update={**here, "beside": beside}))
 

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -119,22 +119,24 @@ class Process:
         """Ask the guard to end the family, and return at once; any thread may call this."""
         self._guard.terminate()
 
-    def suspend(self) -> None:
-        """Halt the child and all its descendants until `resume`; the guard goes on.
+    def suspend(self, but: Collection[int] = ()) -> None:
+        """Halt the child and its descendants until `resume`, except for some; the guard goes on.
 
         They keep their memory and ports, and what is sent to them waits.
         """
-        for member in self._family():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.suspend()
+        for member in self.family():
+            if member.pid not in but:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.suspend()
 
     def resume(self) -> None:
         """Let the child and all its descendants go on; without effect where none is suspended."""
-        for member in self._family():
+        for member in self.family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.resume()
 
-    def _family(self) -> list[psutil.Process]:
+    def family(self) -> list[psutil.Process]:
+        """List the child and all its descendants."""
         try:
             return psutil.Process(self.pid).children(recursive=True)
         except psutil.NoSuchProcess:

@@ -184,16 +184,20 @@ class Engines:
     def others_suspended(self, variants: Iterable[Variant]) -> Iterator[None]:
         """Suspend, on a CPU, all engines but those of these variants while the block lasts.
 
-        Prometheus cannot scrape them meanwhile; what they have counted it reads after the block.
+        When it ends, all go on: also those that the load generator suspended between their turns,
+        should it have died.
         """
+        if not self.suspends_idle:
+            yield
+            return
         needed = {variant.name for variant in variants}
-        others = [each for name, each in self._serving.items() if name not in needed]
         try:
-            for engine in others if self.suspends_idle else ():
-                engine.suspend()
+            for name, engine in self._serving.items():
+                if name not in needed:
+                    engine.suspend()
             yield
         finally:
-            for engine in others if self.suspends_idle else ():
+            for engine in self._serving.values():
                 engine.resume()
 
     def serving(self, variant: Variant) -> Server:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-LOOK_S, MOST_WAIT_S = 0.1, 5.0
+LOOK_S, MOST_WAIT_S = 0.1, 2.0
 IDLE_SHARE = 0.25  # of one core; CPU times have a resolution of 10 ms
 
 
@@ -27,8 +27,7 @@ def wait_until_idle(pids: Iterable[int], most_s: float = MOST_WAIT_S) -> bool:
     """Wait until these processes and all below them use hardly any CPU time; tell whether they do.
 
     A worker of vLLM looks out for its next step for a second before it sleeps, on the very core on
-    which the machine's speed is timed. An engine that was suspended first answers all that it was
-    asked meanwhile: Prometheus's scrapes, each of which takes it some 8 ms.
+    which the machine's speed is timed.
     """
     pids, deadline_s = tuple(pids), time.monotonic() + most_s
     while True:

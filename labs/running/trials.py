@@ -538,6 +538,7 @@ class Trials:
         A trial of several together has as much time as all of them, in which others are served too.
         """
         lab, of_capacity = self._setup.lab, isinstance(point.load, OfCapacity)
+        suspends = together > 1 and self._engines.suspends_idle
         return plan.TrialPlan(
             url=engine.url,
             arrival=point.load,
@@ -560,6 +561,7 @@ class Trials:
             fields=dict(engine.request_fields),
             model_names=dict(engine.model_names),
             reconnects=engine.closes_connections,
+            pids=tuple(engine.computing()) if suspends else (),
             secrets=masking.SECRETS,
         )
 

@@ -123,6 +123,10 @@ class Server(ABC):
         """
         return []
 
+    def computing(self) -> list[int]:
+        """List the pids of its processes that compute, if the lab has started it."""
+        return []
+
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a LoRA adapter while running, and serve it as the model `name`.
 
@@ -135,7 +139,7 @@ class Server(ABC):
         raise EngineError(f"{self.name} cannot unload adapters while it serves")
 
     def suspend(self) -> None:
-        """Halt it until `resume`, if the lab has started it: requests wait meanwhile."""
+        """Halt what computes in it until `resume`, if the lab has started it: requests wait."""
         return
 
     def resume(self) -> None:
@@ -421,8 +425,12 @@ class Engine(Server):
             f"its last lines ({self.log}):\n{self._process.tail()}"
         )
 
+    def computing(self) -> list[int]:
+        apart = self.api_servers()
+        return [member.pid for member in self._process.family() if member.pid not in apart]
+
     def suspend(self) -> None:
-        self._process.suspend()
+        self._process.suspend(but=self.api_servers())  # which go on showing metrics
 
     def resume(self) -> None:
         self._process.resume()

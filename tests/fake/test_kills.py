@@ -168,12 +168,13 @@ def test_nothing_outlives_a_runner(sign: signal.Signals, name: str, reader: Read
         assert again.folder.probe_file("salt", "on").exists()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_outlives_a_runner_that_has_suspended_an_engine(
-    sign: signal.Signals, reader: Reader
+@pytest.mark.parametrize("users", [1, 2])
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM], ids=lambda sign: sign.name)
+def test_nothing_outlives_a_runner_while_an_engine_is_suspended(
+    sign: signal.Signals, users: int, reader: Reader
 ) -> None:
-    """Of two that stay loaded together, the one that this trial does not use."""
-    settings = IN_ITS_FIRST_TRIAL.replace("concurrent:1", "concurrent:2")
+    """Two stay loaded together. One user's requests go to both in turn, those of two to one."""
+    settings = IN_ITS_FIRST_TRIAL.replace("concurrent:1", f"concurrent:{users}")
     command = reader.types("run", LAB, SET=settings)
     deadline = time.monotonic() + 300
     while not (suspended := _suspended(command)):

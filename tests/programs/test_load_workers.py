@@ -253,3 +253,26 @@ def test_each_key_has_a_secret_of_its_own() -> None:
     secrets = {load_workers.secret_of(key) for key in (KEY, f"{KEY}.")}
     assert {len(secret) for secret in secrets} == {32}
     assert len(secrets) == 2
+
+
+FETCHING = """
+import sys
+from types import SimpleNamespace
+from loadtests import worker
+from loadtests.plan import TrialPlan
+plan = TrialPlan.model_validate_json(sys.argv[1])
+worker.requests_text.put({"trial": plan.trial, "text": ""})
+loads = worker.fetched(plan, SimpleNamespace(send_message=lambda *_: None))
+print(*(load.plan.pids for load in loads))
+"""
+
+
+def test_a_load_worker_suspends_no_process_of_its_own_machine(tmp_path: Path) -> None:
+    """The pids in a plan are those of the machine that the run is on."""
+    plan = TrialPlan(
+        url="", arrival=Concurrent(users=1), requests=tmp_path, records=tmp_path, warmup_s=0,
+        window_s=1, timeout_s=1, seed=0, lab="tiny", variant="on", run_id="r", workload="w",
+        trial="t", pids=(os.getpid(),),
+    )  # fmt: skip
+    together = plan.model_copy(update={"beside": (plan,)})
+    assert said_by((FETCHING, together.model_dump_json())) == ["() ()\n"]

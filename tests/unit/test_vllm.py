@@ -7,8 +7,10 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from serving.engines import vllm_harmless
@@ -217,8 +219,13 @@ def test_api_servers_are_told_from_what_computes(server: list[Any], answering: l
 
         class Started(Answering):
             pid = guard.pid
+            _process: Any = SimpleNamespace(
+                family=lambda: psutil.Process(guard.pid).children(recursive=True)
+            )
 
-        assert Started("").api_servers() == sorted(pids[name] for name in answering)
+        apart = sorted(pids[name] for name in answering)
+        assert Started("").api_servers() == apart
+        assert sorted(Started("").computing()) == sorted({*pids.values()} - {guard.pid, *apart})
     finally:
         guard.communicate("\n")
 
