@@ -7,7 +7,9 @@ cores, with a thread for each; on a GPU it is a copy and a product in BF16.
 
 The process that does it stays for a whole run (`python -m serving.reference_step cpu|gpu`): for
 each line on standard input it prints a line of `ReferenceStep`. On a GPU it holds no memory between
-two steps but the context of the process.
+two steps but the context of the process. On a CPU the stand-in step of a forecast is timed in turn
+with reference steps, too (`serving/forecasting/timing.py`), by which its minutes can be compared
+with those of the trials.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +34,7 @@ GPU_COPY_BYTES, GPU_FACTOR = 128 * 2**20, 4096
 EACH_S, LEAST_TIMES = 0.04, 3  # of each kind of work, in one step
 ANSWER_LIMIT_S = 20.0
 FIRST_ANSWER_LIMIT_S = 90.0  # on a GPU it imports PyTorch first, maybe from a cold disk
+NUMPY_THREADS = "OPENBLAS_NUM_THREADS"  # the variable that NumPy's own builds heed
 START_S = 20.0  # until the first answer, where that is asked for at once: an estimate
 
 
@@ -40,6 +43,16 @@ class ReferenceStep(BaseModel, frozen=True, extra="forbid"):
 
     reading_s: PositiveFloat
     computing_s: PositiveFloat
+
+
+def middle(steps: Sequence[ReferenceStep]) -> ReferenceStep | None:
+    """Return the median of each part; None of no steps."""
+    if not steps:
+        return None
+    return ReferenceStep(
+        reading_s=median(step.reading_s for step in steps),
+        computing_s=median(step.computing_s for step in steps),
+    )
 
 
 class ReferenceTimer:
@@ -66,13 +79,20 @@ class ReferenceTimer:
             return None
 
 
+def threads(kind: str) -> str:
+    """Return on how many threads a step computes: one for each of its cores."""
+    return str(max(1, len(machines.timing_cores(kind))))
+
+
 @contextlib.contextmanager
 def started(kind: str, log: Path) -> Iterator[ReferenceTimer]:
     """Start the process for this kind of machine (`cpu` or `gpu`); it ends with the block."""
-    cores = machines.timing_cores(kind)
-    threads = str(max(1, len(cores)))
-    argv = [sys.executable, "-m", "serving.reference_step", kind]
-    env = {name: threads for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    cores, argv = (
+        machines.timing_cores(kind),
+        [sys.executable, "-m", "serving.reference_step", kind],
+    )
+    names = (NUMPY_THREADS, "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    env = dict.fromkeys(names, threads(kind))
     with Process("reference step", argv, log=log, env=env, cores=cores, talk=True) as process:
         yield ReferenceTimer(process)
 

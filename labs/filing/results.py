@@ -341,6 +341,12 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     kv_bands: Annotated[dict[str, dict[str, Band]], Field(exclude_if=lambda bands: not bands)] = {}
     on_two: Annotated[tuple[OnTwoEngines, ...], Field(exclude_if=lambda two: not two)] = ()
 
+    @property
+    def references(self) -> list[ReferenceStep]:
+        """The reference steps that were timed in turn with the stand-in; none in older runs."""
+        timed = (step.get("reference") for step in self.step_times)
+        return [ReferenceStep.model_validate(each) for each in timed if each]
+
     def ratio(
         self, metric: str, treatment: str, baseline: str, of_means: bool = False
     ) -> Prediction | None:

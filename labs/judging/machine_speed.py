@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel
 
-from serving.reference_step import ReferenceStep
+from serving.reference_step import ReferenceStep, middle
 
 MOST_CHANGED = 0.25
 """The least change of a step's time, up or down, that counts as a jump. It is 3.5 standard
@@ -81,6 +81,21 @@ def _part_speed(trials: Sequence[TimedTrial], part: Part) -> PartSpeed:
         slope, _ = np.polyfit(starts_s - np.min(starts_s), np.log(times_s), 1)
         trend = math.expm1(float(slope) * length_s)
     return PartSpeed(median_s=median(times_s), low_s=low_s, high_s=high_s, trend=trend)
+
+
+def at_forecast(steps: Sequence[ReferenceStep], run: MachineSpeed) -> dict[Part, float]:
+    """Return how many times as long each part took beside the stand-in step as beside the trials.
+
+    It is the ratio of two medians, above 1 where the machine was slower while the forecast was
+    made. Empty where no reference step was timed then.
+    """
+    then = middle(steps)
+    if then is None:
+        return {}
+    return {
+        "reading": then.reading_s / run.reading.median_s,
+        "computing": then.computing_s / run.computing.median_s,
+    }
 
 
 def jump(trial: TimedTrial, run: MachineSpeed) -> str | None:

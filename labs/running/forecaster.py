@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from labs.lab import LabError
 from labs.running.side_process import guarded, last_line
+from serving import reference_step
 from serving.forecasting.copying import Copying, CopyingPlan
 from serving.forecasting.plan import (
     ForecastPlan,
@@ -94,7 +95,8 @@ class Forecaster:
 @contextlib.contextmanager
 def started() -> Iterator[Forecaster]:
     """Start a forecaster, which ends with the block."""
-    with guarded("forecaster", FORECASTER_ARGV) as process:
+    env = {reference_step.NUMPY_THREADS: reference_step.threads("cpu")}
+    with guarded("forecaster", FORECASTER_ARGV, env) as process:
         yield Forecaster(process)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,11 +15,13 @@ from serving.process import Process
 
 
 @contextlib.contextmanager
-def guarded(name: str, argv: Sequence[str]) -> Iterator[Process]:
+def guarded(
+    name: str, argv: Sequence[str], env: Mapping[str, str] | None = None
+) -> Iterator[Process]:
     """Start a process that ends with this one, with pipes to it and a log that goes with it."""
     with (
         TemporaryDirectory(prefix="lab-side-") as folder,
-        Process(name, argv, log=Path(folder) / "log", talk=True) as process,
+        Process(name, argv, log=Path(folder) / "log", env=env, talk=True) as process,
     ):
         yield process
 

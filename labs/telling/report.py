@@ -15,6 +15,7 @@ from labs.filing.manifest import is_stale
 from labs.filing.results import (
     AT,
     Finding,
+    PointForecasts,
     Predictions,
     Residency,
     Run,
@@ -25,7 +26,7 @@ from labs.filing.results import (
 from labs.findings.parts import published_of
 from labs.findings.published import Part
 from labs.judging.judge import Caveat
-from labs.judging.machine_speed import MachineSpeed
+from labs.judging.machine_speed import MachineSpeed, at_forecast
 from labs.judging.metrics import METRICS, main_columns
 from labs.judging.text import (
     ADMISSION_BY_CLIENT,
@@ -159,7 +160,7 @@ def document(facts: Facts, figures: Sequence[Figure]) -> Section:
         ),
         section("What to turn next", bullets(_knob(text) for text in lab.next_knobs)),
         _validity(facts),
-        _machine_speed(facts.summary.machine_speed, facts.run.environment.compute_mode),
+        _machine_speed(facts),
         _agreement(facts),
         _method(facts),
     )
@@ -542,9 +543,10 @@ def validity(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> Paragraph 
     return bullets(items)
 
 
-def _machine_speed(speed: MachineSpeed | None, compute_mode: str | None) -> Section:
+def _machine_speed(facts: Facts) -> Section:
     """Show the reference steps beside the trials; in a run that timed none, why, if it is known."""
-    title = "The machine's own speed"
+    title, speed = "The machine's own speed", facts.summary.machine_speed
+    compute_mode = facts.run.environment.compute_mode
     if speed is None and admits_one_process(compute_mode):
         return section(
             title,
@@ -564,9 +566,21 @@ def _machine_speed(speed: MachineSpeed | None, compute_mode: str | None) -> Sect
             f" before and after every trial ({speed.steps} times): reading a block larger than the"
             " caches, and a product of two matrices. Longer times mean a slower machine, whatever"
             " was being measured. The trend is the change from the first trial to the last, by a"
-            " fitted line."
+            " fitted line." + _at_forecast(facts.predictions.in_virtual_time, speed)
         ),
         folded=True,
+    )
+
+
+def _at_forecast(before: PointForecasts | None, trials: MachineSpeed) -> str:
+    """Say how much slower or faster the machine was while the forecasts' stand-in was timed."""
+    ratios = at_forecast(before.references if before else (), trials)
+    if not ratios:
+        return ""
+    parts = " and ".join(f"{part} {ratio:.2f} times" for part, ratio in ratios.items())
+    return (
+        f" While the forecasts' stand-in was timed, {parts} as long as in the median beside the"
+        " trials; a forecast knows nothing of how the machine's speed changes after it."
     )
 
 

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+from serving.reference_step import ReferenceStep
 
 MASKED_IN_TURN = 128
 """vLLM 0.32 fills the masks of up to so many sequences one after another."""
@@ -55,6 +58,8 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
     attention_read_s: float
     scheduling_s: float = 0.0  # of the engine itself, around the model's forward pass
     wander: float = 1.0  # the middle time of a part over its least, as the machine's speed wandered
+    # the machine itself, timed in turn with the parts; None on a GPU and in older runs
+    reference: Annotated[ReferenceStep | None, Field(exclude_if=lambda step: step is None)] = None
 
     def times(self, factor: float) -> StepTimes:
         """Return the step times of a machine on which everything takes `factor` times as long."""
@@ -67,6 +72,7 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
             attention_read_s=factor * self.attention_read_s,
             scheduling_s=factor * self.scheduling_s,
             wander=self.wander,
+            reference=self.reference,
         )
 
     def seconds(self, step: Step) -> float:

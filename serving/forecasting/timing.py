@@ -36,8 +36,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel
 
+from serving import reference_step
 from serving.forecasting.step import StepTimes
 from serving.models import shape_of
+from serving.reference_step import ReferenceStep
 
 if TYPE_CHECKING:
     from serving.forecasting.engine_model import EngineModel
@@ -206,7 +208,10 @@ def recorded(work: Work) -> Work:
 
 
 def timed(
-    series: Sequence[Sequence[Work]], passes: int, wait: Callable[[], None]
+    series: Sequence[Sequence[Work]],
+    passes: int,
+    wait: Callable[[], None],
+    between: Work = lambda: None,
 ) -> list[list[list[float]]]:
     """Return the seconds that each work took, over up to `passes` in turn after one that warms up.
 
@@ -215,7 +220,8 @@ def timed(
     `LONG_S` even when it is done again at once counts from then on, since warming up is a small
     part of it, and one that has taken `ENOUGH_S` altogether is not timed again. The works of a
     series ascend in size: after two that take longer than `LONG_S` no larger one is timed, and its
-    list is as much shorter. `wait` returns when the device has finished all that it was given.
+    list is as much shorter. `wait` returns when the device has finished all that it was given, and
+    `between` is done before each pass.
     """
 
     def seconds_of(work: Work) -> float:
@@ -227,6 +233,7 @@ def timed(
 
     times_s: list[list[list[float]]] = [[[] for _ in works] for works in series]
     for number in range(passes + 1):
+        between()
         for works, mine in zip(series, times_s, strict=True):
             for place, work in enumerate(works[: len(mine)]):
                 if place > 1 and min(mine[place - 2], default=0.0) > LONG_S:
@@ -280,6 +287,8 @@ def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
     timed_once = [(plans[number], timed_models[number]) for number in first_of.values()]
     place = {key: at for at, key in enumerate(first_of)}
     places = [place[weights_of(plan)] for plan in plans]
+    references = list[ReferenceStep]()
+    reference = reference_step.on_cpu() if plans[0].device == "cpu" else None
     contexts = (CONTEXT_TOKENS, LONG_CONTEXT_TOKENS)
     prompts = (PREFILL_TOKENS // 4, PREFILL_TOKENS)
     with torch.inference_mode():
@@ -291,7 +300,8 @@ def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
         ]
         if plans[0].device == "cuda":
             series = [[recorded(work) for work in works] for works in series]
-        times_s = timed(series, passes, wait)
+        between = (lambda: references.append(reference())) if reference else (lambda: None)
+        times_s = timed(series, passes, wait, between)
     usual = iter([[median(seconds) for seconds in works] for works in times_s])
     linear_s = list(itertools.islice(usual, len(timed_once)))
     head_s = list(itertools.islice(usual, len(timed_once)))
@@ -309,6 +319,7 @@ def measure(plans: Sequence[TimingPlan]) -> list[StepTimes]:
             attention_pair_s=max(0.0, (whole_s - part_s) / (whole - part)),
             attention_read_s=max(0.0, (long_s - short_s) / (contexts[1] - contexts[0])),
             wander=wander,
+            reference=reference_step.middle(references),
         )
         for plan, linear, head, (short_s, long_s), (part_s, whole_s) in zip(
             plans,

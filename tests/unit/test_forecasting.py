@@ -19,6 +19,7 @@ from loadtests.load import AFTER_ERROR_S
 from serving.forecasting import timing
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Delays, Prompt, Traffic, play
+from serving.reference_step import ReferenceStep
 
 TIMES = StepTimes(
     tokens=(1, 2, 4), linear_s=(1.0, 1.5, 2.5), rows=(1, 4), head_s=(0.1, 0.4),
@@ -313,8 +314,9 @@ def test_on_a_gpu_a_work_is_recorded_once_and_replayed(
 
 def test_all_works_take_turns_so_that_a_slow_moment_meets_none_in_all_its_passes() -> None:
     order: list[str] = []
-    timing.timed([[lambda: order.append("a")], [lambda: order.append("b")]], 2, lambda: None)
-    assert order == ["a", "b"] * 3
+    works = [[lambda: order.append("a")], [lambda: order.append("b")]]
+    timing.timed(works, 2, lambda: None, lambda: order.append("the machine"))
+    assert order == ["the machine", "a", "b"] * 3
 
 
 def test_the_middle_of_several_times_counts_since_an_engine_cannot_choose_its_moments(
@@ -331,9 +333,20 @@ def test_the_middle_of_several_times_counts_since_an_engine_cannot_choose_its_mo
         [[1.0, 0.5, 9.0], [2.0, 2.0, 2.0]],
         [[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]],
     ]
-    monkeypatch.setattr(timing, "timed", lambda *_: series_s)
+    slow, *others = (ReferenceStep(reading_s=n, computing_s=2 * n) for n in (9.0, 1.0, 2.0))
+    left = iter([slow, *others])
+
+    def timed(*given: Any) -> list[list[list[float]]]:
+        for _ in range(3):
+            given[-1]()
+        return series_s
+
+    monkeypatch.setattr(timing, "timed", timed)
+    monkeypatch.setattr("serving.reference_step.on_cpu", lambda: lambda: next(left))
     plan = timing.TimingPlan(config=config, device="cpu", tokens=(1, 2), rows=(1, 4))
     (times,) = timing.measure([plan])
+    assert times.reference == ReferenceStep(reading_s=2.0, computing_s=4.0)
+    assert times.times(3.0).reference == times.reference  # what was timed, whatever it is used for
     assert times.linear_s == (4.0, 8.0)
     assert times.head_s == (2.0, 2.0)
     contexts = timing.LONG_CONTEXT_TOKENS - timing.CONTEXT_TOKENS

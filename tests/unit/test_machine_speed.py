@@ -14,7 +14,7 @@ import pytest
 
 from labs.comparing import compare, reproduction, side_by_side
 from labs.filing import results
-from labs.filing.results import RunFolder, TrialResult, write_json
+from labs.filing.results import PointForecasts, RunFolder, TrialResult, write_json
 from labs.judging.machine_speed import (
     MOST_SPREAD,
     MachineSpeed,
@@ -30,9 +30,14 @@ from labs.telling import report
 from labs.telling.document import plain_text
 from labs.telling.summary import summarise
 from serving import reference_step
+from serving.forecasting.step import StepTimes
 from serving.reference_step import ReferenceStep
 from tests.unit.builders import write_run, write_slowed
 
+NO_TIME: Any = {
+    "tokens": (1,), "linear_s": (0.0,), "rows": (1,), "head_s": (0.0,), "attention_pair_s": 0.0,
+    "attention_read_s": 0.0,
+}  # fmt: skip
 QUIET = [1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.03, 0.97]
 
 
@@ -179,6 +184,20 @@ def test_the_report_shows_the_machines_speed_and_names_the_trial_that_was_distur
     assert "| Reading | 10 ms |" in text
     assert "| Computing | 5 ms | 5 to 5 ms |" in text
     assert "reading took 2.00 times as long beside the trial as in the run's median" in text
+
+
+def test_the_report_says_how_fast_the_machine_was_as_the_forecast_was_made(
+    folder: RunFolder,
+) -> None:
+    timed(folder, lambda number: step())
+    said = "While the forecasts' stand-in was timed"
+    assert said not in report.write(folder).read_text()  # as in older runs
+    slower = [StepTimes(**NO_TIME, reference=step(r, 0.9)).model_dump() for r in (1.1, 1.2, 1.3)]
+    known = PointForecasts(points={}, step_times=[*slower, StepTimes(**NO_TIME).model_dump()])
+    predictions = folder.predictions().model_copy(update={"in_virtual_time": known})
+    write_json(folder.path / "predictions.json", predictions)
+    text = report.write(folder).read_text()
+    assert f"{said}, reading 1.20 times and computing 0.90 times as long as in the med" in text
 
 
 def test_where_a_gpu_admits_one_process_the_engine_has_it_alone(
