@@ -69,6 +69,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     trial: str = ""  # a name that the master gives it, by which late messages are told apart
     beside: tuple[TrialPlan, ...] = ()
     pids: tuple[int, ...] = ()  # of what computes in the engine, on the load process's machine
+    rest_s: float = 0.0  # after each of its answers, before another engine has its turn
 
     @property
     def all_plans(self) -> tuple[TrialPlan, ...]:

@@ -116,6 +116,8 @@ class ChatUser(User):
                 for load, turn in turns(loads, self.seat):
                     wake(loads.index(load))
                     self._send(turn, load, connections)
+                    if load.plan.rest_s:
+                        gevent.sleep(load.plan.rest_s)
         except gevent.GreenletExit:  # this process ends: its share is lost, not played to its end
             stopped = True
             raise

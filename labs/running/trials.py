@@ -49,6 +49,10 @@ from serving.telemetry import Telemetry
 
 BESIDE = "of a trial beside it: "  # how a reason begins that is another trial's
 MOST_AGAIN = 2  # how often a disturbed trial is measured again
+REST_S = 0.25
+"""In which an engine finishes what follows an answer's last token, before it is suspended: with
+speculation it drafts once more. Suspended in the middle of that, vLLM 0.32 may answer the next
+request 5 s late: a wake-up of its worker is lost, and it looks again after so long."""
 PER_TRIAL_S = 2.0  # drain and bookkeeping, for the estimate of the time remaining
 
 
@@ -562,6 +566,7 @@ class Trials:
             model_names=dict(engine.model_names),
             reconnects=engine.closes_connections,
             pids=tuple(engine.computing()) if suspends else (),
+            rest_s=REST_S if suspends else 0.0,
             secrets=masking.SECRETS,
         )
 

@@ -1,12 +1,14 @@
 """The `labs` command on a machine that, as far as it can tell, does nothing else.
 
 Other tests run meanwhile, and beside a fake engine, which uses hardly any CPU time, whatever they
-use is much. What else disturbs a trial, such as a late load generator, is noticed as ever.
+use is much. What else disturbs a trial, such as a late load generator, is noticed as ever. A fake
+engine has done all when it has answered, and needs no rest before it is suspended.
 """
 
 from __future__ import annotations
 
 from labs.commands import cli
+from labs.running import trials
 from labs.running.machine_load import OtherLoad, Shares
 
 measured = OtherLoad.shares
@@ -19,6 +21,7 @@ def _only_ours(self: OtherLoad) -> Shares:
 def app() -> None:
     """Run the command line, in a process of its own: tests import this module, too."""
     OtherLoad.shares = _only_ours  # type: ignore[method-assign]
+    trials.REST_S = 0.0
     cli.app()
 
 

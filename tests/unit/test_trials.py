@@ -22,6 +22,7 @@ from labs.running.counts import Counts
 from labs.running.resolve import keeps_disturbed
 from labs.running.trials import (
     PER_TRIAL_S,
+    REST_S,
     Played,
     Trials,
     nothing_measured,
@@ -273,6 +274,24 @@ def test_trials_that_are_played_together_are_recorded_apart(tmp_path: Path) -> N
 def test_the_engines_of_trials_that_are_played_together_are_all_awake(tmp_path: Path) -> None:
     trials, _ = together(tmp_path, 0.01, 2.5, 0.03, 0.04)  # two attempts
     assert trials.awake == [["off", "on"], ["off", "on"]]
+
+
+@pytest.mark.parametrize(
+    ("together", "suspends", "pids", "rest_s"),
+    [(2, True, (7, 8), REST_S), (1, True, (), 0.0), (2, False, (), 0.0)],
+)
+def test_between_turns_the_load_generator_suspends_what_computes(
+    together: int, suspends: bool, pids: tuple[int, ...], rest_s: float, tmp_path: Path
+) -> None:
+    folder = write_run(tmp_path)
+    trials = Script(folder, [])
+    engine: Any = SimpleNamespace(
+        computing=lambda: [7, 8], url="", request_fields={}, model_names={},
+        closes_connections=False,
+    )  # fmt: skip
+    vars(trials)["_engines"] = SimpleNamespace(suspends_idle=suspends)
+    planned = trials._trial_plan(folder.run().points()[-1], 1, engine, together)
+    assert (planned.pids, planned.rest_s) == (pids, rest_s)
 
 
 def test_where_one_is_disturbed_those_beside_it_are_measured_again_too(tmp_path: Path) -> None:
