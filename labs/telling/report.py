@@ -577,7 +577,7 @@ def _at_forecast(before: PointForecasts | None, trials: MachineSpeed) -> str:
     ratios = at_forecast(before.references if before else (), trials)
     if not ratios:
         return ""
-    parts = " and ".join(f"{part} {ratio:.2f} times" for part, ratio in ratios.items())
+    parts = " and ".join(f"{part} took {ratio:.2f} times" for part, ratio in ratios.items())
     return (
         f" While the forecasts' stand-in was timed, {parts} as long as in the median beside the"
         " trials; a forecast knows nothing of how the machine's speed changes after it."

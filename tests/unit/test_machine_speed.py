@@ -197,7 +197,7 @@ def test_the_report_says_how_fast_the_machine_was_as_the_forecast_was_made(
     predictions = folder.predictions().model_copy(update={"in_virtual_time": known})
     write_json(folder.path / "predictions.json", predictions)
     text = report.write(folder).read_text()
-    assert f"{said}, reading 1.20 times and computing 0.90 times as long as in the med" in text
+    assert f"{said}, reading took 1.20 times and computing took 0.90 times as long as" in text
 
 
 def test_where_a_gpu_admits_one_process_the_engine_has_it_alone(
