@@ -12,7 +12,7 @@ from dashboards.palette import VARIANTS
 from labs import theory
 from labs.filing.results import Finding
 from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import GREY, aside, draw_forecasts, plt, reach
+from labs.findings.drawing import GREY, aside, draw_forecasts, legend_above, plt, reach
 from labs.findings.parts import IN_PART, Conclusion, Headline, ReportParts
 from labs.findings.published import Published, PublishedFigures
 from labs.findings.sweep import concurrency_sweep
@@ -262,7 +262,7 @@ def draw_batches(run: JudgedRun) -> str | None:
         ax.set_xscale("log", base=2)
         ax.set_xticks(users, [str(n) for n in users])
         ax.set_xlabel("requests in flight")
-        ax.legend(frameon=False, fontsize=8)
+        legend_above(ax)
     return (
         "Left: TPOT of the mixture and of both dense models over the batch, with 95% intervals, and"
         " the least that reading and computing take. Right: the mixture's TPOT as a ratio to that"
