@@ -130,6 +130,17 @@ def _nothing_is_left(reader: Reader, command: Command) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def _end_it_and_all_that_it_started(sign: signal.Signals, reader: Reader, command: Command) -> None:
+    """Send the runner a signal; it ends by it, and no process, lock or listening socket is left."""
+    family = command.family()
+    sockets = listening_sockets(family)
+    command.process.send_signal(sign)
+    assert command.wait() == (-sign if sign == signal.SIGKILL else 128 + sign), command.said
+    assert not still_alive(family)
+    _nothing_is_left(reader, command)
+    assert not still_listening(sockets)
+
+
 RUNNER_CELLS = [
     # in a trial KILL is sent in test_faults.py
     *((signal.SIGKILL, stage) for stage in STAGES if stage not in ("warm-up", "window")),
@@ -146,13 +157,7 @@ def test_nothing_outlives_a_runner(sign: signal.Signals, name: str, reader: Read
     stage = STAGES[name]
     command = _begin(reader, stage.settings)
     _reach(name, reader, command)
-    family = command.family()
-    sockets = listening_sockets(family)
-    command.process.send_signal(sign)
-    assert command.wait() == (-sign if sign == signal.SIGKILL else 128 + sign), command.said
-    assert not still_alive(family)
-    _nothing_is_left(reader, command)
-    assert not still_listening(sockets)
+    _end_it_and_all_that_it_started(sign, reader, command)
     assert command.said.count("Stopping: finished trials are kept") == (sign != signal.SIGKILL)
     assert "Traceback" not in command.said
     assert "error:" not in command.said
@@ -183,13 +188,7 @@ def test_nothing_outlives_a_runner_while_an_engine_is_suspended(
         time.sleep(0.02)
     assert len(reader.engine_starts()) == 2
     assert len(suspended) == 1  # the fake engine is one process
-    family = command.family()
-    sockets = listening_sockets(family)
-    command.process.send_signal(sign)
-    assert command.wait() == (-sign if sign == signal.SIGKILL else 128 + sign), command.said
-    assert not still_alive(family)
-    _nothing_is_left(reader, command)
-    assert not still_listening(sockets)
+    _end_it_and_all_that_it_started(sign, reader, command)
 
 
 def _suspended(command: Command) -> list[psutil.Process]:
