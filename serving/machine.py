@@ -85,20 +85,42 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         return "avx2" in self.cpu_flags and "avx512f" not in self.cpu_flags
 
     @property
+    def core_caches_bytes(self) -> dict[str, int]:
+        """The caches that each core has to itself, by level: `L1` (data), `L1i` and `L2`."""
+        return {level: size for level, size in sorted(self.caches_bytes.items()) if level < "L3"}
+
+    @property
     def slug(self) -> str:
-        """A readable name and a hash of the hardware, e.g. `intel-xeon-processor-2cpu-1a2b3c`."""
+        """A readable name and a hash of the hardware, e.g. `intel-xeon-processor-2cpu-1a2b3c`.
+
+        A hypervisor gives CPUs of several generations one name, which a core's own caches tell
+        apart. L3 is not counted: cores share it, and a virtual machine may see another part of it.
+        """
         words = re.sub(r"\((r|tm)\)|@.*|\b(cpu|gpu)\b", " ", self.model.lower())
         name = "-".join(re.findall(r"[a-z0-9.]+", words))[:40].strip("-.")
         memory_gib = round(self.memory_bytes / GIB)
         key = f"{self.kind}|{self.model}|{self.count}|{memory_gib}|{self.cpu_flags}"
+        if self.core_caches_bytes:
+            key += f"|{self.core_caches_bytes}"
         return f"{name}-{self.count}{self.kind}-{hashlib.sha256(key.encode()).hexdigest()[:6]}"
 
+    @property
+    def name(self) -> str:
+        """Its model, and of a CPU what tells it from others that bear the same name."""
+        without = " without BF16" if self.lacks_bf16 else ""
+        caches = [
+            self.caches_bytes[level] // 2**10
+            for level in ("L1", "L1i")
+            if level in self.caches_bytes
+        ]
+        l1 = f" (L1 {' + '.join(map(str, caches))} KiB)" if caches else ""
+        return f"{self.model}{without}{l1}"
+
     def describe(self) -> str:
+        """Its name, how many there are and their memory, in a phrase."""
         unit = "GPU" if self.kind == "gpu" else "logical CPU"
         plural = "s" if self.count > 1 else ""
-        without = " without BF16" if self.lacks_bf16 else ""  # vendors give several CPUs one name
-        name = f"{self.model}{without}"
-        return f"{name}, {self.count} {unit}{plural}, {self.memory_bytes / GIB:.0f} GiB"
+        return f"{self.name}, {self.count} {unit}{plural}, {self.memory_bytes / GIB:.0f} GiB"
 
 
 class Ceilings(BaseModel, frozen=True, extra="forbid"):

@@ -84,7 +84,7 @@ RANDOM_WEIGHTS = (
 
 def _short(run: Run) -> str:
     """Name a run's machine without its cores and memory."""
-    return run.machine.describe().partition(",")[0]
+    return run.machine.name
 
 
 def _earlier(run: Run) -> str:

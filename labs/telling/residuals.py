@@ -215,7 +215,7 @@ def kept_of_runs(runs: Iterable[RunFolder]) -> list[Residual]:
 
 def _place_of(folder: RunFolder) -> tuple[RunFolder, str, str]:
     run = folder.run()
-    return folder, str(run.lab["name"]), run.machine.describe().partition(",")[0]
+    return folder, str(run.lab["name"]), run.machine.name
 
 
 def _of_points(folder: RunFolder, which: Literal["kept", "shown"]) -> list[Residual]:
