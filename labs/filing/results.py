@@ -237,7 +237,8 @@ class Run(BaseModel, frozen=True, extra="forbid"):
             served=self.served,
             acceptance=predictions.acceptance,
             least_copied={key: band.low for key, band in forecasts.copied.items()},
-            least_found={key: band.low for key, band in found.items() if band},
+            least_hit_rate={key: band.low for key, band in found.items() if band},
+            least_found=forecasts.least_found,
         )
 
     def points(self) -> list[Point]:
@@ -326,6 +327,9 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     without: dict[str, str] = {}  # variant, point, SEARCH or TWO_ENGINES -> why it has no forecast
     trial_s: dict[str, float] = {}  # point -> from a trial's start to its last answer
     copied: dict[str, Band] = {}  # point that copies -> share of its guesses accepted in a trial
+    # point at which chance decides how much is found in the prefix cache -> the fewest tokens that
+    # any trial has found there after its first request, its second ..; not in older runs
+    least_found: Annotated[dict[str, tuple[int, ...]], Field(exclude_if=lambda f: not f)] = {}
     step_times: list[dict[str, Any]] = []  # the stand-in steps, as they were timed
     # of this machine's speed, by earlier runs: both ends of all bands, and more at a curve's points
     machine_spread: float = 1.0
@@ -557,6 +561,9 @@ class Session(BaseModel, frozen=True, extra="forbid"):
     resident: bool
     there_and_back: bool = False  # where not resident: in turns A B C, then C B A, and so on
     idle_suspended: bool = False  # each engine while only others were measured; never in older runs
+    client_first: bool = (
+        False  # on its core, before what of an engine runs there; not in older runs
+    )
     agreement: list[Agreement]
     prometheus: str | None  # why there was no Prometheus; None where there was one
     ended_at: str | None = None
@@ -905,6 +912,18 @@ def require_room(path: Path) -> None:
             f"{free_bytes / 2**20:.0f} MiB are free under {path}, and a run needs"
             f" {LEAST_FREE_BYTES / 2**20:.0f} MiB: free some disk space, and run again"
         )
+
+
+def measured_elsewhere(run: Run) -> Machine | None:
+    """Return the machine whose ceilings a run was held against, if these are another's on file.
+
+    So it is with runs from before a CPU's caches told it from others that bear the same name.
+    """
+    for path in sorted(RESULTS.glob("*/machine.json")):
+        file = read_json(path, MachineFile)
+        if file.ceilings.measured_at == run.ceilings.measured_at:
+            return None if file.machine.slug == run.machine.slug else file.machine
+    return None
 
 
 def all_runs() -> list[RunFolder]:

@@ -46,7 +46,8 @@ class CacheHits:
     """Holds how many prompt tokens a trial found in its prefix cache, and how many it can have."""
 
     hits: float
-    looked_up: int  # of the prompts that were answered
+    answered: int  # prompts
+    looked_up: int  # tokens of the prompts that were answered
     most: float  # that can have been found
     by_chance: bool  # the least is not known to the token
 
@@ -87,19 +88,40 @@ def cache_hits(trial: Trial, template_tokens: int | None) -> CacheHits | None:
     if hits is None or cache is None or not caching(trial):
         return None
     bounds, by_chance = _hit_bounds(trial, cache, template_tokens)
-    answered = sum(r.prompt_tokens or 0 for r in trial.records if r.ok)
-    return CacheHits(hits, answered, bounds.high, by_chance)
+    answered = [r.prompt_tokens or 0 for r in trial.records if r.ok]
+    return CacheHits(hits, len(answered), sum(answered), bounds.high, by_chance)
 
 
-def hits_over_repeats(repeats: Sequence[CacheHits], least_rate: float) -> Bounds:
+def by_chance(trial: Trial) -> bool:
+    """Tell whether chance decides how much a trial finds in its prefix cache."""
+    cache = _Cache.of(trial)
+    return bool(cache and caching(trial) and _hit_bounds(trial, cache, None)[1])
+
+
+def hits_over_repeats(
+    repeats: Sequence[CacheHits], least_rate: float, least_found: Sequence[int] = ()
+) -> Bounds:
     """Bound what the repeats of a point must have found together.
 
-    `least_rate` is the low end of the forecast's band of the hit rate, which is one of the mean
-    over repeats. The least is 15% below that; a single repeat may have found any part of it.
+    `least_found` are the fewest tokens that a trial of the forecast has found after each of its
+    requests: the cache is empty at first, so few requests find less of their prompts than many. An
+    old run has none. Then `least_rate` counts, the low end of the forecast's band of the hit rate,
+    which is one of the mean over repeats and of as many requests as were forecast. The least is 15%
+    below that; a single repeat may have found any part of it.
     """
     most = sum(repeat.most for repeat in repeats)
-    least = least_rate * sum(repeat.looked_up for repeat in repeats)
+    if least_found:
+        least = sum(_found_after(least_found, repeat.answered) for repeat in repeats)
+    else:
+        least = least_rate * sum(repeat.looked_up for repeat in repeats)
     return Bounds((1 - BAND) * min(least, most), most)
+
+
+def _found_after(found: Sequence[int], requests: int) -> float:
+    """Read what was found after so many requests; more than were forecast find at the same rate."""
+    if requests <= len(found):
+        return float(found[requests - 1]) if requests else 0.0
+    return found[-1] * requests / len(found)
 
 
 def _hit_bounds(trial: Trial, cache: _Cache, template_tokens: int | None) -> tuple[Bounds, bool]:

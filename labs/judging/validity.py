@@ -106,7 +106,8 @@ class Expected:
     least_copied: Mapping[str, float] = field(default_factory=dict)  # by point: share accepted
     # by variant, of those measured at one stream: what transport adds to the engine's TTFT
     transport_s: Mapping[str, float] = field(default_factory=dict)
-    least_found: Mapping[str, float] = field(default_factory=dict)  # by point: forecast's hit rate
+    least_hit_rate: Mapping[str, float] = field(default_factory=dict)  # by point, as was forecast
+    least_found: Mapping[str, Sequence[int]] = field(default_factory=dict)  # after each request
 
     def with_transport(self, found_s: Mapping[str, Mapping[tuple[str, int], float]]) -> Expected:
         """Expect what transport usually took in these trials of each variant, at one stream."""
@@ -1019,16 +1020,20 @@ def confounded(claim: Claim, treatment: Point, baseline: Point) -> list[Caveat]:
 
 
 def found_too_little(
-    point: Point, repeats: Sequence[dose.CacheHits], least_rate: float, own_repeats: int
+    point: Point, repeats: Sequence[dose.CacheHits], expected: Expected, own_repeats: int
 ) -> list[Caveat]:
     """Check that a point's repeats found as much in the prefix cache as was forecast of their mean.
 
-    `repeats` are those that were measured, and `least_rate` is the low end of the forecast's band,
-    which is of the lab's `own_repeats`. Where chance decides nothing, each was checked on its own.
+    `repeats` are those that were measured; the forecast is one of the lab's `own_repeats`. Where
+    chance decides nothing, each was checked on its own.
     """
     if not any(repeat.by_chance for repeat in repeats):
         return []
-    bounds, hits = dose.hits_over_repeats(repeats, least_rate), sum(r.hits for r in repeats)
+    least_rate, least_found = (
+        expected.least_hit_rate[point.key], expected.least_found.get(point.key, ()),
+    )  # fmt: skip
+    bounds = dose.hits_over_repeats(repeats, least_rate, least_found)
+    hits = sum(r.hits for r in repeats)
     if len(repeats) < own_repeats:
         text = (
             f"{len(repeats)} of {own_repeats} repeats were measured, and how much is found in the"

@@ -16,6 +16,7 @@ from dashboards.prometheus import Prometheus
 from labs.lab import Lab, Variant
 from labs.running.progress import ProgressDisplay
 from labs.running.resolve import Setup
+from serving import machine as machines
 from serving.engines import ENGINES
 from serving.engines.base import Engine, Server, with_places
 from serving.host_memory import available_bytes
@@ -172,10 +173,11 @@ class Engines:
         return None if engine is None or engine.died() else engine
 
     @property
-    def suspends_idle(self) -> bool:
-        """Tell whether engines are suspended while others are measured: on a CPU, which they share.
+    def share_cpu(self) -> bool:
+        """Tell whether the engines are the lab's own and compute on the CPU, as all else here does.
 
-        What an idle one costs there is told in docs/forecasts.md#what-idle-engines-cost. Those that
+        Then they are suspended while others are measured, and give way to the load generator on its
+        core. What an idle one costs is told in docs/forecasts.md#what-idle-engines-cost. Those that
         share a GPU are shown to be harmless before anything is measured.
         """
         return self._setup.machine.kind == "cpu" and self._setup.endpoint is None
@@ -187,7 +189,7 @@ class Engines:
         When it ends, all go on: also those that the load generator suspended between their turns,
         should it have died.
         """
-        if not self.suspends_idle:
+        if not self.share_cpu:
             yield
             return
         needed = {variant.name for variant in variants}
@@ -259,6 +261,8 @@ class Engines:
             lambda s: self._progress.waiting(f"{starting}: {s:.0f} s{about}"),
             self._setup.clock.start_timeout_s,
         )
+        if self.share_cpu:  # else what looks out for a step's end keeps clients from their core
+            engine.give_way(machines.split_cores()[1])
         self.start_s += time.monotonic() - began
         serves = f"{engine.title} ({variant.name}) serves at {engine.url}"
         self._progress.message(f"{serves} after {engine.age_s:.0f} s")

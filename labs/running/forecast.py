@@ -82,6 +82,7 @@ def forecast(
         points={plays.point.key: plays.bands(setup.lab) for plays in all_plays},
         without=without,
         trial_s={plays.point.key: plays.trial_s for plays in all_plays},
+        least_found={p.point.key: found for p in all_plays if (found := p.least_found)},
         copied=_shares_copied(all_plays, copies, random.Random(setup.lab.seed)),
         watches={plays.point.key: plays.watches for plays in all_plays if plays.watches},
         timelines={plays.point.key: line for plays in all_plays if (line := plays.timeline)},

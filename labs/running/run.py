@@ -152,8 +152,8 @@ def _measure(
         wall_s=round(time.monotonic() - began, 2),
         resident=len(harness.groups) == 1,
         there_and_back=len(harness.groups) > 1 and trips > 1,
-        idle_suspended=len(harness.groups) == 1 < len(lab.variants)
-        and harness.engines.suspends_idle,
+        idle_suspended=len(harness.groups) == 1 < len(lab.variants) and harness.engines.share_cpu,
+        client_first=harness.engines.share_cpu,
         agreement=agreement,
         prometheus=harness.prometheus.missing,
         ended_at=datetime.now(UTC).isoformat(timespec="seconds"),

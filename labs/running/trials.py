@@ -542,7 +542,7 @@ class Trials:
         A trial of several together has as much time as all of them, in which others are served too.
         """
         lab, of_capacity = self._setup.lab, isinstance(point.load, OfCapacity)
-        suspends = together > 1 and self._engines.suspends_idle
+        suspends = together > 1 and self._engines.share_cpu
         return plan.TrialPlan(
             url=engine.url,
             arrival=point.load,

@@ -12,6 +12,7 @@ import scipy
 
 from labs.filing.results import Band, OnTwoEngines
 from labs.findings.parts import Pair, ReportParts, parts_of
+from labs.judging import dose
 from labs.judging.measure import Trial
 from labs.judging.metrics import METRICS, measure
 from labs.judging.signals import Watch, watch
@@ -97,7 +98,10 @@ class VirtualTrials:
             trial = _trial(lab, known[play.key], play)
             if play.key in over_time - timelines.keys():
                 timelines[play.key] = timeline(trial.point, trial.records)
-            outcomes[play.key].append(Outcome.of(trial, play.kv_use, play.key in watched))
+            found_tokens = play.found_tokens if dose.by_chance(trial) else ()
+            outcomes[play.key].append(
+                Outcome.of(trial, play.kv_use, play.key in watched, found_tokens)
+            )
         # the last two of a point are those at the ends of the band
         return [
             PointPlays(p, of[:-2], of[-2:], timelines.get(p.key))
@@ -410,15 +414,24 @@ class Outcome:
     sent: int  # requests
     watch: Watch | None  # where its load is watched
     kv_use: KvUse | None
+    # in the prefix cache after each request, where chance decides how much is found
+    found_tokens: Sequence[int]
 
     @classmethod
-    def of(cls, trial: Trial, kv_use: KvUse | None, watched: bool = False) -> Outcome:
+    def of(
+        cls,
+        trial: Trial,
+        kv_use: KvUse | None,
+        watched: bool = False,
+        found_tokens: Sequence[int] = (),
+    ) -> Outcome:
         return cls(
             figures=measure(trial),
             lasts_s=max((r.end_s or 0.0 for r in trial.records), default=0.0),
             sent=len(trial.records),
             watch=watch(trial) if watched else None,
             kv_use=kv_use,
+            found_tokens=found_tokens,
         )
 
 
@@ -440,6 +453,13 @@ class PointPlays:
     def fewest_sent(self) -> int:
         """The requests of the play that sent fewest, and at most as many as are drawn."""
         return min(MOST_DRAWN, *(play.sent for play in (*self.as_timed, *self.shifted)))
+
+    @property
+    def least_found(self) -> tuple[int, ...]:
+        """The fewest tokens that any play has found in the prefix cache after each request."""
+        return tuple(
+            min(found) for found in zip(*(p.found_tokens for p in self.as_timed), strict=False)
+        )
 
     @property
     def watches(self) -> tuple[Watch, ...]:

@@ -33,6 +33,7 @@ def lines(
 ) -> list[Inline]:
     """Say everything that a reader needs to make the run again."""
     env = run.environment
+    first = ", where it went first" if session and session.client_first else ""
     return [
         f"Machine: {run.machine.describe()}; {ceilings_text(run.ceilings)}.",
         f"Model: {run.model}, {run.model_shape['params'] / 1e6:,.0f} M parameters"
@@ -43,7 +44,7 @@ def lines(
             for name, argv in run.argv.items()
         ),
         f"Engine threads ran on CPU cores {list(env.engine_cores)}, the load generator on"
-        f" {list(env.client_cores)}.",
+        f" {list(env.client_cores)}{first}.",
         f"{repeats(lab, summary)}. Each repeat plays {_points(lab)} once, in random order (seed"
         f" {lab.seed}),"
         " and sends the same requests to all variants.",

@@ -140,7 +140,8 @@ def ratios(rows: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
 
 
 WIDE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-NARROW = (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4)
+MIDDLE = (0.15, 0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6)
+NARROW = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2)
 
 
 def _ratio_axis(ax: Axes) -> None:
@@ -148,7 +149,9 @@ def _ratio_axis(ax: Axes) -> None:
     ax.axvline(1, color=GREY, lw=1)
     ax.set_xscale("log")
     left, right = ax.get_xlim()
-    ticks = [t for t in (WIDE if right / left > 8 else NARROW) if left <= t <= right]
+    span = right / left
+    shown = WIDE if span > 8 else MIDDLE if span > 2 else NARROW
+    ticks = [t for t in shown if left <= t <= right]
     ax.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     ax.minorticks_off()
 

@@ -22,6 +22,7 @@ from labs.filing.results import (
     RunFolder,
     Session,
     Summary,
+    measured_elsewhere,
 )
 from labs.findings.parts import published_of
 from labs.findings.published import Part
@@ -203,6 +204,11 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
             " real; the text is not, so quality is not measured."
         )
         result += [("Left out: ", parse(what), ".") for what in run.lab.get("left_out", ())]
+    if other := measured_elsewhere(run):
+        result.append(
+            f"Ceilings, and the bounds, MBU and MFU that rest on them, are those of another CPU"
+            f" that bears the same name: {other.describe()}."
+        )
     if run.lab.get("admission_by_client"):
         result.append(f"The limits are the client's: {ADMISSION_BY_CLIENT}")
     if (processes := run.lab.get("load_processes", 1)) > 1:

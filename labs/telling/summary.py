@@ -205,10 +205,8 @@ def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expecte
     caveats += [
         caveat
         for point in points
-        if point.key in found and point.key in expected.least_found and not expected.endpoint
-        for caveat in found_too_little(
-            point, found[point.key], expected.least_found[point.key], lab.repeats_of(point)
-        )
+        if point.key in found and point.key in expected.least_hit_rate and not expected.endpoint
+        for caveat in found_too_little(point, found[point.key], expected, lab.repeats_of(point))
     ]
     caveats += speed_jumped(timed)
     caveats += [c for p in points for c in first_trial_slow(values[p.key], p.key)]

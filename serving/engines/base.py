@@ -16,7 +16,7 @@ import re
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
@@ -144,6 +144,10 @@ class Server(ABC):
 
     def resume(self) -> None:
         """Let it go on after `suspend`."""
+        return
+
+    def give_way(self, cores: Collection[int]) -> None:
+        """Let others go first on these cores, if the lab has started it."""
         return
 
     def stop(self) -> None:
@@ -434,6 +438,9 @@ class Engine(Server):
 
     def resume(self) -> None:
         self._process.resume()
+
+    def give_way(self, cores: Collection[int]) -> None:
+        self._process.give_way(cores)
 
     def stop(self) -> None:
         self._process.stop()

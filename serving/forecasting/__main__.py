@@ -127,7 +127,9 @@ def _play(plan: ForecastPlan, engines: Engines, out: IO[str]) -> None:
                 trial.ends_only,
             )
             window_s = [start_s + s for s in played.window_s]
-            kv_use = replicas[0].kv_use(*window_s) if one else None  # before counts start anew
+            # both are read before counts start anew
+            kv_use = replicas[0].kv_use(*window_s) if one else None
+            found_tokens = replicas[0].found_tokens if one else []
             forecast_play = ForecastPlay(
                 key=trial.key,
                 repeat=trial.repeat,
@@ -135,6 +137,7 @@ def _play(plan: ForecastPlan, engines: Engines, out: IO[str]) -> None:
                 counters=_sum_of(replica.read_counters() for replica in replicas),
                 kv_capacity_tokens=sum(replica.kv_capacity_tokens for replica in replicas),
                 kv_use=kv_use,
+                found_tokens=found_tokens,
             )
             print(forecast_play.model_dump_json(), file=out, flush=True)
 

@@ -90,3 +90,5 @@ class ForecastPlay(BaseModel, frozen=True, extra="forbid"):
     counters: dict[str, int]
     kv_capacity_tokens: int
     kv_use: KvUse | None = None  # of a single engine, in the window
+    # prompt tokens that a single engine has found in its prefix cache after each request
+    found_tokens: list[int] = []

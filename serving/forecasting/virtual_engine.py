@@ -301,13 +301,13 @@ class VirtualEngine:
         self.unfinished: set[str] = set()
         self.counters: Counter[str] = Counter()
         self.kv_shares: list[tuple[float, float]] = []  # (when a step ended, in use from then on)
+        self.found_tokens: list[int] = []  # in the prefix cache, after each request so far
         self.adapters: dict[str, int] = {}
 
     def begin_anew(self, step_times: StepTimes, draft_times: StepTimes | None = None) -> None:
         """Let an idle engine be as one that was just built with such steps, which takes longer."""
         self.clock = self.core.model_executor.clock = Clock(step_times, draft_times)
-        self.counters.clear()
-        self.kv_shares.clear()
+        self.read_counters()
         self.reset_prefix_cache()
 
     def add(self, request_id: str, prompt: Prompt) -> bool:
@@ -374,7 +374,11 @@ class VirtualEngine:
         if prefix := stats.prefix_cache_stats:
             # as in vLLM's own metrics, without those of requests that were preempted before
             self.counters["prefix_queries"] += prefix.queries
+            before = self.counters["prefix_hits"]
             self.counters["prefix_hits"] += prefix.hits
+            # those that begin in one step have found a like share each, as far as is counted
+            shares = (prefix.hits * i // prefix.requests for i in range(1, prefix.requests + 1))
+            self.found_tokens += [before + share for share in shares]
         if drafts := stats.spec_decoding_stats:
             self.counters["drafts"] += drafts.num_drafts
             self.counters["draft_tokens"] += drafts.num_draft_tokens
@@ -386,6 +390,7 @@ class VirtualEngine:
         self.counters.clear()
         self.clock.preemptions = 0
         self.kv_shares.clear()
+        self.found_tokens = []
         return counts
 
     def kv_use(self, start_s: float, end_s: float) -> KvUse | None:

@@ -388,6 +388,7 @@ def test_a_prompt_that_came_before_is_read_from_the_cache(plays: dict[str, Forec
     again = len(play.play.answers) - 1
     assert again > 0
     assert play.counters["prefix_hits"] == again * hit > 0
+    assert play.found_tokens == [n * hit for n in range(again + 1)]  # the first finds nothing
     assert play.counters["prefix_queries"] == (again + 1) * prompt
 
 

@@ -173,7 +173,10 @@ def test_engines_that_stay_loaded_are_suspended_while_idle(lab: str, finish: Fin
     several = len(folder.run().lab["variants"]) > 1
     assert session.idle_suspended == (session.resident and several)
     text = "stayed loaded together, suspended while others were measured"
-    assert (text in (folder.path / "report.md").read_text()) == session.idle_suspended
+    report = (folder.path / "report.md").read_text()
+    assert (text in report) == session.idle_suspended
+    assert session.client_first
+    assert ", where it went first." in report
 
 
 @every_lab

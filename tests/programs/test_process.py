@@ -14,7 +14,7 @@ import pytest
 from serving import machine
 from serving.engines.vllm import Vllm
 from serving.models import Model
-from serving.process import Process
+from serving.process import GIVES_WAY, Process
 from tests.processes import lives
 from tests.unit.builders import SHAPE
 
@@ -197,6 +197,34 @@ def test_a_family_is_suspended_as_a_whole_and_goes_on(tmp_path: Path, family: li
     assert [running(pid) for pid in family] == [False, False]
     process.suspend()  # nothing, where none is left
     process.resume()
+
+
+def niceness(pid: int) -> set[int]:
+    threads = psutil.Process(pid).threads()
+    return {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in threads}
+
+
+def test_what_may_run_on_given_cores_gives_way_there_with_all_its_threads(tmp_path: Path) -> None:
+    code = (
+        "import os, subprocess, sys, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+        "cores = sorted(os.sched_getaffinity(0))\n"
+        "bind = lambda: os.sched_setaffinity(0, cores[:1])\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        "bound = subprocess.Popen(sleep, preexec_fn=bind)\n"
+        "print(os.getpid(), bound.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    cores = sorted(os.sched_getaffinity(0))
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    with python(code, tmp_path / "log", talk=True) as process:
+        child, bound = map(int, process.stdout.readline().split())
+        process.give_way(cores[1:])
+        assert niceness(child) == ({GIVES_WAY} if cores[1:] else {own})
+        assert len(psutil.Process(child).threads()) == 2
+        assert niceness(bound) == niceness(process.pid) == {own}
+        process.give_way(cores)
+        assert niceness(bound) == {GIVES_WAY}
 
 
 def test_a_suspended_child_ends_by_sigterm_and_in_order(tmp_path: Path) -> None:

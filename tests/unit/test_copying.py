@@ -184,8 +184,12 @@ def test_evidence_follows_the_answers_that_were_read_and_no_assumed_chance() -> 
     assert predict(setup, None).acceptance.keys() == {guessing}
     copied = {guessing: Band(value=0.5, low=0.1, high=0.9)}
     found = {"prefix_hit_rate": Band(value=0.5, low=0.4, high=0.6)}
-    predictions = predict(setup, PointForecasts(points={guessing: found}, copied=copied))
+    forecasts = PointForecasts(
+        points={guessing: found}, copied=copied, least_found={guessing: (0, 16)}
+    )
+    predictions = predict(setup, forecasts)
     assert predictions.acceptance == {}
     run = Run.model_construct(endpoint="http://127.0.0.1:1")
     assert run.expected(predictions).least_copied == {guessing: 0.1}
-    assert run.expected(predictions).least_found == {guessing: 0.4}
+    assert run.expected(predictions).least_hit_rate == {guessing: 0.4}
+    assert run.expected(predictions).least_found == {guessing: (0, 16)}

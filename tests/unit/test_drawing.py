@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from labs.findings.drawing import aside, draw_logarithmic, plt, reach
 from labs.judging.judge import Interval, mean_interval
+from labs.telling import plots
 
 
 def test_an_interval_reaches_as_far_below_and_above_as_it_does() -> None:
@@ -41,6 +44,20 @@ def test_a_logarithmic_axis_has_plain_numbers(low: float, high: float, labels: l
     plt.close(figure)
     assert seen == labels
     assert not any(label.get_text() for label in ax.get_yticklabels(minor=True))
+
+
+@pytest.mark.parametrize("span", [1.2, 1.5, 1.9, 2.1, 3, 5, 7.9, 8.1, 30, 400])
+def test_numbers_on_an_axis_of_ratios_do_not_touch(span: float) -> None:
+    """On half a page: names of claims take the rest of it."""
+    figure, ax = plt.subplots(figsize=(4.3, 2))
+    ax.set_xlim(0.8, 0.8 * span)
+    plots._ratio_axis(ax)
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    plt.close(figure)
+    assert len(boxes) >= 2
+    space = 0.3 * boxes[0].height
+    assert all(a.x1 + space < b.x0 for a, b in pairwise(boxes))
 
 
 def test_series_are_moved_aside_evenly_about_their_place() -> None:

@@ -194,6 +194,31 @@ def test_an_x86_cpu_without_instructions_for_bf16_is_known() -> None:
         assert named.describe() == f"Abacus{without}, 2 logical CPUs, 16 GiB"
 
 
+def test_cpus_of_one_name_are_told_apart_by_the_caches_of_a_core() -> None:
+    kib = 2**10
+    caches = {"L1": 32 * kib, "L1i": 32 * kib, "L2": 2**20, "L3": 2**25}
+    one = Machine(
+        kind="cpu", model="Abacus", count=2, memory_bytes=2**34, caches_bytes=caches,
+        cpu_flags=("avx2", "avx512f", "avx512_bf16"),
+    )  # fmt: skip
+    assert one.describe() == "Abacus (L1 32 + 32 KiB), 2 logical CPUs, 16 GiB"
+
+    def other(**changed: int) -> Machine:
+        return one.model_copy(update={"caches_bytes": caches | changed})
+
+    assert other(L1=48 * kib).name == "Abacus (L1 48 + 32 KiB)"
+    slugs = {m.slug for m in (one, other(L1=48 * kib), other(L1i=64 * kib), other(L2=2**19))}
+    assert len(slugs) == 4
+    assert other(L3=2**28).slug == one.slug  # shared: another part of it says nothing of the core
+    reordered = one.model_copy(update={"caches_bytes": dict(reversed(caches.items()))})
+    assert reordered.slug == one.slug
+
+
+def test_a_gpus_folder_is_named_by_model_count_and_memory_alone() -> None:
+    assert H100.slug == "nvidia-h100-80gb-hbm3-1gpu-c673c6"
+    assert H100.name == "NVIDIA H100 80GB HBM3"
+
+
 def test_without_instructions_for_bf16_the_rate_is_that_of_float32() -> None:
     with_both = Ceilings(
         memory_bandwidth_bytes_per_s=1e10, bf16_flops_per_s=1e9, fp32_flops_per_s=9e10,

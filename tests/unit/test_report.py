@@ -338,6 +338,20 @@ def test_a_run_whose_limits_the_client_held_says_so(folder: RunFolder) -> None:
     assert str(note).startswith("The limits are the client's: this vLLM has no limit on its queue")
 
 
+def test_a_run_held_against_the_ceilings_of_another_machine_says_so(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    run, summary = folder.run(), folder.summary()
+    own = results.MachineFile(machine=run.machine, ceilings=run.ceilings)
+    results.write_json(tmp_path / run.machine.slug / "machine.json", own)
+    assert report.notes(run, summary) == []
+    other = run.machine.model_copy(update={"caches_bytes": {"L1": 48 * 2**10, "L1i": 2**16}})
+    older = run.model_copy(update={"machine": other})
+    (note,) = report.notes(older, summary)
+    assert str(note).endswith(f"another CPU that bears the same name: {run.machine.describe()}.")
+
+
 def test_a_run_says_how_many_processes_sent_its_load(folder: RunFolder) -> None:
     run = folder.run()
     shared = run.model_copy(update={"lab": {**run.lab, "load_processes": 4}})

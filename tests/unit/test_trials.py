@@ -289,7 +289,7 @@ def test_between_turns_the_load_generator_suspends_what_computes(
         computing=lambda: [7, 8], url="", request_fields={}, model_names={},
         closes_connections=False,
     )  # fmt: skip
-    vars(trials)["_engines"] = SimpleNamespace(suspends_idle=suspends)
+    vars(trials)["_engines"] = SimpleNamespace(share_cpu=suspends)
     planned = trials._trial_plan(folder.run().points()[-1], 1, engine, together)
     assert (planned.pids, planned.rest_s) == (pids, rest_s)
 

@@ -250,7 +250,7 @@ def test_on_a_cpu_engines_are_suspended_while_others_are_measured() -> None:
 @pytest.mark.parametrize(("kind", "endpoint"), [("gpu", None), ("cpu", object())])
 def test_no_engine_is_suspended_on_a_gpu_or_beside_an_endpoint(kind: str, endpoint: object) -> None:
     engines = Halted(kind, endpoint)
-    assert not engines.suspends_idle
+    assert not engines.share_cpu
     with engines.others_suspended([B]):
         assert not engines.now
 

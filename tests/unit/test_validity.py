@@ -589,12 +589,24 @@ def prefixed(hits: float, **fields: Any) -> list[str]:
     return [c.name for c in caveats_of(trial, expected) if c.blocks]
 
 
-def over_repeats(hits: Sequence[float], least: float, own: int = 3, **fields: Any) -> list[str]:
-    """The names of what is wrong with such repeats together; `least` is the forecast's low end."""
+def over_repeats(
+    hits: Sequence[float],
+    least: float,
+    own: int = 3,
+    after_each: Sequence[int] = (),
+    **fields: Any,
+) -> list[str]:
+    """The names of what is wrong with such repeats together.
+
+    `least` is the forecast's low end, `after_each` what it finds at least after each request.
+    """
     trials = [prefixed_trial(of_repeat, **fields) for of_repeat in hits]
     found = [repeat for t in trials if (repeat := dose.cache_hits(t, 10))]
     assert len(found) == len(trials)
-    return [c.name for c in found_too_little(trials[0].point, found, least, own) if c.blocks]
+    point = trials[0].point
+    least_found = {point.key: after_each} if after_each else {}
+    expected = Expected(least_hit_rate={point.key: least}, least_found=least_found)
+    return [c.name for c in found_too_little(point, found, expected, own) if c.blocks]
 
 
 SHARED = Prefix(tokens=40)  # and the template's 10: three whole blocks of 16
@@ -652,6 +664,23 @@ def test_where_the_dose_hangs_on_chance_the_forecasts_band_bounds_all_repeats_to
     assert over_repeats(hits, 0.2, chat=chat, users=2) == names
     for of_repeat in hits:  # by itself each may be chance
         assert prefixed(of_repeat, prefix=shuffled) == []
+
+
+def test_few_requests_must_find_what_so_many_find_in_the_forecast() -> None:
+    """A slow machine sent fewer than were forecast, whose first ones find nothing."""
+    shuffled = Prefix(tokens=40, groups=4, shuffled=True)
+    after_each = (0, 0, 0, 0, *(48 * n for n in range(1, 17)))  # of 20 requests
+    of_band = 0.6  # 768 of 1,280 tokens
+    fields: dict[str, Any] = {"prefix": shuffled, "after_each": after_each}
+    assert over_repeats([650], of_band, 1, **fields) == ["treatment not applied"]
+    assert over_repeats([660], of_band, 1, **fields) == []
+    assert over_repeats([80], of_band, 1, n=6, **fields) == ["treatment not applied"]
+    assert over_repeats([90], of_band, 1, n=6, **fields) == []
+    assert over_repeats([0], of_band, 1, n=4, **fields) == []
+    assert over_repeats([90], of_band, 1, n=6, prefix=shuffled) == ["treatment not applied"]
+    # of more requests than were forecast: as many again find as much again
+    assert over_repeats([1300], of_band, 1, n=40, **fields) == ["treatment not applied"]
+    assert over_repeats([1320], of_band, 1, n=40, **fields) == []
 
 
 def test_a_mean_of_fewer_repeats_than_were_forecast_proves_no_dose() -> None:

@@ -18,7 +18,7 @@ from labs.running import forecast
 from labs.running.forecaster import ForecastError
 from labs.running.virtual_trials import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
 from labs.telling import markdown, tables
-from loadtests.workload import Intruder
+from loadtests.workload import Intruder, Prefix
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedTrial
 from serving.forecasting.traffic import Play, VirtualAnswer
 from serving.metrics import KvUse
@@ -59,6 +59,7 @@ class Playing:
         return ForecastPlay(
             key=trial.key, repeat=trial.repeat, play=play, counters={}, kv_capacity_tokens=1000,
             kv_use=KvUse(mean=mean, peak=2 * mean) if self.one_engine else None,
+            found_tokens=[2 * n + trial.repeat for n in range(len(answers) - trial.repeat)],
         )  # fmt: skip
 
 
@@ -121,6 +122,21 @@ def test_a_band_holds_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         band = found.points[point.key]["ttft_p50_s"]
         assert (band.low, band.value, band.high) == pytest.approx((0.25, 0.5, 1.0))
         assert found.trial_s[point.key] == pytest.approx(41)
+
+
+def test_what_each_request_finds_is_kept_where_chance_decides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The fewest of any play, as far as all plays go; a slower machine's finds no other tokens."""
+    workloads = (
+        make_workload(
+            name=name, primed=not by_chance, prefix=Prefix(tokens=4, groups=2, shuffled=by_chance)
+        )
+        for name, by_chance in (("shuffled", True), ("alike", False))
+    )
+    lab = make_lab(workloads=tuple(workloads))
+    found = forecast_of(lab, Playing(), monkeypatch)
+    assert found.least_found == {"on/shuffled/concurrent-1": (1, 3, 5, 7, 9, 11)}
 
 
 def test_loads_are_multiples_of_the_capacity_that_each_step_serves(
