@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -388,7 +389,9 @@ def draw_timeline(run: JudgedRun) -> str | None:
             row = next((i for i, free in enumerate(seats) if free <= r.sent_s), len(seats))
             seats[row : row + 1] = [r.chunks[-1][0]]
             at = [t - start for t, _ in r.chunks if -before_s < t - start < after_s]
-            ax.plot(at, [row] * len(at), "|", color=BLUE, ms=7, mew=1)
+            # one line for all ticks of a row, as each mark would take several times as much text
+            ticks = np.array([(row - TICK, row + TICK, math.nan)] * len(at)).ravel()
+            ax.plot(np.repeat(at, 3), ticks, color=BLUE, lw=1)
         ax.set_ylabel(point.variant.name, rotation=0, ha="right", va="center")
         ax.set_yticks([])
         ax.set_ylim(-0.7, len(seats) - 0.3)
@@ -413,6 +416,18 @@ GAPS = (
 )
 
 
+TICK = 0.35  # of a row, up and down from its middle
+MOST_GAPS_DRAWN = 300  # in a row of the picture, which is no finer; pages hold it as text
+
+
+def longest_of_each(gaps_s: Sequence[float | None], together: int) -> list[float]:
+    """Return the longest gap of so many readings at a time, in ms; NaN where there is none."""
+    return [
+        1000 * max((s for s in gaps_s[i : i + together] if s is not None), default=math.nan)
+        for i in range(0, len(gaps_s), together)
+    ]
+
+
 def _draw_gaps(
     column: Sequence[Axes], measured: Sequence[Timeline], played: Sequence[Timeline | None]
 ) -> None:
@@ -433,8 +448,9 @@ def _draw_gaps(
 def _draw_gaps_of(
     ax: Axes, of: Timeline, source: str, gap_colour: str, prompt_colour: str, height: float
 ) -> None:
-    gaps_ms = [np.nan if s is None else 1000 * s for s in of.gaps_s]
-    edges_s = GRID_S * np.arange(len(gaps_ms) + 1)
+    together = max(1, math.ceil(len(of.gaps_s) / MOST_GAPS_DRAWN))
+    gaps_ms = longest_of_each(of.gaps_s, together)
+    edges_s = GRID_S * together * np.arange(len(gaps_ms) + 1)
     ax.stairs(gaps_ms, edges_s, baseline=None, color=gap_colour, label=f"longest gap, {source}")
     ax.broken_barh(
         [(start_s, end_s - start_s) for start_s, end_s in of.prefills_s],

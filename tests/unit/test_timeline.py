@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from labs.filing.results import PointForecasts, Predictions, RunFolder, write_json
-from labs.findings.chunked_prefill import draw_timeline
+from labs.findings.chunked_prefill import MOST_GAPS_DRAWN, draw_timeline
 from labs.findings.context import Context, JudgedRun
 from labs.findings.continuous_batching import draw_static
 from labs.findings.drawing import PLAYED
@@ -133,6 +133,29 @@ def test_streams_gaps_are_drawn_beside_those_that_were_forecast(tmp_path: Path) 
         "longest gap, measured", "long prompts, measured", "longest gap, forecast",
         "long prompts, forecast",
     }  # fmt: skip
+
+
+def test_a_long_trial_is_drawn_no_finer_than_the_picture_and_keeps_its_longest_gaps(
+    tmp_path: Path,
+) -> None:
+    """Twenty minutes of gaps, one of which is long; the page of a run holds its pictures whole."""
+    lab = make_lab(
+        variants=(Variant(name="small", flags={}),),
+        workloads=(make_workload("contended:2/1", intruder=Intruder(prompt_tokens=32)),),
+        claims=(), evidence=(),
+    )  # fmt: skip
+    readings = [None, *[0.05] * 60_000]
+    readings[40_001] = 0.7
+    foreseen = Timeline(gaps_s=tuple(readings), prefills_s=((800, 800.7),))
+    trial = {"small contended:2/1": contended(0.1)}
+    assert draw_timeline(drawn_run(tmp_path, lab, trial, {"small contended:2/1": foreseen}))
+    (small,) = (ax for ax in plt.gcf().axes if ax.get_ylabel() == "gap (ms)")
+    *_, of_forecast = (patch.get_data() for patch in small.patches)  # type: ignore[attr-defined]
+    assert len(of_forecast.values) <= MOST_GAPS_DRAWN
+    assert of_forecast.edges[-1] == pytest.approx(1200, rel=0.01)
+    assert sorted(of_forecast.values)[-2:] == [pytest.approx(50), pytest.approx(700)]
+    at = int(np.argmax(of_forecast.values))
+    assert of_forecast.edges[at] <= 800.02 <= of_forecast.edges[at + 1]
 
 
 def test_without_a_play_the_streams_tokens_are_drawn_alone(tmp_path: Path) -> None:
