@@ -583,7 +583,11 @@ def _newest_below(home: Path) -> list[RunFolder]:
 
 
 def _machine(text: str) -> Path | None:
-    """Find a machine's folder of results by its path; None where it is not one."""
-    return next(
-        (p.resolve() for p in (Path(text), ROOT / text) if (p / "machine.json").exists()), None
-    )
+    """Find a machine's folder of results by its path; None where it is not one.
+
+    It may be without ceilings, where its runs were held against those of another machine.
+    """
+    for path in (Path(text), ROOT / text):
+        if (path / "machine.json").exists() or runs_of(path):
+            return path.resolve()
+    return None

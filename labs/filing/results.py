@@ -561,9 +561,8 @@ class Session(BaseModel, frozen=True, extra="forbid"):
     resident: bool
     there_and_back: bool = False  # where not resident: in turns A B C, then C B A, and so on
     idle_suspended: bool = False  # each engine while only others were measured; never in older runs
-    client_first: bool = (
-        False  # on its core, before what of an engine runs there; not in older runs
-    )
+    # on its core the load generator goes before what of an engine runs there; not in older runs
+    client_first: bool = False
     agreement: list[Agreement]
     prometheus: str | None  # why there was no Prometheus; None where there was one
     ended_at: str | None = None

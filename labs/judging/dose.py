@@ -87,9 +87,9 @@ def cache_hits(trial: Trial, template_tokens: int | None) -> CacheHits | None:
     cache = _Cache.of(trial)
     if hits is None or cache is None or not caching(trial):
         return None
-    bounds, by_chance = _hit_bounds(trial, cache, template_tokens)
+    bounds, chance_decides = _hit_bounds(trial, cache, template_tokens)
     answered = [r.prompt_tokens or 0 for r in trial.records if r.ok]
-    return CacheHits(hits, len(answered), sum(answered), bounds.high, by_chance)
+    return CacheHits(hits, len(answered), sum(answered), bounds.high, chance_decides)
 
 
 def by_chance(trial: Trial) -> bool:
