@@ -30,8 +30,8 @@ from bench import (
 from bench.clock import Clock
 from bench.console import console
 from bench.truth import PROGRAMS
-from labs.running.machine_load import OtherLoad
-from labs.telling import instruments
+from labs.harness.running.machine_load import OtherLoad
+from labs.harness.telling import instruments
 from loadtests import generator
 from serving import machine as machines
 from serving import models

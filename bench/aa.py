@@ -19,12 +19,12 @@ import scipy
 from bench import BenchError, truth
 from bench.clock import Clock
 from bench.console import aim, console
-from labs.filing.results import MachineFile, RunFolder, write_json
-from labs.judging.judge import CONFIDENCE, Caveat, Judgement, judge
-from labs.judging.measure import influences
-from labs.judging.metrics import measure as figures_of
-from labs.judging.validity import caveats_of
-from labs.telling import instruments
+from labs.harness.filing.results import MachineFile, RunFolder, write_json
+from labs.harness.judging.judge import CONFIDENCE, Caveat, Judgement, judge
+from labs.harness.judging.measure import influences
+from labs.harness.judging.metrics import measure as figures_of
+from labs.harness.judging.validity import caveats_of
+from labs.harness.telling import instruments
 from serving import gpus
 from serving import machine as machines
 
@@ -158,7 +158,7 @@ def _lab_run(work: Path, settings: Mapping[str, str], tell: Callable[[int], None
     own = {"AA": "1", "RESULTS": str(results), "PROMETHEUS_DATA": str(work / "prometheus")}
     env = {name: value for name, value in os.environ.items() if not name.startswith("LABS_")}
     env |= {f"LABS_{name}": value for name, value in (own | dict(settings)).items()}
-    argv = [sys.executable, "-m", "labs.commands.cli", "run", LAB]
+    argv = [sys.executable, "-m", "labs.harness.commands.cli", "run", LAB]
     with (
         log.open("wb") as sink,
         subprocess.Popen(

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 
-from labs.commands.terminal import minutes
+from labs.harness.commands.terminal import minutes
 
 
 class Clock:

@@ -7,8 +7,8 @@ import sys
 from rich.markup import escape
 from rich.table import Table
 
-from labs.judging.judge import Interval
-from labs.telling.terminal import PlainConsole
+from labs.harness.judging.judge import Interval
+from labs.harness.telling.terminal import PlainConsole
 
 console = PlainConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
 

@@ -25,8 +25,8 @@ from bench.clients import (
 from bench.clock import Clock
 from bench.console import aim, console, table, within
 from bench.load import locust
-from labs.judging.judge import Contrast, contrast
-from labs.telling import instruments
+from labs.harness.judging.judge import Contrast, contrast
+from labs.harness.telling import instruments
 from serving import machine as machines
 from serving import metrics, models
 from serving.engines.vllm import Vllm

@@ -12,10 +12,10 @@ import psutil
 from bench import BenchError
 from bench.clock import Clock
 from bench.console import console, table
-from labs.running.capacity_plan import Served, model_named
-from labs.running.forecaster import Forecaster, ForecastError, started
-from labs.running.resolve import machine_of
-from labs.telling import instruments
+from labs.harness.running.capacity_plan import Served, model_named
+from labs.harness.running.forecaster import Forecaster, ForecastError, started
+from labs.harness.running.resolve import machine_of
+from labs.harness.telling import instruments
 from serving import models
 from serving.engines.vllm import Vllm
 from serving.forecasting.fleet import serial_delays

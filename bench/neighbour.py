@@ -10,8 +10,8 @@ from bench.clients import ENGINE_FLAGS, USERS, rate, send_by_locust, write_work
 from bench.clock import Clock
 from bench.console import aim, within
 from bench.load import locust
-from labs.judging.judge import contrast
-from labs.telling import instruments
+from labs.harness.judging.judge import contrast
+from labs.harness.telling import instruments
 from serving import machine as machines
 from serving import models
 from serving.engines.vllm import Vllm

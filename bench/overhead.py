@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bench.console import aim, console, table
-from labs.filing import results
-from labs.telling import instruments
+from labs.harness.filing import results
+from labs.harness.telling import instruments
 from serving import machine as machines
 
 

@@ -16,8 +16,8 @@ from bench.console import aim
 from bench.load import locust
 from bench.trials import Totals
 from bench.truth import Program
-from labs.judging.judge import mean_interval
-from labs.telling import instruments
+from labs.harness.judging.judge import mean_interval
+from labs.harness.telling import instruments
 from loadtests import generator
 from serving.ports import LOOPBACK
 

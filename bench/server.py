@@ -16,8 +16,8 @@ from bench.clients import ENGINE_FLAGS, PROMPT_TOKENS
 from bench.clock import Clock
 from bench.console import console
 from bench.load import RunningLocust, locust, trial
-from labs.running.machine_load import ServerLoad
-from labs.telling import instruments
+from labs.harness.running.machine_load import ServerLoad
+from labs.harness.telling import instruments
 from loadtests import plan, records
 from loadtests.prompts import Writer, counter
 from loadtests.workload import Request

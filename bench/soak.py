@@ -11,7 +11,7 @@ from bench.clock import Clock
 from bench.console import aim
 from bench.load import locust, trial
 from bench.truth import Program
-from labs.telling import instruments
+from labs.harness.telling import instruments
 
 SENT = Program(64)
 MINUTE_S = 60.0

@@ -19,7 +19,7 @@ from bench.console import aim, console, scaled, table
 from bench.load import locust
 from bench.trials import Totals
 from bench.truth import CHUNKS, SHARED, TTFT_S, Program
-from labs.telling import instruments
+from labs.harness.telling import instruments
 from loadtests import generator
 
 Sender = tuple[Path, int]  # a locustfile, and how many load processes run it

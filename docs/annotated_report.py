@@ -16,8 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from labs.filing.results import open_run
-from labs.telling import pages
+from labs.harness.filing.results import open_run
+from labs.harness.telling import pages
 from serving import whole
 from tests.browser import Page, browser
 

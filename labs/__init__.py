@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from labs.lab import Lab
+    from labs.harness.spec import Lab
 
 LABS: dict[str, Lab]
 """Holds every lab in the order of the course: whatever enumerates labs reads this."""
@@ -47,13 +48,18 @@ def _labs() -> dict[str, Lab]:
 
 
 def _lab(module: str) -> Lab:
-    """Import the `LAB` that `labs/<module>.py` defines."""
-    from labs.lab import Lab
+    """Import the `LAB` that `labs/<module>/lab.py` defines."""
+    from labs.harness.spec import Lab
 
-    lab = importlib.import_module(f"labs.{module}").LAB
+    lab = importlib.import_module(f"labs.{module}.lab").LAB
     if not isinstance(lab, Lab):
-        raise TypeError(f"labs.{module}.LAB is no Lab")
+        raise TypeError(f"labs.{module}.lab.LAB is no Lab")
     return lab
+
+
+def folder_of(lab: str) -> Path:
+    """Return the folder of the lab of that name; a lab that is not from here has none."""
+    return Path(__file__).parent / lab.replace("-", "_")
 
 
 def __getattr__(name: str) -> dict[str, Lab]:

@@ -29,7 +29,7 @@ call_again() {
 pack() {
 	local most=$((limit + 25 - SECONDS))
 	[ "$most" -gt 0 ] || return
-	timeout --kill-after=3 "$((most < 60 ? most : 60))" .unbundled/bin/python -m labs.filing.archive "$out/results.tar.gz" >> "$out/log.txt" 2>&1
+	timeout --kill-after=3 "$((most < 60 ? most : 60))" .unbundled/bin/python -m labs.harness.filing.archive "$out/results.tar.gz" >> "$out/log.txt" 2>&1
 }
 
 lab=${LAB_HOME:-${HOME:+$HOME/inference-serving-lab}}

@@ -37,7 +37,7 @@ MISTRALS = ("consolidated*", "params.json")
 RANDOM = "RANDOM_WEIGHTS"  # a file that marks a folder without weights: see serving/dummy.py
 
 
-# Published models derived from these, by the names of labs/running/derived_models.py; the lab makes
+# Published models derived from these, by the names of running/derived_models.py; the lab makes
 # itself what is not listed. The ids were not checked against Hugging Face. A draft must share its
 # target's vocabulary: the smallest Qwen2.5 models do not share that of 7B and more.
 SIBLINGS: dict[str, dict[str, str]] = {

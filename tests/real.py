@@ -16,12 +16,12 @@ import requests
 from dashboards import boards
 from dashboards.prometheus import Prometheus
 from labs import LABS
-from labs.changes import parse_changes
-from labs.filing.results import MachineFile, Run, RunFolder, write_json
-from labs.lab import Lab, NotApplicable
-from labs.running.chat_writer import writer_of
-from labs.running.counts import ENGINE_METRICS
-from labs.running.resolve import absent_engines, require_compiler
+from labs.harness.changes import parse_changes
+from labs.harness.filing.results import MachineFile, Run, RunFolder, write_json
+from labs.harness.running.chat_writer import writer_of
+from labs.harness.running.counts import ENGINE_METRICS
+from labs.harness.running.resolve import absent_engines, require_compiler
+from labs.harness.spec import Lab, NotApplicable
 from loadtests import plan
 from serving import machine, models
 from serving.engines import ENGINES
@@ -34,7 +34,7 @@ from tests.shallow import shallow
 from tests.sizes import sizes_of
 from tests.startup import sitecustomize
 
-AS_READERS_DO = "labs.commands.cli"  # what the target in the Makefile runs
+AS_READERS_DO = "labs.harness.commands.cli"  # what the target in the Makefile runs
 FRONT_DOOR = "continuous-batching"  # the lab of the README's first command
 AS_VLLM_DOES = "many-samples"  # two engines beside each other, each with a worker of its own
 RUNS = "*/*/*/run.json"

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from labs.commands.cli import app
-from labs.judging import evaluation
-from labs.running import copied_text, forecaster, probes, step_timing
+from labs.harness.commands.cli import app
+from labs.harness.judging import evaluation
+from labs.harness.running import copied_text, forecaster, probes, step_timing
 from tests import with_vllm
 
 _tasks_with_shots = evaluation.tasks_with_shots

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from labs.comparing import compare, page
-from labs.filing import results
-from labs.filing.results import RunFolder
-from labs.telling import pages, report
-from labs.telling.site import write_site
+from labs.harness.comparing import compare, page
+from labs.harness.filing import results
+from labs.harness.filing.results import RunFolder
+from labs.harness.telling import pages, report
+from labs.harness.telling.site import write_site
 from loadtests import records
 from tests.browser import DEADLINE_S, Browser, Page, browser, find
 from tests.committed import in_git

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from labs.filing import manifest
-from labs.filing.results import RunFolder
+from labs.harness.filing import manifest
+from labs.harness.filing.results import RunFolder
 from tests.committed import in_git
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from labs.filing.results import RunFolder
-from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import BANDS, GREY
-from labs.findings.serving_engines import curves, draw_curves
-from labs.judging.judge import Interval
-from labs.telling.plots import plots_of
+from labs.harness.facts.context import Context, JudgedRun
+from labs.harness.facts.drawing import BANDS, GREY
+from labs.harness.filing.results import RunFolder
+from labs.harness.judging.judge import Interval
+from labs.harness.telling.plots import plots_of
+from labs.serving_engines.facts import curves, draw_curves
 from tests.committed import in_git
 
 

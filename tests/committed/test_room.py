@@ -41,4 +41,4 @@ def test_without_results_the_checkout_leaves_room_for_a_part(
     bundle.write_tar(parts, [], [], {})
     parts.close()
     names = subprocess.check_output(["tar", "tf", str(tmp_path / "lab.tar.000")], text=True)
-    assert {"pyproject.toml", "labs/lab.py", "serving/go.sh"} <= set(names.splitlines())
+    assert {"pyproject.toml", "labs/harness/spec.py", "serving/go.sh"} <= set(names.splitlines())

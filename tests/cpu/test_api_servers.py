@@ -10,7 +10,7 @@ import requests
 
 from bench.clients import ENGINE_FLAGS
 from bench.server import INSTANT
-from labs.running.machine_load import ServerLoad
+from labs.harness.running.machine_load import ServerLoad
 from serving import guard, machine, metrics, models
 from serving.engines.vllm import Vllm
 

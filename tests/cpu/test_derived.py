@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.running import derived_models
+from labs.harness.running import derived_models
 from serving import machine, models
 from tests.real import derived_for, lab_on_a_cpu, served, takes_making, with_ceilings
 from tests.sizes import sizes_of

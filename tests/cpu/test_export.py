@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labs.filing import export
-from labs.filing.results import RunFolder
+from labs.harness.filing import export
+from labs.harness.filing.results import RunFolder
 from serving.lookup import looked_up
 from tests.unit.builders import make_record, make_trial, write_run
 

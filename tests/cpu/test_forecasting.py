@@ -16,12 +16,12 @@ from statistics import fmean
 
 import pytest
 
-from labs.lab import SLO
-from labs.mixture_of_experts import experts_needed
-from labs.running import capacity_plan
-from labs.running.capacity_plan import Question, model_named
-from labs.running.resolve import machine_of
-from labs.telling.capacity_plans import CapacityPlan, Demand
+from labs.harness.running import capacity_plan
+from labs.harness.running.capacity_plan import Question, model_named
+from labs.harness.running.resolve import machine_of
+from labs.harness.spec import SLO
+from labs.harness.telling.capacity_plans import CapacityPlan, Demand
+from labs.mixture_of_experts.lab import experts_needed
 from serving import dummy, machine, models
 from serving.forecasting.copying import Copied
 from serving.forecasting.fleet import ROUTERS, Handover

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from labs.changes import parse_changes
+from labs.harness.changes import parse_changes
 from serving import dummy, machine, metrics, models
 from serving.engines.base import EngineError
 from serving.engines.vllm import Vllm

@@ -24,8 +24,8 @@ import psutil
 import pytest
 
 from labs import LABS as EVERY_LAB
-from labs.changes import parse_changes
-from labs.filing.results import MachineFile, RunFolder, write_json
+from labs.harness.changes import parse_changes
+from labs.harness.filing.results import MachineFile, RunFolder, write_json
 from serving import gpus, machine, models
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.vllm import Vllm

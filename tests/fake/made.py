@@ -10,8 +10,8 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from labs.filing import results
-from labs.running import derived_models
+from labs.harness.filing import results
+from labs.harness.running import derived_models
 from loadtests.structures import FORMS
 from serving import dummy, prune
 from serving.adapters import mark_of

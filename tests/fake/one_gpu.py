@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from labs.judging.idle_neighbours import STEPS
-from labs.running import engines, run
+from labs.harness.judging.idle_neighbours import STEPS
+from labs.harness.running import engines, run
 from serving import gpus, reference_step
 from serving.reference_step import ReferenceStep, ReferenceTimer
 from tests.fake import bare

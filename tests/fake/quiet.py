@@ -7,9 +7,9 @@ engine has done all when it has answered, and needs no rest before it is suspend
 
 from __future__ import annotations
 
-from labs.commands import cli
-from labs.running import trials
-from labs.running.machine_load import OtherLoad, Shares
+from labs.harness.commands import cli
+from labs.harness.running import trials
+from labs.harness.running.machine_load import OtherLoad, Shares
 
 measured = OtherLoad.shares
 

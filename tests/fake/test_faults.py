@@ -18,9 +18,9 @@ import pytest
 from typer.testing import CliRunner
 
 from labs import LABS as EVERY_LAB
-from labs.commands import cli
-from labs.filing import results
-from labs.filing.results import RunFolder, TrialResult
+from labs.harness.commands import cli
+from labs.harness.filing import results
+from labs.harness.filing.results import RunFolder, TrialResult
 from loadtests import generator
 from loadtests.records import RequestRecord
 from serving import gpus
@@ -496,7 +496,7 @@ def test_a_ctrl_c_that_falls_into_a_finalizer_is_not_lost(reader: Reader) -> Non
         "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
         "collected, read = [Collected()], base.metrics_text\n"
         "base.metrics_text = lambda url: collected.clear() or read(url)\n"
-        "from labs.commands.cli import app; app()",
+        "from labs.harness.commands.cli import app; app()",
     )
     command = reader.types("run", BATCHING, SET=SHORT, program=program)
     assert command.wait() == 130, command.said

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from labs.filing.results import RunFolder
-from labs.judging.measure import Trial
+from labs.harness.filing.results import RunFolder
+from labs.harness.judging.measure import Trial
 from loadtests import generator, load_workers
 from loadtests.arrivals import Poisson, send_times
 from loadtests.load_workers import LoadWorkers

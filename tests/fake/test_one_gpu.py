@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from labs.filing.results import MachineFile, RunFolder, write_json
+from labs.harness.filing.results import MachineFile, RunFolder, write_json
 from serving.gpus import DATASHEETS
 from serving.machine import Machine
 from tests.fake.conftest import CEILINGS, Command, Reader

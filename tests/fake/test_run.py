@@ -17,12 +17,12 @@ from statistics import fmean
 import pytest
 
 from labs import LABS
-from labs.filing.results import RunFolder, Summary
-from labs.findings.context import Context
-from labs.findings.parts import parts_of
-from labs.findings.speculative_decoding import speculations, tokens_a_step
-from labs.lab import Point
-from labs.telling.pictures import as_address
+from labs.harness.facts.context import Context
+from labs.harness.facts.parts import parts_of
+from labs.harness.filing.results import RunFolder, Summary
+from labs.harness.spec import Point
+from labs.harness.telling.pictures import as_address
+from labs.speculative_decoding.facts import speculations, tokens_a_step
 from loadtests.records import RequestRecord
 from serving import dummy, models
 from serving.install import find_prometheus

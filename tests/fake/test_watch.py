@@ -13,8 +13,8 @@ import pytest
 import requests
 
 from dashboards import series
-from labs.filing import engine_series
-from labs.filing.results import RunFolder
+from labs.harness.filing import engine_series
+from labs.harness.filing.results import RunFolder
 from loadtests import exporter
 from loadtests.records import RequestRecord
 from serving import metrics

@@ -344,7 +344,7 @@ def give_labs(home: Path, ends: str) -> None:
         ("commands/cli.py", "sys.argv[1:]", f"if sys.argv[1] == 'doctor': sys.exit(1)\n{ends}\n"),
         ("filing/archive.py", "['pack', *sys.argv[1:]]", ""),
     ):
-        module = home / "repository" / "labs" / name
+        module = home / "repository" / "labs" / "harness" / name
         module.parent.mkdir(parents=True)
         module.write_text(record % words + "print(sys.argv[1], 'was called')\n" + then)
     commit(home / "repository")
@@ -419,7 +419,11 @@ def test_a_call_ends_30_s_after_its_limit_at_the_latest(out: Path, tmp_path: Pat
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     for limit_s, expected in ((100, {"doctor", "pack", "labs"}), (34, {"pack", "labs"})):
         assert go(out, tmp_path, LIMIT_S=str(limit_s), PATH=path)[0] == 75
-        names = {"labs.filing.archive": "pack", "doctor --weights": "doctor", "all --quick": "labs"}
+        names = {
+            "labs.harness.filing.archive": "pack",
+            "doctor --weights": "doctor",
+            "all --quick": "labs",
+        }
         bound_s = dict[str, int]()
         for line in noted.read_text().splitlines():
             found = re.search(r"--kill-after=(\d+) (\d+) \S+(?: -m)? (\S+(?: --\w+)?)", line)

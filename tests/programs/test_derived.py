@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.judging.evaluation import TEXTS
-from labs.lab import LabError
-from labs.running import derived_models
-from labs.running.derived_models import RECIPES, about, make, place, with_weights
+from labs.harness.judging.evaluation import TEXTS
+from labs.harness.running import derived_models
+from labs.harness.running.derived_models import RECIPES, about, make, place, with_weights
+from labs.harness.spec import LabError
 from loadtests.prompts import Messages, Writer
 from serving import dummy, models
 from serving.engines.base import with_places

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 
 from dashboards import prometheus
 from labs import LABS
-from labs.lab import Lab, NotApplicable, Variant, factors
-from labs.running.resolve import check_flags, require_devices
+from labs.harness.running.resolve import check_flags, require_devices
+from labs.harness.spec import Lab, NotApplicable, Variant, factors
 from loadtests.admission import QueueLimits
 from serving import metrics
 from serving.engines import ENGINES, vllm

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from labs.running import forecaster as processes
-from labs.running.forecaster import Forecaster, ForecastError
+from labs.harness.running import forecaster as processes
+from labs.harness.running.forecaster import Forecaster, ForecastError
 from serving.forecasting.__main__ import RECEIVING, Engines
 from serving.forecasting.fleet import Handover
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
@@ -58,7 +58,7 @@ def until(happened: Callable[[], object]) -> None:
 def test_the_process_of_a_forecast_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = """
 import sys, time
-from labs.running import forecaster as processes
+from labs.harness.running import forecaster as processes
 code = "import time; print('x', flush=True); time.sleep(600)"
 processes.FORECASTER_ARGV = (sys.executable, "-c", code)
 with processes.started():

@@ -13,8 +13,8 @@ import pytest
 import requests
 
 from dashboards import boards, live, prometheus
-from labs.filing.results import RunFolder
-from labs.telling import pages, report
+from labs.harness.filing.results import RunFolder
+from labs.harness.telling import pages, report
 from serving.ports import free_port
 from serving.process import Process
 from tests.fake.conftest import needs_prometheus

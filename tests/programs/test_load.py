@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from labs.running import load
-from labs.running.load import LoadGenerator
+from labs.harness.running import load
+from labs.harness.running.load import LoadGenerator
 from loadtests import generator
 from loadtests.arrivals import Concurrent
 from loadtests.generator import GeneratorError

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.lab import LabError
-from labs.running.resolve import RunRequest, load_workers_of
+from labs.harness.running.resolve import RunRequest, load_workers_of
+from labs.harness.spec import LabError
 from loadtests import generator, load_workers, records
 from loadtests.arrivals import Concurrent
 from loadtests.load_workers import LoadWorkers

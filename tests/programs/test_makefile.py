@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from labs.commands.cli import require_settings_taken
-from labs.commands.environment import BEHIND_MAKE
-from labs.lab import LabError
+from labs.harness.commands.cli import require_settings_taken
+from labs.harness.commands.environment import BEHIND_MAKE
+from labs.harness.spec import LabError
 from serving.models import ROOT
 from tests.makefile import MAKEFILE, PAGES, SETTINGS
 
@@ -262,7 +262,8 @@ def test_a_setting_that_a_command_does_not_take_is_refused(
 
 def test_what_the_program_starts_is_not_told_of_settings_behind_a_target() -> None:
     script = (
-        "import os; from labs.commands.cli import app; app(['list'], standalone_mode=False);"
+        "import os; from labs.harness.commands.cli import app;"
+        " app(['list'], standalone_mode=False);"
         f" assert '{BEHIND_MAKE}' not in os.environ"
     )
     env = {**os.environ, BEHIND_MAKE: "RESULTS"}

@@ -1,7 +1,8 @@
-"""A lab is one file and one line, and so is an engine: in a copy of the house they are added so.
+"""A lab is one folder and one line, an engine one file and one line: so they are added here.
 
 Nothing else is touched, and the command line's checks, the reports, the README's course, the
-Makefile's help and the tests take them. What a lab tells beyond its claims is one more file.
+Makefile's help and the tests take them. What a lab tells beyond its claims is one more file of its
+folder.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Whoever has counted the beads of a row once need not count them again. So a prom
 an earlier one is counted from where it differs.
 """
 
-from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
+from labs.harness.spec import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
 from serving import metrics
@@ -86,11 +87,11 @@ PARTS = '''
 
 from dataclasses import dataclass
 
-from labs.filing.results import Finding
-from labs.findings.context import Context, JudgedRun
-from labs.findings.drawing import plt
-from labs.findings.parts import Conclusion, ReportParts
-from labs.findings.published import Published
+from labs.harness.filing.results import Finding
+from labs.harness.facts.context import Context, JudgedRun
+from labs.harness.facts.drawing import plt
+from labs.harness.facts.parts import Conclusion, ReportParts
+from labs.harness.facts.published import Published
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,11 @@ import pytest
 
 from dashboards import prometheus
 from labs import LABS
-from labs.comparing.leaderboards import generated_parts
-from labs.filing.results import RESULTS
-from labs.lab import Variant
-from labs.running.resolve import check_flags, require_harmless, require_known_names
-from labs.telling import report
+from labs.harness.comparing.leaderboards import generated_parts
+from labs.harness.filing.results import RESULTS
+from labs.harness.spec import Variant
+from labs.harness.running.resolve import check_flags, require_harmless, require_known_names
+from labs.harness.telling import report
 from serving.engines import ENGINES
 from tests.unit.builders import make_lab, write_run
 
@@ -203,12 +204,14 @@ def lab(name: str, findings: str = "()", plots: str = '("variants",)') -> str:
     return re.sub("|".join(parts), lambda found: parts[found[0]], LAB)
 
 
-def add(module: Path, text: str, after: str) -> None:
-    """One file, and one line."""
+def add(home: Path, file: str, text: str, after: str) -> None:
+    """One file, or the first one of a folder, and one line."""
+    module = home / file
+    module.parent.mkdir(exist_ok=True)
     module.write_text(text)
-    listing = module.parent / "__init__.py"
+    listing = home / "__init__.py"
     assert listing.read_text().count(after) == 1
-    line = re.sub('".*"', f'"{module.stem}"', after)
+    line = re.sub('".*"', f'"{Path(file).parts[0].removesuffix(".py")}"', after)
     listing.write_text(listing.read_text().replace(after, after + line))
 
 
@@ -221,11 +224,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
         else:
             shutil.copy(ROOT / name, home / name)
-    add(home / "labs" / "abacus_beads.py", lab("abacus-beads"), LAST_LAB)
+    add(home / "labs", "abacus_beads/lab.py", lab("abacus-beads"), LAST_LAB)
     rods = lab("abacus-rods", '("beads",)', '("variants", "rods")')
-    add(home / "labs" / "abacus_rods.py", rods, LAST_LAB)
-    (home / "labs" / "findings" / "abacus_rods.py").write_text(PARTS)
-    add(home / "serving" / "engines" / "abacus.py", ENGINE, LAST_ENGINE)
+    add(home / "labs", "abacus_rods/lab.py", rods, LAST_LAB)
+    (home / "labs" / "abacus_rods" / "facts.py").write_text(PARTS)
+    add(home / "serving" / "engines", "abacus.py", ENGINE, LAST_ENGINE)
     return home
 
 
@@ -249,13 +252,13 @@ def not_passed(tests: str, *names: str) -> list[str]:
     return [name for name in names if f"PASSED tests/unit/{name}" not in tests]
 
 
-def test_a_lab_is_one_file_and_one_line(house: Path, told: list[str]) -> None:
+def test_a_lab_is_one_folder_and_one_line(house: Path, told: list[str]) -> None:
     report, _, course, _, tests, collected = told
     assert "# Abacus beads on Abacus" in report
     assert "(SO-4) This run lacks valid figures that would answer it: see *Validity*." in report
     assert "| On is faster (Output throughput: on, 1 user / off, 1 user) | 2.9" in report
     assert "drawn: effects.svg variants.svg" in report
-    link = "[`abacus-beads`](labs/abacus_beads.py)"
+    link = "[`abacus-beads`](labs/abacus_beads)"
     assert f"| {link} | Does a cached prefix spare counting? |" in course
     assert "make lab-abacus-beads" in said(house, "make", "help")
     missing = not_passed(

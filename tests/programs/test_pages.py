@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from labs.commands import all_labs
-from labs.commands.cli import app
-from labs.comparing import compare, leaderboards, side_by_side
-from labs.filing import committed, manifest, results
-from labs.filing.newest import newest_runs
-from labs.filing.results import RunFolder, write_json
-from labs.findings.parts import Headline, ReportParts
-from labs.telling import markdown, pages
-from labs.telling.document import Link, Paragraph, Strong, plain_text
+from labs.harness.commands import all_labs
+from labs.harness.commands.cli import app
+from labs.harness.comparing import compare, leaderboards, side_by_side
+from labs.harness.facts.parts import Headline, ReportParts
+from labs.harness.filing import committed, manifest, results
+from labs.harness.filing.newest import newest_runs
+from labs.harness.filing.results import RunFolder, write_json
+from labs.harness.telling import markdown, pages
+from labs.harness.telling.document import Link, Paragraph, Strong, plain_text
 from serving import machine as machines
 from serving.engines.vllm import Vllm
 from serving.machine import Machine

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from dashboards import prometheus
-from labs.commands import recorded_runs
-from labs.filing import results
-from labs.filing.results import RunFolder
-from labs.running import run as running
+from labs.harness.commands import recorded_runs
+from labs.harness.filing import results
+from labs.harness.filing.results import RunFolder
+from labs.harness.running import run as running
 from serving.install import OWN_FOLDER, named_or
 from serving.models import ROOT
 from tests.unit.builders import write_run
@@ -29,7 +29,7 @@ def note(event, arguments):
         opened.add(os.path.realpath(arguments[0]))
 
 sys.addaudithook(note)
-from labs.commands.__main__ import main
+from labs.harness.commands.__main__ import main
 
 try:
     main()
@@ -67,7 +67,7 @@ def test_a_report_is_the_same_under_any_home_and_from_any_folder(
         (folder / "matplotlibrc").write_text("lines.linewidth: 30\n")
     before = files_of(home), files_of(cwd)
     done = labs(
-        ROOT, cwd, "-m", "labs.commands", "report", str(there.path),
+        ROOT, cwd, "-m", "labs.harness.commands", "report", str(there.path),
         HOME=str(home), LABS_RESULTS=str(tmp_path / "there" / "results"),
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
@@ -105,7 +105,7 @@ def test_a_second_clone_reads_its_own_files(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("Well-formed runs: 1.\n", "")
     opened = [Path(line) for line in (tmp_path / "opened").read_text().splitlines()]
-    assert {house / "labs" / "lab.py", makefile, run.path / "run.json"} <= set(opened)
+    assert {house / "labs" / "harness" / "spec.py", makefile, run.path / "run.json"} <= set(opened)
     installed = Path(sys.prefix).resolve()  # in the clone that its packages were installed for
     first = {clone for clone in (ROOT, installed.parent) if (clone / "labs").is_dir()}
     of_the_first = [p for p in opened if first & set(p.parents) and installed not in p.parents]

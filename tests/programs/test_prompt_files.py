@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from labs import LABS
-from labs.lab import LabError
-from labs.running import prompt_files
-from labs.running.prompt_files import lab_takes_s, processes_for, takes_s, write_files
+from labs.harness.running import prompt_files
+from labs.harness.running.prompt_files import lab_takes_s, processes_for, takes_s, write_files
+from labs.harness.spec import LabError
 from loadtests.arrivals import Concurrent
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed, Prefix, Samples, Workload
@@ -163,7 +163,7 @@ def test_a_process_that_ends_is_told_with_its_last_line(writer: Writer, tmp_path
 PROGRAM = """
 import sys
 from pathlib import Path
-from labs.running import prompt_files
+from labs.harness.running import prompt_files
 from tests.programs.test_prompt_files import MODEL, order, workload
 prompt_files.START_S, prompt_files.usable_cores = -1e9, lambda: 2
 long = workload("long", 20_000)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from labs.running.run import PROMPTS_TOOK
-from labs.running.sitting_plan import plan, table
-from labs.running.trials import MOST_AGAIN, PER_TRIAL_S
+from labs.harness.running.run import PROMPTS_TOOK
+from labs.harness.running.sitting_plan import plan, table
+from labs.harness.running.trials import MOST_AGAIN, PER_TRIAL_S
 from serving import bundle
 from tests.rehearsal import __main__ as rehearsal
 from tests.rehearsal.__main__ import CANNOT, Box, prompts_s, unpacking

@@ -21,7 +21,7 @@ def test_a_stop_while_the_program_is_loaded_is_one_line(
 ) -> None:
     (tmp_path / "typer.py").write_text(INTERRUPTS.format(sign))  # imported in the place of Typer
     ended = subprocess.run(
-        [sys.executable, "-m", "labs.commands", "list"],
+        [sys.executable, "-m", "labs.harness.commands", "list"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
         capture_output=True, text=True, check=False,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -35,7 +35,7 @@ def test_a_stop_while_the_program_is_loaded_is_one_line(
 def test_a_hangup_that_was_ignored_stays_ignored(handler: signal.Handlers, said: str) -> None:
     code = """
 import os, signal
-from labs.commands.terminal import reported_errors
+from labs.harness.commands.terminal import reported_errors
 with reported_errors():
     os.kill(os.getpid(), signal.SIGHUP)
     print("goes on")

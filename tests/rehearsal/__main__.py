@@ -16,12 +16,12 @@ from pathlib import Path
 
 import psutil
 
-from labs.commands import all_labs
-from labs.filing.results import MachineFile, write_json
-from labs.running.prompt_files import usable_cores
-from labs.running.run import PROMPTS_TOOK
-from labs.running.sitting_plan import plan, table
-from labs.running.trials import MOST_AGAIN
+from labs.harness.commands import all_labs
+from labs.harness.filing.results import MachineFile, write_json
+from labs.harness.running.prompt_files import usable_cores
+from labs.harness.running.run import PROMPTS_TOOK
+from labs.harness.running.sitting_plan import plan, table
+from labs.harness.running.trials import MOST_AGAIN
 from serving import bundle, lean, unbundle
 from serving.gpus import DATASHEETS, Datasheet
 from serving.machine import Ceilings, Machine

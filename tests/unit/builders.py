@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from labs.comparing import reproduction
-from labs.filing.results import (
+from labs.harness.comparing import reproduction
+from labs.harness.filing.results import (
     Predictions,
     Run,
     RunFolder,
@@ -22,9 +22,19 @@ from labs.filing.results import (
     snapshot_json,
     write_json,
 )
-from labs.judging.measure import Trial
-from labs.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, RequestLengths, Variant
-from labs.telling.summary import summarise
+from labs.harness.judging.measure import Trial
+from labs.harness.spec import (
+    SLO,
+    Arm,
+    Claim,
+    Evidence,
+    Lab,
+    Point,
+    Prediction,
+    RequestLengths,
+    Variant,
+)
+from labs.harness.telling.summary import summarise
 from loadtests import records
 from loadtests.arrivals import AnyArrival, Arrival
 from loadtests.plan import TrialSummary

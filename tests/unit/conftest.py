@@ -22,7 +22,7 @@ def _commands_are_built_once() -> None:
     import typer.main
     import typer.testing
 
-    from labs.commands import cli, options
+    from labs.harness.commands import cli, options
 
     setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))  # noqa: B010
     setattr(cli, "settings_of", functools.cache(options.settings_of))  # noqa: B010

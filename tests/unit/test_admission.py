@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from labs.judging.validity import Expected, caveats_of
-from labs.lab import Arm, Evidence, LabError, Point
-from labs.running.resolve import require_client_limits
+from labs.harness.judging.validity import Expected, caveats_of
+from labs.harness.running.resolve import require_client_limits
+from labs.harness.spec import Arm, Evidence, LabError, Point
 from loadtests import admission
 from loadtests.admission import Admission, QueueLimits, counts_file
 from loadtests.arrivals import Concurrent

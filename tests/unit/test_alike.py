@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from labs.judging.validity import Expected, caveats_of
+from labs.harness.judging.validity import Expected, caveats_of
 from loadtests.plan import read_requests, write_requests
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Chat, Fixed, Prefix, Request, Samples, Workload

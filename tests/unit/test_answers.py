@@ -11,8 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs import LABS, findings, theory
-from labs.filing.results import (
+from labs import LABS, folder_of
+from labs.chunked_prefill.facts import chunks_solve, split
+from labs.continuous_batching.facts import both_ends, one_stream, ridge
+from labs.harness import theory
+from labs.harness.facts.context import Context, JudgedRun
+from labs.harness.facts.drawing import plt
+from labs.harness.facts.parts import Conclusion, answers, parts_of
+from labs.harness.filing.results import (
     Agreement,
     Band,
     Finding,
@@ -23,26 +29,19 @@ from labs.filing.results import (
     Summary,
     write_json,
 )
-from labs.findings.chunked_prefill import chunks_solve, split
-from labs.findings.context import Context, JudgedRun
-from labs.findings.continuous_batching import both_ends, one_stream, ridge
-from labs.findings.drawing import plt
-from labs.findings.kv_quantization import memory_steps
-from labs.findings.parts import Conclusion, answers, parts_of
-from labs.findings.prefix_caching import sharing, where_to_look
-from labs.findings.speculative_decoding import speculation_wins
-from labs.findings.weight_quantization import phases, winners
-from labs.judging.judge import Effect, Interval, Judgement
-from labs.judging.metrics import METRICS
-from labs.lab import Lab, LabError, Point, Variant
-from labs.telling import plots
+from labs.harness.judging.judge import Effect, Interval, Judgement
+from labs.harness.judging.metrics import METRICS
+from labs.harness.spec import Lab, LabError, Point, Variant
+from labs.harness.telling import plots
+from labs.kv_quantization.facts import memory_steps
+from labs.prefix_caching.facts import sharing, where_to_look
+from labs.speculative_decoding.facts import speculation_wins
+from labs.weight_quantization.facts import phases, winners
 from loadtests.workload import Intruder
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import CEILINGS, PREDICTION, SHAPE, make_lab, make_workload
 from tests.unit.test_findings import ABOUT, context, guessing, played, withheld
-
-FINDINGS = Path(findings.__file__).parent
 
 
 def judged_run(context: Context, judgements: Sequence[Judgement] = ()) -> JudgedRun:
@@ -92,8 +91,8 @@ def judged(claim: str, value: float, **fields: Any) -> Judgement:
 
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 def test_every_question_of_a_lab_has_an_answer_and_no_other(lab: Lab) -> None:
-    """A lab without a file of findings leaves all of them unanswered."""
-    tells = (FINDINGS / f"{lab.name.replace('-', '_')}.py").exists()
+    """A lab without a file of facts leaves all of them unanswered."""
+    tells = (folder_of(lab.name) / "facts.py").exists()
     assert parts_of(lab.name).answers.keys() == (set(lab.answers) if tells else set())
 
 

@@ -13,11 +13,11 @@ import pytest
 import requests
 
 from dashboards import prometheus, series
-from labs.filing.results import RunFolder, write_json
-from labs.judging.judge import ForecastResult, Interval, prediction_outcome
-from labs.judging.text import claim_outcome
-from labs.lab import LabError, Prediction
-from labs.running import backfill
+from labs.harness.filing.results import RunFolder, write_json
+from labs.harness.judging.judge import ForecastResult, Interval, prediction_outcome
+from labs.harness.judging.text import claim_outcome
+from labs.harness.running import backfill
+from labs.harness.spec import LabError, Prediction
 from loadtests import exporter, records
 from tests.unit.builders import make_record, make_workload, write_run
 

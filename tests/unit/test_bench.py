@@ -27,8 +27,8 @@ from bench import (
 from bench import server as api_server
 from bench.__main__ import MINUTES, PAIRS, PROCESSES, REPEATS, RUNS, Plan, dated
 from bench.clock import Clock
-from labs.judging.judge import Effect, Interval, Judgement, VerdictKind
-from labs.telling import instruments
+from labs.harness.judging.judge import Effect, Interval, Judgement, VerdictKind
+from labs.harness.telling import instruments
 from loadtests import generator, records
 from loadtests.plan import TrialPlan, TrialSummary
 from loadtests.records import RequestRecord

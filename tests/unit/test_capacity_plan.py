@@ -14,14 +14,14 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from labs.commands.cli import app
-from labs.lab import SLO, LabError
-from labs.running import capacity_plan
-from labs.running.capacity_plan import Question, plan
-from labs.running.resolve import machine_of
-from labs.telling import capacity_plans, markdown
-from labs.telling.capacity_plans import Demand, Latencies
-from labs.telling.document import Block
+from labs.harness.commands.cli import app
+from labs.harness.running import capacity_plan
+from labs.harness.running.capacity_plan import Question, plan
+from labs.harness.running.resolve import machine_of
+from labs.harness.spec import SLO, LabError
+from labs.harness.telling import capacity_plans, markdown
+from labs.harness.telling.capacity_plans import Demand, Latencies
+from labs.harness.telling.document import Block
 from loadtests.trace import TraceRow
 from serving.engines.vllm import ACTIVATION_BYTES
 from serving.forecasting.plan import ForecastPlan

@@ -17,15 +17,15 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from labs import LABS
-from labs.commands import cli, environment, monitoring
-from labs.commands.cli import app
-from labs.commands.terminal import reported_errors
-from labs.filing import results
-from labs.lab import Lab, LabError, NotApplicable
-from labs.questions import QUESTIONS
-from labs.running import backfill
-from labs.running.resolve import RunRequest
-from labs.running.resume import CannotResume
+from labs.harness.commands import cli, environment, monitoring
+from labs.harness.commands.cli import app
+from labs.harness.commands.terminal import reported_errors
+from labs.harness.filing import results
+from labs.harness.questions import QUESTIONS
+from labs.harness.running import backfill
+from labs.harness.running.resolve import RunRequest
+from labs.harness.running.resume import CannotResume
+from labs.harness.spec import Lab, LabError, NotApplicable
 from serving import models
 from serving.engines.vllm import Vllm
 from serving.machine import detect
@@ -164,9 +164,11 @@ def test_a_lab_that_does_not_apply_is_skipped_and_fails_nothing(
     def refuse(*_: object) -> None:
         raise refusal("needs real weights")
 
-    monkeypatch.setattr("labs.commands.all_labs.FOLDER", tmp_path)
-    monkeypatch.setattr("labs.commands.cli.run_lab", refuse)
-    monkeypatch.setattr("labs.commands.all_labs.check_flags", lambda *_: None)  # imports vLLM
+    monkeypatch.setattr("labs.harness.commands.all_labs.FOLDER", tmp_path)
+    monkeypatch.setattr("labs.harness.commands.cli.run_lab", refuse)
+    monkeypatch.setattr(
+        "labs.harness.commands.all_labs.check_flags", lambda *_: None
+    )  # imports vLLM
     found, said = labs("all", "--weights", "dummy")
     assert found == code
     assert (f"Skipped: {LAB}: needs real weights" in said) == (refusal is NotApplicable)
@@ -182,9 +184,11 @@ def test_a_lab_that_cannot_be_continued_is_begun_anew(
         asked.append(request.resume)
         raise CannotResume("the model is another") if request.resume else LabError("no disk")
 
-    monkeypatch.setattr("labs.commands.all_labs.FOLDER", tmp_path)
-    monkeypatch.setattr("labs.commands.cli.run_lab", play)
-    monkeypatch.setattr("labs.commands.all_labs.check_flags", lambda *_: None)  # imports vLLM
+    monkeypatch.setattr("labs.harness.commands.all_labs.FOLDER", tmp_path)
+    monkeypatch.setattr("labs.harness.commands.cli.run_lab", play)
+    monkeypatch.setattr(
+        "labs.harness.commands.all_labs.check_flags", lambda *_: None
+    )  # imports vLLM
     labs("all", "--only", LAB)
     _, said = labs("all", "--only", LAB)  # which was begun
     assert asked == [False, True, False]
@@ -206,8 +210,8 @@ def test_serve_starts_the_engine_of_a_variant(monkeypatch: pytest.MonkeyPatch) -
     model = Model("lab/base-1B", Path("/models/base"), SHAPE)
     monkeypatch.setattr(models, "as_served", lambda model, value_bytes: model)
     monkeypatch.setattr("os.execve", lambda *of: started.append(of))
-    monkeypatch.setattr("labs.running.resolve.model_of", lambda *_: model)
-    monkeypatch.setattr("labs.commands.cli.require_port", lambda *_: None)
+    monkeypatch.setattr("labs.harness.running.resolve.model_of", lambda *_: model)
+    monkeypatch.setattr("labs.harness.commands.cli.require_port", lambda *_: None)
     monkeypatch.setattr(Vllm, "check_flags", lambda *_: None)  # imports vLLM
     code, said = labs("serve", "--lab", "prefix-caching", "--variant", "off", "--port", "8123")
     assert code == 0, said
@@ -234,11 +238,11 @@ def test_serve_serves_the_weights_of_the_variant_and_no_other_engine(
     model = Model("lab/base-1B", Path("/models/base"), SHAPE)
     monkeypatch.setattr(models, "as_served", lambda model, value_bytes: model)
     monkeypatch.setattr("os.execve", lambda program, argv, env: started.append(argv))
-    monkeypatch.setattr("labs.commands.cli.model_of", lambda *_: model)
-    monkeypatch.setattr("labs.commands.cli.require_port", lambda *_: None)
-    monkeypatch.setattr("labs.commands.cli.derived_models.make", make)
+    monkeypatch.setattr("labs.harness.commands.cli.model_of", lambda *_: model)
+    monkeypatch.setattr("labs.harness.commands.cli.require_port", lambda *_: None)
+    monkeypatch.setattr("labs.harness.commands.cli.derived_models.make", make)
     monkeypatch.setattr(
-        "labs.commands.cli.derived_models.with_weights",
+        "labs.harness.commands.cli.derived_models.with_weights",
         lambda of, name, folder: replace(of, path=folder),
     )
     monkeypatch.setattr(Vllm, "check_flags", lambda *_: None)  # imports vLLM

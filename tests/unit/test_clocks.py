@@ -11,8 +11,8 @@ from serving.models import ROOT
 READS_THE_WALL_CLOCK = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.now\(")
 WRITES_DOWN_A_MOMENT = {  # modules that do nothing else with the wall clock
     "bench/__main__.py",
-    "labs/filing/results.py",
-    "labs/running/run.py",
+    "labs/harness/filing/results.py",
+    "labs/harness/running/run.py",
     "loadtests/load.py",
     "loadtests/master.py",
     "serving/machine.py",

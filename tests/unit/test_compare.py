@@ -10,14 +10,14 @@ from typing import Literal
 
 import pytest
 
-from labs.comparing import compare, gate, page, side_by_side
-from labs.comparing.compare import ComparedFigure, Side, VerdictPair, read_side
-from labs.filing import results
-from labs.filing.results import RunFolder, write_json
-from labs.judging.judge import Contrast, ForecastResult, Interval, contrast
-from labs.lab import MARGIN, LabError, Prediction, digest_of
-from labs.telling.document import Table, plain_text
-from labs.telling.summary import summarise
+from labs.harness.comparing import compare, gate, page, side_by_side
+from labs.harness.comparing.compare import ComparedFigure, Side, VerdictPair, read_side
+from labs.harness.filing import results
+from labs.harness.filing.results import RunFolder, write_json
+from labs.harness.judging.judge import Contrast, ForecastResult, Interval, contrast
+from labs.harness.spec import MARGIN, LabError, Prediction, digest_of
+from labs.harness.telling.document import Table, plain_text
+from labs.harness.telling.summary import summarise
 from tests.unit.builders import MACHINE, make_claim, write_run, write_slowed
 from tests.unit.test_html import Seen
 

@@ -7,16 +7,16 @@ import re
 import pytest
 
 from labs import LABS
-from labs.comparing import leaderboards
-from labs.findings.parts import ARITHMETIC, IN_PART, parts_of
-from labs.questions import QUESTIONS
-from labs.running.capacity_plan import model_named, plan
-from labs.running.resolve import machine_of
-from labs.telling import markdown
-from labs.telling.computed import CARD, answer_with_command, computed, kind_of
-from labs.telling.dials import shipped_shape
-from labs.telling.document import plain_text
-from labs.telling.planner import kv_room_tokens
+from labs.harness.comparing import leaderboards
+from labs.harness.facts.parts import ARITHMETIC, IN_PART, parts_of
+from labs.harness.questions import QUESTIONS
+from labs.harness.running.capacity_plan import model_named, plan
+from labs.harness.running.resolve import machine_of
+from labs.harness.telling import markdown
+from labs.harness.telling.computed import CARD, answer_with_command, computed, kind_of
+from labs.harness.telling.dials import shipped_shape
+from labs.harness.telling.document import plain_text
+from labs.harness.telling.planner import kv_room_tokens
 from serving.forecasting.datasheet import EXPECTED, step_times
 from serving.gpus import DATASHEETS
 from tests.makefile import SETTINGS

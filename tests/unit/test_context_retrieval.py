@@ -11,15 +11,7 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.context_retrieval import (
-    admitted,
-    arithmetic,
-    reaching,
-    step_ratio,
-)
-from labs.filing.results import Predictions, write_gzip, write_json
-from labs.findings.context import Context
-from labs.findings.context_retrieval import (
+from labs.context_retrieval.facts import (
     LOSSES,
     RETRIEVAL,
     WAYS,
@@ -28,10 +20,25 @@ from labs.findings.context_retrieval import (
     which_way,
     why_it_drops,
 )
-from labs.judging import retrieval
-from labs.judging.evaluation import DEPTHS, EvaluationClient
-from labs.judging.retrieval import Needle, adds_up, by_text, margin, margin_change, text_lengths
-from labs.lab import Evidence, Lab, Point
+from labs.context_retrieval.lab import (
+    admitted,
+    arithmetic,
+    reaching,
+    step_ratio,
+)
+from labs.harness.facts.context import Context
+from labs.harness.filing.results import Predictions, write_gzip, write_json
+from labs.harness.judging import retrieval
+from labs.harness.judging.evaluation import DEPTHS, EvaluationClient
+from labs.harness.judging.retrieval import (
+    Needle,
+    adds_up,
+    by_text,
+    margin,
+    margin_change,
+    text_lengths,
+)
+from labs.harness.spec import Evidence, Lab, Point
 from serving.engines.vllm import VllmFlags
 from serving.engines.vllm_harmless import refusal
 from serving.models import Shape

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.filing.results import Band, PointForecasts, Predictions, Run
-from labs.lab import Prediction
-from labs.running.copied_text import lookup_of, share_copied
-from labs.running.run import predict
-from labs.running.virtual_trials import _bands, by_chance, paces
+from labs.harness.filing.results import Band, PointForecasts, Predictions, Run
+from labs.harness.running.copied_text import lookup_of, share_copied
+from labs.harness.running.run import predict
+from labs.harness.running.virtual_trials import _bands, by_chance, paces
+from labs.harness.spec import Prediction
 from serving import making
 from serving.forecasting.copying import Copying, CopyingPlan, Lookup, copied_in, copying, decoded
 from serving.lookup import looked_up

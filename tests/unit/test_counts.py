@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from labs.running.counts import Counts, counted_since
+from labs.harness.running.counts import Counts, counted_since
 from loadtests.records import RequestRecord
 from serving import metrics
 from serving.metrics import Snapshot

@@ -16,8 +16,8 @@ import pytest
 from dashboards import boards, series
 from dashboards.panels import shared_out
 from labs import LABS
-from labs.judging import judge, validity
-from labs.judging.metrics import METRICS
+from labs.harness.judging import judge, validity
+from labs.harness.judging.metrics import METRICS
 from loadtests import exporter
 from loadtests.exporter import Exporter
 from serving import metrics, telemetry

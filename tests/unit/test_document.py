@@ -12,9 +12,9 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.markup import escape
 
-from labs.judging.text import literal
-from labs.telling import html, markdown, terminal
-from labs.telling.document import (
+from labs.harness.judging.text import literal
+from labs.harness.telling import html, markdown, terminal
+from labs.harness.telling.document import (
     Bullets,
     Code,
     Emphasis,

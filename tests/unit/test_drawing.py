@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from labs.findings.drawing import aside, draw_logarithmic, plt, reach
-from labs.judging.judge import Interval, mean_interval
-from labs.telling import plots
+from labs.harness.facts.drawing import aside, draw_logarithmic, plt, reach
+from labs.harness.judging.judge import Interval, mean_interval
+from labs.harness.telling import plots
 
 
 def test_an_interval_reaches_as_far_below_and_above_as_it_does() -> None:

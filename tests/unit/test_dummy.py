@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from labs import LABS, theory
-from labs.lab import NotApplicable
-from labs.running.derived_models import about, make, with_weights
+from labs import LABS
+from labs.harness import theory
+from labs.harness.running.derived_models import about, make, with_weights
+from labs.harness.spec import NotApplicable
 from serving import dummy, metrics, models, random_weights
 from serving.engines.vllm import Vllm, resolved
 from serving.machine import Machine

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.commands.terminal import ConsoleProgress
-from labs.filing.results import MachineFile, write_json
-from labs.lab import LabError
-from labs.running.resolve import RunRequest, measured_ceilings, resolve, scale_of
+from labs.harness.commands.terminal import ConsoleProgress
+from labs.harness.filing.results import MachineFile, write_json
+from labs.harness.running.resolve import RunRequest, measured_ceilings, resolve, scale_of
+from labs.harness.spec import LabError
 from serving import guard, metrics, models
 from serving.engines import endpoint
 from serving.engines.base import EngineError, metrics_text
@@ -252,8 +252,8 @@ def test_predictions_take_the_rate_of_what_is_served(
         memory_bandwidth_bytes_per_s=1e10, bf16_flops_per_s=1e9, fp32_flops_per_s=9e10,
         threads=1, torch="-", measured_at="-",
     )  # fmt: skip
-    monkeypatch.setattr("labs.running.resolve.machines.detect", lambda: old)
-    monkeypatch.setattr("labs.running.resolve.RESULTS", tmp_path)
+    monkeypatch.setattr("labs.harness.running.resolve.machines.detect", lambda: old)
+    monkeypatch.setattr("labs.harness.running.resolve.RESULTS", tmp_path)
     write_json(tmp_path / old.slug / "machine.json", MachineFile(machine=old, ceilings=both))
     lab, told = LABS["continuous-batching"], Told()
     assert measured_ceilings(old, True, told).flops_per_s == 9e10

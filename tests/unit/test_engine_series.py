@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from labs.filing import engine_series, results
-from labs.filing.bounded import DamagedError
-from labs.filing.results import RunFolder, write_gzip
-from labs.running import backfill
-from labs.running.engine_series import keep
+from labs.harness.filing import engine_series, results
+from labs.harness.filing.bounded import DamagedError
+from labs.harness.filing.results import RunFolder, write_gzip
+from labs.harness.running import backfill
+from labs.harness.running.engine_series import keep
 from serving import metrics
 from tests.unit.builders import write_run
 from tests.unit.test_backfill import brief_run

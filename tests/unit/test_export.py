@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from labs.filing import export
-from labs.filing.export import Format
-from labs.filing.results import RunFolder
+from labs.harness.filing import export
+from labs.harness.filing.export import Format
+from labs.harness.filing.results import RunFolder
 from loadtests import records
 from loadtests.arrivals import Offered
 from tests.unit.builders import make_point, make_record, make_trial, write_run

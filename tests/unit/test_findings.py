@@ -11,9 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs import LABS, theory
-from labs.chunked_prefill import context_tokens
-from labs.filing.results import (
+from labs import LABS
+from labs.chunked_prefill.facts import TOKEN_BUDGET
+from labs.chunked_prefill.lab import context_tokens
+from labs.harness import theory
+from labs.harness.facts.context import Context
+from labs.harness.facts.drawing import plt
+from labs.harness.facts.offloading import CopyOrCompute, break_even_sentence
+from labs.harness.facts.parts import Conclusion, parts_of
+from labs.harness.facts.quality import QUALITY
+from labs.harness.facts.steps import Parts, decode_s
+from labs.harness.facts.weights import WEIGHTS
+from labs.harness.filing.results import (
     Band,
     Finding,
     PointForecasts,
@@ -25,34 +34,26 @@ from labs.filing.results import (
     write_gzip,
     write_json,
 )
-from labs.findings.chunked_prefill import TOKEN_BUDGET
-from labs.findings.context import Context
-from labs.findings.drawing import plt
-from labs.findings.kv_quantization import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
-from labs.findings.multi_lora import ADAPTER_COST, TENANT_LEAKS, TENANT_MEMORY
-from labs.findings.offloading import CopyOrCompute, break_even_sentence
-from labs.findings.overload import ADMISSION, ALARMS, BEST_FLAGS, CLASSES, SIGNALS
-from labs.findings.parts import Conclusion, parts_of
-from labs.findings.prefix_caching import A_STRANGER, TIMING_LEAK
-from labs.findings.quality import QUALITY
-from labs.findings.quantization_tools import TOOLS_COMPARED
-from labs.findings.single_stream import FLAGS, PHASES, flag_effects, phase
-from labs.findings.speculative_decoding import (
+from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletion
+from labs.harness.judging.judge import Caveat
+from labs.harness.judging.metrics import METRICS
+from labs.harness.judging.signals import QUEUE, Watch, Watched
+from labs.harness.judging.signals import SIGNALS as SIGNAL_NAMES
+from labs.harness.spec import SLO, Lab, Variant
+from labs.kv_quantization.facts import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
+from labs.multi_lora.facts import ADAPTER_COST, TENANT_LEAKS, TENANT_MEMORY
+from labs.overload.facts import ADMISSION, ALARMS, BEST_FLAGS, CLASSES, SIGNALS
+from labs.prefix_caching.facts import A_STRANGER, TIMING_LEAK
+from labs.quantization_tools.facts import TOOLS_COMPARED
+from labs.single_stream.facts import FLAGS, PHASES, flag_effects, phase
+from labs.speculative_decoding.facts import (
     ACCEPTANCE,
     SAME_TEXT,
     SPEED_UP,
     speed_ups,
     tokens_a_step,
 )
-from labs.findings.steps import Parts, decode_s
-from labs.findings.weight_quantization import NEEDLES, OUTLIERS
-from labs.findings.weights import WEIGHTS
-from labs.judging.evaluation import Evaluation, Passage, ScoredCompletion
-from labs.judging.judge import Caveat
-from labs.judging.metrics import METRICS
-from labs.judging.signals import QUEUE, Watch, Watched
-from labs.judging.signals import SIGNALS as SIGNAL_NAMES
-from labs.lab import SLO, Lab, Variant
+from labs.weight_quantization.facts import NEEDLES, OUTLIERS
 from loadtests import records
 from loadtests.records import RequestRecord
 from loadtests.workload import Adapters, Fixed, Intruder

@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from labs.commands.cli import _fleet_size, app
-from labs.lab import LabError
-from labs.running import capacity_plan, fleets
-from labs.running.fleets import FleetSize, forecast_fleets, require_open_loads, write_lengths
-from labs.running.trials import requests_file
-from labs.telling import forecasts, markdown
+from labs.harness.commands.cli import _fleet_size, app
+from labs.harness.running import capacity_plan, fleets
+from labs.harness.running.fleets import (
+    FleetSize,
+    forecast_fleets,
+    require_open_loads,
+    write_lengths,
+)
+from labs.harness.running.trials import requests_file
+from labs.harness.spec import LabError
+from labs.harness.telling import forecasts, markdown
 from loadtests.trace import MOST_ROWS
 from serving.forecasting.plan import ForecastPlan, SyntheticRequest
 from tests.unit.builders import make_lab, make_workload

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.filing.results import PointForecasts, Predictions, Searched
-from labs.judging.machine_speed import MachineSpeed, PartSpeed
-from labs.lab import Lab, LabError
-from labs.running import run as running
-from labs.running.forecast import reason_against, reasons_against
-from labs.running.resolve import (
+from labs.harness.filing.results import PointForecasts, Predictions, Searched
+from labs.harness.judging.machine_speed import MachineSpeed, PartSpeed
+from labs.harness.running import run as running
+from labs.harness.running.forecast import reason_against, reasons_against
+from labs.harness.running.resolve import (
     RunRequest,
     Setup,
     lab_of,
@@ -23,10 +22,11 @@ from labs.running.resolve import (
     require_shared_layers,
     with_whole_prompts,
 )
-from labs.running.run import forecast_alone, run_lock
-from labs.running.step_timing import _step_of, steps_as_timed
-from labs.running.virtual_trials import _traffic, as_one_gpu
-from labs.telling import tables
+from labs.harness.running.run import forecast_alone, run_lock
+from labs.harness.running.step_timing import _step_of, steps_as_timed
+from labs.harness.running.virtual_trials import _traffic, as_one_gpu
+from labs.harness.spec import Lab, LabError
+from labs.harness.telling import tables
 from loadtests.trace import MOST_ROWS
 from serving.engines.vllm import VllmFlags
 from serving.gpus import Datasheet

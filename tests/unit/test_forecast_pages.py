@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from labs.filing import engine_series, results
-from labs.filing.results import (
+from labs.harness.filing import engine_series, results
+from labs.harness.filing.results import (
     Band,
     OnTwoEngines,
     PointForecasts,
@@ -19,14 +19,14 @@ from labs.filing.results import (
     write_gzip,
     write_json,
 )
-from labs.judging.judge import Caveat, ForecastAtPoint, Interval
-from labs.judging.metrics import METRICS
-from labs.lab import OF_FORECASTS
-from labs.running import run
-from labs.telling import markdown, report, residual_plot, residuals, tables
-from labs.telling.document import plain_text
-from labs.telling.residuals import Residual
-from labs.telling.summary import summarise
+from labs.harness.judging.judge import Caveat, ForecastAtPoint, Interval
+from labs.harness.judging.metrics import METRICS
+from labs.harness.running import run
+from labs.harness.spec import OF_FORECASTS
+from labs.harness.telling import markdown, report, residual_plot, residuals, tables
+from labs.harness.telling.document import plain_text
+from labs.harness.telling.residuals import Residual
+from labs.harness.telling.summary import summarise
 from serving.metrics import KV_USAGE, KvUse
 from tests.unit.builders import make_lab, make_point, write_run
 

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from labs.running.step_timing import LEAST_OF_STAND_IN, MOST_OF_STAND_IN, ends_of_band
+from labs.harness.running.step_timing import LEAST_OF_STAND_IN, MOST_OF_STAND_IN, ends_of_band
 from loadtests.load import AFTER_ERROR_S
 from serving.forecasting import timing
 from serving.forecasting.step import Piece, Step, StepTimes

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.comparing import compare, leaderboards, side_by_side
-from labs.filing import manifest, results
-from labs.filing.newest import newest_runs
-from labs.filing.results import Band, PointForecasts, RunFolder, write_json
-from labs.findings.parts import Headline, ReportParts
-from labs.telling import dials, instruments, markdown, residuals, site
-from labs.telling.document import Section, Table, plain_text
-from labs.telling.instruments import Bench
-from labs.telling.site import Course, Entry
-from labs.telling.summary import summarise
+from labs.harness.comparing import compare, leaderboards, side_by_side
+from labs.harness.facts.parts import Headline, ReportParts
+from labs.harness.filing import manifest, results
+from labs.harness.filing.newest import newest_runs
+from labs.harness.filing.results import Band, PointForecasts, RunFolder, write_json
+from labs.harness.telling import dials, instruments, markdown, residuals, site
+from labs.harness.telling.document import Section, Table, plain_text
+from labs.harness.telling.instruments import Bench
+from labs.harness.telling.site import Course, Entry
+from labs.harness.telling.summary import summarise
 from serving.machine import Machine
 from tests.unit.builders import MACHINE, _changed, make_lab, write_run
 

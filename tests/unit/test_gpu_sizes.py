@@ -7,10 +7,11 @@ from statistics import mean
 
 import pytest
 
-from labs import FIRST, LABS, theory
-from labs.chunked_prefill import long_ttft
-from labs.lab import Lab, Point, factors
-from labs.prefix_caching import cached_tokens
+from labs import FIRST, LABS
+from labs.chunked_prefill.lab import long_ttft
+from labs.harness import theory
+from labs.harness.spec import Lab, Point, factors
+from labs.prefix_caching.lab import cached_tokens
 from loadtests.plan import LEAST_COUNTED
 from serving import dummy
 from serving.forecasting.datasheet import EXPECTED, MOST_EFFICIENT

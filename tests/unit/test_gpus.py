@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.commands.__main__ import main
-from labs.commands.terminal import EXPECTED_ERRORS
-from labs.running.resolve import gpus_used
+from labs.harness.commands.__main__ import main
+from labs.harness.commands.terminal import EXPECTED_ERRORS
+from labs.harness.running.resolve import gpus_used
 from serving import gpus, machine, telemetry
 from serving.engines.transformers import Transformers
 from serving.machine import GIB
@@ -156,7 +156,9 @@ def test_every_command_has_cuda_count_gpus_as_nvml_does(
     monkeypatch.setenv("MPLCONFIGDIR", "here")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     seen = list[str]()
-    monkeypatch.setattr("labs.commands.cli.app", lambda: seen.append(os.environ[gpus.ORDER]))
+    monkeypatch.setattr(
+        "labs.harness.commands.cli.app", lambda: seen.append(os.environ[gpus.ORDER])
+    )
     main()
     assert seen == [order]
     assert (gpus.ORDER in machine.engine_variables(os.environ)) == bool(given)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.running.resolve import engine_environment
+from labs.harness.running.resolve import engine_environment
 from serving import guard
 from serving.engines.vllm import GUARD, Vllm
 from serving.models import Model

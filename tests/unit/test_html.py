@@ -13,12 +13,12 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from labs import LABS
-from labs.filing import results
-from labs.filing.results import RunFolder, TrialResult, write_json
-from labs.judging.judge import Caveat
-from labs.telling import chart_data, html, pages, report, site, tables
-from labs.telling.document import Figure, plain_text, without_empty_columns
-from labs.telling.summary import summarise
+from labs.harness.filing import results
+from labs.harness.filing.results import RunFolder, TrialResult, write_json
+from labs.harness.judging.judge import Caveat
+from labs.harness.telling import chart_data, html, pages, report, site, tables
+from labs.harness.telling.document import Figure, plain_text, without_empty_columns
+from labs.harness.telling.summary import summarise
 from loadtests import records
 from tests.unit.builders import make_record, make_summary, write_run
 

@@ -20,8 +20,9 @@ MAY_IMPORT = {
     "serving": {"serving"},
     "loadtests": {"loadtests"},
 }
-ROOMS = (  # of labs/, from the ground up: a room imports from itself and from those before it
-    "judging", "filing", "findings", "telling", "comparing", "running", "commands",
+FOLDERS = {lab.replace("-", "_") for lab in LABS}
+ROOMS = (  # of labs/harness/, from the ground up: each imports from itself and those before it
+    "judging", "filing", "facts", "telling", "comparing", "running", "commands",
 )  # fmt: skip
 FILES = sorted(path for house in MAY_IMPORT for path in (ROOT / house).rglob("*.py"))
 IN_LOCUST = {  # its processes alone: Locust and gevent patch the one that imports them
@@ -29,7 +30,7 @@ IN_LOCUST = {  # its processes alone: Locust and gevent patch the one that impor
     for module in ("connection", "load", "locustfile", "master", "streaming", "worker")
 }
 LAB_VOCABULARY = {
-    "labs.lab", "labs.theory", "loadtests.arrivals", "loadtests.prompts",
+    "labs.harness.spec", "labs.harness.theory", "loadtests.arrivals", "loadtests.prompts",
     "loadtests.structures", "loadtests.workload", "serving.forecasting.step", "serving.metrics",
 }  # fmt: skip
 
@@ -51,7 +52,7 @@ def imported_by(path: Path) -> frozenset[str]:
 
 
 def imported(nodes: Iterable[ast.AST]) -> set[str]:
-    """Absolute module names; `from labs import theory` is labs.theory."""
+    """Absolute module names; `from labs.harness import theory` is labs.harness.theory."""
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -60,7 +61,7 @@ def imported(nodes: Iterable[ast.AST]) -> set[str]:
             assert not node.level, "imports are absolute here"
             module = node.module or ""
             inner = {f"{module}.{a.name}" for a in node.names}
-            found |= inner if module in MAY_IMPORT else {module}
+            found |= inner if module in {*MAY_IMPORT, "labs.harness"} else {module}
     return found
 
 
@@ -111,34 +112,36 @@ def on_start(start: str) -> dict[Path, ast.Module]:
 
 def test_a_command_that_draws_nothing_imports_no_library_of_plots_or_statistics() -> None:
     """They take two thirds of its start. `import scipy` alone loads each part at its first use."""
-    files = on_start("labs.commands.cli")
-    assert ROOT / "labs" / "judging" / "judge.py" in files
+    files = on_start("labs.harness.commands.cli")
+    assert ROOT / "labs" / "harness" / "judging" / "judge.py" in files
     for path, tree in files.items():
         names = [*names_on_import(tree)]
         assert not [name for name in names if name.startswith(("matplotlib", "scipy."))], path
 
 
-ROOM_FILES = [path for path in FILES if path.relative_to(ROOT).parts[0] == "labs"]
+HARNESS = ROOT / "labs" / "harness"
 
 
-@each("path", ROOM_FILES)
+@each("path", [path for path in FILES if HARNESS in path.parents])
 def test_rooms_import_those_below_them(path: Path) -> None:
-    """The vocabulary and the lab files know no room; a room knows only those below it."""
-    parts = path.relative_to(ROOT).parts[1:]
+    """The vocabulary knows no room; a room knows only those below it."""
+    parts = path.relative_to(HARNESS).parts
     at = ROOMS.index(parts[0]) if len(parts) > 1 else -1
     names = (name.split(".") for name in imported_by(path))
-    rooms = {name[1] for name in names if name[0] == "labs" and len(name) > 1 and name[1] in ROOMS}
-    assert rooms <= set(ROOMS[: at + 1])
+    rooms = {name[2] for name in names if name[:2] == ["labs", "harness"] and len(name) > 2}
+    assert rooms & {*ROOMS} <= {*ROOMS[: at + 1]}
 
 
 def test_every_room_of_the_house_has_its_place_in_the_order() -> None:
-    assert {path.parent.name for path in (ROOT / "labs").glob("*/__init__.py")} == set(ROOMS)
+    assert {path.parent.name for path in HARNESS.glob("*/__init__.py")} == set(ROOMS)
 
 
 def room_of(parts: Sequence[str]) -> str:
-    """`labs/judging` of `labs.judging.judge`; the folder alone outside the rooms of labs/."""
-    inner = parts[1] if parts[0] == "labs" and len(parts) > 1 else ""
-    return f"labs/{inner}" if inner in ROOMS else parts[0]
+    """`harness/judging` of `labs.harness.judging.judge`; outside its rooms the house."""
+    house, inner, room = (*parts, "", "")[:3]
+    if house == "labs" and inner == "harness":
+        return f"harness/{room}" if room in ROOMS else "harness"
+    return "a_lab" if inner in FOLDERS else house
 
 
 def imports_between_rooms() -> set[tuple[str, str]]:
@@ -169,17 +172,15 @@ def test_the_picture_of_the_architecture_is_the_code() -> None:
 
 @pytest.mark.parametrize("lab", LABS)
 def test_a_lab_file_speaks_the_lab_vocabulary_only(lab: str) -> None:
-    others = imported_by(ROOT / "labs" / f"{lab.replace('-', '_')}.py") - LAB_VOCABULARY
+    others = imported_by(ROOT / "labs" / lab.replace("-", "_") / "lab.py") - LAB_VOCABULARY
     assert {name.split(".")[0] for name in others} <= sys.stdlib_module_names
 
 
-LAB_MODULES = {f"{package}.{lab.replace('-', '_')}" for lab in LABS
-               for package in ("labs", "labs.findings")}  # fmt: skip
-OF_LABS = {ROOT / f"{module.replace('.', '/')}.py" for module in LAB_MODULES}
 MACHINERY = [
     path
     for path in FILES
-    if path not in OF_LABS | {ROOT / "labs" / "__init__.py"}
+    if path != ROOT / "labs" / "__init__.py"
+    and path.parent.name not in FOLDERS
     and path.relative_to(ROOT).parts[0] != "bench"  # which measures with a lab of its choice
 ]
 NAMED = re.compile(rf"(?<![\w-])(?:lab-)?(?:{'|'.join(LABS)})(?![\w-])")
@@ -192,7 +193,8 @@ def test_machinery_knows_no_lab(path: Path) -> None:
     """Neither by its module nor by its name, so that the next lab needs no change here."""
     froms = (node for node in nodes_of(path) if isinstance(node, ast.ImportFrom))
     inner = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
-    assert not (imported_by(path) | inner) & LAB_MODULES
+    names = [name.split(".") for name in imported_by(path) | inner]
+    assert not [name for name in names if name[0] == "labs" and FOLDERS & {*name[1:2]}]
     values = (node.value for node in nodes_of(path) if isinstance(node, ast.Constant))
     texts = [text for text in values if isinstance(text, str)]
     if flag := ITS_OWN_FLAG.get(path):  # of an engine, which a lab happens to be called after

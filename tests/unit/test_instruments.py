@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from labs.filing import results
-from labs.judging.judge import Interval
-from labs.telling import instruments, markdown
-from labs.telling.instruments import (
+from labs.harness.filing import results
+from labs.harness.judging.judge import Interval
+from labs.harness.telling import instruments, markdown
+from labs.harness.telling.instruments import (
     Alarms,
     Answering,
     Engine,

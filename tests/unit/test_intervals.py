@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy
 
-from labs.judging.judge import (
+from labs.harness.judging.judge import (
     ENOUGH_STARTS,
     START_SPREAD,
     Effect,
@@ -22,7 +22,7 @@ from labs.judging.judge import (
     mean_interval,
     over_repeats,
 )
-from labs.judging.metrics import METRICS
+from labs.harness.judging.metrics import METRICS
 from tests.unit.builders import make_lab
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]  # claims x repeats

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs.judging.judge import (
+from labs.harness.judging.judge import (
     START_SPREAD,
     TWO_ONE_SIDED,
     Caveat,
@@ -33,8 +33,8 @@ from labs.judging.judge import (
     tally,
     verdict_kind,
 )
-from labs.judging.text import times_with_interval
-from labs.lab import MARGIN, Arm, Claim, Forecast, Prediction
+from labs.harness.judging.text import times_with_interval
+from labs.harness.spec import MARGIN, Arm, Claim, Forecast, Prediction
 from tests.unit.builders import PREDICTION, make_claim
 
 Requests = np.ndarray[Any, np.dtype[np.float64]]  # repeats x requests

@@ -15,11 +15,14 @@ from pydantic import ValidationError
 
 from dashboards import palette
 from labs import FIRST, LABS
-from labs.changes import parse_changes
-from labs.findings.parts import parts_of
-from labs.judging.metrics import trial_metrics
-from labs.judging.validity import ARGUMENTS, ECHOED
-from labs.lab import (
+from labs.harness.changes import parse_changes
+from labs.harness.facts.parts import parts_of
+from labs.harness.judging.metrics import trial_metrics
+from labs.harness.judging.validity import ARGUMENTS, ECHOED
+from labs.harness.questions import QUESTIONS
+from labs.harness.running.probes import PROBES, TEXT_PROBES
+from labs.harness.running.resolve import require_no_reading
+from labs.harness.spec import (
     NO_TEXT,
     NOT_QUICK,
     WITHOUT,
@@ -31,10 +34,7 @@ from labs.lab import (
     Variant,
     factors,
 )
-from labs.questions import QUESTIONS
-from labs.running.probes import PROBES, TEXT_PROBES
-from labs.running.resolve import require_no_reading
-from labs.telling.plots import plots_of
+from labs.harness.telling.plots import plots_of
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
 from serving import gpus, metrics, models
@@ -597,7 +597,7 @@ PROVED_BY: dict[str, tuple[str, ...]] = {  # flag -> metrics, or labels of the e
     "watermark": ("watermark",),
     "kv-offloading-size": (metrics.KV_LOADED_BYTES,),
 }
-BY_DOSE = {"speculative-config"}  # tokens drafted and accepted (`labs/judging/dose.py`)
+BY_DOSE = {"speculative-config"}  # tokens drafted and accepted (`labs/harness/judging/dose.py`)
 BY_ANSWERS = {"lora-modules"}  # each names the adapter that it came from
 
 
@@ -710,7 +710,7 @@ def test_what_needs_text_is_part_of_the_lab(lab: Lab) -> None:
 @EVERY
 def test_name_is_the_one_the_list_and_its_file_give(lab: Lab) -> None:
     assert LABS[lab.name] is lab
-    module: Any = importlib.import_module(f"labs.{lab.name.replace('-', '_')}")
+    module: Any = importlib.import_module(f"labs.{lab.name.replace('-', '_')}.lab")
     assert module.LAB is lab
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs.filing import export, results
-from labs.filing.checks import problems
-from labs.filing.results import RunFolder
-from labs.findings.drawing import MOST_DRAWN, thinned
-from labs.judging.measure import Trial
-from labs.running import backfill
-from labs.telling import chart_data
-from labs.telling.summary import summarise
+from labs.harness.facts.drawing import MOST_DRAWN, thinned
+from labs.harness.filing import export, results
+from labs.harness.filing.checks import problems
+from labs.harness.filing.results import RunFolder
+from labs.harness.judging.measure import Trial
+from labs.harness.running import backfill
+from labs.harness.telling import chart_data
+from labs.harness.telling.summary import summarise
 from tests.unit.builders import write_run
 
 

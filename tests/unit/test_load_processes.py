@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.filing import manifest
-from labs.filing.results import Run
-from labs.lab import Lab, digest_of
-from labs.running.load_processes import chosen_number, cores_for_clients, most_users
-from labs.running.reproduce import request as request_again
-from labs.running.resolve import RunRequest, lab_of, with_load_processes
+from labs.harness.filing import manifest
+from labs.harness.filing.results import Run
+from labs.harness.running.load_processes import chosen_number, cores_for_clients, most_users
+from labs.harness.running.reproduce import request as request_again
+from labs.harness.running.resolve import RunRequest, lab_of, with_load_processes
+from labs.harness.spec import Lab, digest_of
 from serving.machine import Machine
 from tests.unit.builders import make_lab, make_workload, write_run
 

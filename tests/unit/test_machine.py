@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from labs.telling import tables
+from labs.harness.telling import tables
 from serving import gpus, machine
 from serving.machine import GIB, Ceilings, Machine
 

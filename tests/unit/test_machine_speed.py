@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs.comparing import compare, reproduction, side_by_side
-from labs.filing import results
-from labs.filing.results import PointForecasts, RunFolder, TrialResult, write_json
-from labs.judging.machine_speed import (
+from labs.harness.comparing import compare, reproduction, side_by_side
+from labs.harness.filing import results
+from labs.harness.filing.results import PointForecasts, RunFolder, TrialResult, write_json
+from labs.harness.judging.machine_speed import (
     MOST_SPREAD,
     MachineSpeed,
     TimedTrial,
@@ -24,11 +24,11 @@ from labs.judging.machine_speed import (
     relative_speed,
     usual_spread,
 )
-from labs.judging.validity import speed_jumped
-from labs.running import harness, step_timing
-from labs.telling import report
-from labs.telling.document import plain_text
-from labs.telling.summary import summarise
+from labs.harness.judging.validity import speed_jumped
+from labs.harness.running import harness, step_timing
+from labs.harness.telling import report
+from labs.harness.telling.document import plain_text
+from labs.harness.telling.summary import summarise
 from serving import reference_step
 from serving.forecasting.step import StepTimes
 from serving.reference_step import ReferenceStep

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.commands.options import recorded_machine
-from labs.filing import results
-from labs.filing.results import Band, PointForecasts, RunFolder, write_json
-from labs.lab import SLO, LabError
-from labs.running import capacity_plan, machines_on_file, resolve
-from labs.running.capacity_plan import Question, plan
-from labs.running.forecast import reasons_against, steps_of
-from labs.running.machines_on_file import MachineOnFile, find_machine
-from labs.running.resolve import machine_of
-from labs.telling import capacity_plans, markdown
-from labs.telling.capacity_plans import Demand
+from labs.harness.commands.options import recorded_machine
+from labs.harness.filing import results
+from labs.harness.filing.results import Band, PointForecasts, RunFolder, write_json
+from labs.harness.running import capacity_plan, machines_on_file, resolve
+from labs.harness.running.capacity_plan import Question, plan
+from labs.harness.running.forecast import reasons_against, steps_of
+from labs.harness.running.machines_on_file import MachineOnFile, find_machine
+from labs.harness.running.resolve import machine_of
+from labs.harness.spec import SLO, LabError
+from labs.harness.telling import capacity_plans, markdown
+from labs.harness.telling.capacity_plans import Demand
 from serving.forecasting.step import StepTimes
 from serving.machine import Machine
 from serving.models import BUNDLED, bundled, load

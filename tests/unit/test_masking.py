@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from labs import LABS
-from labs.commands.cli import app
+from labs.harness.commands.cli import app
 from serving import guard
 from serving.engines.base import EngineError
 from serving.engines.endpoint import Endpoint

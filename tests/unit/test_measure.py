@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from labs import theory
-from labs.judging.measure import (
+from labs.harness import theory
+from labs.harness.judging.measure import (
     LEAST_SAMPLES,
     OtherWork,
     Trial,
@@ -17,7 +17,7 @@ from labs.judging.measure import (
     percentiles,
     stalls_s,
 )
-from labs.judging.metrics import METRICS, measure, trial_metrics
+from labs.harness.judging.metrics import METRICS, measure, trial_metrics
 from loadtests.records import RequestRecord
 from loadtests.workload import Intruder, Samples
 from serving import metrics

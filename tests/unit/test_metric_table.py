@@ -11,10 +11,10 @@ from typing import get_args
 import pytest
 
 from dashboards import boards, prometheus, series
-from labs.comparing import compare, gate, side_by_side
-from labs.filing import export
-from labs.judging.judge import Interval, figure, judge, over_repeats
-from labs.judging.metrics import (
+from labs.harness.comparing import compare, gate, side_by_side
+from labs.harness.filing import export
+from labs.harness.judging.judge import Interval, figure, judge, over_repeats
+from labs.harness.judging.metrics import (
     METRICS,
     Metric,
     Repeats,
@@ -27,9 +27,9 @@ from labs.judging.metrics import (
     shown_first,
     trial_metrics,
 )
-from labs.running import backfill
-from labs.telling import chart_data, tables
-from labs.telling.summary import summarise
+from labs.harness.running import backfill
+from labs.harness.telling import chart_data, tables
+from labs.harness.telling.summary import summarise
 from loadtests.latencies import LATENCIES, TTFT, Latency
 from tests.unit.builders import PREDICTION, make_claim, make_record, write_run, write_slowed
 

@@ -11,15 +11,17 @@ from typing import Any, cast
 
 import pytest
 
-from labs import LABS, theory
-from labs.changes import parse_changes
-from labs.findings.context import Context
-from labs.findings.drawing import GREY, plt
-from labs.findings.mixture_of_experts import BATCHES, SERVED, draw_batches, mixture_gains
-from labs.findings.parts import parts_of
-from labs.judging.judge import ForecastAtPoint, is_within
-from labs.lab import MARGIN, Claim, Lab
-from labs.mixture_of_experts import (
+from labs import LABS
+from labs.harness import theory
+from labs.harness.changes import parse_changes
+from labs.harness.facts.context import Context
+from labs.harness.facts.drawing import GREY, plt
+from labs.harness.facts.parts import parts_of
+from labs.harness.judging.judge import ForecastAtPoint, is_within
+from labs.harness.spec import MARGIN, Claim, Lab
+from labs.harness.telling import dials
+from labs.mixture_of_experts.facts import BATCHES, SERVED, draw_batches, mixture_gains
+from labs.mixture_of_experts.lab import (
     ACTIVE,
     NEARLY,
     TOTAL,
@@ -28,7 +30,6 @@ from labs.mixture_of_experts import (
     step_ratio,
     step_s,
 )
-from labs.telling import dials
 from serving import dummy, gpus
 from serving.forecasting.datasheet import EXPECTED
 from serving.machine import Ceilings

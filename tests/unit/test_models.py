@@ -16,11 +16,10 @@ from huggingface_hub import errors
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from labs import LABS
-from labs.changes import parse_changes
-from labs.lab import Lab, LabError, NotApplicable
-from labs.running.derived_models import NEED_NO_WEIGHTS, RECIPES
-from labs.running.prompt_files import lab_takes_s
-from labs.running.resolve import (
+from labs.harness.changes import parse_changes
+from labs.harness.running.derived_models import NEED_NO_WEIGHTS, RECIPES
+from labs.harness.running.prompt_files import lab_takes_s
+from labs.harness.running.resolve import (
     model_for,
     model_of,
     require_devices,
@@ -28,7 +27,8 @@ from labs.running.resolve import (
     require_memory,
     require_sizes,
 )
-from labs.running.sitting_plan import plan
+from labs.harness.running.sitting_plan import plan
+from labs.harness.spec import Lab, LabError, NotApplicable
 from serving import dummy, host_memory, models
 from serving import machine as machines
 from serving.engines import vllm

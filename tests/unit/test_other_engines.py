@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.filing.manifest import is_stale
-from labs.filing.results import Run
-from labs.judging.validity import Expected, caveats_of
-from labs.lab import NotApplicable, Point, Variant
-from labs.running.resolve import with_engines_here
+from labs.harness.filing.manifest import is_stale
+from labs.harness.filing.results import Run
+from labs.harness.judging.validity import Expected, caveats_of
+from labs.harness.running.resolve import with_engines_here
+from labs.harness.spec import NotApplicable, Point, Variant
 from loadtests.plan import PlannedRequest, body, in_dialect
 from loadtests.workload import Asked, Request
 from serving import gpus, llama_server, metrics, models, to_gguf, transformers_server

@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from labs import LABS
-from labs.lab import Lab, LabError, Point
-from labs.overload import searched
+from labs.harness.spec import Lab, LabError, Point
+from labs.overload.lab import searched
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
 
 LAB = LABS["overload"].at("cpu", quick=False)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.findings.context import Context
-from labs.findings.paged_kv import (
+from labs.harness.facts.context import Context
+from labs.harness.spec import Lab, Point, RequestLengths, factors
+from labs.paged_kv.facts import (
     ALLOCATOR,
     HEADS,
     TILES,
@@ -27,8 +28,7 @@ from labs.findings.paged_kv import (
     tell_watermarks,
     tiles_or_pages,
 )
-from labs.lab import Lab, Point, RequestLengths, factors
-from labs.paged_kv import admitted, held_tokens, kept_free_blocks, replay, replayed
+from labs.paged_kv.lab import admitted, held_tokens, kept_free_blocks, replay, replayed
 from serving import gpus
 from tests.unit.builders import CEILINGS, SHAPE, make_point
 from tests.unit.test_answers import judged, judged_run

@@ -9,8 +9,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from labs.findings.drawing import plt
-from labs.telling import pictures
+from labs.harness.facts.drawing import plt
+from labs.harness.telling import pictures
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 

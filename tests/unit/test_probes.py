@@ -14,11 +14,11 @@ from typing import Any, Literal
 import pytest
 import requests
 
-from labs.findings.multi_lora import leaks
-from labs.judging.evaluation import Evaluation, thread_pool
-from labs.lab import Variant
-from labs.running import probes
-from labs.running.probes import PROBES, ProbedEngine
+from labs.harness.judging.evaluation import Evaluation, thread_pool
+from labs.harness.running import probes
+from labs.harness.running.probes import PROBES, ProbedEngine
+from labs.harness.spec import Variant
+from labs.multi_lora.facts import leaks
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed
 from serving.adapters import mark_of, marks_in

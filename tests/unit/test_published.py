@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.filing.results import Finding, write_json
-from labs.findings import parts
-from labs.findings.parts import ReportParts, parts_of
-from labs.findings.published import Published
-from labs.telling import report
+from labs.harness.facts import parts
+from labs.harness.facts.parts import ReportParts, parts_of
+from labs.harness.facts.published import Published
+from labs.harness.filing.results import Finding, write_json
+from labs.harness.telling import report
 from tests.unit.builders import write_run
 
 THEIRS = Published(figure="9x", setting="an abacus of oak", source="Al-Khwarizmi, 820")

@@ -16,8 +16,8 @@ import pytest
 
 from dashboards import boards, push
 from dashboards.push import GrafanaError, Region
-from labs.commands.annotations import regions
-from labs.filing.results import RunFolder
+from labs.harness.commands.annotations import regions
+from labs.harness.filing.results import RunFolder
 from serving.ports import free_port
 from tests.unit.builders import write_run
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import requests
 
-from labs.judging import evaluation, quality
-from labs.judging.evaluation import Evaluation, Passage, ScoredCompletion, evaluate
-from labs.judging.quality import (
+from labs.harness.judging import evaluation, quality
+from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletion, evaluate
+from labs.harness.judging.quality import (
     Margin,
     QualityFigure,
     compare,

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from labs.comparing import leaderboards
-from labs.filing import results
-from labs.filing.newest import newest_runs
-from labs.filing.results import (
+from labs.harness.comparing import leaderboards
+from labs.harness.facts.context import JudgedRun
+from labs.harness.filing import results
+from labs.harness.filing.newest import newest_runs
+from labs.harness.filing.results import (
     UNSEEN_HARDWARE_SINCE,
     Band,
     PointForecasts,
@@ -23,9 +24,8 @@ from labs.filing.results import (
     TrialResult,
     write_json,
 )
-from labs.findings.context import JudgedRun
-from labs.judging.judge import Caveat, Effect, Interval, Judgement, PredictionOutcome
-from labs.judging.text import (
+from labs.harness.judging.judge import Caveat, Effect, Interval, Judgement, PredictionOutcome
+from labs.harness.judging.text import (
     between,
     claim_outcome,
     decided_text,
@@ -42,10 +42,10 @@ from labs.judging.text import (
     verdict_text,
     with_ends,
 )
-from labs.judging.validity import SERVER_BUSY
-from labs.lab import Prediction
-from labs.telling import markdown, method, plots, report, tables
-from labs.telling.document import (
+from labs.harness.judging.validity import SERVER_BUSY
+from labs.harness.spec import Prediction
+from labs.harness.telling import markdown, method, plots, report, tables
+from labs.harness.telling.document import (
     Bullets,
     Emphasis,
     Notes,
@@ -55,7 +55,7 @@ from labs.telling.document import (
     plain_text,
     section,
 )
-from labs.telling.summary import summarise
+from labs.harness.telling.summary import summarise
 from loadtests.arrivals import Waves
 from tests.unit.builders import PREDICTION, make_claim, make_lab, write_run
 
@@ -442,7 +442,7 @@ def test_a_report_shows_how_busy_the_api_server_was_where_that_was_recorded(
 def test_every_answer_from_a_gpu_says_where_the_api_server_was_at_its_limit(
     folder: RunFolder, kind: Any, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("labs.telling.summary.answers", lambda run: {"SO-4": "Often."})
+    monkeypatch.setattr("labs.harness.telling.summary.answers", lambda run: {"SO-4": "Often."})
     run = folder.run()
     machine = run.machine.model_copy(update={"kind": kind})
     ours = run.model_copy(update={"machine": machine, "started_at": UNSEEN_HARDWARE_SINCE})

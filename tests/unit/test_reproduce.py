@@ -14,14 +14,14 @@ import pytest
 from typer.testing import CliRunner
 
 from labs import LABS
-from labs.commands.cli import app
-from labs.comparing import leaderboards, reproduction
-from labs.filing import checks, manifest, results
-from labs.filing.results import Run, RunFolder, write_json
-from labs.judging.judge import Interval
-from labs.lab import NOT_FILED, LabError
-from labs.running import reproduce
-from labs.running.resolve import RunRequest, lab_of
+from labs.harness.commands.cli import app
+from labs.harness.comparing import leaderboards, reproduction
+from labs.harness.filing import checks, manifest, results
+from labs.harness.filing.results import Run, RunFolder, write_json
+from labs.harness.judging.judge import Interval
+from labs.harness.running import reproduce
+from labs.harness.running.resolve import RunRequest, lab_of
+from labs.harness.spec import NOT_FILED, LabError
 from serving.machine import Environment, engine_variables
 from serving.models import file_hashes, files_sha256
 from tests.cases import each

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.changes import parse_changes
-from labs.filing.results import Residency, RunFolder, TrialResult, write_json
-from labs.judging.idle_neighbours import PROOF_S, STEPS, slowdown, times_as_long
-from labs.lab import Lab
-from labs.running.clock import CLOSING_S, Clock, TimeUsedUp
-from labs.running.engines import Engines, resident_groups, shares_of_gpu
-from labs.running.harness import CUT_SHORT, NO_ROOM, NOT_TIMED
-from labs.running.trials import Trials
-from labs.telling.method import lines
+from labs.harness.changes import parse_changes
+from labs.harness.filing.results import Residency, RunFolder, TrialResult, write_json
+from labs.harness.judging.idle_neighbours import PROOF_S, STEPS, slowdown, times_as_long
+from labs.harness.running.clock import CLOSING_S, Clock, TimeUsedUp
+from labs.harness.running.engines import Engines, resident_groups, shares_of_gpu
+from labs.harness.running.harness import CUT_SHORT, NO_ROOM, NOT_TIMED
+from labs.harness.running.trials import Trials
+from labs.harness.spec import Lab
+from labs.harness.telling.method import lines
 from serving import dummy
 from serving.engines.base import EngineError
 from serving.engines.vllm import CONTEXT_BYTES, GRAPHS_BYTES, Vllm
@@ -138,7 +138,9 @@ def test_the_host_has_room_for_all_of_them_and_a_resumed_run_goes_on_as_it_began
     for free_bytes, took_turns, groups in (
         (2**37, None, 1), (2**33, None, 2), (2**37, True, 2), (2**33, False, 1),
     ):  # fmt: skip
-        monkeypatch.setattr("labs.running.engines.available_bytes", lambda free=free_bytes: free)
+        monkeypatch.setattr(
+            "labs.harness.running.engines.available_bytes", lambda free=free_bytes: free
+        )
         assert len(resident_groups(setup, took_turns)) == groups
 
 
@@ -361,7 +363,7 @@ def test_an_engine_that_shares_the_gpu_is_told_its_share_and_one_alone_is_not(
         def stop(self) -> None:
             pass
 
-    monkeypatch.setattr("labs.running.engines.ENGINES", {"vllm": Told})
+    monkeypatch.setattr("labs.harness.running.engines.ENGINES", {"vllm": Told})
     monkeypatch.setattr(Engines, "_wait", lambda self, variant, engine: None)
     harness = OnOneGpu(folder)
     setup: Any = harness.setup

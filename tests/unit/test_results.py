@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from labs.filing import checks, results
-from labs.filing.checks import problems
-from labs.filing.results import (
+from labs.harness.filing import checks, results
+from labs.harness.filing.checks import problems
+from labs.harness.filing.results import (
     RunFolder,
     TrialResult,
     all_runs,
@@ -27,9 +27,9 @@ from labs.filing.results import (
     snapshot_json,
     write_json,
 )
-from labs.lab import Arm, LabError, digest_of
-from labs.running import resume
-from labs.telling.summary import all_problems, summarise
+from labs.harness.running import resume
+from labs.harness.spec import Arm, LabError, digest_of
+from labs.harness.telling.summary import all_problems, summarise
 from loadtests import records
 from serving import metrics
 from serving.machine import Environment
@@ -58,7 +58,7 @@ def test_results_go_where_the_environment_says(
     monkeypatch.setenv("LABS_RESULTS", str(tmp_path / "elsewhere"))
     assert runpy.run_path(results.__file__)["RESULTS"] == tmp_path / "elsewhere"
     monkeypatch.delenv("LABS_RESULTS")
-    root = Path(results.__file__).parents[2]
+    root = Path(results.__file__).parents[3]
     assert runpy.run_path(results.__file__)["RESULTS"] == root / "results"
 
 

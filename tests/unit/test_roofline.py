@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from labs import theory
-from labs.filing import results
-from labs.filing.results import RunFolder, write_json
-from labs.judging.judge import Caveat
-from labs.telling import roofline
-from labs.telling.dials import cards, shipped_shape
-from labs.telling.summary import summarise
+from labs.harness import theory
+from labs.harness.filing import results
+from labs.harness.filing.results import RunFolder, write_json
+from labs.harness.judging.judge import Caveat
+from labs.harness.telling import roofline
+from labs.harness.telling.dials import cards, shipped_shape
+from labs.harness.telling.summary import summarise
 from serving import dummy, models
 from tests.unit.builders import plain_manifest, write_run
 

@@ -19,9 +19,22 @@ import pytest
 from pydantic import ValidationError
 
 from labs import LABS
-from labs.filing.results import write_gzip
-from labs.findings.context import Context
-from labs.findings.many_samples import (
+from labs.harness.facts.context import Context
+from labs.harness.filing.results import write_gzip
+from labs.harness.judging.measure import output_tokens_per_s, requests_per_s
+from labs.harness.judging.sampling import (
+    canonical,
+    gain_over_tasks,
+    over_tasks,
+    pass_at,
+    tasks,
+    vote_at,
+)
+from labs.harness.judging.validity import Expected, caveats_of
+from labs.harness.running import probes
+from labs.harness.running.probes import ProbedEngine
+from labs.harness.spec import Point, Variant
+from labs.many_samples.facts import (
     KINDS,
     LARGER,
     VERIFIER,
@@ -32,20 +45,7 @@ from labs.findings.many_samples import (
     voting,
     weighed,
 )
-from labs.judging.measure import output_tokens_per_s, requests_per_s
-from labs.judging.sampling import (
-    canonical,
-    gain_over_tasks,
-    over_tasks,
-    pass_at,
-    tasks,
-    vote_at,
-)
-from labs.judging.validity import Expected, caveats_of
-from labs.lab import Point, Variant
-from labs.many_samples import SAMPLED, hit_rate
-from labs.running import probes
-from labs.running.probes import ProbedEngine
+from labs.many_samples.lab import SAMPLED, hit_rate
 from loadtests import records
 from loadtests.plan import body, read_requests, write_requests
 from loadtests.prompts import Messages, Writer

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from labs.filing import score
-from labs.filing.results import RunFolder
+from labs.harness.filing import score
+from labs.harness.filing.results import RunFolder
 from tests.unit.builders import make_point, make_record, make_trial, write_run
 
 # sent at 10.5 when it was due at 10; 2 tokens at 11, 1 at 11.2, 4 at 12

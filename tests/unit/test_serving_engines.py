@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from labs.findings.context import Context
-from labs.findings.serving_engines import CANNOT, CURVES, SAME_WORDS, answer, leading_share
-from labs.lab import Lab, Variant
-from labs.serving_engines import at_once, turn_taking
+from labs.harness.facts.context import Context
+from labs.harness.spec import Lab, Variant
+from labs.serving_engines.facts import CANNOT, CURVES, SAME_WORDS, answer, leading_share
+from labs.serving_engines.lab import at_once, turn_taking
 from loadtests.records import RequestRecord
 from serving.engines.base import FlagValue
 from tests.unit.builders import make_lab, make_point, make_record, make_workload

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from labs.commands import all_labs
-from labs.commands.cli import app
-from labs.filing import results
-from labs.lab import LabError, NotApplicable
-from labs.running.clock import TimeUsedUp
-from labs.running.resolve import RunRequest
-from labs.running.resume import CannotResume
+from labs.harness.commands import all_labs
+from labs.harness.commands.cli import app
+from labs.harness.filing import results
+from labs.harness.running.clock import TimeUsedUp
+from labs.harness.running.resolve import RunRequest
+from labs.harness.running.resume import CannotResume
+from labs.harness.spec import LabError, NotApplicable
 from serving import whole
 from serving.machine import detect
 
@@ -48,7 +48,7 @@ def sit(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int,
             played.append(request.lab.name)
             play(request.lab.name)
 
-        monkeypatch.setattr("labs.commands.cli.run_lab", run)
+        monkeypatch.setattr("labs.harness.commands.cli.run_lab", run)
         archive = str(home.parents[1] / "results.tar.gz")
         arguments = ("all", "--only", ",".join(labs or LABS), "--archive", archive)
         bounded = ("--seconds", str(seconds)) if seconds else ()
@@ -125,7 +125,7 @@ def test_a_disk_without_room_ends_the_lab_in_a_sentence_that_says_what_mends_it(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("labs.filing.archive.write", full)
+    monkeypatch.setattr("labs.harness.filing.archive.write", full)
     write = whole.write
     monkeypatch.setattr(
         whole, "write", lambda path, text: full() if path.suffix == ".log" else write(path, text)

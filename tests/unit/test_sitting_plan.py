@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from labs import FIRST, LABS
-from labs.running.sitting_plan import plan
+from labs.harness.running.sitting_plan import plan
 from serving.models import ROOT
 
 START_S = 45.0

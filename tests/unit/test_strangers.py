@@ -20,17 +20,17 @@ from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from labs import LABS
-from labs.commands.cli import app
-from labs.commands.terminal import ConsoleProgress
-from labs.filing import bounded, checks, engine_series, manifest, results
-from labs.filing.bounded import DamagedError
-from labs.filing.results import Run, RunFolder, lab_from_resolved, write_json
-from labs.filing.tracked import tracked_names
-from labs.lab import Lab, LabError, digest_of
-from labs.running import backfill, reproduce
-from labs.running.chat_writer import writer_of
-from labs.running.resolve import RunRequest, require_harmless, resolve
-from labs.telling import markdown, site
+from labs.harness.commands.cli import app
+from labs.harness.commands.terminal import ConsoleProgress
+from labs.harness.filing import bounded, checks, engine_series, manifest, results
+from labs.harness.filing.bounded import DamagedError
+from labs.harness.filing.results import Run, RunFolder, lab_from_resolved, write_json
+from labs.harness.filing.tracked import tracked_names
+from labs.harness.running import backfill, reproduce
+from labs.harness.running.chat_writer import writer_of
+from labs.harness.running.resolve import RunRequest, require_harmless, resolve
+from labs.harness.spec import Lab, LabError, digest_of
+from labs.harness.telling import markdown, site
 from serving import models, unbundle
 from serving.engines.base import EngineError
 from serving.engines.vllm import Vllm

@@ -13,7 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from labs import LABS
-from labs.findings.structured_output import (
+from labs.harness.judging.validity import Expected, faults_of_set_up
+from labs.harness.spec import LabError, Point
+from labs.structured_output.facts import (
     AnswerCounts,
     FirstToken,
     Overhead,
@@ -26,11 +28,9 @@ from labs.findings.structured_output import (
     tell_validity,
     validity_sentence,
 )
-from labs.findings.structured_output import Masks as StudiedMasks
-from labs.findings.structured_output import TimedForm as StudiedForm
-from labs.judging.validity import Expected, faults_of_set_up
-from labs.lab import LabError, Point
-from labs.structured_output import first_token_ratio, masking, step_ratio
+from labs.structured_output.facts import Masks as StudiedMasks
+from labs.structured_output.facts import TimedForm as StudiedForm
+from labs.structured_output.lab import first_token_ratio, masking, step_ratio
 from loadtests.plan import body
 from loadtests.prompts import Messages, Writer
 from loadtests.structures import (

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from labs.judging.measure import Trial
-from labs.judging.metrics import METRICS
-from labs.judging.validity import Expected, caveats_of
+from labs.harness.judging.measure import Trial
+from labs.harness.judging.metrics import METRICS
+from labs.harness.judging.validity import Expected, caveats_of
 from serving import telemetry
 from serving.ports import free_port
 from serving.telemetry import Gpus, Sample, Telemetry

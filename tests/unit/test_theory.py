@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from labs import theory
+from labs.harness import theory
 from serving.machine import Ceilings
 from serving.models import Shape
 from tests.unit.builders import CEILINGS, SHAPE

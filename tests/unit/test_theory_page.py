@@ -1,4 +1,4 @@
-"""The formulas of the planner's page give what labs/theory.py gives, on a grid."""
+"""The formulas of the planner's page give what labs/harness/theory.py gives, on a grid."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from labs import theory
-from labs.telling.dials import cards, shipped_shape
-from labs.telling.pages import WEB
+from labs.harness import theory
+from labs.harness.telling.dials import cards, shipped_shape
+from labs.harness.telling.pages import WEB
 from serving.machine import Ceilings
 from serving.models import Shape
 

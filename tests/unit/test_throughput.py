@@ -22,8 +22,8 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
-from labs import theory
-from labs.judging.measure import (
+from labs.harness import theory
+from labs.harness.judging.measure import (
     Trial,
     batch,
     beale_correction,
@@ -32,7 +32,7 @@ from labs.judging.measure import (
     output_tokens_per_s,
     requests_per_s,
 )
-from labs.lab import Point
+from labs.harness.spec import Point
 from loadtests import plan
 from loadtests.arrivals import Arrival, Concurrent, Contended, Waves
 from loadtests.plan import LEAST_COUNTED

@@ -11,11 +11,15 @@ from typing import Any
 import orjson
 import pytest
 
-from labs import LABS, theory
-from labs.filing.bounded import DamagedError
-from labs.filing.results import Predictions, RunFolder, write_gzip, write_json
-from labs.findings.context import Context
-from labs.findings.tiled_attention import (
+from labs import LABS
+from labs.harness import theory
+from labs.harness.facts.context import Context
+from labs.harness.filing.bounded import DamagedError
+from labs.harness.filing.results import Predictions, RunFolder, write_gzip, write_json
+from labs.harness.running.attention import time_attention
+from labs.harness.spec import Point
+from labs.harness.telling.report import formulas
+from labs.tiled_attention.facts import (
     CONTEXTS,
     PROMPTS,
     TILING,
@@ -32,10 +36,7 @@ from labs.findings.tiled_attention import (
     tell_prompts,
     tell_tiling,
 )
-from labs.lab import Point
-from labs.running.attention import time_attention
-from labs.telling.report import formulas
-from labs.tiled_attention import (
+from labs.tiled_attention.lab import (
     arithmetic,
     split_ratio,
     step_ratio,
@@ -337,7 +338,7 @@ def time_with(
     program: str, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, endpoint: bool = False
 ) -> list[str]:
     """What a run says in which this program stands in for the kernels."""
-    monkeypatch.setattr("labs.running.attention.ARGV", (sys.executable, "-c", program))
+    monkeypatch.setattr("labs.harness.running.attention.ARGV", (sys.executable, "-c", program))
     setup: Any = SimpleNamespace(
         lab=LAB, machine=MACHINE, endpoint=endpoint, model=SimpleNamespace(path=folder.path)
     )

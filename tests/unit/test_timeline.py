@@ -9,13 +9,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from labs.filing.results import PointForecasts, Predictions, RunFolder, write_json
-from labs.findings.chunked_prefill import MOST_GAPS_DRAWN, draw_timeline
-from labs.findings.context import Context, JudgedRun
-from labs.findings.continuous_batching import draw_static
-from labs.findings.drawing import PLAYED
-from labs.judging.timeline import GRID_S, Timeline, timeline
-from labs.lab import Lab, Variant
+from labs.chunked_prefill.facts import MOST_GAPS_DRAWN, draw_timeline
+from labs.continuous_batching.facts import draw_static
+from labs.harness.facts.context import Context, JudgedRun
+from labs.harness.facts.drawing import PLAYED
+from labs.harness.filing.results import PointForecasts, Predictions, RunFolder, write_json
+from labs.harness.judging.timeline import GRID_S, Timeline, timeline
+from labs.harness.spec import Lab, Variant
 from loadtests import records
 from loadtests.records import RequestRecord
 from loadtests.workload import Intruder

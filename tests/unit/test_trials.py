@@ -15,12 +15,11 @@ from typing import Any, cast
 
 import pytest
 
-from labs.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
-from labs.lab import LabError, Point, Variant
-from labs.running.clock import Clock
-from labs.running.counts import Counts
-from labs.running.resolve import keeps_disturbed
-from labs.running.trials import (
+from labs.harness.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
+from labs.harness.running.clock import Clock
+from labs.harness.running.counts import Counts
+from labs.harness.running.resolve import keeps_disturbed
+from labs.harness.running.trials import (
     PER_TRIAL_S,
     REST_S,
     Played,
@@ -29,8 +28,9 @@ from labs.running.trials import (
     played_together,
     recorded,
 )
-from labs.telling import report
-from labs.telling.summary import summarise
+from labs.harness.spec import LabError, Point, Variant
+from labs.harness.telling import report
+from labs.harness.telling.summary import summarise
 from loadtests import records
 from loadtests.arrivals import Concurrent
 from loadtests.generator import GeneratorError
@@ -406,8 +406,8 @@ def test_a_trial_records_how_busy_the_api_server_was_in_its_window(
         "_progress": SimpleNamespace(waiting=silent),
     }
     vars(trials).update(stand_ins)
-    monkeypatch.setattr("labs.running.trials.ServerLoad", Servers)
-    monkeypatch.setattr("labs.running.trials.counted_since", silent)
+    monkeypatch.setattr("labs.harness.running.trials.ServerLoad", Servers)
+    monkeypatch.setattr("labs.harness.running.trials.counted_since", silent)
     (played,) = Trials._play(trials, [point], 1, "a trial", time.monotonic())
     result = played.result
     assert Servers.readings == 2

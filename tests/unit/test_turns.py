@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from labs.filing.results import (
+from labs.harness.filing.results import (
     PointForecasts,
     RunFolder,
     Session,
@@ -21,15 +21,15 @@ from labs.filing.results import (
     Undecided,
     write_json,
 )
-from labs.lab import Point, Variant
-from labs.running import run as running
-from labs.running.clock import PROBE_S, Clock, TimeUsedUp
-from labs.running.counts import Counts
-from labs.running.engines import Engines, order_of_engines, resident_groups
-from labs.running.harness import Harness
-from labs.running.trials import PER_TRIAL_S, Trials, interleave
-from labs.telling import report
-from labs.telling.summary import summarise
+from labs.harness.running import run as running
+from labs.harness.running.clock import PROBE_S, Clock, TimeUsedUp
+from labs.harness.running.counts import Counts
+from labs.harness.running.engines import Engines, order_of_engines, resident_groups
+from labs.harness.running.harness import Harness
+from labs.harness.running.trials import PER_TRIAL_S, Trials, interleave
+from labs.harness.spec import Point, Variant
+from labs.harness.telling import report
+from labs.harness.telling.summary import summarise
 from serving.engines.base import EngineError
 from tests.unit.builders import SHAPE, make_lab, write_run
 
@@ -162,7 +162,7 @@ def test_a_resumed_run_goes_on_with_its_engines_as_they_were(
     )  # fmt: skip
 
     def groups(free_bytes: float) -> int:
-        monkeypatch.setattr("labs.running.engines.available_bytes", lambda: free_bytes)
+        monkeypatch.setattr("labs.harness.running.engines.available_bytes", lambda: free_bytes)
         return len(resident_groups(setup, folder.took_turns(points, lab)))
 
     assert (groups(2**60), groups(1)) == (1, 2)  # nothing is on file
@@ -332,7 +332,7 @@ def test_a_probe_that_fails_costs_itself_alone(
         raise KeyError("choices")
 
     probes = {"faulty": gives_nothing, "sound": lambda _: {"answers": 1}}
-    monkeypatch.setattr("labs.running.harness.PROBES", probes)
+    monkeypatch.setattr("labs.harness.running.harness.PROBES", probes)
     set_lab(folder, probes=["faulty", "sound"], probed=["on"])
     harness = Noted(folder)
     setup: Any = harness.setup
@@ -367,7 +367,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The repeats whose requests were written; no prompt is."""
     repeats: list[list[int]] = []
     monkeypatch.setattr(
-        "labs.running.harness.write_requests", lambda *given: repeats.append(given[-1])
+        "labs.harness.running.harness.write_requests", lambda *given: repeats.append(given[-1])
     )
     return repeats
 
@@ -382,7 +382,7 @@ def test_undecided_points_are_repeated_in_turn_too(
         baseline="off/short/concurrent-1",
     )  # fmt: skip
     monkeypatch.setattr(
-        "labs.running.harness.summarise",
+        "labs.harness.running.harness.summarise",
         lambda _: SimpleNamespace(judgements=[undecided], measurements={}),
     )
     assert harness.goes(2) == "off 1 1 2 2 on 1 1 2 2"
@@ -411,7 +411,7 @@ def test_where_no_time_is_left_for_any_repeat_the_lab_looks_once_whatever_it_wou
     def look(_: RunFolder) -> None:
         raise AssertionError("the figures were looked at")
 
-    monkeypatch.setattr("labs.running.harness.summarise", look)
+    monkeypatch.setattr("labs.harness.running.harness.summarise", look)
     lab, points = harness.setup.lab, harness.setup.points
     assert folder.sampling(points, lab).looks == 2
     harness.repeat_undecided(until=time.monotonic() + 1)
@@ -444,14 +444,16 @@ def test_a_call_whose_time_ends_leaves_undecided_points_to_the_next_call(
         baseline="off/short/concurrent-1",
     )  # fmt: skip
     monkeypatch.setattr(
-        "labs.running.harness.summarise",
+        "labs.harness.running.harness.summarise",
         lambda _: SimpleNamespace(judgements=[pair], measurements={}),
     )
     harness = Noted(folder)
     harness.goes(2)
     setup: Any = harness.setup
     setup.clock = Clock(ends=time.monotonic() + 5, played=True)
-    monkeypatch.setattr("labs.running.run.open_harness", lambda *_: contextlib.nullcontext(harness))
+    monkeypatch.setattr(
+        "labs.harness.running.run.open_harness", lambda *_: contextlib.nullcontext(harness)
+    )
     harness.noted.clear()
     with pytest.raises(TimeUsedUp, match="starting off, and its first trial"):
         running._measure(setup, folder, folder.path, harness.progress, time.monotonic())
@@ -469,7 +471,7 @@ def test_an_interrupted_run_goes_on_with_all_the_points_it_had_chosen(
     )  # fmt: skip
     judged = [pair]
     monkeypatch.setattr(
-        "labs.running.harness.summarise",
+        "labs.harness.running.harness.summarise",
         lambda _: SimpleNamespace(judgements=judged, measurements={}),
     )
     harness = Noted(folder)

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from labs.filing.results import Band, PointForecasts, Predictions, write_json
-from labs.judging import dose
-from labs.judging.judge import Caveat
-from labs.judging.measure import OtherWork, Trial, ran_out
-from labs.judging.validity import (
+from labs.harness.filing.results import Band, PointForecasts, Predictions, write_json
+from labs.harness.judging import dose
+from labs.harness.judging.judge import Caveat
+from labs.harness.judging.measure import OtherWork, Trial, ran_out
+from labs.harness.judging.validity import (
     TRANSPORT_S,
     Expected,
     Served,
@@ -28,8 +28,8 @@ from labs.judging.validity import (
     transport_s,
     usual_transport_s,
 )
-from labs.lab import Arm, Evidence
-from labs.telling.summary import computed
+from labs.harness.spec import Arm, Evidence
+from labs.harness.telling.summary import computed
 from loadtests.records import RequestRecord
 from loadtests.workload import Asked, Chat, Fixed, Intruder, Prefix
 from serving import metrics

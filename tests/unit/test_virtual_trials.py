@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from labs.filing.results import SEARCH, TWO_ENGINES
-from labs.lab import Lab, Point, Variant
-from labs.running import forecast
-from labs.running.forecaster import ForecastError
-from labs.running.virtual_trials import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
-from labs.telling import markdown, tables
+from labs.harness.filing.results import SEARCH, TWO_ENGINES
+from labs.harness.running import forecast
+from labs.harness.running.forecaster import ForecastError
+from labs.harness.running.virtual_trials import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
+from labs.harness.spec import Lab, Point, Variant
+from labs.harness.telling import markdown, tables
 from loadtests.workload import Intruder, Prefix
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedTrial
 from serving.forecasting.traffic import Play, VirtualAnswer

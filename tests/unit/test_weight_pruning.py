@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.findings.weight_pruning import (
+from labs.harness.judging.judge import is_within
+from labs.harness.running import step_timing
+from labs.harness.spec import Variant
+from labs.weight_pruning.facts import (
     EIGHT_BITS,
     EXPERTS,
     KERNELS,
@@ -23,10 +26,7 @@ from labs.findings.weight_pruning import (
     qat,
     sparse_kinds,
 )
-from labs.judging.judge import is_within
-from labs.lab import Variant
-from labs.running import step_timing
-from labs.weight_pruning import SAME_SPEED, bytes_ratio, energy_gone, energy_gone_2_4, knee
+from labs.weight_pruning.lab import SAME_SPEED, bytes_ratio, energy_gone, energy_gone_2_4, knee
 from serving import gpus
 from serving.models import Model
 from serving.prune import METHODS, Method

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.speculative_decoding import accepted, copies_accepted, guessed, tpot_ratio
+from labs.speculative_decoding.lab import accepted, copies_accepted, guessed, tpot_ratio
 from serving import draft
 from serving.draft import TargetAnswer, lookup, make
 from serving.engines.vllm import VllmFlags

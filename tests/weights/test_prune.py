@@ -263,8 +263,8 @@ def test_what_was_calibrated_on_is_not_scored(tiny: Path, tmp_path: Path) -> Non
 
 
 def test_what_the_lab_gives_it_has_every_task_and_no_text_twice(tmp_path: Path) -> None:
-    from labs.judging.evaluation import SHOTS, tasks_with_shots
-    from labs.running.derived_models import _write_scored
+    from labs.harness.judging.evaluation import SHOTS, tasks_with_shots
+    from labs.harness.running.derived_models import _write_scored
 
     _write_scored(tmp_path / "texts.json", 1)
     given = sparsity._read(tmp_path / "texts.json")

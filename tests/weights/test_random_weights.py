@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from labs.mixture_of_experts import experts_needed
+from labs.mixture_of_experts.lab import experts_needed
 from serving import random_weights
 from serving.engines.vllm import Vllm
 from tests.weights import needs_torch, torch

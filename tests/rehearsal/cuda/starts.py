@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labs import LABS
-from labs.lab import LabError
-from labs.running.derived_models import NEED_NO_WEIGHTS
-from labs.running.engines import shares_of_gpu
-from labs.running.resolve import (
+from labs.harness.running.derived_models import NEED_NO_WEIGHTS
+from labs.harness.running.engines import shares_of_gpu
+from labs.harness.running.resolve import (
     RunRequest,
     lab_of,
     require_devices,
@@ -20,6 +19,7 @@ from labs.running.resolve import (
     require_no_reading,
     require_sizes,
 )
+from labs.harness.spec import LabError
 from serving import dummy, models
 from serving.engines.base import EngineError, with_places
 from serving.engines.vllm import Vllm
@@ -82,7 +82,7 @@ def starts(
 def of_lab(
     name: str, weights: str, quick: bool, machine: Machine, home: Path, limits_queues: bool = True
 ) -> Iterator[Start]:
-    """Check what `labs.running.resolve.resolve` does before an engine starts, in its order."""
+    """Check what `running.resolve.resolve` does before an engine starts, in its order."""
     setting = "dummy" if weights == "random" else ""
     lab = lab_of(RunRequest(LABS[name], quick=quick, weights=setting), models.scale_of(machine))
     others = {v.name: "another engine" for v in lab.variants if v.engine != SERVING}

@@ -1,0 +1,355 @@
+"""Context retrieval: what does a cheaper KV cache forget of a long context, and what does it save?
+
+A model finds what stands far back in its context by attention: the query's product with the right
+key must exceed its products with all other keys. Rounding keys, values or weights to 8 bits adds an
+error to each of these products. An answer stays right while the *margin*, the log-probability of
+the right token minus that of the best wrong one, exceeds the error; so the margin moves first, the
+needles with the least margin are lost first, and the more keys there are, the more of them are
+near the right one. This is why retrieval drops before other tasks do.
+
+Rounding is one of four ways to a smaller cache. *Quantizing* keeps all tokens in fewer bits. A
+*sliding window* keeps the last W tokens in all bits: what lies further back is out of reach of a
+layer, and L layers pass it on at most L (W - 1) tokens, if the model was trained to. *Evicting*
+keeps the tokens that drew attention so far (H2O, SnapKV), and what is asked for later may be gone.
+*Sharing* keeps one layer's keys and values for several (CLA, YOCO), and must be trained in. The
+first two are run here. vLLM has no eviction by attention, and sharing needs another model: both are
+arithmetic, with what was published of them.
+
+`window` tells vLLM that each layer attends to the last W tokens; this model was trained to see all.
+
+Turn: the window (`variants.window.flags.hf-overrides.sliding_window`), the lengths of the texts
+(by `flags.max-model-len`: the two longest of 512, 1,024, .. that fit are asked), the memory
+(`flags.kv-cache-memory-bytes`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from labs.harness import theory
+from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
+from loadtests.arrivals import Concurrent
+from loadtests.workload import Fixed, Prefix, Workload
+from serving import metrics
+
+KWON = "Kwon et al., PagedAttention, SOSP 2023"
+ROOFLINE = "Williams et al., Roofline, 2009"
+MISTRAL = "Jiang et al., Mistral 7B, 2023"
+STREAMING = "Xiao et al., StreamingLLM, ICLR 2024"
+H2O = "Zhang et al., H2O, NeurIPS 2023"
+CLA = "Brandon et al., Cross-Layer Attention, NeurIPS 2024"
+LONG_QUANTIZED = "Mekala et al., EMNLP 2025"
+EVICTED_SHARE = 0.2  # of the tokens that H2O keeps
+SHARING_LAYERS = 2  # that have one layer's keys and values
+BY_CHANCE = 1 / 5  # one of the five numbers in a text, drawn blindly
+
+
+# ------------------------------------------------------------------------- bytes, by arithmetic
+
+
+def sequence_bytes(method: str, point: Point, tokens: int, window: int) -> float:
+    """Compute the bytes of keys and values that a sequence keeps of `tokens`, by each method.
+
+    `point` is in full precision.
+    """
+    kept = {
+        "full": tokens,
+        "fp8": tokens / 2,
+        "window": min(tokens, window),
+        "fp8 and window": min(tokens, window) / 2,
+        "evicted": EVICTED_SHARE * tokens,
+        "shared": tokens / SHARING_LAYERS,
+        "fp8 and shared": tokens / (2 * SHARING_LAYERS),
+    }[method]
+    return kept * point.shape.kv_bytes_per_token()
+
+
+FORMULAS = {
+    "full": ("2 layers KV-heads head-dim 2 N", KWON),
+    "fp8": ("half of full: a byte a value", KWON),
+    "window": ("full of min(N, W)", MISTRAL),
+    "fp8 and window": ("half of the window's", MISTRAL),
+    "evicted": (f"{EVICTED_SHARE:g} of full: the tokens that drew most attention", H2O),
+    "shared": (f"full / {SHARING_LAYERS}: every second layer has the layer's before", CLA),
+    "fp8 and shared": (f"full / {2 * SHARING_LAYERS}", CLA),
+}
+
+
+def longest_prompt(lab: Lab) -> int:
+    """Return the length of the longest context that is sent, in tokens."""
+    prompts = [w.prompt_tokens for w in lab.workloads]
+    return max((p.tokens for p in prompts if isinstance(p, Fixed)), default=0)
+
+
+def arithmetic(lab: Lab, point: Point) -> dict[str, Prediction]:
+    """Write down beforehand what the findings are held against."""
+    tokens = longest_prompt(lab)
+    windows = [w for v in lab.variants if (w := lab.flags_of(v).sliding_window)]
+    predictions = {
+        f"KV bytes of a sequence, {method} at {tokens}": Prediction(
+            value=sequence_bytes(method, point, tokens, windows[0] if windows else tokens),
+            formula=formula,
+            source=source,
+        )
+        for method, (formula, source) in FORMULAS.items()
+        if windows or "window" not in method
+    }
+    predictions["needles kept, 8 bits"] = Prediction(
+        value=0.992,
+        formula="1 - 0.008, which 8 bits cost on long contexts on average",
+        assumptions=("a small model loses no more than the published ones of 7 to 72 B",),
+        source=LONG_QUANTIZED,
+    )
+    predictions["margin lost, both / the sum of each"] = Prediction(
+        value=1.0,
+        formula="1: the errors of weights and of keys and values are small, and add up",
+        assumptions=("a small error moves the margin in proportion",),
+        source="first-order Taylor expansion",
+    )
+    if windows:
+        predictions["needles kept, window, within its reach"] = Prediction(
+            value=1.0,
+            formula="1: what lies within W tokens is attended to in full precision",
+            assumptions=("the model does without the first tokens, on which attention rests",),
+            source=MISTRAL,
+        )
+        predictions["needles kept, window, beyond its reach"] = Prediction(
+            value=BY_CHANCE,
+            kind="ceiling",
+            formula="1 / 5: nothing but one of five numbers drawn blindly",
+            assumptions=("a model that saw all tokens does not pass on from layer to layer",),
+            source=STREAMING,
+        )
+    return predictions
+
+
+# ------------------------------------------------------------------------------- on the engine
+
+
+def capacity_ratio(quantized: Point, plain: Point) -> Prediction:
+    return Prediction(
+        value=quantized.kv_room_tokens / plain.kv_room_tokens,
+        formula="tokens in whole blocks, 8 bits / 16 bits",
+        source=KWON,
+    )
+
+
+def capacity(point: Point) -> Prediction:
+    return Prediction(
+        value=point.kv_room_tokens,
+        formula="floor(memory / (block x 2 layers KV-heads head-dim bytes)) block",
+        source=KWON,
+    )
+
+
+def admitted(point: Point) -> float:
+    """Return how many requests run at once: all in flight, or as many as the blocks hold.
+
+    The engine keeps one block for itself. A window lies in at most ceil((W - 1) / b) + 1 blocks.
+    """
+    block, window = point.flags.block_size, point.flags.sliding_window
+    held = block * -(-point.context_tokens // block)
+    if window is not None:
+        held = min(held, block * (-(-(window - 1) // block) + 1))
+    return min(point.load.users, (point.kv_room_tokens - block) / held)
+
+
+def admitted_ratio(treatment: Point, baseline: Point) -> Prediction:
+    return Prediction(
+        value=admitted(treatment) / admitted(baseline),
+        formula="min(B, (C - b) / tokens held), treatment / baseline",
+        assumptions=(
+            "what the running requests hold together stays near its mean",
+            "prefill takes no time, so that whoever is admitted decodes",
+        ),
+        source=KWON,
+    )
+
+
+def step_s(point: Point) -> float:
+    kv_bytes = point.kv_bytes(point.flags.kv_value_bytes)
+    return theory.forward_s(point.shape, point.ceilings, point.load.users, kv_bytes)
+
+
+def step_ratio(treatment: Point, baseline: Point) -> Prediction:
+    return Prediction(
+        value=step_s(treatment) / step_s(baseline),
+        formula="(weight bytes + B min(N, W) KV bytes a token) treatment / baseline",
+        assumptions=("reading is all that a step does: widening 8 bits to 16 costs nothing",),
+        source=ROOFLINE,
+    )
+
+
+# --------------------------------------------------------------------------------------- the lab
+
+FULL = Variant(name="full", flags={"kv-cache-dtype": "auto"})
+KV_FP8 = FULL.but("kv-fp8", {"kv-cache-dtype": "fp8_e4m3"})
+
+
+def reaching(tokens: int) -> dict[str, Any]:
+    """Have all layers attend to the last `tokens`; a list of layers' kinds would say otherwise."""
+    return {"hf-overrides": {"sliding_window": tokens, "layer_types": []}}
+
+
+VARIANTS = (
+    FULL,
+    KV_FP8,
+    FULL.but("w8a8", weights="w8a8"),
+    KV_FP8.but("both", weights="w8a8"),
+    FULL.but("window", reaching(192)),
+)
+SAVING = ("full", "kv-fp8", "window")  # the KV cache, in memory
+READING = ("full", "kv-fp8", "w8a8")  # the whole context, in each step
+
+
+def echoed(label: str, value: str, *variants: str) -> tuple[Evidence, ...]:
+    """Ask for what the engine's own configuration must say under a label."""
+    return tuple(Evidence.echo(name, metrics.CACHE_CONFIG, label, value) for name in variants)
+
+
+def shorter(name: str, title: str, treatment: str, baseline: str) -> Claim:
+    return Claim(
+        name=name,
+        title=title,
+        metric="tpot_mean_s",
+        treatment=Arm(variant=treatment, workload="far"),
+        baseline=Arm(variant=baseline, workload="far"),
+        expect="falls",
+        predict=step_ratio,
+    )
+
+
+LAB = Lab(
+    name="context-retrieval",
+    title="Context retrieval",
+    question="What is found again in a long context with 8-bit keys, values or weights, or with"
+    " only its end kept?",
+    answers=("ME-3", "KV-8"),
+    variants=VARIANTS,
+    flags={
+        "max-model-len": 1280,
+        "enable-prefix-caching": True,
+        "enforce-eager": True,
+        "block-size": 32,
+        "kv-cache-memory-bytes": 32 * 2**20,  # little more than one text of the longest
+        # later pieces of a prompt read what earlier ones left in the cache, quantized
+        "max-num-batched-tokens": 256,
+    },
+    workloads=(
+        Workload(
+            name="far",
+            prompt_tokens=Fixed(tokens=1024),
+            output_tokens=Fixed(tokens=16),
+            prefix=Prefix(tokens=960),
+            primed=True,  # so that a trial is decode, and hardly any prefill
+            # an engine with a window soon finds no long prefix in a small cache any more
+            only=READING,
+            loads=(Concurrent(users=4),),
+        ),
+        Workload(
+            name="tight",
+            prompt_tokens=Fixed(tokens=352),
+            output_tokens=Fixed(tokens=16),
+            only=SAVING,
+            loads=(Concurrent(users=5),),
+        ),
+    ),
+    claims=(
+        Claim(
+            name="capacity",
+            title="In 8 bits the same memory holds twice the tokens",
+            metric="kv_capacity_tokens",
+            treatment=Arm(variant="kv-fp8", workload="far"),
+            baseline=Arm(variant="full", workload="far"),
+            expect="rises",
+            predict=capacity_ratio,
+        ),
+        *(
+            Claim(
+                name=f"batch-{name}",
+                title=f"Where memory is short, more requests run at once {how}",
+                metric="batch",
+                treatment=Arm(variant=name, workload="tight"),
+                baseline=Arm(variant="full", workload="tight"),
+                expect="rises",
+                predict=admitted_ratio,
+            )
+            for name, how in (
+                ("kv-fp8", "with keys and values of 8 bits"),
+                ("window", "with a sliding window"),
+            )
+        ),
+        shorter("far-kv", "Over a long context keys and values of 8 bits shorten a step",
+                "kv-fp8", "full"),
+        shorter("far-weights", "Over a long context weights of 8 bits shorten a step",
+                "w8a8", "full"),
+    ),
+    forecasts=(
+        Forecast(name="capacity", metric="kv_capacity_tokens",
+                 arm=Arm(workload="far"), predict=capacity),
+    ),
+    evidence=(
+        *echoed("cache_dtype", "--kv-cache-dtype", *(v.name for v in VARIANTS)),
+        *echoed("sliding_window", "None", *(v.name for v in VARIANTS if v.name != "window")),
+        *echoed("sliding_window", "--hf-overrides.sliding_window", "window"),
+    ),
+    arithmetic=arithmetic,
+    probes=("retrieval",),
+    findings=("retrieval", "retrieval-lost", "kv-methods"),
+    plots=("retrieval",),
+    needs_text=("retrieval", "retrieval-quick", "retrieval-lost"),
+    dummy=lambda lab: lab.model_copy(update={"answers": ("KV-8",)}),
+    slo=SLO(ttft_s=4, tpot_s=0.2),
+    requests=96,
+    warmup_s=0.8,
+    window_s=2,
+    scales={
+        # how much a step is shortened would take dozens of repeats: what is left is for probes
+        "cpu": {"repeats": 3, "most_s": 300.0},
+        "gpu": {
+            "flags": {
+                "max-model-len": 20480,
+                "enable-prefix-caching": True,
+                "block-size": 16,
+                "kv-cache-memory-bytes": 2**30,
+                "max-num-batched-tokens": 2048,
+            },
+            "variants.window.flags": {"kv-cache-dtype": "auto", **reaching(3072)},
+            "workloads.far.prompt_tokens.tokens": 16384,
+            "workloads.far.prefix.tokens": 16320,
+            "workloads.far.output_tokens.tokens": 128,
+            "workloads.far.loads": (Concurrent(users=16),),
+            "workloads.tight.prompt_tokens.tokens": 6144,
+            "workloads.tight.output_tokens.tokens": 256,
+            "workloads.tight.loads": (Concurrent(users=16),),
+            "requests": 256,
+            "warmup_s": 3,
+            "window_s": 6,
+            "next_knobs": (
+                'SET="variants.window.flags.hf-overrides.sliding_window=8192" slides a wider'
+                " window: which needles come back?",
+                'SET="flags.max-model-len=10240 workloads.far.prompt_tokens.tokens=8192'
+                ' workloads.far.prefix.tokens=8128" asks for needles in texts half as long',
+            ),
+        },
+        "gpu-48": {"flags.kv-cache-memory-bytes": 3584 * 2**20},
+        "gpu-80": {"flags.kv-cache-memory-bytes": 3584 * 2**20},
+        "gpu-141": {"flags.kv-cache-memory-bytes": 7 * 2**30},
+    },
+    quick={"repeats": 1, "probes": ("retrieval-quick",)},
+    limits={
+        "cpu": "What is found and what is forgotten is the model's own and carries over to the same"
+        " model anywhere; a larger model has wider margins and loses less. Bytes and admission"
+        " carry over. Speed does not: this CPU widens 8-bit keys and values in software, and"
+        " multiplies 8-bit weights with instructions of its own.",
+        "gpu": "The texts repeat their prose, of which there are 2,400 words. All requests share"
+        " the long context, so that it is prefilled once; each still reads it for itself in"
+        " decode.",
+    },
+    next_knobs=(
+        'SET="variants.window.flags.hf-overrides.sliding_window=512" slides a wider window: which'
+        " needles come back?",
+        'SET="flags.max-model-len=2560 flags.kv-cache-memory-bytes=62914560" asks for needles in'
+        " texts twice as long",
+    ),
+)  # fmt: skip

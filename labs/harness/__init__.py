@@ -1,0 +1,1 @@
+"""Holds what runs, judges, keeps and tells every lab."""

@@ -1,0 +1,222 @@
+"""Keep track of `labs all`, which may take several calls: which labs are begun and done."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from labs import FIRST, LABS
+from labs.harness.comparing import leaderboards
+from labs.harness.errors import did_you_mean
+from labs.harness.filing.bounded import DamagedError
+from labs.harness.filing.results import RESULTS, RunFolder, read_json, write_json
+from labs.harness.running.clock import Clock
+from labs.harness.running.resolve import RunRequest
+from labs.harness.spec import LabError
+from serving import machine as machines
+from serving.engines import ENGINES
+from serving.engines.base import Flags
+from serving.engines.vllm import Vllm
+from serving.machine import Machine
+from serving.models import CACHE, ROOT, scale_of
+
+FOLDER = CACHE
+PROGRESS = {"begun", "failed", "in_vain", "on_file", "starts_s", "preparations_s", "done"}
+"""Fields that are no settings."""
+MOST_IN_VAIN = 2  # calls that were ended in a lab that finished nothing; then it comes last
+
+
+class Sitting(BaseModel, extra="forbid"):
+    """Records which labs were begun and finished.
+
+    Calls with other settings, or on another machine, have a record in another file.
+    """
+
+    machine: str  # its slug
+    quick: bool
+    model: str
+    weights: str = ""
+    changes: dict[str, Any] = {}  # by SET, TP, DP and PP
+    vllm: str = ""
+    results: str
+    begun: list[str] = []
+    failed: list[str] = []  # the last time that they were tried
+    in_vain: dict[str, int] = {}  # lab -> calls ended in it since it last finished something
+    on_file: dict[str, int] = {}  # lab -> trials and probes that it had finished at its last begin
+    starts_s: list[float] = []  # of the latest engines
+    preparations_s: list[float] = []  # of the latest labs, from their begin to their first engine
+    done: dict[str, str] = {}  # lab -> its run's folder
+
+    @property
+    def file(self) -> Path:
+        """Where the record lies: the name holds a digest of the settings and the machine."""
+        settings = self.model_dump(mode="json", exclude=PROGRESS)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return FOLDER / f"labs-all-{digest[:12]}.json"
+
+    def begin(self, lab: str) -> bool:
+        """Record that a lab is being run; true where it was begun before, so that it is resumed."""
+        begun_before, finished = lab in self.begun, self._finished(lab)
+        if not begun_before:
+            self.begun.append(lab)
+        stands_still = self.on_file.get(lab) == finished
+        self.in_vain[lab] = self.in_vain.get(lab, 0) + 1 if stands_still else 1
+        self.on_file[lab] = finished
+        write_json(self.file, self)
+        return begun_before
+
+    def excuse(self, lab: str) -> None:
+        """Record that the last begin of a lab ended in a way that is not held against it."""
+        self.in_vain[lab] -= 1
+        write_json(self.file, self)
+
+    def give_up(self, labs: Iterable[str]) -> list[str]:
+        """Take labs to have failed at which calls were ended again and again, and return these.
+
+        A call that is killed, for want of memory or by a time limit, cannot record that itself.
+        """
+        given_up = [
+            lab
+            for lab in labs
+            if lab not in {*self.done, *self.failed}
+            and self.in_vain.get(lab, 0) >= MOST_IN_VAIN
+            and self.on_file[lab] == self._finished(lab)
+        ]
+        for lab in given_up:
+            self.fail(lab)
+        return given_up
+
+    def is_hopeless(self, lab: str) -> bool:
+        """Tell whether calls were ended in this lab once more after it was taken to have failed.
+
+        Such a lab comes after all others, and to begin it again would end this call, too.
+        """
+        return self.in_vain.get(lab, 0) > MOST_IN_VAIN and self.on_file[lab] == self._finished(lab)
+
+    def _finished(self, lab: str) -> int:
+        """Count the trials and probes that a lab has on file."""
+        home = RESULTS / self.machine / lab
+        found = (home.glob(pattern) for pattern in ("*/trials/**/trial.json", "*/probes/*.gz"))
+        return sum(len(list(paths)) for paths in found)
+
+    def finish(self, lab: str, run: Path) -> None:
+        """Record the folder of a lab's complete run."""
+        self.done[lab] = os.path.relpath(run, ROOT)
+        self.failed = [name for name in self.failed if name != lab]
+        self._forget_begins([lab])
+        write_json(self.file, self)
+
+    def fail(self, lab: str) -> None:
+        """Record that a lab was not finished for another reason than time."""
+        if lab not in self.failed:
+            self.failed.append(lab)
+        write_json(self.file, self)
+
+    def time(self, clock: Clock) -> None:
+        """Keep what this call measured of starts and preparations for the next one."""
+        self.starts_s, self.preparations_s = list(clock.starts_s), list(clock.preparations_s)
+        write_json(self.file, self)
+
+    def order(self, labs: Iterable[str]) -> list[str]:
+        """Put labs that failed behind those that have not been tried or only ran out of time.
+
+        Of those that failed, the ones that were begun in vain most often come last.
+        """
+        return sorted(
+            labs, key=lambda lab: 1 + self.in_vain.get(lab, 0) if lab in self.failed else 0
+        )
+
+    def page(self) -> Path | None:
+        """Write the page of the machine that ran; None where no lab was finished."""
+        runs = [RunFolder((ROOT / run).resolve()) for run in self.done.values()]
+        return leaderboards.write_machine(runs[0].path.parent.parent, runs) if runs else None
+
+    def end(self, labs: Collection[str]) -> None:
+        """Forget these labs, so that the next call starts over with them; keep the others."""
+        self.begun = [lab for lab in self.begun if lab not in labs]
+        self.done = {lab: run for lab, run in self.done.items() if lab not in labs}
+        self.failed = [lab for lab in self.failed if lab not in labs]
+        self._forget_begins(labs)
+        if self.begun or self.done or self.failed:
+            write_json(self.file, self)
+        else:
+            self.file.unlink(missing_ok=True)
+
+    def _forget_begins(self, labs: Collection[str]) -> None:
+        self.in_vain = {lab: times for lab, times in self.in_vain.items() if lab not in labs}
+        self.on_file = {lab: count for lab, count in self.on_file.items() if lab not in labs}
+
+
+def chosen(only: str, by_value: bool) -> list[str]:
+    """Return the labs to run, in their order: those that `only` names, or every lab.
+
+    `by_value` puts the labs with the most to show on a GPU first. Raises LabError.
+    """
+    if not only:
+        first = [name for name in FIRST if name in LABS] if by_value else []
+        return list(dict.fromkeys([*first, *LABS]))
+    names = list(dict.fromkeys(name.strip() for name in only.split(",") if name.strip()))
+    for name in names:
+        if name not in LABS:
+            known = ", ".join(LABS)
+            raise LabError(f"ONLY: there is no lab {name!r}{did_you_mean(name, LABS)} are {known}")
+    if not names:
+        raise LabError("ONLY names no lab: separate names by commas")
+    return names
+
+
+def check_flags(names: Iterable[str], requests: Iterable[RunRequest], machine: Machine) -> None:
+    """Have each engine's parser read the flags of all these labs at once, and remember them.
+
+    A parser takes long to import. What goes wrong here, as with refused flags, is reported by the
+    lab when its turn comes.
+    """
+    sets: dict[str, list[Flags]] = {}
+    for name, request in itertools.product(names, requests):
+        with contextlib.suppress(Exception):
+            lab = LABS[name].at(
+                scale_of(machine), request.quick, request.changes, bool(request.weights)
+            )
+            for variant in lab.variants:
+                own = lab.flags_of(variant)
+                known = sets.setdefault(variant.engine, [])
+                known += [own, own.without_queue_limits()]  # where an older vLLM has none
+    for engine, flags in sets.items():
+        with contextlib.suppress(Exception):
+            ENGINES[engine].check_flags(flags)
+
+
+def start(
+    quick: bool,
+    model: str,
+    fresh: bool,
+    weights: str = "",
+    changes: Mapping[str, Any] | None = None,
+) -> Sitting:
+    """Return the unfinished record of this machine with these settings, or a new one."""
+    new = Sitting(
+        machine=machines.detect().slug,
+        quick=quick,
+        model=model,
+        weights=weights,
+        changes=dict(changes or {}),
+        vllm=Vllm.version(),
+        results=str(RESULTS),
+    )
+    if fresh or not new.file.exists():
+        return new
+    try:
+        unfinished = read_json(new.file, Sitting)
+    except DamagedError:
+        return new
+    done = unfinished.done.items()
+    finished = {lab: run for lab, run in done if (ROOT / run / "COMPLETE").exists()}
+    return unfinished.model_copy(update={"done": finished})

@@ -1,0 +1,601 @@
+"""Compare two runs, two variants or two machines: what differs, and by how much?
+
+A **figure** is a metric at a point, what a claim compares (the ratio of its two points), or a
+forecast's measured share of the predicted. Each has the ratio B / A with a 95% interval: paired by
+repeat where both sides sent the same requests, Welch's otherwise. Where a figure is 0 in some
+repeats there is no ratio, and the difference of the means decides, by Welch's test. With dozens of
+figures some intervals exclude 1 by chance, so a figure *differs* only where it still does when the
+rate of false discoveries over all of them is held at 5% (Benjamini and Hochberg 1995). It differs,
+or is the same, by one margin: the claim's for what a claim compares, the default one for the
+others. On other hardware only dimensionless figures are compared; MBU, MFU and what was reached of
+a predicted bound are shares of each machine's own limits, and are listed as properties of the
+machines.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+import scipy
+from pydantic import BaseModel, Field
+
+from labs.harness.filing import manifest
+from labs.harness.filing.bounded import DamagedError
+from labs.harness.filing.checks import unreadable
+from labs.harness.filing.manifest import Fact
+from labs.harness.filing.newest import newest_of
+from labs.harness.filing.results import (
+    Run,
+    RunFolder,
+    Summary,
+    fresh_knobs,
+    open_run,
+    readable,
+    runs_of,
+)
+from labs.harness.judging.judge import (
+    CONFIDENCE,
+    Caveat,
+    Contrast,
+    Interval,
+    Judgement,
+    contrast,
+    is_within,
+    mean_interval,
+)
+from labs.harness.judging.machine_speed import Part, relative_speed
+from labs.harness.judging.metrics import METRICS, by_repeat, compared_metrics
+from labs.harness.judging.text import counted
+from labs.harness.spec import MARGIN, LabError, Point
+from labs.harness.telling.summary import checked
+from serving.guard import HERE
+from serving.models import ROOT
+
+SENT = (  # the knobs of a lab that say what is sent and what is measured of it
+    "workloads", "requests", "warmup_s", "window_s", "timeout_s", "load_processes", "seed", "slo",
+)  # fmt: skip
+NOT_COMPLETE = "not complete"
+MOST_NAMED = 6  # failed trials
+SOME_ZEROS = "zero in some repeats"
+NO_VERDICT = ("not valid", "missing")
+UNDECIDED = ("inconclusive", *NO_VERDICT)
+
+Outcome = Literal["same", "differs", "undecided", "not comparable"]
+Column = dict[int, float]  # repeat -> value
+Columns = dict[tuple[str, str], Column]  # (figure, where) -> column
+
+
+def title_of(figure: str) -> str:
+    """Write a figure with the metric's title for its name."""
+    *of, metric = figure.split()
+    return " ".join([*of, METRICS[metric].title])
+
+
+class ComparedFigure(BaseModel, frozen=True, extra="forbid"):
+    """Holds one figure of both sides, and what their ratio shows."""
+
+    figure: str  # a metric, or `effect of <claim>`, or `measured / predicted <metric>`
+    where: str
+    unit: str
+    better: Literal["higher", "lower"]
+    a: float | None  # mean over repeats
+    b: float | None
+    margin: float = MARGIN  # within which share of 1 the two are the same
+    contrast: Contrast | None  # B / A
+    p_of_difference: Annotated[float | None, Field(exclude_if=lambda p: p is None)] = None
+    """The p-value of the means being equal, where repeats of 0 leave no ratio."""
+    outcome: Outcome
+    why: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Return `metric`, `effect` (of a claim) or `measured` (over predicted)."""
+        return "metric" if self.figure in METRICS else self.figure.split()[0]
+
+    @property
+    def metric(self) -> str:
+        """Return the metric that the figure is, or is a ratio of."""
+        return self.figure.split()[-1]
+
+    @property
+    def title(self) -> str:
+        """Return the figure with the metric's title for its name: `effect on TTFT, p50`."""
+        return title_of(self.figure)
+
+    @property
+    def worse_by(self) -> float | None:
+        """Return the share by which B is worse than A; negative where it is better.
+
+        Without a ratio it is by the means, and infinite where one of them is 0 and B is worse.
+        """
+        a, b = (1.0, self.contrast.ratio.value) if self.contrast else (self.a, self.b)
+        if a is None or b is None:
+            return None
+        large, small = (a, b) if self.better == "higher" else (b, a)
+        if not small:
+            return math.inf if large else 0.0
+        return large / small - 1
+
+
+class VerdictPair(BaseModel, frozen=True, extra="forbid"):
+    """Holds a claim's verdict on both sides."""
+
+    claim: str
+    title: str
+    where: str
+    a: str
+    b: str
+    a_ratio: Interval | None = None  # treatment / baseline
+    b_ratio: Interval | None = None
+
+    @property
+    def flips(self) -> bool:
+        """Tell whether both sides decided, and differently."""
+        return self.a != self.b and self.a not in UNDECIDED and self.b not in UNDECIDED
+
+    @property
+    def outcome(self) -> Outcome:
+        """Tell whether B shows A's verdict.
+
+        They are the same where both decided alike. They differ where B's ratio is shown to be
+        another, as the two intervals have nothing in common. Where A decided nothing there is
+        nothing to compare; all else is undecided, as is a ratio of B that is not valid.
+        """
+        if self.a in UNDECIDED:
+            return "not comparable"
+        if self.a == self.b:
+            return "same"
+        if self.b in NO_VERDICT:
+            return "undecided"
+        return "differs" if _are_disjoint(self.a_ratio, self.b_ratio) else "undecided"
+
+
+def _are_disjoint(a: Interval | None, b: Interval | None) -> bool:
+    """Tell whether two intervals have nothing in common; one that is not known may reach any."""
+    if not a or not b or None in (a.low, a.high, b.low, b.high):
+        return False
+    return (a.high or 0) < (b.low or 0) or (b.high or 0) < (a.low or 0)
+
+
+class MachineProperty(BaseModel, frozen=True, extra="forbid"):
+    """Holds a share of a machine's own limits that an engine reached: its range over the points."""
+
+    figure: str  # as in `ComparedFigure`
+    points: int
+    a: tuple[float, float]  # least and largest
+    b: tuple[float, float]
+
+
+class Comparison(BaseModel, frozen=True, extra="forbid"):
+    """Holds the comparison of B with A on one lab."""
+
+    a: str
+    b: str
+    lab: str
+    same_hardware: bool
+    paired: bool
+    forced: str = ""  # why they are not comparable, where the reader insisted
+    rows: list[ComparedFigure]
+    # what claims compare; dimensionless, and their sides are among the rows
+    effects: list[ComparedFigure]
+    of_machines: list[MachineProperty] = []  # of other hardware
+    left_out: int  # absolute figures, of other hardware
+    verdicts: list[VerdictPair]
+    caveats: dict[str, list[Caveat]]  # side -> what is wrong with it
+    speeds: dict[Part, float] | None = None  # of B's machine / A's, where both timed it
+    facts: list[Fact] = Field(default=[], exclude=True)  # of both manifests, likeliest cause first
+    differences: list[Fact]  # among them
+    unrecorded: list[str]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Holds one side of a comparison: a run, or one variant of it."""
+
+    folder: RunFolder
+    variant: str | None
+    run: Run
+    summary: Summary
+
+    @property
+    def name(self) -> str:
+        path = self.folder.path.resolve()
+        text = os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else path.name
+        return f"{text}:{self.variant}" if self.variant else text
+
+    @property
+    def hardware(self) -> str:
+        """Name what served: the machine, unless it was another that an endpoint names."""
+        endpoint, here = self.run.endpoint, self.run.machine.slug
+        if endpoint is None:
+            return here
+        return f"{endpoint} on {here}" if _is_here(endpoint) else endpoint
+
+    def where(self, point: str) -> str:
+        """Return the name of a point, without the variant where variants are compared."""
+        return point.partition("/")[2] if self.variant else point
+
+    @property
+    def points(self) -> list[Point]:
+        return [p for p in self.run.points() if self.variant in (None, p.variant.name)]
+
+
+def _is_here(endpoint: str) -> bool:
+    """Tell whether an endpoint is on the machine that sent the load, as each means by that name."""
+    try:
+        return urlsplit(endpoint).hostname in HERE
+    except ValueError:
+        return False
+
+
+def read_side(text: str) -> Side:
+    """Read a side from `results/<machine>/<lab>/<run>`, or that with `:variant` behind it.
+
+    Its summary is computed from its records again. Raises LabError where it cannot be read, where
+    its files contradict each other, and where it has no such variant.
+    """
+    path, colon, variant = text.rpartition(":") if ":" in Path(text).name else (text, "", "")
+    folder = open_run(Path(path))
+    try:
+        with readable(folder):
+            run, summary = folder.run(), checked(folder)
+    except (DamagedError, OSError) as error:
+        raise LabError(
+            f"{path} cannot be used: {error}. Where its records are right, `make report"
+            f" RUN={path}` computes the rest again"
+        ) from error
+    known = [v["name"] for v in run.lab["variants"]]
+    if colon and variant not in known:
+        raise LabError(f"{path} has no variant {variant!r}; it has {', '.join(known)}")
+    return Side(folder, variant or None, run, summary)
+
+
+# ------------------------------------------------------------------------------------ comparable?
+
+
+def reason_not_comparable(a: Side, b: Side) -> str:
+    """Say why the two cannot be compared; empty where they can.
+
+    Raises LabError where a variant is named on one side alone.
+    """
+    if (a.variant is None) != (b.variant is None):
+        raise LabError("name a variant on both sides, run:variant, or on neither")
+    lab_a, lab_b = a.run.lab["name"], b.run.lab["name"]
+    if lab_a != lab_b:
+        return f"they are runs of different labs, {lab_a} and {lab_b}"
+    knobs_a, knobs_b = (fresh_knobs(s.run.lab) for s in (a, b))
+    # a number that a run chose for its machine is told among what differs in how they were run
+    chosen = any(s.run.lab.get("load_processes_chosen") for s in (a, b))
+    compared = [k for k in SENT if not (chosen and k == "load_processes")]
+    if differing := [k for k in compared if knobs_a[k] != knobs_b[k]]:
+        return f"they were not sent the same load: {', '.join(differing)} differ"
+    return ""
+
+
+def same_requests(a: Side, b: Side) -> bool:
+    """Tell whether each repeat sent the same prompts on both sides, so that they can be paired."""
+    return a.folder.path == b.folder.path or a.run.prompts_sha256 == b.run.prompts_sha256
+
+
+# ---------------------------------------------------------------------------------------- compare
+
+
+def compare(a: Side, b: Side, force: bool = False) -> Comparison:
+    """Compare B with A. Raises LabError where they are not comparable, unless forced."""
+    if (why := reason_not_comparable(a, b)) and not force:
+        raise LabError(f"{a.name} and {b.name} are not comparable: {why}; FORCE=1 compares them")
+    same_hardware, paired = a.hardware == b.hardware, same_requests(a, b)
+    claimed = [c["metric"] for c in a.run.lab["claims"]]
+    metrics = dict.fromkeys([*compared_metrics(), *claimed])
+    absolute = [m for m in metrics if not METRICS[m].across_machines]
+    wanted = [m for m in metrics if same_hardware or METRICS[m].across_machines == "compared"]
+    figures = [_measured(s, wanted) | ({} if same_hardware else _shares(s)) for s in (a, b)]
+    rows, effects = judged(
+        [
+            _rows(figures[0], figures[1], paired),
+            of_claims(
+                _rows(_effects(a), _effects(b), paired),
+                [*a.summary.judgements, *b.summary.judgements],
+            ),
+        ]
+    )
+    elsewhere = [] if same_hardware else absolute
+    left_out = _rows(_measured(a, elsewhere), _measured(b, elsewhere), paired)
+    facts = [manifest.facts(s.run, manifest.cpu_share_of_other_work(s.folder)) for s in (a, b)]
+    return Comparison(
+        a=a.name,
+        b=b.name,
+        lab=a.run.lab["name"],
+        same_hardware=same_hardware,
+        paired=paired,
+        forced=why,
+        rows=rows,
+        effects=effects,
+        of_machines=[] if same_hardware else _of_machines(a, b),
+        left_out=len(left_out),
+        verdicts=[] if a.variant else _verdicts(a.summary.judgements, b.summary.judgements),
+        caveats={name: _caveats(s) for name, s in (("A", a), ("B", b))},
+        speeds=_speeds(a, b),
+        facts=manifest.fact_pairs(*facts),
+        differences=manifest.differences(*facts),
+        unrecorded=manifest.unrecorded(*facts),
+    )
+
+
+def _speeds(a: Side, b: Side) -> dict[Part, float] | None:
+    """Divide the speeds of the machines by their reference steps, the same work on one kind."""
+    of_a, of_b = a.summary.machine_speed, b.summary.machine_speed
+    if of_a is None or of_b is None or a.folder.path == b.folder.path:
+        return None
+    same_work = a.run.machine.kind == b.run.machine.kind
+    return relative_speed(of_b, of_a) if same_work else None
+
+
+def _measured(side: Side, metrics: Sequence[str]) -> Columns:
+    columns: Columns = {}
+    for point in side.points:
+        for metric in metrics:
+            if column := by_repeat(side.summary.measurements.get(point.key, {}), metric):
+                columns[metric, side.where(point.key)] = column
+    return columns
+
+
+def _effects(side: Side) -> Columns:
+    """Compute treatment / baseline by repeat for each claim's pair; none for a single variant.
+
+    A repeat whose baseline had 0 has no ratio.
+    """
+    columns: Columns = {}
+    measurements = side.summary.measurements
+    for j in [] if side.variant else side.summary.judgements:
+        treatment, baseline = (
+            by_repeat(measurements.get(key, {}), j.metric) for key in (j.treatment, j.baseline)
+        )
+        column = {
+            repeat: treatment[repeat] / baseline[repeat]
+            for repeat in sorted(set(treatment) & set(baseline))
+            if baseline[repeat]
+        }
+        if column:
+            columns[f"effect on {j.metric}", j.where] = column
+    return columns
+
+
+def _shares(side: Side, of_bounds: bool = False) -> Columns:
+    """Compute measured / predicted by repeat for each forecast: of figures, or of bounds."""
+    columns: Columns = {}
+    for f in side.summary.forecasts:
+        if side.variant not in (None, f.point.partition("/")[0]) or not f.prediction.value:
+            continue
+        if (f.prediction.kind == "point") == of_bounds:
+            continue
+        measured = by_repeat(side.summary.measurements.get(f.point, {}), f.metric)
+        column = {repeat: v / f.prediction.value for repeat, v in measured.items()}
+        if column:
+            columns[f"measured / predicted {f.metric}", side.where(f.point)] = column
+    return columns
+
+
+def _of_machines(a: Side, b: Side) -> list[MachineProperty]:
+    """List what says how well each engine uses its machine, over the points of both."""
+    listed = [m for m in compared_metrics() if METRICS[m].across_machines == "listed"]
+    columns_a, columns_b = (_measured(s, listed) | _shares(s, of_bounds=True) for s in (a, b))
+    shared = [key for key in columns_a if key in columns_b]
+    properties = []
+    for figure in dict.fromkeys(figure for figure, _ in shared):
+        values = [
+            [mean_interval(list(of[key].values())).value for key in shared if key[0] == figure]
+            for of in (columns_a, columns_b)
+        ]
+        in_a, in_b = ((min(of_side), max(of_side)) for of_side in values)
+        properties.append(MachineProperty(figure=figure, points=len(values[0]), a=in_a, b=in_b))
+    return properties
+
+
+def _rows(a: Columns, b: Columns, paired: bool) -> list[ComparedFigure]:
+    """Pair the figures of both sides; one that is zero throughout on both is left out."""
+    return [
+        _row(key, a.get(key, {}), b.get(key, {}), paired)
+        for key in {**a, **b}
+        if any(a.get(key, {}).values()) or any(b.get(key, {}).values())
+    ]
+
+
+def _row(key: tuple[str, str], a: Column, b: Column, paired: bool) -> ComparedFigure:
+    figure, where = key
+    metric = METRICS[figure.split()[-1]]
+    ratio, (outcome, why) = None, _without_ratio(a, b)
+    if not why and (ratio := contrast(b, a, paired=paired)) is None:
+        outcome, why = "not comparable", "no repeat in common"
+    p = _p_of_difference(a, b) if why == SOME_ZEROS else None
+    return ComparedFigure(
+        figure=figure,
+        where=where,
+        unit=metric.unit if figure in METRICS else "1",
+        better=metric.better,
+        a=mean_interval(list(a.values())).value if a else None,
+        b=mean_interval(list(b.values())).value if b else None,
+        contrast=ratio,
+        p_of_difference=p,
+        outcome=outcome,
+        why=why,
+    )
+
+
+def _p_of_difference(a: Column, b: Column) -> float | None:
+    """Return Welch's p-value of the means being equal; None where a side has a single repeat."""
+    if min(len(a), len(b)) < 2:
+        return None
+    with warnings.catch_warnings():  # one side may be the same in every repeat
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(
+            scipy.stats.ttest_ind(list(a.values()), list(b.values()), equal_var=False).pvalue
+        )
+
+
+def _without_ratio(a: Column, b: Column) -> tuple[Outcome, str]:
+    """Decide where a figure is missing or zero, so that there is no ratio."""
+    if not a or not b:
+        return "not comparable", f"missing in {'A' if not a else 'B'}"
+    if all(v > 0 for v in (*a.values(), *b.values())):
+        return "undecided", ""
+    if a == b:
+        return "same", "zero in the same repeats"
+    if any(all(x.values()) and not any(y.values()) for x, y in ((a, b), (b, a))):
+        return "differs", "zero on one side"
+    return "undecided", SOME_ZEROS
+
+
+def of_claims(
+    rows: Sequence[ComparedFigure], judgements: Sequence[Judgement]
+) -> list[ComparedFigure]:
+    """Give each effect the margin of its claim; of several claims, the least."""
+    margins: dict[tuple[str, str], float] = {}
+    for j in judgements:
+        key = (f"effect on {j.metric}", j.where)
+        margins[key] = min(j.margin, margins.get(key, j.margin))
+    return [
+        row.model_copy(update={"margin": margins.get((row.figure, row.where), row.margin)})
+        for row in rows
+    ]
+
+
+def judged(groups: Sequence[list[ComparedFigure]]) -> list[list[ComparedFigure]]:
+    """Decide each row that chance may explain: the rate of false discoveries over all is bounded.
+
+    The others are decided already.
+    """
+    ps = [p for rows in groups for r in rows if (p := _p_of(r)) is not None]
+    adjusted = iter(scipy.stats.false_discovery_control(ps) if ps else ())
+
+    def judge_row(row: ComparedFigure) -> ComparedFigure:
+        if row.contrast is None:
+            if row.p_of_difference is None:
+                return row
+            beyond = not (row.a and row.b and is_within(row.b / row.a, row.margin))
+            differs = float(next(adjusted)) < 1 - CONFIDENCE and beyond
+            return row.model_copy(update={"outcome": "differs" if differs else "undecided"})
+        ratio = row.contrast.ratio
+        if ratio.low is None or ratio.high is None:
+            return row.model_copy(update={"why": "one repeat gives no interval"})
+        outcome, why = _outcome(ratio, float(next(adjusted)), row.margin)
+        return row.model_copy(update={"outcome": outcome, "why": why})
+
+    return [[judge_row(row) for row in rows] for rows in groups]
+
+
+def _p_of(row: ComparedFigure) -> float | None:
+    return row.contrast.p if row.contrast else row.p_of_difference
+
+
+def _outcome(ratio: Interval, p: float, margin: float) -> tuple[Outcome, str]:
+    """Decide by a ratio's interval and its p-value, adjusted for the number of figures; say why."""
+    assert ratio.low is not None
+    assert ratio.high is not None
+    within = f"{100 * margin:g}%"
+    if is_within(ratio.low, margin) and is_within(ratio.high, margin):
+        return "same", f"within {within}"
+    beyond = not is_within(ratio.value, margin)
+    if beyond and p < 1 - CONFIDENCE:
+        return "differs", ""
+    if beyond and not ratio.low <= 1 <= ratio.high:
+        return "undecided", "may be chance among so many figures"
+    return "undecided", f"the interval reaches beyond {within}"
+
+
+def _verdicts(a: Sequence[Judgement], b: Sequence[Judgement]) -> list[VerdictPair]:
+    judged_a, judged_b = ({(j.claim, j.where): j for j in of} for of in (a, b))
+    return [
+        VerdictPair(
+            claim=key[0],
+            title=(judged_a.get(key) or judged_b[key]).title,
+            where=key[1],
+            a=judged_a[key].outcome if key in judged_a else "missing",
+            b=judged_b[key].outcome if key in judged_b else "missing",
+            a_ratio=judged_a[key].ratio if key in judged_a else None,
+            b_ratio=judged_b[key].ratio if key in judged_b else None,
+        )
+        for key in {**judged_a, **judged_b}
+    ]
+
+
+def _caveats(side: Side) -> list[Caveat]:
+    point_keys = {p.key for p in side.points}
+    caveats = [c for c in side.summary.caveats if c.point is None or c.point in point_keys]
+    if text := _what_is_missing(side):
+        caveats.append(Caveat(name=NOT_COMPLETE, text=text))
+    if side.run.quick:
+        caveats.append(Caveat(name="quick run", text="few and short repeats: a smoke test"))
+    if side.run.dummy:
+        caveats.append(Caveat(name="random weights", text="speed is real, the text is not"))
+    return caveats
+
+
+def _what_is_missing(side: Side) -> str:
+    """Say why a run is not complete, with the names of failed trials; empty where it is."""
+    own = {point.key for point in side.points}
+    failed = [trial for trial in side.summary.failed if trial.rpartition("/")[0] in own]
+    missing, parts = 0 if side.variant else side.summary.missing, list[str]()
+    if failed:
+        named = ", ".join(failed[:MOST_NAMED]) + ", ..." * (len(failed) > MOST_NAMED)
+        parts.append(f"{counted(len(failed), 'trial')} failed ({named})")
+    if missing:
+        parts.append(f"{counted(missing, 'trial')} not played")
+    if not parts and not side.folder.complete and not side.variant:
+        parts.append("the run has not ended")
+    return ", ".join(parts)
+
+
+# --------------------------------------------------------------------------------------- machines
+
+
+def compare_named(a: str, b: str, force: bool = False) -> tuple[list[Comparison], list[str]]:
+    """Compare what A and B name; of two machines, also say why some labs were not compared.
+
+    Raises LabError where nothing is comparable.
+    """
+    homes = [_machine(text) for text in (a, b)]
+    if None in homes:
+        if homes != [None, None]:
+            raise LabError(f"{a} and {b}: give two runs, two variants of runs, or two machines")
+        return [compare(read_side(a), read_side(b), force)], []
+    runs_a, runs_b = (
+        {folder.lab_name: folder for folder in _newest_below(home)} for home in homes if home
+    )
+    comparisons, refused = [], []
+    for lab in runs_a:
+        if lab not in runs_b:
+            refused.append(f"{lab}: {b} has no run of it")
+            continue
+        side_a, side_b = (read_side(str(f.path)) for f in (runs_a[lab], runs_b[lab]))
+        if (why := reason_not_comparable(side_a, side_b)) and not force:
+            refused.append(f"{lab}: {why}")
+        else:
+            comparisons.append(compare(side_a, side_b, force))
+    refused += [f"{lab}: {a} has no run of it" for lab in runs_b if lab not in runs_a]
+    if not comparisons:
+        raise LabError(f"no lab of {a} and {b} is comparable: {'; '.join(refused) or 'no runs'}")
+    return comparisons, refused
+
+
+def _newest_below(home: Path) -> list[RunFolder]:
+    """List the newest run of each lab in a machine's folder, wherever that lies."""
+    return newest_of(folder for folder in runs_of(home) if not unreadable(folder))
+
+
+def _machine(text: str) -> Path | None:
+    """Find a machine's folder of results by its path; None where it is not one.
+
+    It may be without ceilings, where its runs were held against those of another machine.
+    """
+    for path in (Path(text), ROOT / text):
+        if (path / "machine.json").exists() or runs_of(path):
+            return path.resolve()
+    return None

@@ -1,0 +1,623 @@
+"""Generate pages from results: parts of README.md, results/README.md, a page for each machine.
+
+Committed pages count the runs that git tracks (filing.committed): a reader's own runs change
+none of them until they are added.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from labs import LABS
+from labs.harness.comparing import reproduction
+from labs.harness.comparing.reproduction import ANSWER_OF_OUTCOME, FILED, Reproduction
+from labs.harness.facts.parts import Headline, parts_of
+from labs.harness.filing import manifest, results
+from labs.harness.filing.committed import committed_runs
+from labs.harness.filing.newest import marks, newest_runs, on_cpu
+from labs.harness.filing.results import Run, RunFolder, Session
+from labs.harness.judging.judge import Judgement
+from labs.harness.judging.metrics import METRICS
+from labs.harness.judging.text import (
+    ONE_SITTING,
+    ceilings_text,
+    claim_outcome,
+    counted,
+    decided_text,
+    point_label,
+    predictions_text,
+    ratio_interval,
+    ratio_number,
+    ratio_text,
+    verdict_text,
+)
+from labs.harness.questions import QUESTIONS
+from labs.harness.telling import computed, instruments, markdown, method, residuals
+from labs.harness.telling.document import (
+    Block,
+    Code,
+    Emphasis,
+    Figure,
+    Inline,
+    Link,
+    Paragraph,
+    Section,
+    Strong,
+    Table,
+    bullets,
+    joined,
+    parse,
+    section,
+    table,
+)
+from serving import whole
+from serving.models import ROOT
+
+READING_FINDINGS = (
+    "In parentheses: the 95% interval of one sitting, the prediction, and whether it *held*, is"
+    " *refuted*, or is *open* because the interval is too wide to tell; *trivial*: no change was"
+    " predicted"
+)
+VERDICTS = "docs/reading-a-report.md#verdicts-and-predictions"
+PAGE = "README.md"
+SWEEP = "sweep.svg"
+SITTING = "labs-all.md"  # of a machine, for its reader: git ignores it
+MISSES = " to what was measured: by figure, by run, with a list of every miss."
+FORECASTS = "forecasts.md"  # how near predictions came
+README = ROOT / PAGE
+RUN_NAME = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{8}\b")
+MOST_HEADLINES = 5  # on the front page, which is one page
+CLAIMS_EACH = 2  # of each lab on the page of all machines; the machine's page has them all
+STANDS_IN = (
+    "*(quick)*: that machine has no full run of the lab yet, so one with shorter windows and fewer"
+    " repeats stands in."
+)
+RANDOM_WEIGHTS = (
+    "*(random weights)*: the model's shape is real and its weights are random numbers, so speeds"
+    " are real; texts, and what they are worth, are not."
+)
+
+
+def _short(run: Run) -> str:
+    """Name a run's machine without its cores and memory."""
+    return run.machine.name
+
+
+def _earlier(run: Run) -> str:
+    """Mark a run of a lab whose settings have changed since."""
+    return " (the lab's settings have changed since)" if manifest.is_stale(run) else ""
+
+
+def stale() -> dict[Path, str]:
+    """Find the generated files that would change, and name the runs that change them."""
+    return {
+        path: _differing_runs(before, text)
+        for path, text in _pages().items()
+        if (before := path.read_text() if path.exists() else "") != text
+    }
+
+
+def write() -> list[Path]:
+    """Write every generated file, and return those that changed."""
+    changed = list(stale())
+    for path, text in _pages().items():
+        whole.write(path, text)
+    return changed
+
+
+def uncounted() -> list[RunFolder]:
+    """List the runs that would be in the tables if git tracked them."""
+    counted = {folder.path for folder in newest_runs(committed=True)}
+    return [folder for folder in newest_runs() if folder.path not in counted]
+
+
+def write_machine(home: Path, sitting: Sequence[RunFolder] = ()) -> Path:
+    """Write the page of a machine's newest runs, with uncommitted and quick ones.
+
+    A lab of this sitting is there with the sitting's run, whatever its settings.
+    """
+    its_own = {folder.run().lab["name"]: folder for folder in sitting}
+    newest = _by_machine(newest_runs(quick=True)).get(home, [])
+    runs = [*its_own.values(), *(f for f in newest if f.run().lab["name"] not in its_own)]
+    return whole.write(home / SITTING, markdown.document(_machine(runs, committed=False)))
+
+
+def _differing_runs(before: str, after: str) -> str:
+    """Name the runs in the lines that differ, and say what is wrong with each."""
+    lines = [set(text.splitlines()) for text in (before, after)]
+    dropped, added = (
+        {name for line in these - other for name in RUN_NAME.findall(line)}
+        for these, other in (lines, lines[::-1])
+    )
+    on_file = {folder.path.name for folder in committed_runs()}
+    reasons = [
+        *(f"{name} is not in it" for name in sorted(added - dropped)),
+        *(f"it says otherwise of {name}" for name in sorted(added & dropped)),
+        *(f"git does not know {name}" for name in sorted(dropped - added - on_file)),
+        *(f"it should not have {name}" for name in sorted((dropped - added) & on_file)),
+    ]
+    return ", ".join(reasons)
+
+
+def _pages() -> dict[Path, str]:
+    runs, full = newest_runs(committed=True), residuals.full_runs(committed=True)
+    apart = residuals.runs_apart(committed=True)
+    return {
+        README: generated_parts(README.read_text(), runs),
+        results.RESULTS / PAGE: _collection(runs),
+        results.RESULTS / FORECASTS: markdown.document(
+            residuals.page(
+                residuals.of_runs(full),
+                residuals.to_reports(results.RESULTS),
+                residuals.kept_of_runs(full),
+                residuals.of_runs(apart),
+            )
+        ),
+        **{
+            home / PAGE: markdown.document(_machine(machine_runs, committed=True))
+            for home, machine_runs in _by_machine(runs).items()
+        },
+        **{f.path / FILED / PAGE: markdown.document(reproduction.page(f)) for f in _repeated()},
+    }
+
+
+def _repeated() -> list[RunFolder]:
+    return [f for f in committed_runs() if reproduction.filed_with(f, committed=True)]
+
+
+def _by_machine(runs: Sequence[RunFolder]) -> dict[Path, list[RunFolder]]:
+    """Group runs by the folder of their machine's results."""
+    by_home: dict[Path, list[RunFolder]] = {}
+    for folder in runs:
+        by_home.setdefault(folder.path.parent.parent, []).append(folder)
+    return by_home
+
+
+# -------------------------------------------------------------------------------------- README.md
+
+
+def generated_parts(text: str, runs: Sequence[RunFolder]) -> str:
+    """Replace each generated part of the text by what these runs give."""
+    parts: dict[str, Sequence[Block]] = {
+        "plot": _plot(runs),
+        "labs": [_labs()],
+        "findings": [_where_found(runs), bullets(_headlines(runs))],
+    }
+    for name, blocks in parts.items():
+        start, end = f"<!-- {name}: generated by `labs readme` -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = before + start + markdown.fragment(blocks) + "\n" + end + after
+    return text
+
+
+def _standing_first(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """Put runs of labs as they are now before stale ones, then GPUs first, then the newest."""
+    return sorted(sorted(runs, key=lambda folder: folder.path.name, reverse=True), key=_standing)
+
+
+def _standing(folder: RunFolder) -> tuple[bool, bool, bool]:
+    run = folder.run()
+    return manifest.is_stale(run), on_cpu(folder), run.quick
+
+
+def _plot(runs: Sequence[RunFolder]) -> list[Block]:
+    """Show one plot of a real run, if possible of a lab as it is now: a sweep of the load."""
+    if not (folder := _plotted(runs)):
+        return []
+    caption = (
+        "Throughput and TPOT against requests in flight, with bounds predicted beforehand"
+        f" ({_short(folder.run())})"
+        f"{marks(folder.run())}{_earlier(folder.run())}."
+    )
+    return [Figure(os.path.relpath(folder.path / SWEEP, ROOT), Emphasis(caption))]
+
+
+def _plotted(runs: Sequence[RunFolder]) -> RunFolder | None:
+    with_plot = (folder for folder in _standing_first(runs) if (folder.path / SWEEP).exists())
+    return next(with_plot, None)
+
+
+def _labs() -> Table:
+    """List the labs in the order of the course, each with a link to the text that teaches it."""
+    return table(
+        ("", "Lab", "Question"),
+        (
+            [str(place), Link(Code(name), _source(name)), parse(lab.question)]
+            for place, (name, lab) in enumerate(LABS.items(), 1)
+        ),
+    )
+
+
+def _source(lab: str) -> str:
+    return f"labs/{lab.replace('-', '_')}"
+
+
+def _headlines(runs: Sequence[RunFolder]) -> Iterator[Inline]:
+    """Say how the claim that a lab puts forward came out, in one run that decided it."""
+    yield from (_headline(*one) for one in _found(runs))
+
+
+def _found(runs: Sequence[RunFolder]) -> list[tuple[RunFolder, Judgement, Headline]]:
+    """Choose what the front page tells of labs, each by one run that decided its claim.
+
+    A run of the lab as it is now comes before a stale one, which is marked, one on a GPU before one
+    on a CPU, and a newer one before an older; so do labs, of which the front page has room for a
+    few. A claim that is undecided, or not valid, is no finding.
+    """
+    claims = list(_decided(_standing_first(runs)))
+    front_page = sorted(claims, key=lambda one: _standing(one[0]))[:MOST_HEADLINES]
+    return [one for one in claims if one in front_page]
+
+
+def _where_found(runs: Sequence[RunFolder]) -> Paragraph:
+    """Say on what the findings of the front page were measured, and how to read them.
+
+    What marks mean is said where a finding or the plot has some.
+    """
+    plotted = _plotted(runs)
+    shown = [*(folder for folder, *_ in _found(runs)), *([plotted] if plotted else [])]
+    return Paragraph(
+        (
+            f"{_measured_on(runs)} ",
+            parse(READING_FINDINGS),
+            " (",
+            Link("verdicts", VERDICTS),
+            ").",
+            *(part for text in _meanings(shown) for part in (" ", parse(text))),
+        )
+    )
+
+
+def _measured_on(runs: Sequence[RunFolder]) -> str:
+    """Name the kinds of machines behind the findings; each GPU is named with its finding."""
+    found = [folder for folder, *_ in _found(runs)]
+    cores = {folder.run().machine.count for folder in found if on_cpu(folder)}
+    cpus = "CPUs with two cores" if cores == {2} else "CPUs" if cores else ""
+    if not found:
+        return "Nothing has been decided yet."
+    if not all(map(on_cpu, found)):
+        return f"Measured on {f'{cpus} and on ' if cpus else ''}GPUs, which are named."
+    no_gpu = "no result from a GPU is here yet"
+    without = no_gpu if all(map(on_cpu, runs)) else "no GPU has decided one of these yet"
+    return f"Measured on {cpus}; {without}."
+
+
+def _decided(runs: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, Judgement, Headline]]:
+    """Yield each lab's claim for the front page from the first run that decided it."""
+    for lab in LABS:
+        headline = parts_of(lab).headline
+        if headline and not headline.on_front_page:
+            continue
+        judgements = (
+            (folder, judgement)
+            for folder in runs
+            if folder.lab_name == lab
+            for judgement in folder.summary().judgements
+            if headline and judgement.claim == headline.claim and judgement.expected is not None
+        )
+        if headline and (first := next(judgements, None)):
+            yield *first, headline
+
+
+def _headline(folder: RunFolder, judgement: Judgement, headline: Headline) -> Inline:
+    run = folder.run()
+    gpu = "" if on_cpu(folder) else f" on {_short(run).removeprefix('NVIDIA ')}"
+    return (
+        Link(headline.done, os.path.relpath(folder.path / "report.md", ROOT)),
+        f"{gpu}{marks(run)}: {ratio_text(judgement).removesuffix('x')} times {headline.figure}"
+        f" ({ratio_interval(judgement)}; predicted {ratio_number(judgement.prediction.value)}:"
+        f" {claim_outcome(judgement)}){_earlier(run)}.",
+    )
+
+
+def _to_report(folder: RunFolder, page_folder: Path, words: Inline) -> Inline:
+    """Link to a run's report, with the run's marks behind it."""
+    run = folder.run()
+    return (Link(words, os.path.relpath(folder.path / "report.md", page_folder)), marks(run))
+
+
+# ---------------------------------------------------------------------------- the collection's page
+
+INTRODUCTION = """\
+# Results
+
+A folder for each machine, in it one for each lab, in it one for each run. They hold data only, \
+which can be read without this code. \
+[CONTRIBUTING.md](../CONTRIBUTING.md#add-a-machine) says how to add a machine, and \
+[docs/reading-a-report.md](../docs/reading-a-report.md) how to read a report. `make readme` writes \
+this page.
+"""
+BOARD = """
+## Leaderboard
+
+The first claims of each lab on every machine. *Changed*: the lab has other settings by now. \
+*Repeated*: what became of the run's verdicts in its newest repetition, and when that was. \
+An interval covers one sitting: how much the repeats of a run vary, not what another day or \
+another machine changes. *Between sittings*: how far a claim's ratio in a reproduction on the same \
+hardware typically lies from the original's (root mean square of the logarithm of their ratio, \
+over all claims that were valid in both, in all reproductions of the lab).
+"""
+REPEATED = """
+## Reproduced
+
+Each run that was repeated with the same settings and seeds. A verdict is *reproduced* where the \
+repetition decides alike, *not reproduced* where it does not and the two intervals do not overlap, \
+and else *undecided*, as where the repetition is not valid. Where the original decided nothing \
+there is nothing to reproduce. A figure is *reproduced* where the interval of the ratio lies \
+within the margin (5% unless a claim names its own), *not reproduced* where it differs by more \
+than chance explains, and else *undecided*.
+"""
+PREDICTED = """
+## Forecasts
+"""
+ANSWERED = """
+## Questions
+
+How each question is answered. *Measured*: the reports of the labs' newest full runs, by machine. \
+*Arithmetic* and *forecast*: computed for the example that is given, by the functions of \
+[`make plan`](../docs/planning.md); nothing was measured.
+"""
+INSTRUMENTS = """
+## Instruments
+
+How accurate the lab's own instruments are, as `make bench` measured it; \
+[docs/instruments.md](../docs/instruments.md) explains the columns.
+"""
+
+
+def _collection(runs: Sequence[RunFolder]) -> str:
+    """Write the page of all machines: what was measured where, and how far to trust it."""
+    machines = bullets(
+        (Link(f.run().machine.describe(), f"{home.name}/{PAGE}"), ": every claim and answer")
+        for home, (f, *_) in _by_machine(runs).items()
+    )
+    benches = [
+        block for bench in instruments.published_benches() for block in instruments.blocks(bench)
+    ]
+    repeated = _reproduced(results.RESULTS)
+    marked = _what_marks_mean(runs)
+    parts: list[tuple[str, Sequence[Block]]] = [
+        (INTRODUCTION, [machines]),
+        (BOARD, [*marked, leaderboard(committed=True)]),
+        (ANSWERED, [*marked, _questions(runs)]),
+        (PREDICTED, [Paragraph((Link("How near predictions came", FORECASTS), MISSES))]),
+        (REPEATED, [repeated] if repeated.rows else []),
+        (INSTRUMENTS, benches),
+    ]
+    return "".join(f"{text}\n{markdown.fragment(blocks)}\n" for text, blocks in parts if blocks)
+
+
+def _what_marks_mean(runs: Sequence[RunFolder]) -> list[Block]:
+    """Say what the marks of these runs mean, where there are some."""
+    return [Paragraph(parse(" ".join(told)))] if (told := _meanings(runs)) else []
+
+
+def _meanings(runs: Sequence[RunFolder]) -> list[str]:
+    quick, dummy = any(f.run().quick for f in runs), any(f.run().dummy for f in runs)
+    return [*[STANDS_IN] * quick, *[RANDOM_WEIGHTS] * dummy]
+
+
+def _questions(runs: Sequence[RunFolder]) -> Table:
+    """Tabulate every question with its answers: runs that measured it, and what is computed."""
+    rows: list[list[Inline]] = []
+    answered = [(folder, folder.summary().answers.keys()) for folder in runs]
+    for id, question in QUESTIONS.items():
+        reports = {lab: links for lab in LABS if (links := _answering(id, lab, answered))}
+        measured = [(Code(lab), ": ", joined(links, ", ")) for lab, links in reports.items()]
+        without = computed.computed(id)
+        answers: list[Inline] = [
+            *measured,
+            *([computed.answer_with_command(without)] if without else []),
+        ]
+        if not measured:
+            answers += _would_answer(id)
+        rows.append([id, question, computed.kind_of(id, reports), joined(answers, "; ")])
+    return table(("Id", "Question", "Kind", "Answer"), rows)
+
+
+def _answering(
+    id: str, lab: str, answered: Sequence[tuple[RunFolder, Collection[str]]]
+) -> list[Inline]:
+    """Link the runs of a lab that answer a question: not those that lack figures for it."""
+    return [
+        _to_report(f, results.RESULTS, _short(f.run()))
+        for f, ids in answered
+        if id in ids and f.run().lab["name"] == lab
+    ]
+
+
+def _would_answer(id: str) -> list[Inline]:
+    """Say what would measure a question that no run answers."""
+    asking = [Code(f"make lab-{lab.name}") for lab in LABS.values() if id in lab.answers]
+    if asking:
+        return [(joined(asking, " or "), " measures it")]
+    if computed.computed(id):
+        return []
+    return [("no lab asks it yet: ", Link("adding one", "../CONTRIBUTING.md#add-a-lab"))]
+
+
+def _reproduced(page_folder: Path) -> Table:
+    """Tabulate the repetitions of each run, the newest first."""
+    rows: list[list[Inline]] = []
+    for original in sorted(_repeated(), key=lambda f: (on_cpu(f), f.path)):
+        for result in reproduction.filed_with(original, committed=True):
+            count = Counter(a.answer for a in result.answers)
+            rows.append(
+                [
+                    original.lab_name,
+                    Link(original.path.name, _link(original, page_folder)),
+                    result.by.machine.describe(),
+                    result.day,
+                    result.by.vllm or "–",
+                    result.outcome,
+                    result.verdict_counts,
+                    ", ".join(f"{count[a]} {a}" for a in ANSWER_OF_OUTCOME.values() if count[a]),
+                ]
+            )
+    return table(
+        ("Lab", "Run", "Repeated on", "When", "vLLM", "Outcome", "Verdicts", "Figures"),
+        rows,
+    )
+
+
+def _link(original: RunFolder, page_folder: Path) -> str:
+    return os.path.relpath(original.path / FILED / PAGE, page_folder)
+
+
+def _newest(original: RunFolder, page_folder: Path, committed: bool) -> Inline:
+    """Say how a run's newest repetition came out, with a link to all of them."""
+    for result in reproduction.filed_with(original, committed):
+        return Link(f"{result.verdict_counts} ({result.day})", _link(original, page_folder))
+    return "–"
+
+
+def _between_sittings(committed: bool) -> dict[str, str]:
+    """Say for each lab how far its claims' ratios lie apart between two sittings."""
+    repetitions: dict[str, list[Reproduction]] = {}
+    for folder in committed_runs() if committed else results.all_runs():
+        filed = reproduction.filed_with(folder, committed)
+        repetitions.setdefault(folder.lab_name, []).extend(filed)
+    spreads = {lab: reproduction.between_sittings(of_lab) for lab, of_lab in repetitions.items()}
+    return {
+        lab: f"{s.spread:.1%} ({counted(s.ratios, 'ratio')})" for lab, s in spreads.items() if s
+    }
+
+
+def leaderboard(committed: bool = False) -> Table:
+    """Tabulate lab x claim x machine of the newest runs, with links relative to `results/`."""
+    rows: list[list[Inline]] = []
+    runs, between_sittings = newest_runs(committed=committed), _between_sittings(committed)
+    for name in LABS:
+        entries: list[tuple[int, bool, str, list[Inline]]] = []
+        for folder in (f for f in runs if f.lab_name == name):
+            run = folder.run()
+            machine = run.machine.describe()
+            home = _to_report(folder, results.RESULTS, machine)
+            standing = Strong("changed") if manifest.is_stale(run) else "unchanged"
+            moved = between_sittings.get(name, "–")
+            repeated = _newest(folder, results.RESULTS, committed)
+            for place, j in enumerate(folder.summary().judgements[:CLAIMS_EACH]):
+                effect = [ratio_text(j), ratio_interval(j), moved, j.outcome, claim_outcome(j)]
+                cells = [name, parse(j.title), home, *effect, standing, repeated]
+                entries.append((place, on_cpu(folder), machine, cells))
+        rows += [cells for *_, cells in sorted(entries, key=lambda item: item[:3])]
+    return table(
+        (
+            "Lab",
+            "Claim",
+            "Machine",
+            "Effect",
+            "95% interval",
+            "Between sittings",
+            "Verdict",
+            "Prediction",
+            "Settings since then",
+            "Repeated",
+        ),
+        rows,
+    )
+
+
+# ----------------------------------------------------------------------------- a machine's own page
+
+CLAIM_COLUMNS = (
+    "Lab", "Claim", "Effect", "95% interval", "Predicted", "Did it hold?", "Verdict",
+)  # fmt: skip
+
+
+def _claim(folder: RunFolder, judgement: Judgement, page_folder: Path) -> list[Inline]:
+    run = folder.run()
+    return [
+        (_to_report(folder, page_folder, run.lab["name"]), _earlier(run)),
+        (parse(judgement.title), f" ({point_label(judgement.treatment, run.rebuilt_lab())})"),
+        f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
+        ratio_interval(judgement),
+        f"{ratio_number(judgement.prediction.value)}x",
+        claim_outcome(judgement),
+        parse(verdict_text(judgement)),
+    ]
+
+
+def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
+    """Build a machine's page: every claim of every lab, the checks, and the questions."""
+    first = runs[0].run()
+    here = runs[0].path.parent.parent
+    checks: list[list[Inline]] = [
+        [_lab_of(f.run()), finding.title, "passed" if finding.passed else Strong("failed")]
+        for f in runs
+        for finding in f.summary().findings
+        if finding.passed is not None
+    ]
+    claims = (_claim(f, j, here) for f in runs for j in f.summary().judgements)
+    return section(
+        f"What was measured on {first.machine.describe()}",
+        Paragraph(f"Ceilings: {ceilings_text(first.ceilings)}. Each lab's newest complete run:"),
+        *_what_marks_mean(runs),
+        _runs(runs, here, committed),
+        section("Every claim", table(CLAIM_COLUMNS, claims), Paragraph(ONE_SITTING)),
+        section("Checks that can fail", table(("Lab", "Check", "Outcome"), checks)),
+        section("Question by question", _answers(runs, here)),
+    )
+
+
+def _lab_of(run: Run) -> str:
+    """Name a run's lab, with the run's marks where it is quick; the table of runs has them all."""
+    return f"{run.lab['name']}{marks(run) if run.quick else ''}"
+
+
+def _runs(runs: Sequence[RunFolder], page_folder: Path, committed: bool) -> Table:
+    """Tabulate the runs: question, model, date, and what became of claims and predictions."""
+    rows: list[list[Inline]] = []
+    for folder in runs:
+        run, session, summary = folder.run(), folder.session(), folder.summary()
+        rows.append(
+            [
+                _to_report(folder, page_folder, run.lab["name"]),
+                parse(run.lab["question"]),
+                run.model,
+                run.environment.vllm or "–",
+                run.started_at[:16].replace("T", " "),
+                _load(run, session) if session else "–",
+                decided_text(summary.judgements),
+                predictions_text(summary.judgements),
+                _newest(folder, page_folder, committed),
+            ]
+        )
+    return table(
+        (
+            "Lab",
+            "Question",
+            "Model",
+            "vLLM",
+            "When (UTC)",
+            "Load",
+            "Claims decided",
+            "Predictions",
+            "Repeated",
+        ),
+        rows,
+    )
+
+
+def _load(run: Run, session: Session) -> str:
+    """Say how long the load took; of a resumed run only its last session is on file."""
+    last = " (last session)" if method.was_resumed(run, session) else ""
+    return f"{session.load_s / 60:.1f} min{last}"
+
+
+def _answers(runs: Sequence[RunFolder], page_folder: Path) -> Table:
+    """Tabulate how each run answers each question of its lab."""
+    rows: list[list[Inline]] = []
+    for folder in runs:
+        run, answers = folder.run(), folder.summary().answers
+        link = Link(_lab_of(run), os.path.relpath(folder.path / "report.md", page_folder))
+        rows += [
+            [id, QUESTIONS[id], (link, ": ", parse(answers.get(id, "not answered by this run")))]
+            for id in run.lab["answers"]
+        ]
+    return table(("Id", "Question", "Answered here by"), rows)

@@ -1,0 +1,381 @@
+"""Compare a repeated run with its original: which figures and verdicts came out the same.
+
+A verdict of the original is *reproduced* where the repetition decides alike, *not reproduced* where
+the two intervals have nothing in common, and else *undecided*: what the repetition measured admits
+what the original says, or it is not valid. Where the original decided nothing there is nothing to
+reproduce.
+
+The result is written beside the repetition and its records, as reproduction.json and .md. It is
+also kept with the original, in `reproductions/`, without those records: some kilobytes, by which a
+collection of results says for each run whether others measured the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from pydantic import BaseModel, computed_field
+
+from labs.harness.comparing import compare, side_by_side
+from labs.harness.comparing.compare import ComparedFigure, MachineProperty, Outcome, VerdictPair
+from labs.harness.filing import manifest
+from labs.harness.filing.bounded import DamagedError
+from labs.harness.filing.committed import tracked
+from labs.harness.filing.manifest import Fact
+from labs.harness.filing.results import RunFolder, all_runs, read_json, write_json
+from labs.harness.judging.judge import Caveat, Judgement, VerdictKind, verdict_kind
+from labs.harness.judging.machine_speed import Part, relative_speed_text
+from labs.harness.judging.text import ONE_SITTING
+from labs.harness.telling import markdown
+from labs.harness.telling.document import (
+    Block,
+    Link,
+    Paragraph,
+    Section,
+    Strong,
+    bullets,
+    parse,
+    section,
+)
+from serving import whole
+from serving.machine import Machine
+
+FILED = "reproductions"
+Answer = Literal["reproduced", "not reproduced", "undecided", "not comparable"]
+ANSWER_OF_OUTCOME: dict[Outcome, Answer] = {
+    "same": "reproduced",
+    "differs": "not reproduced",
+    "undecided": "undecided",
+    "not comparable": "not comparable",
+}
+EXIT_CODES: dict[Answer, int] = {"reproduced": 0, "not reproduced": 1, "undecided": 2}
+NOTHING = "nothing to reproduce"
+
+
+class ReproducedFigure(BaseModel, frozen=True):
+    """Says how one figure of the original came out in the repetition.
+
+    What follows from other fields is in the file for its readers, and is passed over when it is
+    read again.
+    """
+
+    row: ComparedFigure
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def answer(self) -> Answer:
+        """Return what became of the figure."""
+        return ANSWER_OF_OUTCOME[self.row.outcome]
+
+
+class Repetition(BaseModel, frozen=True, extra="forbid"):
+    """Describes the run that repeated another."""
+
+    run: str
+    started_at: str
+    machine: Machine
+    model: str
+    vllm: str | None
+    git_commit: str | None
+    git_dirty: bool | None
+
+
+class Reproduction(BaseModel, frozen=True):
+    """Holds the comparison of a run (A) with its repetition (B); read as `ReproducedFigure` is."""
+
+    original: str
+    by: Repetition
+    remark: str = ""  # written by hand, where it is filed: what was measured of a disagreement
+    verdicts: list[VerdictPair]
+    answers: list[ReproducedFigure]
+    of_machines: list[MachineProperty] = []  # of other hardware
+    not_comparable: int  # figures with a dimension, of other hardware
+    likeliest_cause: str  # of what differs
+    caveats: dict[str, list[Caveat]]
+    differences: list[Fact]
+    unrecorded: list[str]
+    same_hardware: bool
+    speeds: dict[Part, float] | None = None  # of this machine / the original's, where both timed it
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def outcome(self) -> Answer:
+        """Answer for the run as a whole: reproduced where every verdict of the original is."""
+        answers = {ANSWER_OF_OUTCOME[v.outcome] for v in self.verdicts} - {"not comparable"}
+        if "not reproduced" in answers:
+            return "not reproduced"
+        return "reproduced" if answers == {"reproduced"} else "undecided"
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0, 1 or 2: reproduced, not reproduced, undecided."""
+        return EXIT_CODES[self.outcome]
+
+    @property
+    def apart(self) -> list[ComparedFigure]:
+        """Return the figures that were not reproduced, or are undecided."""
+        return [a.row for a in self.answers if a.answer != "reproduced"]
+
+    @property
+    def verdict_counts(self) -> str:
+        """Count what became of the original's verdicts: `3 reproduced, 1 undecided`."""
+        count = Counter(ANSWER_OF_OUTCOME[v.outcome] for v in self.verdicts)
+        return ", ".join(f"{count[a]} {a}" for a in EXIT_CODES if count[a]) or NOTHING
+
+    @property
+    def day(self) -> str:
+        """Return the date on which the repetition started."""
+        return self.by.started_at[:10]
+
+
+def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
+    """Compare a repetition with its original, and write reproduction.json and .md beside it.
+
+    Raises LabError where the two are not comparable.
+    """
+    comparison = compare.compare(
+        compare.read_side(str(original.path)), compare.read_side(str(new.path))
+    )
+    rows = [*comparison.rows, *comparison.effects]
+    run = new.run()
+    result = Reproduction(
+        original=comparison.a,
+        by=Repetition(
+            run=run.run_id,
+            started_at=run.started_at,
+            machine=run.machine,
+            model=run.model,
+            vllm=run.environment.vllm,
+            git_commit=run.environment.git_commit,
+            git_dirty=run.environment.git_dirty,
+        ),
+        verdicts=comparison.verdicts,
+        answers=[ReproducedFigure(row=row) for row in rows],
+        of_machines=comparison.of_machines,
+        not_comparable=comparison.left_out,
+        likeliest_cause=likeliest_cause(comparison.verdicts, rows, comparison.differences),
+        caveats=comparison.caveats,
+        differences=comparison.differences,
+        unrecorded=comparison.unrecorded,
+        same_hardware=comparison.same_hardware,
+        speeds=comparison.speeds,
+    )
+    write_json(new.path / "reproduction.json", result)
+    page = section(
+        f"The run as a whole: {result.outcome}",
+        *_blocks(result),
+        section("Every figure", side_by_side.figure_table(rows)),
+    )
+    whole.write(new.path / "reproduction.md", markdown.document(page))
+    return result
+
+
+@dataclass(frozen=True)
+class BetweenSittings:
+    """Says how far the ratios of claims lie apart between a run and its repetitions."""
+
+    spread: float  # root mean square of the log ratio, as a fraction: 0.05 means 5%
+    ratios: int
+
+
+def between_sittings(repetitions: Sequence[Reproduction]) -> BetweenSittings | None:
+    """Pool the claims of repetitions on the same hardware; None where none has a valid ratio."""
+    logs = [
+        math.log(verdict.b_ratio.value / verdict.a_ratio.value)
+        for repetition in repetitions
+        if repetition.same_hardware
+        for verdict in repetition.verdicts
+        if verdict.a_ratio and verdict.b_ratio
+        if not {verdict.a, verdict.b} & set(compare.NO_VERDICT)
+    ]
+    if not logs:
+        return None
+    spread = math.expm1(math.sqrt(fmean(log**2 for log in logs)))
+    return BetweenSittings(spread=spread, ratios=len(logs))
+
+
+def likeliest_cause(
+    verdicts: Sequence[VerdictPair], rows: Sequence[ComparedFigure], differences: Sequence[Fact]
+) -> str:
+    """Say which difference most likely explains what was not reproduced; empty where all was."""
+    outcomes = [*(v.outcome for v in verdicts), *(r.outcome for r in rows)]
+    return manifest.likeliest_cause(differences) if "differs" in outcomes else ""
+
+
+def sentences(result: Reproduction) -> list[str]:
+    """Say in a few sentences which verdicts and figures came out the same."""
+    count = Counter(a.answer for a in result.answers)
+    count["not comparable"] += result.not_comparable
+    counts = ", ".join(f"{count[a]} {a}" for a in ANSWER_OF_OUTCOME.values() if count[a])
+    texts = [
+        f"The run as a whole: {result.outcome}. Verdicts: {result.verdict_counts}.",
+        f"Figures: {counts}.",
+    ]
+    texts += [
+        _verdict_sentence(v) for v in result.verdicts if v.outcome in ("differs", "undecided")
+    ]
+    if result.speeds:
+        here, there = "This machine", "the original's"
+        texts.append(f"{relative_speed_text(here, result.speeds, there)}.")
+    if not result.same_hardware:
+        texts.append(
+            "Different hardware: only dimensionless figures are compared. MBU and MFU are"
+            " properties of each machine."
+        )
+    if result.likeliest_cause:
+        texts.append(f"Likeliest cause of what differs: {result.likeliest_cause}.")
+    if result.unrecorded:
+        texts.append(f"One of the manifests does not record {', '.join(result.unrecorded)}.")
+    return texts
+
+
+def _verdict_sentence(verdict: VerdictPair) -> str:
+    """Say what was measured on both sides of a verdict that was not reproduced."""
+    there, here = verdict.a_ratio, verdict.b_ratio
+    a, b = (
+        side_by_side.outcome_with_ratio(*side) for side in ((verdict.a, there), (verdict.b, here))
+    )
+    answer = ANSWER_OF_OUTCOME[verdict.outcome]
+    where = verdict.where.replace(" / ", " beside ").replace("/", ", ")
+    text = f"{verdict.title} ({where}), {answer}: {a} in the original; {b} in the repetition"
+    if there and here and here.low is not None and here.high is not None:
+        inside = here.low <= there.value <= here.high
+        text += ", an interval that contains the original value" * inside
+    return text + "."
+
+
+# ------------------------------------------------------------------------- filed with the original
+
+
+def original_of(folder: RunFolder) -> RunFolder | None:
+    """Find the run that this one repeats; None where it is not recorded here."""
+    wanted = folder.run().reproduces
+    return next((f for f in all_runs() if f.path.name == wanted), None)
+
+
+def file_with_original(result: Reproduction, original: RunFolder) -> Path:
+    """Keep the result with the original; a remark that was written there by hand stays.
+
+    The page of a published run shows published repetitions alone, so a new one leaves it as it is.
+    """
+    path = original.path / FILED / f"{result.by.run}.json"
+    remark = read_json(path, Reproduction).remark if path.exists() else ""
+    write_json(path, result.model_copy(update={"remark": remark}))
+    if filed_with(original, committed=True):
+        whole.write(path.with_name("README.md"), markdown.document(page(original)))
+    return path
+
+
+def judge_again(original: RunFolder) -> list[Path]:
+    """Judge the results kept with a run by today's rules, and return the files that changed.
+
+    The original's side is read from its summary. Of the repetition the ratios with their intervals
+    are on file, from which its verdicts follow; those that it withheld stay withheld.
+    """
+    judgements = {(j.claim, j.where): j for j in original.summary().judgements}
+    changed = []
+    for path in _files(original):
+        before = read_json(path, Reproduction)
+        verdicts = [_judged_again(v, judgements.get((v.claim, v.where))) for v in before.verdicts]
+        rows = compare.of_claims([a.row for a in before.answers], list(judgements.values()))
+        (rows,) = compare.judged([rows])
+        after = before.model_copy(
+            update={
+                "verdicts": verdicts,
+                "answers": [ReproducedFigure(row=row) for row in rows],
+                "likeliest_cause": likeliest_cause(verdicts, rows, before.differences),
+            }
+        )
+        text = path.read_text()
+        write_json(path, after)
+        if path.read_text() != text:
+            changed.append(path)
+    return changed
+
+
+def _judged_again(pair: VerdictPair, now: Judgement | None) -> VerdictPair:
+    """Judge both sides of a verdict by the claim's margin of today."""
+    if now is None:
+        return pair
+    b: VerdictKind | str = pair.b
+    if pair.b_ratio and pair.b not in compare.NO_VERDICT:
+        b = verdict_kind(pair.b_ratio, now.metric, now.margin)
+    return pair.model_copy(update={"a": now.outcome, "a_ratio": now.ratio, "b": b})
+
+
+def filed_with(original: RunFolder, committed: bool = False) -> list[Reproduction]:
+    """Read the results kept with a run, newest first; with `committed`, those that git tracks."""
+    paths = _files(original)
+    if committed:
+        paths = tracked(paths, original.path)
+    return [read_json(path, Reproduction) for path in paths]
+
+
+def _files(original: RunFolder) -> list[Path]:
+    return sorted((original.path / FILED).glob("*.json"), reverse=True)
+
+
+def page(original: RunFolder) -> Section:
+    """Write how every published repetition of a run came out, for its `reproductions/`."""
+    title = parse(original.run().lab["title"])
+    results = filed_with(original, committed=True)
+    return section(
+        (Link(title, "../report.md"), ", repeated"),
+        *(section(f"{result.day}: {result.outcome}", *_blocks(result)) for result in results),
+    )
+
+
+def problems(original: RunFolder) -> list[str]:
+    """List what is wrong with the results kept with a run; empty when they are well formed."""
+    texts = []
+    try:
+        decided = {(j.claim, j.where): j.outcome for j in original.summary().judgements}
+    except (OSError, ValueError):
+        return []  # the check of the run itself reports it
+    for path in _files(original):
+        name = path.relative_to(original.path)
+        try:
+            result = read_json(path, Reproduction)
+        except DamagedError as error:
+            texts.append(str(error))
+            continue
+        if path.stem != result.by.run or Path(result.original).name != original.path.name:
+            texts.append(f"{name} is about another run, or was renamed")
+        elif {(v.claim, v.where): v.a for v in result.verdicts if v.a != "missing"} != decided:
+            texts.append(
+                f"{name} is about other verdicts than this run's: `make report` judges it again"
+            )
+    return texts
+
+
+def _blocks(result: Reproduction) -> list[Block | None]:
+    """Describe one repetition in sentences, then in tables."""
+    by = result.by
+    code = f"commit {by.git_commit[:12]}" if by.git_commit else "a commit that is not on file"
+    code += " with uncommitted changes" * bool(by.git_dirty)
+    return [
+        Paragraph(
+            f"A is the original, {result.original}; B was run on {by.machine.describe()} with vLLM"
+            f" {by.vllm or 'unknown'}, {by.model}, {code} ({by.run})."
+        ),
+        bullets((*sentences(result), ONE_SITTING)),
+        Paragraph((Strong("Remark."), " ", parse(result.remark))) if result.remark else None,
+        *(
+            section(title, table)
+            for title, table in {
+                "Verdicts": side_by_side.verdict_table(result.verdicts),
+                "What was not reproduced, or is undecided": side_by_side.figure_table(result.apart),
+                "Properties of the machines": side_by_side.machine_table(result.of_machines),
+                "Validity": side_by_side.validity_table(result.caveats),
+                "What differs in how they were run": side_by_side.difference_table(
+                    result.differences
+                ),
+            }.items()
+        ),
+    ]

@@ -1,0 +1,147 @@
+"""Give findings, answers and plots their view of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from labs.harness.filing.results import Predictions, Run, RunFolder, Summary
+from labs.harness.judging.judge import (
+    Caveat,
+    Effect,
+    ForecastAtPoint,
+    Influences,
+    Interval,
+    Judgement,
+    Sampling,
+    over_repeats,
+)
+from labs.harness.judging.metrics import Repeats
+from labs.harness.judging.text import times_with_interval
+from labs.harness.judging.timeline import Timeline
+from labs.harness.spec import Lab, Point
+
+Facts = TypeVar("Facts")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Gives findings a run; `values[point][repeat][metric]` holds the measurements."""
+
+    folder: RunFolder
+    run: Run
+    lab: Lab
+    points: list[Point]
+    values: Mapping[str, Repeats]
+    caveats: Sequence[Caveat] = ()
+    influences: Mapping[str, Influences] = field(default_factory=dict)
+    computed: dict[Callable[[Context], Any], Any] = field(
+        default_factory=dict, init=False, compare=False
+    )
+
+    def once(self, compute: Callable[[Context], Facts]) -> Facts:
+        """Computes a function of this run once, however many callers need it."""
+        if compute not in self.computed:
+            self.computed[compute] = compute(self)
+        facts: Facts = self.computed[compute]
+        return facts
+
+    @property
+    def sampling(self) -> Sampling:
+        """Tells how the run's repeats came about."""
+        return self.once(_sampling)
+
+    @property
+    def predictions(self) -> Predictions:
+        """Returns what was written down before the engines started; empty without its file."""
+        return self.once(_predictions)
+
+    @property
+    def played(self) -> Mapping[str, Timeline]:
+        """Returns the kept play of each point in virtual time; none where none was kept."""
+        forecasts = self.predictions.in_virtual_time
+        return forecasts.timelines if forecasts else {}
+
+    def rows(self, point: Point) -> Collection[Mapping[str, float | None]]:
+        """Returns the measurements of a point, one mapping a repeat."""
+        return self.values.get(point.key, {}).values()
+
+    def mean(self, point: Point, metric: str) -> float | None:
+        """Averages the metric over the repeats that have it."""
+        interval = self.interval(point, metric)
+        return interval.value if interval else None
+
+    def interval(self, point: Point, metric: str) -> Interval | None:
+        """Averages the metric over the repeats that have it, with a 95% interval."""
+        return over_repeats(self.values.get(point.key, {}), metric)
+
+    def effect(self, treatment: Point, baseline: Point, metric: str) -> Effect | None:
+        """Compares two points as a claim does: treatment / baseline; None without both."""
+        return self.sampling.effect(self.values, (treatment.key, baseline.key), metric)
+
+    def withholds(self, metric: str, *points: Point) -> bool:
+        """Tells whether a caveat withholds verdicts on a metric at any of these points.
+
+        An effect between them is then not valid: nothing is ranked, won or lost by it.
+        """
+        return any(c.hits(metric, *(p.key for p in points)) for c in self.caveats)
+
+    def point(self, variant: str, workload: str, load: str) -> Point | None:
+        wanted = (variant, workload, load)
+        return next(
+            (p for p in self.points if (p.variant.name, p.workload.name, str(p.load)) == wanted),
+            None,
+        )
+
+    def mean_at(self, variant: str, workload: str, users: int, metric: str) -> float | None:
+        """Averages over repeats with so many users in a closed loop; None if not measured."""
+        point = self.point(variant, workload, f"concurrent:{users}")
+        return self.mean(point, metric) if point else None
+
+
+def _sampling(context: Context) -> Sampling:
+    sampling = context.folder.sampling(context.points, context.lab)
+    return replace(sampling, influences=context.influences)
+
+
+def _predictions(context: Context) -> Predictions:
+    if (context.folder.path / "predictions.json").exists():
+        return context.folder.predictions()
+    return Predictions(effects={}, forecasts={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedRun(Context):
+    """Adds the summary, which plots and the answers to the lab's questions read as well."""
+
+    summary: Summary
+
+    @classmethod
+    def of(cls, context: Context, summary: Summary) -> JudgedRun:
+        of_context = {f.name: getattr(context, f.name) for f in fields(context) if f.init}
+        run = cls(**of_context, summary=summary)
+        run.computed.update(context.computed)
+        return run
+
+    def forecast(self, point: Point, metric: str) -> ForecastAtPoint | None:
+        """Returns the point's figure as it was forecast, with its band; None without a forecast."""
+        known = {(f.point, f.metric): f for f in self.summary.in_virtual_time}
+        return known.get((point.key, metric))
+
+    def forecast_ratio(self, above: Point, below: Point, metric: str) -> float | None:
+        """Divides two points' forecasts of a metric; None without both.
+
+        It has no band: a machine that is faster than expected is so at both points.
+        """
+        top, bottom = self.forecast(above, metric), self.forecast(below, metric)
+        return top.value / bottom.value if top and bottom and bottom.value else None
+
+    def judged(self, claim: str) -> list[Judgement]:
+        """Returns the valid judgements of a claim, one a pair of points."""
+        return [j for j in self.summary.judgements if j.claim == claim and j.outcome != "not valid"]
+
+    def ratio(self, claim: str) -> str | None:
+        """Gives treatment / baseline with its interval, at the first judged pair of points."""
+        ratio = next((j.effect.ratio for j in self.judged(claim) if j.effect), None)
+        return times_with_interval(ratio) if ratio else None

@@ -1,0 +1,167 @@
+"""Draw plots as SVG in the colours of `dashboards.palette`; equal data gives equal bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from numpy.typing import NDArray
+
+from labs.harness.filing.results import Band
+from labs.harness.judging.judge import ForecastAtPoint, Interval
+
+mpl.use("svg")
+mpl.rcdefaults()  # whatever the reader's own `matplotlibrc` says
+mpl.rcParams.update(
+    {
+        "svg.hashsalt": "labs",  # the same data gives the same file
+        "svg.fonttype": "none",  # text stays text: a third of the size, and it can be searched
+        "font.sans-serif": ["DejaVu Sans", "Verdana"],  # of the same widths, wherever it is read
+        "figure.constrained_layout.use": True,
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "savefig.facecolor": "white",
+    }
+)
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+__all__ = [
+    "BANDS", "GREY", "PLAYED", "aside", "draw_forecasts", "draw_forecasts_of_two",
+    "draw_logarithmic", "legend_above", "legend_of_all", "plt", "reach", "thinned",
+]  # fmt: skip
+
+GREY = "#666666"
+BANDS = " Grey is what was forecast before any engine started, with its band."  # for captions
+PLAYED = (
+    " Grey is how vLLM's scheduler played the same requests in virtual time, before any engine"
+    " started."
+)  # for captions
+MOST_DRAWN = 20_000  # points of one line; a page has few of them
+
+
+def draw_forecasts(
+    ax: Axes,
+    x: Sequence[float],
+    forecasts: Sequence[ForecastAtPoint | None],
+    scale: float = 1,
+    colour: str = GREY,
+    label: str = "forecast, with its band",
+) -> bool:
+    """Draw each forecast as a short line on its band, at its place x; tell whether any was drawn.
+
+    `scale` multiplies the figures into the unit of the axis.
+    """
+    known = [(at, f) for at, f in zip(x, forecasts, strict=True) if f]
+    if not known:
+        return False
+    at = [a for a, _ in known]
+    ax.vlines(
+        at,
+        [scale * f.low for _, f in known],
+        [scale * f.high for _, f in known],
+        color=colour,
+        alpha=0.4,
+        lw=9,
+        zorder=3,
+        label=label,
+    )
+    ax.plot(at, [scale * f.value for _, f in known], "_", color=colour, ms=13, mew=2, zorder=3)
+    return True
+
+
+def draw_forecasts_of_two(
+    ax: Axes,
+    forecasts: Sequence[tuple[ForecastAtPoint | Band | None, ForecastAtPoint | Band | None]],
+    across: Callable[[float], float],
+    label: str = "forecast, with its bands",
+    colour: str = GREY,
+) -> bool:
+    """Draw forecasts of two figures as crosses over both bands; tell whether any was drawn.
+
+    Of each pair the first is drawn across, changed by the monotonic function `across`, and the
+    second upwards. A pair that lacks one is left out.
+    """
+    known = [(x, y) for x, y in forecasts if x and y and x.value and x.low and x.high]
+    for x, y in known:
+        left, right = sorted((across(x.low), across(x.high)))
+        ax.hlines(y.value, left, right, color=colour, alpha=0.4, lw=3, zorder=1, label=label)
+        ax.vlines(across(x.value), y.low, y.high, color=colour, alpha=0.4, lw=3, zorder=1)
+        label = "_nolegend_"
+    return bool(known)
+
+
+def reach(intervals: Sequence[Interval | None], scale: float = 1) -> list[list[float]]:
+    """List how far intervals reach below and above their values; 0 where one is not known.
+
+    This is what matplotlib takes as `yerr`. Where a mean's interval is one of its logarithm, the
+    upper part is longer. `scale` multiplies the figures into the unit of the axis.
+    """
+    below = [scale * (i.value - i.low) if i and i.low is not None else 0.0 for i in intervals]
+    above = [scale * (i.high - i.value) if i and i.high is not None else 0.0 for i in intervals]
+    return [below, above]
+
+
+def aside(place: int, series: int) -> float:
+    """Return by what factor to move one of several series across a logarithmic axis.
+
+    The intervals of two series at one place then stand beside each other.
+    """
+    return float(2 ** (0.15 * (place - (series - 1) / 2)))
+
+
+def draw_logarithmic(ax: Axes) -> None:
+    """Make both axes logarithmic over what has been drawn, with plain numbers."""
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        write_plainly(axis)
+
+
+def write_plainly(axis: Axis) -> None:
+    """Write plain numbers, no powers of ten, on a logarithmic axis: few on a long one.
+
+    That is 1, 2 and 5 times each power of ten; beyond two of these powers, 1 and 3 times; beyond
+    four, the powers alone. Call it when all is drawn.
+    """
+    low, high = axis.get_view_interval()
+    span = high / low
+    axis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if span < 100 else (1, 3) if span < 1e4 else (1,))
+    )
+    axis.set_major_formatter("{x:,.7g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def legend_above(ax: Axes) -> None:
+    """Put the legend above the axes, where it hides no figure."""
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
+
+
+def legend_of_all(figure: Figure, axes: Iterable[Axes]) -> None:
+    """Put one legend above all axes of a figure, with each of their labels once."""
+    known = (zip(*ax.get_legend_handles_labels(), strict=True) for ax in axes)
+    by_label = {label: drawn for of in known for drawn, label in of}
+    figure.legend(
+        by_label.values(), by_label, loc="outside upper center", ncols=len(by_label), frameon=False
+    )
+
+
+def thinned(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Thin out a line that has more points than can be seen; a shorter one stays as it is.
+
+    Of each of many equal stretches its ends, its lowest and its highest point are kept.
+    """
+    if len(x) <= MOST_DRAWN:
+        return x, y
+    stretches = np.array_split(np.arange(len(x)), MOST_DRAWN // 4)
+    kept = np.unique([(s[0], s[np.argmin(y[s])], s[np.argmax(y[s])], s[-1]) for s in stretches])
+    return x[kept], y[kept]

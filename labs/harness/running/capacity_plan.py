@@ -1,0 +1,612 @@
+"""Plan the serving of a model on machines that are not here: does it fit, how many, at what price?
+
+A model's memory is arithmetic. Everything about time is a forecast: vLLM's own scheduler in virtual
+time, over steps from a datasheet and published efficiencies (`serving/forecasting/`), or over one
+that a run on file timed (`machines_on_file.py`). Nothing here is measured, and nothing is recorded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from labs.harness import theory
+from labs.harness.filing.results import Band
+from labs.harness.judging.measure import in_time, percentile
+from labs.harness.running.forecaster import Forecaster, play_all, side_by_side
+from labs.harness.running.machines_on_file import DEFAULT_BUDGET_TOKENS, MachineOnFile
+from labs.harness.running.progress import ProgressDisplay
+from labs.harness.running.prompt_files import usable_cores
+from labs.harness.running.resolve import machine_of
+from labs.harness.running.step_timing import ends_of_band, is_eight_bit
+from labs.harness.running.virtual_trials import as_one_gpu, defaults_on_a_gpu, records
+from labs.harness.spec import SLO, LabError
+from labs.harness.telling.capacity_plans import (
+    Alone,
+    CapacityPlan,
+    Demand,
+    Fit,
+    FleetForecast,
+    Latencies,
+    Price,
+    RateForecast,
+    over,
+)
+from loadtests.arrivals import Poisson
+from serving import dummy, models
+from serving.engines.base import FlagValue
+from serving.engines.vllm import CPU_KV_BYTES, PROCESS_BYTES, Vllm, VllmFlags, usable_bytes
+from serving.forecasting.datasheet import ENDS, reason_against_sharing, step_times
+from serving.forecasting.fleet import serial_delays
+from serving.forecasting.plan import (
+    ForecastPlan,
+    ForecastPlay,
+    PlannedEngine,
+    PlannedTrial,
+    SyntheticRequest,
+)
+from serving.forecasting.step import Piece, Step, StepTimes
+from serving.forecasting.traffic import Traffic
+from serving.gpus import Datasheet
+from serving.host_memory import available_bytes
+from serving.machine import Machine
+from serving.models import Model, ModelError, Shape
+
+PRECISIONS = ("bf16", "fp8", "w8a8", "w4a16-gptq")
+DEFAULT_SHAPE = "llama-8b"
+SHARE = 0.95  # of the requests must meet the objective
+GRIDS = ((0.4, 0.6, 0.75, 0.9, 1.05, 1.25), (1.5, 1.9, 2.4, 3.0))
+"""Rates tried, in units of the closed form's estimate; the second where a faster step serves all of
+the first."""
+FEWEST = 500  # requests that count in a play
+MOST_REPLICAS = 64
+LONGEST_OUTPUT = 4  # drawn outputs are cut at so many times their mean
+MOST_PROCESSES = 16  # that play loads side by side
+FORECASTER_BYTES = 1.5e9  # of memory for each of them, and for every request of its longest play
+REQUEST_BYTES = 4e3
+
+
+@dataclass(frozen=True)
+class Question:
+    """Holds what a reader wants to serve: a model, on a GPU, for a demand, within an objective.
+
+    The GPU is one with a datasheet, or a machine on file.
+    """
+
+    model: Model
+    precision: str
+    card: str
+    demand: Demand
+    slo: SLO
+    gpus: int = 1  # that share each layer of a replica
+    replicas: int | None = None  # None: as many as the demand needs
+    routers: tuple[str, ...] = ()
+    usd_per_hour: float | None = None
+    api_usd_per_million: float | None = None
+    on_file: MachineOnFile | None = None  # in the place of the GPU
+
+
+def model_named(machine: Machine, name: str) -> Model:
+    """Find a shape that ships with the lab, or the model in a folder; raises ModelError."""
+    name = name or DEFAULT_SHAPE
+    if not (folder := Path(name)).is_dir():
+        return dummy.resolve(machine, name)
+    if models.is_quantized(folder):
+        raise ModelError(
+            f"MODEL={name} holds quantized weights: give the model before quantization, and"
+            " PRECISION= for how it is to be served"
+        )
+    return models.resolve(machine, name)
+
+
+def model_on_file(on_file: MachineOnFile, name: str) -> Model:
+    """Find the model whose step was timed on a machine; raises ModelError."""
+    found = dummy.resolve if on_file.dummy else models.resolve
+    model = found(on_file.machine, name or on_file.model)
+    return models.as_served(model, on_file.shape.value_bytes)
+
+
+def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
+    """Answer a question about capacity. Raises LabError where a setting is impossible."""
+    on_file = question.on_file and question.on_file.covering(DEFAULT_BUDGET_TOKENS)
+    if on_file:
+        machine = on_file.machine
+        served, fits = _on_file(question, on_file)
+    else:
+        machine, sheet = machine_of(question.card)
+        if sheet is None:
+            raise LabError("a plan is made for a machine that is not here: name one with MACHINE=")
+        if why := reason_against_sharing(question.model.shape, sheet, question.gpus):
+            raise LabError(f"TP={question.gpus}: {why}")
+        served = Served.of(question.model, question.precision, machine, sheet, question.gpus)
+        fits = tuple(_fits(question, machine, sheet))
+    answer = CapacityPlan(
+        model=question.model.name.removesuffix(dummy.SUFFIX),
+        card=machine.model if machine.kind == "gpu" else machine.describe(),
+        on_cpu=machine.kind == "cpu",
+        run=on_file.run if on_file else "",
+        precision=question.precision,
+        gpus=question.gpus,
+        demand=question.demand,
+        slo=question.slo,
+        share=SHARE,
+        fits=fits,
+    )
+    if served.room_tokens < question.demand.tokens:
+        return answer
+    longest = max((prompt + output for _, prompt, output in question.demand.trace), default=0)
+    if (longest := max(longest, math.ceil(question.demand.tokens))) > served.most_tokens:
+        raise LabError(
+            f"the longest request has {longest:,} tokens, and {answer.model} so served takes"
+            f" {served.most_tokens:,} at most: shorten LENGTHS or the TRACE, or choose another"
+            " MACHINE or MODEL"
+        )
+    answer = replace(answer, alone=_request_alone(served, question.demand))
+    with side_by_side(processes(len(question.demand.trace))) as forecasters:
+        player = _Player(served, question, forecasters, progress)
+        rates = tuple(_rates(player))
+        answer = replace(answer, rates=rates, capacity_per_s=_capacity(rates))
+        needed = _needed(answer, question)
+        if needed and question.routers and question.demand.rate_per_s:
+            fleets = tuple(_fleets(player, needed))
+            answer = replace(answer, replicas=needed, fleets=fleets)
+    return replace(answer, price=_price(question, answer))
+
+
+# ------------------------------------------------------------------------------------- arithmetic
+
+
+@dataclass(frozen=True)
+class Served:
+    """Holds a model as one replica serves it, on a machine or on GPUs that share each layer."""
+
+    model: Model
+    flags: VllmFlags
+    steps: tuple[StepTimes, ...]  # at each of ENDS
+    bandwidth_bytes_per_s: float  # of the memory: the datasheet's, or as it was measured
+    on_cuda: bool = True
+
+    @classmethod
+    def of(
+        cls, model: Model, precision: str, machine: Machine, sheet: Datasheet, gpus: int = 1
+    ) -> Served:
+        """Serve it on a GPU by its datasheet, or on several. Raises ModelError."""
+        if precision != "bf16":
+            folder = dummy.derive(model, precision)
+            model = models.load(folder, folder.name)
+        config = json.loads((model.path / "config.json").read_text())
+        shared: dict[str, FlagValue] = {"tensor-parallel-size": gpus}
+        flags = as_one_gpu({**defaults_on_a_gpu(machine, model.shape, shared), **shared})
+        eight_bit = is_eight_bit(config)
+        steps = (step_times(model.shape, sheet, e, eight_bit=eight_bit, gpus=gpus) for e in ENDS)
+        return cls(model, flags, tuple(steps), gpus * sheet.memory_bandwidth_bytes_per_s)
+
+    @classmethod
+    def on_file(cls, model: Model, on_file: MachineOnFile) -> Served:
+        """Serve it as it is on a machine by what a run there timed."""
+        machine = on_file.machine
+        return cls(
+            model,
+            defaults_on_a_gpu(machine, model.shape, {})
+            if machine.kind == "gpu"
+            else defaults_on_a_cpu(machine, model.shape),
+            ends_of_band(on_file.step, on_file.spread),
+            on_file.ceilings.memory_bandwidth_bytes_per_s,
+            on_cuda=machine.kind == "gpu",
+        )
+
+    @property
+    def room_tokens(self) -> float:
+        """The tokens for which the KV cache has room."""
+        bytes_left = max(0, self.flags.kv_cache_memory_bytes)
+        return theory.kv_tokens(self.model.shape, bytes_left, 2, self.flags.block_size)
+
+    @property
+    def most_tokens(self) -> int:
+        """The tokens of the longest request: one fills the cache, or all of the positions."""
+        return min(self.model.shape.max_positions, int(self.room_tokens)) - 1
+
+    def fit(self, precision: str, memory_bytes: float, demand: Demand) -> Fit:
+        """Say how it fits so much memory, and how many requests of a demand fit beside it."""
+        shape = self.model.shape
+        return Fit(
+            precision,
+            shape.held_bytes,
+            memory_bytes,
+            shape.kv_bytes_per_token(),
+            self.room_tokens,
+            self.room_tokens / demand.tokens,
+        )
+
+    def argv(self, longest_tokens: int) -> tuple[str, ...]:
+        more = {"max-model-len": longest_tokens, "enable-prefix-caching": True}
+        return (
+            *(*Vllm.model_argv(self.model.path), "--load-format", "dummy"),
+            *Vllm.flag_argv({**self.flags, **more}),
+        )
+
+
+def defaults_on_a_cpu(machine: Machine, shape: Shape) -> VllmFlags:
+    """Return vLLM's own settings on a CPU that a plan needs, with eager steps, as are timed there.
+
+    The KV cache has what vLLM takes by default, or what weights and processes leave if that is
+    less.
+    """
+    left_bytes = machine.memory_bytes - shape.held_bytes - PROCESS_BYTES
+    return VllmFlags(
+        {
+            "block-size": 16,
+            "kv-cache-memory-bytes": int(min(CPU_KV_BYTES, left_bytes)),
+            "enforce-eager": True,
+        }
+    )
+
+
+def _on_file(question: Question, on_file: MachineOnFile) -> tuple[Served, tuple[Fit, ...]]:
+    """Serve a model on a machine on file, and say how it fits. Raises LabError."""
+    on_file.require(question.model)
+    if question.precision != "bf16" or question.gpus != 1:
+        raise LabError(
+            f"on {on_file.machine.slug} one device's step in BF16 was timed: leave PRECISION and TP"
+            " out, or name a GPU by its datasheet with MACHINE="
+        )
+    served = Served.on_file(question.model, on_file)
+    kv_bytes = max(0, served.flags.kv_cache_memory_bytes)
+    return served, (served.fit("bf16", served.model.shape.held_bytes + kv_bytes, question.demand),)
+
+
+def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fit]:
+    for precision in PRECISIONS:
+        try:
+            served = Served.of(question.model, precision, machine, sheet, question.gpus)
+        except ModelError:  # quantized experts, for example
+            continue
+        memory_bytes = question.gpus * usable_bytes(machine.memory_bytes)
+        yield served.fit(precision, memory_bytes, question.demand)
+
+
+def _request_alone(served: Served, demand: Demand) -> Alone:
+    shape = served.model.shape
+    context = int(demand.prompt_tokens + demand.output_tokens / 2)
+    step_s = [times.seconds(Step([Piece(1, context)], 1)) for times in served.steps]
+    prompt_s = [
+        times.seconds(Step([Piece(int(demand.prompt_tokens), 0)], 1)) for times in served.steps
+    ]
+    ceiling = served.bandwidth_bytes_per_s / theory.decode_bytes(shape, 1, context)
+    return Alone(ceiling, over([1 / s for s in step_s]), over(prompt_s))
+
+
+def _estimate_per_s(served: Served, question: Question) -> float:
+    """Estimate the rate at which TPOT reaches its limit, by a closed form: the grid's middle.
+
+    With b requests in flight a request's share of the engine is its own prefill and its part of
+    the steps; the largest batch is the one that keeps TPOT, or fills the cache.
+    """
+    demand, times = question.demand, served.steps[0]
+    shared = demand.document_tokens * demand.documents < served.room_tokens / 2
+    prompt = int(demand.prompt_tokens)
+    cached = min(prompt - 1, demand.document_tokens) if shared else 0
+    best = 0.0
+    for batch in (2**i for i in range(11)):
+        request_s = times.request_s(batch, prompt, demand.output_tokens, cached)
+        if batch > 1 and (
+            request_s / demand.output_tokens > question.slo.tpot_s
+            or batch * demand.tokens > served.room_tokens
+        ):
+            break
+        best = batch / request_s
+    return best
+
+
+# -------------------------------------------------------------------------------------- forecasts
+
+
+def _rates(player: _Player) -> Iterator[RateForecast]:
+    """Forecast one replica at rates on both sides of its capacity, if they are found."""
+    middle = _estimate_per_s(player.served, player.question)
+    for grid in GRIDS:
+        rates = [float(f"{middle * factor:.2g}") for factor in grid]
+        tried = list(_rate_forecasts(player, rates))
+        yield from tried
+        if tried[-1].within.high < SHARE:
+            return
+
+
+def _rate_forecasts(player: _Player, rates: Sequence[float]) -> Iterator[RateForecast]:
+    """Forecast one replica at these rates, as expected, with a faster and with a slower step."""
+    jobs = [
+        _Job(load, end)
+        for load in (_drawn(player.question, rate, player.served.most_tokens) for rate in rates)
+        for end in range(len(ENDS))
+    ]
+    plays = player.play(jobs, "one replica")
+    for rate, (expected, *ends) in zip(rates, by_load(plays), strict=True):
+        yield RateForecast(rate, expected, over([p.within for p in (expected, *ends)]))
+
+
+def by_load(plays: Sequence[Latencies]) -> list[Sequence[Latencies]]:
+    """Group plays of which each load has one at each end of the band."""
+    return [plays[first : first + len(ENDS)] for first in range(0, len(plays), len(ENDS))]
+
+
+def _capacity(rates: Sequence[RateForecast]) -> Band | None:
+    """Find the largest rate that meets the objective; None where the lowest tried does not.
+
+    Between two tried rates the share is interpolated. The ends of the band are those of a faster
+    and a slower step.
+    """
+    expected, slower, faster = (
+        _crossing([(r.rate_per_s, share) for r, share in zip(rates, shares, strict=True)])
+        for shares in (
+            [r.expected.within for r in rates],
+            [r.within.low for r in rates],
+            [r.within.high for r in rates],
+        )
+    )
+    if not expected:
+        return None
+    return Band(value=expected, low=slower or 0.0, high=faster or expected)
+
+
+def _crossing(points: Sequence[tuple[float, float]]) -> float | None:
+    kept = list(itertools.takewhile(lambda point: point[1] >= SHARE, points))
+    if not kept:
+        return None
+    if len(kept) == len(points):
+        return kept[-1][0]
+    (below, above_share), (beyond, share) = kept[-1], points[len(kept)]
+    return below + (beyond - below) * (above_share - SHARE) / (above_share - share)
+
+
+def _needed(answer: CapacityPlan, question: Question) -> int | None:
+    """Count the replicas: as asked, or as the demand needs at the expected capacity."""
+    if question.replicas:
+        return question.replicas
+    capacity = answer.capacity_per_s.value if answer.capacity_per_s else None
+    if not capacity or not question.demand.rate_per_s:
+        return None
+    needed = math.ceil(question.demand.rate_per_s / capacity)
+    return needed if needed <= MOST_REPLICAS else None
+
+
+def _fleets(player: _Player, replicas: int) -> Iterator[FleetForecast]:
+    """Forecast the demand on a fleet, with each router."""
+    question, demand = player.question, player.question.demand
+    if demand.trace:
+        load = _replayed(demand)
+    else:
+        load = _drawn(question, demand.rate_per_s, player.served.most_tokens)
+    jobs = [
+        _Job(load, end, replicas, router) for router in question.routers for end in range(len(ENDS))
+    ]
+    plays = player.play(jobs, f"{replicas} replicas")
+    for router, of_router in zip(question.routers, by_load(plays), strict=True):
+        yield fleet_forecast(router, of_router)
+
+
+def fleet_forecast(router: str, plays: Sequence[Latencies]) -> FleetForecast:
+    """Gather a router's plays: as expected, with a faster and with a slower step."""
+    ttft_p99_s = [p.ttft_p99_s for p in plays if p.ttft_p99_s is not None]
+    return FleetForecast(
+        router,
+        plays[0],
+        over([p.within for p in plays]),
+        over(ttft_p99_s) if len(ttft_p99_s) == len(plays) else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Load:
+    requests: Sequence[SyntheticRequest]
+    schedule_s: tuple[float, ...]
+    counted_from_s: float
+
+    @property
+    def output_tokens(self) -> int:
+        """The tokens of all answers, by which the time goes that a play takes."""
+        return sum(request.output_tokens for request in self.requests)
+
+    def write(self, path: Path) -> Path:
+        """Write the requests as JSON lines; return the path."""
+        with path.open("w") as file:
+            file.writelines(request.model_dump_json() + "\n" for request in self.requests)
+        return path
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Describes one play: a load, on a number of replicas, at one end of the band."""
+
+    load: _Load
+    end: int
+    replicas: int = 1
+    router: str = "round-robin"
+
+
+def _drawn(question: Question, rate_per_s: float, most_tokens: int) -> _Load:
+    """Draw requests of up to `most_tokens` that come at random times; the same ones at every rate.
+
+    First, uncounted, as long as an answer within the objective lasts, until when the batch grows;
+    then as long again, or until FEWEST count.
+    """
+    answer_s = question.demand.output_tokens * question.slo.tpot_s
+    duration_s = answer_s + max(answer_s, FEWEST / rate_per_s)
+    times = Poisson(rate_per_s=rate_per_s).schedule(duration_s, random.Random(0))
+    rng = random.Random(1)
+    of_trace = [(prompt, output) for _, prompt, output in question.demand.trace]
+    lengths = itertools.cycle(of_trace) if of_trace else _lengths(question.demand, most_tokens, rng)
+    requests = list(_requests(question.demand, itertools.islice(lengths, len(times)), rng))
+    return _Load(requests, tuple(times), answer_s)
+
+
+def _replayed(demand: Demand) -> _Load:
+    lengths = ((prompt, output) for _, prompt, output in demand.trace)
+    requests = list(_requests(demand, lengths, random.Random(1)))
+    return _Load(requests, tuple(at_s for at_s, _, _ in demand.trace), 0.0)
+
+
+def _requests(
+    demand: Demand, lengths: Iterable[tuple[int, int]], rng: random.Random
+) -> Iterator[SyntheticRequest]:
+    """Draw the document that each request of these lengths begins with.
+
+    The documents' popularity falls as one over their rank (Zipf), as in web caches (Breslau et al.,
+    INFOCOM 1999).
+    """
+    weights = [1 / rank for rank in range(1, demand.documents + 1)]
+    for index, (prompt, output) in enumerate(lengths):
+        document = rng.choices(range(demand.documents), weights)[0] if weights else 0
+        yield SyntheticRequest(
+            index=index, prompt_tokens=prompt, output_tokens=output, document=document,
+            document_tokens=min(prompt - 1, demand.document_tokens),
+        )  # fmt: skip
+
+
+def _lengths(demand: Demand, most_tokens: int, rng: random.Random) -> Iterator[tuple[int, int]]:
+    """Draw outputs of exponential lengths, cut where the engine would end them."""
+    prompt, mean = int(demand.prompt_tokens), demand.output_tokens
+    longest = _longest_output(demand, most_tokens)
+    while True:
+        yield prompt, max(1, round(min(rng.expovariate(1 / mean), longest)))
+
+
+def _longest_output(demand: Demand, most_tokens: int) -> float:
+    return min(LONGEST_OUTPUT * demand.output_tokens, most_tokens - int(demand.prompt_tokens))
+
+
+def processes(requests: int = 0) -> int:
+    """Count the forecasters that this machine has cores and memory for.
+
+    `requests` are those of the longest play.
+    """
+    room = int(available_bytes() / (FORECASTER_BYTES + requests * REQUEST_BYTES))
+    return max(1, min(usable_cores(), MOST_PROCESSES, room))
+
+
+def in_order(
+    forecasters: Sequence[Forecaster],
+    plans: Sequence[ForecastPlan],
+    slo: SLO,
+    progress: ProgressDisplay,
+    where: str,
+) -> list[Latencies]:
+    """Play plans of one trial each; return what the clients of each would observe, in order."""
+    played: dict[int, Latencies] = {}
+    progress.waiting(f"loading vLLM's scheduler, for {where}")
+    for number, play in play_all(forecasters, plans):
+        played[number] = latencies(play, slo)
+        progress.waiting(
+            f"playing {where} in virtual time: {len(played)} of {len(plans)} loads done"
+        )
+    return [played[number] for number in range(len(plans))]
+
+
+@dataclass(frozen=True)
+class _Player:
+    """Plays loads in virtual time, on a model as it is served, in processes side by side."""
+
+    served: Served
+    question: Question
+    forecasters: Sequence[Forecaster]
+    progress: ProgressDisplay
+
+    def play(self, jobs: Sequence[_Job], where: str) -> list[Latencies]:
+        """Play every job; return what the clients of each would observe, in order."""
+        longest_first = sorted(range(len(jobs)), key=lambda n: -jobs[n].load.output_tokens)
+        with TemporaryDirectory(prefix="lab-plan-") as folder:
+            written = dict[int, Path]()  # by load, which several jobs may share
+            for load in (job.load for job in jobs):
+                if id(load) not in written:
+                    written[id(load)] = load.write(Path(folder) / f"{len(written)}.jsonl")
+            plans = [self._plan(jobs[n], written[id(jobs[n].load)]) for n in longest_first]
+            slo = self.question.slo
+            played = in_order(self.forecasters, plans, slo, self.progress, where)
+        return [of for _, of in sorted(zip(longest_first, played, strict=True), key=itemgetter(0))]
+
+    def _plan(self, job: _Job, requests: Path) -> ForecastPlan:
+        """Plan a job's only trial, whose requests are in a file."""
+        engine = PlannedEngine(
+            argv=self.served.argv(self._longest_tokens + 1),
+            step_times=self.served.steps[job.end],
+            replicas=job.replicas,
+            on_cuda=self.served.on_cuda,
+            trials=(_trial(job, requests),),
+        )
+        delays = serial_delays(job.replicas)
+        return ForecastPlan(tokenizer=models.bundled(), delays=delays, engines=(engine,))
+
+    @property
+    def _longest_tokens(self) -> int:
+        """The tokens of the longest request that any load may have."""
+        demand = self.question.demand
+        if demand.trace:
+            return max(prompt + output for _, prompt, output in demand.trace)
+        return int(demand.prompt_tokens) + math.ceil(
+            _longest_output(demand, self.served.most_tokens)
+        )
+
+
+def _trial(job: _Job, requests: Path) -> PlannedTrial:
+    return PlannedTrial(
+        key="",
+        repeat=1,
+        requests=requests,
+        ends_only=True,
+        router=job.router,
+        traffic=Traffic(
+            kind="open",
+            schedule_s=job.load.schedule_s,
+            warmup_s=job.load.counted_from_s,
+            window_s=max(1e-9, job.load.schedule_s[-1] - job.load.counted_from_s),
+        ),
+    )
+
+
+def latencies(play: ForecastPlay, slo: SLO) -> Latencies:
+    """Measure what the clients of a play would observe, over the requests that count."""
+    requests, in_slo, ttft_s, tpot_s = 0, 0, list[float](), list[float]()
+    for record in (r for r in records(play.play) if r.in_window):
+        requests += 1
+        in_slo += in_time(record, slo)
+        ttft_s += () if record.ttft_s is None else (record.ttft_s,)
+        tpot_s += () if record.tpot_s is None else (record.tpot_s,)
+    looked_up = play.counters.get("prefix_queries", 0)
+    return Latencies(
+        requests=requests,
+        within=in_slo / requests,
+        ttft_p50_s=percentile(ttft_s, 50),
+        ttft_p99_s=percentile(ttft_s, 99),
+        tpot_p50_s=percentile(tpot_s, 50),
+        tpot_p99_s=percentile(tpot_s, 99),
+        hit_rate=play.counters.get("prefix_hits", 0) / looked_up if looked_up else None,
+        preemptions=play.counters["preemptions"],
+    )
+
+
+# ------------------------------------------------------------------------------------------ money
+
+
+def _price(question: Question, answer: CapacityPlan) -> Price | None:
+    """Compare renting a GPU with buying tokens; None without a price and a capacity."""
+    if question.usd_per_hour is None or answer.capacity_per_s is None:
+        return None
+    usd_per_hour, capacity = question.gpus * question.usd_per_hour, answer.capacity_per_s
+    tokens_per_s = [
+        per_s * question.demand.output_tokens
+        for per_s in (capacity.value, capacity.high, capacity.low)
+    ]
+    usd_per_million = [usd_per_hour / 3600 / per_s * 1e6 for per_s in tokens_per_s if per_s]
+    return Price(
+        usd_per_hour=usd_per_hour,
+        million_tokens_per_day=over([per_s * 86_400 / 1e6 for per_s in tokens_per_s]),
+        # a slower step may serve none within the objective
+        usd_per_million=over(usd_per_million) if all(tokens_per_s) else None,
+        api_usd_per_million=question.api_usd_per_million,
+    )

@@ -1,0 +1,388 @@
+"""Make models from the served one: a draft, tenants' adapters, quantized weights, studies of it.
+
+Each is made once in a checkout, by a module of `serving` that runs as a process of its own (it
+needs torch, or an environment of its own), and is found again by name. It is made again where the
+model of that name has other files by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from labs.harness.judging.evaluation import SHOTS, TEXTS, read_passages, task_blocks
+from labs.harness.running.chat_writer import writer_of
+from labs.harness.spec import LabError, NotApplicable
+from loadtests.arrivals import Concurrent
+from loadtests.structures import FORMS, example, spec
+from loadtests.workload import Fixed, Workload
+from serving import dummy, models, prune, quantize
+from serving.models import Model, ModelError, Shape
+from serving.process import Process
+
+SEED = 2**31 - 1  # of the prompts that models are trained on: no trial draws from it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Says how a derived model is made: `python -m serving.X [METHOD] BASE OUT INPUT`.
+
+    `minutes` is about how long that takes with the bundled model. `prompts` are the workloads whose
+    kinds of prompt it is trained on. A quantizer reads `text`, and so does a study, which leaves
+    figures and no model. `structures` is how many structures of each form a study times instead.
+    One that `scores` gets all texts, and the tasks. A quick run trains on `quick_share` of the
+    prompts, or scores that share of the texts and tasks. A recipe with none of these gets no input.
+    """
+
+    what: str
+    module: str
+    minutes: float
+    prompts: tuple[Workload, ...] = ()
+    method: str = ""
+    text: str = ""
+    structures: int = 0
+    scores: bool = False
+    quick_share: float = 1.0
+
+    @property
+    def reads_input(self) -> bool:
+        return bool(self.prompts or self.text or self.structures or self.scores)
+
+
+def _kind(name: str, tokens: int, **fields: Any) -> Workload:
+    return Workload(
+        name=name,
+        prompt_tokens=Fixed(tokens=tokens),
+        output_tokens=Fixed(tokens=1),
+        loads=(Concurrent(users=1),),
+        **fields,
+    )
+
+
+def _pruned(method: prune.Method) -> Recipe:
+    percent = f"{method.share:.0%} of the weights"
+    zeros = "two of each four weights" if method.pattern == "2-4" else percent
+    what = f"the served model with {zeros} set to zero, chosen by {method.by}"
+    return Recipe(what, "serving.prune", 0.3, method=str(method), text="calibration.txt")
+
+
+def _quantized(
+    method: str, minutes: float, text: str = "calibration.txt", note: str = ""
+) -> Recipe:
+    what = f"{quantize.METHODS[method].what}{note}"
+    return Recipe(what, "serving.quantize", minutes, method=method, text=text)
+
+
+RECIPES: dict[str, Recipe] = {
+    "draft": Recipe(
+        "a small draft model, distilled from the served one",
+        "serving.draft",
+        4,
+        prompts=(_kind("story", 64, task="story"), _kind("quote", 128, task="quote")),
+        quick_share=0.15,
+    ),
+    "adapters": Recipe(
+        "a LoRA adapter for each of eight tenants, each with its own mark",
+        "serving.adapters",
+        3,
+        prompts=(_kind("short", 48), _kind("long", 96)),
+    ),
+    "outliers": Recipe(
+        "a study of outlying activations under 8-bit rounding",
+        "serving.outliers",
+        1,
+        text="held_out.txt",
+    ),
+    "masks": Recipe(
+        "a study of how long the backends of structured outputs take",
+        "serving.masks",
+        1,
+        structures=4,
+    ),
+    "mha": Recipe(
+        "the served model with a KV head for each query head, copied",
+        "serving.kv_heads",
+        1,
+        method="mha",
+    ),
+    "mqa": Recipe(
+        "the served model with one KV head for all query heads, their mean",
+        "serving.kv_heads",
+        1,
+        method="mqa",
+    ),
+    "gguf": Recipe("the served model as a GGUF file, for llama.cpp", "serving.to_gguf", 0.5),
+    "sparsity": Recipe(
+        "a study of what zeros in the weights cost, at every sparsity",
+        "serving.sparsity",
+        2,
+        scores=True,
+        quick_share=0.25,
+    ),
+    **{name: _pruned(prune.Method.parse(name)) for name in prune.METHODS},
+    "w8a8-rtn": _quantized("w8a8-rtn", 1),
+    "w8a8": _quantized("w8a8", 2),
+    "w4a16-rtn": _quantized("w4a16-rtn", 1),
+    "w4a16-gptq": _quantized("w4a16-gptq", 2),
+    "w4a16-gptq-code": _quantized("w4a16-gptq", 2, "calibration_code.txt", ", calibrated on code"),
+    "w4a16-awq": _quantized("w4a16-awq", 3),
+    "fp8": _quantized("fp8", 1),
+    "gptqmodel": _quantized("gptqmodel", 4),
+    "auto-gptq": _quantized("auto-gptq", 4),
+    "autoawq": _quantized("autoawq", 6),
+}
+PROMPTS_EACH = 200
+LARGER_PARAMS = 400_000_000  # three times the bundled model's
+NEED_NO_WEIGHTS = frozenset(name for name, recipe in RECIPES.items() if recipe.structures)
+"""Recipes that read the tokenizer alone, so that random weights serve as well."""
+
+
+MADE_FROM = "made-from.sha256"
+"""A file in a derived model's folder: `models.files_sha256` of the model that it was made from."""
+
+
+def place(model: Model, name: str) -> Path:
+    """Return the folder of a derived model that is made here, whether it exists yet or not."""
+    return models.CACHE / "models" / f"{model.name.replace('/', '--')}-{name}"
+
+
+def time_text(minutes: float, model: Model) -> str:
+    """Tell about how long makers take; how much longer with a large model is not known here."""
+    larger = model.shape.params > LARGER_PARAMS
+    beyond = " with the bundled model, and longer with this one" if larger else ""
+    return f"about {minutes:g} min{beyond}"
+
+
+def make(
+    model: Model,
+    name: str,
+    report: Callable[[str], None],
+    quick: bool = False,
+    made_here: bool = False,
+) -> Path:
+    """Return the folder of a derived model; download it where it is published, else make it here.
+
+    With `made_here` it is not downloaded. What was made here once is used in any case. A quick run
+    uses the full model where it exists; else it may make a smaller one beside it.
+    Raises LabError with the last line of the program that makes it, NotApplicable for what
+    cannot be made of random weights, ModelError where there is no way to have it.
+    """
+    if model.dummy and name not in NEED_NO_WEIGHTS:
+        try:
+            with _folder_lock(place(model, name), report):
+                return dummy.derive(model, name)
+        except ModelError as reason:
+            raise NotApplicable(str(reason)) from reason
+    folder = place(model, name)
+    if is_made(folder, model) and not _lacks_a_backend(folder):
+        return folder
+    if not (made_here or folder.exists()) and (published := _published(model, name, report)):
+        return published
+    if name not in RECIPES:
+        raise LabError(
+            f"no {name!r} is published for {model.name}, and this lab cannot make it; it makes"
+            f" {', '.join(RECIPES)}"
+        )
+    return _make_here(model, name, folder, report, quick)
+
+
+def _published(model: Model, name: str, report: Callable[[str], None]) -> Path | None:
+    """Download a derived model that is published; None for one that is to be made here.
+
+    Raises ModelError where it can be had in neither way.
+    """
+    try:
+        downloaded = models.sibling(model, name)
+    except ModelError as error:
+        if name not in RECIPES:
+            raise
+        report(f"{name} is made here, because {error}")
+        return None
+    if downloaded:
+        report(f"{name} is served as published: {models.SIBLINGS[model.name][name]}")
+    return downloaded
+
+
+def _make_here(
+    model: Model, name: str, folder: Path, report: Callable[[str], None], quick: bool
+) -> Path:
+    """Make a derived model in this folder, or for a quick run a smaller one in a folder beside it.
+
+    Return the folder that was made, by this process or by another. Raises LabError.
+    """
+    recipe = RECIPES[name]
+    share, minutes, lesser = 1.0, recipe.minutes, ""
+    if quick and recipe.quick_share < 1:
+        share, minutes = recipe.quick_share, 1
+        of = "prompts" if recipe.prompts else "texts"
+        lesser = f" on {share:.0%} of its {of}, as QUICK is set"
+        folder = folder.with_name(f"{folder.name}-quick")
+        if is_made(folder, model):
+            return folder
+    with _folder_lock(folder, report):
+        if not is_made(folder, model) or _lacks_a_backend(folder):
+            if folder.exists():
+                why = (
+                    "lacks a backend that could not be used"
+                    if is_made(folder, model)
+                    else "was made from another model of this name"
+                )
+                report(f"{folder.name} {why}: it is made again")
+                shutil.rmtree(folder)
+            report(f"Making {recipe.what}{lesser} (once, {time_text(minutes, model)})")
+            _make(recipe, name, model, folder, share, report)
+    return folder
+
+
+def is_made(folder: Path, model: Model) -> bool:
+    """Tell whether a derived model exists and was made from this very model.
+
+    Earlier versions did not record that: only where the name is a folder's may it be another model.
+    """
+    if not folder.exists():
+        return False
+    record = folder / MADE_FROM
+    if not record.exists():
+        return model.dummy or "/" in model.name or model.name == models.BUNDLED
+    return record.read_text() == models.files_sha256(model.path)
+
+
+def _lacks_a_backend(folder: Path) -> bool:
+    """Tell whether a study could not use a backend; with other packages it may by now."""
+    record = folder / models.RECORD
+    backends = json.loads(record.read_text()).get("backends", {}) if record.exists() else {}
+    return any(timed["error"] for timed in backends.values())
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Keep other processes from making the same folder while the block lasts; wait for them."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"Another process is making {folder.name}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make(
+    recipe: Recipe,
+    name: str,
+    model: Model,
+    folder: Path,
+    share: float,
+    report: Callable[[str], None],
+) -> None:
+    """Run the recipe's module, with this share of its prompts or texts. Raises LabError."""
+    inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{folder.name}-input.jsonl"
+    if recipe.prompts:
+        _write_prompts(inputs, model, recipe.prompts, round(share * PROMPTS_EACH))
+    if recipe.structures:
+        _write_structures(inputs, recipe.structures)
+    if recipe.scores:
+        _write_scored(inputs, share)
+    made_from = models.files_sha256(model.path)
+    began, log = time.monotonic(), models.CACHE / f"{folder.name}.log"
+    log.unlink(missing_ok=True)
+    argv = [sys.executable, "-m", recipe.module, *([recipe.method] if recipe.method else [])]
+    argv += [str(model.path), str(folder), *([str(inputs)] if recipe.reads_input else [])]
+    # threads that spin while they wait take twenty times as long on a shared machine
+    patient = {"OMP_WAIT_POLICY": "PASSIVE"}
+    with Process(name, argv, log=log, env=patient, talk=True) as maker:
+        for line in maker.stdout:
+            report(f"  {line.rstrip()}")
+        if maker.wait():
+            raise LabError(f"{name} could not be made: {maker.tail(1)} (the whole log: {log})")
+    (folder / MADE_FROM).write_text(made_from)
+    report(f"Made in {time.monotonic() - began:.0f} s: {folder.name}")
+
+
+def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload], each: int) -> None:
+    """Write prompts of all kinds, shuffled, as JSON lines."""
+    writer, rng = writer_of(model), random.Random(SEED)
+    drawn = [
+        {"messages": request.messages, "kind": kind.name}
+        for kind in kinds
+        for request in kind.requests(each, SEED, writer)
+    ]
+    rng.shuffle(drawn)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in drawn))
+
+
+def _write_structures(path: Path, each: int) -> None:
+    """Write structures of each form that no trial asks for, each with a valid answer."""
+    marks = [f"t{i:02}" for i in range(each)]  # as long as those of trials
+    lines = [
+        {"form": form, "structure": spec(form, mark), "answer": example(form, mark)}
+        for form in FORMS
+        for mark in marks
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+
+
+def _write_scored(path: Path, share: float) -> None:
+    """Write the texts that a study calibrates on and scores, and the tasks, as one JSON object.
+
+    Of what is scored it writes this share, from the beginning.
+    """
+    held_out, tasks = read_passages("held_out.txt"), task_blocks()
+    texts = {
+        "calibration": read_passages("calibration.txt"),
+        "held_out": held_out[: math.ceil(share * len(held_out))],
+        "tasks": tasks[: math.ceil(share * len(tasks))],
+        "examples": SHOTS,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(orjson.dumps(texts))
+
+
+def bits_of(name: str) -> int:
+    """Tell how many bits a weight has in what is derived by this name, most of its weights."""
+    method = RECIPES[name].method if name in RECIPES else ""
+    return quantize.METHODS[method].bits if method in quantize.METHODS else 16
+
+
+def about(folder: Path, value_bytes: int = 2) -> dict[str, Any]:
+    """Read what its maker recorded, and its weights' bytes; a published model has only those.
+
+    `value_bytes` are those of a served weight that has 16 bits in its file.
+    """
+    path = folder / models.RECORD
+    facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    config = folder / "config.json"
+    if config.exists() and "hidden_size" in json.loads(config.read_text()):  # a head has none
+        facts["weight_bytes"] = models.load(folder, folder.name, value_bytes).shape.weight_bytes
+    return facts
+
+
+def with_weights(model: Model, name: str, folder: Path) -> Model:
+    """Return the model that a variant serves in place of the served one, under the same name.
+
+    Quantized weights are stored packed: they keep the parameters of the model and change the bytes.
+    A model with other layers, KV heads or experts has a shape of its own.
+    """
+    shape = models.load(folder, name, model.shape.value_bytes).shape
+    if _build(shape) == _build(model.shape):
+        read = {"weight_bytes": shape.weight_bytes, "expert_bytes": shape.expert_bytes}
+        shape = replace(model.shape, **read)
+    return replace(model, path=folder, shape=shape)
+
+
+def _build(shape: Shape) -> tuple[int, int, int]:
+    return shape.layers, shape.kv_heads, shape.experts

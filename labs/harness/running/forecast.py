@@ -1,0 +1,282 @@
+"""A forecast of every load point, before any engine starts.
+
+vLLM's own scheduler plays each trial in virtual time, with the requests that will be sent and the
+arguments that the engine will be started with (`serving/forecasting/`). Its steps take as long as a
+step that is timed here, was timed before a run on file, or follows from a GPU's datasheet.
+What clients would have seen is then measured as a real trial is, so that a forecast and a
+measurement are the same figure by the same function.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from labs.harness.facts.parts import parts_of
+from labs.harness.filing.results import (
+    SEARCH,
+    TWO_ENGINES,
+    Band,
+    OnTwoEngines,
+    PointForecasts,
+    Searched,
+)
+from labs.harness.judging.machine_speed import MachineSpeed, usual_spread
+from labs.harness.judging.metrics import METRICS
+from labs.harness.running.copied_text import Copies, read_answers, share_copied
+from labs.harness.running.forecaster import Forecaster, ForecastError, started
+from labs.harness.running.progress import ProgressDisplay
+from labs.harness.running.resolve import Setup
+from labs.harness.running.step_timing import (
+    Steps,
+    config_of,
+    described,
+    earlier_speeds,
+    served_folder,
+    steps_as_timed,
+    steps_by_datasheet,
+    steps_on_file,
+)
+from labs.harness.running.virtual_trials import NO_CAPACITIES, PointPlays, VirtualTrials
+from labs.harness.spec import Lab, Point, Variant
+from loadtests.arrivals import OfCapacity
+from serving import models
+from serving.engines import ENGINES
+from serving.engines.base import with_places
+from serving.engines.vllm import Vllm, VllmFlags
+from serving.metrics import KvUse
+
+
+def forecast(
+    setup: Setup, requests: Mapping[str, Sequence[Path]], progress: ProgressDisplay
+) -> PointForecasts:
+    """Forecast every point whose step can be timed.
+
+    `requests[workload]` holds the file of each repeat. Raises ForecastError where the step cannot
+    be timed, vLLM does not import, or its scheduler cannot be driven.
+    """
+    without = reasons_against(setup)
+    points = [p for p in setup.points if p.variant.name not in without]
+    if not points:
+        return PointForecasts(points={}, without=without)
+    speeds = [] if setup.elsewhere else earlier_speeds(setup.machine)
+    spread = setup.on_file.spread if setup.on_file else usual_spread(speeds, setup.lab.repeats)
+    with started() as forecaster:
+        steps = steps_of(setup, points, speeds, forecaster, progress)
+        copies = read_answers(setup, points, requests, forecaster, progress)
+        progress.waiting("playing every load on vLLM's scheduler in virtual time")
+        trials = VirtualTrials(setup, requests, steps, copies, spread, forecaster)
+        capacities = NO_CAPACITIES
+        if setup.lab.finds_capacity and points[0] is setup.points[0]:
+            capacities = trials.capacities_per_s(points[0])
+        if not all(capacities):
+            points = [p for p in points if not isinstance(p.load, OfCapacity)]
+        all_plays = trials.played(points, capacities)
+        # these come last, as the forecaster ends with an error
+        searched = _or_why_not(without, SEARCH, lambda: _searched(trials, points, capacities[0]))
+        on_two = _or_why_not(without, TWO_ENGINES, lambda: _on_two_engines(trials, points))
+    return PointForecasts(
+        points={plays.point.key: plays.bands(setup.lab) for plays in all_plays},
+        without=without,
+        trial_s={plays.point.key: plays.trial_s for plays in all_plays},
+        least_found={p.point.key: found for p in all_plays if (found := p.least_found)},
+        copied=_shares_copied(all_plays, copies, random.Random(setup.lab.seed)),
+        watches={plays.point.key: plays.watches for plays in all_plays if plays.watches},
+        timelines={plays.point.key: line for plays in all_plays if (line := plays.timeline)},
+        kv_use=KvUse.over_trials({p.point.key: p.kv_uses for p in all_plays if p.kv_uses}),
+        kv_bands={p.point.key: bands for p in all_plays if (bands := p.kv_bands(setup.lab))},
+        on_two=on_two,
+        step_times=described(steps.values()),
+        machine_spread=spread,
+        searched=searched,
+    )
+
+
+Found = TypeVar("Found")
+
+
+def _or_why_not(
+    without: dict[str, str], name: str, found: Callable[[], tuple[Found, ...]]
+) -> tuple[Found, ...]:
+    """Return what is forecast beside the points; note why where vLLM cannot be driven so."""
+    try:
+        return found()
+    except ForecastError as error:
+        without[name] = str(error)
+        return ()
+
+
+def _searched(
+    trials: VirtualTrials, points: Sequence[Point], capacity_per_s: float | None
+) -> tuple[Searched, ...]:
+    """Forecast the settings that the lab looks among, over the step of the first point.
+
+    Raises ForecastError.
+    """
+    search = trials.setup.lab.searched
+    if not points or not search or not (alone := search(points)):
+        return ()
+    plays = replace(trials, steps={p.key: trials.steps[points[0].key] for p in alone})
+    return tuple(
+        Searched(
+            flags=dict(point.flags),
+            figures={
+                name: value
+                for name, value in figures.items()
+                if METRICS[name].forecast and value is not None
+            },
+        )
+        for point, figures in zip(alone, plays.figures(alone, capacity_per_s), strict=True)
+    )
+
+
+def steps_of(
+    setup: Setup,
+    points: Sequence[Point],
+    speeds: Sequence[MachineSpeed],
+    forecaster: Forecaster,
+    progress: ProgressDisplay,
+) -> Steps:
+    """Find how long the steps of these points take: from a datasheet, from a run on file, or timed.
+
+    `speeds` are those of earlier runs on this machine. Raises ForecastError.
+    """
+    if setup.datasheet:
+        return steps_by_datasheet(setup, points, setup.datasheet)
+    if setup.on_file:
+        return steps_on_file(points, setup.on_file)
+    # alone on the machine: beside another process that works, steps take a third longer
+    progress.waiting("timing the stand-in step, for the forecast")
+    return steps_as_timed(setup, points, speeds, forecaster)
+
+
+UNSEEN: dict[str, object] = {
+    "enforce-eager": False, "compilation-config": {}, "async-scheduling": True,
+    "attention-backend": "", "attention-config": {},
+}  # fmt: skip
+"""Flags of a step's launching, scheduling and kernels -> vLLM's own value.
+
+A forecast's step is the same whatever they say.
+"""
+
+
+def _on_two_engines(trials: VirtualTrials, points: Sequence[Point]) -> tuple[OnTwoEngines, ...]:
+    """Forecast on two engines what the lab asks for. Raises ForecastError."""
+    lab = trials.setup.lab
+    pairs = parts_of(lab.name).on_two(points) if lab.findings else ()
+    return trials.on_two_engines(pairs) if pairs else ()
+
+
+def reasons_against(setup: Setup) -> dict[str, str]:
+    """Say of each variant whose step cannot be timed in advance why not."""
+    return {v.name: why for v in setup.lab.variants if (why := reason_against(setup, v))}
+
+
+def reason_against(setup: Setup, variant: Variant) -> str | None:
+    """Say why this variant's step cannot be timed in advance; None where it can."""
+    flags = setup.lab.flags_of(variant)
+    if setup.endpoint:
+        return "an endpoint's settings are not known here"
+    if setup.engine_command or ENGINES[variant.engine] is not Vllm:
+        return "the engine is not the vLLM of this environment"
+    if flags.speculative_config and setup.lab.acceptance is None:
+        return "how many drafts are accepted is not known beforehand"
+    if flags.kv_offloading_bytes:
+        return "copying keys and values back from the host's memory was not timed"
+    if setup.datasheet:
+        return _unpublished(flags) or _undivided_draft(setup, flags) or _unseen(setup.lab, variant)
+    if flags.devices > 1:
+        return "communication between devices was not timed"
+    has_experts = setup.weights.get(variant.name, setup.model).shape.experts
+    if has_experts and (setup.on_file or setup.machine.kind != "cpu"):
+        return "routed experts were not timed"
+    if setup.on_file and (why := _untimed_on_file(setup, variant)):
+        return why
+    if setup.machine.kind == "cpu":
+        return None if flags.enforce_eager else "a compiled step was not timed"
+    return _untimed_on_a_gpu(setup, variant)
+
+
+def _untimed_on_file(setup: Setup, variant: Variant) -> str | None:
+    """Say what in this variant's step is not in the one on file, which is the model's own."""
+    if setup.lab.flags_of(variant).speculative_config.get("model"):
+        return "the step of a draft model is not on file"
+    return _other_kernels(setup, variant)
+
+
+def _other_kernels(setup: Setup, variant: Variant) -> str | None:
+    """Say which operators this variant has in the place of the model's own, or beside them."""
+    if _has_quantized_weights(setup, variant):
+        return "the kernels of quantized weights were not timed"
+    if setup.lab.flags_of(variant).quantizes_cache:
+        return "attention to a quantized cache was not timed"
+    if setup.lab.flags_of(variant).get("enable-lora"):
+        return "vLLM's operators for adapters were not timed"
+    return None
+
+
+def _untimed_on_a_gpu(setup: Setup, variant: Variant) -> str | None:
+    if why := _other_kernels(setup, variant):
+        return why
+    flags = setup.lab.flags_of(variant)
+    if flags.enforce_eager:
+        return "an eager step was not timed: what is timed there is replayed as a CUDA graph"
+    return _unseen(setup.lab, variant)
+
+
+def _unseen(lab: Lab, variant: Variant) -> str | None:
+    """Say which flag leaves the forecast's step as it is, although the lab compares it.
+
+    The variants that leave such a flag to vLLM keep their forecast.
+    """
+    alike = [lab.flags_of(v) for v in lab.variants if v.engine == variant.engine]
+    own = lab.flags_of(variant)
+    for flag, default in UNSEEN.items():
+        value = own.get(flag, default)
+        if value != default and any(flags.get(flag, default) != value for flags in alike):
+            return f"the forecast's step is the same whatever {flag} says, which is compared here"
+    return None
+
+
+def _has_quantized_weights(setup: Setup, variant: Variant) -> bool:
+    return "quantization_config" in config_of(served_folder(setup, variant) / "config.json")
+
+
+def _unpublished(flags: VllmFlags) -> str | None:
+    """Say of what in these flags no published figure gives the cost; None where all is covered."""
+    if flags.devices > flags.tensor_parallel_size:
+        return "no published figure gives the cost of pipeline or data parallelism"
+    if flags.get("enable-expert-parallel"):
+        return "no published figure gives the cost of sending tokens to experts on other GPUs"
+    if flags.enforce_eager:
+        return "no published figure gives the cost of launching an eager step"
+    if flags.get("enable-lora"):
+        return "no published figure gives the cost of an adapter's operations"
+    return None
+
+
+def _undivided_draft(setup: Setup, flags: VllmFlags) -> str | None:
+    """Say whether GPUs that share the model's layers cannot share those of its draft model."""
+    gpus = flags.tensor_parallel_size
+    draft = VllmFlags(with_places(flags, setup.places)).speculative_config.get("model")
+    if gpus == 1 or not draft:
+        return None
+    shape = models.shape_of(config_of(Path(str(draft)) / "config.json"))
+    if shape.heads % gpus or shape.kv_heads % gpus:
+        return f"{gpus} GPUs cannot share the {shape.heads} heads of the draft model"
+    return None
+
+
+def _shares_copied(
+    found: Sequence[PointPlays], copies: Copies, chance: random.Random
+) -> dict[str, Band]:
+    """Forecast that share for each point whose answers are known."""
+    shares = {
+        plays.point.key: share_copied(known, plays.fewest_sent, chance)
+        for plays in found
+        if (known := copies.get(plays.point.key))
+    }
+    return {key: share for key, share in shares.items() if share}

@@ -1,0 +1,533 @@
+"""Play the trials of a lab on virtual engines, and measure what their clients saw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, geometric_mean, stdev
+
+import scipy
+
+from labs.harness.facts.parts import Pair, ReportParts, parts_of
+from labs.harness.filing.results import Band, OnTwoEngines
+from labs.harness.judging import dose
+from labs.harness.judging.measure import Trial
+from labs.harness.judging.metrics import METRICS, measure
+from labs.harness.judging.signals import Watch, watch
+from labs.harness.judging.timeline import Timeline, timeline
+from labs.harness.running.copied_text import Copies
+from labs.harness.running.forecaster import Forecaster
+from labs.harness.running.resolve import Setup
+from labs.harness.running.step_timing import LEAST_OF_STAND_IN, Steps, served_folder
+from labs.harness.spec import Lab, Point
+from loadtests.admission import QueueLimits
+from loadtests.arrivals import Contended, Replay, Waves, send_times
+from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s
+from loadtests.records import TURNED_AWAY, RequestRecord
+from serving import metrics
+from serving.engines.base import FlagValue, with_places
+from serving.engines.vllm import Vllm, VllmFlags, usable_bytes
+from serving.forecasting.fleet import Handover, serial_delays
+from serving.forecasting.plan import (
+    ForecastPlan,
+    ForecastPlay,
+    PlannedEngine,
+    PlannedTrial,
+)
+from serving.forecasting.traffic import Delays, Play, Traffic
+from serving.machine import Machine
+from serving.metrics import KvUse, Snapshot
+from serving.models import Shape
+
+PLAYS_OF_CHANCE = 9  # at least, where long prompts meet streams that are all alike
+MOST_DRAWN = 1000  # requests of a trial whose copied text is drawn
+Figures = dict[str, float | None]  # of a play, by metric
+Capacities = Sequence[float | None]
+"""The requests/s that are served at the expected, a faster and a slower step; None: unknown."""
+NO_CAPACITIES: Capacities = (None, None, None)
+FIRST = [(1, 1.0)]  # the only play at an end of the band, or at all: the first repeat
+ROUTER = "least-loaded"  # of requests to two engines that both do all
+
+
+@dataclass(frozen=True)
+class VirtualTrials:
+    """Plays the trials of a lab on virtual engines, and measures what their clients saw."""
+
+    setup: Setup
+    requests: Mapping[str, Sequence[Path]]  # workload -> the file of each repeat
+    steps: Steps
+    copies: Copies
+    spread: float  # the usual one of the machine's speed, a factor of 1 or more
+    forecaster: Forecaster
+
+    def capacities_per_s(self, point: Point) -> Capacities:
+        """Find the requests/s that the first trial of a point serves. Raises ForecastError."""
+        (plays,) = self.played([point], NO_CAPACITIES)
+        return [play.figures["requests_per_s"] for play in (plays.as_timed[0], *plays.shifted)]
+
+    def figures(self, points: Sequence[Point], capacity_per_s: float | None) -> list[Figures]:
+        """Play each of these points once, at the expected step; return what each play came to.
+
+        Raises ForecastError.
+        """
+        self.forecaster.send(
+            ForecastPlan(
+                tokenizer=self.setup.model.path,
+                engines=tuple(self._engine(p, 0, FIRST, [capacity_per_s]) for p in points),
+            )
+        )
+        lab, plays = self.setup.lab, self.forecaster.plays()
+        return [measure(_trial(lab, p, play)) for p, play in zip(points, plays, strict=True)]
+
+    def played(self, points: Sequence[Point], capacities: Capacities) -> list[PointPlays]:
+        """Play all trials of these points; return the plays of each. Raises ForecastError.
+
+        Loads may be multiples of the capacities.
+        """
+        self.forecaster.send(self._plan(points, capacities))
+        known = {p.key: p for p in points}
+        lab, outcomes = self.setup.lab, {key: list[Outcome]() for key in known}
+        parts = parts_of(lab.name) if lab.findings or lab.plots else ReportParts()
+        over_time, watched = (
+            {p.key for p in of(points)} for of in (parts.over_time, parts.watched)
+        )
+        timelines: dict[str, Timeline] = {}  # of each point's first play
+        for play in self.forecaster.plays():
+            trial = _trial(lab, known[play.key], play)
+            if play.key in over_time - timelines.keys():
+                timelines[play.key] = timeline(trial.point, trial.records)
+            found_tokens = play.found_tokens if dose.by_chance(trial) else ()
+            outcomes[play.key].append(
+                Outcome.of(trial, play.kv_use, play.key in watched, found_tokens)
+            )
+        # the last two of a point are those at the ends of the band
+        return [
+            PointPlays(p, of[:-2], of[-2:], timelines.get(p.key))
+            for p in points
+            for of in [outcomes[p.key]]
+        ]
+
+    def _plan(self, points: Sequence[Point], capacities: Capacities) -> ForecastPlan:
+        """Plan all repeats at the expected step, then the first at a faster and a slower one."""
+        return ForecastPlan(
+            tokenizer=self.setup.model.path,
+            engines=(
+                *(self._engine(p, 0, self._repeats(p), capacities) for p in points),
+                *(self._engine(p, end, FIRST, capacities) for end in (1, 2) for p in points),
+            ),
+        )
+
+    def of_a_fleet(self, point: Point, end: int, replicas: int, router: str) -> PlannedEngine:
+        """Plan the first trial of a point on several of its engines behind a router.
+
+        Of each answer only both ends are kept, as there may be a hundred thousand.
+        """
+        engine = self._engine(point, end, FIRST, NO_CAPACITIES)
+        return _behind_a_router(engine, replicas, router, ends_only=True)
+
+    def on_two_engines(self, pairs: Sequence[Pair]) -> tuple[OnTwoEngines, ...]:
+        """Play the loads of points on two engines each. Raises ForecastError.
+
+        The second engine is on a machine as fast as the first.
+        """
+        lab, forecasts = self.setup.lab, []
+        for pair in pairs:
+            self.forecaster.send(
+                ForecastPlan(
+                    tokenizer=self.setup.model.path,
+                    # every request of a split pair comes to its first engine
+                    delays=serial_delays(2) if pair.link_gbit_per_s is None else Delays(),
+                    engines=tuple(self._pair(pair, end) for end in (0, 1, 2)),
+                )
+            )
+            outcomes = [
+                Outcome.of(_trial(lab, pair.point, play), None) for play in self.forecaster.plays()
+            ]
+            bands = PointPlays(pair.point, outcomes[:-2], outcomes[-2:], None).bands(lab)
+            forecasts.append(
+                OnTwoEngines(
+                    point=pair.point.key,
+                    link_gbit_per_s=pair.link_gbit_per_s,
+                    bands={m: band for m, band in bands.items() if METRICS[m].forecast == "shown"},
+                )
+            )
+        return tuple(forecasts)
+
+    def _pair(self, pair: Pair, end: int) -> PlannedEngine:
+        """Plan two engines at this end of the band: a split pair, or both behind a router."""
+        point = pair.point
+        engine = self._engine(point, end, FIRST if end else self._repeats(point), NO_CAPACITIES)
+        if pair.link_gbit_per_s is None:
+            return _behind_a_router(engine, 2, ROUTER)
+        delays = Delays()  # an answer comes back to whoever sent the prompt, who asks once more
+        handover = Handover(
+            bytes_per_token=point.shape.kv_bytes_per_token(point.flags.kv_value_bytes),
+            link_bytes_per_s=pair.link_gbit_per_s * 1e9 / 8,
+            asked_s=delays.response_s + delays.request_s,
+        )
+        return engine.model_copy(update={"handover": handover})
+
+    def _repeats(self, point: Point) -> list[tuple[int, float]]:
+        """List the plays at the expected step: a repeat, and a factor on its step.
+
+        Where long prompts come beside streams, no two plays have the same speed: see `paces`.
+        """
+        repeats = self.setup.lab.repeats
+        if repeats == 1 or not isinstance(point.load, Contended):
+            return [(repeat, 1.0) for repeat in range(1, repeats + 1)]
+        speeds = paces(max(repeats, PLAYS_OF_CHANCE), self.spread / LEAST_OF_STAND_IN)
+        return [(1 + i % repeats, pace) for i, pace in enumerate(speeds)]
+
+    def _engine(
+        self,
+        point: Point,
+        end: int,
+        plays: Sequence[tuple[int, float]],
+        capacities: Capacities,
+    ) -> PlannedEngine:
+        """Plan an engine with the step at this end of the band: 0 is the expected one."""
+        setup = self.setup
+        step_times, draft_times = self.steps[point.key][end]
+        flags = with_places(point.engine_flags, setup.places)
+        if setup.elsewhere and setup.machine.kind == "gpu":
+            defaults = defaults_on_a_gpu(setup.machine, point.shape, point.engine_flags)
+            flags = as_one_gpu({**defaults, **flags})
+        return PlannedEngine(
+            argv=(
+                *Vllm.model_argv(served_folder(setup, point.variant)),
+                *(("--load-format", "dummy") if setup.model.dummy else ()),
+                *Vllm.flag_argv(flags),
+            ),
+            step_times=step_times,
+            draft_times=draft_times,
+            on_cuda=setup.machine.kind == "gpu",
+            trials=tuple(
+                self._planned(point, repeat, pace, capacities[end]) for repeat, pace in plays
+            ),
+        )
+
+    def _planned(
+        self, point: Point, repeat: int, pace: float, capacity_per_s: float | None
+    ) -> PlannedTrial:
+        lab, key = self.setup.lab, point.key
+        speculates = bool(point.flags.speculative_config)
+        return PlannedTrial(
+            key=key,
+            repeat=repeat,
+            requests=self.requests[point.workload.name][repeat - 1],
+            acceptance=lab.acceptance(point) if lab.acceptance and speculates else 0.0,
+            guessed=lab.guessed(point) if lab.guessed and speculates else 1.0,
+            copied=tuple(self.copies[key][repeat - 1]) if key in self.copies else (),
+            pace=pace,
+            masking=lab.masking(point) if lab.masking else None,
+            primed=point.primed_requests,
+            traffic=_traffic(lab, point, repeat, capacity_per_s),
+        )
+
+
+def _behind_a_router(
+    engine: PlannedEngine, replicas: int, router: str, ends_only: bool = False
+) -> PlannedEngine:
+    """Plan so many of an engine behind a router.
+
+    Each engine holds its own limits on the queue. Where the load generator holds them instead, it
+    does not know which engine has a request: all together may have as many as the limits of so many
+    engines add up to.
+    """
+    return engine.model_copy(
+        update={
+            "replicas": replicas,
+            "trials": tuple(
+                trial.model_copy(
+                    update={
+                        "router": router,
+                        "ends_only": ends_only,
+                        "traffic": _with_limits(trial.traffic, replicas),
+                    }
+                )
+                for trial in engine.trials
+            ),
+        }
+    )
+
+
+def _with_limits(traffic: Traffic, times: int) -> Traffic:
+    most, most_tokens = traffic.most_requests, traffic.most_prompt_tokens
+    return traffic.model_copy(
+        update={
+            "most_requests": most and times * most,
+            "most_prompt_tokens": most_tokens and times * most_tokens,
+        }
+    )
+
+
+def paces(plays: int, spread: float) -> list[float]:
+    """Spread factors on a step's time evenly within 1 / spread and spread; the first is 1.
+
+    Streams whose requests are all alike send their next prompts together, and a long prompt comes
+    every so often. Which of the two comes first decides whether the streams wait for seconds, and
+    depends on the exact speed of a step, which is not known that well. A single play would show
+    only one of the two outcomes.
+    """
+    places = [(i + 1) // 2 * (-1) ** i for i in range(plays)]  # 0, -1, 1, -2, 2 ..
+    if plays % 2 == 0:
+        places[-1] = 0  # which has no counterpart
+    return [spread ** (2 * place / plays) for place in places]
+
+
+def defaults_on_a_gpu(machine: Machine, shape: Shape, flags: Mapping[str, FlagValue]) -> VllmFlags:
+    """Return the defaults that vLLM 0.32 takes from the GPU, as an API server, and a CPU has not.
+
+    Source: `get_batch_defaults` of vllm/engine/arg_utils.py; a block of 16 tokens is the default of
+    the attention kernels on Hopper and Ampere. The KV cache has what the weights leave of the
+    memory, which is less than nothing for a model that does not fit.
+    """
+    large = machine.memory_bytes >= 70 * 2**30 and "A100" not in machine.model
+    budget = VllmFlags(
+        {"max-num-batched-tokens": 8192 if large else 2048, **flags}
+    ).max_num_batched_tokens
+    weight_bytes = shape.held_bytes / VllmFlags(flags).weight_parts
+    return VllmFlags(
+        {
+            "max-num-batched-tokens": budget,
+            "max-num-seqs": min(1024 if large else 256, budget),
+            "block-size": 16,
+            "kv-cache-memory-bytes": int(usable_bytes(machine.memory_bytes) - weight_bytes),
+        }
+    )
+
+
+def as_one_gpu(flags: Mapping[str, FlagValue]) -> VllmFlags:
+    """Return the flags of one GPU that holds what several hold that share each layer.
+
+    To the scheduler their KV cache is one: each of them holds its heads of every token.
+    """
+    shared = VllmFlags(flags)
+    rest = {name: flag for name, flag in flags.items() if name != "tensor-parallel-size"}
+    memory_bytes = shared.tensor_parallel_size * shared.kv_cache_memory_bytes
+    return VllmFlags({**rest, "kv-cache-memory-bytes": memory_bytes})
+
+
+def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) -> Traffic:
+    """Describe a load for the virtual clients; the schedule is the one that will be sent.
+
+    Where it is a multiple of the capacity, it is one of the capacity that was forecast.
+    """
+    load = point.load
+    warmup_s, window_s = lab.warmup_of(point.workload), lab.window_s
+    if isinstance(load, Replay):
+        schedule_s: Sequence[float] = [at / load.speed for at, _, _ in point.workload.trace]
+        window_s = max(1e-9, min(window_s, schedule_s[-1] - warmup_s))  # it ends with the trace
+    else:
+        duration_s, seed = warmup_s + lab.window_s, lab.draw_seed(repeat)
+        schedule_s = send_times(load, duration_s, seed, capacity_per_s) or ()
+    limits = point.client_limits or QueueLimits()
+    return Traffic(
+        kind="waves" if isinstance(load, Waves) else "open" if load.open_loop else "closed",
+        users=load.users,
+        schedule_s=tuple(t for t in schedule_s if t < warmup_s + lab.window_s),
+        intruder_every_s=load.every_s if isinstance(load, Contended) else None,
+        warmup_s=warmup_s,
+        window_s=window_s,
+        least_counted=LEAST_COUNTED,
+        least_intruders=LEAST_COUNTED,
+        most_held_open_s=most_held_open_s(lab.window_s),
+        most_requests=limits.requests,
+        most_prompt_tokens=limits.prompt_tokens,
+    )
+
+
+def _trial(lab: Lab, point: Point, forecast_play: ForecastPlay) -> Trial:
+    """Present a play as a finished trial, so that the same functions measure it."""
+    play = forecast_play.play
+    return Trial(
+        point,
+        forecast_play.repeat,
+        lab.slo,
+        list(records(play)),
+        _summary(play),
+        _snapshot(forecast_play),
+    )
+
+
+def records(play: Play) -> Iterator[RequestRecord]:
+    """Present what the clients of a play observed as the records of a trial."""
+    for a in play.answers:
+        yield RequestRecord(
+            index=a.index,
+            asked_tokens=a.asked_tokens,
+            scheduled_s=a.scheduled_s,
+            sent_s=a.sent_s,
+            chunks=a.chunks,
+            end_s=a.chunks[-1][0] if a.chunks else a.turned_away_s,
+            prompt_tokens=a.prompt_tokens,
+            output_tokens=sum(tokens for _, tokens in a.chunks),
+            in_window=a.in_window,
+            error=None if a.turned_away_s is None else TURNED_AWAY[0],
+            choice=a.choice,
+        )
+
+
+def _summary(play: Play) -> TrialSummary:
+    return TrialSummary(
+        started_unix_s=0, window_s=play.window_s, answered_under_load=play.answered_under_load,
+        planned=None, sent=len(play.answers),
+        exhausted=False, loop_lag_p99_s=0, loop_lag_max_s=0, cpu_s=0,
+    )  # fmt: skip
+
+
+def _snapshot(forecast_play: ForecastPlay) -> Snapshot:
+    """Present what the engine would have counted under the names of its metrics."""
+    counted = forecast_play.counters
+    return Snapshot(
+        values={
+            metrics.PREFIX_QUERIES: counted.get("prefix_queries", 0),
+            metrics.PREFIX_HITS: counted.get("prefix_hits", 0),
+            metrics.PREEMPTIONS: counted.get("preemptions", 0),
+            metrics.TURNED_AWAY: counted.get("turned_away", 0),
+            **(
+                {
+                    metrics.SPEC_DRAFTS: counted["drafts"],
+                    metrics.SPEC_DRAFTED: counted["draft_tokens"],
+                    metrics.SPEC_ACCEPTED: counted["accepted_tokens"],
+                }
+                if "drafts" in counted
+                else {}
+            ),
+        },
+        info={
+            metrics.CACHE_CONFIG: {
+                "num_gpu_blocks": str(forecast_play.kv_capacity_tokens), "block_size": "1",
+            }
+        },
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Holds what a play came to."""
+
+    figures: Figures
+    lasts_s: float  # until its last answer ended
+    sent: int  # requests
+    watch: Watch | None  # where its load is watched
+    kv_use: KvUse | None
+    # in the prefix cache after each request, where chance decides how much is found
+    found_tokens: Sequence[int]
+
+    @classmethod
+    def of(
+        cls,
+        trial: Trial,
+        kv_use: KvUse | None,
+        watched: bool = False,
+        found_tokens: Sequence[int] = (),
+    ) -> Outcome:
+        return cls(
+            figures=measure(trial),
+            lasts_s=max((r.end_s or 0.0 for r in trial.records), default=0.0),
+            sent=len(trial.records),
+            watch=watch(trial) if watched else None,
+            kv_use=kv_use,
+            found_tokens=found_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class PointPlays:
+    """Holds what all plays of a point came to."""
+
+    point: Point
+    as_timed: Sequence[Outcome]  # at the expected step
+    shifted: Sequence[Outcome]  # the first, at the two ends of the band of its step
+    timeline: Timeline | None  # of the first, where the lab's plots show it
+
+    @property
+    def trial_s(self) -> float:
+        """The mean time until the last answer of a trial has ended."""
+        return fmean(play.lasts_s for play in self.as_timed)
+
+    @property
+    def fewest_sent(self) -> int:
+        """The requests of the play that sent fewest, and at most as many as are drawn."""
+        return min(MOST_DRAWN, *(play.sent for play in (*self.as_timed, *self.shifted)))
+
+    @property
+    def least_found(self) -> tuple[int, ...]:
+        """The fewest tokens that any play has found in the prefix cache after each request."""
+        return tuple(
+            min(found) for found in zip(*(p.found_tokens for p in self.as_timed), strict=False)
+        )
+
+    @property
+    def watches(self) -> tuple[Watch, ...]:
+        return tuple(play.watch for play in self.as_timed if play.watch)
+
+    @property
+    def kv_uses(self) -> list[KvUse]:
+        return [play.kv_use for play in self.as_timed if play.kv_use]
+
+    def bands(self, lab: Lab) -> dict[str, Band]:
+        """Return the band of each metric in which the mean of the lab's trials is expected."""
+        as_timed, shifted = (
+            [play.figures for play in plays] for plays in (self.as_timed, self.shifted)
+        )
+        names = (name for name, metric in METRICS.items() if metric.forecast)
+        return _bands(as_timed, shifted, self._repeats(lab), names)
+
+    def kv_bands(self, lab: Lab) -> dict[str, Band]:
+        """Return the bands of the mean and the peak share of the KV cache in use, if it is known.
+
+        What a faster and a slower step, and chance, change is found as for any other figure.
+        """
+        as_timed, shifted = (
+            [play.kv_use.model_dump() if play.kv_use else {} for play in plays]
+            for plays in (self.as_timed, self.shifted)
+        )
+        return _bands(as_timed, shifted, self._repeats(lab), KvUse.model_fields)
+
+    def _repeats(self, lab: Lab) -> int:
+        """Count the trials that are independent: those beside long prompts share their speed."""
+        return 1 if isinstance(self.point.load, Contended) else lab.repeats_of(self.point)
+
+
+def _bands(
+    as_timed: Sequence[Mapping[str, float | None]],
+    shifted: Sequence[Mapping[str, float | None]],
+    repeats: int,
+    names: Iterable[str],
+) -> dict[str, Band]:
+    """Take each figure's mean over plays, how far another step shifts it, and what chance adds.
+
+    `as_timed` holds the figures of each play, `shifted` those of the first at the two ends of the
+    band of its step. `repeats` independent trials will be measured. Their mean differs by chance
+    from that of the plays, by as much as these differ from one another: the band holds that with
+    80%, and no end of it lies beyond all plays.
+    """
+    bands = {}
+    for name in names:
+        values = [v for row in as_timed if (v := row.get(name)) is not None]
+        if not values:
+            continue
+        value, first = fmean(values), as_timed[0].get(name)
+        ends = [v for row in shifted if (v := row.get(name)) is not None]
+        shifts = [v - first for v in ends if first is not None]
+        chance = by_chance(values, repeats)
+        below, above = (math.hypot(f(0.0, *shifts, 0.0), chance) for f in (min, max))
+        bands[name] = Band(
+            value=value,
+            low=min(value, max(value - below, min(*values, *ends, value))),
+            high=max(value, min(value + above, max(*values, *ends, value))),
+            geometric_mean=geometric_mean(values) if min(values) > 0 else None,
+        )
+    return bands
+
+
+def by_chance(values: Sequence[float], repeats: int) -> float:
+    """Tell how far the mean of so many trials lies from that of these plays, with 80%."""
+    if len(values) < 2:
+        return 0.0
+    error = stdev(values) * math.sqrt(1 / len(values) + 1 / repeats)
+    return error * float(scipy.stats.t.ppf(0.9, len(values) - 1))

@@ -1,0 +1,23 @@
+"""Read the glossary of the documentation, so that the site has the same words."""
+
+from __future__ import annotations
+
+import re
+
+from labs.harness.telling.document import Section, parse, section, table
+from serving.models import ROOT
+
+PAGE = ROOT / "docs" / "glossary.md"
+HEADING = re.compile(r"^## ", re.MULTILINE)
+ROW = re.compile(r"^\| ([^|]+) \| ([^|]+) \| `[^|`]+` \|$", re.MULTILINE)
+
+
+def document() -> Section:
+    """Build the glossary: a section a part of the page, each with its words and their meanings."""
+    _, *parts = HEADING.split(PAGE.read_text())
+    return section("Glossary", *(_part(*text.split("\n", 1)) for text in parts))
+
+
+def _part(title: str, text: str) -> Section:
+    rows = ([parse(word), parse(meaning)] for word, meaning in ROW.findall(text))
+    return section(title, table(("Word", "What it means"), rows))

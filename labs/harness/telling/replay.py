@@ -1,0 +1,308 @@
+"""A committed trial, step by step: when each request entered the batch and each token came.
+
+A row is a place: a request takes the lowest one that is free when it is sent. The picture is whole
+without scripts; with them it is played, or stepped through, from the same times.
+Where the engine guesses ahead, a chunk holds what one verification gave: the target's own token and
+the drafts that it accepted. Below the rows stands how much of the KV cache the requests held, where
+the trial keeps what the engine said of it (`filing.engine_series`); older trials do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from markupsafe import Markup
+
+from dashboards.palette import VARIANTS
+from labs.harness.filing import engine_series
+from labs.harness.filing.results import RunFolder
+from labs.harness.judging.measure import Trial
+from labs.harness.judging.text import counted, number, point_label
+from labs.harness.spec import Point
+from loadtests.records import RequestRecord
+
+MOST_CHUNKS = 700  # in one picture: a mark for each
+WIDTH, HEAD, LEFT = 420, 4, 6  # of the picture, in its own units: about a phone's pixels
+CACHE_GAP, CACHE_HEIGHT = 18, 48  # of the KV cache's part of it, the gap with its title
+DECODING, WAITING, HELD = VARIANTS[:3]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Holds one trial as a picture, and the times that a script needs to play it."""
+
+    title: str
+    picture: Markup
+    description: str  # what the picture shows, in words
+    times: dict[str, Any]
+    cache: Cache | None  # None where the trial keeps no reading of it
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Holds the engine's own readings of its KV cache, in seconds since the picture's beginning."""
+
+    times_s: tuple[float, ...]
+    shares: tuple[float, ...]  # of the blocks, those that requests hold
+    blocks: int | None  # that can be held; None where the engine did not say
+
+    def share_text(self, share: float) -> str:
+        """Write a share, and the blocks where their number is known: `43% (20 of 47 blocks)`."""
+        of = f" ({round(share * self.blocks):,} of {self.blocks:,} blocks)" if self.blocks else ""
+        return f"{100 * share:.0f}%{of}"
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """A request in its place: seconds since the picture's beginning."""
+
+    place: int
+    start_s: float
+    first_s: float  # its first token; its end where none came
+    end_s: float
+    chunks_s: tuple[float, ...]
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+
+
+def replay(folder: RunFolder, keys: Sequence[str]) -> list[Replayed]:
+    """Show the first repeat of each of these points over the same seconds; [] where one failed."""
+    run = folder.run()
+    lab, points = run.rebuilt_lab(), {p.key: p for p in run.points()}
+    trials = {key: _trial(folder, points[key]) for key in dict.fromkeys(keys)}
+    played = {key: _records(trial) for key, trial in trials.items() if trial}
+    if len(played) < len(trials) or not all(played.values()):
+        return []
+    begins = {key: _begin(records) for key, records in played.items()}
+    span_s = min(_span_s(records, begins[key]) for key, records in played.items())
+    longest_s = max(_first_whole_s(records, begins[key]) for key, records in played.items())
+    span_s = max(span_s, 1.05 * longest_s)
+    return [
+        _replayed(
+            point_label(key, lab),
+            _bars(records, begins[key], span_s),
+            span_s,
+            f"clip-{place}",
+            guesses=bool(points[key].flags.speculative_config),
+            cache=_cache(folder, trials[key], begins[key], span_s),
+        )
+        for place, (key, records) in enumerate(played.items())
+    ]
+
+
+def _trial(folder: RunFolder, point: Point) -> Trial | None:
+    result = folder.trial_result(point, 1)
+    return folder.trial(point, result, folder.run().rebuilt_lab()) if result else None
+
+
+def _records(trial: Trial) -> list[RequestRecord]:
+    return sorted((r for r in trial.records if r.ok), key=lambda r: r.start_s)
+
+
+def _cache(folder: RunFolder, trial: Trial | None, begin_s: float, span_s: float) -> Cache | None:
+    """Read how full one engine's KV cache was; None where the trial keeps no reading of it.
+
+    Where several engines share the load, each has a cache, and none is shown. Prometheus reads once
+    a second, so that none may fall into a short picture.
+    """
+    if trial is None:
+        return None
+    usage = engine_series.kv_usage(folder.trial_folder(trial.point, trial.repeat))
+    if usage is None:
+        return None
+    inside = [
+        (t - begin_s, share)
+        for t, share in zip(usage.times_s, usage.values, strict=True)
+        if 0 <= t - begin_s <= span_s
+    ]
+    blocks = trial.cache_config.get("num_gpu_blocks", "")
+    return Cache(
+        tuple(t for t, _ in inside),
+        tuple(share for _, share in inside),
+        int(blocks) - 1 if blocks.isdecimal() else None,  # the engine keeps one for itself
+    )
+
+
+def _begin(records: Sequence[RequestRecord]) -> float:
+    return min((r.start_s for r in records if r.in_window), default=records[0].start_s)
+
+
+def _span_s(records: Sequence[RequestRecord], begin_s: float) -> float:
+    """The seconds in which as many chunks came as one picture can show."""
+    times = sorted(t for r in records for t, _ in r.chunks if t >= begin_s)
+    return times[min(len(times), MOST_CHUNKS) - 1] - begin_s
+
+
+def _first_whole_s(records: Sequence[RequestRecord], begin_s: float) -> float:
+    """The seconds that the first request of the window took, so that one is shown whole."""
+    return next((r.e2e_s or 0.0 for r in records if r.start_s >= begin_s), 0.0)
+
+
+def _bars(records: Sequence[RequestRecord], begin_s: float, span_s: float) -> list[_Bar]:
+    free_from: list[float] = []  # when the request in each place ended
+    bars = []
+    for record in records:
+        start, end = record.start_s, record.chunks[-1][0]
+        place = next((i for i, t in enumerate(free_from) if t <= start), len(free_from))
+        free_from[place : place + 1] = [end]
+        if end <= begin_s or start >= begin_s + span_s:
+            continue
+        inside = [(t - begin_s, n) for t, n in record.chunks if 0 <= t - begin_s <= span_s]
+        bars.append(
+            _Bar(
+                place, max(0.0, start - begin_s), record.chunks[0][0] - begin_s,
+                min(end - begin_s, span_s), tuple(t for t, _ in inside),
+                tuple(n for _, n in inside), record.prompt_tokens or 0,
+            )
+        )  # fmt: skip
+    return bars
+
+
+def _replayed(
+    title: str,
+    bars: Sequence[_Bar],
+    span_s: float,
+    clip: str,
+    guesses: bool,
+    cache: Cache | None = None,
+) -> Replayed:
+    places = max(bar.place for bar in bars) + 1
+    filled = sum(bar.end_s - bar.start_s for bar in bars) / span_s
+    tokens = sum(sum(bar.tokens) for bar in bars)
+    waited = sum(min(b.first_s, b.end_s) - b.start_s for b in bars if b.first_s > 0) / span_s
+    description = (
+        f"{title}: {counted(len(bars), 'request')} in {number(span_s, 's')}, at most {places} at"
+        f" once and {filled:.1f} on average, {waited:.1f} of them still without a token;"
+        f" {counted(tokens, 'token')} came."
+    )
+    if guesses:
+        accepted = sum(n - 1 for bar in bars for n in bar.tokens)
+        description += (
+            f" Of these, {accepted:,} were drafts that the target accepted: the higher a line,"
+        )
+        description += " the more of them came at once."
+    if cache and cache.shares:
+        description += f" At most {cache.share_text(max(cache.shares))} of the KV cache was in use."
+    times = {
+        "span": round(1000 * span_s),
+        "guesses": guesses,
+        "bars": [
+            [round(1000 * b.start_s), round(1000 * max(0.0, b.first_s)), round(1000 * b.end_s)]
+            for b in bars
+        ],
+        "chunks": [
+            [round(1000 * t), n]
+            for t, n in sorted(c for b in bars for c in zip(b.chunks_s, b.tokens, strict=True))
+        ],
+        "cache": [
+            [round(1000 * t), cache.share_text(share)]
+            for t, share in zip(cache.times_s, cache.shares, strict=True)
+        ] if cache else [],
+    }  # fmt: skip
+    most = max((n for bar in bars for n in bar.tokens), default=1) if guesses else 0
+    picture = _picture(bars, places, span_s, description, clip, most, cache)
+    return Replayed(title, picture, description, times, cache)
+
+
+def _picture(
+    bars: Sequence[_Bar],
+    places: int,
+    span_s: float,
+    description: str,
+    clip: str,
+    most: int,
+    cache: Cache | None,
+) -> Markup:
+    """Draw the places as rows; a script reveals them by the width of what clips them.
+
+    A chunk of `most` tokens has a mark of a row's height; where that is 0, every chunk has.
+    """
+    row = 18 if places <= 16 else max(4, 288 // places)
+    under = HEAD + places * row
+    drawn_cache = cache if cache and cache.shares else None
+    foot = under + (CACHE_GAP + CACHE_HEIGHT if drawn_cache else 0)
+    scale = (WIDTH - 2 * LEFT) / span_s
+    rows = "".join(
+        f'<path class="place" d="M{LEFT} {HEAD + (i + 0.5) * row:g}H{WIDTH - LEFT}"/>'
+        for i in range(places)
+    )
+    drawn = "".join(_bar(bar, row, scale, most) for bar in bars)
+    if drawn_cache:
+        rows += _cache_frame(under)
+        drawn += _held(drawn_cache, foot, scale)
+    return Markup(
+        '<svg class="replay" viewBox="0 0 {} {}" role="img" aria-label="{}">'
+        '<clipPath id="{clip}"><rect class="reveal" width="{width}" height="{foot}"/></clipPath>'
+        '{rows}<g clip-path="url(#{clip})">{drawn}</g><path class="now" d="M0 0V{foot}"/>{axis}'
+        "</svg>"
+    ).format(
+        WIDTH, foot + 22, description, clip=clip, width=WIDTH, foot=foot, rows=Markup(rows),
+        drawn=Markup(drawn), axis=_axis(span_s, scale, foot),
+    )  # fmt: skip
+
+
+def _cache_frame(top: int) -> str:
+    """The KV cache's part: its title, and lines where it is full and empty."""
+    full, empty = top + CACHE_GAP, top + CACHE_GAP + CACHE_HEIGHT
+    return (
+        f'<text x="{LEFT}" y="{full - 5}" text-anchor="start">KV cache in use, up to 100%</text>'
+        f'<path class="place" d="M{LEFT} {full}H{WIDTH - LEFT}M{LEFT} {empty}H{WIDTH - LEFT}"/>'
+    )
+
+
+def _held(cache: Cache, foot: int, scale: float) -> str:
+    """The readings as dots, with straight lines between them and the area below shaded."""
+    at = [
+        (LEFT + t * scale, foot - share * CACHE_HEIGHT)
+        for t, share in zip(cache.times_s, cache.shares, strict=True)
+    ]
+    line = "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
+    area = f"M{at[0][0]:.1f} {foot}L{line}L{at[-1][0]:.1f} {foot}Z"
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{HELD}"/>' for x, y in at)
+    return (
+        f'<path d="{area}" fill="{HELD}" opacity="0.35"/>'
+        f'<path d="M{line}" fill="none" stroke="{HELD}" stroke-width="1.5"/>{dots}'
+    )
+
+
+def _bar(bar: _Bar, row: int, scale: float, most: int) -> str:
+    top, height = HEAD + bar.place * row + row / 9, row * 7 / 9
+    first = min(max(bar.first_s, bar.start_s), bar.end_s)
+    foot = top + height
+    marks = "".join(
+        f"M{LEFT + t * scale:.1f} {foot:.1f}v-{height * (n / most if most else 1):.1f}"
+        for t, n in zip(bar.chunks_s, bar.tokens, strict=True)
+    )
+    kind = "token drafted" if most else "token"
+    return (
+        _box(bar.start_s, first, WAITING, top, height, scale)
+        + _box(first, bar.end_s, DECODING, top, height, scale)
+        + f'<path class="{kind}" d="{marks}"/>'
+    )
+
+
+def _box(start_s: float, end_s: float, colour: str, top: float, height: float, scale: float) -> str:
+    if end_s <= start_s:
+        return ""
+    return (
+        f'<rect x="{LEFT + start_s * scale:.1f}" y="{top:.1f}" fill="{colour}"'
+        f' width="{(end_s - start_s) * scale:.1f}" height="{height:.1f}"/>'
+    )
+
+
+def _axis(span_s: float, scale: float, foot: int) -> Markup:
+    step = next((s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60) if span_s / s <= 7), 120)
+    ticks = list(accumulate([0.0] + [step] * int(span_s / step)))
+    return Markup("").join(
+        Markup('<path class="tick" d="M{0:.1f} {1}v4"/><text x="{0:.1f}" y="{2}"{3}>{4:g} s</text>')
+        .format(
+            LEFT + t * scale, foot, foot + 16,
+            Markup(' text-anchor="start"' if t == 0 else
+                   ' text-anchor="end"' if LEFT + t * scale > WIDTH - 20 else ""),
+            round(t, 3),
+        )
+        for t in ticks
+    )  # fmt: skip

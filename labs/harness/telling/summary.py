@@ -1,0 +1,302 @@
+"""Compute all figures and verdicts of a report from the files of a run, and from nothing else."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from labs.harness.facts.context import Context, JudgedRun
+from labs.harness.facts.parts import answers, parts_of
+from labs.harness.filing import engine_series
+from labs.harness.filing.bounded import DamagedError
+from labs.harness.filing.checks import contradictions, problems
+from labs.harness.filing.results import (
+    Predictions,
+    Run,
+    RunFolder,
+    Session,
+    Summary,
+    pair_of,
+    write_json,
+)
+from labs.harness.judging import dose
+from labs.harness.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, over_repeats
+from labs.harness.judging.machine_speed import MachineSpeed, machine_speed
+from labs.harness.judging.measure import influences
+from labs.harness.judging.metrics import METRICS, measure, pooled_latencies, pooled_percentiles
+from labs.harness.judging.validity import (
+    SERVER_BUSY,
+    Expected,
+    caveats_of,
+    confounded,
+    first_trial_slow,
+    found_too_little,
+    speed_jumped,
+)
+from labs.harness.spec import Lab, Point
+from loadtests.latencies import Latency
+from serving.machine import Machine
+from serving.metrics import KvUse
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Holds what was measured in the trials of a run."""
+
+    values: dict[str, dict[int, dict[str, float | None]]]  # point -> repeat -> metric -> value
+    samples_s: dict[str, dict[Latency, array[float]]]  # point -> samples of all its repeats
+    caveats: list[Caveat]
+    failed: dict[str, str]  # trial -> reason
+    machine_speed: MachineSpeed | None
+    measured_again: dict[str, list[str]]  # trial -> why each attempt was discarded
+    influences: dict[str, dict[int, dict[str, dict[int, float]]]]
+
+
+def summarise(folder: RunFolder) -> Summary:
+    """Compute the summary of a run from its recorded trials, and write it beside them."""
+    summary = computed(folder)
+    write_json(folder.path / "summary.json", summary)
+    return summary
+
+
+def checked(folder: RunFolder) -> Summary:
+    """Compute the summary of a run that somebody else may have made.
+
+    Raises DamagedError where its files contradict each other.
+    """
+    again: list[Summary] = []
+    if wrong := contradictions(folder, lambda run: again.append(computed(run))):
+        raise DamagedError(wrong[0])
+    (summary,) = again
+    if problem := unlike(folder.summary(), summary):
+        raise DamagedError(problem)
+    return summary
+
+
+def all_problems(folder: RunFolder) -> list[str]:
+    """List what is wrong with a run on file, and where its summary is not what its records give.
+
+    A run whose files contradict each other gives no summary to compare.
+    """
+    again: list[Summary] = []
+    wrong = problems(folder, lambda run: again.append(computed(run)))
+    stale = [unlike(folder.summary(), summary) for summary in again]
+    return [*wrong, *filter(None, stale)]
+
+
+def unlike(filed: Summary, again: Summary) -> str:
+    """Say which figure or verdict on file is not what its records give; empty where all are.
+
+    Prose is left out, and figures that have been defined since: those are no fault of the records.
+    """
+    for point, by_repeat_filed in filed.measurements.items():
+        for repeat, values in by_repeat_filed.items():
+            recomputed = again.measurements.get(point, {}).get(repeat, {})
+            for metric, value in values.items():
+                if metric in METRICS and not _same(value, recomputed.get(metric)):
+                    return (
+                        f"its summary's {metric} of {point}/{repeat} is not what its records give"
+                    )
+    outcomes = [
+        {(j.claim, j.treatment, j.baseline): j.outcome for j in summary.judgements}
+        for summary in (filed, again)
+    ]
+    if outcomes[0] != outcomes[1]:
+        return "its summary's verdicts are not what its records give"
+    if (filed.failed.keys(), filed.missing) != (again.failed.keys(), again.missing):
+        return "its summary counts other trials than it has"
+    return ""
+
+
+def _same(a: float | None, b: float | None) -> bool:
+    return a == b if a is None or b is None else math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
+
+
+def computed(folder: RunFolder) -> Summary:
+    """Compute the summary of a run from its recorded trials; raises DamagedError."""
+    run = folder.run()
+    lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
+    expected = run.expected(predictions)
+    expected = expected.with_transport(folder.transports_s(points, lab, expected))
+    measured = _measure(folder, lab, points, expected)
+    values, caveats = measured.values, measured.caveats
+    pairs = [
+        (claim, t, b, confounded(claim, t, b))
+        for claim in lab.claims
+        for t, b in lab.pairs(claim, points)
+    ]
+    context = Context(folder, run, lab, points, values, caveats, measured.influences)
+    conclusions = parts_of(lab.name).findings
+    summary = Summary(
+        measurements=values,
+        pooled={key: pooled_percentiles(of_point) for key, of_point in measured.samples_s.items()},
+        judgements=[
+            judge(
+                claim,
+                t.key,
+                b.key,
+                values,
+                predictions.effects[claim.name][pair_of(t.key, b.key)],
+                [*caveats, *own],
+                context.sampling,
+                predictions.of_means(claim, t.key, b.key),
+            )
+            for claim, t, b, own in pairs
+        ],
+        forecasts=[
+            judge_forecast(forecast, key, values.get(key, {}), prediction, context.sampling)
+            for forecast in lab.forecasts
+            for key, prediction in predictions.forecasts[forecast.name].items()
+        ],
+        in_virtual_time=_beside_forecasts(predictions, values),
+        kv_use=_kv_use(folder, lab, points, predictions),
+        influences=measured.influences,
+        findings=[conclusions[name].finding(context) for name in lab.findings],
+        caveats=[*caveats, *(caveat for *_, own in pairs for caveat in own)],
+        failed=measured.failed,
+        machine_speed=measured.machine_speed,
+        measured_again=measured.measured_again,
+        missing=sum(
+            folder.trial_result(p, r) is None
+            for p in points
+            for r in range(1, lab.repeats_of(p) + 1)
+        ),
+    )
+    if not run.aa:  # where an engine meets its twin there is nothing to answer
+        judged_run = JudgedRun.of(context, summary)
+        limited = _limited_by_server(run, caveats, points)
+        told = {id: text + limited for id, text in answers(judged_run).items()}
+        summary = summary.model_copy(update={"answers": told})
+    return summary
+
+
+def _limited_by_server(run: Run, caveats: Sequence[Caveat], points: Sequence[Point]) -> str:
+    """Say behind an answer from a GPU at how many points its figures may be the API server's."""
+    busy = {caveat.point for caveat in caveats if caveat.name == SERVER_BUSY}
+    if run.machine.kind != "gpu" or not busy:
+        return ""
+    return (
+        f" But at {len(busy)} of {len(points)} points vLLM's API server was at its limit: what is"
+        " said of these may be its limit and not the engine's (*Validity* in the report names"
+        " them)."
+    )
+
+
+def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expected) -> _Measured:
+    """Measure every trial on its own, and collect what weakens the run."""
+    values: dict[str, dict[int, dict[str, float | None]]] = {p.key: {} for p in points}
+    samples_s: dict[str, dict[Latency, array[float]]] = {}
+    caveats: list[Caveat] = []
+    failed: dict[str, str] = {}
+    again: dict[str, list[str]] = {}
+    timed, found = [], dict[str, list[dose.CacheHits]]()
+    moved = dict[str, dict[int, dict[str, dict[int, float]]]]()
+    for point, result, trial in folder.trials(points, lab):
+        if result.discarded:
+            again[f"{point.key}/{result.repeat}"] = [", ".join(d.reasons) for d in result.discarded]
+        if trial is None:
+            failed[f"{point.key}/{result.repeat}"] = result.failed or "no summary"
+            continue
+        values[point.key][result.repeat] = measure(trial)
+        for latency in pooled_latencies():
+            of_point = samples_s.setdefault(point.key, {})
+            of_point.setdefault(latency, array("d")).extend(trial.samples_s(latency))
+        if of_trial := influences(trial):
+            moved.setdefault(point.key, {})[result.repeat] = of_trial
+        caveats += caveats_of(trial, expected)
+        if in_cache := dose.cache_hits(trial, expected.template_tokens):
+            found.setdefault(point.key, []).append(in_cache)
+        timed += [result.timed] if result.timed else []
+        del trial  # before the next one is read
+    caveats += [
+        caveat
+        for point in points
+        if point.key in found and point.key in expected.least_hit_rate and not expected.endpoint
+        for caveat in found_too_little(point, found[point.key], expected, lab.repeats_of(point))
+    ]
+    caveats += speed_jumped(timed)
+    caveats += [c for p in points for c in first_trial_slow(values[p.key], p.key)]
+    caveats = _each_once([*caveats, *_of_the_whole(folder.run(), lab, folder.session())])
+    return _Measured(values, samples_s, caveats, failed, machine_speed(timed), again, moved)
+
+
+def _beside_forecasts(
+    predictions: Predictions, values: dict[str, dict[int, dict[str, float | None]]]
+) -> list[ForecastAtPoint]:
+    """Put each forecast figure beside its mean over repeats; none where nothing was forecast."""
+    if predictions.in_virtual_time is None:
+        return []
+    rows = []
+    for key, bands in predictions.in_virtual_time.points.items():
+        for metric, band in bands.items():
+            rows.append(
+                ForecastAtPoint(
+                    point=key,
+                    metric=metric,
+                    value=band.value,
+                    low=band.low,
+                    high=band.high,
+                    measured=over_repeats(values.get(key, {}), metric),
+                )
+            )
+    return rows
+
+
+def _kv_use(
+    folder: RunFolder, lab: Lab, points: Sequence[Point], predictions: Predictions
+) -> dict[str, KvUse]:
+    """Read how much of the KV cache was in use at each point for which that was forecast."""
+    before = predictions.in_virtual_time
+    uses: dict[str, list[KvUse]] = {}
+    for point in (p for p in points if before and p.key in before.kv_use):
+        for repeat in range(1, lab.rounds + 1):
+            result, home = folder.trial_result(point, repeat), folder.trial_folder(point, repeat)
+            if not result or not result.summary or result.beside:  # it held little in the pauses
+                continue
+            if use := engine_series.kv_use(home, result.summary.window_s):
+                uses.setdefault(point.key, []).append(use)
+    return KvUse.over_trials(uses)
+
+
+def _of_the_whole(run: Run, lab: Lab, session: Session | None) -> list[Caveat]:
+    """Name what in the making of the whole run weakens its conclusions."""
+    caveats = []
+    if session and not session.resident and not session.there_and_back:
+        text = (
+            "each was measured in a block of its own, so their ratio includes what the machine"
+            " drifted between two blocks: where an effect is small, run again with another SEED="
+        )
+        caveats.append(Caveat(name="engines took turns", text=text))
+    if run.endpoint:
+        text = (
+            "predictions assume this machine's ceilings; the endpoint may run on another machine,"
+            " whose other work, heat and power were not seen"
+        )
+        caveats.append(Caveat(name="endpoint's hardware unknown", text=text))
+    if any(flags.is_parallel for flags in lab.all_flags):
+        caveats.append(_of_parallelism(run.machine))
+    return caveats
+
+
+def _of_parallelism(machine: Machine) -> Caveat:
+    if machine.kind == "cpu":
+        text = (
+            "predictions are those of one copy of the model; the copies share the memory's"
+            " bandwidth, and may compute on the load generator's cores (DP=)"
+        )
+        return Caveat(name="several copies", text=text)
+    text = (
+        "predictions assume no communication between GPUs, and the ceilings of those that share"
+        " each layer (TP=)"
+    )
+    return Caveat(name="several GPUs", text=text)
+
+
+def _each_once(caveats: Sequence[Caveat]) -> list[Caveat]:
+    """Keep the first of the caveats that weigh the same at a point, as repeats show the same."""
+    first: dict[tuple[str, str | None, bool, tuple[str, ...]], Caveat] = {}
+    for caveat in caveats:
+        first.setdefault((caveat.name, caveat.point, caveat.blocks, caveat.metrics), caveat)
+    return list(first.values())

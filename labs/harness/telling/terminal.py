@@ -1,0 +1,95 @@
+"""A document on a terminal, by rich, and the console that shows it.
+
+What is shown may come from outside: a claim's title, an error, an endpoint's answer. On a terminal
+control characters could move the cursor, hide lines, or set the clipboard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import rich.table
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.padding import Padding
+from rich.segment import Segment
+from rich.text import Text
+
+from labs.harness.telling import document as nodes
+
+INDENT = "  "
+_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class PlainConsole(Console):
+    """A console that leaves control characters out of all text, but for line breaks and tabs."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render as rich does; the codes that rich itself adds are no text, and stay."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else text.translate(_CONTROL), style, control)
+
+
+def show(console: Console, block: nodes.Block) -> None:
+    """Print a block with all that stands under it; pictures are for pages, not for terminals."""
+    match block:
+        case nodes.Section(title, blocks):
+            console.print(Text.assemble("\n", (text(title).plain, "bold")))
+            for inner in blocks:
+                show(console, inner)
+        case nodes.Table():
+            console.print(_table(block))
+        case nodes.Paragraph(content):
+            _sentence(console, content)
+        case nodes.Bullets(items):
+            for item in items:
+                _sentence(console, item)
+        case nodes.Notes(items):
+            for item in items:
+                console.print(text(item), style="bold yellow")
+        case nodes.Figure():
+            pass
+
+
+def _sentence(console: Console, content: nodes.Inline) -> None:
+    """Indented; where nobody watches it stays one line, so that it can be searched."""
+    if console.is_terminal:
+        console.print(Padding(text(content), (0, 0, 0, len(INDENT))))
+    else:
+        console.print(Text.assemble(INDENT, text(content)), soft_wrap=True)
+
+
+def _table(table: nodes.Table) -> rich.table.Table:
+    """The first column names the row; figures stand to the right."""
+    rich_table = rich.table.Table()
+    for place, head in enumerate(table.header):
+        justify: Literal["left", "right"] = "right" if place else "left"
+        rich_table.add_column(text(head), no_wrap=not place, justify=justify, overflow="fold")
+    for row in table.rows:
+        rich_table.add_row(*(text(cell) for cell in row))
+    return rich_table
+
+
+def text(content: nodes.Inline) -> Text:
+    """Styled text; of a link only its words are shown."""
+    match content:
+        case str():
+            return Text(content.translate(_CONTROL))  # here too, as they count in a column's width
+        case nodes.Code(code):
+            return text(f"`{code}`")
+        case nodes.Emphasis(inner):
+            return _styled(inner, "italic")
+        case nodes.Strong(inner):
+            return _styled(inner, "bold")
+        case nodes.Link(inner):
+            return text(inner)
+        case tuple():
+            return Text.assemble(*(text(part) for part in content))
+
+
+def _styled(content: nodes.Inline, style: str) -> Text:
+    styled = text(content)
+    styled.stylize(style)
+    return styled

@@ -1,0 +1,494 @@
+"""Paged KV: what does cutting the KV cache into blocks buy, and what do fewer KV heads?
+
+A request's keys and values grow by a token a step, and nobody knows beforehand how far. Without
+paging an engine reserves one stretch of memory for the longest request that it admits, and most of
+that stays empty: the capacity C admits C / L_max requests. *PagedAttention* (Kwon et al., SOSP
+2023) cuts the cache into blocks of b tokens, which a table finds wherever they lie, as an operating
+system pages memory. A request holds what it has written, rounded up to whole blocks: about
+(b - 1) / 2 tokens are wasted for each, and C admits as many requests as their mean hold fits in.
+
+vLLM always pages. What contiguous allocation would admit is shown by `max-num-seqs` = C / L_max: so
+many requests run at once, and no more. As far as capacity goes that is the same; the gaps between
+stretches and the copying that a real allocator would suffer from are not in it. An allocator in
+plain Python replays the same lengths for blocks that are not run.
+
+Paging admits requests that do not fit once they have grown. Where one that runs finds no block, the
+newest is *preempted*: it gives its blocks back, waits, and computes again what it had written. With
+a *watermark* a request is admitted beside others only if that share of all blocks, rounded down,
+stays free for those that run to grow into. Then less is computed twice, and a request waits longer
+for its first token.
+
+The other way to hold more is to write less a token. In *multi-head attention* every query head has
+keys and values of its own; *grouped queries* (GQA) share those of a KV head among a few query
+heads, and one KV head for all is *multi-query attention* (MQA). The `mha` side serves the same
+model with each KV head copied for every query head that shares it, so that only the cache differs;
+on a GPU the `mqa` side has the mean of all KV heads as the only one: its text is worth nothing, and
+its speed is real.
+
+Turn: the block (`variants.large-blocks.flags.block-size`), the longest request
+(`flags.max-model-len`), the lengths (`workloads.mixed.output_tokens`), the watermark
+(`variants.watermark.flags.watermark`), the heads (`variants.mha.weights`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from labs.harness import theory
+from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
+from loadtests.arrivals import Concurrent
+from loadtests.workload import Exponential, Fixed, Prefix, Workload
+from serving import metrics
+
+KWON = "Kwon et al., PagedAttention, SOSP 2023"
+AINSLIE = "Ainslie et al., GQA, EMNLP 2023"
+MOST_REPLAYED = 1024  # requests
+Lengths = Sequence[tuple[int, int]]  # (prompt, output) tokens of each request
+
+
+def held_tokens(point: Point, block: int) -> float:
+    """Return the tokens' room that a request holds in blocks of this size, at a step's mean.
+
+    A request that has yielded w tokens holds its prompt and those w, in whole blocks. Long requests
+    take more steps, and count for as many.
+    """
+    steps = sum(output for _, output in point.lengths)
+    held = sum(
+        _blocks_up_to(prompt + output - 1, block) - _blocks_up_to(prompt - 1, block)
+        for prompt, output in point.lengths
+    )
+    return block * held / steps
+
+
+def _blocks_up_to(tokens: int, block: int) -> int:
+    """Return the sum of the blocks that 1, 2, ... and `tokens` tokens take."""
+    full, rest = divmod(tokens, block)
+    return block * full * (full + 1) // 2 + rest * (full + 1)
+
+
+def admitted(point: Point) -> float:
+    """Return how many requests run at once: all in flight, the limit, or what the blocks hold.
+
+    The engine keeps one block for itself.
+    """
+    block = point.flags.block_size
+    held = (point.kv_room_tokens - block) / held_tokens(point, block)
+    return min(point.flags.at_once(point.load.users), held)
+
+
+def admitted_ratio(treatment: Point, baseline: Point) -> Prediction:
+    return Prediction(
+        value=admitted(treatment) / admitted(baseline),
+        formula="min(B, max-num-seqs, (C - b) / mean tokens held), treatment / baseline",
+        assumptions=(
+            "what the running requests hold together stays near its mean",
+            "a request that waits or is preempted is not in decode",
+        ),
+        source=KWON,
+    )
+
+
+def throughput_ratio(treatment: Point, baseline: Point) -> Prediction:
+    def tokens_per_s(point: Point) -> float:
+        return theory.batch_throughput(
+            point.shape, point.ceilings, admitted(point), point.prompt_tokens, point.output_tokens
+        )
+
+    return Prediction(
+        value=tokens_per_s(treatment) / tokens_per_s(baseline),
+        formula="roofline throughput of the requests that run at once, treatment / baseline",
+        assumptions=("the costs that the roofline leaves out do not grow with the batch",),
+        source=KWON,
+    )
+
+
+def kept_free_blocks(watermark: float, blocks: float) -> int:
+    """Return the blocks that stay free where a request is admitted beside others, as in vLLM."""
+    return int(watermark * blocks)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The means of a replay over its steps."""
+
+    running: float  # requests at once
+    written_tokens: float
+    held_tokens: float
+    preempted: int
+    tokens: int  # that were written in all steps together
+
+    @property
+    def useful(self) -> float:
+        """The share of the memory held that something was written to."""
+        return self.written_tokens / self.held_tokens
+
+    @property
+    def wasted_tokens(self) -> float:
+        """Tokens' room that each running request holds and has not written."""
+        return (self.held_tokens - self.written_tokens) / self.running
+
+
+def replay(
+    lengths: Lengths,
+    users: int,
+    room_tokens: float,
+    block: int,
+    stretch_tokens: int = 0,
+    kept_free_tokens: float = 0,
+) -> Replayed | None:
+    """Replay the allocation of requests that queue for `room_tokens`, a token each in every step.
+
+    A request holds its tokens in whole blocks, or `stretch_tokens` from its first step to its last
+    where that is given (contiguous allocation). At most `users` run at once. As in vLLM, a request
+    is admitted once its prompt fits, and beside others only if `kept_free_tokens` stay free; where
+    one that runs finds no block, the newest gives its own back, goes to the front of the queue, and
+    later computes again what it had. The end, where the queue is empty, is left out. None where
+    some request alone does not fit, or none ever waits.
+    """
+
+    def held(prompt: int, written: int) -> int:
+        return stretch_tokens or block * -(-(prompt + written) // block)
+
+    if max(held(prompt, output - 1) for prompt, output in lengths) > room_tokens:
+        return None
+    queue = deque((prompt, output, 0) for prompt, output in lengths)
+    running: list[tuple[int, int, int]] = []  # (prompt, output, written so far), the newest last
+    steps = requests = written = taken_in_all = preempted = 0
+    while True:
+        taken = sum(held(p, w) for p, _, w in running)
+        lacking = taken > room_tokens
+        while taken > room_tokens:
+            prompt, _, done = newest = running.pop()
+            queue.appendleft(newest)
+            taken -= held(prompt, done)
+            preempted += 1
+        while queue and not lacking and len(running) < users:
+            prompt, _, done = queue[0]
+            kept = kept_free_tokens if running else 0
+            if taken + held(prompt, done) + kept > room_tokens:
+                break
+            running.append(queue.popleft())
+            taken += held(prompt, done)
+        if not queue:
+            break
+        steps, requests = steps + 1, requests + len(running)
+        taken_in_all += taken
+        written += sum(p + w for p, _, w in running)
+        running = [(p, o, w + 1) for p, o, w in running if w + 1 < o]
+    if not steps:
+        return None
+    return Replayed(requests / steps, written / steps, taken_in_all / steps, preempted, requests)
+
+
+replay_once = lru_cache(maxsize=256)(replay)  # whatever the ceilings: claims and cards share it
+
+
+def replayed(point: Point, watermark: float | None = None) -> Replayed | None:
+    """Replay what a point is sent in the blocks that it has, by its own watermark or another.
+
+    The engine keeps one block for itself.
+    """
+    block, room = point.flags.block_size, point.kv_room_tokens
+    share = point.flags.watermark if watermark is None else watermark
+    return replay_once(
+        point.lengths[:MOST_REPLAYED],
+        point.load.users,
+        room - block,
+        block,
+        kept_free_tokens=block * kept_free_blocks(share, room / block),
+    )
+
+
+def preempted_ratio(treatment: Point, baseline: Point) -> Prediction:
+    def preempted(point: Point) -> float:
+        return (done.preempted if (done := replayed(point)) else 0) + 0.5
+
+    return Prediction(
+        value=preempted(treatment) / preempted(baseline),
+        formula="preemptions in a replay of the blocks, treatment / baseline, and 1/2 on both sides"
+        " so that a ratio exists",
+        assumptions=("a step is a token of each running request", "prefill takes no time"),
+        source=KWON,
+    )
+
+
+def capacity(point: Point) -> Prediction:
+    return Prediction(
+        value=point.kv_room_tokens,
+        formula="blocks x block size, or floor(memory / (b x 2 layers KV-heads head-dim bytes)) b",
+        source=KWON,
+    )
+
+
+def capacity_ratio(fewer: Point, more: Point) -> Prediction:
+    return Prediction(
+        value=fewer.kv_room_tokens / more.kv_room_tokens,
+        formula="KV heads, baseline / treatment, in whole blocks",
+        source=AINSLIE,
+    )
+
+
+def step_ratio(grouped: Point, every: Point) -> Prediction:
+    def step_s(point: Point) -> float:
+        return theory.decode_step_s(
+            point.shape, point.ceilings, point.load.users, point.context_tokens
+        )
+
+    return Prediction(
+        value=step_s(grouped) / step_s(every),
+        formula="(weight bytes + context x KV bytes a token) grouped / one KV head a query head",
+        assumptions=("reading is all that a step does",),
+        source="Williams et al., Roofline, 2009",
+    )
+
+
+PAGED = Variant(name="paged", flags={"block-size": 32, "num-gpu-blocks-override": 48})
+GQA = Variant(
+    name="gqa",
+    flags={"block-size": 32, "max-model-len": 2176, "enable-prefix-caching": True},
+)
+VARIANTS = (
+    PAGED,
+    PAGED.but("large-blocks", {"block-size": 128, "num-gpu-blocks-override": 12}),
+    PAGED.but("contiguous", {"max-num-seqs": 6}),
+    PAGED.but("watermark", {"watermark": 0.05}),
+    GQA,
+    GQA.but("mha", weights="mha"),
+)
+
+
+def echoed(label: str, flag: str, *variants: str) -> tuple[Evidence, ...]:
+    """Ask for each variant's own value of a flag under a label of the engine's configuration."""
+    return tuple(Evidence.echo(name, metrics.CACHE_CONFIG, label, f"--{flag}") for name in variants)
+
+
+CLAIMS = (
+    Claim(
+        name="admitted",
+        title="More requests run at once where each holds only what it has written",
+        metric="batch",
+        treatment=Arm(variant="paged", workload="mixed"),
+        baseline=Arm(variant="contiguous", workload="mixed"),
+        expect="rises",
+        predict=admitted_ratio,
+    ),
+    Claim(
+        name="throughput",
+        title="Paging raises throughput, because more requests run at once",
+        metric="output_tokens_per_s",
+        treatment=Arm(variant="paged", workload="mixed"),
+        baseline=Arm(variant="contiguous", workload="mixed"),
+        expect="rises",
+        predict=throughput_ratio,
+    ),
+    Claim(
+        name="blocks",
+        title="Smaller blocks waste less, so that more requests run at once",
+        metric="batch",
+        treatment=Arm(variant="paged", workload="mixed"),
+        baseline=Arm(variant="large-blocks", workload="mixed"),
+        expect="rises",
+        predict=admitted_ratio,
+        coupled="the same memory has fewer blocks where they are larger",
+    ),
+    Claim(
+        name="watermark",
+        title="Blocks that are kept free for requests that grow cut preemptions",
+        metric="preemptions",
+        treatment=Arm(variant="watermark", workload="growing"),
+        baseline=Arm(variant="paged", workload="growing"),
+        expect="falls",
+        predict=preempted_ratio,
+    ),
+    Claim(
+        name="heads",
+        title="Grouped queries hold more tokens in the same memory",
+        metric="kv_capacity_tokens",
+        treatment=Arm(variant="gqa", workload="near"),
+        baseline=Arm(variant="mha", workload="near"),
+        expect="rises",
+        predict=capacity_ratio,
+    ),
+    Claim(
+        name="context",
+        title="Over a long context grouped queries read less, and make a shorter step",
+        metric="tpot_mean_s",
+        treatment=Arm(variant="gqa", workload="far"),
+        baseline=Arm(variant="mha", workload="far"),
+        expect="falls",
+        predict=step_ratio,
+    ),
+)
+EVIDENCE = (
+    *echoed("block_size", "block-size", *(v.name for v in VARIANTS)),
+    *echoed("num_gpu_blocks", "num-gpu-blocks-override", *(v.name for v in VARIANTS[:4])),
+    Evidence.echo("watermark", metrics.ENGINE_CONFIG, "watermark", "--watermark"),
+    Evidence(arm=Arm(variant="paged", workload="growing"), kind="rises",
+             metric=metrics.PREEMPTIONS),
+    Evidence(arm=Arm(variant="contiguous"), kind="stays", metric=metrics.PREEMPTIONS),
+    Evidence(arm=Arm(workload="near"), kind="stays", metric=metrics.PREEMPTIONS),
+    Evidence(arm=Arm(workload="far"), kind="stays", metric=metrics.PREEMPTIONS),
+)  # fmt: skip
+# A GPU's: on a CPU a seventh engine does not fit beside six in 24 GiB
+MQA = GQA.but("mqa", weights="mqa")
+ONE_HEAD = Claim(
+    name="one-head",
+    title="One KV head for all queries holds more still than grouped ones",
+    metric="kv_capacity_tokens",
+    treatment=Arm(variant="mqa", workload="near"),
+    baseline=Arm(variant="gqa", workload="near"),
+    expect="rises",
+    predict=capacity_ratio,
+)
+
+
+def with_one_head() -> dict[str, Any]:
+    """Add the variant of one KV head for all queries, over both contexts, and its claim."""
+    parts: dict[str, Sequence[Variant | Evidence | Claim]] = {
+        "variants": (*VARIANTS, MQA),
+        "evidence": (*EVIDENCE, *echoed("block_size", "block-size", MQA.name)),
+        "claims": (*CLAIMS, ONE_HEAD),
+    }
+    heads = ("gqa", "mha", MQA.name)
+    return {
+        **{name: [part.model_dump() for part in of] for name, of in parts.items()},
+        "workloads.near.only": heads,
+        "workloads.far.only": heads,
+    }
+
+
+LAB = Lab(
+    name="paged-kv",
+    title="Paged KV",
+    question="Nobody knows how long a request will become: how many more run at once if each holds"
+    " only the memory that it has written, and if query heads share what is written?",
+    answers=("KV-3", "KV-4", "KV-5", "KO-3"),
+    variants=VARIANTS,
+    flags={
+        "max-model-len": 256,
+        "enable-prefix-caching": False,
+        "enforce-eager": True,
+        "kv-cache-memory-bytes": 160 * 2**20,
+    },
+    workloads=(
+        Workload(
+            name="mixed",
+            prompt_tokens=Fixed(tokens=40),
+            output_tokens=Exponential(mean_tokens=16, max_tokens=64),
+            only=("paged", "large-blocks", "contiguous"),
+            loads=(Concurrent(users=16),),
+        ),
+        Workload(
+            name="growing",  # more than fit once they have grown
+            prompt_tokens=Fixed(tokens=30),
+            output_tokens=Exponential(mean_tokens=20, max_tokens=48),
+            only=("paged", "watermark"),
+            loads=(Concurrent(users=28),),
+        ),
+        Workload(
+            name="near",
+            prompt_tokens=Fixed(tokens=128),
+            output_tokens=Fixed(tokens=16),
+            only=("gqa", "mha"),
+            loads=(Concurrent(users=1),),
+        ),
+        Workload(
+            name="far",
+            prompt_tokens=Fixed(tokens=2048),
+            output_tokens=Fixed(tokens=16),
+            prefix=Prefix(tokens=1984),
+            primed=True,  # so that a trial is decode, and hardly any prefill
+            only=("gqa", "mha"),
+            loads=(Concurrent(users=1),),
+        ),
+    ),
+    claims=CLAIMS,
+    forecasts=(
+        Forecast(name="capacity", metric="kv_capacity_tokens",
+                 arm=Arm(workload="near"), predict=capacity),
+    ),
+    evidence=EVIDENCE,
+    findings=("allocator", "watermark", "heads", "tiles-and-pages"),
+    plots=("allocator",),
+    slo=SLO(ttft_s=2, tpot_s=0.15),
+    requests=256,
+    warmup_s=0.6,
+    window_s=3,
+    scales={
+        "cpu": {"repeats": 3},  # of many points; those that are undecided get more
+        "gpu": {
+            **with_one_head(),
+            "flags": {
+                "max-model-len": 1024,
+                "enable-prefix-caching": False,
+                "kv-cache-memory-bytes": 6 * 2**30,
+            },
+            "variants.paged.flags": {"block-size": 16, "num-gpu-blocks-override": 512},
+            "variants.large-blocks.flags": {"block-size": 256, "num-gpu-blocks-override": 32},
+            "variants.contiguous.flags": {
+                "block-size": 16, "num-gpu-blocks-override": 512, "max-num-seqs": 8,
+            },
+            "variants.watermark.flags": {
+                "block-size": 16, "num-gpu-blocks-override": 512, "watermark": 0.05,
+            },
+            **{
+                f"variants.{name}.flags": {
+                    "block-size": 16, "max-model-len": 8192, "enable-prefix-caching": True,
+                }
+                for name in ("gqa", "mha", "mqa")
+            },
+            "workloads.mixed.prompt_tokens.tokens": 128,
+            "workloads.mixed.output_tokens": {
+                "kind": "exponential", "mean_tokens": 128, "max_tokens": 512,
+            },
+            "workloads.mixed.loads": (Concurrent(users=28),),
+            "workloads.growing.prompt_tokens.tokens": 128,
+            "workloads.growing.output_tokens": {
+                "kind": "exponential", "mean_tokens": 192, "max_tokens": 512,
+            },
+            "workloads.growing.loads": (Concurrent(users=48),),
+            "workloads.near.prompt_tokens.tokens": 256,
+            "workloads.near.output_tokens.tokens": 128,
+            "workloads.far.prompt_tokens.tokens": 7936,
+            "workloads.far.prefix.tokens": 7872,
+            "workloads.far.output_tokens.tokens": 128,
+            "requests": 1024,
+            "warmup_s": 3,
+            "window_s": 8,
+            "next_knobs": (
+                'SET="flags.max-model-len=640 variants.contiguous.flags.max-num-seqs=12" reserves'
+                " for the longest request that comes, as one who knows the lengths would",
+                'SET="variants.large-blocks.flags.block-size=128'
+                ' variants.large-blocks.flags.num-gpu-blocks-override=64" halves the large blocks',
+                'SET="variants.watermark.flags.watermark=0.1" keeps twice as many blocks free',
+            ),
+        },
+        "gpu-141": {"flags.kv-cache-memory-bytes": 12 * 2**30},
+    },
+    quick={"repeats": 1, "window_s": 2},
+    limits={
+        "cpu": "What requests hold, and how many are admitted, are the engine's own and carry over."
+        " Throughput rises more on a GPU, where a step takes about as long for many requests as for"
+        " few, and fewer KV heads save more where reading is what a step does. This CPU's kernels"
+        " take blocks of 32 tokens and multiples of that. One KV head for all queries is arithmetic"
+        " here, as a seventh engine does not fit beside six in 24 GiB:"
+        " SET=variants.mha.weights=mqa serves it in the place of `mha`.",
+        "gpu": "The cache is kept small, so that few requests fill it as many would a larger one."
+        " Contiguous allocation is emulated by its number of requests: what gaps and copying cost a"
+        " real one is not in it.",
+    },
+    next_knobs=(
+        'SET="flags.max-model-len=104 variants.contiguous.flags.max-num-seqs=14" reserves for the'
+        " longest request that comes, as one who knows the lengths would",
+        'SET="variants.large-blocks.flags.block-size=64'
+        ' variants.large-blocks.flags.num-gpu-blocks-override=24" halves the large blocks',
+        'SET="variants.watermark.flags.watermark=0.1" keeps twice as many blocks free',
+        'SET="variants.mha.weights=mqa" serves one KV head for all queries beside `gqa`',
+        'SET="workloads.mixed.output_tokens.mean_tokens=64" has more than a third of the'
+        " requests reach their longest: less is left to gain",
+    ),
+)  # fmt: skip
