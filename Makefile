@@ -43,7 +43,7 @@ or_help = $(if $(value LABS_$1),,--help)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers sparsity quantize serve locust load-worker report site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse rehearse-cuda check bench locks clean distclean
+.PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers sparsity quantize serve locust load-worker report words site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse rehearse-cuda check bench locks clean distclean
 
 help: ## List the targets
 	@echo "Labs, in the order of the course (what is missing is installed first):"
@@ -99,6 +99,9 @@ diagnose: setup ## Say what a running server's metrics point to: ENDPOINT=.. [EN
 
 report: setup ## Compute reports again from recorded runs: [RUN=..]
 	@$(LABS) report
+
+words: setup ## Tell a lab's newest runs again after its page.md was edited, and show what changed: LAB=.. [OUT=site]
+	@$(LABS) words $(call or_help,LAB)
 
 site: setup ## Write the course and a page for every run as a website: [OUT=site]
 	@$(LABS) site

@@ -1,9 +1,8 @@
-"""Provide the labs, and the machinery that runs, judges and reports them."""
+"""Provide the labs, in the order of the course."""
 
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -55,11 +54,6 @@ def _lab(module: str) -> Lab:
     if not isinstance(lab, Lab):
         raise TypeError(f"labs.{module}.lab.LAB is no Lab")
     return lab
-
-
-def folder_of(lab: str) -> Path:
-    """Return the folder of the lab of that name; a lab that is not from here has none."""
-    return Path(__file__).parent / lab.replace("-", "_")
 
 
 def __getattr__(name: str) -> dict[str, Lab]:

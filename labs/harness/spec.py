@@ -36,6 +36,7 @@ from labs.harness.changes import in_words, known_names, parts_kept, set_field
 from labs.harness.errors import LabError as LabError  # a part of the vocabulary
 from labs.harness.errors import NotApplicable as NotApplicable
 from labs.harness.errors import did_you_mean
+from labs.harness.page import CLAIMS, page_of, sizes_of
 from loadtests.admission import QueueLimits
 from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
 from loadtests.records import LONGEST_S
@@ -261,7 +262,7 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
     """
 
     name: str
-    title: str  # the claim as a sentence
+    title: str = ""  # the claim as a sentence; a lab's page has it
     metric: str
     treatment: Arm
     baseline: Arm
@@ -390,8 +391,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
-    title: str
-    question: str
+    title: str = ""  # this and all other words are on the lab's page, `labs/<lab>/page.md`
+    question: str = ""
     answers: tuple[str, ...]  # ids of questions in the catalogue
     variants: Annotated[tuple[Variant, ...], Field(min_length=1, max_length=MOST_POINTS)]
     # of every variant of the default engine; a variant's own flags override them
@@ -468,6 +469,24 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     absent: Annotated[tuple[str, ...], Field(exclude_if=lambda absent: not absent)] = ()
     limits: dict[str, str] = {}  # kind of machine -> what such a machine can and cannot show
     next_knobs: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_folder(cls, given: Any) -> Any:
+        """Fill in the words and sizes that stand in the lab's folder; a lab on file has its own."""
+        if not isinstance(given, dict) or given.get("title"):
+            return given
+        name = str(given.get("name"))
+        if (page := page_of(name)) is None:
+            raise ValueError("it has no title, and no page.md in a folder of its own")
+        titles, scales = page.named[CLAIMS], {**sizes_of(name)}
+        if untitled := [c.name for c in given["claims"] if c.name not in titles]:
+            raise ValueError(f"its page says under {CLAIMS!r} no title for {', '.join(untitled)}")
+        if page.knobs_on_gpus:
+            scales["gpu"] = {**scales.get("gpu", {}), "next_knobs": page.knobs_on_gpus}
+        claims = tuple(c.model_copy(update={"title": titles[c.name]}) for c in given["claims"])
+        quick = scales.pop("quick", {})
+        return {"scales": scales, "quick": quick, **page.fields, **given, "claims": claims}
 
     @model_validator(mode="after")
     def _enough_requests(self) -> Self:

@@ -1,18 +1,4 @@
-"""Prefix caching: when does reusing the KV cache of a shared prefix pay?
-
-Prompts that begin alike (a system prompt, a document, the turns of a chat so far) have the same
-keys and values there. With the cache on, the engine looks a prompt's beginning up block by block
-and computes only what follows: prefill, and so TTFT, falls to the unshared part. Decode gains
-nothing. What is looked up must still be in memory: with more prefixes in turn than the cache
-holds, each is evicted before it comes back (least recently used), and nothing is gained.
-
-What counts as alike is the *beginning*, token by token: the same retrieved documents in another
-order are another prompt. And what is fast gives away that it was asked before, unless tenants are
-kept apart by a `cache_salt` each.
-
-Turn: the shared part (`workloads.share-90.prefix.tokens`), the number of prefixes
-(`workloads.many.prefix.groups`), the cache (`flags.kv-cache-memory-bytes`).
-"""
+"""Prefix caching: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
 
@@ -135,15 +121,8 @@ def documents(name: str, shuffled: bool) -> Workload:
     return plain.model_copy(update={"prefix": prefix, "only": only})
 
 
-COARSER_BLOCKS = (
-    'SET="flags.block-size=128" coarsens what can be shared: hits are floored to whole blocks'
-)
-
 LAB = Lab(
     name="prefix-caching",
-    title="Prefix caching",
-    question="Many prompts begin alike: how much sooner does the first token come if that beginning"
-    " is kept, and when does keeping it gain nothing?",
     answers=("SO-4", "IP-5", "SA-4"),
     variants=(OFF, ON),
     flags={
@@ -173,25 +152,16 @@ LAB = Lab(
         *(
             Claim(
                 name=f"ttft-{name}",
-                title=f"TTFT falls to the unshared part ({text})",
                 metric="ttft_mean_s",
                 treatment=Arm(variant="on", workload=name, load="concurrent:1"),
                 baseline=Arm(variant="off", workload=name, load="concurrent:1"),
                 expect="falls",
                 predict=ttft_left,
             )
-            for name, text in (
-                ("share-50", "half shared"),
-                ("share-90", "nine tenths shared"),
-                ("share-97", "all but a question shared"),
-                ("few", "four prefixes that fit the cache"),
-                ("documents", "four documents in one order"),
-                ("chat", "a chat that carries its earlier turns"),
-            )
+            for name in ("share-50", "share-90", "share-97", "few", "documents", "chat")
         ),
         Claim(
             name="thrash",
-            title="With more prefixes than the cache holds nothing is gained",
             metric="ttft_mean_s",
             treatment=Arm(variant="on", workload="many"),
             baseline=Arm(variant="off", workload="many"),
@@ -200,7 +170,6 @@ LAB = Lab(
         ),
         Claim(
             name="order",
-            title="Documents in another order each time are found in the cache far less often",
             metric="prefix_hit_rate",
             treatment=Arm(variant="on", workload="shuffled"),
             baseline=Arm(variant="on", workload="documents"),
@@ -209,7 +178,6 @@ LAB = Lab(
         ),
         Claim(
             name="cost",
-            title="Where nothing is shared the cache costs nothing",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="share-0"),
             baseline=Arm(variant="off", workload="share-0"),
@@ -218,7 +186,6 @@ LAB = Lab(
         ),
         Claim(
             name="throughput",
-            title="Under load the prefill that the cache saves becomes throughput",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="share-90", load="concurrent:4"),
             baseline=Arm(variant="off", workload="share-90", load="concurrent:4"),
@@ -253,66 +220,4 @@ LAB = Lab(
     warmup_s=0.5,
     window_s=2.5,  # held open for five prompts of most of a second
     repeats=4,
-    scales={
-        "cpu": {"repeats": 3},  # of many points; those that are undecided get more
-        "gpu": {
-            "flags": {
-                "block-size": 16,
-                "kv-cache-memory-bytes": 8 * 2**30,
-            },
-            **{
-                f"workloads.{name}.{field}": value
-                for name, tokens in (("share-0", 0), ("share-50", 4000), ("share-90", 7200),
-                                     ("share-97", 7760), ("few", 7200), ("many", 7200),
-                                     ("documents", 7168), ("shuffled", 7168))
-                for field, value in (
-                    ("prompt_tokens.tokens", 8000),
-                    ("output_tokens.tokens", 16),
-                    *([("prefix.tokens", tokens)] if tokens else []),
-                )
-            },
-            "workloads.chat.prompt_tokens.tokens": 2048,
-            "workloads.chat.chat.grows_tokens": 1024,
-            "workloads.chat.output_tokens.tokens": 16,
-            "workloads.many.prefix.groups": 64,
-            "requests": 320,  # of 8,000 tokens, which take long to write
-            "warmup_s": 5,
-            "window_s": 7,
-            "next_knobs": (
-                'SET="workloads.few.prefix.groups=64" overflows the cache: the hit rate of `few`'
-                " collapses",
-                'SET="workloads.many.prefix.groups=4" sends no more prefixes than the cache holds:'
-                " `many` stops thrashing",
-                COARSER_BLOCKS,
-            ),
-        },
-        "gpu-141": {"flags.kv-cache-memory-bytes": 24 * 2**30},  # the larger model's few prefixes
-        "gpu-quick": {
-            "without": ("share-50", "share-97", "few", "documents", "shuffled", "chat"),
-            "workloads.share-0.loads": (ONE,),
-            "workloads.share-0.most_requests": 64,
-            "workloads.many.prefix.groups": 48,
-            "workloads.many.most_requests": 64,
-            "requests": 192,
-            "warmup_s": 0.5,
-            "window_s": 2,
-        },
-        # eight prompts of its models fit the cache, and each of the others is sent beforehand
-        "gpu-80-quick": {"workloads.many.prefix.groups": 16},
-    },
-    quick={"repeats": 1, "probes": ("salt-quick",)},
-    limits={
-        "cpu": "The cache, its blocks and its eviction are vLLM's own, so hit rates carry over."
-        " TTFT here has a floor of one forward pass of many small operations, which a GPU passes in"
-        " a few milliseconds: the longest shared prefixes gain less here than there.",
-        "gpu": "A small KV memory was given so that thrashing can be reached in seconds; a"
-        " server left to its default holds far more prefixes.",
-    },
-    next_knobs=(
-        'SET="workloads.few.prefix.groups=6" overflows the cache by one prompt: the hit rate of'
-        " `few` collapses",
-        'SET="flags.kv-cache-memory-bytes=268435456" gives the cache room for twenty prompts:'
-        " `many` stops thrashing",
-        COARSER_BLOCKS,
-    ),
-)  # fmt: skip
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs import LABS, folder_of
+from labs import LABS
 from labs.chunked_prefill.facts import chunks_solve, split
 from labs.continuous_batching.facts import both_ends, one_stream, ridge
 from labs.harness import theory
@@ -26,31 +26,19 @@ from labs.harness.filing.results import (
     PointForecasts,
     Predictions,
     Session,
-    Summary,
     write_json,
 )
-from labs.harness.judging.judge import Effect, Interval, Judgement
 from labs.harness.judging.metrics import METRICS
+from labs.harness.page import ANSWERS, folder_of, page_of
 from labs.harness.spec import Lab, LabError, Point, Variant
 from labs.harness.telling import plots
 from labs.kv_quantization.facts import memory_steps
-from labs.prefix_caching.facts import sharing, where_to_look
 from labs.speculative_decoding.facts import speculation_wins
 from labs.weight_quantization.facts import phases, winners
 from loadtests.workload import Intruder
-from serving import metrics
-from serving.metrics import Histogram, Snapshot
-from tests.unit.builders import CEILINGS, PREDICTION, SHAPE, make_lab, make_workload
-from tests.unit.test_findings import ABOUT, context, guessing, played, withheld
-
-
-def judged_run(context: Context, judgements: Sequence[Judgement] = ()) -> JudgedRun:
-    values = context.values.items()
-    return JudgedRun.of(context, Summary(
-        measurements={k: {r: dict(row) for r, row in of.items()} for k, of in values},
-        pooled={},
-        judgements=list(judgements), forecasts=[], caveats=[], failed={}, missing=0,
-    ))  # fmt: skip
+from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
+from tests.unit.judged import ABOUT, context, judged, judged_run, told_of, with_facts, withheld
+from tests.unit.test_findings import guessing
 
 
 def test_answers_neither_rank_nor_win_by_what_is_not_valid(tmp_path: Path) -> None:
@@ -78,20 +66,12 @@ def test_answers_neither_rank_nor_win_by_what_is_not_valid(tmp_path: Path) -> No
     assert "at worst" not in not_valid
 
 
-def judged(claim: str, value: float, **fields: Any) -> Judgement:
-    ratio = Interval(value=value, low=value / 1.1, high=value * 1.1, n=3)
-    plain: dict[str, Any] = {
-        "claim": claim, "title": claim, "metric": "ttft_mean_s", "treatment": "", "baseline": "",
-        "outcome": "helps", "expected": True, "prediction": PREDICTION,
-        "prediction_outcome": "held", "margin": 0.05,
-        "effect": Effect(ratio=ratio, spread=0.01), "why": "",
-    }  # fmt: skip
-    return Judgement(**{**plain, **fields})
-
-
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 def test_every_question_of_a_lab_has_an_answer_and_no_other(lab: Lab) -> None:
     """A lab without a file of facts leaves all of them unanswered."""
+    if page := page_of(lab.name):
+        assert page[ANSWERS].parts.keys() == set(lab.answers)
+        return
     tells = (folder_of(lab.name) / "facts.py").exists()
     assert parts_of(lab.name).answers.keys() == (set(lab.answers) if tells else set())
 
@@ -99,7 +79,11 @@ def test_every_question_of_a_lab_has_an_answer_and_no_other(lab: Lab) -> None:
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 def test_a_run_of_which_nothing_came_invents_nothing(lab: Lab, tmp_path: Path) -> None:
     """What a cache holds is arithmetic all the same, and says so."""
-    given = answers(judged_run(context(tmp_path, lab.model_copy(update={"requests": 64}), {})))
+    run = judged_run(context(tmp_path, lab.model_copy(update={"requests": 64}), {}))
+    if page_of(lab.name):
+        given = {id: str(blocks) for id, blocks in told_of(run).answers.items()}
+    else:
+        given = answers(run)
     assert given.keys() <= {"KV-2", "KV-3", "KV-7"}
     assert not [text for text in given.values() if "easured" in text]
 
@@ -170,9 +154,13 @@ def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: P
             p.key: {metric: 0.5 + j / 100 for metric in METRICS} for j, p in enumerate(points)
         }
         run = judged_run(context(tmp_path / str(i), lab, values, about=ABOUT))
-        for finding in lab.findings:
-            assert parts.findings[finding].finding(run).title, (size, *values)
-        answers(run)
+        if page_of(name):
+            run = with_facts(run)
+            assert len(told_of(run).findings) == len(lab.findings)
+        else:
+            for finding in lab.findings:
+                assert parts.findings[finding].finding(run).title, (size, *values)
+            answers(run)
         kinds = [(p.variant.name, p.workload.name, p.load.kind) for p in points]
         shown = [v.name for v in lab.variants], kinds, [*plots._drawn(lab)]
         if shown not in drawn:
@@ -180,27 +168,6 @@ def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: P
             for draw in plots._drawn(lab).values():
                 draw(run)
                 plt.close("all")
-
-
-def test_a_claim_that_was_not_valid_is_no_answer(tmp_path: Path) -> None:
-    found = context(tmp_path, make_lab(), {})
-    invalid = judged("ttft-share-50", 0.5, outcome="not valid")
-    assert sharing(judged_run(found, [invalid])) is None
-    text = sharing(judged_run(found, [judged("ttft-share-50", 0.5), judged("thrash", 1.0)]))
-    assert text == (
-        "The more is shared, the more it helps: TTFT is 0.50x (0.45 to 0.55) with half of the"
-        " prompt shared. With more prefixes than the cache holds, TTFT is 1.00x (0.91 to 1.10)."
-    )
-
-
-def test_one_repeat_is_told_as_one(tmp_path: Path) -> None:
-    one = Effect(ratio=Interval(value=0.5, low=None, high=None, n=1), spread=None)
-    found = judged_run(context(tmp_path, make_lab(), {}), [judged("ttft-share-50", 1, effect=one)])
-    text = sharing(found)
-    assert text == (
-        "The more is shared, the more it helps: TTFT is 0.50x (of one repeat) with half of the"
-        " prompt shared."
-    )
 
 
 def swept(home: Path, intensities: tuple[float, float]) -> JudgedRun:
@@ -360,24 +327,6 @@ def test_the_price_of_a_remedy_is_told_with_it(tmp_path: Path) -> None:
     text = memory_steps(judged_run(found))
     assert text
     assert "price: at worst *TTFT, mean* 3.00x (3.00 to 3.00) over a long context" in text
-
-
-def test_ttft_is_split_by_the_engines_own_clock(tmp_path: Path) -> None:
-    lab = make_lab(workloads=(make_workload("concurrent:1", "concurrent:4", name="share-90"),))
-    found = context(tmp_path, lab, {})
-
-    def engine(queue_s: float, prefill_s: float) -> Snapshot:
-        one = {metrics.QUEUE_TIME: queue_s, metrics.PREFILL_TIME: prefill_s}
-        return Snapshot({}, {n: Histogram((1.0,), (2,), 2 * s, 2) for n, s in one.items()}, {})
-
-    assert where_to_look(judged_run(found)) is None
-    played(found, "off/share-90/concurrent-1", engine=engine(0.001, 0.5))
-    played(found, "off/share-90/concurrent-4", engine=engine(1.5, 0.6))
-    played(found, "on/share-90/concurrent-1", engine=engine(0.001, 0.05))
-    text = where_to_look(judged_run(found))
-    assert text
-    assert "nothing cached, 1 ms queued and 500 ms in prefill; four at once, 1.5 s queued" in text
-    assert "its prefix cached, 1 ms queued and 50 ms in prefill." in text
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ from tests.fake.engine.kv_cache import KVCache
 from tests.fake.engine.metrics import Metrics
 from tests.fake.engine.options import parse
 from tests.unit.builders import CEILINGS, SHAPE
-from tests.unit.test_answers import judged_run
-from tests.unit.test_findings import cells, context
+from tests.unit.judged import context, judged_run
+from tests.unit.test_findings import cells
 
 LAB = LABS["context-retrieval"]
 SMOL = Shape(

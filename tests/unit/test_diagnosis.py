@@ -44,8 +44,7 @@ from serving.metrics import Histogram, Snapshot, together
 from tests.unit import hostile
 from tests.unit.builders import CEILINGS, SHAPE, make_record, make_workload
 from tests.unit.hostile import says, whole
-from tests.unit.test_answers import judged_run
-from tests.unit.test_findings import context, played
+from tests.unit.judged import context, judged_run, played
 
 INF = float("inf")
 GAPS_S = (0.025, 0.05, 0.1, 0.2, 0.5, INF)

@@ -27,10 +27,7 @@ from labs.harness.filing.results import (
     Finding,
     PointForecasts,
     Predictions,
-    RunFolder,
     Searched,
-    TrialResult,
-    snapshot_json,
     write_gzip,
     write_json,
 )
@@ -39,11 +36,10 @@ from labs.harness.judging.judge import Caveat
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.signals import QUEUE, Watch, Watched
 from labs.harness.judging.signals import SIGNALS as SIGNAL_NAMES
-from labs.harness.spec import SLO, Lab, Variant
+from labs.harness.spec import SLO, Variant
 from labs.kv_quantization.facts import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
 from labs.multi_lora.facts import ADAPTER_COST, TENANT_LEAKS, TENANT_MEMORY
 from labs.overload.facts import ADMISSION, ALARMS, BEST_FLAGS, CLASSES, SIGNALS
-from labs.prefix_caching.facts import A_STRANGER, TIMING_LEAK
 from labs.quantization_tools.facts import TOOLS_COMPARED
 from labs.single_stream.facts import FLAGS, PHASES, flag_effects, phase
 from labs.speculative_decoding.facts import (
@@ -54,7 +50,6 @@ from labs.speculative_decoding.facts import (
     tokens_a_step,
 )
 from labs.weight_quantization.facts import NEEDLES, OUTLIERS
-from loadtests import records
 from loadtests.records import RequestRecord
 from loadtests.workload import Adapters, Fixed, Intruder
 from serving import metrics
@@ -67,53 +62,11 @@ from tests.unit.builders import (
     make_lab,
     make_point,
     make_record,
-    make_summary,
     make_workload,
-    plain_manifest,
 )
+from tests.unit.judged import ABOUT, Values, context, played, withheld
 
 INF = float("inf")
-Values = Mapping[str, float | Sequence[float] | None]
-
-
-def context(
-    home: Path,
-    lab: Lab,
-    values: Mapping[str, Values],
-    *,
-    halved: Sequence[str] = (),
-    about: Mapping[str, Any] | None = None,
-) -> Context:
-    """A run of a lab; `values[point][metric]` over its repeats, all alike where one is given."""
-    run = plain_manifest().model_copy(update={"about": dict(about or {})})
-    weights = {name: replace(SHAPE, weight_bytes=1000) for name in halved}
-    points = lab.points(SHAPE, CEILINGS, weights, about)
-    assert values.keys() <= {p.key for p in points}
-    measured = {
-        key: {
-            r: {m: v if v is None or isinstance(v, float | int) else v[r - 1]
-                for m, v in of.items()}
-            for r in range(1, lab.repeats + 1)
-        }
-        for key, of in values.items()
-    }  # fmt: skip
-    return Context(RunFolder(home / "run"), run, lab, points, measured)
-
-
-def played(
-    found: Context,
-    key: str,
-    trial: Sequence[RequestRecord] = (),
-    engine: Snapshot | None = None,
-) -> None:
-    """The same trial in every repeat of a point, on disk."""
-    point = next(p for p in found.points if p.key == key)
-    for repeat in range(1, found.lab.repeats + 1):
-        home = found.folder.trial_folder(point, repeat)
-        records.write(home / "requests.jsonl.gz", trial)
-        counted = None if engine is None else snapshot_json(engine)
-        result = TrialResult(point=key, repeat=repeat, summary=make_summary(), engine=counted)
-        write_json(home / "trial.json", result)
 
 
 def cells(finding: Finding, *columns: int) -> list[list[str]]:
@@ -373,12 +326,6 @@ def test_the_best_of_what_was_only_forecast_is_named(tmp_path: Path) -> None:
     assert "max-num-seqs 8" in throughput
     assert throughput.endswith("12 tok/s.")  # none was forecast for a measured variant
     assert len(before.lines) == 2
-
-
-def withheld(found: Context, point: str, metrics: tuple[str, ...] = ()) -> Context:
-    """The run with a caveat that blocks verdicts at a point."""
-    caveat = Caveat(name="errors", text="", blocks=True, point=point, metrics=metrics)
-    return replace(found, caveats=[caveat])
 
 
 def test_flags_that_are_not_valid_are_not_the_best(tmp_path: Path) -> None:
@@ -870,8 +817,6 @@ def test_a_tool_is_compared_with_its_heir_and_says_which_is_better(tmp_path: Pat
 
 # -------------------------------------------------------------------------------------- multi-LoRA
 
-ABOUT = {"adapters": {"params_per_adapter": 100, "rank": 8}}
-
 
 def tenanted(home: Path, values: Mapping[str, Values] | None = None) -> Context:
     """A base, and an engine with two slots at rank 16 for three tenants in turn."""
@@ -994,40 +939,6 @@ def test_one_base_for_all_tenants_saves_the_others(tmp_path: Path) -> None:
     # n bases of 2000 bytes against one and n adapters of 400
     assert rows[0] == ["1", f"{2000 / 2400:.1f}x"]
     assert rows[-1] == ["1,000", f"{2_000_000 / 402_000:.1f}x"]
-
-
-@pytest.mark.parametrize(
-    ("shared_ms", "salted_ms", "told", "passed"),
-    [
-        ((20, 21, 19), (100, 101, 99), (True, False), True),
-        ((20, 21, 19), (20, 21, 19), (True, True), False),
-        # without a salt nothing tells either, for sure or perhaps: there is nothing to hide
-        ((98, 98.1, 97.9), (100, 101, 99), (False, False), None),
-        ((60, 110, 90), (100, 101, 99), (None, False), None),
-        ((98, 98.1, 97.9), (20, 21, 19), (False, True), False),
-        ((20, 21, 19), (60, 110, 90), (True, None), None),  # may be 1, and may be half
-    ],
-)
-def test_a_stranger_tells_by_timing_or_not(
-    shared_ms: tuple[float, ...],
-    salted_ms: tuple[float, ...],
-    told: tuple[bool, bool | None],
-    passed: bool | None,
-    tmp_path: Path,
-) -> None:
-    run = context(tmp_path, make_lab(), {})
-    fresh = [0.1, 0.1, 0.1]
-    took_s = {
-        "shared, known": [ms / 1000 for ms in shared_ms],
-        "shared, fresh": fresh,
-        "salted, known": [ms / 1000 for ms in salted_ms],
-        "salted, fresh": fresh,
-    }
-    write_gzip(run.folder.probe_file("salt-quick", "on"), {"took_s": took_s, "prompt_tokens": 64})
-    finding = TIMING_LEAK.finding(run)
-    for line, tells in zip(finding.lines, told, strict=False):
-        assert f", {A_STRANGER[tells]} tell from its timing" in line
-    assert finding.passed is passed
 
 
 # ------------------------------------------------------------------------------------ one stream

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from dashboards import palette
 from labs import FIRST, LABS
 from labs.harness.changes import parse_changes
-from labs.harness.facts.parts import parts_of
+from labs.harness.facts.parts import findings_of
 from labs.harness.judging.metrics import trial_metrics
 from labs.harness.judging.validity import ARGUMENTS, ECHOED
 from labs.harness.questions import QUESTIONS
@@ -639,7 +639,7 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert set(lab.plots) <= plots_of(lab.name).keys()
     assert {c.metric for c in lab.claims} | {f.metric for f in lab.forecasts} <= {*trial_metrics()}
     assert set(lab.probes) | set(lab.quick.get("probes", ())) <= PROBES.keys()
-    assert set(lab.findings) == parts_of(lab.name).findings.keys()
+    assert set(lab.findings) == set(findings_of(lab.name))
     pieces = {e.metric for e in lab.evidence if e.kind == "pieces"}
     assert pieces <= {*trial_metrics()}
     assert all(metrics.is_known(e.metric) for e in lab.evidence if e.metric not in pieces)

@@ -35,8 +35,8 @@ from serving.forecasting.datasheet import EXPECTED
 from serving.machine import Ceilings
 from serving.models import Shape, shape_of
 from tests.unit.builders import CEILINGS
-from tests.unit.test_answers import judged, judged_run
-from tests.unit.test_findings import Values, cells, context, withheld
+from tests.unit.judged import Values, context, judged, judged_run, withheld
+from tests.unit.test_findings import cells
 
 LAB = LABS["mixture-of-experts"].at("cpu", quick=False)
 SLOW_MEMORY = Ceilings(

@@ -31,8 +31,8 @@ from labs.paged_kv.facts import (
 from labs.paged_kv.lab import admitted, held_tokens, kept_free_blocks, replay, replayed
 from serving import gpus
 from tests.unit.builders import CEILINGS, SHAPE, make_point
-from tests.unit.test_answers import judged, judged_run
-from tests.unit.test_findings import cells, context
+from tests.unit.judged import context, judged, judged_run
+from tests.unit.test_findings import cells
 
 LAB = LABS["paged-kv"].at("cpu", quick=False)
 MIXED, NEAR, FAR = "mixed/concurrent-16", "near/concurrent-1", "far/concurrent-1"

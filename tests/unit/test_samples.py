@@ -64,7 +64,7 @@ from tests.unit.builders import (
     make_trial,
     make_workload,
 )
-from tests.unit.test_findings import context
+from tests.unit.judged import context
 from tests.unit.test_forecasting import Server
 from tests.unit.test_probes import Listening, Running
 

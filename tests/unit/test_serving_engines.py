@@ -13,8 +13,8 @@ from labs.serving_engines.lab import at_once, turn_taking
 from loadtests.records import RequestRecord
 from serving.engines.base import FlagValue
 from tests.unit.builders import make_lab, make_point, make_record, make_workload
-from tests.unit.test_answers import judged_run
-from tests.unit.test_findings import cells, context, played, withheld
+from tests.unit.judged import context, judged_run, played, withheld
+from tests.unit.test_findings import cells
 
 OTHER = Variant(name="turns", engine="transformers")
 

@@ -46,8 +46,8 @@ from serving import attention, gpus
 from serving.attention import AttentionTimes, Kernel, KernelTimes
 from serving.engines.vllm_harmless import refusal
 from tests.unit.builders import CEILINGS, MACHINE, SHAPE
-from tests.unit.test_answers import judged, judged_run
-from tests.unit.test_findings import cells, context
+from tests.unit.judged import context, judged, judged_run
+from tests.unit.test_findings import cells
 
 LAB = LABS["tiled-attention"].at("cpu", quick=False)
 LENGTHS = (1024, 2048, 4096, 8192)

@@ -28,7 +28,7 @@ from tests.unit.builders import (
     make_workload,
     write_run,
 )
-from tests.unit.test_answers import judged_run
+from tests.unit.judged import judged_run
 
 LONG = 3  # every fourth request is an intruder's
 

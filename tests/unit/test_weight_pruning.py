@@ -31,8 +31,8 @@ from serving import gpus
 from serving.models import Model
 from serving.prune import METHODS, Method
 from tests.unit.builders import CEILINGS, SHAPE
-from tests.unit.test_answers import judged, judged_run
-from tests.unit.test_findings import Values, cells, context
+from tests.unit.judged import Values, context, judged, judged_run
+from tests.unit.test_findings import cells
 
 LAB = LABS["weight-pruning"].at("cpu", quick=False).model_copy(update={"requests": 64})
 ONE, MANY = "decode/concurrent-1", "decode/concurrent-16"

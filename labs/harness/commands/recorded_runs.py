@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
+from difflib import unified_diff
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from labs import LABS
 from labs.harness.commands.terminal import console, reported_errors, show, show_path, shown_path
 from labs.harness.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
+from labs.harness.errors import did_you_mean
 from labs.harness.filing import export, manifest, score
 from labs.harness.filing.checks import unreadable
 from labs.harness.filing.committed import committed_runs
 from labs.harness.filing.export import Format as ExportFormat
+from labs.harness.filing.newest import newest_runs
 from labs.harness.filing.results import RESULTS, RunFolder, all_runs, open_run, readable
 from labs.harness.spec import LabError
 from labs.harness.telling import pages, report
 from labs.harness.telling.document import bullets, section, table_of
-from labs.harness.telling.site import write_site
+from labs.harness.telling.site import write_lesson, write_site
 from labs.harness.telling.summary import all_problems, summarise
 from serving.models import ROOT
 
@@ -64,6 +68,34 @@ def rebuild(
             console.print(
                 f"There is no run in {shown_path(RESULTS)} yet: `make labs` lists the labs."
             )
+
+
+@app.command("words")
+def tell_again(
+    name: Annotated[str, typer.Option("--lab", envvar="LABS_LAB", help="The lab.")],
+    out: Annotated[
+        Path, typer.Option(envvar="LABS_OUT", file_okay=False, help="Where the lesson is written.")
+    ] = ROOT / "site",
+) -> None:
+    """Tell a lab's newest runs again after its page.md was edited, and show what changed.
+
+    Figures are those on file; nothing is computed from the records.
+    """
+    with reported_errors():
+        if name not in LABS:
+            known = ", ".join(LABS)
+            raise LabError(f"there is no lab {name!r}{did_you_mean(name, LABS)} are {known}")
+        runs = [folder for folder in newest_runs() if folder.lab_name == name]
+        for folder in runs:
+            path = folder.path / "report.md"
+            before = path.read_text().splitlines()
+            report.write(folder, report.draw(folder, save=False))
+            for line in unified_diff(before, path.read_text().splitlines(), n=0, lineterm=""):
+                console.print(escape(line), soft_wrap=True)
+            show_path(path)
+        if not runs:
+            console.print(f"No run of {name} is on file: `make lab-{name}` makes one.")
+        show_path(write_lesson(out, runs, name))
 
 
 def _folders(run: Path | None) -> list[RunFolder]:

@@ -54,6 +54,7 @@ from labs.harness.telling.document import (
     section,
     table,
 )
+from labs.harness.telling.words import told_by
 from serving import whole
 from serving.models import ROOT
 
@@ -405,7 +406,7 @@ def _meanings(runs: Sequence[RunFolder]) -> list[str]:
 def _questions(runs: Sequence[RunFolder]) -> Table:
     """Tabulate every question with its answers: runs that measured it, and what is computed."""
     rows: list[list[Inline]] = []
-    answered = [(folder, folder.summary().answers.keys()) for folder in runs]
+    answered = [(folder, told_by(folder).answers.keys()) for folder in runs]
     for id, question in QUESTIONS.items():
         reports = {lab: links for lab in LABS if (links := _answering(id, lab, answered))}
         measured = [(Code(lab), ": ", joined(links, ", ")) for lab, links in reports.items()]
@@ -550,7 +551,7 @@ def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
     checks: list[list[Inline]] = [
         [_lab_of(f.run()), finding.title, "passed" if finding.passed else Strong("failed")]
         for f in runs
-        for finding in f.summary().findings
+        for finding in told_by(f).findings
         if finding.passed is not None
     ]
     claims = (_claim(f, j, here) for f in runs for j in f.summary().judgements)
@@ -614,10 +615,10 @@ def _answers(runs: Sequence[RunFolder], page_folder: Path) -> Table:
     """Tabulate how each run answers each question of its lab."""
     rows: list[list[Inline]] = []
     for folder in runs:
-        run, answers = folder.run(), folder.summary().answers
+        run, answers = folder.run(), told_by(folder)
         link = Link(_lab_of(run), os.path.relpath(folder.path / "report.md", page_folder))
         rows += [
-            [id, QUESTIONS[id], (link, ": ", parse(answers.get(id, "not answered by this run")))]
+            [id, QUESTIONS[id], (link, ": ", answers.in_brief(id) or "not answered by this run")]
             for id in run.lab["answers"]
         ]
     return table(("Id", "Question", "Answered here by"), rows)

@@ -17,7 +17,8 @@ from labs.harness.judging.judge import (
     Sampling,
     over_repeats,
 )
-from labs.harness.judging.metrics import Repeats
+from labs.harness.judging.metrics import METRICS, Repeats
+from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.judging.text import times_with_interval
 from labs.harness.judging.timeline import Timeline
 from labs.harness.spec import Lab, Point
@@ -62,6 +63,36 @@ class Context:
         """Returns the kept play of each point in virtual time; none where none was kept."""
         forecasts = self.predictions.in_virtual_time
         return forecasts.timelines if forecasts else {}
+
+    def finds(self, finding: str) -> bool:
+        """Tells whether the lab has this finding here; random weights may leave it out."""
+        return finding in self.lab.findings
+
+    def quantity(self, point: Point | None, metric: str) -> Quantity:
+        """Returns the metric over the repeats of a point, which may be none of this run's."""
+        interval = self.interval(point, metric) if point else None
+        return Quantity.of(interval, METRICS[metric].unit)
+
+    def ratio_of(self, treatment: Point | None, baseline: Point | None, metric: str) -> Quantity:
+        """Compares two points as a claim does; missing without both, or where it is not valid."""
+        if not treatment or not baseline:
+            return Quantity.missing("this run has not both points", RATIO)
+        if self.withholds(metric, treatment, baseline):
+            return Quantity.missing("not valid", RATIO)
+        effect = self.effect(treatment, baseline, metric)
+        return Quantity.of(effect.ratio if effect else None, RATIO)
+
+    def engine_mean(self, point: Point | None, histogram: str, unit: str) -> Quantity:
+        """Returns the mean of what an engine counted in a histogram, over a point's trials."""
+        histograms = [
+            trial.engine.histograms[histogram]
+            for _, _, trial in self.folder.trials([point] if point else [], self.lab)
+            if trial and trial.engine and histogram in trial.engine.histograms
+        ]
+        count = sum(h.count for h in histograms)
+        if not count:
+            return Quantity.missing("the engine did not count it", unit)
+        return Quantity(sum(h.sum for h in histograms) / count, unit)
 
     def rows(self, point: Point) -> Collection[Mapping[str, float | None]]:
         """Returns the measurements of a point, one mapping a repeat."""
@@ -141,7 +172,19 @@ class JudgedRun(Context):
         """Returns the valid judgements of a claim, one a pair of points."""
         return [j for j in self.summary.judgements if j.claim == claim and j.outcome != "not valid"]
 
+    def claim(self, name: str) -> Quantity:
+        """Returns treatment / baseline at the first pair of a claim's points that was judged."""
+        return ratio_of_claim(self.summary, name)
+
     def ratio(self, claim: str) -> str | None:
         """Gives treatment / baseline with its interval, at the first judged pair of points."""
         ratio = next((j.effect.ratio for j in self.judged(claim) if j.effect), None)
         return times_with_interval(ratio) if ratio else None
+
+
+def ratio_of_claim(summary: Summary, claim: str) -> Quantity:
+    """Returns treatment / baseline at the first valid pair of a claim's points."""
+    judged = [j for j in summary.judgements if j.claim == claim]
+    valid = next((j.effect for j in judged if j.outcome != "not valid" and j.effect), None)
+    why = judged[0].why if judged else "this run has no points for it"
+    return Quantity.of(valid.ratio if valid else None, RATIO, why)

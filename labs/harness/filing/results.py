@@ -511,6 +511,8 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
         dict[str, dict[int, dict[str, dict[int, float]]]], Field(exclude_if=lambda of: not of)
     ] = {}
     answers: dict[str, str] = {}  # id of a question -> this run's answer to it
+    # what the lab computes beyond its claims, as plain JSON of its dataclass; its page says it
+    facts: Annotated[dict[str, Any], Field(exclude_if=lambda facts: not facts)] = {}
     machine_speed: MachineSpeed | None = None  # by the reference steps; None in older runs
     caveats: list[Caveat]
     failed: dict[str, str]

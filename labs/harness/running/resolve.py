@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from labs.harness.errors import did_you_mean
-from labs.harness.facts.parts import parts_of
+from labs.harness.facts.parts import findings_of
 from labs.harness.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
 from labs.harness.judging.metrics import trial_metrics
 from labs.harness.judging.text import ADMISSION_BY_CLIENT, ceilings_text
@@ -607,7 +607,7 @@ def require_known_names(lab: Lab) -> None:
     for kind, names, known_names in (
         ("plot", lab.plots, plots_of(lab.name)),
         ("probe", lab.probes, PROBES),
-        ("finding", lab.findings, parts_of(lab.name).findings),
+        ("finding", lab.findings, findings_of(lab.name)),
     ):
         for name in names:
             if name not in known_names:

@@ -82,23 +82,32 @@ class Section:
     folded: bool = False  # shown when the reader opens it
 
 
-Block: TypeAlias = "Paragraph | Bullets | Notes | Table | Figure | Section"
+@dataclass(frozen=True)
+class Fold:
+    """What explains further, within a section: shown when the reader opens it."""
+
+    summary: Inline
+    blocks: tuple[Block, ...]
+
+
+Block: TypeAlias = "Paragraph | Bullets | Notes | Table | Figure | Section | Fold"
 Node = TypeVar("Node", Paragraph, Bullets, Notes, Table, Figure)
 
 
 def section(title: Inline, *blocks: Block | None, folded: bool = False) -> Section:
     """A section of the blocks that hold anything."""
-    filled_blocks = tuple(block for block in blocks if block and _holds_anything(block))
+    filled_blocks = tuple(block for block in blocks if block and holds_anything(block))
     return Section(title, filled_blocks, folded)
 
 
-def _holds_anything(block: Block) -> bool:
+def holds_anything(block: Block) -> bool:
+    """Whether there is anything to show: rows, items, or blocks."""
     match block:
         case Bullets(items) | Notes(items):
             return bool(items)
         case Table(_, rows):
             return bool(rows)
-        case Section(blocks=blocks):
+        case Section(blocks=blocks) | Fold(blocks=blocks):
             return bool(blocks)
     return True
 
@@ -170,7 +179,7 @@ def plain_text(content: Inline) -> str:
 # -------------------------------------------------------------------------------- inline notation
 
 NOTATION = re.compile(
-    r"\\(?P<literal>[\\`*])"
+    r"\\(?P<literal>[!-/:-@\[-`{-~])"
     r"|`(?P<code>[^`]+)`"
     r"|\*\*(?P<strong>\S|\S.*?\S)\*\*(?!\*)"
     r"|(?<!\w)\*(?P<emphasis>[^\s*]|[^\s*][^*]*[^\s*])\*(?!\w)"
@@ -198,3 +207,44 @@ def parse(notation: str) -> Inline:
             parts.append(Emphasis(parse(mark["emphasis"])))
     nodes = [part for part in [*parts, notation[end:]] if part != ""]
     return nodes[0] if len(nodes) == 1 else tuple(nodes)
+
+
+# ---------------------------------------------------------------------------- the blocks of a page
+
+FOLD = re.compile(
+    r"<details>\s*<summary>(?P<summary>[^\n]*)</summary>(?P<inner>.*?)</details>", re.S
+)
+
+
+def read(markdown: str) -> tuple[Block, ...]:
+    """Nodes of the part of a lab's page: paragraphs, lists, tables, and folds of these.
+
+    Within a line only what `parse` reads is markup.
+    """
+    blocks: list[Block] = []
+    end = 0
+    for fold in FOLD.finditer(markdown):
+        blocks += _read_plain(markdown[end : fold.start()])
+        blocks.append(Fold(parse(fold["summary"]), read(fold["inner"])))
+        end = fold.end()
+    return (*blocks, *_read_plain(markdown[end:]))
+
+
+def _read_plain(markdown: str) -> list[Block]:
+    texts = (text.strip() for text in re.split(r"\n\s*\n", markdown))
+    return [_read_block(text) for text in texts if text]
+
+
+def _read_block(text: str) -> Block:
+    if text.startswith("|"):
+        header, _, *rows = (_cells(line) for line in text.splitlines())
+        return table(header, rows)
+    if text.startswith("- "):
+        items = re.split(r"^- ", text, flags=re.M)[1:]
+        return bullets(parse(" ".join(item.split())) for item in items)
+    return Paragraph(parse(" ".join(text.split())))
+
+
+def _cells(row: str) -> list[Inline]:
+    cells = re.split(r"(?<!\\)\|", row.strip().removeprefix("|").removesuffix("|"))
+    return [parse(cell.strip()) for cell in cells]

@@ -71,6 +71,10 @@ def _block(block: nodes.Block, picture: Picture, label: str, level: int) -> Mark
             return _table(block, label)
         case nodes.Figure():
             return picture(block)
+        case nodes.Fold(summary, blocks):
+            return Markup("<details>\n<summary>{}</summary>\n{}</details>\n").format(
+                inline(summary), fragment(blocks, picture, label, level)
+            )
         case nodes.Section(title, blocks):  # folded or not: within a section all is in sight
             heading = Markup("<h{0}>{1}</h{0}>\n").format(level, inline(title))
             return heading + fragment(blocks, picture, nodes.plain_text(title), level + 1)

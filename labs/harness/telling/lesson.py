@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 
-from labs import folder_of
+from labs.harness.page import folder_of, page_of
 
 KNOBS = "Turn: "  # begins the paragraph on what to change, which a report has elsewhere
 
@@ -15,6 +15,8 @@ def lesson(lab: str) -> list[str]:
 
     The first line of the docstring is the lab's question, which stands above every report.
     """
+    if page := page_of(lab):
+        return page.how_it_works
     folder = folder_of(lab)
     if not (folder / "lab.py").exists():
         return []

@@ -53,6 +53,13 @@ def _block(block: nodes.Block, level: int) -> list[str]:
             return [f"![{words}]({_target(file)})", _line(_one_line(_inline(caption)))]
         case nodes.Table():
             return ["\n".join(_table(block))]
+        case nodes.Fold(summary, blocks):
+            opening = f"<details>\n<summary>{_one_line(_inline(summary))}</summary>"
+            return [
+                opening,
+                *(part for inner in blocks for part in _block(inner, level)),
+                "</details>",
+            ]
         case nodes.Section(title, blocks, folded):
             heading = f"{'#' * level} {_one_line(_inline(title))}"
             parts = [part for inner in blocks for part in _block(inner, level + 1)]
@@ -98,6 +105,11 @@ def _inline(content: nodes.Inline) -> str:
 
 def _text(text: str) -> str:
     return MARKUP.sub(r"\\\g<0>", re.sub(r"\s*\n\s*", "\n", text))
+
+
+def escaped(text: str) -> str:
+    """Text from outside on one line of a page: nothing in it is markup, whatever it begins with."""
+    return _line(_one_line(_text(text))).replace("|", "\\|")
 
 
 def _code(text: str) -> str:

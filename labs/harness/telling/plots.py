@@ -7,8 +7,9 @@ when there is nothing to draw.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,14 +26,18 @@ from labs.harness.facts.drawing import (
     plt,
     reach,
 )
-from labs.harness.facts.parts import Draw, parts_of
+from labs.harness.facts.parts import OwnPlot, kept, own_plots, parts_of
 from labs.harness.facts.sweep import concurrency_sweep
 from labs.harness.filing.results import RunFolder, Summary
 from labs.harness.judging.judge import Interval, borne_out_between
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import point_label
 from labs.harness.spec import Lab, Point
-from labs.harness.telling.document import Figure
+from labs.harness.telling.document import Figure, Inline
+from labs.harness.telling.words import told
+
+Draw: TypeAlias = Callable[[JudgedRun], "Inline | None"]
+"""Draws the current figure and returns its caption; None where there is nothing to draw."""
 
 
 def draw(
@@ -60,12 +65,24 @@ def _drawn(lab: Lab) -> dict[str, Draw]:
     return {
         **{name: known[name] for name in ("effects", *lab.plots)},
         **{conclusion.name: conclusion.drawing for conclusion in drawing},
+        **{name: known[name] for name in lab.findings if name in known},
     }
 
 
 def plots_of(lab: str) -> Mapping[str, Draw]:
     """Return the plots that a lab may name, by name."""
-    return {**FOR_ANY_LAB, **parts_of(lab).plots}
+    own = {name: _captioned(name, plot) for name, plot in own_plots(lab).items()}
+    return {**FOR_ANY_LAB, **parts_of(lab).plots, **own}
+
+
+def _captioned(name: str, plot: OwnPlot) -> Draw:
+    """Return what draws a lab's own plot, and gives it the caption of the lab's page."""
+
+    def drawing(run: JudgedRun) -> Inline | None:
+        is_drawn = plot(run, kept(run.lab.name, run.summary.facts))
+        return told(run.run, run.lab, run.summary).captions[name] if is_drawn else None
+
+    return drawing
 
 
 LINE_INCHES = 0.16  # of a name on an axis, in the size of its letters

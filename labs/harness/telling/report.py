@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from labs.harness.facts.parts import published_of
@@ -16,7 +17,6 @@ from labs.harness.facts.published import Part
 from labs.harness.filing.manifest import is_stale
 from labs.harness.filing.results import (
     AT,
-    Finding,
     PointForecasts,
     Predictions,
     Residency,
@@ -57,17 +57,18 @@ from labs.harness.telling.document import (
     Paragraph,
     Section,
     Strong,
+    Table,
     bullets,
     joined,
     parse,
     section,
-    table_of,
     without_constant_columns,
     without_empty_columns,
 )
 from labs.harness.telling.forecasts import on_two_engines
 from labs.harness.telling.lesson import lesson
 from labs.harness.telling.residuals import median_distance
+from labs.harness.telling.words import Told, ToldFinding, told
 from serving import whole
 from serving.gpus import admits_one_process
 
@@ -105,6 +106,11 @@ class Facts:
     summary: Summary
     residency: Residency | None = None
 
+    @cached_property
+    def told(self) -> Told:
+        """What the lab's page says of the run."""
+        return told(self.run, self.lab, self.summary)
+
     @classmethod
     def of(cls, folder: RunFolder) -> Facts:
         run = folder.run()
@@ -119,14 +125,14 @@ class Facts:
         )
 
 
-def draw(folder: RunFolder) -> list[Figure]:
+def draw(folder: RunFolder, save: bool = True) -> list[Figure]:
     """Draw the plots anew from the files of a run; return them with their captions."""
     from labs.harness.telling import plots  # imports matplotlib, which few commands draw with
 
     facts = Facts.of(folder)
-    for old in folder.path.glob("*.svg"):
+    for old in folder.path.glob("*.svg") if save else ():
         old.unlink()
-    return plots.draw(folder, facts.lab, facts.points, facts.summary)
+    return plots.draw(folder, facts.lab, facts.points, facts.summary, save)
 
 
 def write(folder: RunFolder, figures: Sequence[Figure] | None = None) -> Path:
@@ -152,10 +158,7 @@ def document(facts: Facts, figures: Sequence[Figure]) -> Section:
         _in_virtual_time(facts),
         on_two_engines(lab, before) if (before := facts.predictions.in_virtual_time) else None,
         _forecasts(facts),
-        *(
-            _finding(lab, name, finding)
-            for name, finding in zip(lab.findings, facts.summary.findings, strict=True)
-        ),
+        *(_finding(lab, finding) for finding in facts.told.findings),
         section(
             "What this machine can and cannot show", Paragraph(parse(limits)) if limits else None
         ),
@@ -181,8 +184,8 @@ def digest(facts: Facts) -> Section:
             Paragraph(forecast_score(summary)) if summary.in_virtual_time else None,
         ),
         *(
-            section(finding.title, bullets(parse(line) for line in finding.lines))
-            for finding in summary.findings
+            section(finding.title, *(b for b in finding.blocks if not isinstance(b, Table)))
+            for finding in facts.told.findings
         ),
         section(
             "Validity",
@@ -242,18 +245,21 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
 
 def answer(facts: Facts) -> Section:
     """Answer each question of the lab in plain words."""
+    told = facts.told
     missing = "This run lacks valid figures that would answer it: see *Validity*."
     if facts.lab.absent:
         missing = f"This run does not answer it. Left out: {'; '.join(facts.lab.left_out)}."
-    answers = facts.summary.answers
-    return section(
-        "The answer",
-        bullets(
-            (Strong(QUESTIONS[id]), f" ({id}) ", parse(answers.get(id, missing)))
-            for id in facts.lab.answers
-            if not facts.lab.aa  # an engine beside its twin answers nothing
-        ),
-    )
+    blocks: list[Block] = []
+    for id in facts.lab.answers if not facts.lab.aa else ():  # its twin answers nothing
+        first, *rest = told.answers.get(id) or (Paragraph(parse(missing)),)
+        content = first.content if isinstance(first, Paragraph) else ""
+        item: Inline = (Strong(QUESTIONS[id]), f" ({id}) ", content)
+        if blocks and isinstance(last := blocks[-1], Bullets):
+            blocks[-1] = bullets([*last.items, item])
+        else:
+            blocks.append(bullets([item]))
+        blocks += rest
+    return section("The answer", *blocks)
 
 
 def _how_it_works(run: Run) -> Section:
@@ -482,17 +488,9 @@ def _assumptions(uses: Sequence[tuple[str, Prediction]]) -> Inline:
     return ("; assumes: ", joined(assumed, "; ")) if assumed else ""
 
 
-def _finding(lab: Lab, name: str, finding: Finding) -> Section:
-    return section(
-        finding.title,
-        table_of([[parse(cell) for cell in row] for row in finding.rows]),
-        bullets(
-            [
-                *map(parse, finding.lines),
-                *_published_lines(lab, "findings", {name: "published by others"}),
-            ]
-        ),
-    )
+def _finding(lab: Lab, finding: ToldFinding) -> Section:
+    published = _published_lines(lab, "findings", {finding.name: "published by others"})
+    return section(finding.title, *finding.blocks, bullets(published))
 
 
 # ------------------------------------------------------------------------------------------- trust

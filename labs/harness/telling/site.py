@@ -70,6 +70,7 @@ from labs.harness.telling.pages import (
     web,
 )
 from labs.harness.telling.replay import Replayed, replay
+from labs.harness.telling.words import Told, told
 from serving import whole
 
 RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
@@ -149,6 +150,15 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
     return out / "index.html", left_out
 
 
+def write_lesson(out: Path, runs: Sequence[RunFolder], lab: str) -> Path:
+    """Write the lesson of one lab alone, from these runs; its links lead to pages not written."""
+    course = Course([Entry(f, f.run(), f.summary(), f"{f.place}.html") for f in runs])
+    item = next(item for item in course.lessons if item.lab.name == lab)
+    for name, text in {**shared_files(), ROOFS: course.roofs()}.items():
+        whole.write(out / name, text)
+    return whole.write(out / item.href, course.lesson_page(item))
+
+
 def _remove_stale(out: Path, pages: Set[Path]) -> None:
     """Remove pages of runs that were removed or can no longer be read, and of labs that are gone"""
     runs = [path for path in out.glob("*/*/*.html") if RUN_PAGE.fullmatch(path.name)]
@@ -176,6 +186,11 @@ class Entry:
     @property
     def machine(self) -> str:
         return self.run.machine.describe()
+
+    @cached_property
+    def told(self) -> Told:
+        """What the lab's page says of the run."""
+        return told(self.run, self.run.rebuilt_lab(), self.summary)
 
     @cached_property
     def stale(self) -> bool:
@@ -575,9 +590,7 @@ class Course:
     def answers(self, id: str, of: Lesson) -> list[RunAnswer]:
         """Give the answers of a lesson's runs to a question, each from its own run."""
         return [
-            RunAnswer(parse(e.summary.answers[id]), of, e)
-            for e in of.entries
-            if id in e.summary.answers
+            RunAnswer(text, of, e) for e in of.entries if (text := e.told.in_brief(id)) is not None
         ]
 
     def topics(self) -> list[tuple[str, list[Asked]]]:

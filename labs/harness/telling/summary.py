@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.parts import answers, parts_of
+from labs.harness.facts.parts import answers, parts_of, plain
 from labs.harness.filing import engine_series
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.checks import contradictions, problems
@@ -128,7 +128,8 @@ def computed(folder: RunFolder) -> Summary:
         for t, b in lab.pairs(claim, points)
     ]
     context = Context(folder, run, lab, points, values, caveats, measured.influences)
-    conclusions = parts_of(lab.name).findings
+    parts = parts_of(lab.name)
+    told_here = () if parts.facts else lab.findings  # the page tells those of a lab that has one
     summary = Summary(
         measurements=values,
         pooled={key: pooled_percentiles(of_point) for key, of_point in measured.samples_s.items()},
@@ -153,7 +154,7 @@ def computed(folder: RunFolder) -> Summary:
         in_virtual_time=_beside_forecasts(predictions, values),
         kv_use=_kv_use(folder, lab, points, predictions),
         influences=measured.influences,
-        findings=[conclusions[name].finding(context) for name in lab.findings],
+        findings=[parts.findings[name].finding(context) for name in told_here],
         caveats=[*caveats, *(caveat for *_, own in pairs for caveat in own)],
         failed=measured.failed,
         machine_speed=measured.machine_speed,
@@ -164,8 +165,11 @@ def computed(folder: RunFolder) -> Summary:
             for r in range(1, lab.repeats_of(p) + 1)
         ),
     )
+    judged_run = JudgedRun.of(context, summary)
+    if parts.facts:
+        facts = plain(lab.name, parts.facts(judged_run))
+        return summary.model_copy(update={"facts": facts})
     if not run.aa:  # where an engine meets its twin there is nothing to answer
-        judged_run = JudgedRun.of(context, summary)
         limited = _limited_by_server(run, caveats, points)
         told = {id: text + limited for id, text in answers(judged_run).items()}
         summary = summary.model_copy(update={"answers": told})

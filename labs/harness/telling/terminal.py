@@ -33,7 +33,7 @@ class PlainConsole(Console):
 
 
 def show(console: Console, block: nodes.Block) -> None:
-    """Print a block with all that stands under it; pictures are for pages, not for terminals."""
+    """Print a block with all that stands under it; pictures and folds are for pages alone."""
     match block:
         case nodes.Section(title, blocks):
             console.print(Text.assemble("\n", (text(title).plain, "bold")))
@@ -49,7 +49,7 @@ def show(console: Console, block: nodes.Block) -> None:
         case nodes.Notes(items):
             for item in items:
                 console.print(text(item), style="bold yellow")
-        case nodes.Figure():
+        case nodes.Figure() | nodes.Fold():
             pass
 
 
