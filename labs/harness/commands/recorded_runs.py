@@ -11,9 +11,9 @@ import typer
 from rich.markup import escape
 
 from labs import LABS
+from labs.harness.commands.options import require_known
 from labs.harness.commands.terminal import console, reported_errors, show, show_path, shown_path
 from labs.harness.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
-from labs.harness.errors import did_you_mean
 from labs.harness.filing import export, manifest, score
 from labs.harness.filing.checks import unreadable
 from labs.harness.filing.committed import committed_runs
@@ -82,9 +82,7 @@ def tell_again(
     Figures are those on file; nothing is computed from the records.
     """
     with reported_errors():
-        if name not in LABS:
-            known = ", ".join(LABS)
-            raise LabError(f"there is no lab {name!r}{did_you_mean(name, LABS)} are {known}")
+        require_known("LAB", name, tuple(LABS))
         runs = [folder for folder in newest_runs() if folder.lab_name == name]
         for folder in runs:
             path = folder.path / "report.md"

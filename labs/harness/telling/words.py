@@ -24,7 +24,7 @@ from labs.harness.filing.results import Run, RunFolder, Summary
 from labs.harness.judging.quantity import Quantity
 from labs.harness.judging.text import number, point_label
 from labs.harness.judging.validity import SERVER_BUSY
-from labs.harness.page import ANSWERS, FINDINGS, PLOTS, Page, page_of
+from labs.harness.page import ANSWERS, FINDINGS, LABS, PLOTS, Page, page_of
 from labs.harness.spec import Lab
 from labs.harness.telling import document, markdown
 from labs.harness.telling.document import Block, Inline, Paragraph, parse
@@ -34,6 +34,7 @@ _RESERVED = dict.fromkeys(map(ord, (MISSING, END)))
 _WHY = re.compile(f"{MISSING}(.*?){END}", re.S)
 _EMPTY_TABLE = re.compile(r"\|[^\n]*\n\|[-| :]+\|")
 _EMPTY_FOLD = re.compile(r"<details>\s*<summary>[^\n]*</summary>\s*</details>")
+SHARED = LABS / "harness" / "facts"  # what the pages of several labs include
 FOLD = "<details>"
 NOTHING = "Nothing was measured for this."
 
@@ -140,7 +141,7 @@ def _without_missing(block: str) -> str:
 @cache
 def _templates() -> jinja2.Environment:
     return jinja2.Environment(
-        autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(SHARED), autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
 
