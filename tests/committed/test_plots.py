@@ -56,7 +56,7 @@ def _labels() -> list[str]:
 def test_bars_of_structures_lie_on_the_bands_of_their_forecasts(committed: Path) -> None:
     run = _judged(committed, "structured-output")
     caption = plots_of("structured-output")["structures"](run)
-    assert caption is not None
+    assert isinstance(caption, str)
     assert caption.endswith(BANDS)
     lines = [line for ax in plt.gcf().axes for line in ax.lines if line.get_color() == GREY]
     marks = [line for line in lines if line.get_marker() == "_"]

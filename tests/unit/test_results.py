@@ -19,6 +19,7 @@ from labs.harness.filing import checks, results
 from labs.harness.filing.checks import problems
 from labs.harness.filing.results import (
     RunFolder,
+    Summary,
     TrialResult,
     all_runs,
     open_run,
@@ -27,9 +28,10 @@ from labs.harness.filing.results import (
     snapshot_json,
     write_json,
 )
+from labs.harness.judging.judge import ForecastAtPoint, ForecastResult, Interval
 from labs.harness.running import resume
-from labs.harness.spec import Arm, LabError, digest_of
-from labs.harness.telling.summary import all_problems, summarise
+from labs.harness.spec import Arm, LabError, Prediction, digest_of
+from labs.harness.telling.summary import all_problems, summarise, unlike
 from loadtests import records
 from serving import metrics
 from serving.machine import Environment
@@ -406,6 +408,66 @@ def test_a_check_reads_each_trial_once(folder: RunFolder, monkeypatch: pytest.Mo
     assert {*reads.values()} == {1, 2}
     twice = {path.parts[-3] for path, count in reads.items() if count == 2}
     assert twice == {"concurrent-1"}  # first for what transport takes at one stream
+
+
+POINT = "on/short/concurrent-1"
+FIGURES: list[tuple[tuple[Any, ...], Any, str]] = [
+    (("judgements", 0, "effect", "ratio", "high"), 9.0, "effect on faster"),
+    (("judgements", 0, "effect", "freedom"), 2.5, "effect on faster"),
+    (("judgements", 0, "effect"), None, "effect on faster"),
+    (("judgements", 0, "prediction_outcome"), "broken", "prediction of faster"),
+    (("judgements",), [], "list of predictions"),
+    (("forecasts", 0, "outcome"), "held", "prediction of tpot_mean_s"),
+    (("forecasts", 0, "measured", "low"), 0.25, "mean of tpot_mean_s"),
+    (("forecasts",), [], "list of predictions"),
+    (("in_virtual_time", 0, "measured"), None, "forecast of ttft_mean_s"),
+    (("in_virtual_time", 0, "high"), 3.0, "forecast of ttft_mean_s"),
+    (("pooled", POINT, "ttft_p50_s"), 0.125, "ttft_p50_s of on/short"),
+    (("missing",), 1, "missing"),
+]
+
+
+def changed(summary: Summary, path: tuple[Any, ...], value: Any) -> Summary:
+    """The summary as it is read from a file in which one field was changed."""
+    *parents, field = path
+    plain = part = json.loads(summary.model_dump_json())
+    for key in parents:
+        part = part[key]
+    assert part[field] != value
+    part[field] = value
+    return Summary.model_validate_json(json.dumps(plain))
+
+
+@pytest.fixture
+def judged(folder: RunFolder) -> Summary:
+    """A summary with a forecast of either kind beside what was measured."""
+    prediction = Prediction(value=0.2, formula="", assumptions=())
+    mean = Interval(value=0.5, low=0.4, high=0.6, n=5)
+    bound = ForecastResult(
+        metric="tpot_mean_s", point=POINT, measured=mean, prediction=prediction, outcome="open"
+    )
+    at_point = ForecastAtPoint(
+        point=POINT, metric="ttft_mean_s", value=0.5, low=0.4, high=0.6, measured=mean
+    )
+    both = {"forecasts": [bound], "in_virtual_time": [at_point]}
+    return folder.summary().model_copy(update=both)
+
+
+@pytest.mark.parametrize(("path", "value", "named"), FIGURES)
+def test_a_figure_that_the_records_do_not_give_is_named(
+    path: tuple[Any, ...], value: Any, named: str, judged: Summary
+) -> None:
+    assert named in unlike(changed(judged, path, value), judged)
+
+
+def test_neither_prose_nor_a_last_digit_nor_a_field_that_the_file_lacks_is_compared(
+    judged: Summary,
+) -> None:
+    assert unlike(changed(judged, ("judgements", 0, "why"), "because"), judged) == ""
+    assert unlike(changed(judged, ("forecasts", 0, "measured", "low"), 0.4 + 1e-9), judged) == ""
+    plain = json.loads(judged.model_dump_json())
+    del plain["judgements"][0]["effect"]["error"]
+    assert unlike(Summary.model_validate(plain), judged) == ""
 
 
 @pytest.mark.parametrize("home", ["/home/me/x", "/Users/me/x", "/root/x"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from pydantic import BaseModel
 
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.parts import answers, parts_of, plain
@@ -91,27 +93,47 @@ def unlike(filed: Summary, again: Summary) -> str:
 
     Prose is left out, and figures that have been defined since: those are no fault of the records.
     """
-    for point, by_repeat_filed in filed.measurements.items():
-        for repeat, values in by_repeat_filed.items():
-            recomputed = again.measurements.get(point, {}).get(repeat, {})
-            for metric, value in values.items():
-                if metric in METRICS and not _same(value, recomputed.get(metric)):
-                    return (
-                        f"its summary's {metric} of {point}/{repeat} is not what its records give"
-                    )
-    outcomes = [
-        {(j.claim, j.treatment, j.baseline): j.outcome for j in summary.judgements}
-        for summary in (filed, again)
-    ]
-    if outcomes[0] != outcomes[1]:
-        return "its summary's verdicts are not what its records give"
-    if (filed.failed.keys(), filed.missing) != (again.failed.keys(), again.missing):
-        return "its summary counts other trials than it has"
+    given = _figures(again)
+    for name, figure in _figures(filed).items():
+        if not _same(figure, given.get(name)):
+            return f"its summary's {name} is not what its records give"
     return ""
 
 
-def _same(a: float | None, b: float | None) -> bool:
-    return a == b if a is None or b is None else math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
+def _figures(summary: Summary) -> dict[str, object]:
+    """Name each figure of a summary, each verdict, and what became of each prediction."""
+    verdicts = {f"{j.claim} at {j.where}": j for j in summary.judgements}
+    forecasts = {f"{f.metric} at {f.point}": f for f in summary.forecasts}
+    measured: dict[str, Mapping[str, float | None]] = {**summary.pooled}
+    for point, repeats in summary.measurements.items():
+        measured |= {f"{point}/{repeat}": values for repeat, values in repeats.items()}
+    return {
+        "list of failed trials": summary.failed.keys(),
+        "number of missing trials": summary.missing,
+        "list of predictions": verdicts.keys() | forecasts.keys(),
+        **{
+            f"{metric} of {place}": value
+            for place, values in measured.items()
+            for metric, value in values.items()
+            if metric in METRICS
+        },
+        **{f"verdict on {name}": verdict.outcome for name, verdict in verdicts.items()},
+        **{f"effect on {name}": verdict.effect for name, verdict in verdicts.items()},
+        **{f"prediction of {name}": v.prediction_outcome for name, v in verdicts.items()},
+        **{f"prediction of {name}": forecast.outcome for name, forecast in forecasts.items()},
+        **{f"mean of {name}": forecast.measured for name, forecast in forecasts.items()},
+        **{f"forecast of {f.metric} at {f.point}": f for f in summary.in_virtual_time},
+    }
+
+
+def _same(filed: object, again: object) -> bool:
+    """Compare a figure on file with the recomputed one; fields that the file lacks do not count."""
+    if isinstance(filed, BaseModel):
+        fields = filed.model_fields_set
+        return all(_same(getattr(filed, f), getattr(again, f, None)) for f in fields)
+    if isinstance(filed, float) and isinstance(again, float):
+        return math.isclose(filed, again, rel_tol=1e-6, abs_tol=1e-12)
+    return filed == again
 
 
 def computed(folder: RunFolder) -> Summary:
