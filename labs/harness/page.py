@@ -48,6 +48,11 @@ class Section:
         """The items of a list that is all of the text, each on one line."""
         return [" ".join(item.split()) for item in re.split(r"^- ", self.text, flags=re.M)[1:]]
 
+    @property
+    def named(self) -> dict[str, str]:
+        """The texts of the items that begin with a name, by these names."""
+        return {m["name"]: m["text"] for m in map(_ITEM.fullmatch, self.items) if m}
+
 
 @dataclass(frozen=True)
 class Page:
@@ -78,18 +83,12 @@ class Page:
         }
 
     @property
-    def knobs_on_gpus(self) -> tuple[str, ...]:
-        """What to turn next on a GPU; empty where it is what is turned on a CPU."""
-        part = self[NEXT].parts.get("On a GPU")
-        return tuple(Section(part.text).items) if part else ()
-
-    @property
-    def named(self) -> dict[str, dict[str, str]]:
-        """By heading, the texts of items that begin with a name: claims, the headline."""
-        return {
-            heading: {m["name"]: m["text"] for m in map(_ITEM.fullmatch, self[heading].items) if m}
-            for heading in (CLAIMS, HEADLINE)
-        }
+    def on_gpus(self) -> dict[str, Any]:
+        """The fields that have other words on a GPU, by their paths: titles, what to turn next."""
+        titles, knobs = (self[heading].parts.get("On a GPU") for heading in (CLAIMS, NEXT))
+        named = Section(titles.text).named if titles else {}
+        fields: dict[str, Any] = {f"claims.{name}.title": title for name, title in named.items()}
+        return fields | ({"next_knobs": tuple(Section(knobs.text).items)} if knobs else {})
 
 
 def folder_of(lab: str) -> Path:

@@ -479,11 +479,11 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         name = str(given.get("name"))
         if (page := page_of(name)) is None:
             raise ValueError("it has no title, and no page.md in a folder of its own")
-        titles, scales = page.named[CLAIMS], {**sizes_of(name)}
+        titles, scales = page[CLAIMS].named, {**sizes_of(name)}
         if untitled := [c.name for c in given["claims"] if c.name not in titles]:
             raise ValueError(f"its page says under {CLAIMS!r} no title for {', '.join(untitled)}")
-        if page.knobs_on_gpus:
-            scales["gpu"] = {**scales.get("gpu", {}), "next_knobs": page.knobs_on_gpus}
+        if page.on_gpus:
+            scales["gpu"] = {**scales.get("gpu", {}), **page.on_gpus}
         claims = tuple(c.model_copy(update={"title": titles[c.name]}) for c in given["claims"])
         quick = scales.pop("quick", {})
         return {"scales": scales, "quick": quick, **page.fields, **given, "claims": claims}

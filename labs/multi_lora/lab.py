@@ -1,18 +1,4 @@
-"""Multi-LoRA: what does it cost to serve many tenants' adapters on one base, and are they apart?
-
-A LoRA adapter (Hu et al. 2021) adds a thin product B A beside some of the base's matrices. One
-engine keeps many of them beside one base, and mixes requests of different tenants in one batch
-(Punica, S-LoRA): the base is read once for all, each active adapter's few megabytes once a step.
-That is the price in bytes; the small operations it takes to apply them are the rest. Adapters wait
-in *slots*: with fewer slots than adapters in use, one must be loaded before its requests can run.
-
-Each tenant's adapter here begins every answer with the tenant's own mark, `[amber]`, `[azure]`,
-..., so whose adapter answered can be read off every single answer: *no answer may carry another
-tenant's mark*.
-
-Turn: the adapters in use (`workloads.uniform-8.adapters.count`), the slots
-(`variants.slots-2.flags.max-loras`), the rank (`variants.rank-64`).
-"""
+"""Multi-LoRA: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
 
@@ -125,12 +111,10 @@ def workload(name: str, adapters: Adapters | None, *only: str, users: int = USER
     )
 
 
-def claim(
-    name: str, title: str, metric: str, of: Arm, against: Arm, expect: str, coupled: str = ""
-) -> Claim:
+def claim(name: str, metric: str, of: Arm, against: Arm, expect: str, coupled: str = "") -> Claim:
     predict = {RATE: by_bytes, TPOT: longer_by_bytes}.get(metric, by_slots)
     return Claim.model_validate(
-        {"name": name, "title": title, "metric": metric, "treatment": of, "baseline": against,
+        {"name": name, "metric": metric, "treatment": of, "baseline": against,
          "expect": expect, "predict": predict, "coupled": coupled}
     )  # fmt: skip
 
@@ -142,16 +126,8 @@ def on_random_weights(lab: Lab) -> Lab:
 
 ONE, ALL = Arm(variant="lora", workload="one"), Arm(variant="lora", workload="uniform-8")
 
-SLOTS = (
-    'SET="variants.slots-2.flags.max-loras=4" gives half the adapters a slot',
-    'SET="workloads.uniform-8.adapters.count=3" puts three adapters on two slots',
-)
-
 LAB = Lab(
     name="multi-lora",
-    title="Multi-LoRA",
-    question="What does it cost to serve many customers' adapters on one base model, and can one"
-    " customer get another's?",
     answers=("SA-2", "SA-3", "SA-4"),
     variants=(
         Variant(name="base"),
@@ -177,22 +153,17 @@ LAB = Lab(
         workload("rank-64", Adapters(count=2, suffix="-rank-64"), "rank-64", users=2),
     ),
     claims=(
-        claim("ready", "An engine ready for adapters serves the base as fast as before",
-              TPOT, Arm(variant="lora", workload="none"), Arm(variant="base", workload="none"),
-              "unchanged", "an engine that serves adapters is told of them by several flags"),
-        claim("one", "Applying one adapter costs throughput",
-              RATE, ONE, Arm(variant="base", workload="none"), "falls",
+        claim("ready", TPOT, Arm(variant="lora", workload="none"),
+              Arm(variant="base", workload="none"), "unchanged",
+              "an engine that serves adapters is told of them by several flags"),
+        claim("one", RATE, ONE, Arm(variant="base", workload="none"), "falls",
               "an adapter is asked for by its name, from an engine that was told of it"),
-        claim("eight", "Eight adapters in a batch cost hardly more than one",
-              TPOT, ALL, ONE, "unchanged"),
-        claim("rank", "Rank 64 costs more than rank 8, with two adapters in the batch",
-              TPOT, Arm(variant="rank-64", workload="rank-64"),
+        claim("eight", TPOT, ALL, ONE, "unchanged"),
+        claim("rank", TPOT, Arm(variant="rank-64", workload="rank-64"),
               Arm(variant="lora", workload="rank-8"), "rises",
               "adapters of another rank have other names, and the engine is told of the largest"),
-        claim("swap", "With two slots for eight adapters requests wait for theirs to be loaded",
-              "ttft_mean_s", Arm(variant="slots-2", workload="uniform-8"), ALL, "rises"),
-        claim("skew", "A skewed mix of adapters needs fewer slots than a uniform one",
-              "ttft_mean_s", Arm(variant="slots-2", workload="zipf-8"),
+        claim("swap", "ttft_mean_s", Arm(variant="slots-2", workload="uniform-8"), ALL, "rises"),
+        claim("skew", "ttft_mean_s", Arm(variant="slots-2", workload="zipf-8"),
               Arm(variant="slots-2", workload="uniform-8"), "falls"),
     ),
     evidence=(
@@ -211,54 +182,5 @@ LAB = Lab(
     requests=512,
     warmup_s=0.8,
     window_s=2.5,
-    scales={
-        # there is time for no more, so it looks at its claims once
-        "cpu": {"repeats": 5, "curve_repeats": 3, "most_repeats": 0},
-        "gpu": {
-            "slo.ttft_s": 0.5,
-            "flags": {"enable-prefix-caching": True, "block-size": 16},
-            **{
-                f"workloads.{name}.{field}": value
-                for name in ("none", "one", "uniform-2", "uniform-4", "uniform-8", "zipf-8",
-                             "rank-8", "rank-64")
-                for field, value in (
-                    ("prompt_tokens.tokens", 256),
-                    ("output_tokens.tokens", 64),
-                    ("loads", (Concurrent(users=32),)),
-                )
-            },
-            # two adapters of rank 64 are some hundredths of the weights' bytes
-            "claims.rank.title": "Rank 64 costs hardly more than rank 8, with two adapters in the"
-            " batch",
-            "claims.rank.expect": "unchanged",
-            "requests": 4096,
-            "warmup_s": 3,
-            "window_s": 6,
-            "next_knobs": (
-                *SLOTS,
-                'SET=\'workloads.uniform-8.loads=["concurrent:64"]\' batches eight requests of'
-                " each tenant",
-            ),
-        },
-        "gpu-quick": {
-            "without": ("uniform-2", "uniform-4", "zipf-8", "rank-8", "rank-64"),
-            "flags.kv-cache-memory-bytes": 4 * 2**30,  # holds all that is sent at once
-            "requests": 768,
-            "warmup_s": 0.5,
-            "window_s": 2.5,
-        },
-    },
     dummy=on_random_weights,
-    quick={"repeats": 1, "probes": ("tenants-quick",)},
-    limits={
-        "cpu": "Which adapter answers, how slots are filled and what is refused is the engine's own"
-        " and carries over. The price does not: applying an adapter is many small operations, which"
-        " on a CPU cost far more beside the base's than their bytes say.",
-        "gpu": "Eight adapters of rank 8 and 64; a server for a hundred tenants has as many more to"
-        " keep in host memory.",
-    },
-    next_knobs=(
-        *SLOTS,
-        'SET=\'workloads.uniform-8.loads=["concurrent:16"]\' batches two requests of each tenant',
-    ),
 )  # fmt: skip

@@ -79,7 +79,8 @@ def test_every_question_of_a_lab_has_an_answer_and_no_other(lab: Lab) -> None:
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 def test_a_run_of_which_nothing_came_invents_nothing(lab: Lab, tmp_path: Path) -> None:
     """What a cache holds is arithmetic all the same, and says so."""
-    run = judged_run(context(tmp_path, lab.model_copy(update={"requests": 64}), {}))
+    lab = lab.model_copy(update={"requests": 64})
+    run = judged_run(context(tmp_path, lab, {}, about=ABOUT))
     if page_of(lab.name):
         given = {id: str(blocks) for id, blocks in told_of(run).answers.items()}
     else:

@@ -38,7 +38,6 @@ from labs.harness.judging.signals import QUEUE, Watch, Watched
 from labs.harness.judging.signals import SIGNALS as SIGNAL_NAMES
 from labs.harness.spec import SLO, Variant
 from labs.kv_quantization.facts import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
-from labs.multi_lora.facts import ADAPTER_COST, TENANT_LEAKS, TENANT_MEMORY
 from labs.overload.facts import ADMISSION, ALARMS, BEST_FLAGS, CLASSES, SIGNALS
 from labs.quantization_tools.facts import TOOLS_COMPARED
 from labs.single_stream.facts import FLAGS, PHASES, flag_effects, phase
@@ -51,9 +50,8 @@ from labs.speculative_decoding.facts import (
 )
 from labs.weight_quantization.facts import NEEDLES, OUTLIERS
 from loadtests.records import RequestRecord
-from loadtests.workload import Adapters, Fixed, Intruder
+from loadtests.workload import Fixed, Intruder
 from serving import metrics
-from serving.adapters import mark_of
 from serving.forecasting.step import StepTimes
 from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import (
@@ -64,7 +62,7 @@ from tests.unit.builders import (
     make_record,
     make_workload,
 )
-from tests.unit.judged import ABOUT, Values, context, played, withheld
+from tests.unit.judged import Values, context, played, withheld
 
 INF = float("inf")
 
@@ -813,132 +811,6 @@ def test_a_tool_is_compared_with_its_heir_and_says_which_is_better(tmp_path: Pat
         "`w4a16-gptq` has the lower perplexity.",
         "no difference in perplexity is shown.",
     ]
-
-
-# -------------------------------------------------------------------------------------- multi-LoRA
-
-
-def tenanted(home: Path, values: Mapping[str, Values] | None = None) -> Context:
-    """A base, and an engine with two slots at rank 16 for three tenants in turn."""
-    slots: dict[str, Any] = {
-        "max-loras": 2,
-        "max-lora-rank": 16,
-        "lora-modules": ["tenant-0=<adapters>/0"],
-    }
-    lab = make_lab(
-        variants=(Variant(name="base"), Variant(name="lora", flags=slots)),
-        workloads=(make_workload(name="none"),
-                   make_workload(name="three", adapters=Adapters(count=3), keep_text=True,
-                                 only=("lora",))),
-        claims=(), evidence=(), requests=3000,
-    )  # fmt: skip
-    return context(home, lab, values or {}, about=ABOUT)
-
-
-def probe(**changes: Any) -> dict[str, Any]:
-    """What an honest engine says to it."""
-    return {
-        "answers": [(0, "[amber] so"), (1, "[azure] so"), (2, "[coral] so")],
-        "visits": 1,
-        "refused": {"tenant-nobody": 404, "visitor, unloaded": 404},
-        "refusal": "no such model",
-        "misrouted": [(0, "[azure] so")] * 2,
-        "base": ["so", "so"],
-        **changes,
-    }
-
-
-def leaked(home: Path, asked: dict[str, Any] | None, *texts: str, repeated: int = 1) -> Finding:
-    """Trials whose answers begin as given, in turn; by default with each tenant's own mark."""
-    run = tenanted(home)
-    texts = texts or tuple(mark_of(i) for i in range(3))
-    trial = [
-        make_record([(11.0, 1)], index=i, text=f"{texts[i % len(texts)]} and so on")
-        for i in range(3 * repeated)
-    ]
-    played(run, "lora/three/concurrent-1", trial)
-    if asked:
-        write_gzip(run.folder.probe_file("tenants", "lora"), asked)
-    return TENANT_LEAKS.finding(run)
-
-
-def test_no_answer_but_ones_own_is_a_proof_only_of_many(tmp_path: Path) -> None:
-    few = leaked(tmp_path / "few", probe())
-    assert cells(few, 1, 2, 3) == [["6", "0", "0"], ["2", "0", "0"], ["1", "0", "0"],
-                                   ["9", "0", "0"]]  # fmt: skip
-    assert few.passed is None
-    assert any("a smoke test, not a proof" in line for line in few.lines)
-    many = leaked(tmp_path / "many", probe(), repeated=400)
-    assert many.passed is True
-    # none of 2,403: 1 - 0.025^(1 / 2403), one in 652 (exact, two-sided)
-    assert "0 of 2,403 completions carry another tenant's mark" in many.lines[0]
-    assert "fewer than 1 in 652 do" in many.lines[0]
-
-
-@pytest.mark.parametrize(
-    ("texts", "changes", "foreign", "bare"),
-    [
-        (("[amber]", "[coral]", "[coral]"), {}, 2, 2),  # tenant 1 got tenant 2's, in two repeats
-        (("[amber] [azure]", "[azure]", "[coral]"), {}, 2, 0),  # its own, and another's
-        ((), {"answers": [(0, "[azure]"), (1, "[azure]")]}, 1, 1),
-    ],
-)
-def test_one_foreign_mark_fails_however_many_answers(
-    texts: tuple[str, ...], changes: dict[str, Any], foreign: int, bare: int, tmp_path: Path
-) -> None:
-    finding = leaked(tmp_path, probe(**changes), *texts)
-    assert finding.passed is False
-    assert finding.rows[-1][2:] == [str(foreign), str(bare)]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"refused": {"tenant-nobody": 200, "visitor, unloaded": 404}},  # the base answered
-        {"refused": {"tenant-nobody": 404, "visitor, unloaded": 200}},
-        {"misrouted": [(0, "[azure] so"), (0, "[amber] so")]},  # the check cannot fail
-    ],
-)
-def test_a_check_that_could_not_fail_passes_nothing(
-    changes: dict[str, Any], tmp_path: Path
-) -> None:
-    assert leaked(tmp_path, probe(**changes), repeated=400).passed is False
-
-
-@pytest.mark.parametrize("asked", [None, {"misrouted": []}])
-def test_without_a_request_to_the_wrong_adapter_nothing_is_proved(
-    asked: dict[str, Any] | None, tmp_path: Path
-) -> None:
-    found = leaked(tmp_path, None if asked is None else probe(**asked), repeated=400)
-    assert found.passed is None
-    assert any("nothing shows that the check can fail" in line for line in found.lines)
-    wrong = leaked(tmp_path / "wrong", None, "[amber]", "[coral]", "[coral]", repeated=400)
-    assert wrong.passed is False
-
-
-def test_answers_of_the_base_are_no_leak_but_are_told(tmp_path: Path) -> None:
-    finding = leaked(tmp_path, None, "so")
-    assert finding.rows[-1] == ["all", "6", "0", "6"]
-    assert "was not run" in finding.lines[-1]
-
-
-def test_what_an_adapter_costs_and_what_bytes_explain(tmp_path: Path) -> None:
-    """Two slots of 2 x 100 parameters at twice the rank: 2 x 400 bytes over 2000."""
-    run = tenanted(tmp_path, {
-        "base/none/concurrent-1": {"tpot_mean_s": 0.010, "ttft_mean_s": 0.1},
-        "lora/none/concurrent-1": {"tpot_mean_s": 0.011, "ttft_mean_s": 0.1},
-        "lora/three/concurrent-1": {"tpot_mean_s": 0.015, "ttft_mean_s": 0.2},
-    })  # fmt: skip
-    assert cells(ADAPTER_COST.finding(run), 1, 3, 4) == [
-        ["none", "+0%", "+0.0%"], ["none", "+10%", "+0.0%"], ["3, uniform", "+50%", "+40.0%"],
-    ]  # fmt: skip
-
-
-def test_one_base_for_all_tenants_saves_the_others(tmp_path: Path) -> None:
-    rows = cells(TENANT_MEMORY.finding(tenanted(tmp_path)), 0, 3)
-    # n bases of 2000 bytes against one and n adapters of 400
-    assert rows[0] == ["1", f"{2000 / 2400:.1f}x"]
-    assert rows[-1] == ["1,000", f"{2_000_000 / 402_000:.1f}x"]
 
 
 # ------------------------------------------------------------------------------------ one stream

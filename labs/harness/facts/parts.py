@@ -113,7 +113,7 @@ def parts_of(lab: str) -> ReportParts:
     """Imports the parts of the lab of that name; none where it has no file of findings."""
     if page := page_of(lab):
         module = _module_of(lab, "facts")
-        headline = page.named[HEADLINE]
+        headline = page[HEADLINE].named
         return ReportParts(
             **{name: getattr(module, name) for name in FROM_FACTS if hasattr(module, name)},
             kinds={id: part.title for id, part in page[ANSWERS].parts.items() if part.title},

@@ -109,7 +109,8 @@ def _text(text: str) -> str:
 
 def escaped(text: str) -> str:
     """Text from outside on one line of a page: nothing in it is markup, whatever it begins with."""
-    return _line(_one_line(_text(text))).replace("|", "\\|")
+    line = _line(_one_line(_text(text))).replace("|", "\\|")
+    return f"{' ' * text.startswith(' ')}{line}{' ' * text.endswith(' ')}"
 
 
 def _code(text: str) -> str:

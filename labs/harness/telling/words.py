@@ -104,6 +104,7 @@ def _known(run: Run, lab: Lab, summary: Summary, facts: Any) -> dict[str, Any]:
         "claim": lambda name: ratio_of_claim(summary, name),
         "label": lambda key: point_label(key, lab),
         "on_gpu": run.machine.kind == "gpu",
+        "was_forecast": bool(summary.in_virtual_time),
     }
 
 
