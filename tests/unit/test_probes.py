@@ -18,7 +18,7 @@ from labs.harness.judging.evaluation import Evaluation, thread_pool
 from labs.harness.running import probes
 from labs.harness.running.probes import PROBES, ProbedEngine
 from labs.harness.spec import Variant
-from labs.multi_lora.facts import leaks
+from labs.multi_lora.facts import Marks, marks
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed
 from serving.adapters import mark_of, marks_in
@@ -134,12 +134,12 @@ def tenants(fault: Fault = "") -> dict[str, Any]:
 def test_an_honest_engine_answers_each_tenant_as_its_own() -> None:
     found = tenants()
     assert len(found["answers"]) == 60 + found["visits"]
-    assert leaks(found["answers"]) == (0, 0)
+    assert (marks(found["answers"]).foreign, marks(found["answers"]).bare) == (0, 0)
     visits = found["answers"][60:]
     assert sorted({owner for owner, _ in visits}) == [0, 1, 2]
     assert found["refused"] == {"tenant-nobody": 404, "visitor, unloaded": 404}
     assert "does not exist" in found["refusal"]
-    assert leaks(found["misrouted"]) == (4, 4)  # the check notices what it must
+    assert marks(found["misrouted"]) == Marks(4, 4, 4)  # the check notices what it must
     assert not any(marks_in(text) for text in found["base"])
     chats = [b for b in Engine.bodies if "messages" in b]
     asked = {b["model"] for b in chats}
@@ -151,15 +151,17 @@ def test_an_honest_engine_answers_each_tenant_as_its_own() -> None:
 
 def test_an_answer_from_another_adapter_is_a_leak() -> None:
     found = tenants("wrong adapter")
-    foreign, bare = leaks(found["answers"])
+    foreign, bare = marks(found["answers"]).foreign, marks(found["answers"]).bare
     assert foreign == bare == sum(tenant == 1 for tenant, _ in found["answers"]) > 0
 
 
 def test_files_that_outlive_their_name_are_a_leak() -> None:
     found = tenants("old files")
     at = len(found["answers"]) - found["visits"]
-    assert leaks(found["answers"][:at]) == (0, 0)
-    assert leaks(found["answers"][at:])[0] == found["visits"] * 2 / 3  # all but the first tenant's
+    assert marks(found["answers"][:at]) == Marks(at, 0, 0)
+    assert (
+        marks(found["answers"][at:]).foreign == found["visits"] * 2 / 3
+    )  # all but the first tenant's
 
 
 def test_a_base_that_answers_for_an_unknown_adapter_is_told() -> None:
