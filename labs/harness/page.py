@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from labs.harness.errors import LabError
+
 LABS = Path(__file__).parents[1]
 HOW, ANSWERS, FINDINGS, PLOTS = "How it works", "Answers", "Findings", "Plots"
 CLAIMS, HEADLINE = "Claims", "Headline"
@@ -25,7 +27,7 @@ ON = {"On a CPU": "cpu", "On a GPU": "gpu"}
 _ITEM = re.compile(r"`(?P<name>[^`]+)`: (?P<text>.+)")
 
 
-class PageError(ValueError):
+class PageError(LabError):
     """A page is not as a page has to be; the message says which and where."""
 
 

@@ -1,25 +1,4 @@
-"""Serving engines: the same model and the same requests, on one engine after another.
-
-An engine is a loop around a model: it takes requests in, forms a batch, runs a step, hands tokens
-out. All of them read the same weights, so with one user the same memory bandwidth bounds them all,
-and what differs is what a step costs beside reading: launching its operations, copying, the
-language that the loop is written in. With many users the *batch* decides. An engine that batches
-continuously (Orca, OSDI 2022) reads the weights once a step for all; one that serves request after
-request has every user wait for those in front, and its throughput stays that of one user.
-
-vLLM batches continuously over a paged KV cache. `transformers serve` is the server of Hugging
-Face's library: by default it calls `generate` for one request at a time, and with
-`continuous-batching` it batches over a paged cache, too. llama.cpp is written in C++ for CPUs and
-small machines; its server batches over a fixed number of slots, on a GGUF file of the same BF16
-weights, which is made here.
-
-Each is asked in its own words for the same: greedy text of an exact length. One that cannot ignore
-the token that ends an answer is told that another token ends it, which no model writes. Where an
-engine shows no metrics, all evidence is the client's: lengths, usage and the text itself.
-
-Turn: the users (`workloads.chat.loads`), the lengths (`workloads.chat.output_tokens.tokens`), each
-engine's flags by its own names (`variants.llama-cpp.flags.parallel`).
-"""
+"""Serving engines: what is asked of them. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
 
@@ -129,12 +108,6 @@ LLAMA = Variant(
     flags={"model": "<gguf>/model.gguf", "parallel": 16, "ctx-size": 16 * 512},
 )
 OTHERS = (TURNS, BATCHES, LLAMA)
-TITLES = {
-    "vllm": "vLLM",
-    "transformers": "transformers serve",
-    "transformers-cb": "transformers serve with continuous batching",
-    "llama-cpp": "llama.cpp",
-}
 
 
 def on_random_weights(lab: Lab) -> Lab:
@@ -145,18 +118,8 @@ def on_random_weights(lab: Lab) -> Lab:
     return alone.model_copy(update={"next_knobs": turned})
 
 
-KNOBS = (
-    'SET=\'variants=["vllm","llama-cpp"]\' compares these two alone, in half the time',
-    'SET="flags.max-num-seqs=4" gives vLLM four places: the other users wait',
-    'SET="variants.llama-cpp.flags.parallel=4 variants.llama-cpp.flags.ctx-size=2048" gives'
-    " llama.cpp four slots: the other users wait",
-)
-
 LAB = Lab(
     name="serving-engines",
-    title="Serving engines",
-    question="The same model and requests on vLLM, transformers and llama.cpp: which serves more,"
-    " and what can each not do?",
     answers=("SO-7",),
     variants=(VLLM, *OTHERS),
     flags={
@@ -179,7 +142,6 @@ LAB = Lab(
         *(
             Claim(
                 name=f"batches-{variant.name}",
-                title=f"Many users at once raise the throughput of {TITLES[variant.name]}",
                 metric="output_tokens_per_s",
                 treatment=Arm(variant=variant.name, load=MANY),
                 baseline=Arm(variant=variant.name, load=ONE),
@@ -190,7 +152,6 @@ LAB = Lab(
         ),
         Claim(
             name="turns",
-            title="Where one request is served at a time, many users do not raise the throughput",
             metric="output_tokens_per_s",
             treatment=Arm(variant="transformers", load=MANY),
             baseline=Arm(variant="transformers", load=ONE),
@@ -199,7 +160,6 @@ LAB = Lab(
         ),
         Claim(
             name="load",
-            title="Under load an engine that batches serves more than one that does not",
             metric="output_tokens_per_s",
             treatment=Arm(variant="vllm", load=MANY),
             baseline=Arm(variant="transformers", load=MANY),
@@ -209,7 +169,6 @@ LAB = Lab(
         *(
             Claim(
                 name=f"alone-{variant.name}",
-                title=f"With one user a token of {TITLES[variant.name]} takes as long as vLLM's",
                 metric="tpot_mean_s",
                 treatment=Arm(variant=variant.name, load=ONE),
                 baseline=Arm(variant="vllm", load=ONE),
@@ -243,40 +202,4 @@ LAB = Lab(
     window_s=3,
     timeout_s=180,  # one request at a time, the last of sixteen waits for the others
     repeats=3,
-    scales={
-        "gpu": {
-            "flags": {"enable-prefix-caching": False, "max-num-seqs": 256},
-            "variants.transformers-cb.flags": {
-                "continuous-batching": True, "cb-block-size": 256, "cb-num-blocks": 128,
-                "cb-max-batch-tokens": 2048,
-            },
-            "variants.llama-cpp.flags": {
-                "model": "<gguf>/model.gguf", "parallel": 16, "ctx-size": 16 * 1024,
-            },
-            "workloads.chat.prompt_tokens.tokens": 256,
-            "workloads.chat.output_tokens.tokens": 128,
-            "requests": 1024,
-            "warmup_s": 3,
-            "window_s": 8,
-            "next_knobs": KNOBS,  # there vLLM compiles already
-        },
-    },
-    quick={
-        "repeats": 1,
-        "window_s": 2,
-        "workloads.chat.loads": (USERS[0], USERS[-1]),
-        "workloads.chat.output_tokens.tokens": 8,
-    },
-    limits={
-        "cpu": "All engines get the same number of cores, and the figures are of these builds: a"
-        " package of llama.cpp that is compiled for any CPU with AVX2 lacks the kernels that a"
-        " build for this very machine has. vLLM runs eagerly here, which starts sooner. On a GPU"
-        " the order may be another.",
-        "gpu": "One model in BF16 and one set of flags for each engine: others may suit an engine"
-        " better. llama.cpp runs on the GPU only where its program was built for it.",
-    },
-    next_knobs=(
-        *KNOBS,
-        'SET="flags.enforce-eager=false" compiles what vLLM runs: shorter steps, a longer start',
-    ),
-)  # fmt: skip
+)

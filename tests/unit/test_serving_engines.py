@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from labs.harness.facts.context import Context
+from labs.harness.facts.drawing import plt
 from labs.harness.spec import Lab, Variant
-from labs.serving_engines.facts import CANNOT, CURVES, SAME_WORDS, answer, leading_share
+from labs.serving_engines.facts import facts, leading_share
 from labs.serving_engines.lab import at_once, turn_taking
+from labs.serving_engines.plots import PLOTS
 from loadtests.records import RequestRecord
 from serving.engines.base import FlagValue
 from tests.unit.builders import make_lab, make_point, make_record, make_workload
-from tests.unit.judged import context, judged_run, played, withheld
-from tests.unit.test_findings import cells
+from tests.unit.judged import context, judged_run, played, with_facts, withheld
 
 OTHER = Variant(name="turns", engine="transformers")
 
@@ -48,15 +49,24 @@ def answers(*texts: str) -> list[RequestRecord]:
 
 
 def test_the_curve_of_each_engine_is_told_from_few_users_to_many(tmp_path: Path) -> None:
-    found = run(tmp_path)
-    rows = cells(CURVES.finding(found), 0, 1, 3, 4, 5, 6)
-    assert rows == [
-        ["`vllm`", "1", "20 tok/s", "50 ms", "100 ms", "50%"],
-        ["`vllm`", "8", "80 tok/s", "100 ms", "400 ms", "25%"],
-        ["`turns`", "1", "10 tok/s", "100 ms", "200 ms", "20%"],
-        ["`turns`", "8", "10 tok/s", "100 ms", "4 s", "20%"],
+    found = with_facts(judged_run(run(tmp_path)), "serving-engines")
+    rows = [
+        (
+            at.variant,
+            at.users,
+            at.tokens_per_s.value,
+            at.tpot_s.value,
+            at.ttft_s.value,
+            at.mbu.value,
+        )
+        for at in facts(found).curves
     ]
-    assert CURVES.drawing(judged_run(found))
+    assert rows == [
+        ("vllm", 1, 20, 0.05, 0.1, 0.5), ("vllm", 8, 80, 0.1, 0.4, 0.25),
+        ("turns", 1, 10, 0.1, 0.2, 0.2), ("turns", 8, 10, 0.1, 4.0, 0.2),
+    ]  # fmt: skip
+    assert PLOTS["curves"](found, facts(found))
+    plt.close("all")
 
 
 def test_answers_are_compared_with_vllms_to_the_same_prompts(tmp_path: Path) -> None:
@@ -65,29 +75,33 @@ def test_answers_are_compared_with_vllms_to_the_same_prompts(tmp_path: Path) -> 
     played(found, "turns/short/concurrent-1", answers("the sea was blue", "one"))
     long = make_record([(11.0, 2)], index=0, text="the sea", asked_tokens=1)
     played(found, "turns/short/concurrent-8", [long])
-    rows = cells(SAME_WORDS.finding(found), 0, 1, 2, 3, 4, 5)
+    told = facts(judged_run(found))
+    vllm, turns = told.same_words or ()
     # two repeats each; with eight users the text is not compared, and the length is
-    assert rows == [
-        ["`vllm`", "6", "100%", "–", "–", "–"],
-        ["`turns`", "6", "67%", "4", "50%", "75%"],
-    ]
-    told = answer(judged_run(found))
-    assert told
-    assert "50 ms (`vllm`), 100 ms (`turns`)" in told
-    assert "With 8 users the throughput is 80 tok/s (`vllm`), 10 tok/s (`turns`)" in told
-    assert "`turns` wrote 2 of 4 word for word" in told
-    told = answer(judged_run(withheld(found, "vllm/short/concurrent-1", ("tpot_mean_s",))))
-    assert told
-    assert "a token takes 100 ms (`turns`), not valid (`vllm`)" in told
-    assert "the throughput is 80 tok/s (`vllm`), 10 tok/s (`turns`)" in told
+    assert (vllm.answers, str(vllm.length_share), vllm.compared) == (6, "100%", 0)
+    assert not vllm.same_share.known
+    assert (turns.answers, str(turns.length_share), turns.compared) == (6, "66.7%", 4)
+    assert (turns.same, str(turns.leading)) == (2, "75%")
+    assert told.compared == [turns]
+
+
+def test_engines_are_ranked_by_their_valid_figures(tmp_path: Path) -> None:
+    def names(of: Context) -> list[list[str]]:
+        ranked = facts(judged_run(of)).ranked
+        assert ranked
+        assert (ranked.few, ranked.many) == (1, 8)
+        return [[at.variant for at in row] for row in (ranked.alone, ranked.loaded)]
+
+    found = run(tmp_path)
+    assert names(found) == [["vllm", "turns"], ["vllm", "turns"]]
+    found = withheld(found, "vllm/short/concurrent-1", ("tpot_mean_s",))
+    assert names(found) == [["turns", "vllm"], ["vllm", "turns"]]
 
 
 def test_what_each_lacks_is_told(tmp_path: Path) -> None:
-    rows = cells(CANNOT.finding(run(tmp_path)), 0, 2, 3)
-    assert [row[0] for row in rows] == ["vLLM", "transformers serve"]
-    assert rows[0][2] == "–"
-    assert rows[1][1] == "none"
-    assert "one request at a time" in rows[1][2]
+    vllm, turns = facts(judged_run(run(tmp_path))).cannot
+    assert (vllm.lacks, turns.metric_count) == ((), 0)
+    assert any("one request at a time" in lack for lack in turns.lacks)
 
 
 @pytest.mark.parametrize(

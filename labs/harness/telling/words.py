@@ -24,7 +24,7 @@ from labs.harness.filing.results import Run, RunFolder, Summary
 from labs.harness.judging.quantity import Quantity
 from labs.harness.judging.text import number, point_label
 from labs.harness.judging.validity import SERVER_BUSY
-from labs.harness.page import ANSWERS, FINDINGS, LABS, PLOTS, Page, page_of
+from labs.harness.page import ANSWERS, FINDINGS, LABS, PLOTS, Page, PageError, page_of
 from labs.harness.spec import Lab
 from labs.harness.telling import document, markdown
 from labs.harness.telling.document import Block, Inline, Paragraph, parse
@@ -100,12 +100,18 @@ def told(run: Run, lab: Lab, summary: Summary) -> Told:
 def _known(run: Run, lab: Lab, summary: Summary, facts: Any) -> dict[str, Any]:
     """Return what a page may name."""
     return {
-        **({f.name: getattr(facts, f.name) for f in fields(facts)} if facts else {}),
+        **{name: getattr(facts, name) for name in _names(facts)},
         "claim": lambda name: ratio_of_claim(summary, name),
         "label": lambda key: point_label(key, lab),
         "on_gpu": run.machine.kind == "gpu",
         "was_forecast": bool(summary.in_virtual_time),
     }
+
+
+def _names(facts: Any) -> list[str]:
+    """Return the names of the fields and properties of a lab's facts."""
+    properties = [n for n, of in vars(type(facts)).items() if isinstance(of, property)]
+    return [f.name for f in fields(facts)] + properties if facts else []
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,10 @@ class _Filling:
         parts = self.page[section].parts
         if part not in parts:
             return "", ""
-        filled = _templates().from_string(parts[part].text).render(self.known)
+        try:
+            filled = _templates().from_string(parts[part].text).render(self.known)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise PageError(f"{self.page.title}, {section}, {part}: {error}") from error
         why = _WHY.search(filled)
         blocks = (_without_missing(block) for block in re.split(r"\n\s*\n", filled))
         text = "\n\n".join(block for block in blocks if block)
