@@ -480,13 +480,15 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         if (page := page_of(name)) is None:
             raise ValueError("it has no title, and no page.md in a folder of its own")
         titles, scales = page[CLAIMS].named, {**sizes_of(name)}
+        for scale, sizes in given.get("scales", {}).items():  # what TOML cannot say
+            scales[scale] = {**scales.get(scale, {}), **sizes}
         if untitled := [c.name for c in given["claims"] if c.name not in titles]:
             raise ValueError(f"its page says under {CLAIMS!r} no title for {', '.join(untitled)}")
         if page.on_gpus:
             scales["gpu"] = {**scales.get("gpu", {}), **page.on_gpus}
         claims = tuple(c.model_copy(update={"title": titles[c.name]}) for c in given["claims"])
         quick = scales.pop("quick", {})
-        return {"scales": scales, "quick": quick, **page.fields, **given, "claims": claims}
+        return {"quick": quick, **page.fields, **given, "scales": scales, "claims": claims}
 
     @model_validator(mode="after")
     def _enough_requests(self) -> Self:

@@ -12,7 +12,6 @@ from labs.harness.facts.drawing import BANDS, GREY
 from labs.harness.filing.results import RunFolder
 from labs.harness.judging.judge import Interval
 from labs.harness.telling.plots import plots_of
-from labs.serving_engines.facts import curves, draw_curves
 from tests.committed import in_git
 
 
@@ -43,8 +42,7 @@ def test_a_plot_over_two_figures_shows_their_forecasts(
 
 
 def test_curves_of_engines_show_the_forecast_of_the_one_that_has_one(committed: Path) -> None:
-    caption = draw_curves(_judged(committed, "serving-engines").once(curves))
-    assert caption
+    assert plots_of("serving-engines")["curves"](_judged(committed, "serving-engines"))
     assert [text for text in _labels() if "forecast" in text] == 2 * ["vllm, forecast"]
     plt.close("all")
 

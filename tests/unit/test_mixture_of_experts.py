@@ -20,7 +20,7 @@ from labs.harness.facts.parts import parts_of
 from labs.harness.judging.judge import ForecastAtPoint, is_within
 from labs.harness.spec import MARGIN, Claim, Lab
 from labs.harness.telling import dials
-from labs.mixture_of_experts.facts import BATCHES, SERVED, draw_batches, mixture_gains
+from labs.mixture_of_experts.facts import facts
 from labs.mixture_of_experts.lab import (
     ACTIVE,
     NEARLY,
@@ -30,13 +30,13 @@ from labs.mixture_of_experts.lab import (
     step_ratio,
     step_s,
 )
+from labs.mixture_of_experts.plots import PLOTS
 from serving import dummy, gpus
 from serving.forecasting.datasheet import EXPECTED
 from serving.machine import Ceilings
 from serving.models import Shape, shape_of
 from tests.unit.builders import CEILINGS
-from tests.unit.judged import Values, context, judged, judged_run, withheld
-from tests.unit.test_findings import cells
+from tests.unit.judged import Values, context, judged_run, told_of, withheld
 
 LAB = LABS["mixture-of-experts"].at("cpu", quick=False)
 SLOW_MEMORY = Ceilings(
@@ -230,54 +230,42 @@ def measured(home: Path, times: Mapping[str, Values] = TIMES) -> Context:
 
 
 def test_what_was_served_holds_as_much_and_reads_less(tmp_path: Path) -> None:
-    finding = SERVED.finding(measured(tmp_path))
-    assert cells(finding, 0, 1) == [
-        ["`mixture`", "32, 4 for each token"],
-        [f"`{TOTAL}`", "none: one MLP"],
-        [f"`{ACTIVE}`", "none: one MLP"],
-    ]
-    mixture, total, active = finding.rows[1:]
-    assert mixture[4].split()[0] == total[4].split()[0] == "516"
-    assert [row[5].split()[0] for row in (mixture, total, active)] == ["114", "466", "113"]
-    assert total[3].endswith("(90%)")  # all but the input embedding
+    mixture, total, active = facts(judged_run(measured(tmp_path))).shapes
+    assert [of.experts for of in (mixture, total, active)] == [32, 0, 0]
+    assert str(mixture.held_mb) == str(total.held_mb) == "516 MB"
+    assert [str(of.alone_mb) for of in (mixture, total, active)] == ["114 MB", "466 MB", "113 MB"]
+    assert str(total.active_share) == "90.2%"  # all but the input embedding
 
 
 def test_the_gain_shrinks_with_the_batch(tmp_path: Path) -> None:
-    found = measured(tmp_path)
-    finding = BATCHES.finding(found)
-    assert cells(finding, 0, 1) == [["1", "4 of 32"], ["4", "13.2 of 32"], ["16", "28.2 of 32"]]
-    facts = found.once(BATCHES.facts)
-    beside = [at.total.measured.value for at in facts if at.total and at.total.measured]
+    found = facts(judged_run(measured(tmp_path)))
+    assert [str(at.needed) for at in found.batches] == ["4", "13.2", "28.2"]
+    beside = [at.total.measured.value for at in found.batches if at.total]
     assert beside == pytest.approx([0.3, 22 / 42, 40 / 44], rel=0.01)
-    by_bytes = [at.total.by_bytes for at in facts if at.total]
+    by_bytes = [at.total.by_bytes.value or 0 for at in found.batches if at.total]
     assert by_bytes == sorted(by_bytes)
-    text = mixture_gains(judged_run(found, [judged("one-total", 0.3)]))
-    assert text
-    assert "TPOT is 0.30x" in text
-    assert "28.2 of 32 experts" in text
-    assert re.search(r"as large is 0\.91x.*; beside the other it is 3\.33x", text)
-    late = mixture_gains(
-        judged_run(withheld(found, f"{TOTAL}/decode/concurrent-16"), [judged("one-total", 0.3)])
-    )
-    assert late
-    assert "28.2 of 32" not in late
+    assert found.full
+    assert found.full.active
+    assert found.full.active.valid.value == pytest.approx(40 / 12, rel=0.01)
 
 
 def test_what_is_not_valid_is_told_so_and_an_empty_run_invents_nothing(tmp_path: Path) -> None:
     found = withheld(measured(tmp_path / "a"), f"{TOTAL}/decode/concurrent-1")
-    assert BATCHES.finding(found).rows[1][6].endswith("not valid")
-    assert mixture_gains(judged_run(measured(tmp_path / "b", times={}))) is None
+    one = facts(judged_run(found)).one
+    assert one
+    assert one.total
+    assert (one.total.measured.known, one.total.valid.known) == (True, False)
+    assert told_of(judged_run(measured(tmp_path / "b", times={}))).answers == {}
     alone = LABS["mixture-of-experts"].at("cpu", False, {"variants": [TOTAL]})
-    no_mixture = context(tmp_path / "c", alone, {})
-    assert "No mixture" in BATCHES.finding(no_mixture).lines[0]
+    assert facts(judged_run(context(tmp_path / "c", alone, {}))).batches == ()
 
 
 def test_the_plot_has_measured_and_forecast_ratios(tmp_path: Path) -> None:
-    caption = draw_batches(judged_run(measured(tmp_path)))
+    run = judged_run(measured(tmp_path))
+    assert PLOTS["batches"](run, facts(run))
     figure = plt.gcf()
     left, right = figure.axes
     plt.close(figure)
-    assert caption
     assert left.get_legend_handles_labels()[1] == [*TPOTS_S]
     assert right.get_legend_handles_labels()[1] == [f"mixture / {TOTAL}", f"mixture / {ACTIVE}"]
     for ax in (left, right):  # no interval hides another
@@ -296,12 +284,11 @@ def test_the_plot_has_the_forecast_of_each_point_and_of_each_ratio(tmp_path: Pat
         for users, seconds in of.items()
     ]  # fmt: skip
     summary = run.summary.model_copy(update={"in_virtual_time": forecasts})
-    caption = draw_batches(replace(run, summary=summary))
+    run = replace(run, summary=summary)
+    assert PLOTS["batches"](run, facts(run))
     figure = plt.gcf()
     left, right = figure.axes
     plt.close(figure)
-    assert caption
-    assert "Grey is what was forecast before any engine started" in caption
     assert left.get_legend_handles_labels()[1].count("forecast, with its band") == 1
     grey = [line for line in right.lines if line.get_marker() == "_" and line.get_color() == GREY]
     drawn = sorted(float(line.get_ydata()[0]) for line in cast(Any, grey))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from labs.harness.filing.results import Band
 from labs.harness.judging.judge import ForecastAtPoint, Interval
+from labs.harness.judging.quantity import Quantity
 
 mpl.use("svg")
 mpl.rcdefaults()  # whatever the reader's own `matplotlibrc` says
@@ -99,15 +100,17 @@ def draw_forecasts_of_two(
     return bool(known)
 
 
-def reach(intervals: Sequence[Interval | None], scale: float = 1) -> list[list[float]]:
+def reach(intervals: Sequence[Interval | Quantity | None], scale: float = 1) -> list[list[float]]:
     """List how far intervals reach below and above their values; 0 where one is not known.
 
     This is what matplotlib takes as `yerr`. Where a mean's interval is one of its logarithm, the
     upper part is longer. `scale` multiplies the figures into the unit of the axis.
     """
-    below = [scale * (i.value - i.low) if i and i.low is not None else 0.0 for i in intervals]
-    above = [scale * (i.high - i.value) if i and i.high is not None else 0.0 for i in intervals]
-    return [below, above]
+    ends = [(i.value, i.low, i.high) if i else (None, None, None) for i in intervals]
+    return [
+        [scale * (v - low) if v is not None and low is not None else 0.0 for v, low, _ in ends],
+        [scale * (high - v) if v is not None and high is not None else 0.0 for v, _, high in ends],
+    ]
 
 
 def aside(place: int, series: int) -> float:
