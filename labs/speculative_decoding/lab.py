@@ -1,21 +1,4 @@
-"""Speculative decoding: when does guessing ahead win, and where does it start to lose?
-
-Decode reads all the weights to make one token. A cheap *draft* guesses the next g tokens, the
-target checks all of them in one step, and keeps the longest correct beginning and one token of its
-own (Leviathan et al. 2023): under greedy decoding the text is the same. With each token accepted
-with probability a, a step yields (1 - a^(g+1)) / (1 - a) tokens and costs g draft steps and one
-verification, which is nearly free while decode waits for memory, and is not in a large batch.
-
-Who guesses: `ngram` looks for the last few tokens earlier in the context and copies what followed
-(free, good at quoting and editing); `draft` is a small model, on a CPU distilled from the served
-one by `make draft`. What is asked: `story`, open text; `quote`, repeating a text word for word;
-`edit`, rewriting a text with a word changed that is in every sentence; and `code`, rewriting a
-program with a variable renamed. Where a word was changed the copy breaks off, until two words in a
-row are those of the context again.
-
-Turn: how far to guess (`variants.draft-2.flags.speculative-config.num_speculative_tokens`), the
-load (`workloads.story.loads`).
-"""
+"""Speculative decoding: what is asked of it. Words stand in page.md, sizes in sizes.toml."""
 
 from __future__ import annotations
 
@@ -170,8 +153,9 @@ def workload(
 
 
 def claim(
-    name: str, title: str, variant: str, task: Task, load: int, expect: str,
+    name: str, variant: str, task: Task, load: int, expect: str,
     acceptance: Callable[[Point], float], lookup_share: Callable[[Point], float] | None = None,
+    title: str = "",
 ) -> Claim:  # fmt: skip
     arm = {"workload": task, "load": f"concurrent:{load}"}
     return Claim.model_validate(
@@ -186,12 +170,6 @@ def claim(
         }
     )
 
-
-# where the KV cache holds 130,000 tokens or a few more, the draft's keys and values beside them
-SMALLER_CACHE: dict[str, Any] = {
-    "workloads.quote.loads": tuple(Concurrent(users=n) for n in (1, 64)),
-    "workloads.crowd.output_tokens.tokens": 128,
-}
 
 CHOSEN = {f"accepts-{percent}": percent / 100 for percent in (30, 60, 80, 95)}
 
@@ -231,7 +209,7 @@ def on_random_weights(lab: Lab) -> Lab:
     def at(name: str, load: int, expect: str) -> Claim:
         gain = "shortens TPOT" if expect == "falls" else "costs more than it yields"
         title = f"With {name.removeprefix('accepts-')}% accepted a draft {gain}, {load} in flight"
-        return claim(f"{name}-at-{load}", title, name, "story", load, expect, chosen)
+        return claim(f"{name}-at-{load}", name, "story", load, expect, chosen, title=title)
 
     return lab.model_copy(
         update={
@@ -256,28 +234,10 @@ def on_random_weights(lab: Lab) -> Lab:
     )
 
 
-def loads_knob(*users: int) -> str:
-    loads = ",".join(f'"concurrent:{n}"' for n in users)
-    return f"SET='workloads.story.loads=[{loads}]' looks for the load at which it turns"
-
-
-GUESSES = (
-    'SET="variants.draft-2.flags.speculative-config.method=eagle3'
-    ' variants.draft-2.flags.speculative-config.model=<eagle>" lets an EAGLE head guess, where'
-    " one is published for the model (`serving/models.py`)",
-    'SET="variants.draft-2.flags.speculative-config.num_speculative_tokens=1" guesses one'
-    " token ahead",
-    'SET="variants.ngram.flags.speculative-config.num_speculative_tokens=6" copies longer'
-    " spans: good for `quote`, a burden for `story`",
-)
-
 LAB = Lab(
     name="speculative-decoding",
     acceptance=accepted,
     guessed=guessed,
-    title="Speculative decoding",
-    question="Can guessing several tokens ahead make a response faster, and at which load does it"
-    " make it slower?",
     answers=("SO-5",),
     variants=(
         Variant(name="none"),
@@ -315,27 +275,20 @@ LAB = Lab(
         ),
     ),
     claims=(
-        claim("ngram-quote", "Copying from the context pays where text is quoted",
-              "ngram", "quote", 1, "falls", copies_accepted, copies_found),
-        claim("ngram-edit", "Copying from the context pays where a text is edited",
-              "ngram", "edit", 1, "falls", copies_accepted, copies_found),
-        claim("ngram-code", "Copying from the context pays where code is edited",
-              "ngram", "code", 1, "falls", copies_accepted, copies_found),
-        claim("ngram-story", "In open text copying from the context finds little",
-              "ngram", "story", 1, "unchanged", copies_accepted, copies_found),
-        claim("draft-story", "A draft model shortens TPOT of a single stream",
-              "draft-2", "story", 1, "falls", drafts_accepted),
+        claim("ngram-quote", "ngram", "quote", 1, "falls", copies_accepted, copies_found),
+        claim("ngram-edit", "ngram", "edit", 1, "falls", copies_accepted, copies_found),
+        claim("ngram-code", "ngram", "code", 1, "falls", copies_accepted, copies_found),
+        claim("ngram-story", "ngram", "story", 1, "unchanged", copies_accepted, copies_found),
+        claim("draft-story", "draft-2", "story", 1, "falls", drafts_accepted),
         Claim(
             name="draft-far",
-            title="Five guesses ahead cost more than two, and yield less than they cost",
             metric="tpot_mean_s",
             treatment=Arm(variant="draft-5", workload="story", load="concurrent:1"),
             baseline=Arm(variant="draft-2", workload="story", load="concurrent:1"),
             expect="rises",
             predict=further,
         ),
-        claim("draft-crowd", "In a batch verifying guesses is no longer free",
-              "draft-5", "story", 8, "rises", drafts_accepted),
+        claim("draft-crowd", "draft-5", "story", 8, "rises", drafts_accepted),
     ),
     evidence=(
         *(
@@ -361,71 +314,5 @@ LAB = Lab(
     requests=192,
     warmup_s=0.5,
     window_s=2,
-    scales={
-        # there is time for no more, so it looks at its claims once
-        "cpu": {"repeats": 5, "curve_repeats": 3, "most_repeats": 0},
-        # twice as many bytes hold the 48 users of `crowd`, and all engines fit into 24 GB together
-        "cpu-fp32": {"flags.kv-cache-memory-bytes": 192 * 2**20},
-        "gpu": {
-            "slo.ttft_s": 0.5,
-            "flags": {
-                "enable-prefix-caching": False,
-                # as many as `crowd` sends: the engine's own limit depends on the GPU
-                "max-num-seqs": 1024,
-                # left to itself, vLLM has it on in the engine that guesses nothing alone
-                "async-scheduling": False,
-            },
-            **{
-                f"workloads.{name}.{field}": value
-                # `crowd` has many sequences and short contexts, so that it reads about the keys
-                # and values that verifying a few long ones does, and fits beside the weights
-                for name, prompt, loads in (("story", 512, (1, 16, 128)), ("quote", 1024, (1, 128)),
-                                            ("edit", 1024, (1,)), ("code", 1024, (1,)),
-                                            ("alone", 512, (1,)), ("crowd", 64, (384, 768)))
-                for field, value in (
-                    ("prompt_tokens.tokens", prompt),
-                    ("output_tokens.tokens", 256),
-                    ("loads", tuple(Concurrent(users=n) for n in loads)),
-                )
-            },
-            "claims.draft-crowd.treatment.load": "concurrent:128",
-            "claims.draft-crowd.baseline.load": "concurrent:128",
-            "requests": 4096,
-            # one sends and reads some 20,000 tokens/s; for the users of `crowd` it would be 12, and
-            # 2 without it
-            "load_processes": 4,
-            "warmup_s": 3,
-            "window_s": 6,
-            "next_knobs": (*GUESSES, loads_knob(1, 4, 64)),
-        },
-        **{f"gpu-{gb}": SMALLER_CACHE for gb in (16, 24, 48, 141)},
-        "gpu-quick": {
-            "without": ("accepts-60", "accepts-80", "draft-alone", "alone", "crowd"),
-            "flags.max-num-seqs": 256,  # as in other labs, without `crowd`
-            "workloads.story.loads": tuple(Concurrent(users=n) for n in (1, 128)),
-            **{
-                f"workloads.{name}.{field}.tokens": tokens
-                for name, prompt in (("story", 256), ("quote", 512), ("edit", 512), ("code", 512))
-                for field, tokens in (("prompt_tokens", prompt), ("output_tokens", 128))
-            },
-            "requests": 1536,
-            "warmup_s": 1,
-            "window_s": 2.5,
-        },
-    },
     dummy=on_random_weights,
-    quick={"repeats": 1},
-    limits={
-        "cpu": "Acceptance depends on the models and the text, and carries over to any machine that"
-        " serves them. The costs do not: a large part of a step here is the launch of small"
-        " operations, so a draft of few layers is cheap and verification grows early. The draft was"
-        " trained on this model's own answers to this kind of prompt: elsewhere it would guess less"
-        " well. A model this small, asked to edit, copies, leaves out and comments more than it"
-        " edits; its answers are taken as they are.",
-        "gpu": "Greedy decoding of four kinds of text; sampling at a temperature accepts less. All"
-        " engines run without asynchronous scheduling and on vLLM's first model runner, because"
-        " n-grams and draft models need that. Left to itself, an engine without speculation would"
-        " use asynchronous scheduling and the newer runner.",
-    },
-    next_knobs=(*GUESSES, loads_knob(1, 8, 32)),
 )  # fmt: skip

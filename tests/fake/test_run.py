@@ -17,8 +17,8 @@ from statistics import fmean
 import pytest
 
 from labs import LABS
-from labs.harness.facts.context import Context
-from labs.harness.facts.parts import parts_of
+from labs.harness.facts.context import Context, JudgedRun
+from labs.harness.facts.parts import kept, parts_of
 from labs.harness.filing.results import RunFolder, Summary
 from labs.harness.spec import Point
 from labs.harness.telling.pictures import as_address
@@ -346,19 +346,22 @@ def _rows(finished: Finished, title: str) -> dict[str, list[str]]:
 
 def test_acceptance_is_the_chance_the_engine_was_given(finish: Finish) -> None:
     """A draft of five is accepted at 0.6, 0.6^2, ...; a hundred drafts and more tell that well."""
-    rows = _rows(finish("speculative-decoding"), "What was accepted")
-    most, *_ = max(rows.items(), key=lambda row: ("draft-5" in row[0], int(row[0].split()[-2])))
-    positions = [float(share) for share in rows[most][0].split(", ")]
+    found = kept("speculative-decoding", finish("speculative-decoding").folder.summary().facts)
+    of_five = (at for at in found.acceptance.points if at.point.startswith("draft-5/story"))
+    most = max(of_five, key=lambda at: int(at.point.rpartition("-")[2]))
+    positions = [share.value for share in most.shares]
     assert positions == pytest.approx([0.6**n for n in range(1, 6)], abs=0.15)
     # each is accepted only with those before it, so the shares add up to what a draft yields
-    assert float(rows[most][1]) == pytest.approx(1 + sum(positions), abs=0.03)
+    assert most.tokens_per_draft.value == pytest.approx(1 + sum(positions), abs=0.03)
 
 
 def test_a_step_yields_the_tokens_that_the_engine_sent_in_it(finish: Finish) -> None:
     folder = finish("speculative-decoding").folder
     run, lab = folder.run(), folder.run().rebuilt_lab()
-    context = Context(folder, run, lab, run.points(), folder.summary().measurements)
-    points = [point for point, _ in speculations(context)]
+    summary = folder.summary()
+    context = Context(folder, run, lab, run.points(), summary.measurements)
+    judged = JudgedRun.of(context, summary)
+    points = [point for point, _ in speculations(judged)]
     assert points
     for point in points:
         chunks = [
@@ -367,7 +370,7 @@ def test_a_step_yields_the_tokens_that_the_engine_sent_in_it(finish: Finish) -> 
             for record in (trial.records if trial else ())
             for _, tokens in record.chunks[1:]
         ]
-        assert tokens_a_step(context, point) == pytest.approx(fmean(chunks))
+        assert tokens_a_step(judged, point).value == pytest.approx(fmean(chunks))
 
 
 def test_a_quantized_cache_holds_more_tokens_by_its_bytes(finish: Finish) -> None:

@@ -33,23 +33,13 @@ from labs.harness.page import ANSWERS, folder_of, page_of
 from labs.harness.spec import Lab, LabError, Point, Variant
 from labs.harness.telling import plots
 from labs.kv_quantization.facts import memory_steps
-from labs.speculative_decoding.facts import speculation_wins
 from labs.weight_quantization.facts import phases, winners
 from loadtests.workload import Intruder
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
 from tests.unit.judged import ABOUT, context, judged, judged_run, told_of, with_facts, withheld
-from tests.unit.test_findings import guessing
 
 
 def test_answers_neither_rank_nor_win_by_what_is_not_valid(tmp_path: Path) -> None:
-    found = guessing(tmp_path / "guessing", {"none 1": 10.0, "guess 1": 8.0})
-    found = replace(found, lab=found.lab.model_copy(update={"findings": ("speed-up",)}))
-    valid, not_valid = (
-        speculation_wins(judged_run(run)) or ""
-        for run in (found, withheld(found, "none/story/concurrent-1"))
-    )
-    assert valid.startswith("The largest speed-up is 1.25x")
-    assert not_valid.startswith("Speculation wins at no load that is valid. `guess` on story: not")
     prices = {p: {"tpot_mean_s": s} for p, s in (
         ("bf16/far/concurrent-1", 0.020), ("fp8/far/concurrent-1", 0.030),
     )}  # fmt: skip

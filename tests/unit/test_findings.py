@@ -33,7 +33,6 @@ from labs.harness.filing.results import (
 )
 from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletion
 from labs.harness.judging.judge import Caveat
-from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.signals import QUEUE, Watch, Watched
 from labs.harness.judging.signals import SIGNALS as SIGNAL_NAMES
 from labs.harness.spec import SLO, Variant
@@ -41,19 +40,9 @@ from labs.kv_quantization.facts import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
 from labs.overload.facts import ADMISSION, ALARMS, BEST_FLAGS, CLASSES, SIGNALS
 from labs.quantization_tools.facts import TOOLS_COMPARED
 from labs.single_stream.facts import FLAGS, PHASES, flag_effects, phase
-from labs.speculative_decoding.facts import (
-    ACCEPTANCE,
-    SAME_TEXT,
-    SPEED_UP,
-    speed_ups,
-    tokens_a_step,
-)
 from labs.weight_quantization.facts import NEEDLES, OUTLIERS
-from loadtests.records import RequestRecord
 from loadtests.workload import Fixed, Intruder
-from serving import metrics
 from serving.forecasting.step import StepTimes
-from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import (
     CEILINGS,
     SHAPE,
@@ -365,176 +354,6 @@ def test_alarms_stand_beside_those_in_virtual_time(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "broken in 2 of 2 trials, first after 15 s" in found.lines[0]
     assert "in 1 of 1, after 13 s" in found.lines[0]
-
-
-# --------------------------------------------------------------------------- speculative decoding
-
-GUESS: dict[str, Any] = {
-    "speculative-config": {"method": "draft_model", "num_speculative_tokens": 3}
-}
-COPY: dict[str, Any] = {"speculative-config": {"method": "ngram", "num_speculative_tokens": 3}}
-
-
-def guessing(
-    home: Path,
-    tpot_ms: Mapping[str, float | Sequence[float]],
-    flags: dict[str, Any] = GUESS,
-) -> Context:
-    """`none` and `guess` on stories at 1 to 8 in flight, the draft alone, a crowd of 16."""
-    loads = ("concurrent:1", "concurrent:2", "concurrent:4", "concurrent:8")
-    lab = make_lab(
-        variants=(Variant(name="none"), Variant(name="guess", flags=flags),
-                  Variant(name="alone", weights="draft")),
-        workloads=(make_workload(*loads, name="story", keep_text=True, only=("none", "guess")),
-                   make_workload("concurrent:16", name="crowd", only=("none",)),
-                   make_workload(name="draft", only=("alone",))),
-        claims=(), evidence=(), requests=16,
-    )  # fmt: skip
-    values = {
-        (f"none/crowd/concurrent-{n}" if n == "16" else f"{variant}/story/concurrent-{n}"
-         if variant != "alone" else "alone/draft/concurrent-1"):
-            {"tpot_mean_s": np.divide(ms, 1000).tolist()}
-        for name, ms in tpot_ms.items()
-        for variant, n in [name.split(" ")]
-    }  # fmt: skip
-    return context(home, lab, values, halved=["alone"])
-
-
-PLAIN = {"none 1": 10.0, "none 2": 11.0, "none 4": 12.0, "none 8": 16.0, "none 16": 24.0}
-DRAFTED = Snapshot(
-    {
-        metrics.SPEC_DRAFTS: 40.0,
-        metrics.SPEC_DRAFTED: 120.0,
-        metrics.SPEC_ACCEPTED: 60.0,
-        metrics.position(0): 32.0,
-        metrics.position(1): 20.0,
-        metrics.position(2): 8.0,
-        metrics.GENERATION_TOKENS: 114.0,
-    },
-    {name: Histogram((INF,), (n,), 1.0, n) for name, n in ((metrics.TTFT, 4), (metrics.ITL, 50))},
-)
-"""Four answers of which 50 decode steps made 110 tokens, ten of the steps without a draft."""
-
-
-def stepping(step_s: float) -> Snapshot:
-    return Snapshot({}, {metrics.ITL: Histogram((INF,), (50.0,), 50 * step_s, 50)})
-
-
-def test_acceptance_by_position_beside_a_constant_one(tmp_path: Path) -> None:
-    run = guessing(tmp_path, {})
-    key = "guess/story/concurrent-1"
-    run = replace(run, values={key: {1: {"acceptance_length": 2.5, "acceptance_rate": 0.5}}})
-    played(run, key, engine=DRAFTED)
-    (row,) = cells(ACCEPTANCE.finding(run), 1, 2, 3, 4)
-    # 32, 20 and 8 of 40; 1 + .8 + .64 + .512 tokens if it were 0.8 at every position
-    assert row == ["0.80, 0.50, 0.20", "2.50", "2.95", "50%"]
-    made = {"layers": 2, "acceptance": 0.7, "acceptance_untrained": 0.004}
-    told = replace(run, run=run.run.model_copy(update={"about": {"draft": made}}))
-    said = ACCEPTANCE.finding(told).lines[0]
-    assert "guessed 70% of held-out tokens. Before it was distilled it guessed 0.4%" in said
-
-
-def test_a_step_yields_what_it_delivers(tmp_path: Path) -> None:
-    """Steps that drafted nothing count; what was accepted beyond an answer's end does not."""
-    run = guessing(tmp_path, {})
-    played(run, "guess/story/concurrent-1", engine=DRAFTED)
-    point = run.point("guess", "story", "concurrent:1")
-    assert point
-    assert tokens_a_step(run, point) == pytest.approx(110 / 50)
-    other = run.point("guess", "story", "concurrent:2")
-    assert other
-    assert tokens_a_step(run, other) is None
-
-
-def test_speed_up_measured_and_explained_by_measured_parts(tmp_path: Path) -> None:
-    """A draft of 2 of 10 ms, by the engine; a verification at B puts 4 B tokens in a step."""
-    run = guessing(tmp_path, {**PLAIN, "alone 1": 1.0, "guess 1": 8.0, "guess 2": 10.0,
-                              "guess 8": 20.0})  # fmt: skip
-    played(run, "guess/story/concurrent-1", engine=DRAFTED)
-    played(run, "alone/draft/concurrent-1", engine=stepping(0.002))
-    played(run, "none/story/concurrent-1", engine=stepping(0.010))
-    found = {s.point.load.users: s for s in speed_ups(run).points}
-    assert found.keys() == {1, 2, 8}  # at 4 in flight it was not measured
-    assert [found[n].measured.value for n in (1, 2, 8)] == pytest.approx([1.25, 1.1, 0.8])
-    assert found[1].draft_cost == pytest.approx(0.2)
-    assert found[1].verify_cost == pytest.approx(12 / 10)
-    assert found[2].verify_cost == pytest.approx(16 / 11)
-    assert found[8].verify_cost is None  # 32 at once were never measured
-    assert found[1].explained == pytest.approx(2.2 / (3 * 0.2 + 1.2))
-    assert found[8].explained is None
-
-
-def test_copying_costs_no_draft(tmp_path: Path) -> None:
-    run = guessing(tmp_path, {**PLAIN, "guess 1": 8.0}, COPY)
-    assert [s.draft_cost for s in speed_ups(run).points] == [0.0]
-
-
-@pytest.mark.parametrize(
-    ("guess_ms", "said"),
-    [
-        ((8, 9, 10, 11), ""),
-        ((12, 12, 13, 20), ""),
-        ((8, 10, 12.5, 20), "It starts to lose between 2 and 4 in flight."),
-        ((12.5, 12, 11, 12), "It starts to win between 2 and 4 in flight."),
-        # at 2 and 4 in flight two repeats do not tell which is faster
-        ((8, (10, 11), (11, 13), 20), "It starts to lose between 1 and 8 in flight."),
-    ],
-)
-def test_where_speculation_turns(guess_ms: tuple[Any, ...], said: str, tmp_path: Path) -> None:
-    guessed = {f"guess {n}": ms for n, ms in zip((1, 2, 4, 8), guess_ms, strict=True)}
-    finding = SPEED_UP.finding(guessing(tmp_path, {**PLAIN, **guessed}))
-    told = finding.lines[0]
-    assert told.startswith("`guess` on story: ")
-    assert said in told
-    assert ("starts to" in told) == bool(said)
-    assert len(cells(finding, 0)) == 4
-
-
-def test_a_load_whose_interval_holds_1_is_undecided(tmp_path: Path) -> None:
-    """Speculation is faster at both loads on average, and shown to be at the first alone."""
-    found = guessing(tmp_path, {"none 1": 10.0, "guess 1": 8.0, "none 8": (15.0, 16.0),
-                                "guess 8": (14.9, 12.0)})  # fmt: skip
-    finding = SPEED_UP.finding(found)
-    assert cells(finding, 2) == [["wins"], ["undecided"]]
-    assert "wins at 1 in flight with 1.25x (1.25 to 1.25); undecided at 8 with" in finding.lines[0]
-    one = replace(found, values={k: {1: of[1]} for k, of in found.values.items()})
-    assert cells(SPEED_UP.finding(one), 2) == [["undecided"]] * 2
-
-
-@pytest.mark.parametrize("side", ["none", "guess"])
-def test_a_speed_up_that_is_not_valid_neither_wins_nor_loses(side: str, tmp_path: Path) -> None:
-    found = guessing(tmp_path, {**PLAIN, "guess 1": 8.0, "guess 4": 11.0, "guess 8": 30.0})
-    run = withheld(found, f"{side}/story/concurrent-8", ("tpot_mean_s",))
-    finding = SPEED_UP.finding(run)
-    assert cells(finding, 2) == [["wins"], ["wins"], ["not valid"]]
-    assert "; not valid at 8 with 0.53x" in finding.lines[0]
-    assert "starts to" not in finding.lines[0]
-    assert "Where it is *not valid*, see validity." in finding.lines[1]
-    other = withheld(found, f"{side}/story/concurrent-8", ("ttft_mean_s",))
-    assert cells(SPEED_UP.finding(other), 2)[2] == ["loses"]
-
-
-def test_tokens_a_step_and_tokens_a_draft_step_have_two_names(tmp_path: Path) -> None:
-    """A step without a draft counts in the one and not in the other."""
-    run = guessing(tmp_path, {})
-    headers = [*ACCEPTANCE.finding(run).rows[0], *SPEED_UP.finding(run).rows[0]]
-    named = [header for header in headers if header.startswith("Tokens per")]
-    assert named == [METRICS["acceptance_length"].title, "Tokens per step, drafts or none"]
-
-
-def test_the_same_text_is_told_request_by_request(tmp_path: Path) -> None:
-    run = guessing(tmp_path, {})
-
-    def answers(*texts: str | None) -> list[RequestRecord]:
-        return [make_record([(11.0, 1)], index=i, text=t) for i, t in enumerate(texts)]
-
-    played(run, "none/story/concurrent-1", answers("a", "b", "c", "d"))
-    played(run, "none/story/concurrent-2", answers("a", "b"))
-    played(run, "guess/story/concurrent-1", answers("a", "b", "x", None))
-    rows = cells(SAME_TEXT.finding(run), 0, 1, 2)
-    # two repeats each; the fourth answer has no text to compare
-    assert rows == [["none, story, 2 users", "4", "100%"],
-                    ["guess, story, 1 user", "6", "67%"]]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ quantization
