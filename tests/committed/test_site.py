@@ -88,7 +88,7 @@ def test_a_question_is_answered_by_the_run_that_answers_it(
     assert [of.id for of in asked] == list(QUESTIONS)
     told = {of.id: of.answers for of in asked}
     given = {
-        (id, e.href) for e in course.newest for id in e.summary.answers if id in LABS[e.lab].answers
+        (id, e.href) for e in course.newest for id in e.told.answers if id in LABS[e.lab].answers
     }
     assert {(id, a.entry.href) for id, found in told.items() for a in found} == given
     seen = Seen(texts["questions.html"])

@@ -18,10 +18,14 @@ import pytest
 
 from labs import LABS
 from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.parts import kept, parts_of
+from labs.harness.facts.parts import kept
 from labs.harness.filing.results import RunFolder, Summary
 from labs.harness.spec import Point
+from labs.harness.telling import plots
+from labs.harness.telling.document import Paragraph
 from labs.harness.telling.pictures import as_address
+from labs.harness.telling.words import NOTHING, told_by
+from labs.multi_lora.facts import Marks
 from labs.speculative_decoding.facts import speculations, tokens_a_step
 from loadtests.records import RequestRecord
 from serving import dummy, models
@@ -65,7 +69,7 @@ def _trials(finished: Finished) -> list[tuple[Point, int, list[RequestRecord]]]:
     return [(t.point, t.repeat, t.records) for t in trials]
 
 
-BY_TIMES = "Does the cache tell tenants about each other?"
+BY_TIMES = "timing-leak"
 
 
 @every_lab
@@ -203,14 +207,14 @@ def test_the_report_answers_every_claim(lab: str, finish: Finish) -> None:
     summary = folder.summary()
     assert resolved.question in report
     # beside other tests a claim may be not valid, and then a question may lack its figures
-    assert summary.answers.keys() <= set(resolved.answers)
+    answers = told_by(folder).answers
+    assert answers.keys() <= set(resolved.answers)
     if all(judgement.outcome != "not valid" for judgement in summary.judgements):
-        assert summary.answers.keys() == set(resolved.answers), finish(lab).command.said
+        assert answers.keys() == set(resolved.answers), finish(lab).command.said
     for claim in resolved.claims:
         assert claim.title in report
         assert claim.title in finish(lab).command.said
-    conclusions = [c.name for c in parts_of(lab).conclusions if c.draw]
-    pictures = {f"{name}.svg" for name in ("effects", *resolved.plots, *conclusions)}
+    pictures = {f"{name}.svg" for name in plots._drawn(resolved)}
     assert {path.name for path in folder.path.glob("*.svg")} == pictures
     assert set(re.findall(r"\]\((\S+\.svg)\)", report)) == pictures
     assert "QUICK run" in report
@@ -231,14 +235,14 @@ def test_every_treatment_shows_in_the_engine(lab: str, finish: Finish) -> None:
 @every_lab
 def test_every_finding_has_its_figures_and_every_probe_was_asked(lab: str, finish: Finish) -> None:
     finished = finish(lab)
-    resolved, findings = finished.folder.run().rebuilt_lab(), finished.folder.summary().findings
+    resolved, findings = finished.folder.run().rebuilt_lab(), told_by(finished.folder).findings
     assert len(findings) == len(resolved.findings)
     report = (finished.folder.path / "report.md").read_text()
     for finding in findings:
         assert finding.title in report
-        assert len(finding.rows) > 1, finding.title
+        assert finding.blocks != (Paragraph(NOTHING),), finding.title
         # how long single requests take decides that one, on a machine that is busy here
-        assert finding.passed is not False or finding.title == BY_TIMES
+        assert finding.passed is not False or finding.name == BY_TIMES
     for probe in resolved.probes:
         asked = {v.name for v in resolved.variants if finished.folder.probe_result(probe, v.name)}
         assert asked == set(resolved.probed or [v.name for v in resolved.variants])
@@ -415,11 +419,10 @@ def test_two_engines_that_answer_alike_differ_in_nothing(finish: Finish) -> None
 
 def test_every_tenant_hears_its_own_adapter(finish: Finish) -> None:
     finished = finish("multi-lora")
-    rows = _rows(finished, "Does any completion come from another tenant's adapter?")
+    found = kept("multi-lora", finished.folder.summary().facts).tenant_leaks
     asked = sum(len(records) for point, _, records in _trials(finished) if point.workload.adapters)
-    assert rows["under load, in trials"] == [f"{asked:,}", "0", "0"]
-    assert rows["shared prompts, 16 at once"] == ["120", "0", "0"]
-    assert rows["of an adapter loaded at run time"] == ["32", "0", "0"]
+    assert found.in_trials == Marks(asked, 0, 0)
+    assert (found.probe.shared, found.probe.loaded) == (Marks(120, 0, 0), Marks(32, 0, 0))
     names = Counter(line["model"] for line in finished.reader.engine_log() if line["stream"])
     assert {f"tenant-{i}" for i in range(8)} | {f"tenant-{i}-rank-64" for i in range(2)} < {*names}
 
