@@ -79,7 +79,7 @@ class Connection:
         self._pool = kind(
             host, port, host, port, connection_timeout=connect_s, network_timeout=silence_s
         )
-        self._silence_s = silence_s
+        self._connect_s, self._silence_s = connect_s, silence_s
         self._host = address.netloc.rpartition("@")[2]
         fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         self._head = f"POST {path} HTTP/1.1\r\nHost: {self._host}\r\n{fields}Content-Length: "
@@ -89,9 +89,12 @@ class Connection:
         self._last_s = 0.0  # when the last answer ended
 
     def open(self, healthy: str) -> None:
-        """Connect, and ask for this path once. Raises OSError, HTTPParseError, EndlessAnswer."""
+        """Connect, and ask for this path once, all of it within the time to connect.
+
+        Raises OSError, HTTPParseError, EndlessAnswer.
+        """
         request = f"GET {healthy} HTTP/1.1\r\nHost: {self._host}\r\n\r\n"
-        self._exchange(request.encode(), [], self._silence_s, BLOCK_BYTES)
+        self._exchange(request.encode(), [], self._connect_s, BLOCK_BYTES)
 
     def close(self) -> None:
         """Close the connection; the next request opens another one."""
@@ -171,7 +174,7 @@ class Connection:
                     raise EndlessAnswer(f"no end of the answer within {most_s:.0f} s")
                 last_s = self._pieces[-1][0] if self._pieces else last_s
                 if at_s >= last_s + self._silence_s:
-                    raise TimeoutError("timed out")
+                    raise TimeoutError(f"nothing came for {self._silence_s:g} s")
                 stands_still = last_s == before_s and len(self._pieces) > looked_at
                 if stands_still and self._parse_all().whole:
                     break

@@ -110,15 +110,17 @@ class Process:
     @property
     def returncode(self) -> int | None:
         """The child's exit code, or 128 + the signal that ended it; None while it runs."""
-        return self._guard.poll()
+        code = self._guard.poll()
+        return None if code is None else _exit_code(code)
 
     def wait(self) -> int:
         """Wait until the whole family has ended; return the child's exit code."""
-        return self._guard.wait()
+        return _exit_code(self._guard.wait())
 
     def request_stop(self) -> None:
         """Ask the guard to end the family, and return at once; any thread may call this."""
         self._guard.terminate()
+        self._guard.send_signal(signal.SIGCONT)  # somebody may have halted it
 
     def suspend(self, but: Collection[int] = ()) -> None:
         """Halt the child and its descendants until `resume`, except for some; the guard goes on.
@@ -190,6 +192,11 @@ class Process:
         self.stop()
 
 
+def _exit_code(returncode: int) -> int:
+    """Return a process's exit code as a shell has it: 128 + the signal that ended it."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
 def _prctl(option: int, value: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
@@ -243,6 +250,7 @@ def _end_family(child: subprocess.Popen[bytes], grace_s: float) -> None:
 def guard(alive_fd: int, argv: Sequence[str]) -> int:
     """Run `argv`; return its exit code when it and all its descendants are gone."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # when the parent is gone, should it be halted itself
     wake_r, wake_w = os.pipe()
     for fd in (wake_r, wake_w):
         os.set_blocking(fd, False)
@@ -266,8 +274,7 @@ def guard(alive_fd: int, argv: Sequence[str]) -> int:
             os.read(wake_r, 4096)
         orphaned = alive_fd in ready  # nothing is ever written: readable means end-of-file
     _end_family(child, ORPHAN_GRACE_S if orphaned else GRACE_S)
-    code = child.wait()
-    return code if code >= 0 else 128 - code
+    return _exit_code(child.wait())
 
 
 if __name__ == "__main__":

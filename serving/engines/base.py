@@ -48,6 +48,7 @@ class TypedFlags(dict[str, FlagValue]):
 
 START_TIMEOUT_S = 900.0
 METRICS_TIMEOUT_S, MOST_METRICS_BYTES = 10.0, 32 * 2**20
+MOST_READY_BYTES = 2**20
 
 
 class EngineError(Exception):
@@ -399,7 +400,8 @@ class Engine(Server):
             if reason := self.died():
                 raise EngineError(reason)
             with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{self.url}{self.ready_path}", timeout=2).ok:
+                url = f"{self.url}{self.ready_path}"
+                if ask("GET", url, within_s=2, most_bytes=MOST_READY_BYTES, headers={}).ok:
                     return
             if (elapsed := self.age_s) >= timeout_s:
                 raise EngineError(

@@ -202,6 +202,21 @@ def test_prometheus_agrees_though_a_trial_failed(died: tuple[Reader, Command]) -
     assert all(a.prometheus == a.records == a.engine for a in session.agreement)
 
 
+def test_an_engine_that_falls_silent_costs_its_trial_alone(reader: Reader) -> None:
+    """It takes requests and answers nothing: the next trial gets another engine."""
+    command = reader.types(
+        "run", BATCHING, SET=f"{SHORT} timeout_s=2", program=LABS_WITHOUT_PROMETHEUS,
+        first_engine=("--silent-at", "/v1/chat/completions"),
+    )  # fmt: skip
+    assert command.wait() == 1, command.said
+    assert len(reader.engine_starts()) == 2
+    results = _results(command.folder)
+    assert len(results) == SHORT_TRIALS
+    (failed,) = (r.failed for r in results if r.failed)
+    assert "nothing came for 2 s" in failed
+    assert not reader.processes()
+
+
 STATIC = (
     "warmup_s=0.1 window_s=0.5 repeats=1 most_repeats=0 requests=64"
     ' workloads.fixed.loads=["concurrent:2"] workloads.exponential.loads=["concurrent:4","waves:4"]'

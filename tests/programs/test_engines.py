@@ -29,6 +29,7 @@ from serving.engines.base import Engine, EngineError, Flags, Server, Unsupported
 from serving.engines.endpoint import Endpoint
 from serving.machine import Machine
 from serving.models import Model
+from tests.unit import hostile
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_point
 
 CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34)
@@ -122,6 +123,14 @@ def test_engines_that_start_together_have_the_same_time_for_it(
     finally:
         for late in engines:
             late.stop()
+
+
+def test_an_engine_whose_health_has_no_end_has_its_time_too(engine: Engine) -> None:
+    """A limit on silence alone would be met by a byte now and then."""
+    with hostile.serving({"/health": hostile.drips}) as url:
+        engine.url = url
+        with pytest.raises(EngineError, match="did not answer within 1 s"):
+            engine.wait(timeout_s=1.0)
 
 
 def test_a_parser_that_is_killed_is_told_in_a_sentence(

@@ -82,6 +82,12 @@ def test_death_by_a_signal_is_128_and_the_signal(tmp_path: Path) -> None:
         assert ended(process) == 128 + signal.SIGKILL
 
 
+def test_a_killed_guard_is_told_as_a_killed_child(tmp_path: Path) -> None:
+    with Process("child", ["sleep", "600"], log=tmp_path / "log") as process:
+        os.kill(process.pid, signal.SIGKILL)
+        assert ended(process) == process.wait() == 128 + signal.SIGKILL
+
+
 def test_stopped_child_died_by_sigterm(tmp_path: Path) -> None:
     argv = ["sh", "-c", "echo up; exec sleep 600"]
     with Process("child", argv, log=tmp_path / "log", talk=True) as process:
@@ -227,7 +233,8 @@ def test_what_may_run_on_given_cores_gives_way_there_with_all_its_threads(tmp_pa
         assert niceness(bound) == {GIVES_WAY}
 
 
-def test_a_suspended_child_ends_by_sigterm_and_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("guard_too", [True, False])
+def test_a_suspended_child_ends_by_sigterm_and_in_order(tmp_path: Path, guard_too: bool) -> None:
     code = (
         "import signal, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: exit(7))\n"
@@ -237,12 +244,15 @@ def test_a_suspended_child_ends_by_sigterm_and_in_order(tmp_path: Path) -> None:
     with python(code, tmp_path / "log", talk=True) as process:
         assert process.stdout.readline() == "up\n"
         process.suspend()
+        if guard_too:
+            os.kill(process.pid, signal.SIGSTOP)
     assert process.returncode == 7  # its own handler has run: it was not killed
 
 
+@pytest.mark.parametrize("guard_too", [True, False])
 @pytest.mark.parametrize("own_session", [True, False])
 def test_killed_parent_leaves_no_suspended_process(
-    tmp_path: Path, family: list[int], own_session: bool
+    tmp_path: Path, family: list[int], own_session: bool, guard_too: bool
 ) -> None:
     """In the parent's session the kernel then sends SIGHUP to the guard, too."""
     code = f"""
@@ -267,6 +277,8 @@ time.sleep(600)
     guard, *sleepers = map(int, parent.stdout.readline().split())
     family += [guard, *sleepers, *(p.pid for p in psutil.Process(guard).children(recursive=True))]
     until(lambda: all(stopped(sleepers)))
+    if guard_too:
+        os.kill(guard, signal.SIGSTOP)
     assert len(list(tmp_path.glob("labs-*"))) == 1
     parent.kill()
     parent.communicate()

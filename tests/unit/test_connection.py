@@ -18,7 +18,7 @@ import pytest
 from geventhttpclient.response import HTTPParseError
 
 from loadtests import connection
-from loadtests.connection import Connection, Pieces, lines_of
+from loadtests.connection import Connection, EndlessAnswer, Pieces, lines_of
 from serving.models import ROOT
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
@@ -185,6 +185,14 @@ def test_a_connection_is_opened_beforehand() -> None:
         asked.ask(b"{}", pieces, 5.0, 10_000)
         asked.close()
     assert lines(pieces) == [b"data: one", b"data: two"]
+
+
+def test_a_server_that_is_silent_is_not_waited_for_beforehand() -> None:
+    """However long an answer may be silent: a trial would begin as much later."""
+    with serving([[]]) as port:
+        asked = Connection(f"http://127.0.0.1:{port}", "/v1", {}, 0.1, 3600.0)
+        with pytest.raises(EndlessAnswer):
+            asked.open("/health")
 
 
 def test_a_long_prompt_is_sent_whole() -> None:

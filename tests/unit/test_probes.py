@@ -176,21 +176,27 @@ def test_a_broken_engine_is_an_error_and_no_finding(probe: probes.Probe) -> None
         probe(served)
 
 
-def test_what_has_not_begun_is_dropped_when_a_reader_interrupts() -> None:
-    """A probe's hundreds of requests would hold up the end of the run for minutes."""
-    dropped = Event()
-    waiting: list[Future[bool]] = []
+def test_a_reader_who_interrupts_waits_for_no_answer() -> None:
+    """A probe's hundreds of requests would hold up the end of the run for minutes, and one that the
+    engine never answers, too."""
+    begun, answered, asked = Event(), Event(), list[Future[bool]]()
+
+    def ask() -> bool:
+        begun.set()
+        return answered.wait(5)
 
     def interrupt() -> None:
         with thread_pool(1) as pool:
-            pool.submit(dropped.wait, 5)  # what is under way is waited for
-            waiting.append(pool.submit(dropped.is_set))
-            waiting[0].add_done_callback(lambda _: dropped.set())
+            asked.extend(pool.submit(ask) for _ in range(2))
+            begun.wait()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupt()
-    assert waiting[0].cancelled()
+    under_way, waiting = asked
+    assert not under_way.done()
+    assert waiting.cancelled()
+    answered.set()
 
 
 def test_the_stranger_asks_what_the_victim_asked_and_as_much_that_nobody_did() -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import requests
 
 from labs.harness.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
 from labs.harness.running.clock import Clock
@@ -23,7 +24,9 @@ from labs.harness.running.trials import (
     PER_TRIAL_S,
     REST_S,
     Played,
+    Sending,
     Trials,
+    fell_silent,
     nothing_measured,
     played_together,
     recorded,
@@ -35,6 +38,7 @@ from loadtests import records
 from loadtests.arrivals import Concurrent
 from loadtests.generator import GeneratorError
 from loadtests.plan import TrialSummary
+from loadtests.records import RequestRecord
 from loadtests.structures import Structure
 from serving import guard
 from serving.engines.base import EngineError
@@ -354,6 +358,53 @@ def test_records_that_cannot_be_read_back_fail_the_trial(tmp_path: Path) -> None
     vars(trials).update(stand_ins)
     with pytest.raises(GeneratorError, match=r"its records cannot be read: .*line 1: not a req"):
         Trials._play(trials, [point], 1, "a trial", time.monotonic())
+
+
+def test_an_engine_that_cannot_be_made_ready_costs_its_own_trial_and_is_ended(
+    tmp_path: Path,
+) -> None:
+    """Its engine core hangs, for one: the next trial gets another engine."""
+    folder = write_run(tmp_path)
+    points = [p for p in folder.run().points() if p.load == Concurrent(users=1)]
+    trials, ended, sent = Script(folder, []), list[str](), list[str]()
+
+    def engine_of(variant: Variant) -> Any:
+        def reset_prefix_cache() -> None:
+            if variant.name == "on":
+                raise requests.ReadTimeout("read timed out")
+
+        return SimpleNamespace(
+            reset_prefix_cache=reset_prefix_cache, stop=lambda: ended.append(variant.name),
+            name=variant.name, snapshot=lambda: None, url="", request_fields={}, model_names={},
+            closes_connections=False, computing=list,
+        )  # fmt: skip
+
+    def send(sending: Sequence[Sending], name: str) -> Any:
+        sent.extend(each.point.variant.name for each in sending)
+        raise GeneratorError("that is all")
+
+    engines = SimpleNamespace(serving=engine_of, share_cpu=True)
+    vars(trials).update({"_engines": engines, "_send": send})
+    with pytest.raises(GeneratorError):
+        Trials._play(trials, points, 1, "trials", time.monotonic())
+    assert (ended, sent) == (["on"], ["off"])
+
+
+@pytest.mark.parametrize(
+    ("last", "silent"),
+    [
+        (make_record([], sent_s=12.0, error="TimeoutError: nothing came for 60 s"), True),
+        (make_record([], sent_s=12.0, error="HTTP 500: no", first_byte_s=12.1), False),
+        (make_record([], sent_s=12.0, error="not sent: the queue is full"), False),
+        (make_record([], sent_s=9.0, error="TimeoutError: nothing came for 60 s"), False),
+    ],
+)
+def test_an_engine_is_silent_where_nothing_came_for_the_last_request(
+    last: RequestRecord, silent: bool
+) -> None:
+    answered = make_record([(11.0, 1)], first_byte_s=10.5)
+    assert fell_silent([last, answered]) is silent
+    assert not fell_silent([])
 
 
 @pytest.mark.parametrize(

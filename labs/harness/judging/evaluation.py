@@ -103,13 +103,17 @@ class EvaluationClient:
 
 @contextlib.contextmanager
 def thread_pool(at_once: int) -> Iterator[ThreadPoolExecutor]:
-    """A thread pool that drops its queued work when the block fails or is interrupted."""
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    """A thread pool that drops its queued work when the block fails or is interrupted.
+
+    Interrupted, it does not wait for what is under way, which an engine may never answer.
+    """
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        yield pool
+    except BaseException as error:
+        pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def evaluate(

@@ -491,11 +491,15 @@ class Trials:
     def _ready(self, point: Point, repeat: int, together: int) -> Sending:
         """Make an engine ready for a trial, one of so many together. Raises EngineError."""
         engine = self._engines.serving(point.variant)
-        engine.reset_prefix_cache()
         trial_plan = self._trial_plan(point, repeat, engine, together)
-        if point.primed_requests:
-            timeout_s = trial_plan.timeout_s
-            _prime(engine.url, trial_plan.requests, point.primed_requests, timeout_s)
+        try:
+            engine.reset_prefix_cache()
+            if point.primed_requests:
+                timeout_s = trial_plan.timeout_s
+                _prime(engine.url, trial_plan.requests, point.primed_requests, timeout_s)
+        except requests.RequestException as error:
+            engine.stop()  # it may hang: the next trial gets another
+            raise EngineError(f"{engine.name} cannot be made ready for a trial: {error}") from error
         return Sending(point, engine, trial_plan, engine.snapshot())
 
     def _ended(
@@ -515,6 +519,8 @@ class Trials:
             or summary.aborted
             or nothing_measured(request_records, ran_out(point, summary))
         ):
+            if fell_silent(request_records):
+                engine.stop()  # it hangs: the next trial gets another
             self._counts.discard(succeeded)
             raise EngineError(reason)
         engine_counters = counted_since(engine, sent.before, len(succeeded))
@@ -654,6 +660,12 @@ def nothing_measured(request_records: Sequence[RequestRecord], exhausted: bool =
         return "nothing was sent in the window: raise `window_s` or the rate of the load"
     error = counted[0].error
     return f"no request in the window succeeded, of {len(counted)}; the first failed with: {error}"
+
+
+def fell_silent(request_records: Iterable[RequestRecord]) -> bool:
+    """Tell whether nothing at all came back for the last request that was sent."""
+    last = max(request_records, key=lambda r: r.sent_s, default=None)
+    return last is not None and not last.turned_away and last.first_byte_s is None
 
 
 def _prime(url: str, sending: Path, groups: int, timeout_s: float) -> None:

@@ -47,6 +47,8 @@ class Api:
         allowed, handle = self._routes.get(path, ("", None))
         if refused := guard.refusal(path, {**headers, "host": "127.0.0.1"}, self._key):
             connection.respond_json({"error": refused[1]}, HTTPStatus(refused[0]))
+        elif path == self._options.silent_at:
+            return
         elif not handle:
             connection.respond_json({"detail": "Not Found"}, HTTPStatus.NOT_FOUND)
         elif method != allowed:

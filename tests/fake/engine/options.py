@@ -128,6 +128,7 @@ def _add_faults(add: Add) -> None:
     add("--stall-after", type=int, default=0, metavar="N",
         help="the scheduler pauses once N tokens were sent in all")  # fmt: skip
     add("--stall-s", type=float, default=1.0, metavar="S", help="for so long")
+    add("--silent-at", metavar="PATH", help="what is asked at this path gets no answer")
     add("--keep-prefix-cache", action="store_true", help="it says it was reset, and was not")
     add("--drop", metavar="FLAG", type=lambda flag: flag.replace("-", "_"),
         help="one of vLLM's flags, as in max-num-seqs: it never gets here")  # fmt: skip
