@@ -24,6 +24,7 @@ CLAIMS, HEADLINE = "Claims", "Headline"
 LIMITS, NEXT = "What a machine can and cannot show", "What to turn next"
 SECTIONS = (HOW, ANSWERS, FINDINGS, PLOTS, CLAIMS, LIMITS, NEXT, HEADLINE)
 ON = {"On a CPU": "cpu", "On a GPU": "gpu"}
+TURNED_ON = {"On a GPU": ("gpu",), "On a GPU of 80 GB or more": ("gpu-80", "gpu-141")}
 _ITEM = re.compile(r"`(?P<name>[^`]+)`: (?P<text>.+)")
 
 
@@ -85,12 +86,23 @@ class Page:
         }
 
     @property
-    def on_gpus(self) -> dict[str, Any]:
-        """The fields that have other words on a GPU, by their paths: titles, what to turn next."""
-        titles, knobs = (self[heading].parts.get("On a GPU") for heading in (CLAIMS, NEXT))
-        named = Section(titles.text).named if titles else {}
-        fields: dict[str, Any] = {f"claims.{name}.title": title for name, title in named.items()}
-        return fields | ({"next_knobs": tuple(Section(knobs.text).items)} if knobs else {})
+    def titles(self) -> dict[str, str]:
+        """The titles of claims by their names, also of those that only some scales have."""
+        parts = self[CLAIMS].parts.values()
+        of_scales = {name: title for of in parts for name, title in Section(of.text).named.items()}
+        return of_scales | self[CLAIMS].named
+
+    @property
+    def words_on(self) -> dict[str, dict[str, Any]]:
+        """By scale, the fields that have other words there, by their paths."""
+        fields: dict[str, dict[str, Any]] = {scale: {} for of in TURNED_ON.values() for scale in of}
+        for place, scales in TURNED_ON.items():
+            claims, knobs = (self[heading].parts.get(place) for heading in (CLAIMS, NEXT))
+            named = Section(claims.text).named if claims else {}
+            for scale in scales:
+                fields[scale] |= {f"claims.{name}.title": title for name, title in named.items()}
+                fields[scale] |= {"next_knobs": tuple(Section(knobs.text).items)} if knobs else {}
+        return {scale: of for scale, of in fields.items() if of}
 
 
 def folder_of(lab: str) -> Path:

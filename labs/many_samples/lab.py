@@ -1,24 +1,4 @@
-"""Many samples: what do n answers to one prompt cost, and what do voting and trying again buy?
-
-A model that answers right now and then can be asked n times. Where something can check an answer (a
-compiler, a test), one right answer of n is enough: *pass@n* is the chance of at least one. Where
-nothing can, the answer given most often is taken: *majority voting*, or self-consistency. Both
-spend compute at test time instead of on a larger model.
-
-The engine makes n samples cheap twice over. They share their prompt, so with a *prefix cache* the
-first sample prefills it and every other finds all its whole blocks but for the last token: n
-samples find (n - 1) floor((P - 1) / b) b tokens of P-token prompts in blocks of b. And they decode
-*side by side*: a step reads the weights once for all of them. Asking with `n=8` in one request is
-another way to say the same. vLLM makes eight requests of it that share nothing but what the cache
-holds; what is saved is one HTTP request and one tokenizing for eight.
-
-Timed answers have one length each and are sampled at a temperature. Whole answers to small tasks
-with exact solutions are asked for by a probe, one task at a time, so that the engine's seconds are
-those of that task's samples alone.
-
-Turn: the samples (`workloads.apart.samples.count` with `workloads.apart.loads`), the prompt
-(`workloads.apart.prompt_tokens.tokens`), the block (`flags.block-size`).
-"""
+"""Many samples: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
 
@@ -123,9 +103,6 @@ ANOTHER_NUMBER = "a wave holds all samples of one prompt, so it grows with their
 
 LAB = Lab(
     name="many-samples",
-    title="Many samples",
-    question="A model is right only now and then: what does it cost to ask it many times, and what"
-    " does it buy?",
     answers=("TT-1", "TT-2", "TT-3", "TT-4"),
     variants=(OFF, ON),
     flags={
@@ -144,7 +121,6 @@ LAB = Lab(
     claims=(
         Claim(
             name="shared",
-            title="With a prefix cache the samples of a prompt prefill it once",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="apart"),
             baseline=Arm(variant="off", workload="apart"),
@@ -153,7 +129,6 @@ LAB = Lab(
         ),
         Claim(
             name="first-token",
-            title="With a prefix cache all samples of a prompt have their first token sooner",
             metric="ttft_mean_s",
             treatment=Arm(variant="on", workload="apart"),
             baseline=Arm(variant="off", workload="apart"),
@@ -162,7 +137,6 @@ LAB = Lab(
         ),
         Claim(
             name="together",
-            title="Eight samples by `n=8` in one request cost the engine what eight requests do",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="together"),
             baseline=EIGHT,
@@ -172,7 +146,6 @@ LAB = Lab(
         ),
         Claim(
             name="many-together",
-            title="32 samples by `n=32` in one request cost the engine what 32 requests do",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="many-together"),
             baseline=THIRTY_TWO,
@@ -182,8 +155,6 @@ LAB = Lab(
         ),
         Claim(
             name="together-shared",
-            title="Samples by `n=8` share their prompt by the cache alone: without it, each"
-            " prefills the prompt",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="together"),
             baseline=Arm(variant="off", workload="together"),
@@ -192,7 +163,6 @@ LAB = Lab(
         ),
         Claim(
             name="batch",
-            title="Eight samples share the decode steps of one",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="apart"),
             baseline=Arm(variant="on", workload="one", load="waves:1"),
@@ -202,7 +172,6 @@ LAB = Lab(
         ),
         Claim(
             name="many",
-            title="Four times as many samples cost less than four times as much",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on", workload="many"),
             baseline=EIGHT,
@@ -227,9 +196,7 @@ LAB = Lab(
         ),
         Evidence(arm=Arm(variant="off"), kind="stays", metric=metrics.PREFIX_HITS),
         *(
-            Evidence(
-                arm=Arm(variant="on", workload=name), kind="rises", metric=metrics.PREFIX_HITS
-            )
+            Evidence(arm=Arm(variant="on", workload=name), kind="rises", metric=metrics.PREFIX_HITS)
             for name in SHARING
         ),
         Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
@@ -244,45 +211,4 @@ LAB = Lab(
     warmup_s=0.5,
     window_s=3,  # of whole waves
     repeats=3,
-    scales={
-        "cpu": {"most_s": 300.0},  # the probe takes a minute
-        "gpu": {
-            "flags": {
-                "block-size": 16,
-                "max-num-seqs": 256,
-            },
-            **{
-                f"workloads.{name}.{part}.tokens": tokens
-                for name in SAMPLED
-                for part, tokens in (("prompt_tokens", 4000), ("output_tokens", 128))
-            },
-            "requests": 192,  # of 4,000 tokens, which take long to write
-            "warmup_s": 2,
-            "window_s": 6,
-            "next_knobs": (
-                "SET='requests=768 workloads.many.samples.count=128"
-                " workloads.many.loads=[\"waves:128\"]'"
-                " asks for 128 samples: are the steps still shared as well?",
-                'SET="workloads.apart.prompt_tokens.tokens=512" shortens the prompt: there is less'
-                " to share",
-                'SET="flags.block-size=64" coarsens what can be shared: hits are floored to whole'
-                " blocks",
-            ),
-        },
-    },
-    quick={"repeats": 1, "window_s": 2.5, "probes": ("votes-quick",)},
-    limits={
-        "cpu": "Hits, and that `n` in one request is n requests to the engine, are vLLM's own and"
-        " carry over. What n samples cost does not: a large part of a step here is the cost of"
-        " launching small operations, so a larger batch looks cheaper than on a GPU. A model of 135"
-        " M parameters solves few of the tasks; a larger one solves others, and gains elsewhere.",
-        "gpu": "Small tasks with exact solutions: what voting buys on them says little of essays."
-        " The model votes by itself; no reward model and no search was measured.",
-    },
-    next_knobs=(
-        "SET='workloads.many.samples.count=64 workloads.many.loads=[\"waves:64\"]' asks for 64"
-        " samples: are the steps still shared as well?",
-        'SET="workloads.apart.prompt_tokens.tokens=64" shortens the prompt: there is less to share',
-        'SET="flags.block-size=128" coarsens what can be shared: hits are floored to whole blocks',
-    ),
-)  # fmt: skip
+)

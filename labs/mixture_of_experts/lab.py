@@ -143,5 +143,5 @@ LAB = Lab(
     requests=256,
     warmup_s=0.5,
     window_s=2,
-    scales={"gpu": {"claims": [c.model_dump() for c in (*claims(64), gain_lost(64))]}},
+    scales={"gpu": {"claims": (*claims(64), gain_lost(64))}},
 )

@@ -1,34 +1,4 @@
-"""Paged KV: what does cutting the KV cache into blocks buy, and what do fewer KV heads?
-
-A request's keys and values grow by a token a step, and nobody knows beforehand how far. Without
-paging an engine reserves one stretch of memory for the longest request that it admits, and most of
-that stays empty: the capacity C admits C / L_max requests. *PagedAttention* (Kwon et al., SOSP
-2023) cuts the cache into blocks of b tokens, which a table finds wherever they lie, as an operating
-system pages memory. A request holds what it has written, rounded up to whole blocks: about
-(b - 1) / 2 tokens are wasted for each, and C admits as many requests as their mean hold fits in.
-
-vLLM always pages. What contiguous allocation would admit is shown by `max-num-seqs` = C / L_max: so
-many requests run at once, and no more. As far as capacity goes that is the same; the gaps between
-stretches and the copying that a real allocator would suffer from are not in it. An allocator in
-plain Python replays the same lengths for blocks that are not run.
-
-Paging admits requests that do not fit once they have grown. Where one that runs finds no block, the
-newest is *preempted*: it gives its blocks back, waits, and computes again what it had written. With
-a *watermark* a request is admitted beside others only if that share of all blocks, rounded down,
-stays free for those that run to grow into. Then less is computed twice, and a request waits longer
-for its first token.
-
-The other way to hold more is to write less a token. In *multi-head attention* every query head has
-keys and values of its own; *grouped queries* (GQA) share those of a KV head among a few query
-heads, and one KV head for all is *multi-query attention* (MQA). The `mha` side serves the same
-model with each KV head copied for every query head that shares it, so that only the cache differs;
-on a GPU the `mqa` side has the mean of all KV heads as the only one: its text is worth nothing, and
-its speed is real.
-
-Turn: the block (`variants.large-blocks.flags.block-size`), the longest request
-(`flags.max-model-len`), the lengths (`workloads.mixed.output_tokens`), the watermark
-(`variants.watermark.flags.watermark`), the heads (`variants.mha.weights`).
-"""
+"""Paged KV: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
 
@@ -269,7 +239,6 @@ def echoed(label: str, flag: str, *variants: str) -> tuple[Evidence, ...]:
 CLAIMS = (
     Claim(
         name="admitted",
-        title="More requests run at once where each holds only what it has written",
         metric="batch",
         treatment=Arm(variant="paged", workload="mixed"),
         baseline=Arm(variant="contiguous", workload="mixed"),
@@ -278,7 +247,6 @@ CLAIMS = (
     ),
     Claim(
         name="throughput",
-        title="Paging raises throughput, because more requests run at once",
         metric="output_tokens_per_s",
         treatment=Arm(variant="paged", workload="mixed"),
         baseline=Arm(variant="contiguous", workload="mixed"),
@@ -287,7 +255,6 @@ CLAIMS = (
     ),
     Claim(
         name="blocks",
-        title="Smaller blocks waste less, so that more requests run at once",
         metric="batch",
         treatment=Arm(variant="paged", workload="mixed"),
         baseline=Arm(variant="large-blocks", workload="mixed"),
@@ -297,7 +264,6 @@ CLAIMS = (
     ),
     Claim(
         name="watermark",
-        title="Blocks that are kept free for requests that grow cut preemptions",
         metric="preemptions",
         treatment=Arm(variant="watermark", workload="growing"),
         baseline=Arm(variant="paged", workload="growing"),
@@ -306,7 +272,6 @@ CLAIMS = (
     ),
     Claim(
         name="heads",
-        title="Grouped queries hold more tokens in the same memory",
         metric="kv_capacity_tokens",
         treatment=Arm(variant="gqa", workload="near"),
         baseline=Arm(variant="mha", workload="near"),
@@ -315,7 +280,6 @@ CLAIMS = (
     ),
     Claim(
         name="context",
-        title="Over a long context grouped queries read less, and make a shorter step",
         metric="tpot_mean_s",
         treatment=Arm(variant="gqa", workload="far"),
         baseline=Arm(variant="mha", workload="far"),
@@ -337,7 +301,6 @@ EVIDENCE = (
 MQA = GQA.but("mqa", weights="mqa")
 ONE_HEAD = Claim(
     name="one-head",
-    title="One KV head for all queries holds more still than grouped ones",
     metric="kv_capacity_tokens",
     treatment=Arm(variant="mqa", workload="near"),
     baseline=Arm(variant="gqa", workload="near"),
@@ -346,26 +309,14 @@ ONE_HEAD = Claim(
 )
 
 
-def with_one_head() -> dict[str, Any]:
-    """Add the variant of one KV head for all queries, over both contexts, and its claim."""
-    parts: dict[str, Sequence[Variant | Evidence | Claim]] = {
-        "variants": (*VARIANTS, MQA),
-        "evidence": (*EVIDENCE, *echoed("block_size", "block-size", MQA.name)),
-        "claims": (*CLAIMS, ONE_HEAD),
-    }
-    heads = ("gqa", "mha", MQA.name)
-    return {
-        **{name: [part.model_dump() for part in of] for name, of in parts.items()},
-        "workloads.near.only": heads,
-        "workloads.far.only": heads,
-    }
-
+WITH_ONE_HEAD: dict[str, Any] = {
+    "variants": [v.model_dump() for v in (*VARIANTS, MQA)],
+    "evidence": (*EVIDENCE, *echoed("block_size", "block-size", MQA.name)),
+    "claims": (*CLAIMS, ONE_HEAD),
+}
 
 LAB = Lab(
     name="paged-kv",
-    title="Paged KV",
-    question="Nobody knows how long a request will become: how many more run at once if each holds"
-    " only the memory that it has written, and if query heads share what is written?",
     answers=("KV-3", "KV-4", "KV-5", "KO-3"),
     variants=VARIANTS,
     flags={
@@ -418,77 +369,5 @@ LAB = Lab(
     requests=256,
     warmup_s=0.6,
     window_s=3,
-    scales={
-        "cpu": {"repeats": 3},  # of many points; those that are undecided get more
-        "gpu": {
-            **with_one_head(),
-            "flags": {
-                "max-model-len": 1024,
-                "enable-prefix-caching": False,
-                "kv-cache-memory-bytes": 6 * 2**30,
-            },
-            "variants.paged.flags": {"block-size": 16, "num-gpu-blocks-override": 512},
-            "variants.large-blocks.flags": {"block-size": 256, "num-gpu-blocks-override": 32},
-            "variants.contiguous.flags": {
-                "block-size": 16, "num-gpu-blocks-override": 512, "max-num-seqs": 8,
-            },
-            "variants.watermark.flags": {
-                "block-size": 16, "num-gpu-blocks-override": 512, "watermark": 0.05,
-            },
-            **{
-                f"variants.{name}.flags": {
-                    "block-size": 16, "max-model-len": 8192, "enable-prefix-caching": True,
-                }
-                for name in ("gqa", "mha", "mqa")
-            },
-            "workloads.mixed.prompt_tokens.tokens": 128,
-            "workloads.mixed.output_tokens": {
-                "kind": "exponential", "mean_tokens": 128, "max_tokens": 512,
-            },
-            "workloads.mixed.loads": (Concurrent(users=28),),
-            "workloads.growing.prompt_tokens.tokens": 128,
-            "workloads.growing.output_tokens": {
-                "kind": "exponential", "mean_tokens": 192, "max_tokens": 512,
-            },
-            "workloads.growing.loads": (Concurrent(users=48),),
-            "workloads.near.prompt_tokens.tokens": 256,
-            "workloads.near.output_tokens.tokens": 128,
-            "workloads.far.prompt_tokens.tokens": 7936,
-            "workloads.far.prefix.tokens": 7872,
-            "workloads.far.output_tokens.tokens": 128,
-            "requests": 1024,
-            "warmup_s": 3,
-            "window_s": 8,
-            "next_knobs": (
-                'SET="flags.max-model-len=640 variants.contiguous.flags.max-num-seqs=12" reserves'
-                " for the longest request that comes, as one who knows the lengths would",
-                'SET="variants.large-blocks.flags.block-size=128'
-                ' variants.large-blocks.flags.num-gpu-blocks-override=64" halves the large blocks',
-                'SET="variants.watermark.flags.watermark=0.1" keeps twice as many blocks free',
-            ),
-        },
-        "gpu-141": {"flags.kv-cache-memory-bytes": 12 * 2**30},
-    },
-    quick={"repeats": 1, "window_s": 2},
-    limits={
-        "cpu": "What requests hold, and how many are admitted, are the engine's own and carry over."
-        " Throughput rises more on a GPU, where a step takes about as long for many requests as for"
-        " few, and fewer KV heads save more where reading is what a step does. This CPU's kernels"
-        " take blocks of 32 tokens and multiples of that. One KV head for all queries is arithmetic"
-        " here, as a seventh engine does not fit beside six in 24 GiB:"
-        " SET=variants.mha.weights=mqa serves it in the place of `mha`.",
-        "gpu": "The cache is kept small, so that few requests fill it as many would a larger one."
-        " Contiguous allocation is emulated by its number of requests: what gaps and copying cost a"
-        " real one is not in it.",
-    },
-    next_knobs=(
-        'SET="flags.max-model-len=104 variants.contiguous.flags.max-num-seqs=14" reserves for the'
-        " longest request that comes, as one who knows the lengths would",
-        'SET="variants.large-blocks.flags.block-size=64'
-        ' variants.large-blocks.flags.num-gpu-blocks-override=24" halves the large blocks',
-        'SET="variants.watermark.flags.watermark=0.1" keeps twice as many blocks free',
-        'SET="variants.mha.weights=mqa" serves one KV head for all queries beside `gqa`',
-        'SET="workloads.mixed.output_tokens.mean_tokens=64" has more than a third of the'
-        " requests reach their longest: less is left to gain",
-    ),
+    scales={"gpu": WITH_ONE_HEAD},
 )  # fmt: skip

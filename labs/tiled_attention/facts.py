@@ -1,48 +1,59 @@
-"""Conclude what tiling saves, what is left of N^2 in TTFT, and what a context costs a step."""
+"""What tiling saves, what is left of N^2 in TTFT, and what a context costs a step."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import scipy
-from matplotlib.axes import Axes
 
-from dashboards.palette import BLUE, BOUND, ORANGE, VARIANTS
 from labs.harness import theory
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.drawing import (
-    BANDS,
-    GREY,
-    draw_forecasts,
-    legend_above,
-    plt,
-    reach,
-    write_plainly,
-)
-from labs.harness.facts.parts import Conclusion, Headline, ReportParts
-from labs.harness.facts.published import Published, PublishedFigures
-from labs.harness.filing.results import Finding
+from labs.harness.facts.context import JudgedRun
 from labs.harness.judging.judge import (
     CONFIDENCE,
     TWO_ONE_SIDED,
-    Effect,
     Interval,
     PredictionOutcome,
     effect,
     prediction_outcome,
 )
-from labs.harness.judging.text import number, times_with_interval, value_with_interval, with_ends
+from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.spec import Point, Prediction
-from labs.tiled_attention.lab import DAO, FLASH_DECODING
 from serving.attention import AttentionTimes, Kernel, KernelTimes
-from serving.machine import Ceilings
-from serving.models import Shape
 
-NAMES: dict[Kernel, str] = {"untiled": "without tiles", "tiled": "with tiles"}
+MB, GB_PER_S = 1e6, 1e9  # bytes, and bytes a second
+
+
+@dataclass(frozen=True)
+class Facts:
+    tiling: Tiling | None  # None: attention was not timed by itself
+    long_prompts: Prompts | None
+    long_contexts: tuple[Contexts, ...]  # of each variant
+
+
+def facts(run: JudgedRun) -> Facts:
+    return Facts(
+        tiling(run) if run.finds("tiling") else None,
+        prompts(run) if run.finds("long-prompts") else None,
+        contexts(run) if run.finds("long-contexts") else (),
+    )
+
+
+def outcome(prediction: Prediction | None, measured: Interval) -> PredictionOutcome | None:
+    return prediction_outcome(prediction, measured) if prediction else None
+
+
+def predicted(prediction: Prediction | None, unit: str = "1", scale: float = 1) -> Quantity:
+    """Read a prediction as a quantity of the unit, of which it holds `scale` in one."""
+    if prediction is None:
+        return Quantity.missing("nothing was predicted", unit)
+    return Quantity(prediction.value / scale, unit)
+
+
+# ------------------------------------------------------------------------------------- the fits
 
 
 @dataclass(frozen=True)
@@ -65,10 +76,11 @@ class Estimate:
         error = None if self.error is None else factor * self.error
         return Estimate(factor * self.value, error, self.freedom)
 
-    def outcome(self, prediction: Prediction | None) -> PredictionOutcome:
-        if prediction is None:
-            return "open"
-        return prediction_outcome(prediction, self.interval(TWO_ONE_SIDED))
+    def quantity(self, unit: str = "1") -> Quantity:
+        return Quantity.of(self.interval(), unit)
+
+    def outcome(self, prediction: Prediction | None) -> PredictionOutcome | None:
+        return outcome(prediction, self.interval(TWO_ONE_SIDED))
 
 
 def least_squares(
@@ -93,67 +105,6 @@ def least_squares(
         Estimate(float(c / s), None if e is None else e / float(s), freedom)
         for c, e, s in zip(coefficients, errors, scale, strict=True)
     ]
-
-
-# ---------------------------------------------------------------------- with and without tiles
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Says with which power of N a figure of a kernel grows."""
-
-    figure: str  # `memory` or `time`
-    kernel: Kernel
-    exponent: Estimate | None
-    prediction: Prediction | None
-
-    @property
-    def outcome(self) -> PredictionOutcome:
-        return self.exponent.outcome(self.prediction) if self.exponent else "open"
-
-
-@dataclass(frozen=True)
-class Length:
-    """Holds both kernels at one length; None where one was left out."""
-
-    tokens: int
-    untiled: KernelTimes | None
-    tiled: KernelTimes | None
-    peak: Prediction | None  # of the untiled kernel
-    ratio: Prediction | None  # tiled / untiled, of the times
-    traffic_bytes: tuple[float, float] | None  # untiled and tiled, by the paper
-
-    @property
-    def times_ratio(self) -> Effect | None:
-        """The time with tiles / that without, from the passes."""
-        if self.untiled is None or self.tiled is None:
-            return None
-        sides = (dict(enumerate(side.times_s)) for side in (self.tiled, self.untiled))
-        return effect(*sides)
-
-    @property
-    def memory_ratio(self) -> float | None:
-        """The memory without tiles / that with."""
-        if self.untiled is None or self.tiled is None:
-            return None
-        return self.untiled.peak_bytes / self.tiled.peak_bytes
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Holds what was timed before the engines started; nothing where it was not."""
-
-    times: AttentionTimes | None
-    lengths: tuple[Length, ...]
-    growths: tuple[Growth, ...]
-    shape: Shape | None
-    ceilings: Ceilings | None
-
-    @property
-    def longest_both(self) -> Length | None:
-        """The longest length at which both kernels were timed."""
-        both = [length for length in self.lengths if length.untiled and length.tiled]
-        return both[-1] if both else None
 
 
 def power_of_memory(tokens: Sequence[int], peaks: Sequence[int]) -> Estimate | None:
@@ -190,179 +141,199 @@ def power_of_time(tokens: Sequence[int], times_s: Sequence[Sequence[float]]) -> 
     return Estimate(float(fit.slope), float(fit.stderr) if freedom else None, freedom)
 
 
-def tiling(context: Context) -> Tiling:
-    times, predicted = context.folder.attention_times(), context.predictions.arithmetic
+# ---------------------------------------------------------------------- with and without tiles
+
+
+@dataclass(frozen=True)
+class Growth:
+    """With which power of N a figure of a kernel grows."""
+
+    power: Quantity
+    predicted: Quantity
+    outcome: PredictionOutcome | None
+
+
+@dataclass(frozen=True)
+class Growths:
+    untiled: Growth
+    tiled: Growth
+
+
+@dataclass(frozen=True)
+class Length:
+    """Both kernels at one length."""
+
+    tokens: int
+    untiled_memory: Quantity
+    formula_memory: Quantity  # of the scores and their softmax
+    tiled_memory: Quantity
+    untiled_s: Quantity  # the least of the passes
+    tiled_s: Quantity
+    times_ratio: Quantity  # with tiles / without, of the means
+    untiled_traffic: Quantity  # by the paper
+    tiled_traffic: Quantity
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The longest length at which both kernels were timed."""
+
+    at: Length
+    of_formula: Quantity  # the memory without tiles / that by the formula
+    memory_outcome: PredictionOutcome | None
+    memory_saved: Quantity  # the memory without tiles / that with
+    time_outcome: PredictionOutcome | None  # of the ratio, predicted to be 1 at most
+    untiled_rate: Quantity
+    tiled_rate: Quantity
+    of_bf16_rate: Quantity  # the rate with tiles / the machine's
+    is_above_bf16_rate: bool
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    kernel: Kernel
+    tokens: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What was timed before the engines started."""
+
+    heads: int
+    head_dim: int
+    on: Literal["a core", "cores", "a GPU"]
+    threads: int
+    memory: Growths
+    time: Growths
+    lengths: tuple[Length, ...]
+    longest: Longest | None
+    left_out: tuple[LeftOut, ...]
+
+
+def tiling(run: JudgedRun) -> Tiling | None:
+    times = run.folder.attention_times()
     if times is None:
-        return Tiling(None, (), (), None, None)
-    shape, ceilings = context.points[0].shape, context.points[0].ceilings
+        return None
+    on_cores: Literal["a core", "cores"] = "a core" if times.threads == 1 else "cores"
     untiled, tiled = times.at("untiled"), times.at("tiled")
-    growths = []
-    for figure, kernel in itertools.product(("memory", "time"), NAMES):
+    both = max(untiled.keys() & tiled.keys(), default=None)
+    return Tiling(
+        times.heads,
+        times.head_dim,
+        "a GPU" if times.device == "cuda" else on_cores,
+        times.threads,
+        growths(run, times, "memory"),
+        growths(run, times, "time"),
+        tuple(length(run, times, tokens) for tokens in sorted(untiled.keys() | tiled.keys())),
+        longest(run, length(run, times, both), untiled[both], tiled[both]) if both else None,
+        tuple(left_out(key, why) for key, why in times.left_out.items()),
+    )
+
+
+def growths(run: JudgedRun, times: AttentionTimes, figure: Literal["memory", "time"]) -> Growths:
+    def growth(kernel: Kernel) -> Growth:
         at = times.at(kernel)
-        exponent = (
+        power = (
             power_of_memory([*at], [t.peak_bytes for t in at.values()])
             if figure == "memory"
             else power_of_time([*at], [t.times_s for t in at.values()])
         )
-        growths.append(
-            Growth(figure, kernel, exponent, predicted.get(f"growth of {figure}, {kernel}"))
-        )
-    cache = times.cache_bytes
-    return Tiling(
-        times=times,
-        lengths=tuple(
-            Length(
-                tokens=n,
-                untiled=untiled.get(n),
-                tiled=tiled.get(n),
-                peak=predicted.get(f"memory, untiled at {n}"),
-                ratio=predicted.get(f"time, tiled / untiled at {n}"),
-                traffic_bytes=(
-                    theory.attention_bytes(shape, n, None),
-                    theory.attention_bytes(shape, n, cache),
-                )
-                if cache
-                else None,
-            )
-            for n in sorted({*untiled, *tiled})
+        prediction = run.predictions.arithmetic.get(f"growth of {figure}, {kernel}")
+        if power is None:
+            return Growth(Quantity.missing("too few lengths"), predicted(prediction), None)
+        return Growth(power.quantity(), predicted(prediction), power.outcome(prediction))
+
+    return Growths(growth("untiled"), growth("tiled"))
+
+
+def length(run: JudgedRun, times: AttentionTimes, tokens: int) -> Length:
+    untiled, tiled = (times.at(kernel).get(tokens) for kernel in ("untiled", "tiled"))
+    return Length(
+        tokens,
+        memory(untiled),
+        predicted(run.predictions.arithmetic.get(f"memory, untiled at {tokens}"), "MB", MB),
+        memory(tiled),
+        least_time(untiled),
+        least_time(tiled),
+        times_ratio(untiled, tiled),
+        *traffic(run.points[0], times.cache_bytes, tokens),
+    )
+
+
+def memory(times: KernelTimes | None) -> Quantity:
+    return Quantity(times.peak_bytes / MB, "MB") if times else Quantity.missing("left out", "MB")
+
+
+def least_time(times: KernelTimes | None) -> Quantity:
+    return Quantity(min(times.times_s), "s") if times else Quantity.missing("left out", "s")
+
+
+def times_ratio(
+    untiled: KernelTimes | None, tiled: KernelTimes | None, confidence: float = CONFIDENCE
+) -> Quantity:
+    """Divide the time with tiles by that without, over the passes."""
+    if untiled is None or tiled is None:
+        return Quantity.missing("left out", RATIO)
+    measured = effect(*(dict(enumerate(side.times_s)) for side in (tiled, untiled)))
+    return Quantity.of(measured.interval(confidence) if measured else None, RATIO)
+
+
+def traffic(point: Point, cache_bytes: int | None, tokens: int) -> tuple[Quantity, Quantity]:
+    """Compute what moves by the paper, without tiles and with tiles as large as the cache."""
+    if not cache_bytes:
+        unknown = Quantity.missing("the size of the cache is not known", "MB")
+        return unknown, unknown
+    without, tiled = (
+        Quantity(theory.attention_bytes(point.shape, tokens, cache) / MB, "MB")
+        for cache in (None, cache_bytes)
+    )
+    return without, tiled
+
+
+def longest(run: JudgedRun, at: Length, untiled: KernelTimes, tiled: KernelTimes) -> Longest:
+    arithmetic, point = run.predictions.arithmetic, run.points[0]
+    held, flop = float(untiled.peak_bytes), theory.attention_flops(point.shape, at.tokens)
+    counted = Interval(value=held, low=held, high=held, n=1)
+    ratio = times_ratio(untiled, tiled, TWO_ONE_SIDED)
+    untiled_rate, tiled_rate = (
+        Quantity(flop / min(side.times_s) / 1e9, "GFLOP/s") for side in (untiled, tiled)
+    )
+    of_rate = tiled_rate / (point.ceilings.bf16_flops_per_s / 1e9)
+    return Longest(
+        at,
+        at.untiled_memory / at.formula_memory,
+        outcome(arithmetic.get(f"memory, untiled at {at.tokens}"), counted),
+        at.untiled_memory / at.tiled_memory,
+        outcome(
+            arithmetic.get(f"time, tiled / untiled at {at.tokens}"),
+            Interval(value=ratio.value or 0, low=ratio.low, high=ratio.high, n=1),
         ),
-        growths=tuple(growths),
-        shape=shape,
-        ceilings=ceilings,
+        untiled_rate,
+        tiled_rate,
+        of_rate.in_unit("share"),
+        of_rate.value is not None and of_rate.value > 1,
     )
 
 
-def megabytes(size: float | None) -> str:
-    return "–" if size is None else f"{number(size / 1e6)} MB"
+def left_out(key: str, why: str) -> LeftOut:
+    kernel, _, tokens = key.partition("/")
+    return LeftOut("tiled" if kernel == "tiled" else "untiled", int(tokens), why)
 
-
-def tell_tiling(facts: Tiling) -> Finding:
-    """Shows memory and time of both kernels, and with which power of N they grow."""
-    title = "What does cutting attention into tiles save?"
-    rows = [["Tokens", "Memory without tiles", "By the formula", "With tiles",
-             "Time without tiles", "With tiles", "With / without",
-             "Traffic by the paper, without / with"]]  # fmt: skip
-    if facts.times is None:
-        return Finding(
-            title=title, rows=rows, lines=["Attention was not timed by itself in this run."]
-        )
-    for length in facts.lengths:
-        ratio = length.times_ratio
-        rows.append([
-            f"{length.tokens:,}",
-            megabytes(length.untiled.peak_bytes if length.untiled else None),
-            megabytes(length.peak.value if length.peak else None),
-            megabytes(length.tiled.peak_bytes if length.tiled else None),
-            number(min(length.untiled.times_s) if length.untiled else None, "s"),
-            number(min(length.tiled.times_s) if length.tiled else None, "s"),
-            times_with_interval(ratio.ratio) if ratio else "–",
-            " / ".join(map(megabytes, length.traffic_bytes)) if length.traffic_bytes else "–",
-        ])  # fmt: skip
-    where = "the GPU" if facts.times.device == "cuda" else _cores(facts.times.threads)
-    lines = [
-        *growth_sentences(facts),
-        *filter(None, [peak_sentence(facts), time_sentence(facts), rate_sentence(facts)]),
-        *left_out_sentences(facts.times),
-        f"Both are PyTorch's kernels on {facts.times.heads} heads of {facts.times.head_dim}, one"
-        f" layer, on {where}, timed before any engine started. Every query attends to every key, so"
-        " that both do the same arithmetic; memory is what PyTorch holds beyond the inputs, times"
-        " are the least of the passes and ratios of their means. Traffic is computed, not counted.",
-    ]
-    return Finding(title=title, rows=rows, lines=lines)
-
-
-def _cores(count: int) -> str:
-    return "one of the engine's cores" if count == 1 else f"the engine's {count} cores"
-
-
-def growth_sentences(facts: Tiling) -> Iterator[str]:
-    for figure in ("memory", "time"):
-        clauses = [
-            f"{NAMES[g.kernel]} as N^{value_with_interval(g.exponent.interval())}, predicted"
-            f" {g.prediction.formula} ({g.outcome})"
-            for g in facts.growths
-            if g.figure == figure and g.exponent and g.prediction
-        ]
-        if clauses:
-            yield f"{figure.capitalize()} grows {', '.join(clauses)}."
-
-
-def peak_sentence(facts: Tiling) -> str | None:
-    both = facts.longest_both
-    if both is None or both.untiled is None or both.tiled is None or both.memory_ratio is None:
-        return None
-    held = ""
-    if both.peak:
-        count = both.untiled.peak_bytes
-        exact = Interval(value=count, low=count, high=count, n=1)
-        held = (
-            f", {count / both.peak.value:.2f} times what the scores and their softmax take"
-            f" ({prediction_outcome(both.peak, exact)})"
-        )
-    return (
-        f"At {both.tokens:,} tokens attention without tiles holds"
-        f" {megabytes(both.untiled.peak_bytes)}{held}; with tiles"
-        f" {megabytes(both.tiled.peak_bytes)}, 1/{both.memory_ratio:,.0f} of that."
-    )
-
-
-def time_sentence(facts: Tiling) -> str | None:
-    both = facts.longest_both
-    ratio = both.times_ratio if both else None
-    if both is None or ratio is None:
-        return None
-    measured_text = (
-        f"There attention with tiles takes {times_with_interval(ratio.ratio)} the time of that"
-        " without"
-    )
-    if not both.ratio:
-        return f"{measured_text}."
-    outcome = prediction_outcome(both.ratio, ratio.interval(TWO_ONE_SIDED))
-    return f"{measured_text}, predicted at most 1 ({outcome})."
-
-
-def rate_sentence(facts: Tiling) -> str | None:
-    """Says how near the tiled kernel comes to the machine's arithmetic."""
-    both = facts.longest_both
-    if not (both and both.untiled and both.tiled and facts.shape and facts.ceilings):
-        return None
-    flop, ceiling = (
-        theory.attention_flops(facts.shape, both.tokens),
-        facts.ceilings.bf16_flops_per_s,
-    )
-    tiled, untiled = (flop / min(side.times_s) for side in (both.tiled, both.untiled))
-    return (
-        f"That is {tiled / 1e9:,.0f} GFLOP/s, {tiled / ceiling:.0%} of the measured BF16 rate;"
-        f" without tiles {untiled / 1e9:,.0f} GFLOP/s, in float32."
-        + (
-            " The tiled kernel is above that rate: where a CPU has no instructions for BF16, matrix"
-            " products in it are slower than those that the kernel does in float32."
-            if tiled > ceiling
-            else ""
-        )
-    )
-
-
-def left_out_sentences(times: AttentionTimes) -> Iterator[str]:
-    for key, why in times.left_out.items():
-        kernel, _, tokens = key.partition("/")
-        yield f"Left out: {int(tokens):,} tokens {'with' if kernel == 'tiled' else 'without'}" \
-            f" tiles, as {why}."  # fmt: skip
-
-
-TILING = Conclusion("tiling", tiling, tell_tiling)
 
 # ------------------------------------------------------------------------- TTFT over the prompt
 
 
 @dataclass(frozen=True)
 class PromptLength:
-    """Holds TTFT at one length of the prompt; the forecast is None where there was none."""
+    """TTFT at one length of the prompt."""
 
     tokens: float
-    ttft: Interval
-    forecast_s: float | None
-    flop_share: Prediction | None  # that grows as N^2, of the FLOP
+    ttft_s: Quantity
+    each_token_s: Quantity
+    squared_share: Quantity  # of TTFT, that grows as N^2, fitted
+    flop_share: Quantity  # of the FLOP
+    forecast_s: Quantity
 
 
 @dataclass(frozen=True)
@@ -390,15 +361,34 @@ class Quadratic:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Holds TTFT over the length of the prompt, as measured and as forecast."""
+    """TTFT over the length of the prompt, as measured and as forecast."""
 
     lengths: tuple[PromptLength, ...]
     fit: Quadratic | None
     forecast: Quadratic | None
+    forecast_share: Quantity  # of the longest prompt's TTFT, that grows as N^2
+    flop_outcome: PredictionOutcome | None  # of the share of the FLOP as that of the longest TTFT
+    even_tokens: Quantity  # where the quadratic part is as long as the linear one
 
     @property
     def longest(self) -> PromptLength | None:
         return self.lengths[-1] if self.lengths else None
+
+    @property
+    def shows(self) -> Literal["yes", "may not", "bends down", "unknown"]:
+        """Whether what grows as N^2 shows in the longest prompt's TTFT."""
+        if self.fit is None or self.longest is None:
+            return "unknown"
+        share = self.longest.squared_share
+        if share.low is not None:
+            return "yes" if share.low > 0 else "may not"
+        return "bends down" if self.fit.squared.value <= 0 else "unknown"
+
+    @property
+    def is_even_beyond(self) -> bool:
+        """Whether that length is beyond what was measured."""
+        even, longest = self.even_tokens.value, self.longest
+        return even is not None and longest is not None and even > longest.tokens
 
 
 def quadratic(at: Sequence[tuple[float, float]]) -> Quadratic | None:
@@ -413,118 +403,90 @@ def is_of_prompts(point: Point) -> bool:
     return point.workload.prefix is None
 
 
-def prompts(context: Context) -> Prompts:
-    predicted, forecasts = context.predictions.arithmetic, ttft_forecasts(context)
-    lengths, samples, forecast = [], [], []
-    for point in sorted(filter(is_of_prompts, context.points), key=lambda p: p.prompt_tokens):
-        n, band = point.prompt_tokens, forecasts.get(point.key)
-        measured = context.interval(point, "ttft_mean_s")
-        if band is not None:
-            forecast.append((n, band))
-        samples += [(n, s) for row in context.rows(point) if (s := row.get("ttft_mean_s"))]
-        if measured:
-            lengths.append(
-                PromptLength(
-                    n, measured, band, predicted.get(f"share of TTFT that grows as N^2 at {n:.0f}")
-                )
-            )
-    return Prompts(tuple(lengths), quadratic(samples), quadratic(forecast))
+def prompts(run: JudgedRun) -> Prompts | None:
+    arithmetic, forecasts = run.predictions.arithmetic, ttft_forecasts(run)
+    points = sorted(filter(is_of_prompts, run.points), key=lambda p: p.prompt_tokens)
+    measured = [p for p in points if run.quantity(p, "ttft_mean_s").known]
+    if not measured:
+        return None
+    fit = quadratic(samples(run, points, "ttft_mean_s", lambda p: p.prompt_tokens))
+    known = [(p.prompt_tokens, f) for p in points if (f := forecasts.get(p.key)) is not None]
+    forecast, tokens = quadratic(known), measured[-1].prompt_tokens
+    flop = {p.key: arithmetic.get(of_squares(p.prompt_tokens)) for p in measured}
+    return Prompts(
+        tuple(prompt_length(run, p, fit, flop[p.key], forecasts.get(p.key)) for p in measured),
+        fit,
+        forecast,
+        share(forecast, tokens),
+        fit.share(tokens).outcome(flop[measured[-1].key]) if fit else None,
+        even_tokens(fit),
+    )
 
 
-def ttft_forecasts(context: Context) -> Mapping[str, float]:
-    """Reads the forecast mean TTFT of each point, in seconds."""
-    forecasts = context.predictions.in_virtual_time
+def of_squares(tokens: float) -> str:
+    """Name the prediction of how much of TTFT grows as N^2."""
+    return f"share of TTFT that grows as N^2 at {tokens:.0f}"
+
+
+def prompt_length(
+    run: JudgedRun,
+    point: Point,
+    fit: Quadratic | None,
+    flop: Prediction | None,
+    forecast_s: float | None,
+) -> PromptLength:
+    tokens, ttft_s = point.prompt_tokens, run.quantity(point, "ttft_mean_s")
+    return PromptLength(
+        tokens,
+        ttft_s,
+        ttft_s.brief / tokens,
+        share(fit, tokens),
+        predicted(flop, "share"),
+        Quantity(forecast_s, "s", why="" if forecast_s else "not forecast"),
+    )
+
+
+def share(fit: Quadratic | None, tokens: float) -> Quantity:
+    if fit is None:
+        return Quantity.missing("too few lengths", "share")
+    return fit.share(tokens).quantity("share")
+
+
+def even_tokens(fit: Quadratic | None) -> Quantity:
+    """Return where the quadratic part is as long as the linear one, if there is one for sure."""
+    low = fit.squared.interval().low if fit else None
+    if fit is None or fit.even_tokens is None or low is None or low <= 0:
+        return Quantity.missing("no part surely grows as N^2")
+    return Quantity(fit.even_tokens)
+
+
+def ttft_forecasts(run: JudgedRun) -> Mapping[str, float]:
+    """Read the forecast mean TTFT of each point, in seconds."""
+    forecasts = run.predictions.in_virtual_time
     points = forecasts.points if forecasts else {}
     return {key: of["ttft_mean_s"].value for key, of in points.items() if "ttft_mean_s" in of}
 
 
-def tell_prompts(facts: Prompts) -> Finding:
-    rows = [["Prompt tokens", "TTFT, mean", "Each token", "Grows as N^2, fitted", "Of the FLOP",
-             "Forecast TTFT"]]  # fmt: skip
-    rows += [
-        [
-            f"{length.tokens:,.0f}",
-            number(length.ttft.value, "s"),
-            number(length.ttft.value / length.tokens, "s"),
-            share_text(facts.fit.share(length.tokens)) if facts.fit else "–",
-            number(length.flop_share.value if length.flop_share else None, "share"),
-            number(length.forecast_s, "s"),
-        ]
-        for length in facts.lengths
-    ]
-    lines = [line for line in (prompt_sentence(facts), even_sentence(facts)) if line]
-    lines.append(
-        "TTFT is fitted as a + b N + c N^2, by relative errors, over all repeats; an interval is"
-        " the fit's. Beyond the measured lengths the fit is a guess."
-    )
-    return Finding(title="From which length on does N^2 show in TTFT?", rows=rows, lines=lines)
+def samples(
+    run: JudgedRun, points: Sequence[Point], metric: str, at: Callable[[Point], float]
+) -> list[tuple[float, float]]:
+    """List the metric of each repeat of the points with the place of its point."""
+    return [(at(p), s) for p in points for row in run.rows(p) if (s := row.get(metric))]
 
-
-def share_text(share: Estimate) -> str:
-    interval = share.interval()
-    if interval.low is None or interval.high is None:
-        return f"{interval.value:.0%}"
-    return f"{interval.value:.0%} ({interval.low:.0%} to {interval.high:.0%})"
-
-
-def prompt_sentence(facts: Prompts) -> str | None:
-    """Says how much of the longest prompt's TTFT grows as N^2, measured, forecast and by FLOP."""
-    longest, fit = facts.longest, facts.fit
-    if longest is None or fit is None:
-        return None
-    share = fit.share(longest.tokens)
-    interval = share.interval()
-    so = ""
-    if interval.low is not None:
-        so = ": it shows" if interval.low > 0 else ": the interval includes 0"
-    by_flop = (
-        f"; of the FLOP it is {longest.flop_share.value:.0%} ({share.outcome(longest.flop_share)})"
-        if longest.flop_share
-        else ""
-    )
-    forecast = (
-        f", forecast {facts.forecast.share(longest.tokens).value:.0%}" if facts.forecast else ""
-    )
-    if interval.value <= 0 and not so:
-        so = ": a fit that bends down shows none"
-    return (
-        f"At {longest.tokens:,.0f} tokens {share_text(share)} of TTFT grows as N^2{forecast}"
-        f"{by_flop}{so}."
-    )
-
-
-def even_sentence(facts: Prompts) -> str | None:
-    """Says where the quadratic part would be as long as the linear one."""
-    fit, longest = facts.fit, facts.longest
-    if fit is None or longest is None or fit.even_tokens is None:
-        return None
-    if (low := fit.squared.interval().low) is None or low <= 0:
-        return None
-    beyond = ", beyond what was measured" if fit.even_tokens > longest.tokens else ""
-    return (
-        f"Attention would take as long as all that grows as N at {number(fit.even_tokens)}"
-        f" tokens{beyond}."
-    )
-
-
-PROMPTS = Conclusion("long-prompts", prompts, tell_prompts)
 
 # ------------------------------------------------------------------------ TPOT over the context
 
 
 @dataclass(frozen=True)
 class Step:
-    """Holds a step of decode behind one context."""
+    """A step of decode behind one context; bytes follow from the model's shape."""
 
     tokens: float
-    tpot: Interval
-    kv_bytes: float
-    weight_bytes: float
-
-    @property
-    def bytes_per_s(self) -> float:
-        """The rate at which weights, keys and values are read, over the whole step."""
-        return (self.weight_bytes + self.kv_bytes) / self.tpot.value
+    tpot_s: Quantity
+    kv: Quantity  # keys and values read
+    rate: Quantity  # at which weights, keys and values are read, over the whole step
+    of_bandwidth: Quantity
+    least_s: Quantity  # for its bytes, at the bandwidth
 
 
 @dataclass(frozen=True)
@@ -537,288 +499,67 @@ class Line:
 
 @dataclass(frozen=True)
 class Contexts:
-    """Holds one variant's steps; `line` is None where fewer than two contexts were measured."""
+    """One variant's steps; `line` is None where fewer than two contexts were measured."""
 
     variant: str
     steps: tuple[Step, ...]
     line: Line | None
-    kv_bytes_per_token: float
-    ceilings: Ceilings
-    floor: Prediction | None  # of the seconds for each token of context
-
-    @property
-    def kv_bytes_per_s(self) -> Interval | None:
-        """The rate at which a longer context is read; no bounds where the slope may be none."""
-        if self.line is None or self.line.each.value <= 0:
-            return None
-        slope = self.line.each.interval()
-        value = self.kv_bytes_per_token / slope.value
-        if slope.low is None or slope.high is None or slope.low <= 0:
-            return Interval(value=value, low=None, high=None, n=slope.n)
-        return Interval(
-            value=value,
-            low=self.kv_bytes_per_token / slope.high,
-            high=self.kv_bytes_per_token / slope.low,
-            n=slope.n,
-        )
+    per_thousand_s: Quantity  # what 1,000 tokens of context add to a step
+    adds: bool  # whether they add anything, as far as the interval tells
+    rate: Quantity  # at which a longer context is read; no ends where it may cost nothing
+    least_per_thousand_s: Quantity  # at the measured bandwidth
+    outcome: PredictionOutcome | None  # of this bound
 
 
-def contexts(context: Context) -> tuple[Contexts, ...]:
-    floor, by_variant = context.predictions.arithmetic.get("TPOT for each token of context"), []
-    for variant in context.lab.variants:
-        points = [
-            p for p in context.points if p.variant.name == variant.name and not is_of_prompts(p)
-        ]
-        steps = tuple(
-            Step(p.context_tokens, tpot, p.kv_bytes(), p.shape.step_bytes(1))
-            for p in sorted(points, key=lambda p: p.context_tokens)
-            if (tpot := context.interval(p, "tpot_mean_s"))
-        )
-        samples = [
-            (p.context_tokens, s)
-            for p in points
-            for row in context.rows(p)
-            if (s := row.get("tpot_mean_s"))
-        ]
-        if not steps:
-            continue
-        fit = least_squares(
-            [[1.0] * len(samples), [n for n, _ in samples]], [s for _, s in samples]
-        )
-        shape = points[0].shape
-        by_variant.append(
-            Contexts(
-                variant.name, steps, Line(*fit) if fit else None, shape.kv_bytes_per_token(),
-                points[0].ceilings, floor,
-            )
-        )  # fmt: skip
-    return tuple(by_variant)
+def contexts(run: JudgedRun) -> tuple[Contexts, ...]:
+    found = (contexts_of(run, variant.name) for variant in run.lab.variants)
+    return tuple(of for of in found if of.steps)
 
 
-def gigabytes_per_s(rate: float | None) -> str:
-    return "–" if rate is None else f"{number(rate / 1e9)} GB/s"
-
-
-def tell_contexts(facts: tuple[Contexts, ...]) -> Finding:
-    rows = [["Variant", "Context tokens", "TPOT, mean", "Keys and values read", "All bytes / TPOT",
-             "Of the bandwidth"]]  # fmt: skip
-    rows += [
-        [
-            of.variant,
-            f"{step.tokens:,.0f}",
-            number(step.tpot.value, "s"),
-            megabytes(step.kv_bytes),
-            gigabytes_per_s(step.bytes_per_s),
-            f"{step.bytes_per_s / of.ceilings.memory_bandwidth_bytes_per_s:.0%}",
-        ]
-        for of in facts
-        for step in of.steps
-    ]
-    lines = [line for of in facts if (line := slope_sentence(of))]
-    lines.append(
-        "One request at a time. Bytes follow from the model's shape: the weights and the context's"
-        " keys and values, once each. TPOT is fitted as a line over the context, over all repeats."
-    )
-    return Finding(title="What does a longer context cost each token?", rows=rows, lines=lines)
-
-
-def slope_sentence(of: Contexts) -> str | None:
-    if of.line is None:
-        return None
-    slope = of.line.each.times(1000).interval()
-    if slope.low is None or slope.high is None:
-        per_thousand = number(slope.value, "s")
-    else:
-        per_thousand = with_ends(slope.value, slope.low, slope.high, "s")
-    if (slope.low is not None and slope.low <= 0) or slope.value <= 0:
-        return (
-            f"`{of.variant}`: 1,000 tokens of context add {per_thousand} to a step; the interval"
-            " includes 0."
-        )
-    rate = of.kv_bytes_per_s
-    read = f", so they are read at {gigabytes_per_s(rate.value if rate else None)}"
-    if rate and rate.low is not None and rate.high is not None:
-        read += f" ({number(rate.low / 1e9)} to {number(rate.high / 1e9)})"
-    floor = (
-        f"; at the measured bandwidth it would be {number(1000 * of.floor.value, 's')} at least"
-        f" ({of.line.each.outcome(of.floor)})"
-        if of.floor
-        else ""
-    )
-    return f"`{of.variant}`: 1,000 tokens of context add {per_thousand} to a step{read}{floor}."
-
-
-CONTEXTS = Conclusion("long-contexts", contexts, tell_contexts)
-
-# ------------------------------------------------------------------------------------ the answers
-
-
-def cuts_traffic(run: JudgedRun) -> str | None:
-    facts = TILING.facts_of(run)
-    both = facts.longest_both if facts else None
-    if facts is None or both is None:
-        return None
-    saved = (
-        f"By the paper {megabytes(both.traffic_bytes[0])} would move there without tiles, and"
-        f" {megabytes(both.traffic_bytes[1])} with them (arithmetic)."
-        if both.traffic_bytes
-        else None
-    )
-    texts = [*growth_sentences(facts), peak_sentence(facts), time_sentence(facts), saved]
-    return (
-        "It never writes the scores down: a tile of them is made, used and thrown away in the"
-        f" caches. {' '.join(filter(None, texts))}"
+def contexts_of(run: JudgedRun, variant: str) -> Contexts:
+    points = [p for p in run.points if p.variant.name == variant and not is_of_prompts(p)]
+    measured = [p for p in points if run.quantity(p, "tpot_mean_s").known]
+    at = samples(run, points, "tpot_mean_s", lambda p: p.context_tokens)
+    fit = least_squares([[1.0] * len(at), [n for n, _ in at]], [s for _, s in at])
+    line = Line(*fit) if fit else None
+    floor = run.predictions.arithmetic.get("TPOT for each token of context")
+    slope = line.each.quantity("s") if line else Quantity.missing("too few contexts", "s")
+    least = slope.value if slope.low is None else slope.low
+    return Contexts(
+        variant,
+        tuple(step(run, p) for p in sorted(measured, key=lambda p: p.context_tokens)),
+        line,
+        slope * 1000,
+        least is not None and least > 0,
+        rate(slope, points[0].shape.kv_bytes_per_token()) if points else slope,
+        predicted(floor, "s") * 1000,
+        line.each.outcome(floor) if line else None,
     )
 
 
-def splitting(run: JudgedRun) -> str | None:
-    facts = CONTEXTS.facts_of(run)
-    default = facts[0] if facts else None
-    slope = slope_sentence(default) if default else None
-    if default is None or slope is None:
-        return None
-    split, near = run.ratio("split"), run.ratio("split-near")
-    if split:
-        beside = f"; behind a short one {near}" if near else ""
-        return (
-            "With one request there are fewer KV heads than processors, and without splits the"
-            f" others wait. Measured, split beside one piece: {split} the TPOT behind a long"
-            f" context{beside}. {slope}"
-        )
-    return (
-        "It lets processors read that have no KV head of their own. That was not compared here:"
-        f" {NOT_COMPARED[run.run.machine.kind]}. {slope}"
+def step(run: JudgedRun, point: Point) -> Step:
+    tpot_s, kv_bytes = run.quantity(point, "tpot_mean_s"), point.kv_bytes()
+    all_bytes = point.shape.step_bytes(1) + kv_bytes
+    bandwidth = point.ceilings.memory_bandwidth_bytes_per_s
+    reading = Quantity(all_bytes / GB_PER_S, "GB/s") / tpot_s.brief
+    return Step(
+        point.context_tokens,
+        tpot_s,
+        Quantity(kv_bytes / MB, "MB"),
+        reading,
+        (reading / (bandwidth / GB_PER_S)).in_unit("share"),
+        Quantity(all_bytes / bandwidth, "s"),
     )
 
 
-NOT_COMPARED = {
-    "cpu": "on a CPU vLLM splits the keys among the engine's threads by default, and with one"
-    " thread there is nothing to split",
-    "gpu": "vLLM limits the splits of FlashAttention 3 alone, which needs Hopper",
-}
+def rate(slope: Quantity, kv_bytes: float) -> Quantity:
+    """Return the rate of reading from the time that each token of context adds to a step."""
+    if slope.value is None or slope.value <= 0:
+        return Quantity.missing("a longer context costs nothing", "GB/s")
 
-# --------------------------------------------------------------------------------------- its plots
+    def at(each_s: float) -> float:
+        return kv_bytes / each_s / GB_PER_S
 
-
-def draw_growth(run: JudgedRun) -> str | None:
-    """Draws memory and time of both kernels over N, on logarithmic axes."""
-    facts = TILING.facts_of(run)
-    if facts is None or facts.times is None or not facts.lengths:
-        return None
-    _, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    kernels: tuple[tuple[Kernel, str, str], ...] = (
-        ("untiled", ORANGE, "o"), ("tiled", BLUE, "s"),
-    )  # fmt: skip
-    values: tuple[tuple[str, Callable[[KernelTimes], float]], ...] = (
-        ("memory", lambda t: t.peak_bytes / 1e6), ("time", lambda t: min(t.times_s)),
-    )  # fmt: skip
-    for ax, (figure, value) in zip((left, right), values, strict=True):
-        for kernel, colour, marker in kernels:
-            at = facts.times.at(kernel)
-            if not at:
-                continue
-            growth = next(g for g in facts.growths if (g.figure, g.kernel) == (figure, kernel))
-            power = f", N^{growth.exponent.value:.2f}" if growth.exponent else ""
-            ax.loglog([*at], [value(t) for t in at.values()], f"{marker}-", color=colour, lw=1,
-                      base=2, label=f"{NAMES[kernel]}{power}")  # fmt: skip
-        ax.set_xlabel("tokens, N")
-        ax.set_xticks([length.tokens for length in facts.lengths],
-                      [f"{length.tokens:,}" for length in facts.lengths])  # fmt: skip
-        ax.minorticks_off()
-        ax.set_yscale("log", base=10)
-        ax.legend(frameon=False, fontsize=8)
-    formula = [(n.tokens, n.peak.value / 1e6) for n in facts.lengths if n.peak and n.untiled]
-    if formula:
-        left.plot(*zip(*formula, strict=True), "_", color=BOUND, ms=14, mew=2, zorder=4,
-                  label="2 heads N^2 4 bytes")  # fmt: skip
-        left.legend(frameon=False, fontsize=8)
-    for ax in (left, right):
-        write_plainly(ax.yaxis)
-    left.set_ylabel("memory beyond the inputs (MB)")
-    right.set_ylabel("time of one layer (s)")
-    return (
-        "Memory (left) and time (right) of attention with and without tiles, on the model's heads,"
-        " before any engine started. Both axes are logarithmic: a power of N is a straight line."
-    )
-
-
-def draw_lengths(run: JudgedRun) -> str | None:
-    """Draws TTFT over the prompt, and TPOT over the context, with what was fitted."""
-    asked, decoded = PROMPTS.facts_of(run), CONTEXTS.facts_of(run)
-    if not asked or not asked.lengths or not decoded:
-        return None
-    _, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    points = [p for p in run.points if is_of_prompts(p)]
-    forecast = draw_forecasts(
-        left, [p.prompt_tokens for p in points], [run.forecast(p, "ttft_mean_s") for p in points]
-    )
-    _bars(left, [(n.tokens, n.ttft) for n in asked.lengths], BLUE, "measured", 1)
-    if fit := asked.fit:
-        x = np.linspace(0, asked.lengths[-1].tokens * 1.03, 60)
-        left.plot(x, [fit.at(n) for n in x], "-", color=BLUE, lw=1, label="a + b N + c N^2")
-        left.plot(x, fit.fixed.value + fit.each.value * x, ":", color=GREY, lw=1.2,
-                  label="a + b N of it")  # fmt: skip
-    left.set_xlabel("prompt tokens, N")
-    left.set_ylabel("TTFT, mean (s)")
-    decoding = [p for p in run.points if not is_of_prompts(p)]
-    known = [run.forecast(p, "tpot_mean_s") for p in decoding]
-    forecast |= draw_forecasts(right, [p.context_tokens for p in decoding], known, scale=1000)
-    for of, colour in zip(decoded, VARIANTS, strict=False):
-        _bars(right, [(s.tokens, s.tpot) for s in of.steps], colour,
-              of.variant if len(decoded) > 1 else "measured", 1000)  # fmt: skip
-        if of.line:
-            ends = np.array([0, of.steps[-1].tokens * 1.03])
-            at = 1000 * (of.line.fixed.value + of.line.each.value * ends)
-            right.plot(ends, at, "-", color=colour, lw=1)
-    first = decoded[0]
-    bandwidth = first.ceilings.memory_bandwidth_bytes_per_s
-    least = [1000 * (s.weight_bytes + s.kv_bytes) / bandwidth for s in first.steps]
-    right.plot([s.tokens for s in first.steps], least, "--", color=BOUND, lw=1.2,
-               label="its bytes at the bandwidth")  # fmt: skip
-    right.set_xlabel("tokens of context")
-    right.set_ylabel("TPOT, mean (ms)")
-    for ax in (left, right):
-        ax.set_xlim(left=0)
-        ax.set_ylim(bottom=0)
-        legend_above(ax)
-    return (
-        "TTFT over the length of the prompt, split into what grows as N and as N^2 (left), and TPOT"
-        f" over the context, one request at a time (right).{BANDS * forecast}"
-    )
-
-
-def _bars(
-    ax: Axes, at: Sequence[tuple[float, Interval]], colour: str, label: str, scale: float
-) -> None:
-    bars = reach([m for _, m in at], scale)
-    ax.errorbar([x for x, _ in at], [scale * m.value for _, m in at], yerr=bars, fmt="D",
-                color=colour, capsize=4, zorder=4, label=label)  # fmt: skip
-
-
-PUBLISHED: PublishedFigures = {
-    "findings": {
-        "tiling": (
-            Published(figure="40.3 to 4.4 GB", setting="traffic of attention, forward and backward,"
-                      " GPT-2 medium at 1,024 tokens, A100; 7.3 ms for 41.7", source=DAO),
-        ),
-    },
-    "claims": {
-        "split": (
-            Published(figure="up to 8x", setting="faster decoding of very long sequences, of the"
-                      " whole model", source=FLASH_DECODING),
-        ),
-    },
-}  # fmt: skip
-
-PARTS = ReportParts(
-    conclusions=(TILING, PROMPTS, CONTEXTS),
-    answers={"KO-1": cuts_traffic, "KO-4": splitting},
-    kinds={"KO-4": "measured in part"},
-    plots={"growth": draw_growth, "lengths": draw_lengths},
-    published=PUBLISHED,
-    headline=Headline(
-        claim="context",
-        done="Decoding behind a long context instead of a short one",
-        figure="the time per token",
-    ),
-)
+    if slope.low is None or slope.high is None or slope.low <= 0:
+        return Quantity(at(slope.value), "GB/s")
+    return Quantity(at(slope.value), "GB/s", at(slope.high), at(slope.low))

@@ -1,24 +1,4 @@
-"""Attention: what does it cost over a long context, and what does cutting it into tiles save?
-
-Attention compares every token with every token before it: for a prompt of N tokens that is work
-that grows as N^2, where all other layers' grows as N. Written down as it stands in a textbook it
-also *stores* the N x N scores of every head, and reads them back: memory grows as N^2 as well, and
-so does the traffic. *FlashAttention* (Dao et al. 2022) makes a tile of scores at a time in the
-caches, folds it into the result with a running softmax, and throws it away. The arithmetic is the
-same; memory grows as N, and the traffic falls from N d + N^2 to N^2 d^2 / M numbers, with d the
-head dimension and M what the cache next to the arithmetic holds.
-
-vLLM has no attention without tiles. So both kernels are timed by themselves, on the model's own
-heads and on the cores or the GPU that the engine will have, before it starts; then the engine is
-asked what is left of N^2 in its TTFT, and what a longer context costs each token of decode. There
-every step reads all keys and values again. With one request alone a GPU has more processors than
-there are KV heads: *splitting* the keys among them (Flash-Decoding) lets all of them read, and the
-parts are put together afterwards.
-
-Turn: the lengths (`attention_tokens`, `workloads.longest.prompt_tokens.tokens`), the context
-(`workloads.far.prompt_tokens.tokens` and `.prefix.tokens`), on a GPU the splits
-(`variants.unsplit.flags.attention-config`).
-"""
+"""Tiled attention: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
 
@@ -192,7 +172,6 @@ def context(name: str, tokens: int, output_tokens: int = 16) -> Workload:
 CLAIMS = (
     Claim(
         name="prompt",
-        title="TTFT grows with the prompt as its FLOP do, those of N and of N^2 together",
         metric="ttft_mean_s",
         treatment=Arm(variant="default", workload="longest"),
         baseline=Arm(variant="default", workload="short"),
@@ -201,7 +180,6 @@ CLAIMS = (
     ),
     Claim(
         name="context",
-        title="A step of decode behind a long context takes longer: it reads all of it",
         metric="tpot_mean_s",
         treatment=Arm(variant="default", workload="far"),
         baseline=Arm(variant="default", workload="near"),
@@ -212,7 +190,6 @@ CLAIMS = (
 SPLIT_CLAIMS = (
     Claim(
         name="split",
-        title="Splitting the keys among all processors shortens a step behind a long context",
         metric="tpot_mean_s",
         treatment=Arm(variant="default", workload="far"),
         baseline=Arm(variant="unsplit", workload="far"),
@@ -221,7 +198,6 @@ SPLIT_CLAIMS = (
     ),
     Claim(
         name="split-near",
-        title="Behind a short context there is nothing to split",
         metric="tpot_mean_s",
         treatment=Arm(variant="default", workload="near"),
         baseline=Arm(variant="unsplit", workload="near"),
@@ -233,19 +209,9 @@ EVIDENCE = (
     Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
     Evidence(arm=Arm(workload="far"), kind="rises", metric=metrics.PREFIX_HITS),
 )
-GPU_KNOBS = (
-    'SET="attention_tokens=[4096,8192,16384,32768]" times attention by itself at longer contexts',
-    'SET="workloads.longest.prompt_tokens.tokens=20480" shortens the longest prompt: how much of'
-    " N^2 is left?",
-)
 SPLITTING = {
-    "next_knobs": (
-        'SET="variants.unsplit.flags.attention-config.flash_attn_max_num_splits_for_cuda_graph=4"'
-        " lets a step cut the keys of a head in four",
-        *GPU_KNOBS,
-    ),
     "variants": [DEFAULT.model_dump(), UNSPLIT.model_dump()],
-    "claims": [c.model_dump() for c in (*CLAIMS, *SPLIT_CLAIMS)],
+    "claims": (*CLAIMS, *SPLIT_CLAIMS),
     "evidence": (
         *EVIDENCE,
         # splits are limited in CUDA graphs alone
@@ -262,8 +228,6 @@ Where one's do not, as an A100's, the evidence is missing, and the verdicts are 
 
 LAB = Lab(
     name="tiled-attention",
-    title="Tiled attention",
-    question="What does cutting attention into tiles save, and what does a long context cost?",
     answers=("KO-1", "KO-4"),
     variants=(DEFAULT,),
     flags={
@@ -295,47 +259,5 @@ LAB = Lab(
     repeats=3,  # of long requests; claims that are undecided get more
     warmup_s=1,
     window_s=4,
-    scales={
-        "gpu": {
-            "flags": {"max-model-len": 32768, "enable-prefix-caching": True},
-            "workloads": [
-                w.model_dump()
-                for w in (
-                    # TTFT is the same before a longer answer, and fewer requests are sent
-                    prompt("short", 2048, 96),
-                    prompt("long", 12288),
-                    prompt("longest", 30720),
-                    context("near", 512, 128),
-                    context("half", 16384, 128),
-                    context("far", 32512, 128),
-                )
-            ],
-            "requests": 64,  # of up to 32,512 tokens, which take long to write
-            "repeats": 5,
-            "warmup_s": 2,
-            "window_s": 6,
-            "next_knobs": GPU_KNOBS,
-        },
-        "gpu-80": SPLITTING,
-        "gpu-141": SPLITTING,
-    },
-    quick={"repeats": 1, "window_s": 2, "attention_tokens": (1024, 2048, 3072, 4096)},
-    limits={
-        "cpu": "The memory of both kernels, and the powers of N, carry over. Times do not: a CPU"
-        " has large caches and little arithmetic, so that its kernels wait less for memory. vLLM's"
-        " attention on a CPU splits the keys among its threads by default; the engine has a thread"
-        " for each core that it was given, and with one there is nothing to split.",
-        "gpu": "Which kernel an engine takes depends on the GPU: vLLM passes a limit on splits to"
-        " FlashAttention 3 alone, which needs Hopper, where a CUDA graph decodes. On an A100,"
-        " where it changes nothing, its verdicts are withheld; on smaller classes of memory it is"
-        " not compared.",
-    },
-    next_knobs=(
-        'SET="flags.max-model-len=4096 flags.max-num-batched-tokens=4096'
-        ' workloads.longest.prompt_tokens.tokens=4000" sends a longer prompt: N^2 shows more',
-        'SET="attention_tokens=[1024,2048,4096,8192,12288]" times attention by itself at other'
-        " lengths",
-        'SET="flags.max-model-len=4096 workloads.far.prompt_tokens.tokens=4000'
-        ' workloads.far.prefix.tokens=3936" reads more',
-    ),
+    scales={"gpu-80": SPLITTING, "gpu-141": SPLITTING},
 )  # fmt: skip

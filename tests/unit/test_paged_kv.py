@@ -1,4 +1,4 @@
-"""The lab of the paged KV cache: its arithmetic by hand, its allocator, and what is told."""
+"""The lab of the paged KV cache: its arithmetic by hand, its allocator, its facts."""
 
 from __future__ import annotations
 
@@ -9,30 +9,13 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.harness.facts.context import Context
+from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.spec import Lab, Point, RequestLengths, factors
-from labs.paged_kv.facts import (
-    ALLOCATOR,
-    HEADS,
-    TILES,
-    WATERMARK,
-    Allocation,
-    Allocations,
-    block_size,
-    contiguous,
-    gain_sentence,
-    heads_saved,
-    tell_allocator,
-    tell_heads,
-    tell_tiles,
-    tell_watermarks,
-    tiles_or_pages,
-)
+from labs.paged_kv.facts import Allocations, HeadsCompared, facts
 from labs.paged_kv.lab import admitted, held_tokens, kept_free_blocks, replay, replayed
 from serving import gpus
 from tests.unit.builders import CEILINGS, SHAPE, make_point
-from tests.unit.judged import context, judged, judged_run
-from tests.unit.test_findings import cells
+from tests.unit.judged import context, judged, judged_run, told_of
 
 LAB = LABS["paged-kv"].at("cpu", quick=False)
 MIXED, NEAR, FAR = "mixed/concurrent-16", "near/concurrent-1", "far/concurrent-1"
@@ -199,7 +182,7 @@ def test_the_lab_is_sent_what_grows_beyond_the_cache_and_a_watermark_spares_it(s
     assert kept_free.running > 0.9 * without.running
 
 
-# ---------------------------------------------------------------------------- what is told of it
+# ------------------------------------------------------------------------------------ the facts
 
 
 def found(home: Path) -> Context:
@@ -219,95 +202,92 @@ def found(home: Path) -> Context:
     return replace(measured, points=two)
 
 
-def test_allocations_are_told_by_arithmetic_replayed_and_measured(tmp_path: Path) -> None:
-    told = ALLOCATOR.finding(found(tmp_path))
-    names = [row[0] for row in cells(told, 0)]
-    assert names == ["contiguous", *(f"blocks of {b}" for b in (256, 128, 64, 32, 16, 8, 1))]
-    by_name = {row[0]: row for row in cells(told, *range(8))}
-    assert by_name["contiguous"][4:] == ["6", "6", "6", "`contiguous`"]
-    assert by_name["blocks of 32"][3] == "15.5 tok"
-    assert by_name["blocks of 32"][6:] == ["15", "`paged`"]
-    assert by_name["blocks of 1"][1:4] == ["100%", "0 tok", "0 tok"]
-    assert by_name["blocks of 1"][6:] == ["–", "–"]
-    assert "measured 2.5 times with 16 in flight" in told.lines[0]
+def allocated(run: Context) -> Allocations:
+    of = facts(judged_run(run)).allocator
+    assert of
+    return of
 
 
-def test_on_a_gpu_too_allocations_and_their_answers_are_told(tmp_path: Path) -> None:
+def heads(run: Context) -> HeadsCompared:
+    of = facts(judged_run(run)).heads
+    assert of
+    return of
+
+
+def test_allocations_are_by_arithmetic_replayed_and_measured(tmp_path: Path) -> None:
+    of = allocated(found(tmp_path))
+    assert [a.block for a in of.all] == [0, 256, 128, 64, 32, 16, 8, 1]
+    by_block = {a.block: a for a in of.all}
+    whole, small, exact = by_block[0], by_block[32], by_block[1]
+    assert (whole.admitted, whole.running, whole.in_decode.value) == (6, 6, 6)
+    assert (small.half_block.value, small.in_decode.value, small.variant) == (15.5, 15, "paged")
+    assert (exact.useful.value, exact.wasted.value, exact.half_block.value) == (1, 0, 0)
+    assert (exact.in_decode.known, exact.variant) == (False, None)
+    assert (of.gain_measured.value, of.users) == (2.5, 16)
+
+
+def test_the_smaller_the_block_the_more_run(tmp_path: Path) -> None:
+    of = allocated(found(tmp_path)).all
+    running = [a.running for a in of]
+    assert running[1:] == sorted(running[1:])
+    for allocation in of:  # what is preempted has left: the replay is below the arithmetic
+        assert allocation.running == pytest.approx(allocation.admitted, rel=0.15)
+
+
+def test_on_a_gpu_too_there_are_allocations_and_their_answers(tmp_path: Path) -> None:
     """There every engine has `max-num-seqs`; the limit of `contiguous` alone is its own."""
     lab = LABS["paged-kv"].at("gpu-80", quick=False)
     run = context(tmp_path, lab, {
         f"{name}/mixed/concurrent-28": {"batch": batch}
         for name, batch in (("paged", 26.0), ("large-blocks", 20.0), ("contiguous", 8.0))
     })  # fmt: skip
-    facts = ALLOCATOR.facts(run)
-    assert facts
-    assert facts.contiguous
-    assert (facts.contiguous.variant, facts.contiguous.measured) == ("contiguous", 8)
-    assert [(a.variant, a.block) for a in facts.served] == [("paged", 16), ("large-blocks", 256)]
+    of = allocated(run)
+    assert of.contiguous
+    assert (of.contiguous.variant, of.contiguous.in_decode.value) == ("contiguous", 8)
+    assert [(a.variant, a.block) for a in of.served] == [("paged", 16), ("large-blocks", 256)]
     claims = {"admitted": 3.0, "throughput": 2.0, "blocks": 1.8}
-    judged_one = judged_run(run, [judged(name, ratio) for name, ratio in claims.items()])
-    assert block_size(judged_one)
-    assert contiguous(judged_one)
-    assert tiles_or_pages(judged_one)
+    answers = told_of(with_claims(run, claims)).answers
+    assert {"KV-4", "KV-5", "KO-3"} <= answers.keys()
 
 
-def test_the_smaller_the_block_the_more_run(tmp_path: Path) -> None:
-    facts = ALLOCATOR.facts(found(tmp_path))
-    assert facts
-    running = [a.replayed.running for a in facts.all]
-    assert running[1:] == sorted(running[1:])
-    assert running[0] == 6
-    for allocation in facts.all:  # what is preempted has left: the replay is below the arithmetic
-        assert allocation.replayed.running == pytest.approx(allocation.admitted, rel=0.15)
+def with_claims(run: Context, ratios: dict[str, float]) -> JudgedRun:
+    return judged_run(run, [judged(name, ratio) for name, ratio in ratios.items()])
 
 
-def test_without_measurements_nothing_is_said_to_be_measured() -> None:
-    whole, paged = (replay([(8, 8)] * 40, 16, 128, 4, stretch) for stretch in (64, 0))
-    assert whole
-    assert paged
-    facts = Allocations(16, 128, 64, (
-        Allocation(0, 2, whole, "contiguous", None), Allocation(4, 9, paged, "paged", 6.0),
-    ))  # fmt: skip
-    assert "measured" not in (gain_sentence(facts) or "measured")
-    assert len(tell_allocator(facts).rows) == 3
-    assert tell_allocator(None).rows == tell_heads(None).rows == tell_tiles(None).rows == []
+def test_a_watermark_is_replayed_and_measured(tmp_path: Path) -> None:
+    of = facts(judged_run(found(tmp_path))).watermark
+    assert of
+    assert of.changed
+    assert of.blocks == 48
+    assert {k.watermark: k.blocks for k in of.all} == {0: 0, 0.02: 0, 0.05: 2, 0.1: 4, 0.2: 9}
+    none, rounded_down = of.all[:2]
+    assert rounded_down.preempted == none.preempted
+    assert not rounded_down.served.preemptions.known
+    treated, untreated = of.changed.treated, of.changed.untreated
+    assert (treated.variant, untreated.variant) == ("watermark", "paged")
+    assert (treated.served.preemptions.value, untreated.served.preemptions.value) == (20, 40)
+    assert [of.changed.preemptions.value, of.changed.itl_p99.value] == pytest.approx([0.5, 1])
+    assert of.changed.ttft.value == pytest.approx(2)
+    assert not of.changed.throughput.known
 
 
-def test_a_watermark_is_told_replayed_and_measured(tmp_path: Path) -> None:
-    told = WATERMARK.finding(found(tmp_path))
-    assert [row[:2] for row in cells(told, 0, 1)] == [
-        ["0", "0 of 48"], ["0.02", "0 of 48"], ["0.05", "2 of 48"], ["0.1", "4 of 48"],
-        ["0.2", "9 of 48"],
-    ]  # fmt: skip
-    by_share = {row[0]: row[1:] for row in cells(told, 0, 3, 6, 9, 11)}
-    assert by_share["0"][1:] == ["40", "400 ms", "`paged`"]
-    assert by_share["0.05"][1:] == ["20", "400 ms", "`watermark`"]
-    assert by_share["0.02"] == [by_share["0"][0], "–", "–", "–"]  # rounded down, so the same
-    assert told.lines[0].startswith(
-        "A watermark of 0.05 keeps 2 of 48 blocks free: 20 preemptions in a trial instead of 40,"
-        " 0.50x (0.50 to 0.50). Relative to no watermark: p99 of ITL 1.00x"
-    )
-    assert "TTFT 2.00x" in told.lines[0]
-    assert tell_watermarks(None).rows == []
-
-
-def test_heads_are_told_with_bytes_capacity_and_slope(tmp_path: Path) -> None:
+def test_heads_have_bytes_capacity_and_slope(tmp_path: Path) -> None:
     """From 136 to 2,056 tokens are 1,920: 19.2 ms with one KV head, 38.4 ms with two."""
-    told = HEADS.finding(found(tmp_path))
-    assert cells(told, 0, 1, 2, 3, 4) == [
-        ["multi-head (MHA)", "2", "64", "3,616", "measured"],
-        ["multi-query (MQA)", "1", "32", "7,264", "measured"],
-    ]
-    assert [row[0] for row in cells(told, 7)] == ["20 ms", "10 ms"]
+    of = heads(found(tmp_path))
+    assert [(h.kind, h.kv_heads, h.kv_bytes_per_token, h.capacity_tokens) for h in of.all] == [
+        ("multi-head", 2, 64, 3616), ("multi-query", 1, 32, 7264),
+    ]  # fmt: skip
+    assert [h.per_thousand_s.value for h in of.all] == pytest.approx([0.02, 0.01])
+    assert of.bytes_ratio.value == 2
 
 
 def test_a_number_of_heads_that_was_not_run_is_arithmetic(tmp_path: Path) -> None:
-    run = found(tmp_path)
     wide = replace(SHAPE, heads=4, kv_heads=2)
     points = LAB.points(wide, CEILINGS, {"mha": replace(wide, kv_heads=4)})
-    rows = cells(HEADS.finding(replace(run, points=points)), 0, 1, 4, 7)
-    assert rows[1] == ["grouped (GQA)", "2", "measured", "10 ms"]
-    assert rows[2] == ["multi-query (MQA)", "1", "arithmetic", "–"]
+    of = heads(replace(found(tmp_path), points=points))
+    assert (of.model.kind, of.model.is_measured) == ("grouped", True)
+    assert (of.least.kind, of.least.is_measured) == ("multi-query", False)
+    assert not of.least.per_thousand_s.known
 
 
 def test_on_a_gpu_one_head_for_all_is_served_too(tmp_path: Path) -> None:
@@ -323,48 +303,25 @@ def test_on_a_gpu_one_head_for_all_is_served_too(tmp_path: Path) -> None:
         f"{name}/near/concurrent-1": {"tpot_mean_s": 0.01, "kv_capacity_tokens": tokens}
         for name, tokens in (("mha", 1000), ("gqa", 2000), ("mqa", 4000))
     })  # fmt: skip
-    rows = cells(HEADS.finding(replace(measured, points=points)), 0, 3, 4)
-    assert rows[-1] == ["multi-query (MQA)", "4,000", "measured"]
-    run = judged_run(measured, [judged("heads", 2.0), judged("one-head", 2.0)])
-    assert (heads_saved(run) or "").endswith("one for all beside grouped: 2.00x (1.82 to 2.20)"
-                                             " the tokens.")  # fmt: skip
+    least = heads(replace(measured, points=points)).least
+    assert (least.kind, least.capacity_tokens, least.is_measured) == ("multi-query", 4000, True)
     assert "mqa" not in [v.name for v in LAB.variants]  # on a CPU
 
 
 def test_traffic_is_arithmetic_and_requests_do_not_depend_on_it(tmp_path: Path) -> None:
     """2 layers, 2,048 tokens: Q and O of 2 heads, K and V of 1, of 4 numbers of 2 bytes."""
-    facts = TILES.facts(found(tmp_path))
-    assert facts
-    assert facts.inputs_bytes == 2 * 2048 * (2 * 2 + 2 * 1) * 4 * 2
-    assert facts.scores_bytes == 2 * 2 * 2048**2 * 4 * 2
-    rows = cells(tell_tiles(facts), 0, 1, 4, 5)
-    assert [row[2] for row in rows] == ["6", "15", "6", "15"]
-    assert [row[3] for row in rows] == ["no: arithmetic"] * 2 + ["emulated", "yes"]
+    of = facts(judged_run(found(tmp_path))).tiles_and_pages
+    assert of
+    inputs, scores = 2 * 2048 * (2 * 2 + 2 * 1) * 4 * 2, 2 * 2 * 2048**2 * 4 * 2
+    assert of.tiled.value == pytest.approx(inputs / 1e9)
+    assert of.untiled.value == pytest.approx((inputs + scores) / 1e9)
+    assert (of.contiguous.value, of.paged.value) == (6, 15)
 
 
 def test_each_question_has_its_answer(tmp_path: Path) -> None:
-    claims = {"admitted": 3.0, "throughput": 2.0, "blocks": 1.8, "step": 1.0, "heads": 2.0,
-              "context": 0.7}  # fmt: skip
-    run = judged_run(found(tmp_path), [judged(name, ratio) for name, ratio in claims.items()])
-    assert (text := heads_saved(run))
-    assert "32 bytes; with one for each query head 64, 2 times as many" in text
-    assert "2.00x (1.82 to 2.20) the tokens in the same memory" in text
-    assert (text := block_size(run))
-    assert "tokens with blocks of 32, " in text
-    assert "tokens with blocks of 128)" in text
-    assert "1.80x" in text
-    assert "20 preemptions in a trial instead of 40" in text
-    assert (text := contiguous(run))
-    assert text.startswith("It reserves 256 tokens")
-    assert "2.00x (1.82 to 2.20) the throughput" in text
-    assert (text := tiles_or_pages(run))
-    assert "3.00x" in text
-    assert "(arithmetic: every kernel here tiles)" in text
+    claims = {"admitted": 3.0, "throughput": 2.0, "blocks": 1.8, "heads": 2.0, "context": 0.7}
+    assert told_of(with_claims(found(tmp_path), claims)).answers.keys() == set(LAB.answers)
 
 
-def test_what_no_engine_measured_is_said_to_be_arithmetic(tmp_path: Path) -> None:
-    run = judged_run(context(tmp_path, LAB, {}))
-    text = heads_saved(run)
-    assert text
-    assert text.endswith("(arithmetic).")
-    assert (block_size(run), contiguous(run), tiles_or_pages(run)) == (None, None, None)
+def test_of_what_no_engine_measured_only_arithmetic_is_told(tmp_path: Path) -> None:
+    assert told_of(judged_run(context(tmp_path, LAB, {}))).answers.keys() == {"KV-3"}

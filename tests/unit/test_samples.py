@@ -19,9 +19,10 @@ import pytest
 from pydantic import ValidationError
 
 from labs import LABS
-from labs.harness.facts.context import Context
+from labs.harness.facts.context import JudgedRun
 from labs.harness.filing.results import write_gzip
 from labs.harness.judging.measure import output_tokens_per_s, requests_per_s
+from labs.harness.judging.quantity import Quantity
 from labs.harness.judging.sampling import (
     canonical,
     gain_over_tasks,
@@ -34,17 +35,7 @@ from labs.harness.judging.validity import Expected, caveats_of
 from labs.harness.running import probes
 from labs.harness.running.probes import ProbedEngine
 from labs.harness.spec import Point, Variant
-from labs.many_samples.facts import (
-    KINDS,
-    LARGER,
-    VERIFIER,
-    VOTING,
-    Cost,
-    known_shapes,
-    tell_costs,
-    voting,
-    weighed,
-)
+from labs.many_samples.facts import Facts, facts, known_shapes, probed, solved, weighed
 from labs.many_samples.lab import SAMPLED, hit_rate
 from loadtests import records
 from loadtests.plan import body, read_requests, write_requests
@@ -64,7 +55,7 @@ from tests.unit.builders import (
     make_trial,
     make_workload,
 )
-from tests.unit.judged import context
+from tests.unit.judged import context, judged_run
 from tests.unit.test_forecasting import Server
 from tests.unit.test_probes import Listening, Running
 
@@ -348,7 +339,7 @@ def test_intervals_are_over_tasks_and_never_without_a_width_that_is_known() -> N
     assert 0 < gain.low < gain.value == 0.25
 
 
-# ------------------------------------------------------------------------- the probe, the findings
+# ---------------------------------------------------------------------------- the probe, the facts
 
 
 class Solver(BaseHTTPRequestHandler):
@@ -396,9 +387,9 @@ def test_the_probe_asks_each_task_once_greedily_and_in_rounds_of_samples() -> No
     assert all(r["took_s"] > 0 for r in first["rounds"])
 
 
-def probed(home: Path, *right: int) -> Context:
+def of_tasks(home: Path, *right: int) -> JudgedRun:
     """A task for each number: so many of its 21 samples are right, and all others say 0."""
-    found = context(home, make_lab(), {})
+    found = context(home, make_lab(findings=LAB.findings), {})
 
     def asked(texts: Sequence[str], took_s: float) -> dict[str, Any]:
         return {"n": len(texts), "took_s": took_s, "tokens": 3 * len(texts), "texts": texts}
@@ -412,84 +403,96 @@ def probed(home: Path, *right: int) -> Context:
 
     answers = {"temperature": 0.7, "tasks": [task(count) for count in right]}
     write_gzip(found.folder.probe_file("votes", "on"), answers)
-    return found
+    return judged_run(found)
+
+
+def bought(home: Path, *right: int) -> Facts:
+    return facts(of_tasks(home, *right))
 
 
 def test_what_a_vote_buys_and_what_a_point_of_it_costs(tmp_path: Path) -> None:
     """Two thirds right win every large vote: 14 of 21 alone, and nearly all of 16."""
-    probe = probed(tmp_path, *[14] * 6, *[0] * 4)
-    found = VOTING.facts(probe)
-    assert found.one
-    assert found.most
+    found = bought(tmp_path, *[14] * 6, *[0] * 4).voting
+    assert found
     assert found.one.voted.value == pytest.approx(0.6 * 14 / 21)
     assert found.most.voted.value == pytest.approx(0.6, abs=0.01)
     assert found.most.passed.value == pytest.approx(0.6)
-    assert found.most.gains
-    told = VOTING.finding(probe)
-    assert told.rows[1][0] == "1, greedy"
-    (*_, seconds, tokens) = told.rows[-1]
-    points = 100 * found.most.gain.value
-    assert seconds.startswith(f"{1000 * 0.45 / points:.3g}")
-    assert tokens == f"{45 / points:.3g}"
-    assert "and beats one sample" in told.lines[0]
-    assert "3.25 times the engine's seconds and 16.0 times the tokens" in told.lines[0]
-    assert "One greedy answer solves 0.0%" in told.lines[1]
+    assert found.beats == "yes"
+    points = found.most.gain.value or 0
+    assert points == pytest.approx(20, abs=1)
+    assert found.most.point_s.value == pytest.approx(0.45 / points)
+    assert found.most.point_tokens.value == pytest.approx(45 / points)
+    assert [found.times_seconds.value, found.times_tokens.value] == pytest.approx([3.25, 16])
+    assert (found.greedy.value, found.tasks, found.drawn) == (0, 10, 21)
 
 
-def test_a_vote_that_gains_nothing_says_so(tmp_path: Path) -> None:
-    rare = VOTING.finding(probed(tmp_path, 3, 2, 3, 2, 1, 2))
-    assert "is worse than one sample" in rare.lines[0]
-    assert rare.rows[-1][-2:] == ["–", "–"]
-    none = VOTING.finding(probed(tmp_path / "b", 0, 0, 0))
-    assert "is not shown to beat one sample" in none.lines[0]
-    (row,) = KINDS.finding(probed(tmp_path / "c", 3, 2)).rows[1:]
-    assert row[:3] == ["add two", "2", "0%"]
-    assert row[-1] != "0%"
+@pytest.mark.parametrize(("right", "beats"), [((3, 2, 3, 2, 1, 2), "worse"), ((0, 0, 0), "open")])
+def test_a_vote_that_gains_nothing_has_no_price(
+    right: tuple[int, ...], beats: str, tmp_path: Path
+) -> None:
+    found = bought(tmp_path, *right).voting
+    assert found
+    assert (found.beats, found.most.point_s.known) == (beats, False)
+
+
+def test_tasks_are_counted_by_kind(tmp_path: Path) -> None:
+    (kind,) = bought(tmp_path, 3, 2).task_kinds
+    assert (kind.name, kind.tasks, kind.greedy.value) == ("add two", 2, 0)
+    assert kind.now_and_then
+    assert kind.passed.value
 
 
 def test_a_larger_model_is_weighed_by_the_seconds_of_samples(tmp_path: Path) -> None:
     """An answer here takes 0.2 s, and a sample more 30 ms."""
-    probe = probed(tmp_path, 14, 0)
-    found = LARGER.facts(probe)
-    assert found.one_s == 0.2
-    assert found.sample_more_s == pytest.approx(0.03)
+    run = of_tasks(tmp_path, 14, 0)
+    found, tasks, point = facts(run).larger_model, solved(probed(run)), run.points[0]
+    assert found
+    assert found.one_s.value == 0.2
+    assert found.sample_more_s.value == pytest.approx(0.03)
+    one_s, more_s = Quantity(0.2, "s"), Quantity(0.03, "s")
     times = 1 + 5.5 * 0.03 / 0.2  # five samples more for the seconds of one answer
     larger = replace(SHAPE, params=3000, weight_bytes=round(times * (2000 + 64 * 32)) - 64 * 32)
-    row = weighed("larger", larger, probe.points[0], VOTING.facts(probe), 0.03)
-    assert row.times == pytest.approx(times, rel=1e-3)
-    assert (row.alone, row.alone_text, row.busy) == (6, "6", 1)  # as many products, read anew
-    assert [row.passed, row.voted] == pytest.approx([14 / 21 / 2] * 2)
-    thrice = weighed("more", replace(larger, matmul_params=5000), probe.points[0],
-                     VOTING.facts(probe), 0.03)  # fmt: skip
+    row = weighed("larger", larger, point, tasks, one_s, more_s)
+    assert row.times.value == pytest.approx(times, rel=1e-3)
+    assert (row.alone, row.alone_is_beyond, row.busy) == (6, False, 1)  # as many products
+    assert [row.passed.value, row.voted.value] == pytest.approx([14 / 21 / 2] * 2)
+    thrice = weighed("more", replace(larger, matmul_params=5000), point, tasks, one_s, more_s)
     assert thrice.busy == 2  # 10,000 + 4,096 FLOP of attention for 2,000 + 4,096
-    assert thrice.passed == pytest.approx((1 - 7 * 6 / (21 * 20)) / 2)
-    assert all(row.alone_text == "more than 21" for row in found.rows)
-    assert "(21 drawn)" in found.rows[-1].busy_text
-    assert "no measurement of a larger model" in LARGER.finding(probe).lines[0]
+    assert thrice.passed.value == pytest.approx((1 - 7 * 6 / (21 * 20)) / 2)
+    assert all(row.alone_is_beyond for row in found.rows)
+    assert (found.rows[-1].busy_is_beyond, found.rows[-1].weighed) == (True, 21)
+    assert weighed("free", larger, point, tasks, one_s, 0 * more_s).alone_is_beyond
     sizes = [shape.params for shape in known_shapes().values()]
     assert sizes == sorted(sizes)
 
 
 def test_a_perfect_check_bounds_what_a_reward_model_can_add(tmp_path: Path) -> None:
     """Of 3 right in 21 a vote of 16 takes none, and 16 of them miss all three now and then."""
-    found = VERIFIER.facts(probed(tmp_path, 3, 3, 21, 0))
-    assert found.gap
+    found = bought(tmp_path, 3, 3, 21, 0).verifier
+    assert found
     missed = (5 * 4 * 3) / (21 * 20 * 19)
-    assert found.gap.value == pytest.approx((2 * (1 - missed)) / 4, abs=0.001)
-    once, by_step = found.readers
-    assert by_step.seconds >= once.seconds > 0
-    assert "nothing of it was measured" in VERIFIER.finding(probed(tmp_path / "b", 3, 0)).lines[1]
+    assert found.gap.value == pytest.approx(100 * (2 * (1 - missed)) / 4, abs=0.1)
+    once_s, by_step_s = found.at_the_end.seconds.value, found.by_step.seconds.value
+    assert by_step_s
+    assert once_s
+    assert by_step_s >= once_s > 0
 
 
-def test_costs_are_told_beside_one_sample_and_hits_as_exact_or_not() -> None:
-    one = Cost("on", "one", 1, 1, 1.2, 20.0, 0.3, 0.0, 0.0)
-    eight = Cost("on", "apart", 8, 8, 1.8, 100.0, 0.4, 0.7875, 0.7875)
-    told = tell_costs((one, eight))
-    assert "8 samples in 8 requests take 1.50 times as long" in told.lines[0]
-    assert "found exactly" in told.lines[1]
-    assert "found exactly" not in tell_costs((one, replace(eight, hit_rate=0.7))).lines[1]
-    assert tell_costs((replace(one, seconds=None),)).rows[1][3] == "–"
-
-
-def test_voting_without_a_probe_is_empty(tmp_path: Path) -> None:
-    assert voting(context(tmp_path, make_lab(), {})).most is None
+@pytest.mark.parametrize(
+    ("hits", "exactly"), [(7 * 288 / (8 * 320), "exactly"), (0.7, "not exactly"), (None, "unknown")]
+)
+def test_costs_stand_beside_one_sample_and_hits_are_exact_or_not(
+    hits: float | None, exactly: str, tmp_path: Path
+) -> None:
+    found = facts(judged_run(context(tmp_path, LAB, {
+        "on/one/waves-1": {"output_tokens_per_s": 20.0},
+        "on/apart/waves-8": {"output_tokens_per_s": 100.0, "prefix_hit_rate": hits},
+        "off/apart/waves-8": {"output_tokens_per_s": 50.0},
+    })))  # fmt: skip
+    assert found.sampling_cost
+    (eight,) = found.sampling_cost.several
+    assert found.sampling_cost.one_s.value == pytest.approx(24 / 20)
+    assert (eight.samples, eight.requests) == (8, 8)
+    assert eight.times.value == pytest.approx(8 * 24 / 100 / (24 / 20))
+    assert found.sampling_cost.found == exactly
+    assert (found.voting, found.task_kinds, found.verifier) == (None, (), None)  # no task was asked

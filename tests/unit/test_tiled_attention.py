@@ -1,8 +1,7 @@
-"""Attention by itself and on the engine: the arithmetic by hand, the fits, and what is told."""
+"""Attention by itself and on the engine: the arithmetic by hand, fits, the facts of a run."""
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,28 +12,21 @@ import pytest
 
 from labs import LABS
 from labs.harness import theory
-from labs.harness.facts.context import Context
+from labs.harness.facts.context import JudgedRun
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.results import Predictions, RunFolder, write_gzip, write_json
 from labs.harness.running.attention import time_attention
 from labs.harness.spec import Point
+from labs.harness.telling.plots import plots_of
 from labs.harness.telling.report import formulas
 from labs.tiled_attention.facts import (
-    CONTEXTS,
-    PROMPTS,
-    TILING,
     Estimate,
-    cuts_traffic,
-    draw_growth,
-    draw_lengths,
+    Tiling,
+    facts,
     least_squares,
     power_of_memory,
     power_of_time,
     quadratic,
-    splitting,
-    tell_contexts,
-    tell_prompts,
-    tell_tiling,
 )
 from labs.tiled_attention.lab import (
     arithmetic,
@@ -46,8 +38,7 @@ from serving import attention, gpus
 from serving.attention import AttentionTimes, Kernel, KernelTimes
 from serving.engines.vllm_harmless import refusal
 from tests.unit.builders import CEILINGS, MACHINE, SHAPE
-from tests.unit.judged import context, judged, judged_run
-from tests.unit.test_findings import cells
+from tests.unit.judged import context, judged_run, told_of, with_facts
 
 LAB = LABS["tiled-attention"].at("cpu", quick=False)
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -201,7 +192,7 @@ def test_errors_of_a_fit_are_those_of_a_textbook() -> None:
     assert least_squares([[1.0, 1.0], [2.0, 2.0]], [1.0, 2.0]) is None
 
 
-# --------------------------------------------------------------------------------- what is told
+# ------------------------------------------------------------------------------------ the facts
 
 
 def times_of(left_out: dict[str, str] | None = None) -> AttentionTimes:
@@ -221,13 +212,19 @@ def times_of(left_out: dict[str, str] | None = None) -> AttentionTimes:
     )  # fmt: skip
 
 
-def measured(home: Path, values: dict[str, Any], times: AttentionTimes | None = None) -> Context:
+def measured(home: Path, values: dict[str, Any], times: AttentionTimes | None = None) -> JudgedRun:
     found = context(home, LAB, values)
     told = arithmetic(LAB, found.points[0])
     predictions = Predictions(effects={}, forecasts={}, arithmetic=told)
     write_json(found.folder.path / "predictions.json", predictions)
     if times:
         write_gzip(found.folder.attention_file, orjson.loads(times.model_dump_json()))
+    return judged_run(found)
+
+
+def tiling_of(run: JudgedRun) -> Tiling:
+    found = facts(run).tiling
+    assert found
     return found
 
 
@@ -243,29 +240,40 @@ SERVED = {
 }  # fmt: skip
 
 
-def test_what_tiling_saves_is_told_with_what_was_predicted(tmp_path: Path) -> None:
-    found = measured(tmp_path, {}, times_of({"untiled/16384": "its scores would take 10 GB"}))
-    finding = tell_tiling(TILING.facts(found))
-    assert cells(finding, 0) == [[f"{n:,}"] for n in LENGTHS]
-    text = " ".join(finding.lines)
-    assert "Memory grows without tiles as N^2.00 (2.00 to 2.00), predicted N^2 (held)" in text
-    assert "with tiles as N^1.00 (1.00 to 1.00), predicted N (held)" in text
-    assert "Time grows without tiles as N^2.00" in text
-    assert "1.12 times what the scores and their softmax take (held)" in text
-    beside = r"with tiles takes 0\.25x \(.*\) the time of that without, predicted at most 1"
-    assert re.search(beside + r" \(not broken", text)
-    assert "Left out: 16,384 tokens without tiles, as its scores would take 10 GB." in text
-    answer = cuts_traffic(judged_run(found))
-    assert answer
-    assert "never writes the scores down" in answer
+def test_what_tiling_saves_is_held_against_what_was_predicted(tmp_path: Path) -> None:
+    run = measured(tmp_path, {}, times_of({"untiled/16384": "its scores would take 10 GB"}))
+    found = tiling_of(run)
+    assert [n.tokens for n in found.lengths] == [*LENGTHS]
+    grown = [found.memory.untiled, found.memory.tiled, found.time.untiled, found.time.tiled]
+    assert [g.power.value for g in grown] == pytest.approx([2, 1, 2, 2], abs=0.01)
+    assert {g.outcome for g in grown} == {"held"}
+    assert found.longest
+    assert found.longest.of_formula.value == pytest.approx(1.125)  # 2.25 copies of two
+    assert found.longest.memory_outcome == "held"
+    assert found.longest.at.times_ratio.value == pytest.approx(0.25)
+    assert found.longest.time_outcome == "not broken"
+    flop = theory.attention_flops(SHAPE, 8192)
+    assert found.longest.tiled_rate.value == pytest.approx(flop / (1e-9 * 8192**2) / 1e9)
+    assert found.longest.is_above_bf16_rate  # of the abacus
+    assert [(out.kernel, out.tokens) for out in found.left_out] == [("untiled", 16384)]
+    assert "KO-1" in told_of(run).answers
 
 
-def test_a_run_in_which_it_was_not_timed_says_so(tmp_path: Path) -> None:
-    found = measured(tmp_path, {})
-    assert "not timed" in tell_tiling(TILING.facts(found)).lines[0]
-    assert cuts_traffic(judged_run(found)) is None
-    assert draw_growth(judged_run(found)) is None
-    assert draw_lengths(judged_run(found)) is None
+def test_the_longest_length_is_one_of_both_kernels(tmp_path: Path) -> None:
+    times = times_of()
+    timed = tuple(t for t in times.timed if (t.kernel, t.tokens) != ("untiled", 8192))
+    found = tiling_of(measured(tmp_path, {}, times.model_copy(update={"timed": timed})))
+    assert found.longest
+    assert found.longest.at.tokens == 4096
+    assert not found.lengths[-1].times_ratio.known
+    assert not found.memory.untiled.power.known  # of three lengths
+
+
+def test_a_run_in_which_it_was_not_timed_has_no_answer(tmp_path: Path) -> None:
+    run = measured(tmp_path, {})
+    assert facts(run).tiling is None
+    assert "KO-1" not in told_of(run).answers
+    assert not any(plots_of(LAB.name)[name](with_facts(run)) for name in ("growth", "lengths"))
 
 
 def test_damaged_times_are_named(tmp_path: Path) -> None:
@@ -275,15 +283,16 @@ def test_damaged_times_are_named(tmp_path: Path) -> None:
         found.folder.attention_times()
 
 
-def test_the_square_in_ttft_is_told_with_its_share(tmp_path: Path) -> None:
-    found = measured(tmp_path, SERVED)
-    facts = PROMPTS.facts(found)
-    assert facts.fit
-    assert facts.fit.squared.value == pytest.approx(1e-6, rel=0.15)
-    text = " ".join(tell_prompts(facts).lines)
-    assert "At 1,536 tokens 60% (" in text
-    assert ": it shows." in text
-    assert "as long as all that grows as N at" in text
+def test_the_square_in_ttft_is_a_share_with_an_interval(tmp_path: Path) -> None:
+    found = facts(measured(tmp_path, SERVED)).long_prompts
+    assert found
+    assert found.fit
+    assert found.longest
+    assert found.fit.squared.value == pytest.approx(1e-6, rel=0.15)
+    assert found.longest.squared_share.value == pytest.approx(0.6, abs=0.01)
+    assert found.shows == "yes"
+    assert found.even_tokens.value == pytest.approx(1000, rel=0.2)
+    assert not found.is_even_beyond
 
 
 def test_a_line_in_ttft_shows_no_square(tmp_path: Path) -> None:
@@ -291,28 +300,22 @@ def test_a_line_in_ttft_shows_no_square(tmp_path: Path) -> None:
         f"default/{name}/concurrent-1": {"ttft_mean_s": [1e-3 * n, 1.05e-3 * n, 1.02e-3 * n]}
         for name, n in (("short", 128), ("long", 512), ("longest", 1536))
     }
-    text = " ".join(tell_prompts(PROMPTS.facts(measured(tmp_path, line))).lines)
-    assert ": the interval includes 0." in text
-    assert "as long as all" not in text
+    found = facts(measured(tmp_path, line)).long_prompts
+    assert found
+    assert found.shows == "may not"
+    assert not found.even_tokens.known
 
 
 def test_the_slope_of_a_step_gives_the_rate_of_reading(tmp_path: Path) -> None:
-    """64 us a token of 64 bytes: 1 MB/s, the whole bandwidth of the abacus."""
-    found = measured(tmp_path, SERVED)
-    (facts,) = CONTEXTS.facts(found)
-    assert facts.kv_bytes_per_token == SHAPE.kv_bytes_per_token() == 32
-    assert facts.kv_bytes_per_s
-    assert facts.kv_bytes_per_s.value == pytest.approx(32 / 64e-6, rel=0.01)
-    finding = tell_contexts((facts,))
-    assert cells(finding, 0, 1) == [["default", "136"], ["default", "1,544"]]
-    assert "add 64" in finding.lines[0]
-    assert "32 ms at least (not broken)" in finding.lines[0]
-    answer = splitting(judged_run(found))
-    assert answer
-    assert "not compared here" in answer
-    split = splitting(judged_run(found, [judged("split", 0.5)]))
-    assert split
-    assert "0.50x (0.45 to 0.55) the TPOT behind a long" in split
+    """64 us a token of 32 bytes: half of the bandwidth of the abacus."""
+    run = measured(tmp_path, SERVED)
+    (found,) = facts(run).long_contexts
+    assert [s.tokens for s in found.steps] == [136, 1544]
+    assert found.per_thousand_s.value == pytest.approx(0.064, rel=0.01)
+    assert found.rate.value == pytest.approx(32 / 64e-6 / 1e9, rel=0.01)
+    assert found.least_per_thousand_s.value == pytest.approx(0.032)
+    assert (found.adds, found.outcome) == (True, "not broken")
+    assert "KO-4" in told_of(run).answers
 
 
 def test_a_context_that_costs_nothing_is_not_given_a_rate(tmp_path: Path) -> None:
@@ -320,15 +323,13 @@ def test_a_context_that_costs_nothing_is_not_given_a_rate(tmp_path: Path) -> Non
         f"default/{name}/concurrent-1": {"tpot_mean_s": [0.02, 0.021, 0.0205]}
         for name in ("near", "far")
     }
-    (facts,) = CONTEXTS.facts(measured(tmp_path, flat))
-    assert "; the interval includes 0." in tell_contexts((facts,)).lines[0]
+    (found,) = facts(measured(tmp_path, flat)).long_contexts
+    assert (found.adds, found.rate.low) == (False, None)
 
 
 def test_both_plots_are_drawn(tmp_path: Path) -> None:
-    run = judged_run(measured(tmp_path, SERVED, times_of()))
-    for draw in (draw_growth, draw_lengths):
-        caption = draw(run)
-        assert caption
+    run = with_facts(measured(tmp_path, SERVED, times_of()))
+    assert all(plots_of(LAB.name)[name](run) for name in ("growth", "lengths"))
 
 
 # ------------------------------------------------------------------------------- within a run
