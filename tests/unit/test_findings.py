@@ -14,13 +14,10 @@ import pytest
 from labs import LABS
 from labs.chunked_prefill.facts import TOKEN_BUDGET
 from labs.chunked_prefill.lab import context_tokens
-from labs.harness import theory
 from labs.harness.facts.context import Context
-from labs.harness.facts.drawing import plt
 from labs.harness.facts.offloading import CopyOrCompute, break_even_sentence
 from labs.harness.facts.parts import Conclusion, parts_of
 from labs.harness.facts.quality import QUALITY
-from labs.harness.facts.steps import Parts, decode_s
 from labs.harness.facts.weights import WEIGHTS
 from labs.harness.filing.results import (
     Band,
@@ -32,7 +29,6 @@ from labs.harness.filing.results import (
     write_json,
 )
 from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletion
-from labs.harness.judging.judge import Caveat
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.signals import QUEUE, Watch, Watched
 from labs.harness.judging.signals import SIGNALS as SIGNAL_NAMES
@@ -41,7 +37,6 @@ from labs.kv_quantization.facts import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
 from labs.multi_lora.facts import ADAPTER_COST, TENANT_LEAKS, TENANT_MEMORY
 from labs.overload.facts import ADMISSION, ALARMS, BEST_FLAGS, CLASSES, SIGNALS
 from labs.quantization_tools.facts import TOOLS_COMPARED
-from labs.single_stream.facts import FLAGS, PHASES, flag_effects, phase
 from labs.speculative_decoding.facts import (
     ACCEPTANCE,
     SAME_TEXT,
@@ -54,11 +49,8 @@ from loadtests.records import RequestRecord
 from loadtests.workload import Adapters, Fixed, Intruder
 from serving import metrics
 from serving.adapters import mark_of
-from serving.forecasting.step import StepTimes
 from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import (
-    CEILINGS,
-    SHAPE,
     make_lab,
     make_point,
     make_record,
@@ -939,212 +931,3 @@ def test_one_base_for_all_tenants_saves_the_others(tmp_path: Path) -> None:
     # n bases of 2000 bytes against one and n adapters of 400
     assert rows[0] == ["1", f"{2000 / 2400:.1f}x"]
     assert rows[-1] == ["1,000", f"{2_000_000 / 402_000:.1f}x"]
-
-
-# ------------------------------------------------------------------------------------ one stream
-
-
-def alone(home: Path, values: Mapping[str, Values]) -> Context:
-    """Two variants decode eight tokens after four, and prefill eight."""
-    return context(
-        home,
-        make_lab(
-            variants=(Variant(name="default"), Variant(name="eager")),
-            workloads=(
-                make_workload("concurrent:1", name="decode"),
-                make_workload("concurrent:1", name="prefill", prompt_tokens=Fixed(tokens=8),
-                              output_tokens=Fixed(tokens=1)),
-            ),
-            claims=(), evidence=(),
-        ),
-        {f"{variant}/{workload}/concurrent-1": of for (variant, workload), of in
-         ((key.split(), of) for key, of in values.items())},
-    )  # fmt: skip
-
-
-def test_the_two_phases_by_their_work(tmp_path: Path) -> None:
-    found = alone(
-        tmp_path, {"default decode": {"tpot_mean_s": 1}, "default prefill": {"ttft_mean_s": 2}}
-    )
-    decode, prefill = phase(found, "default", "decode"), phase(found, "default", "prefill")
-    assert decode
-    assert prefill
-    assert decode.moved_bytes == theory.decode_bytes(SHAPE, 1, decode.point.context_tokens)
-    reading_s = decode.moved_bytes / CEILINGS.memory_bandwidth_bytes_per_s
-    assert decode.parts.reading_s == pytest.approx(reading_s)
-    assert prefill.flop == theory.prefill_flops(SHAPE, 8)
-    computing_s = prefill.flop / CEILINGS.bf16_flops_per_s
-    assert prefill.parts.computing_s == pytest.approx(computing_s)
-    finding = PHASES.finding(found)
-    assert cells(finding, 0, 1, 5) == [
-        ["decode, 1 token", "1 s", "1"], ["prefill, 8 tokens", "2 s", "4"],
-    ]  # fmt: skip
-    ridge = CEILINGS.ridge_flops_per_byte
-    for row, p in zip(finding.rows[1:], (decode, prefill), strict=True):
-        above = p.flop / p.moved_bytes > ridge
-        assert row[-1] == ("arithmetic" if above else "memory bandwidth")
-    assert (
-        "takes in 4 tokens/s where decode, with the same weights, puts out 1." in finding.lines[0]
-    )
-
-
-@pytest.mark.parametrize(
-    ("measured_s", "limit"),
-    [(0.0263, "neither ceiling limits"), (0.016, "memory bandwidth limits"),
-     (0.0105, "memory bandwidth limits"), (0.0200, "no one part alone limits")],
-)  # fmt: skip
-def test_the_parts_of_a_step_add_up_as_they_are_printed(measured_s: float, limit: str) -> None:
-    parts = Parts(measured_s=measured_s, reading_s=0.00939, computing_s=0.00132)
-    numbers = [cell.removesuffix("%)").split(" ms (") for cell in parts.cells()]
-    assert sum(float(ms) for ms, _ in numbers) == pytest.approx(1000 * measured_s, abs=0.005)
-    assert sum(int(share) for _, share in numbers) == 100
-    assert parts.limit == limit
-    sentence = parts.sentence("A step")
-    assert ("overlap" in sentence) == (measured_s < 0.00939 + 0.00132)
-
-
-@pytest.mark.parametrize(
-    ("stand_in_s", "parts_ms", "told"),
-    [
-        (0.020, [9.4, 1.3, 9.3, 6.3], "6.3 ms (24%) the engine's own."),
-        (0.028, [9.4, 1.3, 17.3, -1.7], "less 1.7 ms (7%) by which the engine was faster."),
-        (0.009, [9.4, 1.3, 0.0, 15.6], "0.0 ms (0%) overhead beyond both ceilings, 15.6 ms"),
-    ],
-)
-def test_a_step_with_a_timed_stand_in_has_four_parts(
-    stand_in_s: float, parts_ms: list[float], told: str
-) -> None:
-    """Also where the engine was faster than it, or where it reads and computes at once."""
-    parts = Parts(0.0263, 0.00939, 0.00132, stand_in_s)
-    numbers = [cell.removesuffix("%)").split(" ms (") for cell in parts.cells()]
-    assert [float(ms) for ms, _ in numbers] == pytest.approx(parts_ms)
-    assert sum(float(ms) for ms, _ in numbers) == pytest.approx(26.3)
-    assert sum(int(share) for _, share in numbers) == 100
-    assert parts.rest_s == pytest.approx(parts.overhead_s + parts.engine_s)
-    assert told in parts.sentence("A step")
-
-
-def with_stand_in(found: Context, *variants: str, steps: int = 1) -> Context:
-    """The same run, forecast over steps of one second and one second more for each token."""
-    keys = [p.key for p in found.points if p.variant.name in variants]
-    band = {"tpot_mean_s": Band(value=1, low=1, high=1)}
-    times = StepTimes(
-        tokens=(0, 100), linear_s=(1, 101), rows=(1, 2), head_s=(0, 0), attention_pair_s=0,
-        attention_read_s=0,
-    )  # fmt: skip
-    forecasts = PointForecasts(
-        points=dict.fromkeys(keys, band), step_times=[times.model_dump()] * steps
-    )
-    before = Predictions(effects={}, forecasts={}, in_virtual_time=forecasts)
-    write_json(found.folder.path / "predictions.json", before)
-    return found
-
-
-def test_a_pass_has_its_stand_in_where_one_was_timed(tmp_path: Path) -> None:
-    values: dict[str, Values] = {
-        "default decode": {"tpot_mean_s": 3}, "default prefill": {"ttft_mean_s": 20},
-        "eager decode": {"tpot_mean_s": 3}, "eager prefill": {"ttft_mean_s": 20},
-    }  # fmt: skip
-    found = with_stand_in(alone(tmp_path, values), "default")
-    decode, prefill = phase(found, "default", "decode"), phase(found, "default", "prefill")
-    eager = phase(found, "eager", "decode")
-    assert decode
-    assert prefill
-    assert eager
-    assert (decode.stand_in_s, prefill.stand_in_s, eager.stand_in_s) == (2, 9, None)
-    finding = PHASES.finding(found)
-    assert finding.rows[0][2:6] == ["Reading", "Computing", "Overhead", "The engine's own"]
-    assert "stand-in step, timed before the engine started" in " ".join(finding.lines)
-    figure = FLAGS.draw
-    assert figure
-    assert "these two are told as one, the rest" in (figure(flag_effects(found)) or "")
-    labels = {text.get_text() for text in plt.gcf().legends[0].get_texts()}
-    assert {"overhead", "the engine's own", "the rest"} <= labels
-    plt.close("all")
-
-
-def test_a_step_that_brings_a_token_has_at_least_one_request() -> None:
-    """Between whole numbers of requests its time is interpolated."""
-    times = StepTimes(
-        tokens=(1, 2), linear_s=(1, 3), rows=(1, 2), head_s=(0, 0), attention_pair_s=0,
-        attention_read_s=0,
-    )  # fmt: skip
-    assert [decode_s(times, batch, 8) for batch in (0.9, 1, 1.25, 2)] == [1, 1, 1.5, 3]
-
-
-def test_whose_step_was_timed_is_not_guessed(tmp_path: Path) -> None:
-    """Of a lab with several models or kinds of kernels, several steps are on file."""
-    found = with_stand_in(
-        alone(tmp_path, {"default decode": {"tpot_mean_s": 3}}), "default", steps=2
-    )
-    decode = phase(found, "default", "decode")
-    assert decode
-    assert decode.stand_in_s is None
-    assert PHASES.finding(found).rows[0][2:5] == ["Reading", "Computing", "The rest"]
-
-
-def test_mbu_and_mfu_beside_the_flags_are_those_of_every_point(tmp_path: Path) -> None:
-    found = alone(
-        tmp_path,
-        {"default decode": {"tpot_mean_s": 1, "mbu": 0.36},
-         "default prefill": {"ttft_mean_s": 2, "mfu": 0.73}},
-    )  # fmt: skip
-    assert cells(FLAGS.finding(found), 2, 6) == [["36%", "73%"]]
-
-
-def test_which_flag_matters_is_told_beside_the_noise(tmp_path: Path) -> None:
-    found = alone(
-        tmp_path,
-        {
-            "default decode": {"tpot_mean_s": [1.0, 1.01, 0.99]},
-            "eager decode": {"tpot_mean_s": [1.5, 1.515, 1.485]},
-            "default prefill": {"ttft_mean_s": [1.0, 1.01, 0.99]},
-            "eager prefill": {"ttft_mean_s": [1.0, 1.01, 0.99]},
-        },
-    )
-    finding = FLAGS.finding(found)
-    assert cells(finding, 0, 3, 4, 7, 8) == [
-        ["default", "–", "–", "–", "–"],
-        ["eager", "1.50x (1.46 to 1.55)", "yes", "1.00x (0.97 to 1.03)", "no"],
-    ]
-    assert finding.lines[0].startswith("`default` decodes fastest")
-    assert finding.lines[2:] == [
-        "These flags matter to decode, by TPOT beside the defaults: `eager` 1.50x (1.46 to 1.55)."
-    ]
-
-
-def test_a_flag_without_its_evidence_matters_to_nothing(tmp_path: Path) -> None:
-    found = alone(
-        tmp_path,
-        {"default decode": {"tpot_mean_s": [1.5, 1.51, 1.49]},
-         "eager decode": {"tpot_mean_s": [1.0, 1.01, 0.99]},
-         "eager prefill": {"ttft_mean_s": 1.0}},
-    )  # fmt: skip
-    caveat = Caveat(name="treatment not applied", text="", blocks=True,
-                    point="eager/decode/concurrent-1")  # fmt: skip
-    finding = FLAGS.finding(replace(found, caveats=[caveat]))
-    assert cells(finding, 0, 4, 8) == [["default", "–", "–"], ["eager", "not valid", "–"]]
-    assert not any("fastest" in line for line in finding.lines)  # one is left, beside no other
-    assert finding.lines[1].startswith("Not valid, as *Validity* says: `eager` 0.67x")
-
-
-def test_defaults_that_are_not_valid_are_not_the_fastest(tmp_path: Path) -> None:
-    decode = {"default": [1.0, 1.01, 0.99], "eager": [1.5, 1.51, 1.49]}
-    found = alone(tmp_path, {f"{n} decode": {"tpot_mean_s": v} for n, v in decode.items()})
-    assert FLAGS.finding(found).lines[0].startswith("`default` decodes fastest")
-    caveat = Caveat(name="load from others", text="", blocks=True,
-                    point="default/decode/concurrent-1")  # fmt: skip
-    told = FLAGS.finding(replace(found, caveats=[caveat]))
-    assert not any("fastest" in line for line in told.lines)
-
-
-def test_one_repeat_settles_no_flag(tmp_path: Path) -> None:
-    found = alone(
-        tmp_path, {"default decode": {"tpot_mean_s": 1.0}, "eager decode": {"tpot_mean_s": 1.5}}
-    )
-    found = replace(found, values={key: {1: of[1]} for key, of in found.values.items()})
-    finding = FLAGS.finding(found)
-    assert cells(finding, 3, 4, 8) == [
-        ["–", "–", "–"], ["1.50x (of one repeat)", "not settled", "–"],
-    ]  # fmt: skip
-    assert finding.lines[-1] == "Not settled by these repeats: `eager` 1.50x (of one repeat)."

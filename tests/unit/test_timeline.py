@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from labs.chunked_prefill.facts import MOST_GAPS_DRAWN, draw_timeline
-from labs.continuous_batching.facts import draw_static
+from labs.continuous_batching.facts import facts
+from labs.continuous_batching.plots import static
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.drawing import PLAYED
 from labs.harness.filing.results import PointForecasts, Predictions, RunFolder, write_json
@@ -186,9 +187,9 @@ def test_fixed_batches_are_drawn_beside_those_that_were_forecast(
         tmp_path, lab, {"base waves:2": trial, "base concurrent:2": trial},
         {"base waves:2": played} if kept else {},
     )  # fmt: skip
-    caption = draw_static(run)
-    assert caption
-    assert caption.endswith(PLAYED) == kept
+    found = facts(run)
+    assert found.played == kept
+    assert static(run, found)
     waves, _ = plt.gcf().axes
     lines = [np.asarray(line.get_xydata()).tolist() for line in waves.lines]
     assert lines[0] == [[0, 0], [1, 1], [1, 2], [2, 1], [4, 0]]
