@@ -12,17 +12,11 @@ import numpy as np
 import pytest
 
 from labs import LABS
-from labs.chunked_prefill.facts import chunks_solve, split
 from labs.harness.facts.context import Context
 from labs.harness.facts.drawing import plt
 from labs.harness.facts.parts import Conclusion, answers, parts_of
 from labs.harness.filing.results import (
-    Band,
     Finding,
-    OnTwoEngines,
-    PointForecasts,
-    Predictions,
-    write_json,
 )
 from labs.harness.judging.metrics import METRICS
 from labs.harness.page import ANSWERS, folder_of, page_of
@@ -31,7 +25,6 @@ from labs.harness.telling import plots
 from labs.kv_quantization.facts import memory_steps
 from labs.speculative_decoding.facts import speculation_wins
 from labs.weight_quantization.facts import phases, winners
-from loadtests.workload import Intruder
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
 from tests.unit.judged import ABOUT, context, judged, judged_run, told_of, with_facts, withheld
 from tests.unit.test_findings import guessing
@@ -164,84 +157,6 @@ def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: P
             for draw in plots._drawn(lab).values():
                 draw(run)
                 plt.close("all")
-
-
-def test_the_price_of_small_pieces_is_told_beside_what_they_solve(tmp_path: Path) -> None:
-    """Claims of a run that was made before the price was one of them are enough."""
-    variants = tuple(
-        Variant(name=name, flags={"max-num-batched-tokens": tokens,
-                                  "enable-chunked-prefill": name != "whole"})
-        for name, tokens in (("sixteenth", 10), ("whole", 64))
-    )  # fmt: skip
-    workload = make_workload("contended:2/1", intruder=Intruder(prompt_tokens=32))
-    lab = make_lab(variants=variants, workloads=(workload,), claims=(), evidence=(),
-                   findings=("token-budget",))  # fmt: skip
-    values = {
-        f"{name}/short/contended-2-1": {
-            "stall_mean_s": 0.1, "intruder_ttft_mean_s": 0.5, "ttft_mean_s": ttft_s
-        }
-        for name, ttft_s in (("sixteenth", 1.2), ("whole", 0.2))
-    }  # fmt: skip
-    judgements = [judged("stall-sixteenth", 0.1), judged("ttft", 1.4)]
-    text = chunks_solve(judged_run(context(tmp_path, lab, values), judgements))
-    assert text
-    assert "stall is 0.10x" in text
-    assert text.endswith(
-        "With `sixteenth` their own first token takes 1.2 s on average, without chunks"
-        " 200 ms: 6.00x (6.00 to 6.00), the ratio of their geometric means."
-    )
-
-
-def test_a_split_is_told_as_a_forecast_and_only_where_there_is_one(tmp_path: Path) -> None:
-    lab = make_lab(
-        variants=tuple(
-            Variant(name=n, flags={"max-num-batched-tokens": b, "enable-chunked-prefill": c})
-            for n, b, c in (("quarter", 12, True), ("sixteenth", 6, True), ("whole", 32, False))
-        ),
-        workloads=(make_workload("contended:2/1", intruder=Intruder(prompt_tokens=32)),),
-        claims=(), evidence=(), findings=("token-budget",),
-    )  # fmt: skip
-    sixteenth, quarter, whole = (
-        f"{name}/short/contended-2-1" for name in ("sixteenth", "quarter", "whole")
-    )
-    values = {
-        key: {"stall_mean_s": 0.6, "intruder_ttft_mean_s": 0.5, "ttft_mean_s": 0.2}
-        for key in (sixteenth, quarter, whole)
-    }
-    found = context(tmp_path, lab, values)
-    told = split(judged_run(found))
-    assert told
-    assert told.endswith("The split itself was not run.")
-
-    def bands(stall_s: float, long_s: float, own_s: float, rate: float) -> dict[str, Band]:
-        figures = {
-            "stall_mean_s": stall_s, "intruder_ttft_mean_s": long_s, "ttft_mean_s": own_s,
-            "output_tokens_per_s": rate,
-        }  # fmt: skip
-        return {m: Band(value=v, low=v, high=v) for m, v in figures.items()}
-
-    forecasts = PointForecasts(
-        points={sixteenth: bands(0.1, 1.2, 0.4, 50), quarter: bands(0.2, 0.9, 0.3, 60)},
-        on_two=(
-            OnTwoEngines(point=whole, link_gbit_per_s=1, bands=bands(0.02, 0.8, 0.3, 90)),
-            OnTwoEngines(point=whole, link_gbit_per_s=100, bands=bands(0.02, 0.7, 0.3, 90)),
-            OnTwoEngines(point=quarter, link_gbit_per_s=None, bands=bands(0.2, 0.8, 0.2, 75)),
-            OnTwoEngines(point=sixteenth, link_gbit_per_s=None, bands=bands(0.1, 1.1, 0.2, 70)),
-        ),
-    )
-    predicted = Predictions(effects={}, forecasts={}, in_virtual_time=forecasts)
-    write_json(found.folder.path / "predictions.json", predicted)
-    foreseen = split(judged_run(found))
-    assert foreseen
-    assert foreseen.startswith(told)
-    assert "*Forecast, not measured*, with a second machine as fast as this one" in foreseen
-    assert (
-        "100 Gbit/s between them: stall 20 ms, TTFT of the long prompt 700 ms and of the streams"
-        " 300 ms, 90 tok/s. Over 1 Gbit/s the long prompt's first token comes after 800 ms."
-        in foreseen
-    )
-    assert "With `sixteenth` one engine is forecast to give: stall 100 ms" in foreseen
-    assert "two that share the requests: stall 100 ms, TTFT of the long prompt 1.1 s" in foreseen
 
 
 def test_the_price_of_a_remedy_is_told_with_it(tmp_path: Path) -> None:

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 
 from labs import LABS
-from labs.chunked_prefill.facts import TOKEN_BUDGET
-from labs.chunked_prefill.lab import context_tokens
 from labs.harness.facts.context import Context
 from labs.harness.facts.offloading import CopyOrCompute, break_even_sentence
 from labs.harness.facts.parts import Conclusion, parts_of
@@ -32,7 +30,7 @@ from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletio
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.signals import QUEUE, Watch, Watched
 from labs.harness.judging.signals import SIGNALS as SIGNAL_NAMES
-from labs.harness.spec import SLO, Variant
+from labs.harness.spec import Variant
 from labs.kv_quantization.facts import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
 from labs.multi_lora.facts import ADAPTER_COST, TENANT_LEAKS, TENANT_MEMORY
 from labs.overload.facts import ADMISSION, ALARMS, BEST_FLAGS, CLASSES, SIGNALS
@@ -46,13 +44,12 @@ from labs.speculative_decoding.facts import (
 )
 from labs.weight_quantization.facts import NEEDLES, OUTLIERS
 from loadtests.records import RequestRecord
-from loadtests.workload import Adapters, Fixed, Intruder
+from loadtests.workload import Adapters, Fixed
 from serving import metrics
 from serving.adapters import mark_of
 from serving.metrics import Histogram, Snapshot
 from tests.unit.builders import (
     make_lab,
-    make_point,
     make_record,
     make_workload,
 )
@@ -78,119 +75,6 @@ def test_a_run_of_which_nothing_came_has_a_finding_all_the_same(
     finding = conclusion.finding(context(tmp_path, make_lab(), {}))
     assert finding.title
     assert finding.passed is None
-
-
-# -------------------------------------------------------------------------------- chunked prefill
-
-
-def budgets(
-    home: Path,
-    limit_s: float,
-    stalls_ms: tuple[float, ...] = (10, 20, 40),
-    long_ttft_ms: tuple[float, ...] = (80, 60, 50),
-    not_valid: str = "",
-    own_ms: Sequence[Any] = (90, 30, 20),
-) -> Finding:
-    """Pieces of 8, 16 and the whole 32 tokens beside two streams."""
-    sizes = (("small", 10), ("middle", 18), ("whole", 64))
-    lab = make_lab(
-        variants=tuple(
-            Variant(name=name, flags={"max-num-batched-tokens": tokens,
-                                      "enable-chunked-prefill": name != "whole"})
-            for name, tokens in sizes
-        ),
-        workloads=(make_workload("contended:2/1", intruder=Intruder(prompt_tokens=32)),),
-        claims=(), evidence=(), slo=SLO(ttft_s=1, tpot_s=1, itl_s=limit_s),
-    )  # fmt: skip
-    values = {
-        f"{name}/short/contended-2-1": {
-            "stall_mean_s": stall / 1000, "intruder_ttft_mean_s": ttft / 1000,
-            "ttft_mean_s": np.divide(own, 1000).tolist(),
-        }
-        for (name, _), stall, ttft, own in zip(sizes, stalls_ms, long_ttft_ms, own_ms, strict=True)
-    }  # fmt: skip
-    return TOKEN_BUDGET.finding(withheld(context(home, lab, values), not_valid))
-
-
-def test_a_budget_that_is_not_valid_is_not_the_best_and_its_price_is_not_told(
-    tmp_path: Path,
-) -> None:
-    found = budgets(tmp_path, limit_s=0.025, not_valid="middle/short/contended-2-1")
-    assert cells(found, 0, 5, 6)[1] == ["middle", "not valid", "not valid"]
-    assert "`small` gives the long prompt its first token soonest" in found.lines[0]
-    found = budgets(tmp_path / "b", limit_s=0.025, not_valid="small/short/contended-2-1")
-    assert found.lines[1] == "What the smallest budget costs the streams is not valid."
-    found = budgets(tmp_path / "c", limit_s=0.015, not_valid="small/short/contended-2-1")
-    assert found.lines[0].startswith("No budget here whose figures are valid keeps the gaps")
-
-
-def test_the_budget_within_the_slo_whose_long_prompt_waits_least(tmp_path: Path) -> None:
-    found = budgets(tmp_path, limit_s=0.025)
-    assert cells(found, 0, 1, 6) == [["small", "10", "yes"], ["middle", "18", "yes"],
-                                     ["whole", "64", "no"]]  # fmt: skip
-    assert (
-        "at most 25 ms, `middle` gives the long prompt its first token soonest, after 60 ms"
-        in (found.lines[0])
-    )
-    assert "No budget here keeps the gaps within 5 ms" in budgets(tmp_path / "b", 0.005).lines[0]
-
-
-def test_what_the_streams_pay_stands_beside_what_they_gain(tmp_path: Path) -> None:
-    found = budgets(tmp_path, limit_s=0.025)
-    assert cells(found, 4, 5) == [["90 ms", "4.50x (4.50 to 4.50)"],
-                                  ["30 ms", "1.50x (1.50 to 1.50)"], ["20 ms", "–"]]  # fmt: skip
-    assert (
-        "With `small` their own first token takes 90 ms on average, without chunks 20 ms:"
-        " 4.50x (4.50 to 4.50), the ratio of their geometric means." in found.lines[1]
-    )
-
-
-@pytest.mark.parametrize(
-    ("small_ms", "said"),
-    [
-        (90, "The streams pay too: a new prompt of theirs waits"),
-        (10, "The streams do not pay: a new prompt of theirs has its first token sooner, too."),
-        ((5, 90), "Whether the streams pay too is not settled: a new prompt"),
-    ],
-)
-def test_streams_pay_or_gain_or_neither_is_settled(
-    small_ms: Any, said: str, tmp_path: Path
-) -> None:
-    found = budgets(tmp_path, limit_s=0.025, own_ms=(small_ms, 30, 20))
-    assert found.lines[1].startswith(said)
-    assert " With `small` their own first token takes " in found.lines[1]
-
-
-def test_the_stall_is_a_line_over_the_piece(tmp_path: Path) -> None:
-    """8, 16 and 32 tokens take 10, 20 and 40 ms: no decode step, and 1.25 ms a token."""
-    line = budgets(tmp_path, 0.1).lines[2]
-    assert "+ 1.25 ms a token (R² 1.000)" in line
-    assert "prefill runs at 800 tok/s" in line
-
-
-def test_the_context_of_the_streams_leaves_the_long_prompts_out() -> None:
-    point = make_point(load="contended:2/1", intruder=Intruder(prompt_tokens=32))
-    assert 32 in [prompt for prompt, _ in point.lengths]
-    (own,) = {(prompt, output) for prompt, output in point.lengths if prompt != 32}
-    assert context_tokens(point) == own[0] + own[1] / 2
-
-
-def test_a_long_prompt_that_takes_longer_than_the_time_to_the_next_is_told(tmp_path: Path) -> None:
-    assert not any("at once" in line for line in budgets(tmp_path / "a", 0.1).lines)
-    late = budgets(tmp_path / "b", 0.1, long_ttft_ms=(1080, 60, 50))
-    assert "With `small` a long prompt takes longer than the time between two." in late.lines[2]
-
-
-def test_a_stall_that_shrinks_with_the_piece_has_no_line(tmp_path: Path) -> None:
-    assert not [
-        line for line in budgets(tmp_path, 0.1, (40, 20, 10)).lines if "prefill runs at" in line
-    ]
-
-
-def test_the_link_that_a_split_of_prefill_needs(tmp_path: Path) -> None:
-    """32 tokens of 32 bytes in the 50 ms of `whole`: 0.00016 Gbit/s."""
-    assert "send 0.0 MB" in budgets(tmp_path, 0.1).lines[3]
-    assert "In the 50 ms that the prefill takes" in budgets(tmp_path / "b", 0.1).lines[3]
 
 
 # ------------------------------------------------------------------------------------ overload
