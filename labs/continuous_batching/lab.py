@@ -1,22 +1,6 @@
-"""Continuous batching: why serve many requests at once, and why not in fixed batches?
-
-One sequence decodes one token at a time, and for each token the device reads all the weights:
-decode is bound by memory bandwidth, so a second sequence rides along nearly free. *Static*
-batching sends a batch and waits for all of it: places whose completion is finished stay empty until
-the longest one is done. *Continuous* batching (Orca, OSDI 2022) fills a place the moment it is
-free.
-
-The engine is the same for both; the arrivals differ. `waves:B` sends B requests and waits for all
-of them, as a static batch would; `concurrent:B` keeps B in flight. With lengths that vary the wait
-costs E[max L] / E[L]; with equal lengths nothing.
-
-Turn: the spread of the lengths (`workloads.exponential.output_tokens.max_tokens`), the batch
-(`workloads.exponential.loads`), and the engine's own limit (`flags.max-num-seqs`).
-"""
+"""Continuous batching: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from labs.harness import theory
 from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
@@ -96,19 +80,10 @@ def step_growth(many: Point, one: Point) -> Prediction:
     )
 
 
-# where a batch of these lengths takes ten seconds and more: half of them
-SLOWER: dict[str, Any] = {
-    "workloads.exponential.output_tokens": Exponential(mean_tokens=64, max_tokens=320),
-    "window_s": 21.0,
-}
-
 SWEEP = tuple(Concurrent(users=n) for n in (1, 2, 4, 8, 16))
 
 LAB = Lab(
     name="continuous-batching",
-    title="Continuous batching",
-    question="Why serve many users at once, what does it cost each of them, and what is wrong with"
-    " fixed batches?",
     answers=("SO-1", "SD-1", "IP-3", "IP-7", "ME-1"),
     variants=(Variant(name="base"),),
     flags={
@@ -134,7 +109,6 @@ LAB = Lab(
     claims=(
         Claim(
             name="static",
-            title="Continuous batching beats static batches when lengths vary",
             metric="output_tokens_per_s",
             treatment=Arm(workload="exponential", load="concurrent:8"),
             baseline=Arm(workload="exponential", load="waves:8"),
@@ -143,7 +117,6 @@ LAB = Lab(
         ),
         Claim(
             name="static-fixed",
-            title="With equal lengths continuous batching gains nothing over static batches",
             metric="output_tokens_per_s",
             treatment=Arm(workload="fixed", load="concurrent:8"),
             baseline=Arm(workload="fixed", load="waves:8"),
@@ -152,7 +125,6 @@ LAB = Lab(
         ),
         Claim(
             name="throughput",
-            title="A larger batch raises throughput",
             metric="output_tokens_per_s",
             treatment=Arm(workload="exponential", load="concurrent:16"),
             baseline=Arm(workload="exponential", load="concurrent:1"),
@@ -161,7 +133,6 @@ LAB = Lab(
         ),
         Claim(
             name="tpot",
-            title="In a larger batch each user's TPOT is longer",
             metric="tpot_mean_s",
             treatment=Arm(workload="exponential", load="concurrent:16"),
             baseline=Arm(workload="exponential", load="concurrent:1"),
@@ -199,71 +170,4 @@ LAB = Lab(
     requests=512,
     warmup_s=1,
     window_s=4.5,  # in which nine requests of the open loop are due
-    scales={
-        "cpu-fp32": {"curve_repeats": 3},  # where every step takes twice as long
-        "gpu": {
-            "slo.ttft_s": 0.5,
-            "flags": {"enable-prefix-caching": False, "max-num-seqs": 256},
-            "workloads.exponential.prompt_tokens.tokens": 128,
-            "workloads.exponential.output_tokens": Exponential(mean_tokens=128, max_tokens=640),
-            "workloads.exponential.loads": (
-                *(Concurrent(users=n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)),
-                Waves(size=32),
-                Poisson(rate_per_s=8),
-            ),
-            "workloads.fixed.prompt_tokens.tokens": 128,
-            "workloads.fixed.output_tokens.tokens": 128,
-            "workloads.fixed.loads": (Concurrent(users=32), Waves(size=32)),
-            "claims.static.treatment.load": "concurrent:32",
-            "claims.static.baseline.load": "waves:32",
-            "claims.static-fixed.treatment.load": "concurrent:32",
-            "claims.static-fixed.baseline.load": "waves:32",
-            "claims.throughput.treatment.load": "concurrent:256",
-            "claims.tpot.treatment.load": "concurrent:256",
-            "requests": 4096,
-            # one sends and reads some 20,000 tokens/s; the users alone would choose as many, but
-            # the forecasts on file are of settings that name the number
-            "load_processes": 4,
-            "window_s": 15.0,  # three waves on the slowest card of a class
-            "next_knobs": (
-                'SET="workloads.exponential.output_tokens.max_tokens=128" takes the tail away:'
-                " watch the gain over static batches shrink",
-                'SET="flags.max-num-seqs=64" lets the engine itself cap the batch: requests queue,'
-                " and TTFT pays",
-                'SET="flags.enforce-eager=true" goes without CUDA graphs: every small operation is'
-                " launched for itself",
-            ),
-        },
-        "gpu-48": SLOWER,
-        # the classes' random weights are of smaller models, and answer more
-        **{f"gpu-{gb}": {**SLOWER, "requests": 8192} for gb in (24, 141)},
-        "gpu-quick": {
-            "workloads.exponential.output_tokens": SLOWER["workloads.exponential.output_tokens"],
-            "workloads.exponential.loads": (
-                *(Concurrent(users=n) for n in (1, 8, 32, 256)),
-                Waves(size=32),
-            ),
-            "requests": 3072,
-            "window_s": 3,  # it ends with a wave
-        },
-    },
-    quick={"window_s": 3.5, "repeats": 2},
-    limits={
-        "cpu": "A CPU engine shows the same scheduler as a GPU's, and so the same cost of waiting"
-        " for the longest completion. The figures themselves do not carry over: a large part of a"
-        " step of few requests is here the cost of launching small operations, so batching looks"
-        " even cheaper than memory bandwidth alone would make it, and the ridge is where this"
-        " core's arithmetic puts it: far off with matrix instructions, near without.",
-        "gpu": "One GPU with one model: the knee moves with the model's size, the context length"
-        " and the KV cache that is left.",
-    },
-    next_knobs=(
-        'SET="workloads.exponential.output_tokens.max_tokens=24" takes the tail away: watch the'
-        " gain over static batches shrink",
-        'SET=\'workloads.exponential.loads=["concurrent:8","waves:8","concurrent:1",'
-        '"concurrent:16","concurrent:32"]\' looks further along the curve',
-        'SET="flags.max-num-seqs=4" lets the engine itself cap the batch: requests queue, and TTFT'
-        " pays",
-        'SET="flags.enforce-eager=false" compiles the model: shorter steps, a longer start',
-    ),
 )

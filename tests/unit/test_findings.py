@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,10 @@ import numpy as np
 import pytest
 
 from labs import LABS
-from labs.chunked_prefill.facts import TOKEN_BUDGET
-from labs.chunked_prefill.lab import context_tokens
-from labs.harness import theory
 from labs.harness.facts.context import Context
-from labs.harness.facts.drawing import plt
 from labs.harness.facts.offloading import CopyOrCompute, break_even_sentence
 from labs.harness.facts.parts import Conclusion, parts_of
 from labs.harness.facts.quality import QUALITY
-from labs.harness.facts.steps import Parts, decode_s
 from labs.harness.facts.weights import WEIGHTS
 from labs.harness.filing.results import (
     Band,
@@ -32,22 +27,16 @@ from labs.harness.filing.results import (
     write_json,
 )
 from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletion
-from labs.harness.judging.judge import Caveat
 from labs.harness.judging.signals import QUEUE, Watch, Watched
 from labs.harness.judging.signals import SIGNALS as SIGNAL_NAMES
-from labs.harness.spec import SLO, Variant
+from labs.harness.spec import Variant
 from labs.kv_quantization.facts import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
 from labs.overload.facts import ADMISSION, ALARMS, BEST_FLAGS, CLASSES, SIGNALS
 from labs.quantization_tools.facts import TOOLS_COMPARED
-from labs.single_stream.facts import FLAGS, PHASES, flag_effects, phase
 from labs.weight_quantization.facts import NEEDLES, OUTLIERS
-from loadtests.workload import Fixed, Intruder
-from serving.forecasting.step import StepTimes
+from loadtests.workload import Fixed
 from tests.unit.builders import (
-    CEILINGS,
-    SHAPE,
     make_lab,
-    make_point,
     make_record,
     make_workload,
 )
@@ -73,119 +62,6 @@ def test_a_run_of_which_nothing_came_has_a_finding_all_the_same(
     finding = conclusion.finding(context(tmp_path, make_lab(), {}))
     assert finding.title
     assert finding.passed is None
-
-
-# -------------------------------------------------------------------------------- chunked prefill
-
-
-def budgets(
-    home: Path,
-    limit_s: float,
-    stalls_ms: tuple[float, ...] = (10, 20, 40),
-    long_ttft_ms: tuple[float, ...] = (80, 60, 50),
-    not_valid: str = "",
-    own_ms: Sequence[Any] = (90, 30, 20),
-) -> Finding:
-    """Pieces of 8, 16 and the whole 32 tokens beside two streams."""
-    sizes = (("small", 10), ("middle", 18), ("whole", 64))
-    lab = make_lab(
-        variants=tuple(
-            Variant(name=name, flags={"max-num-batched-tokens": tokens,
-                                      "enable-chunked-prefill": name != "whole"})
-            for name, tokens in sizes
-        ),
-        workloads=(make_workload("contended:2/1", intruder=Intruder(prompt_tokens=32)),),
-        claims=(), evidence=(), slo=SLO(ttft_s=1, tpot_s=1, itl_s=limit_s),
-    )  # fmt: skip
-    values = {
-        f"{name}/short/contended-2-1": {
-            "stall_mean_s": stall / 1000, "intruder_ttft_mean_s": ttft / 1000,
-            "ttft_mean_s": np.divide(own, 1000).tolist(),
-        }
-        for (name, _), stall, ttft, own in zip(sizes, stalls_ms, long_ttft_ms, own_ms, strict=True)
-    }  # fmt: skip
-    return TOKEN_BUDGET.finding(withheld(context(home, lab, values), not_valid))
-
-
-def test_a_budget_that_is_not_valid_is_not_the_best_and_its_price_is_not_told(
-    tmp_path: Path,
-) -> None:
-    found = budgets(tmp_path, limit_s=0.025, not_valid="middle/short/contended-2-1")
-    assert cells(found, 0, 5, 6)[1] == ["middle", "not valid", "not valid"]
-    assert "`small` gives the long prompt its first token soonest" in found.lines[0]
-    found = budgets(tmp_path / "b", limit_s=0.025, not_valid="small/short/contended-2-1")
-    assert found.lines[1] == "What the smallest budget costs the streams is not valid."
-    found = budgets(tmp_path / "c", limit_s=0.015, not_valid="small/short/contended-2-1")
-    assert found.lines[0].startswith("No budget here whose figures are valid keeps the gaps")
-
-
-def test_the_budget_within_the_slo_whose_long_prompt_waits_least(tmp_path: Path) -> None:
-    found = budgets(tmp_path, limit_s=0.025)
-    assert cells(found, 0, 1, 6) == [["small", "10", "yes"], ["middle", "18", "yes"],
-                                     ["whole", "64", "no"]]  # fmt: skip
-    assert (
-        "at most 25 ms, `middle` gives the long prompt its first token soonest, after 60 ms"
-        in (found.lines[0])
-    )
-    assert "No budget here keeps the gaps within 5 ms" in budgets(tmp_path / "b", 0.005).lines[0]
-
-
-def test_what_the_streams_pay_stands_beside_what_they_gain(tmp_path: Path) -> None:
-    found = budgets(tmp_path, limit_s=0.025)
-    assert cells(found, 4, 5) == [["90 ms", "4.50x (4.50 to 4.50)"],
-                                  ["30 ms", "1.50x (1.50 to 1.50)"], ["20 ms", "–"]]  # fmt: skip
-    assert (
-        "With `small` their own first token takes 90 ms on average, without chunks 20 ms:"
-        " 4.50x (4.50 to 4.50), the ratio of their geometric means." in found.lines[1]
-    )
-
-
-@pytest.mark.parametrize(
-    ("small_ms", "said"),
-    [
-        (90, "The streams pay too: a new prompt of theirs waits"),
-        (10, "The streams do not pay: a new prompt of theirs has its first token sooner, too."),
-        ((5, 90), "Whether the streams pay too is not settled: a new prompt"),
-    ],
-)
-def test_streams_pay_or_gain_or_neither_is_settled(
-    small_ms: Any, said: str, tmp_path: Path
-) -> None:
-    found = budgets(tmp_path, limit_s=0.025, own_ms=(small_ms, 30, 20))
-    assert found.lines[1].startswith(said)
-    assert " With `small` their own first token takes " in found.lines[1]
-
-
-def test_the_stall_is_a_line_over_the_piece(tmp_path: Path) -> None:
-    """8, 16 and 32 tokens take 10, 20 and 40 ms: no decode step, and 1.25 ms a token."""
-    line = budgets(tmp_path, 0.1).lines[2]
-    assert "+ 1.25 ms a token (R² 1.000)" in line
-    assert "prefill runs at 800 tok/s" in line
-
-
-def test_the_context_of_the_streams_leaves_the_long_prompts_out() -> None:
-    point = make_point(load="contended:2/1", intruder=Intruder(prompt_tokens=32))
-    assert 32 in [prompt for prompt, _ in point.lengths]
-    (own,) = {(prompt, output) for prompt, output in point.lengths if prompt != 32}
-    assert context_tokens(point) == own[0] + own[1] / 2
-
-
-def test_a_long_prompt_that_takes_longer_than_the_time_to_the_next_is_told(tmp_path: Path) -> None:
-    assert not any("at once" in line for line in budgets(tmp_path / "a", 0.1).lines)
-    late = budgets(tmp_path / "b", 0.1, long_ttft_ms=(1080, 60, 50))
-    assert "With `small` a long prompt takes longer than the time between two." in late.lines[2]
-
-
-def test_a_stall_that_shrinks_with_the_piece_has_no_line(tmp_path: Path) -> None:
-    assert not [
-        line for line in budgets(tmp_path, 0.1, (40, 20, 10)).lines if "prefill runs at" in line
-    ]
-
-
-def test_the_link_that_a_split_of_prefill_needs(tmp_path: Path) -> None:
-    """32 tokens of 32 bytes in the 50 ms of `whole`: 0.00016 Gbit/s."""
-    assert "send 0.0 MB" in budgets(tmp_path, 0.1).lines[3]
-    assert "In the 50 ms that the prefill takes" in budgets(tmp_path / "b", 0.1).lines[3]
 
 
 # ------------------------------------------------------------------------------------ overload
@@ -630,212 +506,3 @@ def test_a_tool_is_compared_with_its_heir_and_says_which_is_better(tmp_path: Pat
         "`w4a16-gptq` has the lower perplexity.",
         "no difference in perplexity is shown.",
     ]
-
-
-# ------------------------------------------------------------------------------------ one stream
-
-
-def alone(home: Path, values: Mapping[str, Values]) -> Context:
-    """Two variants decode eight tokens after four, and prefill eight."""
-    return context(
-        home,
-        make_lab(
-            variants=(Variant(name="default"), Variant(name="eager")),
-            workloads=(
-                make_workload("concurrent:1", name="decode"),
-                make_workload("concurrent:1", name="prefill", prompt_tokens=Fixed(tokens=8),
-                              output_tokens=Fixed(tokens=1)),
-            ),
-            claims=(), evidence=(),
-        ),
-        {f"{variant}/{workload}/concurrent-1": of for (variant, workload), of in
-         ((key.split(), of) for key, of in values.items())},
-    )  # fmt: skip
-
-
-def test_the_two_phases_by_their_work(tmp_path: Path) -> None:
-    found = alone(
-        tmp_path, {"default decode": {"tpot_mean_s": 1}, "default prefill": {"ttft_mean_s": 2}}
-    )
-    decode, prefill = phase(found, "default", "decode"), phase(found, "default", "prefill")
-    assert decode
-    assert prefill
-    assert decode.moved_bytes == theory.decode_bytes(SHAPE, 1, decode.point.context_tokens)
-    reading_s = decode.moved_bytes / CEILINGS.memory_bandwidth_bytes_per_s
-    assert decode.parts.reading_s == pytest.approx(reading_s)
-    assert prefill.flop == theory.prefill_flops(SHAPE, 8)
-    computing_s = prefill.flop / CEILINGS.bf16_flops_per_s
-    assert prefill.parts.computing_s == pytest.approx(computing_s)
-    finding = PHASES.finding(found)
-    assert cells(finding, 0, 1, 5) == [
-        ["decode, 1 token", "1 s", "1"], ["prefill, 8 tokens", "2 s", "4"],
-    ]  # fmt: skip
-    ridge = CEILINGS.ridge_flops_per_byte
-    for row, p in zip(finding.rows[1:], (decode, prefill), strict=True):
-        above = p.flop / p.moved_bytes > ridge
-        assert row[-1] == ("arithmetic" if above else "memory bandwidth")
-    assert (
-        "takes in 4 tokens/s where decode, with the same weights, puts out 1." in finding.lines[0]
-    )
-
-
-@pytest.mark.parametrize(
-    ("measured_s", "limit"),
-    [(0.0263, "neither ceiling limits"), (0.016, "memory bandwidth limits"),
-     (0.0105, "memory bandwidth limits"), (0.0200, "no one part alone limits")],
-)  # fmt: skip
-def test_the_parts_of_a_step_add_up_as_they_are_printed(measured_s: float, limit: str) -> None:
-    parts = Parts(measured_s=measured_s, reading_s=0.00939, computing_s=0.00132)
-    numbers = [cell.removesuffix("%)").split(" ms (") for cell in parts.cells()]
-    assert sum(float(ms) for ms, _ in numbers) == pytest.approx(1000 * measured_s, abs=0.005)
-    assert sum(int(share) for _, share in numbers) == 100
-    assert parts.limit == limit
-    sentence = parts.sentence("A step")
-    assert ("overlap" in sentence) == (measured_s < 0.00939 + 0.00132)
-
-
-@pytest.mark.parametrize(
-    ("stand_in_s", "parts_ms", "told"),
-    [
-        (0.020, [9.4, 1.3, 9.3, 6.3], "6.3 ms (24%) the engine's own."),
-        (0.028, [9.4, 1.3, 17.3, -1.7], "less 1.7 ms (7%) by which the engine was faster."),
-        (0.009, [9.4, 1.3, 0.0, 15.6], "0.0 ms (0%) overhead beyond both ceilings, 15.6 ms"),
-    ],
-)
-def test_a_step_with_a_timed_stand_in_has_four_parts(
-    stand_in_s: float, parts_ms: list[float], told: str
-) -> None:
-    """Also where the engine was faster than it, or where it reads and computes at once."""
-    parts = Parts(0.0263, 0.00939, 0.00132, stand_in_s)
-    numbers = [cell.removesuffix("%)").split(" ms (") for cell in parts.cells()]
-    assert [float(ms) for ms, _ in numbers] == pytest.approx(parts_ms)
-    assert sum(float(ms) for ms, _ in numbers) == pytest.approx(26.3)
-    assert sum(int(share) for _, share in numbers) == 100
-    assert parts.rest_s == pytest.approx(parts.overhead_s + parts.engine_s)
-    assert told in parts.sentence("A step")
-
-
-def with_stand_in(found: Context, *variants: str, steps: int = 1) -> Context:
-    """The same run, forecast over steps of one second and one second more for each token."""
-    keys = [p.key for p in found.points if p.variant.name in variants]
-    band = {"tpot_mean_s": Band(value=1, low=1, high=1)}
-    times = StepTimes(
-        tokens=(0, 100), linear_s=(1, 101), rows=(1, 2), head_s=(0, 0), attention_pair_s=0,
-        attention_read_s=0,
-    )  # fmt: skip
-    forecasts = PointForecasts(
-        points=dict.fromkeys(keys, band), step_times=[times.model_dump()] * steps
-    )
-    before = Predictions(effects={}, forecasts={}, in_virtual_time=forecasts)
-    write_json(found.folder.path / "predictions.json", before)
-    return found
-
-
-def test_a_pass_has_its_stand_in_where_one_was_timed(tmp_path: Path) -> None:
-    values: dict[str, Values] = {
-        "default decode": {"tpot_mean_s": 3}, "default prefill": {"ttft_mean_s": 20},
-        "eager decode": {"tpot_mean_s": 3}, "eager prefill": {"ttft_mean_s": 20},
-    }  # fmt: skip
-    found = with_stand_in(alone(tmp_path, values), "default")
-    decode, prefill = phase(found, "default", "decode"), phase(found, "default", "prefill")
-    eager = phase(found, "eager", "decode")
-    assert decode
-    assert prefill
-    assert eager
-    assert (decode.stand_in_s, prefill.stand_in_s, eager.stand_in_s) == (2, 9, None)
-    finding = PHASES.finding(found)
-    assert finding.rows[0][2:6] == ["Reading", "Computing", "Overhead", "The engine's own"]
-    assert "stand-in step, timed before the engine started" in " ".join(finding.lines)
-    figure = FLAGS.draw
-    assert figure
-    assert "these two are told as one, the rest" in (figure(flag_effects(found)) or "")
-    labels = {text.get_text() for text in plt.gcf().legends[0].get_texts()}
-    assert {"overhead", "the engine's own", "the rest"} <= labels
-    plt.close("all")
-
-
-def test_a_step_that_brings_a_token_has_at_least_one_request() -> None:
-    """Between whole numbers of requests its time is interpolated."""
-    times = StepTimes(
-        tokens=(1, 2), linear_s=(1, 3), rows=(1, 2), head_s=(0, 0), attention_pair_s=0,
-        attention_read_s=0,
-    )  # fmt: skip
-    assert [decode_s(times, batch, 8) for batch in (0.9, 1, 1.25, 2)] == [1, 1, 1.5, 3]
-
-
-def test_whose_step_was_timed_is_not_guessed(tmp_path: Path) -> None:
-    """Of a lab with several models or kinds of kernels, several steps are on file."""
-    found = with_stand_in(
-        alone(tmp_path, {"default decode": {"tpot_mean_s": 3}}), "default", steps=2
-    )
-    decode = phase(found, "default", "decode")
-    assert decode
-    assert decode.stand_in_s is None
-    assert PHASES.finding(found).rows[0][2:5] == ["Reading", "Computing", "The rest"]
-
-
-def test_mbu_and_mfu_beside_the_flags_are_those_of_every_point(tmp_path: Path) -> None:
-    found = alone(
-        tmp_path,
-        {"default decode": {"tpot_mean_s": 1, "mbu": 0.36},
-         "default prefill": {"ttft_mean_s": 2, "mfu": 0.73}},
-    )  # fmt: skip
-    assert cells(FLAGS.finding(found), 2, 6) == [["36%", "73%"]]
-
-
-def test_which_flag_matters_is_told_beside_the_noise(tmp_path: Path) -> None:
-    found = alone(
-        tmp_path,
-        {
-            "default decode": {"tpot_mean_s": [1.0, 1.01, 0.99]},
-            "eager decode": {"tpot_mean_s": [1.5, 1.515, 1.485]},
-            "default prefill": {"ttft_mean_s": [1.0, 1.01, 0.99]},
-            "eager prefill": {"ttft_mean_s": [1.0, 1.01, 0.99]},
-        },
-    )
-    finding = FLAGS.finding(found)
-    assert cells(finding, 0, 3, 4, 7, 8) == [
-        ["default", "–", "–", "–", "–"],
-        ["eager", "1.50x (1.46 to 1.55)", "yes", "1.00x (0.97 to 1.03)", "no"],
-    ]
-    assert finding.lines[0].startswith("`default` decodes fastest")
-    assert finding.lines[2:] == [
-        "These flags matter to decode, by TPOT beside the defaults: `eager` 1.50x (1.46 to 1.55)."
-    ]
-
-
-def test_a_flag_without_its_evidence_matters_to_nothing(tmp_path: Path) -> None:
-    found = alone(
-        tmp_path,
-        {"default decode": {"tpot_mean_s": [1.5, 1.51, 1.49]},
-         "eager decode": {"tpot_mean_s": [1.0, 1.01, 0.99]},
-         "eager prefill": {"ttft_mean_s": 1.0}},
-    )  # fmt: skip
-    caveat = Caveat(name="treatment not applied", text="", blocks=True,
-                    point="eager/decode/concurrent-1")  # fmt: skip
-    finding = FLAGS.finding(replace(found, caveats=[caveat]))
-    assert cells(finding, 0, 4, 8) == [["default", "–", "–"], ["eager", "not valid", "–"]]
-    assert not any("fastest" in line for line in finding.lines)  # one is left, beside no other
-    assert finding.lines[1].startswith("Not valid, as *Validity* says: `eager` 0.67x")
-
-
-def test_defaults_that_are_not_valid_are_not_the_fastest(tmp_path: Path) -> None:
-    decode = {"default": [1.0, 1.01, 0.99], "eager": [1.5, 1.51, 1.49]}
-    found = alone(tmp_path, {f"{n} decode": {"tpot_mean_s": v} for n, v in decode.items()})
-    assert FLAGS.finding(found).lines[0].startswith("`default` decodes fastest")
-    caveat = Caveat(name="load from others", text="", blocks=True,
-                    point="default/decode/concurrent-1")  # fmt: skip
-    told = FLAGS.finding(replace(found, caveats=[caveat]))
-    assert not any("fastest" in line for line in told.lines)
-
-
-def test_one_repeat_settles_no_flag(tmp_path: Path) -> None:
-    found = alone(
-        tmp_path, {"default decode": {"tpot_mean_s": 1.0}, "eager decode": {"tpot_mean_s": 1.5}}
-    )
-    found = replace(found, values={key: {1: of[1]} for key, of in found.values.items()})
-    finding = FLAGS.finding(found)
-    assert cells(finding, 3, 4, 8) == [
-        ["–", "–", "–"], ["1.50x (of one repeat)", "not settled", "–"],
-    ]  # fmt: skip
-    assert finding.lines[-1] == "Not settled by these repeats: `eager` 1.50x (of one repeat)."

@@ -162,6 +162,16 @@ def test_a_quick_run_may_do_without_some_parts_and_says_so() -> None:
         assert (len(whole.variants), len(whole.workloads), whole.left_out) == (3, 3, ())
 
 
+def test_what_a_scale_does_without_is_no_part_of_it() -> None:
+    lab = BRIEF.model_copy(update={"scales": {"cpu": {"without": ["far"]}}})
+    for quick in (True, False):
+        on_cpu = lab.at("cpu", quick)
+        assert [v.name for v in on_cpu.variants] == ["off", "on"]
+        assert [c.name for c in on_cpu.claims] == ["faster"]
+        assert on_cpu.left_out == ()
+    assert lab.at("gpu-80", quick=False).variants[2].name == "far"
+
+
 @pytest.mark.parametrize(
     ("changes", "variants", "workloads"),
     [

@@ -9,10 +9,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from labs.chunked_prefill.facts import MOST_GAPS_DRAWN, draw_timeline
-from labs.continuous_batching.facts import draw_static
+from labs.chunked_prefill import facts as chunked
+from labs.chunked_prefill.plots import MOST_GAPS_DRAWN
+from labs.chunked_prefill.plots import timeline as draw_timeline
+from labs.continuous_batching.facts import facts
+from labs.continuous_batching.plots import static
 from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.drawing import PLAYED
 from labs.harness.filing.results import PointForecasts, Predictions, RunFolder, write_json
 from labs.harness.judging.timeline import GRID_S, Timeline, timeline
 from labs.harness.spec import Lab, Variant
@@ -118,9 +120,9 @@ def test_streams_gaps_are_drawn_beside_those_that_were_forecast(tmp_path: Path) 
     }
     foreseen = timeline(BESIDE, contended(0.8))
     run = drawn_run(tmp_path, lab, trials, {"whole contended:2/1": foreseen})
-    caption = draw_timeline(run)
-    assert caption
-    assert caption.endswith(PLAYED)
+    found = chunked.facts(run)
+    assert found.played
+    assert draw_timeline(run, found)
     small, whole = (ax for ax in plt.gcf().axes if ax.get_ylabel() == "gap (ms)")
     (came,) = small.patches
     assert came.get_data().values[-1] == pytest.approx(100)  # type: ignore[attr-defined]
@@ -148,7 +150,8 @@ def test_a_long_trial_is_drawn_no_finer_than_the_picture_and_keeps_its_longest_g
     readings[40_001] = 0.7
     foreseen = Timeline(gaps_s=tuple(readings), prefills_s=((800, 800.7),))
     trial = {"small contended:2/1": contended(0.1)}
-    assert draw_timeline(drawn_run(tmp_path, lab, trial, {"small contended:2/1": foreseen}))
+    run = drawn_run(tmp_path, lab, trial, {"small contended:2/1": foreseen})
+    assert draw_timeline(run, chunked.facts(run))
     (small,) = (ax for ax in plt.gcf().axes if ax.get_ylabel() == "gap (ms)")
     *_, of_forecast = (patch.get_data() for patch in small.patches)  # type: ignore[attr-defined]
     assert len(of_forecast.values) <= MOST_GAPS_DRAWN
@@ -164,9 +167,9 @@ def test_without_a_play_the_streams_tokens_are_drawn_alone(tmp_path: Path) -> No
         claims=(), evidence=(),
     )  # fmt: skip
     run = drawn_run(tmp_path, lab, {"off contended:2/1": contended(0.1)}, {})
-    caption = draw_timeline(run)
-    assert caption
-    assert "Grey" not in caption
+    found = chunked.facts(run)
+    assert not found.played
+    assert draw_timeline(run, found)
     assert len(plt.gcf().axes) == 1
 
 
@@ -186,9 +189,9 @@ def test_fixed_batches_are_drawn_beside_those_that_were_forecast(
         tmp_path, lab, {"base waves:2": trial, "base concurrent:2": trial},
         {"base waves:2": played} if kept else {},
     )  # fmt: skip
-    caption = draw_static(run)
-    assert caption
-    assert caption.endswith(PLAYED) == kept
+    found = facts(run)
+    assert found.played == kept
+    assert static(run, found)
     waves, _ = plt.gcf().axes
     lines = [np.asarray(line.get_xydata()).tolist() for line in waves.lines]
     assert lines[0] == [[0, 0], [1, 1], [1, 2], [2, 1], [4, 0]]

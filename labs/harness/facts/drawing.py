@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
+from dashboards.palette import BLUE, BOUND, ORANGE
+from labs.harness.facts.steps import Parts
 from labs.harness.filing.results import Band
 from labs.harness.judging.judge import ForecastAtPoint, Interval
 from labs.harness.judging.quantity import Quantity
@@ -37,7 +39,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 __all__ = [
     "BANDS", "GREY", "PLAYED", "aside", "draw_forecasts", "draw_forecasts_of_two",
-    "draw_logarithmic", "legend_above", "legend_of_all", "plt", "reach", "thinned",
+    "draw_logarithmic", "draw_parts", "legend_above", "legend_of_all", "plt", "reach", "thinned",
 ]  # fmt: skip
 
 GREY = "#666666"
@@ -142,6 +144,38 @@ def write_plainly(axis: Axis) -> None:
     )
     axis.set_major_formatter("{x:,.7g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def draw_parts(ax: Axes, passes: Mapping[str, Parts]) -> None:
+    """Draw each of one or more passes as a bar of its parts in ms, with the measured total.
+
+    Where the parts before the last are longer together than the pass, as where the device reads and
+    computes at once, the total lies below the top of the bar.
+    """
+    x, foot, parts = range(len(passes)), [0.0] * len(passes), list(passes.values())
+    split = [p.overhead_s.known for p in parts]
+    for name, colour, seconds in (
+        ("reading", BLUE, [p.reading_s.value for p in parts]),
+        ("computing", BOUND, [p.computing_s.value for p in parts]),
+        ("overhead", ORANGE, [p.overhead_s.value for p in parts]),
+        ("the engine's own", GREY, [p.engine_s.value for p in parts]),
+        ("the rest", GREY, [None if p.overhead_s.known else p.rest_s.value for p in parts]),
+    ):
+        if all(s is None for s in seconds):
+            continue
+        heights = [1000 * max(0.0, s or 0.0) for s in seconds]
+        hatch = "//" if name == "the rest" and any(split) else None
+        ax.bar(x, heights, 0.6, bottom=foot, color=colour, alpha=0.75, label=name, hatch=hatch)
+        foot = [below + height for below, height in zip(foot, heights, strict=True)]
+    measured = [1000 * (p.measured_s.value or 0.0) for p in parts]
+    ax.plot(x, measured, "_", color="black", ms=30, mew=2, label="measured")
+    for at, top in zip(x, measured, strict=True):
+        text = f"{float(f'{top:.3g}'):,.4g}"
+        ax.annotate(text, (at, top), xytext=(0, 3), textcoords="offset points", ha="center")
+    ax.set_xticks(x, list(passes))
+    ax.set_xlim(-0.6, max(1.6, len(passes) - 0.4))
+    ax.set_ylim(0, 1.2 * max([*foot, *measured]))
+    ax.grid(axis="x", visible=False)
 
 
 def legend_above(ax: Axes) -> None:

@@ -29,19 +29,3 @@ class Published:
 
 PublishedFigures = Mapping[Part, Mapping[str, Sequence[Published]]]
 """Maps the kind of a lab's part, then the part's name, to what was published of it."""
-
-ONE_STREAM = (
-    Published(
-        figure="155 tok/s",
-        setting="70% of the bandwidth, one stream, 8B in BF16 on one H100",
-        source="vLLM",
-    ),
-    Published(
-        figure="158 tok/s",
-        setting="71% of the bandwidth, one stream, 8B in BF16 on one H100",
-        source="SGLang",
-    ),
-    Published(figure="78% of the bandwidth", setting="one stream, 1B", source="Hazy megakernel"),
-    Published(figure="85% of the bandwidth", setting="one stream, RTX 4090", source="TinyChat"),
-)
-"""Published figures concern decode for one request alone."""
