@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from labs.harness.filing.results import Band
 from labs.harness.judging.judge import ForecastAtPoint, Interval
+from labs.harness.judging.quantity import Quantity
 
 mpl.use("svg")
 mpl.rcdefaults()  # whatever the reader's own `matplotlibrc` says
@@ -99,14 +100,15 @@ def draw_forecasts_of_two(
     return bool(known)
 
 
-def reach(intervals: Sequence[Interval | None], scale: float = 1) -> list[list[float]]:
+def reach(intervals: Sequence[Interval | Quantity | None], scale: float = 1) -> list[list[float]]:
     """List how far intervals reach below and above their values; 0 where one is not known.
 
     This is what matplotlib takes as `yerr`. Where a mean's interval is one of its logarithm, the
     upper part is longer. `scale` multiplies the figures into the unit of the axis.
     """
-    below = [scale * (i.value - i.low) if i and i.low is not None else 0.0 for i in intervals]
-    above = [scale * (i.high - i.value) if i and i.high is not None else 0.0 for i in intervals]
+    ends = [(i.value or 0.0, i.low, i.high) if i else (0.0, None, None) for i in intervals]
+    below = [scale * (value - low) if low is not None else 0.0 for value, low, _ in ends]
+    above = [scale * (high - value) if high is not None else 0.0 for value, _, high in ends]
     return [below, above]
 
 
