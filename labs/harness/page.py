@@ -22,6 +22,7 @@ CLAIMS, HEADLINE = "Claims", "Headline"
 LIMITS, NEXT = "What a machine can and cannot show", "What to turn next"
 SECTIONS = (HOW, ANSWERS, FINDINGS, PLOTS, CLAIMS, LIMITS, NEXT, HEADLINE)
 ON = {"On a CPU": "cpu", "On a GPU": "gpu"}
+TURNED_ON = {"On a GPU": ("gpu",), "On a GPU of 80 GB or more": ("gpu-80", "gpu-141")}
 _ITEM = re.compile(r"`(?P<name>[^`]+)`: (?P<text>.+)")
 
 
@@ -78,10 +79,13 @@ class Page:
         }
 
     @property
-    def knobs_on_gpus(self) -> tuple[str, ...]:
-        """What to turn next on a GPU; empty where it is what is turned on a CPU."""
-        part = self[NEXT].parts.get("On a GPU")
-        return tuple(Section(part.text).items) if part else ()
+    def knobs_on(self) -> dict[str, tuple[str, ...]]:
+        """What to turn next, by the scales where it is something else than on a CPU."""
+        return {
+            scale: tuple(Section(part.text).items)
+            for place, part in self[NEXT].parts.items()
+            for scale in TURNED_ON[place]
+        }
 
     @property
     def named(self) -> dict[str, dict[str, str]]:

@@ -36,7 +36,7 @@ from labs.harness.changes import in_words, known_names, parts_kept, set_field
 from labs.harness.errors import LabError as LabError  # a part of the vocabulary
 from labs.harness.errors import NotApplicable as NotApplicable
 from labs.harness.errors import did_you_mean
-from labs.harness.page import CLAIMS, page_of, sizes_of
+from labs.harness.page import CLAIMS, Page, page_of, sizes_of
 from loadtests.admission import QueueLimits
 from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
 from loadtests.records import LONGEST_S
@@ -479,14 +479,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         name = str(given.get("name"))
         if (page := page_of(name)) is None:
             raise ValueError("it has no title, and no page.md in a folder of its own")
-        titles, scales = page.named[CLAIMS], {**sizes_of(name)}
-        if untitled := [c.name for c in given["claims"] if c.name not in titles]:
-            raise ValueError(f"its page says under {CLAIMS!r} no title for {', '.join(untitled)}")
-        if page.knobs_on_gpus:
-            scales["gpu"] = {**scales.get("gpu", {}), "next_knobs": page.knobs_on_gpus}
-        claims = tuple(c.model_copy(update={"title": titles[c.name]}) for c in given["claims"])
-        quick = scales.pop("quick", {})
-        return {"scales": scales, "quick": quick, **page.fields, **given, "claims": claims}
+        scales = _scales_of(name, page, given.get("scales", {}))
+        quick, claims = scales.pop("quick", {}), _titled(page, given["claims"])
+        return {"quick": quick, **page.fields, **given, "scales": scales, "claims": claims}
 
     @model_validator(mode="after")
     def _enough_requests(self) -> Self:
@@ -971,6 +966,28 @@ def duration_s_of(trace: Sequence[TraceRow]) -> float:
             "all requests of the trace come at one time, so it has no rate: give more of it"
         )
     return duration_s
+
+
+def _scales_of(lab: str, page: Page, own: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Join, scale by scale, a lab's file of sizes, its own parts in Python and its page's words."""
+    knobs = {scale: {"next_knobs": of} for scale, of in page.knobs_on.items()}
+    layers = (sizes_of(lab), own, knobs)
+    scales: dict[str, dict[str, Any]] = {
+        name: {path: value for of in layers for path, value in of.get(name, {}).items()}
+        for name in dict.fromkeys(name for of in layers for name in of)
+    }
+    for scale in scales.values():
+        if "claims" in scale:
+            scale["claims"] = [c.model_dump() for c in _titled(page, scale["claims"])]
+    return scales
+
+
+def _titled(page: Page, claims: Sequence[Claim]) -> tuple[Claim, ...]:
+    """Give claims the titles of the page."""
+    titles = page.named[CLAIMS]
+    if untitled := [c.name for c in claims if c.name not in titles]:
+        raise ValueError(f"its page says under {CLAIMS!r} no title for {', '.join(untitled)}")
+    return tuple(c.model_copy(update={"title": titles[c.name]}) for c in claims)
 
 
 def _write_out_defaults(fields: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ def test_every_part_of_a_lab_has_its_words(name: str) -> None:
     assert all(part.title for part in page[FINDINGS].parts.values())
     assert page[PLOTS].parts.keys() == own_plots(name).keys()
     assert all(claim.title for claim in lab.claims)
+    assert all(c["title"] for of in lab.scales.values() for c in of.get("claims", ()))
     assert all(page.how_it_works)
 
 
