@@ -971,7 +971,7 @@ def duration_s_of(trace: Sequence[TraceRow]) -> float:
 def _scales_of(lab: str, page: Page, own: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Join, scale by scale, a lab's file of sizes, its own parts in Python and its page's words."""
     knobs = {scale: {"next_knobs": of} for scale, of in page.knobs_on.items()}
-    layers = (sizes_of(lab), own, knobs)
+    layers = (own, sizes_of(lab), knobs)  # sizes may lead into parts
     scales: dict[str, dict[str, Any]] = {
         name: {path: value for of in layers for path, value in of.get(name, {}).items()}
         for name in dict.fromkeys(name for of in layers for name in of)
