@@ -1,4 +1,4 @@
-"""Overload and admission control: what is asked of them."""
+"""Overload: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
 
