@@ -1,27 +1,4 @@
-"""Diagnosis: latency became worse, so what in the metrics tells why?
-
-A first token takes as long as the queue and the prefill of its prompt: TTFT = a + b N + c N^2 for N
-prompt tokens. `a` is the launch of a step, b the matrix products of one more token, c its attention
-to all before it. Each later token takes a step, which reads all weights and the keys and values of
-the context: ITL = a' + b' C, a straight line in the context C.
-
-So one symptom has many causes. A burst waits in the *queue*; so does everybody beside a neighbour's
-long prompt. A cold cache makes the same prompts longer to *prefill*. A small KV cache *preempts*: a
-request loses its blocks and is computed again. Guesses that are verified in vain fill the steps.
-A token budget that lets a whole prompt into one step makes a few gaps long and all others shorter.
-Slower tokens come of a longer context, or of a step that is itself slower.
-
-Here each is brought about alone, on engines that are otherwise the same, and told apart from the
-engine's `/metrics` alone, by a rule that was written before (`judging/diagnosis.py`). Each
-trial is diagnosed blind, beside the healthy ones of the workload `reference`, which is the same as
-`usual` but for its words. `make diagnose ENDPOINT=..` applies the same rule to a running server.
-
-A step that is itself slower is brought about on a GPU, by `enforce-eager`. On a CPU every engine
-here is eager already; what compiling gains there is the question of `single-stream`.
-
-Turn: the memory (`variants.small-kv.flags.num-gpu-blocks-override`), the long prompt
-(`workloads.neighbour.intruder.prompt_tokens`), the burst (`workloads.burst.loads`).
-"""
+"""Diagnosis: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
 
@@ -324,7 +301,7 @@ def workload(
 
 
 def claim(
-    name: str, title: str, metric: str, treatment: tuple[str, str], expect: str, predict: object,
+    name: str, metric: str, treatment: tuple[str, str], expect: str, predict: object,
     load: Contended | Waves | None = None, coupled: str = "",
 ) -> Claim:  # fmt: skip
     """State what a disturbance does to a figure, against the usual load of a healthy engine.
@@ -336,7 +313,6 @@ def claim(
     return Claim.model_validate(
         {
             "name": name,
-            "title": title,
             "metric": metric,
             "treatment": {"variant": variant, "workload": sent, **loads[0]},
             "baseline": {"variant": "healthy", "workload": "usual", **loads[1]},
@@ -373,35 +349,24 @@ def lengths(*prompts: int, output: int) -> tuple[tuple[float, int, int], ...]:
 CLAIMS = (
     Claim(
         name="steady",
-        title="The usual load and the reference, which is the same load, have the same TPOT",
         metric="tpot_mean_s",
         treatment=Arm(variant="healthy", workload="usual"),
         baseline=Arm(variant="healthy", workload="reference"),
         expect="unchanged",
         predict=as_before,
     ),
-    claim("burst", "In a burst first tokens wait for a place in the batch", "ttft_mean_s",
-          ("healthy", "burst"), "rises", waited, BURST,
+    claim("burst", "ttft_mean_s", ("healthy", "burst"), "rises", waited, BURST,
           "waves are another load, and the workload carries it"),
-    claim("cold", "A cold cache prefills again what was shared", "ttft_mean_s",
-          ("healthy", "cold"), "rises", recomputed),
-    claim("neighbour", "Beside a neighbour's long prompt others' first tokens come later",
-          "ttft_mean_s", ("healthy", "neighbour"), "rises", beside_the_long,
-          BESIDE, "the long prompts come at times of their own, and the workload carries them"),
-    claim("preemption", "A KV cache that preempts makes first tokens come later", "ttft_mean_s",
-          ("small-kv", "usual"), "rises", fewer_at_once,
+    claim("cold", "ttft_mean_s", ("healthy", "cold"), "rises", recomputed),
+    claim("neighbour", "ttft_mean_s", ("healthy", "neighbour"), "rises", beside_the_long, BESIDE,
+          "the long prompts come at times of their own, and the workload carries them"),
+    claim("preemption", "ttft_mean_s", ("small-kv", "usual"), "rises", fewer_at_once,
           coupled="the engine wants memory for one request of max-model-len"),
-    claim("context", "A longer context makes each token slower", "tpot_mean_s",
-          ("healthy", "context"), "rises", longer_read),
-    claim("budget", "With a larger token budget first tokens come sooner, in one step of their own",
-          "ttft_mean_s", ("large-budget", "usual"), "falls", fewer_pieces),
-    claim("guessing", "Guesses that are seldom right fill the steps, and first tokens wait",
-          "ttft_mean_s", ("guessing", "usual"), "rises", budget_taken),
+    claim("context", "tpot_mean_s", ("healthy", "context"), "rises", longer_read),
+    claim("budget", "ttft_mean_s", ("large-budget", "usual"), "falls", fewer_pieces),
+    claim("guessing", "ttft_mean_s", ("guessing", "usual"), "rises", budget_taken),
 )  # fmt: skip
-SLOW_STEP = claim(
-    "slow-step", "Launching every operation for itself makes each token slower", "tpot_mean_s",
-    ("slow-step", "usual"), "rises", launched_eagerly,
-)  # fmt: skip
+SLOW_STEP = claim("slow-step", "tpot_mean_s", ("slow-step", "usual"), "rises", launched_eagerly)
 
 
 def on_random_weights(lab: Lab) -> Lab:
@@ -411,8 +376,6 @@ def on_random_weights(lab: Lab) -> Lab:
 
 LAB = Lab(
     name="diagnosis",
-    title="Diagnosis",
-    question="Latency became worse or unsteady: do the metrics tell why?",
     answers=("ME-4", "IP-4", "IP-5", "IP-6"),
     acceptance=accepted,
     variants=VARIANTS,
@@ -455,84 +418,15 @@ LAB = Lab(
     window_s=4,
     repeats=4,
     scales={
-        # Qwen2.5-32B, whose tokens take twice the memory
-        "gpu-141": {"flags.kv-cache-memory-bytes": 12 * 2**30},
         "gpu": {
-            "flags": {
-                "max-model-len": 8192,
-                "max-num-seqs": 32,
-                "max-num-batched-tokens": 512,
-                "enable-prefix-caching": True,
-                "block-size": 16,
-                "kv-cache-memory-bytes": 6 * 2**30,
-                # left to itself, vLLM has it on in the engines that guess nothing
-                "async-scheduling": False,
-            },
             "variants": [v.model_dump() for v in ON_A_GPU],
-            "variants.small-kv.flags": {"num-gpu-blocks-override": 1400},
-            "variants.large-budget.flags": {"max-num-batched-tokens": 8192},
-            "workloads.usual.only": tuple(v.name for v in ON_A_GPU),
-            "claims": [c.model_dump() for c in (*CLAIMS, SLOW_STEP)],
-            "claims.preemption.coupled": "",  # max-model-len is the same there
-            **{
-                f"workloads.{name}.{field}": value
-                for name, prompt, prefix in (("reference", 2048, 1024), ("usual", 2048, 1024),
-                                             ("burst", 2048, 1024), ("cold", 2048, 1024),
-                                             ("neighbour", 2048, 1024), ("context", 7168, 6144))
-                for field, value in (
-                    ("prompt_tokens.tokens", prompt),
-                    ("output_tokens.mean_tokens", 64),
-                    ("output_tokens.max_tokens", 192),
-                    ("prefix.tokens", prefix),
-                    ("loads", (Concurrent(users=24),)),
-                )
-            },
-            "workloads.cold.prefix.groups": 256,
-            "workloads.burst.loads": (Waves(size=64),),
-            "workloads.neighbour.loads": (Contended(users=23, every_s=2),),
-            "workloads.neighbour.intruder.prompt_tokens": 7680,
-            "workloads.alone.prompt_tokens.tokens": 8000,
-            "workloads.alone.output_tokens.tokens": 64,
-            "workloads.alone.trace": lengths(4096, 256, 8000, 2048, 6144, output=64),
-            **{
-                f"claims.{name}.{arm}.load": load
-                for name, own in (("burst", "waves:64"), ("neighbour", "contended:23/2"))
-                for arm, load in (("treatment", own), ("baseline", "concurrent:24"))
-            },
+            "claims": (*CLAIMS, SLOW_STEP),
             "evidence": (
                 # a chat template of more than a block is a prefix that all prompts share
                 *(e for e in EVIDENCE if e.arm.workload != "cold"),
                 stays(Arm(variant="slow-step"), metrics.PREEMPTIONS),
             ),
-            "requests": 512,
-            "warmup_s": 2,
-            "window_s": 6,
-            "next_knobs": (
-                'SET="variants.small-kv.flags.num-gpu-blocks-override=2000" has more memory: from'
-                " which size on does nothing preempt?",
-                'SET="workloads.neighbour.intruder.prompt_tokens=4096" is a shorter neighbour',
-                'SET="variants.large-budget.flags.max-num-batched-tokens=2048" is a budget between'
-                " the two",
-            ),
         }
     },
     dummy=on_random_weights,
-    quick={"window_s": 2.5, "repeats": 1},
-    limits={
-        "cpu": "Queue, cache, preemptions and the pieces of prompts are vLLM's own, so their marks"
-        " carry over. How much each disturbance costs does not: most of a step here is the cost"
-        " of launching small operations, or their arithmetic. Every engine is eager, so no step is"
-        " made slower here: eager beside compiled is measured in `single-stream`.",
-        "gpu": "One disturbance at a time, each large enough to be felt. Where two come together"
-        " the rule names the first in its order, and lists the other.",
-    },
-    next_knobs=(
-        'SET="variants.small-kv.flags.num-gpu-blocks-override=34" has more memory: from which size'
-        " on does nothing preempt?",
-        'SET="workloads.neighbour.intruder.prompt_tokens=768" is a shorter neighbour: is it still'
-        " told?",
-        'SET="variants.large-budget.flags.max-num-batched-tokens=192" is a budget between the two',
-        'SET=\'workloads.burst.loads=["waves:8"]\' is a smaller burst (its claim'
-        " speaks of the one that was there)",
-    ),
 )  # fmt: skip

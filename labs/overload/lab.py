@@ -1,34 +1,4 @@
-"""Overload: what becomes of a server that is sent more than it can serve, and what mends it?
-
-An open loop does not wait for answers: people come whether or not the last ones have been served.
-Below the capacity mu a queue is short. Above it, at lambda requests a second, the queue grows by
-lambda - mu every second, and a request that is sent at the time t waits t (lambda - mu) / mu before
-its first token. Once that passes what people will wait for, at t* = SLO mu / (lambda - mu), *every*
-later answer comes too late. The engine works as hard as ever and its throughput is at its best, but
-nobody is served in time: goodput falls to nothing.
-
-*Admission control* turns away what could not be answered in time anyhow. With a limit on the
-requests in the engine (`max-num-queued-reqs`) the wait has a bound, and goodput stays near
-min(lambda, mu): those that are let in are served in time, the others know at once (HTTP 503) that
-they are to ask elsewhere. `max-num-queued-tokens` sets the same bound in prompt tokens. vLLM has
-these limits since 0.32; before an earlier one the load generator holds them, by the same rule. A
-*priority* (`scheduling-policy`) turns nobody away, and lets one class of requests pass the others.
-
-The loads are multiples of the capacity, which is found first: it is what the engine without a limit
-completes in a closed loop that keeps its batch full (`concurrent`), in the first repeat. The rates
-of all later trials are set by that figure alone. The forecast finds its own capacity in the same
-way, in virtual time.
-
-Which batch and which limit serve most in time is looked for by forecast, over a grid of both at the
-heaviest load, before any engine starts; a few of them are measured.
-
-An operator would rather see it coming. On a ramp, and on a compressed day if asked for
-(`day:0.3/1.4`), each signal has a threshold that was set beforehand, and the time from its alarm
-to the first request that comes too late is held against the forecast's.
-
-Turn: the limit (`variants.capped.flags.max-num-queued-reqs`), the batch (`flags.max-num-seqs`),
-what people will wait for (`slo.ttft_s`), the loads (`workloads.mixed.loads`).
-"""
+"""Overload: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
 
@@ -176,27 +146,11 @@ def searched(points: Sequence[Point]) -> list[Point]:
     ]  # fmt: skip
 
 
-def knobs(limit: int, patience_s: int) -> tuple[str, ...]:
-    return (
-        f'SET="variants.capped.flags.max-num-queued-reqs={limit}" lets more wait: they are served,'
-        " too late",
-        f'SET="slo.ttft_s={patience_s}" is for patient people: answers come'
-        " too late only after a longer time",
-        'SET=\'workloads.mixed.loads=["capacity:0.7","capacity:1.1","capacity:1.5"]\' looks'
-        " closer at the loads near the capacity (claims about other loads are left out)",
-        'SET="admission_by_client=true" has the load generator hold the limits, as it does where'
-        " the engine's vLLM has none",
-    )
-
-
 UNBOUNDED = Variant(name="unbounded")
 CAPPED = UNBOUNDED.but("capped", {"max-num-queued-reqs": 11})
 
 LAB = Lab(
     name="overload",
-    title="Overload and admission control",
-    question="More people come than a server can serve: who is still served in time, and is it"
-    " better to turn some away?",
     answers=("SO-2", "SD-2", "SD-3", "SA-5"),
     variants=(
         UNBOUNDED,
@@ -255,7 +209,6 @@ LAB = Lab(
     claims=(
         Claim(
             name="overload",
-            title="At twice the capacity, turning requests away keeps goodput up",
             metric="goodput_per_s",
             treatment=Arm(variant="capped", workload="mixed", load="capacity:2"),
             baseline=Arm(variant="unbounded", workload="mixed", load="capacity:2"),
@@ -264,7 +217,6 @@ LAB = Lab(
         ),
         Claim(
             name="slight",
-            title="At 1.3 times the capacity, turning requests away keeps goodput up",
             metric="goodput_per_s",
             treatment=Arm(variant="capped", workload="mixed", load="capacity:1.3"),
             baseline=Arm(variant="unbounded", workload="mixed", load="capacity:1.3"),
@@ -273,7 +225,6 @@ LAB = Lab(
         ),
         Claim(
             name="below",
-            title="Below the capacity a limit on requests costs no goodput",
             metric="goodput_per_s",
             treatment=Arm(variant="capped", workload="mixed", load="capacity:0.7"),
             baseline=Arm(variant="unbounded", workload="mixed", load="capacity:0.7"),
@@ -283,7 +234,6 @@ LAB = Lab(
         ),
         Claim(
             name="work",
-            title="The engine works as hard with a limit on requests as without",
             metric="output_tokens_per_s",
             treatment=Arm(variant="capped", workload="mixed", load="capacity:2"),
             baseline=Arm(variant="unbounded", workload="mixed", load="capacity:2"),
@@ -292,7 +242,6 @@ LAB = Lab(
         ),
         Claim(
             name="priority",
-            title="A priority saves the urgent requests, and turns nobody away",
             metric="goodput_per_s",
             treatment=Arm(variant="priority", workload="classes", load="capacity:2"),
             baseline=Arm(variant="unbounded", workload="mixed", load="capacity:2"),
@@ -302,7 +251,6 @@ LAB = Lab(
         ),
         Claim(
             name="tokens",
-            title="A limit in prompt tokens keeps goodput up as well as a limit in requests",
             metric="goodput_per_s",
             treatment=Arm(variant="capped-tokens", workload="flood"),
             baseline=Arm(variant="capped", workload="flood"),
@@ -313,7 +261,6 @@ LAB = Lab(
         ),
         Claim(
             name="wide",
-            title="A larger batch serves more of a flood within the SLO",
             metric="goodput_per_s",
             treatment=Arm(variant="wide", workload="flood"),
             baseline=Arm(variant="capped", workload="flood"),
@@ -323,7 +270,6 @@ LAB = Lab(
         ),
         Claim(
             name="narrow",
-            title="A small batch costs throughput, and so dollars a token",
             metric="output_tokens_per_s",
             treatment=Arm(variant="narrow", workload="flood"),
             baseline=Arm(variant="capped", workload="flood"),
@@ -358,40 +304,4 @@ LAB = Lab(
     warmup_s=0.3,
     window_s=3.2,
     repeats=4,
-    scales={
-        "gpu": {
-            "flags": {
-                "max-model-len": 4096, "max-num-seqs": 32, "enable-prefix-caching": False,
-            },
-            "variants.capped.flags.max-num-queued-reqs": 48,
-            "variants.capped-tokens.flags.max-num-queued-tokens": 16 * 256,
-            "variants.narrow.flags.max-num-seqs": 8,
-            "variants.narrow.flags.max-num-queued-reqs": 24,
-            "variants.wide.flags.max-num-seqs": 128,
-            "variants.wide.flags.max-num-queued-reqs": 144,
-            **{
-                f"workloads.{name}.{part}.tokens": tokens
-                for name in ("saturated", "mixed", "classes", "flood", "rising")
-                for part, tokens in (("prompt_tokens", 256), ("output_tokens", 128))
-            },
-            "workloads.saturated.loads": (Concurrent(users=48),),
-            "slo.ttft_s": 2.0,
-            "requests": 4096,
-            "warmup_s": 1,
-            "window_s": 10,
-            "load_processes": 4,  # for its open loops, by which no run chooses a number
-            "next_knobs": knobs(limit=128, patience_s=6),
-        },
-        "gpu-quick": {"flags.max-model-len": 8192},  # as in other labs
-    },
-    quick={"repeats": 1},  # a shorter window would end before anyone is late
-    limits={
-        "cpu": "The scheduler, its queue and its limits are vLLM's own, so what overload does to"
-        " goodput carries over, in multiples of the capacity. The best batch does not: a large"
-        " part of a step here is the cost of launching small operations, so a larger batch looks"
-        " cheaper than on a GPU.",
-        "gpu": "One engine, equal lengths. A fleet turns a request away from one engine and sends"
-        " it to another; clients here do not try again, and real ones that do make it worse.",
-    },
-    next_knobs=knobs(limit=32, patience_s=2),
 )  # fmt: skip

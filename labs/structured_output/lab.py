@@ -1,25 +1,4 @@
-"""Structured output: what does it cost to have an engine answer in a form that a program can read?
-
-A prompt can ask for a form; nothing makes the model keep to it. With *structured output* (guided,
-or constrained decoding) the engine compiles a JSON schema or a regular expression to a *grammar*.
-Before each token it fills a *mask*, one bit for every entry of the vocabulary, and only what may
-come next can be sampled. So whatever is complete is valid, as far as the grammar is right: into a
-string with a `maxLength` xgrammar admits raw tabs, which JSON forbids. That costs in two places.
-The first request of a structure waits until its grammar is *compiled*: its TTFT pays, a later one's
-does not, as it finds the grammar in a cache. And every step needs a mask for every sequence. The
-engine fills them on the host while the device computes the step, so a step gets longer only where
-all of them take longer than itself: max(0, B t_mask / threads - t_step).
-
-The backends do this in their own ways. *xgrammar* sorts the vocabulary beforehand into what is
-always decided by the grammar's state and what is not; *guidance* walks a prefix tree of the
-vocabulary at each token, and so does *lm-format-enforcer*, in Python; *outlines* builds an
-automaton over tokens for the whole structure before the first one. The answers that are timed are
-cut off before they could be whole, so that all have one length; whole answers are asked for by a
-probe, and held against their structure.
-
-Turn: the form (`workloads.imposed.structure.form`), the batch (`workloads.imposed.loads`), the
-backend (`variants.guidance.flags.structured-outputs-config`).
-"""
+"""Structured output: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
 
@@ -175,7 +154,6 @@ UNSEEN = Structure(form="record", unseen=True)
 
 def claim(
     name: str,
-    title: str,
     treatment: tuple[str, str],
     baseline: tuple[str, str],
     expect: Literal["rises", "falls", "unchanged"] = "unchanged",
@@ -185,7 +163,6 @@ def claim(
     cold = workload_ == "unseen"
     return Claim(
         name=name,
-        title=title,
         metric="ttft_mean_s" if cold else "tpot_mean_s",
         treatment=Arm(variant=variant_, workload=workload_),
         baseline=Arm(variant=variant_0, workload=workload_0),
@@ -214,33 +191,20 @@ ON_CPU = tuple(
 """For a CPU's little time: what no claim compares is left to the study of masks and to the probe of
 whole answers, and the fourth backend is not asked how long a first answer waits."""
 CLAIMS = (
-    claim("mask", "Masks for many answers are filled while the step is computed: TPOT stays",
-          ("xgrammar", "imposed"), ("xgrammar", "asked")),
-    claim("mask-alone", "The mask for one answer fits the step as well: TPOT stays",
-          ("xgrammar", "imposed-alone"), ("xgrammar", "asked-alone")),
-    claim("guidance", "Another backend's masks fit the step as well: guidance",
-          ("guidance", "imposed"), ("xgrammar", "imposed")),
-    claim("outlines", "Another backend's masks fit the step as well: outlines",
-          ("outlines", "imposed"), ("xgrammar", "imposed")),
-    claim("lm-format-enforcer", "Masks that are filled in Python fit the step as well:"
-          " lm-format-enforcer",
-          ("lm-format-enforcer", "imposed"), ("xgrammar", "imposed")),
-    claim("unseen", "The first answer of a schema waits for its grammar: xgrammar",
-          ("xgrammar", "unseen"), ("xgrammar", "seen"), "rises"),
-    claim("unseen-guidance", "Compiling lazily, guidance lets no answer wait",
-          ("guidance", "unseen"), ("guidance", "seen")),
-    claim("unseen-outlines", "Indexing the vocabulary for a schema, outlines waits longest",
-          ("outlines", "unseen"), ("outlines", "seen"), "rises"),
-    claim("unseen-lm-format-enforcer",
-          "Walking through a schema as it goes, lm-format-enforcer lets no answer wait",
-          ("lm-format-enforcer", "unseen"), ("lm-format-enforcer", "seen")),
+    claim("mask", ("xgrammar", "imposed"), ("xgrammar", "asked")),
+    claim("mask-alone", ("xgrammar", "imposed-alone"), ("xgrammar", "asked-alone")),
+    claim("guidance", ("guidance", "imposed"), ("xgrammar", "imposed")),
+    claim("outlines", ("outlines", "imposed"), ("xgrammar", "imposed")),
+    claim("lm-format-enforcer", ("lm-format-enforcer", "imposed"), ("xgrammar", "imposed")),
+    claim("unseen", ("xgrammar", "unseen"), ("xgrammar", "seen"), "rises"),
+    claim("unseen-guidance", ("guidance", "unseen"), ("guidance", "seen")),
+    claim("unseen-outlines", ("outlines", "unseen"), ("outlines", "seen"), "rises"),
+    claim("unseen-lm-format-enforcer", ("lm-format-enforcer", "unseen"),
+          ("lm-format-enforcer", "seen")),
 )  # fmt: skip
 
 LAB = Lab(
     name="structured-output",
-    title="Structured output",
-    question="A program is to read the answers: what does it cost to have the engine keep to a"
-    " schema, and is asking for it not enough?",
     answers=("SO-6",),
     variants=VARIANTS,
     flags={
@@ -274,52 +238,9 @@ LAB = Lab(
     warmup_s=0.6,
     window_s=2.8,
     scales={
-        # there is time for no more, so it looks at its claims once
         "cpu": {
-            "most_repeats": 0,
             "workloads": [w.model_dump() for w in ON_CPU],
-            "claims": [c.model_dump() for c in CLAIMS if c.name != "unseen-lm-format-enforcer"],
+            "claims": tuple(c for c in CLAIMS if c.name != "unseen-lm-format-enforcer"),
         },
-        "gpu": {
-            "slo.ttft_s": 0.5,
-            "flags": {
-                "max-model-len": 4096,
-                "enable-prefix-caching": False,
-                "max-num-seqs": 256,
-            },
-            **{
-                f"workloads.{name}.loads": (Concurrent(users=64),)
-                for name in ("asked", "imposed", "nested", "regex")
-            },
-            "requests": 2560,  # of 64 users, whose short ones a fast card answers at 300/s
-            "warmup_s": 2,
-            "window_s": 5,
-            "next_knobs": (
-                "SET='workloads.imposed.loads=[\"concurrent:128\"]"
-                " workloads.asked.loads=[\"concurrent:128\"]' doubles the masks of a step: is it"
-                " still hidden?",
-                'SET="workloads.imposed.structure.form=nested'
-                ' workloads.imposed.prompt_tokens.tokens=288" masks along a nested schema',
-            ),
-        },
-        "gpu-quick": {"flags.max-model-len": 8192},  # as in other labs
     },
-    quick={"repeats": 1, "window_s": 2.6, "probes": ("structures-quick",)},
-    limits={
-        "cpu": "Validity, grammars and masks are the engine's own and take the same time beside a"
-        " GPU. What they hide behind does not carry over: a step here takes tens of milliseconds, a"
-        " GPU's a few, and a larger vocabulary has larger masks. How long a first answer waits for"
-        " lm-format-enforcer is measured on a GPU alone. Masks of the nested schema and of the"
-        " regular expression are timed alone, and whole answers of these forms are checked; what"
-        " the two cost a step is measured on a GPU alone.",
-        "gpu": "Masks are filled by the host's processor while the GPU computes: a slow host shows"
-        " in TPOT, whatever the GPU. The answers that are timed are short ones of one schema.",
-    },
-    next_knobs=(
-        "SET='workloads.imposed.loads=[\"concurrent:16\"]"
-        " workloads.asked.loads=[\"concurrent:16\"]' doubles the masks of a step: still hidden?",
-        'SET="workloads.imposed.structure.form=nested workloads.imposed.prompt_tokens.tokens=288"'
-        " masks along a nested schema",
-        'SET="flags.enforce-eager=false" compiles the model: shorter steps hide fewer masks',
-    ),
 )  # fmt: skip

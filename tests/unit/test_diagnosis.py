@@ -18,24 +18,20 @@ from typer.testing import CliRunner
 
 from labs import LABS
 from labs.diagnosis.facts import (
-    COEFFICIENTS,
-    SIGNATURE,
-    TITLES,
-    TOLD_APART,
-    Blind,
-    BlindDiagnoses,
     Coefficients,
-    blind_diagnoses,
+    Level,
+    Moved,
     coefficients,
-    draw_signatures,
-    tell_blind_diagnoses,
-    tell_coefficients,
+    facts,
+    signatures,
+    told_apart,
 )
 from labs.diagnosis.lab import INJECTED, SIGNATURES, running
+from labs.diagnosis.plots import draw_coefficients, draw_signatures
 from labs.harness.commands.cli import app
-from labs.harness.facts.parts import parts_of
 from labs.harness.filing.results import snapshot_json
 from labs.harness.judging.diagnosis import Cause, Reading, TooLittle, diagnose
+from labs.harness.judging.quantity import Quantity
 from labs.harness.running.diagnosing import ReadingFile, between
 from labs.harness.spec import LabError, Point
 from labs.harness.telling import diagnoses, markdown
@@ -129,7 +125,6 @@ def test_every_cause_of_the_lab_is_one_of_the_rule_and_has_a_signature() -> None
     of_traffic = {"more requests at once"}  # a closed loop of equally many users has no more
     no_cause = {"unknown", "cannot be told"}
     assert set(INJECTED.values()) | of_traffic | no_cause == set(get_args(Cause))
-    assert set(get_args(Cause)) <= TITLES.keys()
     assert set(diagnoses.MEANINGS) == (set(INJECTED.values()) | of_traffic) - {"healthy"}
     on_gpu = LABS["diagnosis"].at("gpu", quick=False).points(SHAPE, CEILINGS)
     assert INJECTED.keys() <= {(p.variant.name, p.workload.name) for p in on_gpu}
@@ -158,16 +153,6 @@ def test_a_large_budget_makes_a_few_gaps_long_and_the_others_short(
     """However long a token takes on average, which depends on the machine as well."""
     healthy = counted(gaps_s={0.04: 100, 0.08: 60, 0.15: 40})
     assert named(counted(gaps_s=gaps_s), healthy) == cause
-
-
-def test_a_report_says_where_a_mark_was_changed_after_its_run() -> None:
-    trial = Blind("burst", 1, "burst", (), "")
-    told = {
-        later: " ".join(tell_blind_diagnoses(BlindDiagnoses((trial,), later)).lines)
-        for later in (True, False)
-    }
-    assert "mark of a large token budget, which was changed after this run" in told[True]
-    assert "changed" not in told[False]
 
 
 def test_a_symptom_without_a_mark_is_not_named() -> None:
@@ -381,40 +366,27 @@ def test_trials_are_named_blind_and_counted(tmp_path: Path) -> None:
         injected = INJECTED.get((point.variant.name, point.workload.name))
         if injected:
             played(found, point.key, engine=as_it_was[injected])
-    facts = blind_diagnoses(found)
-    assert (facts.right, len(facts.trials)) == (7 * LAB.repeats, 8 * LAB.repeats)
-    finding = TOLD_APART.finding(found)
-    header, *rows = finding.rows
-    assert rows[0][header.index("Named: nothing")] == str(LAB.repeats)
-    (cold,) = (row for row in rows if row[0] == "a cold cache")
-    assert cold[header.index("Named: nothing")] == str(LAB.repeats)
-    assert any(
-        "*a cold cache* (repeats 1, 2, 3, 4) was named *nothing*: nothing" in line
-        for line in finding.lines
-    )
-
-    table = SIGNATURE.finding(found)
-    at = {row[0]: dict(zip(table.rows[0], row, strict=True)) for row in table.rows}
-    assert at["a burst"]["TTFT"] == "3.45x ↑"
-    assert at["a cold cache"]["Hit rate"] == "**30% ↓**"  # was predicted to fall, and did not
-    assert at["a neighbour's long prompt"]["Longest prompt"] == "1,000 to 2,000 ↑"
-    told = judged_run(found)
-    assert draw_signatures(told)
-    texts = {id: answer(told) for id, answer in parts_of("diagnosis").answers.items()}
-    assert f"In {7 * LAB.repeats} of {8 * LAB.repeats} trials the rule named" in (
-        texts["ME-4"] or ""
-    )
-    wrong = "Named wrongly: a cold cache was taken for a healthy engine in 4 of 4 trials."
-    assert wrong in (texts["ME-4"] or "")
-    assert "with a burst, TTFT is 3.45x, the queue 500 ms" in (texts["IP-5"] or "")
-    assert "with a long context, TPOT is 1.50x" in (texts["IP-6"] or "")
-    assert texts["IP-4"] is None  # nobody was alone
-
-
-def test_a_fit_that_lacks_requests_says_so_in_the_table() -> None:
-    told = tell_coefficients(Coefficients(ttft=None, itl=None))
-    assert [row[1:] for row in told.rows[1:]] == [["–"] * 4] * 2
-    assert all("too few requests" in line for line in told.lines)
+    run = judged_run(found)
+    told = told_apart(run)
+    assert (told.right, told.trials) == (7 * LAB.repeats, 8 * LAB.repeats)
+    assert told.matrix["healthy"] == told.matrix["cold cache"]
+    (wrong,) = told.wrong
+    assert (wrong.injected, wrong.named, wrong.repeats) == ("cold cache", "healthy", (1, 2, 3, 4))
+    moved = signatures(run)
+    assert [row.injected for row in moved.late] == ["burst", "long neighbour", "cold cache"]
+    assert (moved.predicted, moved.seen) == (36, 31)
+    burst, neighbour, cold = (row.figures for row in moved.late)
+    known = [m for m in (burst["TTFT"], burst["Queue"]) if m]
+    assert [m.level.value.value for m in known] == pytest.approx([3.45, 0.5])
+    assert [m.moved for m in known] == ["rises", "rises"]
+    assert cold["Hit rate"] == Moved(moved.healthy["Hit rate"], "stays", "falls")
+    bucket = Level(Quantity(1000), Quantity(2000))
+    assert neighbour["Longest prompt"] == Moved(bucket, "rises", "rises")
+    assert coefficients(run) == Coefficients(None, None)  # nobody was alone
+    assert draw_signatures(run, facts(run))
+    later = run.run.model_copy(update={"started_at": "2026-11-28T12:00:00+00:00"})
+    assert told.mark_changed_later
+    assert not told_apart(replace(run, run=later)).mark_changed_later
 
 
 def test_coefficients_are_found_again(tmp_path: Path) -> None:
@@ -427,16 +399,17 @@ def test_coefficients_are_found_again(tmp_path: Path) -> None:
         chunks = [(first + k * step, 1) for k in range(8)]
         alone.append(make_record(chunks, index=i, prompt_tokens=n, sent_s=10.0))
     played(found, "large-budget/alone/concurrent-1", alone, HEALTHY)
-    facts = coefficients(found)
-    assert facts.ttft
-    assert facts.itl
-    assert [c.value for c in facts.ttft.coefficients] == pytest.approx([0.1, 0.001, 1e-6])
-    assert [c.value for c in facts.itl.coefficients] == pytest.approx([0.05, 1e-5])
-    assert all(c.known and c.forecast is None for c in facts.ttft.coefficients)
-    finding = COEFFICIENTS.finding(found)
-    assert [row[2] for row in finding.rows[1:]] == ["100 ms", "1,000 µs", "1,000 ns", "50 ms",
-                                                    "10 µs"]  # fmt: skip
-    assert COEFFICIENTS.drawing(judged_run(found))
+    run = judged_run(found)
+    fits = coefficients(run)
+    assert fits.ttft
+    assert fits.itl
+    terms = [c.measured for fit in (fits.ttft, fits.itl) for c in fit.coefficients]
+    assert [term.value for term in terms] == pytest.approx([0.1, 1000, 1000, 0.05, 10])
+    assert [term.unit for term in terms] == ["s", "µs", "ns", "s", "µs"]
+    assert [part.value for part in fits.ttft.parts] == pytest.approx([0.1, 1.2, 1.44])
+    assert fits.ttft.takes.value == pytest.approx(fits.ttft.at(1200)) == pytest.approx(2.74)
+    assert all(c.is_known and not c.forecast.known for c in fits.ttft.coefficients)
+    assert draw_coefficients(run, facts(run))
 
 
 # --------------------------------------------------------------------------- `make diagnose`

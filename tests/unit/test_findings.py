@@ -18,29 +18,20 @@ from labs.harness.facts.parts import Conclusion, parts_of
 from labs.harness.facts.quality import QUALITY
 from labs.harness.facts.weights import WEIGHTS
 from labs.harness.filing.results import (
-    Band,
     Finding,
-    PointForecasts,
-    Predictions,
-    Searched,
     write_gzip,
-    write_json,
 )
 from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletion
-from labs.harness.judging.signals import QUEUE, Watch, Watched
-from labs.harness.judging.signals import SIGNALS as SIGNAL_NAMES
 from labs.harness.spec import Variant
 from labs.kv_quantization.facts import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
-from labs.overload.facts import ADMISSION, ALARMS, BEST_FLAGS, CLASSES, SIGNALS
 from labs.quantization_tools.facts import TOOLS_COMPARED
 from labs.weight_quantization.facts import NEEDLES, OUTLIERS
 from loadtests.workload import Fixed
 from tests.unit.builders import (
     make_lab,
-    make_record,
     make_workload,
 )
-from tests.unit.judged import Values, context, played, withheld
+from tests.unit.judged import Values, context
 
 INF = float("inf")
 
@@ -62,174 +53,6 @@ def test_a_run_of_which_nothing_came_has_a_finding_all_the_same(
     finding = conclusion.finding(context(tmp_path, make_lab(), {}))
     assert finding.title
     assert finding.passed is None
-
-
-# ------------------------------------------------------------------------------------ overload
-
-
-def overloaded(home: Path, by_client: bool = False) -> Context:
-    """Two in a batch; the capacity is 2 req/s, and a request may wait for a second."""
-    plain = Variant(name="unbounded", flags={"max-num-seqs": 2})
-    lab = make_lab(
-        variants=(
-            plain,
-            plain.but("capped", {"max-num-queued-reqs": 4}),
-            plain.but("priority", {"scheduling-policy": "priority"}),
-        ),
-        workloads=(
-            make_workload("concurrent:3", name="full", only=("unbounded",)),
-            make_workload("capacity:0.5", "capacity:2", name="mixed", only=("unbounded", "capped")),
-            make_workload("capacity:2", name="two", only=("priority",), priorities=(0, 1)),
-            make_workload("ramp:0.5/2.5", name="rising", only=("unbounded",)),
-        ),
-        claims=(),
-        evidence=(),
-        admission_by_client=by_client,
-    )
-    values: dict[str, Values] = {
-        "unbounded/full/concurrent-3": {"requests_per_s": [2.0, 2.5]},
-        "unbounded/mixed/capacity-0.5": {"goodput_per_s": 1.0},
-        "unbounded/mixed/capacity-2": {
-            "goodput_per_s": 0.5, "output_tokens_per_s": 8.0, "tpot_mean_s": 0.05,
-        },
-        "capped/mixed/capacity-2": {
-            "goodput_per_s": 1.9, "turned_away_rate": 0.5, "output_tokens_per_s": 7.0,
-            "tpot_mean_s": 0.05,
-        },
-    }  # fmt: skip
-    found = context(home, lab, values)
-    in_time, late = ([(first, 1), (first + 0.1, 1)] for first in (11.0, 15.5))
-    played(found, "unbounded/mixed/capacity-0.5", [make_record([(10.5, 1), (11.0, 1)])])
-    played(
-        found,
-        "unbounded/mixed/capacity-2",
-        [make_record(in_time, sent_s=10.5), make_record(late, sent_s=12.5)],
-    )
-    full = make_record([], error="HTTP 503: busy")
-    played(found, "capped/mixed/capacity-2", [make_record(in_time, sent_s=10.5), full])
-    played(
-        found,
-        "priority/two/capacity-2",
-        [make_record(in_time, sent_s=10.5, index=0), make_record(late, sent_s=12.5, index=1)],
-    )
-    played(
-        found,
-        "unbounded/rising/ramp-0.5-2.5",
-        [
-            make_record([(12.4, 1)], sent_s=12.0),
-            make_record([(12.4, 1)], sent_s=12.1),
-            make_record([(15.5, 1)], sent_s=14.0),
-        ],
-    )
-    return found
-
-
-def test_goodput_stands_beside_what_was_offered(tmp_path: Path) -> None:
-    """A fluid at twice the capacity is late after 1 / (2 - 1) s; the first late one came at 12.5 s.
-
-    Rates are multiples of the capacity of the first repeat, not of the mean.
-    """
-    found = ADMISSION.finding(overloaded(tmp_path))
-    assert cells(found, 0, 1, 2, 3, 6, 8, 9) == [
-        ["unbounded", "0.5x", "0.1 req/s", "1 req/s", "–", "–", "–"],
-        ["unbounded", "2x", "0.2 req/s", "0.5 req/s", "–", "12.5 s", "1 s"],
-        ["capped", "2x", "0.2 req/s", "1.9 req/s", "50%", "–", "–"],
-    ]
-    assert found.lines[0].startswith("The capacity is 2 req/s")
-
-
-def test_a_limit_that_the_client_holds_is_called_so(tmp_path: Path) -> None:
-    found = overloaded(tmp_path, by_client=True)
-    names = [name for (name,) in cells(ADMISSION.finding(found), 0)]
-    assert names == ["unbounded", "unbounded", "capped (client's limit)"]
-    limits = {name: limit for name, limit in cells(BEST_FLAGS.finding(found), 0, 2)}
-    assert limits["capped"] == "4 requests (client's)"
-    assert limits["unbounded"] == "none"
-
-
-def test_a_class_that_is_served_first_is_told_from_the_other(tmp_path: Path) -> None:
-    found = CLASSES.finding(overloaded(tmp_path))
-    assert found.title.endswith("at 2x the capacity")
-    assert cells(found, 0, 1, 3, 4) == [
-        ["priority", "priority 0", "100%", "500 ms"],
-        ["priority", "priority 1", "0%", "3 s"],
-        ["unbounded", "all alike", "50%", "1.75 s"],
-    ]
-
-
-def test_the_best_flags_may_differ_for_goodput_and_for_throughput(tmp_path: Path) -> None:
-    found = BEST_FLAGS.finding(overloaded(tmp_path))
-    assert "`capped` has the most goodput as measured; none was forecast." in found.lines[0]
-    assert "`unbounded` has the most throughput" in found.lines[1]
-
-
-def test_the_best_of_what_was_only_forecast_is_named(tmp_path: Path) -> None:
-    """Runs from before there was a search have no such lines."""
-    run = overloaded(tmp_path)
-    before = BEST_FLAGS.finding(run)
-    grid = tuple(
-        Searched(
-            flags={"max-num-seqs": batch, "max-num-queued-reqs": 2 * batch},
-            figures={"goodput_per_s": goodput, "output_tokens_per_s": tokens_per_s},
-        )
-        for batch, goodput, tokens_per_s in ((4, 2.5, 9.0), (8, 2.0, 12.0))
-    )
-    band = {"goodput_per_s": Band(value=1.8, low=1.7, high=1.9)}
-    forecasts = PointForecasts(points={"capped/mixed/capacity-2": band}, searched=grid)
-    predictions = Predictions(effects={}, forecasts={}, in_virtual_time=forecasts)
-    write_json(tmp_path / "run" / "predictions.json", predictions)
-    found = BEST_FLAGS.finding(replace(run))  # which reads its files anew
-    assert len(found.rows) == len(before.rows) + 2
-    assert cells(found, 0, 1, 2, 3, 4)[-1] == ["forecast alone", "8", "16 requests", "2 req/s", "–"]
-    goodput, throughput, _ = found.lines[2:]
-    assert "max-num-seqs 4 with a limit of 8 requests has the most goodput, 2.5 req/s: more" in (
-        goodput
-    )
-    assert "than the most that is forecast for a measured variant, 1.8 req/s (`capped`)" in goodput
-    assert "max-num-seqs 8" in throughput
-    assert throughput.endswith("12 tok/s.")  # none was forecast for a measured variant
-    assert len(before.lines) == 2
-
-
-def test_flags_that_are_not_valid_are_not_the_best(tmp_path: Path) -> None:
-    found = BEST_FLAGS.finding(withheld(overloaded(tmp_path), "capped/mixed/capacity-2"))
-    assert found.lines[0].startswith("Of those whose figures are valid, `unbounded` has the most")
-
-
-def test_the_queue_sees_an_overload_coming_and_a_full_batch_does_not(tmp_path: Path) -> None:
-    """Two wait from 12.1 s on, where one did at the steady load; one sent at 14 s is too late."""
-    found = SIGNALS.finding(overloaded(tmp_path))
-    assert cells(found, 0, 3, 4) == [
-        ["Requests waiting", "2 of 2", "1.9 s"],
-        ["Batch in use", "0 of 2", "–"],
-        ["KV cache in use", "0 of 2", "–"],
-        ["TTFT, slowest", "0 of 2", "–"],
-    ]
-    assert "was sent after 14 s" in found.lines[0]
-
-
-def test_alarms_stand_beside_those_in_virtual_time(tmp_path: Path) -> None:
-    """Two wait from 12.1 s to 12.4 s, as many as a batch has. One sent at 14 s may wait 1 s.
-
-    So the SLO is broken at 15 s, when the queue has been short for more than 2 s: a false alarm.
-    """
-    overload = overloaded(tmp_path)
-    (ramp,) = (p for p in overload.points if p.workload.name == "rising")
-    silent = Watched(crossed_s=None, lead_s=None, false_alarms=0)
-    foreseen = Watch(
-        breach_s=13.0,
-        signals={name: silent for name in SIGNAL_NAMES}
-        | {QUEUE: Watched(crossed_s=10.0, lead_s=3.0, false_alarms=1)},
-    )
-    played = PointForecasts(points={}, watches={ramp.key: (foreseen,)})
-    predictions = Predictions(effects={}, forecasts={}, in_virtual_time=played)
-    write_json(overload.folder.path / "predictions.json", predictions)
-    found = ALARMS.finding(overload)
-    assert cells(found, 1, 2, 4, 5, 6, 7, 8, 9)[0] == [
-        "Requests waiting", "2", "–", "0 of 2", "2", "3 s", "1 of 1", "1",
-    ]  # fmt: skip
-    assert "broken in 2 of 2 trials, first after 15 s" in found.lines[0]
-    assert "in 1 of 1, after 13 s" in found.lines[0]
 
 
 # ------------------------------------------------------------------------------------ quantization

@@ -1,14 +1,23 @@
-"""The lab of overload: its predictions by hand, and how the capacity of its loads is found."""
+"""The lab of overload: its predictions by hand, how its capacity is found, what its runs say."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from labs import LABS
-from labs.harness.spec import Lab, LabError, Point
+from labs.harness.facts.context import JudgedRun
+from labs.harness.filing.results import PointForecasts, Predictions, Searched, write_json
+from labs.harness.judging.quantity import Quantity
+from labs.harness.judging.signals import BATCH, KV, QUEUE, SIGNALS, TTFT, Watch, Watched
+from labs.harness.spec import Lab, LabError, Point, Variant
+from labs.overload.facts import Limit, admission, alarms, best_flags, classes, signals
 from labs.overload.lab import searched
-from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
+from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_record, make_workload
+from tests.unit.judged import context, judged_run, played, withheld
 
 LAB = LABS["overload"].at("cpu", quick=False)
 
@@ -79,3 +88,142 @@ def test_an_aa_run_finds_the_capacity_first() -> None:
     first, *others = twins.points(SHAPE, CEILINGS)
     assert (first.variant.name, str(first.load)) == ("unbounded", "concurrent:12")
     assert {str(p.load) for p in others} == {"capacity:0.7", "capacity:1.3", "capacity:2"}
+
+
+# ------------------------------------------------------------------------- what a run says of it
+
+
+def overloaded(home: Path, by_client: bool = False, not_valid: str = "") -> JudgedRun:
+    """Two in a batch; the capacity is 2 req/s, and a request may wait for a second."""
+    plain = Variant(name="unbounded", flags={"max-num-seqs": 2})
+    lab = make_lab(
+        variants=(
+            plain,
+            plain.but("capped", {"max-num-queued-reqs": 4}),
+            plain.but("priority", {"scheduling-policy": "priority"}),
+        ),
+        workloads=(
+            make_workload("concurrent:3", name="full", only=("unbounded",)),
+            make_workload("capacity:0.5", "capacity:2", name="mixed", only=("unbounded", "capped")),
+            make_workload("capacity:2", name="two", only=("priority",), priorities=(0, 1)),
+            make_workload("ramp:0.5/2.5", name="rising", only=("unbounded",)),
+        ),
+        claims=(), evidence=(), admission_by_client=by_client,
+    )  # fmt: skip
+    slow, half, most = "unbounded/mixed/capacity-2", "unbounded/mixed/capacity-0.5", CAPPED
+    found = context(home, lab, {
+        "unbounded/full/concurrent-3": {"requests_per_s": [2.0, 2.5]},
+        half: {"goodput_per_s": 1.0},
+        slow: {"goodput_per_s": 0.5, "output_tokens_per_s": 8.0},
+        most: {"goodput_per_s": 1.9, "output_tokens_per_s": 7.0, "turned_away_rate": 0.5},
+    })  # fmt: skip
+    in_time, late = ([(first, 1), (first + 0.1, 1)] for first in (11.0, 15.5))
+    first, second = make_record(in_time, sent_s=10.5), make_record(late, sent_s=12.5, index=1)
+    played(found, half, [make_record([(10.5, 1), (11.0, 1)])])
+    played(found, slow, [first, second])
+    played(found, most, [first, make_record([], error="HTTP 503: busy")])
+    played(found, "priority/two/capacity-2", [first, second])
+    sent = ((12.0, 12.4), (12.1, 12.4), (14.0, 15.5))
+    played(found, RISING, [make_record([(came, 1)], sent_s=at) for at, came in sent])
+    return judged_run(withheld(found, not_valid))
+
+
+CAPPED, RISING = "capped/mixed/capacity-2", "unbounded/rising/ramp-0.5-2.5"
+
+
+def values(*quantities: Quantity) -> list[float | None]:
+    return [quantity.value for quantity in quantities]
+
+
+def test_goodput_stands_beside_what_was_offered(tmp_path: Path) -> None:
+    """A fluid at twice the capacity is late after 1 / (2 - 1) s; the first late one came at 12.5 s.
+
+    Rates are multiples of the capacity of the first repeat, not of the mean.
+    """
+    found = admission(overloaded(tmp_path))
+    half, slow, capped = found.offers
+    assert values(half.offered_per_s, half.late_from_s, half.fluid_late_from_s) == [0.1, None, None]
+    assert values(slow.offered_per_s, slow.late_from_s, slow.fluid_late_from_s) == [0.2, 12.5, 1]
+    assert values(capped.turned_away, capped.late_from_s, slow.gain) == [0.5, None, None]
+    assert capped.gain.value == pytest.approx(1.9 / 0.5)
+    assert found.capacity_per_s.value == 2
+    assert (found.without, found.limited) == (slow, capped)
+
+
+def test_a_limit_that_the_client_holds_is_called_so(tmp_path: Path) -> None:
+    run = overloaded(tmp_path, by_client=True)
+    assert [o.limited_by for o in admission(run).offers] == ["nobody", "nobody", "client"]
+    limits = {tried.variant: tried.limit for tried in best_flags(run).tried}
+    assert limits["capped"] == Limit("requests", 4, by_client=True)
+    assert limits["unbounded"] == Limit()
+
+
+def test_a_class_that_is_served_first_is_told_from_the_other(tmp_path: Path) -> None:
+    found = classes(overloaded(tmp_path))
+    assert found.times == 2
+    served = [(c.variant, c.priority, *values(c.in_time, c.ttft_mean_s)) for c in found.classes]
+    assert served == [
+        ("priority", 0, 1, 0.5), ("priority", 1, 0, 3), ("unbounded", None, 0.5, 1.75),
+    ]  # fmt: skip
+
+
+def test_the_best_flags_may_differ_for_goodput_and_for_throughput(tmp_path: Path) -> None:
+    """Of those that are valid; runs from before there was a search have no other."""
+    found = best_flags(overloaded(tmp_path))
+    unbounded, capped, _ = found.tried
+    assert (found.goodput.measured, found.throughput.measured) == (capped, unbounded)
+    assert (found.goodput.foreseen, found.goodput.searched) == ("not forecast", None)
+    not_valid = best_flags(overloaded(tmp_path / "b", not_valid=CAPPED)).goodput
+    assert (not_valid.measured, not_valid.all_are_valid) == (unbounded, False)
+
+
+def test_the_best_of_what_was_only_forecast_is_named(tmp_path: Path) -> None:
+    run = overloaded(tmp_path)
+    grid = tuple(
+        Searched(
+            flags={"max-num-seqs": batch, "max-num-queued-reqs": 2 * batch},
+            figures={"goodput_per_s": goodput, "output_tokens_per_s": tokens_per_s},
+        )
+        for batch, goodput, tokens_per_s in ((4, 2.5, 9.0), (8, 2.0, 12.0))
+    )
+    write_forecasts(run, searched=grid)
+    found = best_flags(run)
+    assert (found.goodput.searched, found.throughput.searched) == found.searched
+    assert [(s.variant, s.batch, s.limit.most) for s in found.searched] == [
+        (None, 4, 8), (None, 8, 16),
+    ]  # fmt: skip
+
+
+def write_forecasts(run: JudgedRun, **forecasts: Any) -> None:
+    played = PointForecasts(**{"points": {}, **forecasts})
+    predictions = Predictions(effects={}, forecasts={}, in_virtual_time=played)
+    write_json(run.folder.path / "predictions.json", predictions)
+
+
+def test_the_queue_sees_an_overload_coming_and_a_full_batch_does_not(tmp_path: Path) -> None:
+    """Two wait from 12.1 s on, where one did at the steady load; one sent at 14 s is too late."""
+    found = signals(overloaded(tmp_path))
+    assert {s.name: s.alarms for s in found.signals} == {QUEUE: 2, BATCH: 0, KV: 0, TTFT: 0}
+    (queue,) = found.early
+    assert values(queue.lead_s, found.breach_s) == [pytest.approx(1.9), 14]
+
+
+def test_alarms_stand_beside_those_in_virtual_time(tmp_path: Path) -> None:
+    """Two wait from 12.1 s to 12.4 s, as many as a batch has. One sent at 14 s may wait 1 s.
+
+    So the SLO is broken at 15 s, when the queue has been short for more than 2 s: a false alarm.
+    """
+    run = overloaded(tmp_path)
+    silent = Watched(crossed_s=None, lead_s=None, false_alarms=0)
+    led = Watched(crossed_s=10.0, lead_s=3.0, false_alarms=1)
+    foreseen = Watch(breach_s=13.0, signals={**dict.fromkeys(SIGNALS, silent), QUEUE: led})
+    write_forecasts(run, watches={RISING: (foreseen,)})
+    (of,) = alarms(run)
+    assert (of.measured.broken, of.forecast.broken) == (2, 1)
+    assert values(of.measured.breach_s, of.forecast.breach_s) == [15, 13]
+    queue = of.alarms[0]
+    assert values(queue.threshold, queue.measured.lead_s, queue.forecast.lead_s) == [2, None, 3]
+    assert [(said.led, said.false_alarms) for said in (queue.measured, queue.forecast)] == [
+        (0, 2), (1, 1),
+    ]  # fmt: skip
+    assert of.first is None  # as none led in every trial

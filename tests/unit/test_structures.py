@@ -13,23 +13,21 @@ import pytest
 from pydantic import ValidationError
 
 from labs import LABS
+from labs.harness.judging.quantity import Quantity
 from labs.harness.judging.validity import Expected, faults_of_set_up
 from labs.harness.spec import LabError, Point
 from labs.structured_output.facts import (
     AnswerCounts,
     FirstToken,
+    FirstTokens,
+    How,
     Overhead,
+    Step,
     Validity,
     breaks_by_control_characters,
     is_valid,
-    tell_first_tokens,
-    tell_masks,
-    tell_overhead,
-    tell_validity,
-    validity_sentence,
 )
-from labs.structured_output.facts import Masks as StudiedMasks
-from labs.structured_output.facts import TimedForm as StudiedForm
+from labs.structured_output.facts import masks as masks_of
 from labs.structured_output.lab import first_token_ratio, masking, step_ratio
 from loadtests.plan import body
 from loadtests.prompts import Messages, Writer
@@ -49,6 +47,7 @@ from serving.engines.vllm_harmless import refusal
 from serving.forecasting.step import mask_threads
 from serving.making import MakerError
 from tests.unit.builders import CEILINGS, SHAPE, make_record, make_trial, make_workload
+from tests.unit.judged import context
 
 
 def words(messages: Messages) -> int:
@@ -271,21 +270,25 @@ def test_a_list_of_structures_that_is_none_is_refused(text: str, tmp_path: Path)
 # ------------------------------------------------------------------------------- the findings
 
 
-def answers(how: str, asked: int, valid: int, cut_off: int = 0) -> AnswerCounts:
-    return AnswerCounts("record", how, "xgrammar", asked, valid, cut_off, 30.0)
+def answers(how: How, asked: int, valid: int, cut_off: int = 0) -> AnswerCounts:
+    return AnswerCounts("record", how, "xgrammar", asked, valid, cut_off, Quantity(30.0))
+
+
+def seconds(value: float | None) -> Quantity:
+    return Quantity(value, "s")
 
 
 def test_one_whole_answer_that_breaks_its_structure_fails_however_many_keep_to_it() -> None:
     kept = Validity((answers("asked", 9, 2), answers("imposed", 9, 8, cut_off=1)))
     assert kept.passed is True
-    broken = Validity((*kept.groups, answers("imposed", 9, 8)))
-    assert tell_validity(broken).passed is False
+    assert Validity((*kept.groups, answers("imposed", 9, 8))).passed is False
     assert Validity((answers("imposed", 9, 0, cut_off=9),)).passed is None
     assert Validity((answers("free", 9, 0),)).passed is None
-    sentence = validity_sentence(kept)
-    assert sentence
-    assert "asked for in the prompt 2 of 9; imposed by the engine 8 of 9" in sentence
-    assert "at least 52%" in sentence  # Clopper-Pearson
+    asked, imposed = kept.kept
+    assert [(of.how, of.valid, of.asked) for of in (asked, imposed)] == [
+        ("asked", 2, 9), ("imposed", 8, 9),
+    ]  # fmt: skip
+    assert imposed.at_least.value == pytest.approx(0.52, abs=0.005)  # Clopper-Pearson
 
 
 def test_answers_that_only_control_characters_break_are_told_apart() -> None:
@@ -295,39 +298,37 @@ def test_answers_that_only_control_characters_break_are_told_apart() -> None:
     for other in (answer, answer[:-1], tab.replace("1904", "4"), answer.replace("bridge", "\\t")):
         assert not breaks_by_control_characters(other, asked)
     assert not breaks_by_control_characters("order\t", spec("regex"))
-    told = tell_validity(
-        Validity((replace(answers("imposed", 9, 6), control_characters=2), answers("free", 9, 0)))
-    )
-    assert told.passed is False
-    assert "control characters in strings: 2 by `xgrammar`." in told.lines[1]
-    assert not any("control" in line for line in tell_validity(Validity(())).lines)
+    broken = replace(answers("imposed", 9, 6), control_characters=2)
+    found = Validity((broken, answers("imposed", 9, 9), answers("free", 9, 0)))
+    assert found.passed is False
+    assert found.with_control_characters == [broken]
 
 
 def test_the_slowest_masks_fit_the_step_or_do_not() -> None:
-    fits = Overhead("a", "imposed", 8, tpot_s=0.06, without_s=0.05, masks_s=0.004)
-    assert fits.share == pytest.approx(0.2)
-    assert "fit within" in tell_overhead((fits,)).lines[0]
-    hidden_no_more = replace(fits, masks_s=0.055)  # its own step has them, and is longer for it
-    assert "do not fit within the 50 ms" in tell_overhead((hidden_no_more,)).lines[0]
-    slow = replace(fits, backend="b", masks_s=0.09)
-    assert "`b`'s with 8 in flight" in (line := tell_overhead((fits, slow)).lines[0])
-    assert "do not fit within" in line
-    assert tell_overhead((replace(fits, tpot_s=None),)).rows[1][3] == "–"
+    fits = Step("a", "imposed", 8, seconds(0.06), without_s=seconds(0.05), masks_s=seconds(0.004))
+    assert fits.longer.value == pytest.approx(0.2)
+    assert fits.hides_masks is True
+    # its own step has them, and is longer for it
+    assert replace(fits, masks_s=seconds(0.055)).hides_masks is False
+    slow = replace(fits, backend="b", masks_s=seconds(0.09))
+    lacking = replace(slow, without_s=seconds(None), masks_s=seconds(0.2))
+    assert Overhead((fits, slow, lacking)).slowest == slow
+    assert Overhead((fits, slow, lacking)).lacks_some
+    assert not replace(fits, tpot_s=seconds(None)).longer.known
 
 
 def test_the_longest_wait_is_named() -> None:
-    quick = FirstToken("a", "record", 3, unseen_s=0.2, seen_s=0.21, compile_s=0.001)
-    slow = FirstToken("b", "nested", 3, unseen_s=0.9, seen_s=0.2, compile_s=None)
-    (head, *rows), lines = (told := tell_first_tokens((slow, quick))).rows, told.lines
-    assert head[0] == "Form"
-    assert [row[0] for row in rows] == ["record", "nested"]
-    assert "longest wait is `b`'s" in lines[0]
-    assert tell_first_tokens(()).lines == []
+    quick = FirstToken("a", "record", 3, seconds(0.2), seen_s=seconds(0.21), compile_s=seconds(0.1))
+    slow = FirstToken("b", "nested", 3, seconds(0.9), seen_s=seconds(0.2), compile_s=seconds(None))
+    assert slow.later_s.value == pytest.approx(0.7)
+    found = FirstTokens((quick, slow))
+    assert (found.longest, found.shortest, found.timed) == (slow, quick, 3)
+    assert FirstTokens(()).longest is None
 
 
-def test_a_backend_without_figures_has_its_reason() -> None:
-    form = StudiedForm("a", "record", 0.02, 0.001, 0.0005, most_hidden=100)
-    told = tell_masks(StudiedMasks((form,), {"b": "ImportError: no"}, 49_152))
-    assert told.rows[1][-1] == "100"
-    assert told.rows[2] == ["b", "–", "–", "–", "–", "–"]
-    assert "`b` is not compared" in told.lines[0]
+def test_a_backend_without_figures_has_its_reason(tmp_path: Path) -> None:
+    values = {"xgrammar/asked-alone/concurrent-1": {"tpot_mean_s": 0.05}}
+    lab = LABS["structured-output"].at("cpu", quick=False)
+    found = masks_of(context(tmp_path, lab, values, about={"masks": STUDY}))
+    assert {of.form: of.most_hidden for of in found.forms} == dict.fromkeys(FORMS, 5)
+    assert found.unusable == {"guidance": "ImportError: no"}

@@ -108,11 +108,10 @@ def reach(intervals: Sequence[Interval | Quantity | None], scale: float = 1) -> 
     This is what matplotlib takes as `yerr`. Where a mean's interval is one of its logarithm, the
     upper part is longer. `scale` multiplies the figures into the unit of the axis.
     """
-    ends = [(i.value, i.low, i.high) if i else (None, None, None) for i in intervals]
-    return [
-        [scale * (v - low) if v is not None and low is not None else 0.0 for v, low, _ in ends],
-        [scale * (high - v) if v is not None and high is not None else 0.0 for v, _, high in ends],
-    ]
+    ends = [(i.value or 0.0, i.low, i.high) if i else (0.0, None, None) for i in intervals]
+    below = [scale * (value - low) if low is not None else 0.0 for value, low, _ in ends]
+    above = [scale * (high - value) if high is not None else 0.0 for value, _, high in ends]
+    return [below, above]
 
 
 def aside(place: int, series: int) -> float:
