@@ -348,7 +348,7 @@ NOT_FILED = ("acceptance", "guessed", "masking", "arithmetic", "searched", "made
 ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
 """What a quick run of any lab does without, unless the lab says otherwise."""
 NOT_SET = 1  # load processes of a lab that does not say how many
-WITHOUT = "without"  # of a quick run's sizes: the names of the parts that it does without
+WITHOUT = "without"  # of sizes: the names of the variants and workloads that they do without
 NOT_QUICK = "not in a quick run on this kind of machine"
 QUICK_OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"repeats": 3}}
 """What a quick run of any lab has on a kind of machine, whatever the lab says.
@@ -386,8 +386,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     fields, by dotted path (`workloads.exponential.output_tokens.mean_tokens`); values for a class
     of GPU memory (`gpu-24`) override those of the kind, and `quick` overrides both. A quick run on
     one kind of machine (`gpu-quick`), or on one class of it (`gpu-80-quick`), may differ from one
-    elsewhere; under `without` it lists the variants and workloads that it does without. On a GPU a
-    quick run has three repeats, whatever `quick` says.
+    elsewhere. Under `without` each lists the variants and workloads that it does without; of these
+    a report says only those that a quick run leaves out. On a GPU a quick run has three repeats,
+    whatever `quick` says.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
@@ -561,9 +562,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         own = [self.scales.get(name, {}) for name in names]
         short = ONE_LOOK | self.quick | QUICK_OF_KIND.get(kind, {})
         brief = [short, *(self.scales.get(f"{n}-quick", {}) for n in names)] if quick else []
-        gone = {name for layer in brief for name in layer.get(WITHOUT, ())}
-        sizes = [{k: v for k, v in layer.items() if k != WITHOUT} for layer in brief]
-        lab = self._changed(OF_KIND.get(kind, {}), *own, *sizes)
+        never, gone = ({n for layer in of for n in layer.get(WITHOUT, ())} for of in (own, brief))
+        sizes = [{k: v for k, v in layer.items() if k != WITHOUT} for layer in (*own, *brief)]
+        lab = self._changed(OF_KIND.get(kind, {}), *sizes)._but(never)
         if scale == models.CPU_FP32:
             lab = lab._in_float32()
         if kind == "gpu":
@@ -613,14 +614,20 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         """Leave out variants and workloads, by name, and say so; unknown names are passed over."""
         if not gone.intersection(self._part_names()):
             return self
-        lab = self._keeping(
-            [v.name for v in self.variants if v.name not in gone],
-            [w.name for w in self.workloads if w.name not in gone],
-        )
+        lab = self._but(gone)
         there = lab._part_names()
         missing = ", ".join(name for name in self._part_names() if name not in there)
         left_out = (*lab.left_out, f"{missing}: {NOT_QUICK}")
         return lab.model_copy(update={"left_out": left_out})
+
+    def _but(self, gone: Collection[str]) -> Lab:
+        """Keep all variants and workloads but these, by name."""
+        if not gone:
+            return self
+        return self._keeping(
+            [v.name for v in self.variants if v.name not in gone],
+            [w.name for w in self.workloads if w.name not in gone],
+        )
 
     def _part_names(self) -> dict[str, None]:
         """Name the variants and the workloads, each name once, in order."""
