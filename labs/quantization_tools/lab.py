@@ -1,18 +1,4 @@
-"""Quantization tools: do the archived originals and their heirs agree, and what does the text do?
-
-AutoGPTQ and AutoAWQ made 4-bit weights popular and are archived; GPTQModel and llm-compressor go
-on from there. All of them round the same layers of the same model in groups of the same size on
-the same calibration text, each in an environment of its own, and what they made is served by the
-same engine: what differs is the tool. One more is only rounded to the nearest of the 16 levels, to
-show what the recipes are worth, and one is made by the same tool on another text, Python code,
-while quality is judged on prose: GPTQ makes up for its errors where the calibration text says that
-they matter.
-
-Making all of it takes about twenty minutes the first time, most of it setting up the four tools.
-
-Turn: the text (`make quantize METHOD=w4a16-gptq-code` says how it is named), the length of the
-questions (`probes`).
-"""
+"""Quantization tools: what is asked of them. Their words stand in page.md, sizes in sizes.toml."""
 
 from __future__ import annotations
 
@@ -31,10 +17,9 @@ def same_bytes(treatment: Point, baseline: Point) -> Prediction:
     )
 
 
-def claim(name: str, title: str, heir: str, original: str) -> Claim:
+def claim(name: str, heir: str, original: str) -> Claim:
     return Claim(
         name=name,
-        title=title,
         metric="tpot_mean_s",
         treatment=Arm(variant=heir),
         baseline=Arm(variant=original),
@@ -50,9 +35,6 @@ MADE = (
 
 LAB = Lab(
     name="quantization-tools",
-    title="Quantization tools",
-    question="AutoGPTQ and AutoAWQ are archived: are the weights that their maintained successors"
-    " make as fast and as good?",
     answers=("CO-3", "CO-7", "ME-2"),
     variants=(BASE, *(BASE.but(name, weights=name) for name in MADE)),
     flags={
@@ -70,12 +52,9 @@ LAB = Lab(
         ),
     ),
     claims=(
-        claim("gptq-heir", "GPTQModel's weights are as fast as AutoGPTQ's",
-              "gptqmodel", "auto-gptq"),
-        claim("gptq-vllm", "llm-compressor's GPTQ weights are as fast as AutoGPTQ's",
-              "w4a16-gptq", "auto-gptq"),
-        claim("awq-heir", "llm-compressor's AWQ weights are as fast as AutoAWQ's",
-              "w4a16-awq", "autoawq"),
+        claim("gptq-heir", "gptqmodel", "auto-gptq"),
+        claim("gptq-vllm", "w4a16-gptq", "auto-gptq"),
+        claim("awq-heir", "w4a16-awq", "autoawq"),
     ),
     evidence=(Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),),
     made_here=True,  # weights that others publish have another calibration text
@@ -87,23 +66,4 @@ LAB = Lab(
     requests=384,
     warmup_s=0.5,
     window_s=2.8,
-    scales={
-        "gpu": {
-            "slo.ttft_s": 0.5,
-            "flags": {"enable-prefix-caching": True},
-            "workloads.decode.prompt_tokens.tokens": 128,
-            "workloads.decode.output_tokens.tokens": 128,
-            "requests": 4096,
-            "warmup_s": 2,
-            "window_s": 6,
-        }
-    },
-    quick={"repeats": 1, "probes": ("quality-quick",)},
-    limits={
-        "cpu": "Quality carries over. A small model loses more to 4 bits than a large one.",
-        "gpu": "One model and one size of calibration set.",
-    },
-    next_knobs=(
-        'SET="variants.autoawq.weights=w8a8" puts 8 bits into the same table',
-    ),
-)  # fmt: skip
+)

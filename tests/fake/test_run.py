@@ -411,10 +411,11 @@ def test_a_tight_cache_preempts_and_eight_bits_do_later(finish: Finish) -> None:
 
 
 def test_two_engines_that_answer_alike_differ_in_nothing(finish: Finish) -> None:
-    rows = _rows(finish("weight-quantization"), "Quality")
-    assert set(rows["perplexity"]) == {"2"}
-    assert {cell.split(" ")[0] for cell in rows["perplexity ratio"][1:]} == {"1"}
-    assert {cell.split(" ")[0] for cell in rows["KL divergence, nat/token"][1:]} == {"0"}
+    facts = kept("weight-quantization", finish("weight-quantization").folder.summary().facts)
+    assert facts.quality.treatments
+    for of in facts.quality.compared.values():
+        assert of.levels.perplexity.value == pytest.approx(2, rel=1e-3)
+        assert (of.perplexity_ratio.value, of.kl_divergence.value) == (1, 0)
 
 
 def test_every_tenant_hears_its_own_adapter(finish: Finish) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.parts import parts_of, plain
 from labs.harness.filing.results import RunFolder, Summary, TrialResult, snapshot_json, write_json
+from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletion
 from labs.harness.judging.judge import Caveat, Effect, Interval, Judgement
 from labs.harness.spec import Lab
 from labs.harness.telling.words import Told, told
@@ -98,3 +100,17 @@ def with_facts(run: JudgedRun, name: str = "") -> JudgedRun:
 def told_of(run: JudgedRun) -> Told:
     """What the lab's page says of the run."""
     return told(run.run, run.lab, with_facts(run).summary)
+
+
+def answered(probability: float, right: int) -> dict[str, Any]:
+    """An evaluation: each token of two passages had this probability; so many of 100 were right."""
+    known = {1: math.log(probability), 2: math.log(1 - probability)}
+    passage = Passage(token_ids=(1,) * 50, known=(known,) * 50)
+    replies = tuple(
+        ScoredCompletion(question=str(i), expected="7", answer="", correct=i < right,
+              length_tokens=256 * (1 + i % 2), depth=0.5)
+        for i in range(100)
+    )  # fmt: skip
+    tasks = tuple(r.model_copy(update={"length_tokens": None, "depth": None}) for r in replies)
+    found = Evaluation(model="m", passages=(passage,) * 2, needles=replies, tasks=tasks, took_s=1)
+    return found.model_dump(mode="json")

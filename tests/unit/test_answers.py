@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from labs import LABS
@@ -23,7 +22,6 @@ from labs.harness.page import ANSWERS, folder_of, page_of
 from labs.harness.spec import Lab, LabError, Point, Variant
 from labs.harness.telling import plots
 from labs.kv_quantization.facts import memory_steps
-from labs.weight_quantization.facts import phases, winners
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
 from tests.unit.judged import ABOUT, context, judged, judged_run, told_of, with_facts, withheld
 
@@ -165,59 +163,6 @@ def test_the_price_of_a_remedy_is_told_with_it(tmp_path: Path) -> None:
     text = memory_steps(judged_run(found))
     assert text
     assert "price: at worst *TTFT, mean* 3.00x (3.00 to 3.00) over a long context" in text
-
-
-@pytest.mark.parametrize(
-    ("decode_ms", "prefill_ms", "said"),
-    [(5, 100, "and prefill 1.00x (1.00 to 1.00). So they speed up decode and not prefill"),
-     (5, 50, "and prefill 0.50x (0.50 to 0.50). So on this machine the bytes alone explain decode,"
-      " but not prefill, which is faster, too, with `w8a8`"),
-     (12, 100, "prefill 1.00x (1.00 to 1.00). So on this machine the bytes alone explain prefill,"
-      " which is no faster, but not decode, which is no faster either with `w8a8`"),
-     (12, 50, "So on this machine the bytes alone explain neither phase"),
-     ((7, 13), 100, "So the repeats do not settle whether the bytes explain both"),
-     (5, (60, 130), "So the repeats do not settle whether the bytes explain both")],
-)  # fmt: skip
-def test_fewer_bytes_are_held_against_both_phases(
-    decode_ms: Any, prefill_ms: Any, said: str, tmp_path: Path
-) -> None:
-    lab = make_lab(
-        variants=(Variant(name="bf16"), Variant(name="w8a8", weights="w8a8")), claims=(),
-        workloads=(make_workload(name="decode"), make_workload(name="prefill")), evidence=(),
-    )  # fmt: skip
-    values = {
-        "bf16/decode/concurrent-1": {"tpot_mean_s": 0.010},
-        "bf16/prefill/concurrent-1": {"ttft_mean_s": 0.100},
-        "w8a8/decode/concurrent-1": {"tpot_mean_s": np.divide(decode_ms, 1000).tolist()},
-        "w8a8/prefill/concurrent-1": {"ttft_mean_s": np.divide(prefill_ms, 1000).tolist()},
-    }
-    found = context(tmp_path, lab, values, halved=["w8a8"])
-    text = phases(judged_run(found))
-    assert text
-    assert "With 0.50 of the bytes (`w8a8`)" in text
-    assert said in text
-    not_valid = judged_run(withheld(found, "bf16/decode/concurrent-1", ("tpot_mean_s",)))
-    assert phases(not_valid) == (
-        "Fewer bytes of weights should speed up decode alone. The figures of `w8a8` are not valid."
-    )
-
-
-def test_weights_that_are_not_valid_are_not_ranked(tmp_path: Path) -> None:
-    names = ("bf16", "w8a8", "w4a16-awq")
-    lab = make_lab(
-        variants=tuple(Variant(name=name) for name in names), claims=(), evidence=(),
-        workloads=(make_workload(name="decode"),),
-    )  # fmt: skip
-    found = context(tmp_path, lab, {
-        f"{name}/decode/concurrent-1": {"output_tokens_per_s": rate}
-        for name, rate in zip(names, (100.0, 200.0, 150.0), strict=True)
-    })  # fmt: skip
-    told = winners(judged_run(found))
-    assert told
-    assert "1 in flight: `w8a8` 2.00x (2.00 to 2.00), `w4a16-awq` 1.50x" in told
-    told = winners(judged_run(withheld(found, "w8a8/decode/concurrent-1")))
-    assert told
-    assert "1 in flight: `w4a16-awq` 1.50x (1.50 to 1.50), `w8a8` not valid" in told
 
 
 def test_facts_are_computed_once_for_the_finding_and_the_answers(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,23 +14,18 @@ from labs import LABS
 from labs.harness.facts.context import Context
 from labs.harness.facts.offloading import CopyOrCompute, break_even_sentence
 from labs.harness.facts.parts import Conclusion, parts_of
-from labs.harness.facts.quality import QUALITY
-from labs.harness.facts.weights import WEIGHTS
 from labs.harness.filing.results import (
     Finding,
     write_gzip,
 )
-from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletion
 from labs.harness.spec import Variant
 from labs.kv_quantization.facts import CONTEXT_SLOPE, MEMORY_LADDER, PREEMPTION
-from labs.quantization_tools.facts import TOOLS_COMPARED
-from labs.weight_quantization.facts import NEEDLES, OUTLIERS
 from loadtests.workload import Fixed
 from tests.unit.builders import (
     make_lab,
     make_workload,
 )
-from tests.unit.judged import Values, context
+from tests.unit.judged import Values, answered, context
 
 INF = float("inf")
 
@@ -42,14 +36,14 @@ def cells(finding: Finding, *columns: int) -> list[list[str]]:
     return [[row[c] for c in columns] for row in finding.rows[1:]]
 
 
-CONCLUSIONS = {c.name: c for lab in LABS for c in parts_of(lab).conclusions if c is not WEIGHTS}
+CONCLUSIONS = {c.name: c for lab in LABS for c in parts_of(lab).conclusions}
 
 
 @pytest.mark.parametrize("conclusion", CONCLUSIONS.values(), ids=CONCLUSIONS)
 def test_a_run_of_which_nothing_came_has_a_finding_all_the_same(
     conclusion: Conclusion[Any], tmp_path: Path
 ) -> None:
-    """A report is written whatever failed; of weights the bytes are known all the same."""
+    """A report is written whatever failed."""
     finding = conclusion.finding(context(tmp_path, make_lab(), {}))
     assert finding.title
     assert finding.passed is None
@@ -207,125 +201,3 @@ def test_a_failed_gate_is_part_of_the_price(tmp_path: Path) -> None:
     price = cells(MEMORY_LADDER.finding(run), 2)[3][0]
     assert "needles found -70 points, the quality gate says *fail*" in price
     assert price.endswith("at worst *Output throughput* 0.80x (0.80 to 0.80) over a long context")
-
-
-def answered(probability: float, right: int) -> dict[str, Any]:
-    """Two passages of which every token had this probability; so many of 100 questions right."""
-    known = {1: math.log(probability), 2: math.log(1 - probability)}
-    passage = Passage(token_ids=(1,) * 50, known=(known,) * 50)
-    replies = tuple(
-        ScoredCompletion(question=str(i), expected="7", answer="", correct=i < right,
-              length_tokens=256 * (1 + i % 2), depth=0.5)
-        for i in range(100)
-    )  # fmt: skip
-    tasks = tuple(r.model_copy(update={"length_tokens": None, "depth": None}) for r in replies)
-    found = Evaluation(model="m", passages=(passage,) * 2, needles=replies, tasks=tasks, took_s=1)
-    return found.model_dump(mode="json")
-
-
-def judged(home: Path, probability: float, right: int, *, again: bool = True) -> Context:
-    run = context(home, make_lab(), {})
-    plain = answered(0.5, 90)
-    write_gzip(run.folder.probe_file("quality", "off"), {"answers": [plain] * (1 + again)})
-    treated = {"answers": [answered(probability, right)]}
-    write_gzip(run.folder.probe_file("quality-quick", "on"), treated)
-    return run
-
-
-@pytest.mark.parametrize(
-    ("probability", "right", "outcome"),
-    [(0.5, 90, "pass"), (0.25, 90, "fail"), (0.5, 20, "fail"), (0.5, 88, "undecided")],
-)
-def test_quality_is_gated_beside_its_false_alarms(
-    probability: float, right: int, outcome: str, tmp_path: Path
-) -> None:
-    finding = QUALITY.finding(judged(tmp_path, probability, right))
-    assert finding.rows[0] == ["Figure", "`off`", "`off again`", "`on`"]
-    assert finding.rows[-1] == ["**gate**", "", "**pass**", f"**{outcome}**"]
-    rows = {row[0]: row[1:] for row in finding.rows}
-    assert rows["perplexity"] == ["2", "2", f"{1 / probability:g}"]
-    assert rows["needle retrieval"] == ["0.9", "0.9", f"{right / 100:g}"]
-    assert f"`on`: {outcome}; perplexity ratio" in finding.lines[1]
-
-
-def test_quality_asked_once_has_no_false_alarms_and_not_asked_no_figures(tmp_path: Path) -> None:
-    once = QUALITY.finding(judged(tmp_path, 0.5, 90, again=False))
-    assert once.rows[0] == ["Figure", "`off`", "`on`"]
-    assert "false alarms" not in once.lines[-1]
-    assert "100 tokens of held-out text scored, 100 needles and 100 tasks" in once.lines[-2]
-    none = context(tmp_path / "none", make_lab(), {})
-    assert QUALITY.finding(none).lines == ["The probe did not run."]
-
-
-def test_needles_by_where_they_lay(tmp_path: Path) -> None:
-    """90 of 100 found, then 80: five fewer at either length, all ten at the one depth."""
-    finding = NEEDLES.finding(judged(tmp_path, 0.5, 80))
-    found = {where: change.split(" (")[0] for where, change in cells(finding, 0, 1)}
-    assert found == dict.fromkeys(("256 tokens", "512 tokens", "depth 0.5"), "-10.0 points")
-
-
-def test_weights_by_their_bytes_and_by_the_clock(tmp_path: Path) -> None:
-    lab = make_lab(
-        variants=(Variant(name="bf16"), Variant(name="half", weights="half")),
-        workloads=(make_workload("concurrent:1", "concurrent:4", name="decode"),
-                   make_workload(name="prefill")),
-        claims=(), evidence=(),
-    )  # fmt: skip
-    run = context(tmp_path, lab, {
-        "bf16/decode/concurrent-1": {"tpot_mean_s": 0.010},
-        "half/decode/concurrent-1": {"tpot_mean_s": 0.008},
-        "half/decode/concurrent-4": {"output_tokens_per_s": 50.0},
-        "half/prefill/concurrent-1": {"ttft_mean_s": 0.003},
-    }, halved=["half"],
-       about={"half": {"tool": "halver", "tool_version": "1.2", "seconds": 61.2}})  # fmt: skip
-    finding = WEIGHTS.finding(run)
-    assert finding.rows[0][6:] == ["Throughput, 4 in flight", "Prefill", "Made by"]
-    assert cells(finding, 0, 2, 3, 4, 5, 6, 7, 8) == [
-        ["`bf16`", "1.00", "10 ms", "–", "1.00x", "–", "–", "–"],
-        ["`half`", "0.50", "8 ms", "1.25x (1.25 to 1.25)", "2.00x", "50 tok/s", "2,000 tok/s",
-         "halver 1.2, 61 s"],
-    ]  # fmt: skip
-
-
-def test_outliers_by_what_they_cost(tmp_path: Path) -> None:
-    """Two passages of 10 and 30 tokens; one scale a tensor costs half a nat a token in each."""
-    dearer = {"tensor": 0.5, "tensor, smoothed": 0.1, "token": 0.0}
-    study = {
-        "passages_tokens": [10, 30],
-        "loss_nats": {"none": [20.0, 60.0], **{
-            f"activations by {name}, weights by channel": [20 + 10 * nats, 60 + 30 * nats]
-            for name, nats in dearer.items()
-        }},
-        "inputs": {"q_proj": {"kurtosis_mean": 9.0, "kurtosis_max": 40.0,
-                              "largest_over_median_max": 1234.5}},
-    }  # fmt: skip
-    finding = OUTLIERS.finding(context(tmp_path, make_lab(), {}, about={"outliers": study}))
-    assert cells(finding, 1, 2, 3) == [
-        ["7.39", "–", "–"],  # e^2
-        ["12.18", "1.649", "1.649 to 1.649"],
-        ["8.17", "1.105", "1.105 to 1.105"],
-        ["7.39", "1.000", "1.000 to 1.000"],
-    ]
-    assert "attention's input: 1,234 times the median channel, kurtosis 9" in finding.lines[0]
-    assert "multiplies perplexity by 1.65;" in finding.lines[1]
-    assert OUTLIERS.finding(context(tmp_path / "no", make_lab(), {})).lines == [
-        "Not studied in this run."
-    ]
-
-
-def test_a_tool_is_compared_with_its_heir_and_says_which_is_better(tmp_path: Path) -> None:
-    """AutoGPTQ and rounding halve every probability against all others, which are alike."""
-    names = ("bf16", "gptqmodel", "auto-gptq", "w4a16-rtn", "w4a16-gptq", "w4a16-gptq-code")
-    run = context(tmp_path, make_lab(variants=tuple(Variant(name=n) for n in names), claims=(),
-                                     evidence=()), {})  # fmt: skip
-    for name in names[1:]:
-        asked = answered(0.25 if name in ("auto-gptq", "w4a16-rtn") else 0.5, 90)
-        write_gzip(run.folder.probe_file("quality", name), {"answers": [asked]})
-    finding = TOOLS_COMPARED.finding(run)
-    assert [cell.split(" ")[0] for (cell,) in cells(finding, 1)] == ["0.5", "0.5", "0.5", "1"]
-    assert [line.split(": ")[-1] for line in finding.lines[:4]] == [
-        "`gptqmodel` has the lower perplexity.",
-        "`w4a16-gptq` has the lower perplexity.",
-        "`w4a16-gptq` has the lower perplexity.",
-        "no difference in perplexity is shown.",
-    ]

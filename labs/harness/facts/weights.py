@@ -1,161 +1,102 @@
-"""Conclude how large, fast and accurate quantized weights are."""
+"""How large and how fast quantized weights are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dashboards.palette import VARIANTS
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.drawing import GREY, plt
-from labs.harness.facts.parts import Conclusion
-from labs.harness.facts.quality import compared, figure_of
-from labs.harness.filing.results import Finding
-from labs.harness.judging.judge import Interval
-from labs.harness.judging.quality import MARGINS
-from labs.harness.judging.text import number, times_with_interval
+from labs.harness.facts.context import Context
+from labs.harness.judging.quantity import RATIO, Quantity
 
 
 @dataclass(frozen=True)
 class Making:
-    """Records how a variant's weights were quantized."""
+    """How a variant's weights were quantized."""
 
     tool: str
     tool_version: str
-    took_s: float
+    took_s: Quantity
     calibration: str
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Holds a variant's bytes of weights and what was measured with them; None if not."""
+    """A variant's bytes of weights, and what was measured with them."""
 
     variant: str
     in_memory_bytes: float
-    tpot_s: float | None  # at one stream
-    speed_up: Interval | None  # TPOT of the run's first point / this one's; None for the first
-    tokens_per_s: float | None  # at the largest load
-    prefill_s: float | None
+    bytes_ratio: float  # to those of the run's first point
+    tpot_s: Quantity  # at one stream
+    speed_up: Quantity  # TPOT of the run's first point / this one's
+    tokens_per_s: Quantity  # at the largest load
+    prefill_s: Quantity
+    prefill_tokens_per_s: Quantity
     making: Making | None
+
+    @property
+    def in_memory(self) -> Quantity:
+        return Quantity(self.in_memory_bytes / 1e6, "MB")
+
+    @property
+    def by_bytes(self) -> Quantity:
+        """What decode would gain at one stream if it only read weights."""
+        return Quantity(1 / self.bytes_ratio, RATIO)
 
 
 @dataclass(frozen=True)
 class KindsOfWeights:
-    """Holds every variant's weights, beside those of the run's first point."""
+    """Every variant's weights, beside those of the run's first point."""
 
     kinds: tuple[Weights, ...]
-    plain_bytes: float
     most_users: int
     prefill_tokens: float | None  # None where the lab prefills nothing on its own
 
+    def __getitem__(self, variant: str) -> Weights:
+        return next(kind for kind in self.kinds if kind.variant == variant)
 
-def kinds_of_weights(context: Context) -> KindsOfWeights:
-    plain = context.points[0]
-    prefill = next((p for p in context.points if p.workload.name == "prefill"), None)
-    most = max((p.load.users for p in context.points if p.workload.name == "decode"), default=1)
-    in_memory_bytes = {p.variant.name: p.shape.weight_bytes for p in context.points}
-    return KindsOfWeights(
-        kinds=tuple(
-            Weights(
-                variant=v.name,
-                in_memory_bytes=in_memory_bytes[v.name],
-                tpot_s=context.mean_at(v.name, "decode", 1, "tpot_mean_s"),
-                speed_up=decode_speed_up(context, plain.variant.name, v.name),
-                tokens_per_s=context.mean_at(v.name, "decode", most, "output_tokens_per_s"),
-                prefill_s=context.mean_at(v.name, "prefill", 1, "ttft_mean_s"),
-                making=_making(context, v.weights),
-            )
-            for v in context.lab.variants
-            if v.name in in_memory_bytes
-        ),
-        plain_bytes=plain.shape.weight_bytes,
-        most_users=most,
-        prefill_tokens=prefill.prompt_tokens if prefill else None,
-    )
+    @property
+    def has_loads(self) -> bool:
+        """Whether decode had more than one stream."""
+        return self.most_users > 1
 
 
-def decode_speed_up(context: Context, plain: str, variant: str) -> Interval | None:
-    """Divides TPOT of the plain weights at one stream by a variant's; None for the plain ones."""
-    base, ours = (context.point(name, "decode", "concurrent:1") for name in (plain, variant))
-    gain = context.effect(base, ours, "tpot_mean_s") if base and ours and base != ours else None
-    return gain.ratio if gain else None
+def kinds_of_weights(run: Context) -> KindsOfWeights:
+    plain = run.points[0]
+    prefill = next((p for p in run.points if p.workload.name == "prefill"), None)
+    prompt_tokens = prefill.prompt_tokens if prefill else None
+    most = max((p.load.users for p in run.points if p.workload.name == "decode"), default=1)
+    in_memory_bytes = {p.variant.name: p.shape.weight_bytes for p in run.points}
+
+    def weights(variant: str, made: str) -> Weights:
+        prefill_s = run.quantity(run.point(variant, "prefill", "concurrent:1"), "ttft_mean_s")
+        most_at_once = run.point(variant, "decode", f"concurrent:{most}")
+        return Weights(
+            variant,
+            in_memory_bytes[variant],
+            bytes_ratio=in_memory_bytes[variant] / plain.shape.weight_bytes,
+            tpot_s=run.quantity(run.point(variant, "decode", "concurrent:1"), "tpot_mean_s"),
+            speed_up=decode_speed_up(run, plain.variant.name, variant),
+            tokens_per_s=run.quantity(most_at_once, "output_tokens_per_s"),
+            prefill_s=prefill_s,
+            prefill_tokens_per_s=Quantity(prompt_tokens, "tok/s", why="no prompt was sent alone")
+            / prefill_s.in_unit("1"),
+            making=_making(run, made),
+        )
+
+    kinds = (weights(v.name, v.weights) for v in run.lab.variants if v.name in in_memory_bytes)
+    return KindsOfWeights(tuple(kinds), most, prompt_tokens)
 
 
-def _making(context: Context, weights: str) -> Making | None:
-    about = context.run.about.get(weights, {})
+def decode_speed_up(run: Context, plain: str, variant: str) -> Quantity:
+    """Divide TPOT of the plain weights at one stream by a variant's; missing for the plain ones."""
+    base, ours = (run.point(name, "decode", "concurrent:1") for name in (plain, variant))
+    gain = run.effect(base, ours, "tpot_mean_s") if base and ours and base != ours else None
+    return Quantity.of(gain.ratio if gain else None, RATIO)
+
+
+def _making(run: Context, weights: str) -> Making | None:
+    about = run.run.about.get(weights, {})
     if "tool" not in about:
         return None
     calibration = about.get("calibration") or ""
-    return Making(about["tool"], about["tool_version"], about["seconds"], calibration)
-
-
-def tell_weights(facts: KindsOfWeights) -> Finding:
-    """Shows bytes, speed, the bound by bytes and the origin of every kind of weights."""
-    many, prompt = facts.most_users, facts.prefill_tokens
-    rows = [["Weights", "In memory", "Bytes ratio", "TPOT, one stream", "Speed-up", "By bytes",
-             *([f"Throughput, {many} in flight"] if many > 1 else []),
-             *(["Prefill"] if prompt else []), "Made by"]]  # fmt: skip
-    for kind in facts.kinds:
-        ratio = facts.plain_bytes / kind.in_memory_bytes
-        row = [
-            f"`{kind.variant}`",
-            f"{kind.in_memory_bytes / 1e6:,.0f} MB",
-            f"{1 / ratio:.2f}",
-            number(kind.tpot_s, "s"),
-            times_with_interval(kind.speed_up) if kind.speed_up else "–",
-            f"{ratio:.2f}x",
-        ]
-        if many > 1:
-            row.append(number(kind.tokens_per_s, "tok/s"))
-        if prompt:
-            row.append(f"{prompt / kind.prefill_s:,.0f} tok/s" if kind.prefill_s else "–")
-        rows.append([*row, _maker(kind.making)])
-    lines = [
-        "*By bytes* is what decode would gain at one stream if it only read weights. Unpacking"
-        " 4-bit weights costs arithmetic in every step, which a GPU does while it reads. A CPU has"
-        " instructions for INT8, and none for this."
-    ]
-    return Finding(title="How large the weights are, and how fast", rows=rows, lines=lines)
-
-
-def _maker(making: Making | None) -> str:
-    if making is None:
-        return "–"
-    text = f"{making.tool} {making.tool_version}, {making.took_s:.0f} s"
-    return f"{text}, {making.calibration}" if making.calibration else text
-
-
-WEIGHTS = Conclusion("weights", kinds_of_weights, tell_weights)
-
-
-def draw_tradeoff(run: JudgedRun) -> str | None:
-    """Draws perplexity against speed, a dot for each kind of weights."""
-    treatments = run.once(compared).treatments
-    base = run.lab.variants[0].name
-    at = {
-        p.variant.name: p for p in run.points if p.workload.name == "decode" and p.load.users == 1
-    }
-    if not treatments or base not in at or run.mean(at[base], "tpot_mean_s") is None:
-        return None
-    _, ax = plt.subplots(figsize=(6.5, 4))
-    forecast_label = "speed-up forecast before the run"
-    for colour, name in zip(VARIANTS, [base, *treatments], strict=False):
-        figures = treatments.get(name)
-        ratio = figure_of(figures, "perplexity_ratio") if figures else None
-        gain = decode_speed_up(run, base, name)
-        if gain is None and name != base:
-            continue
-        x, y = gain.value if gain else 1.0, ratio.value if ratio else 1.0
-        reach = [[y - (ratio.low or y)], [(ratio.high or y) - y]] if ratio else None
-        foreseen = run.forecast_ratio(at[base], at[name], "tpot_mean_s")
-        if foreseen and name != base:
-            ax.plot(foreseen, y, "|", color=GREY, ms=14, mew=2, label=forecast_label)
-            forecast_label = "_nolegend_"
-        size = at[name].shape.weight_bytes / 1e6
-        ax.errorbar(x, y, yerr=reach, fmt="o", color=colour, capsize=4, ms=8,
-                    label=f"{name}, {size:,.0f} MB")  # fmt: skip
-    most = next(m.at_most for m in MARGINS if m.figure == "perplexity_ratio")
-    ax.axhline(most, color=GREY, ls=":", label=f"gate: {most - 1:.0%} more perplexity")
-    ax.set_xlabel("decode speed-up, one stream")
-    ax.set_ylabel(f"perplexity / that of {base}")
-    ax.legend(frameon=False, fontsize=8)
-    return "Speed and quality: further right is faster, further down is better."
+    took_s = Quantity(about["seconds"], "s")
+    return Making(about["tool"], about["tool_version"], took_s, calibration)

@@ -1,0 +1,177 @@
+"""What a run says of quantized weights and of their quality beyond its claims."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from labs import LABS
+from labs.harness.facts.context import JudgedRun
+from labs.harness.facts.quality import Quality, quality
+from labs.harness.filing.results import write_gzip
+from labs.harness.spec import Variant
+from labs.weight_quantization.facts import Phases, facts, outliers, phases
+from tests.unit.builders import make_lab, make_workload
+from tests.unit.judged import answered, context, judged_run, told_of, withheld
+
+LAB = LABS["weight-quantization"].at("cpu", quick=False).model_copy(update={"requests": 64})
+
+
+def evaluated(home: Path, probability: float, right: int, again: bool = True) -> Quality | None:
+    """The quality of `on` beside `off`, which gives every token one half and 90 right answers."""
+    run = context(home, make_lab(findings=("quality",)), {})
+    plain = answered(0.5, 90)
+    write_gzip(run.folder.probe_file("quality", "off"), {"answers": [plain] * (1 + again)})
+    treated = {"answers": [answered(probability, right)]}
+    write_gzip(run.folder.probe_file("quality-quick", "on"), treated)
+    return quality(run)
+
+
+@pytest.mark.parametrize(
+    ("probability", "right", "outcome"),
+    [(0.5, 90, "pass"), (0.25, 90, "fail"), (0.5, 20, "fail"), (0.5, 88, "undecided")],
+)
+def test_quality_is_gated_beside_its_false_alarms(
+    probability: float, right: int, outcome: str, tmp_path: Path
+) -> None:
+    found = evaluated(tmp_path, probability, right)
+    assert found
+    assert (found.levels.perplexity.value, found.levels.needles_found.value) == (2, 0.9)
+    assert {name: of.gate for name, of in found.compared.items()} == {
+        "off again": "pass", "on": outcome,
+    }  # fmt: skip
+    treated = found.treatments["on"]
+    assert treated.levels.perplexity.value == pytest.approx(1 / probability)
+    assert treated.perplexity_ratio.value == pytest.approx(0.5 / probability)
+    assert treated.levels.needles_found.value == right / 100
+
+
+def test_quality_asked_once_has_no_false_alarms_and_not_asked_no_figures(tmp_path: Path) -> None:
+    once = evaluated(tmp_path, 0.5, 90, again=False)
+    assert once
+    assert once.again is None
+    assert (once.tokens, once.needles, once.tasks) == (100, 100, 100)
+    assert quality(context(tmp_path / "none", make_lab(findings=("quality",)), {})) is None
+
+
+def test_needles_by_where_they_lay(tmp_path: Path) -> None:
+    """90 of 100 found, then 80: five fewer at either length, all ten at the one depth."""
+    found = evaluated(tmp_path, 0.5, 80)
+    assert found
+    changes = {where: of.value for where, of in found.treatments["on"].needles_at.items()}
+    assert changes == {where: pytest.approx(-0.1) for where in ("256 tokens", "512 tokens",
+                                                                "depth 0.5")}  # fmt: skip
+
+
+def test_weights_by_their_bytes_and_by_the_clock(tmp_path: Path) -> None:
+    lab = make_lab(
+        variants=(Variant(name="bf16"), Variant(name="half", weights="half")),
+        workloads=(make_workload("concurrent:1", "concurrent:4", name="decode"),
+                   make_workload(name="prefill")),
+        claims=(), evidence=(),
+    )  # fmt: skip
+    run = context(tmp_path, lab, {
+        "bf16/decode/concurrent-1": {"tpot_mean_s": 0.010},
+        "half/decode/concurrent-1": {"tpot_mean_s": 0.008},
+        "half/decode/concurrent-4": {"output_tokens_per_s": 50.0},
+        "half/prefill/concurrent-1": {"ttft_mean_s": 0.003},
+    }, halved=["half"],
+       about={"half": {"tool": "halver", "tool_version": "1.2", "seconds": 61.2}})  # fmt: skip
+    weights = facts(judged_run(run)).weights
+    plain, half = weights.kinds
+    assert (weights.most_users, half.bytes_ratio, half.by_bytes.value) == (4, 0.5, 2)
+    assert not plain.speed_up.known
+    assert half.speed_up.value == pytest.approx(1.25)
+    assert (half.tokens_per_s.value, plain.tokens_per_s.value) == (50, None)
+    rate = half.prefill_tokens_per_s
+    assert rate.value == pytest.approx(2000)
+    assert rate.unit == "tok/s"
+    assert half.making
+    assert half.making.took_s.value == 61.2
+    assert plain.making is None
+
+
+def test_outliers_by_what_they_cost(tmp_path: Path) -> None:
+    """Two passages of 10 and 30 tokens; one scale a tensor costs half a nat a token in each."""
+    dearer = {"tensor": 0.5, "tensor, smoothed": 0.1, "token": 0.0}
+    study = {
+        "passages_tokens": [10, 30],
+        "loss_nats": {"none": [20.0, 60.0], **{
+            f"activations by {name}, weights by channel": [20 + 10 * nats, 60 + 30 * nats]
+            for name, nats in dearer.items()
+        }},
+        "inputs": {"q_proj": {"kurtosis_mean": 9.0, "kurtosis_max": 40.0,
+                              "largest_over_median_max": 1234.5}},
+    }  # fmt: skip
+    found = outliers(context(tmp_path, make_lab(), {}, about={"outliers": study}))
+    assert found
+    assert [r.perplexity for r in found.roundings] == pytest.approx(np.exp([2, 2.5, 2.1, 2]))
+    assert found.by_tensor.low == pytest.approx(np.exp(0.5))
+    assert found.smoothed.value == pytest.approx(np.exp(0.1))
+    assert found.by_token.value == pytest.approx(1)
+    assert [(i.kind, i.max_kurtosis) for i in found.inputs] == [("q_proj", 40)]
+    assert outliers(context(tmp_path / "no", make_lab(), {})) is None
+
+
+def in_both(home: Path, decode_ms: Any, prefill_ms: Any, not_valid: bool = False) -> Phases | None:
+    """Half the bytes, beside 10 ms in decode and 100 ms in prefill."""
+    lab = make_lab(
+        variants=(Variant(name="bf16"), Variant(name="w8a8", weights="w8a8")), claims=(),
+        workloads=(make_workload(name="decode"), make_workload(name="prefill")), evidence=(),
+    )  # fmt: skip
+    found = context(home, lab, {
+        "bf16/decode/concurrent-1": {"tpot_mean_s": 0.010},
+        "bf16/prefill/concurrent-1": {"ttft_mean_s": 0.100},
+        "w8a8/decode/concurrent-1": {"tpot_mean_s": np.divide(decode_ms, 1000).tolist()},
+        "w8a8/prefill/concurrent-1": {"ttft_mean_s": np.divide(prefill_ms, 1000).tolist()},
+    }, halved=["w8a8"])  # fmt: skip
+    if not_valid:
+        found = withheld(found, "bf16/decode/concurrent-1", ("tpot_mean_s",))
+    return phases(found)
+
+
+@pytest.mark.parametrize(
+    ("decode_ms", "prefill_ms", "explained"),
+    [
+        (5, 100, "both"),
+        (5, 50, "decode"),
+        (12, 100, "prefill"),
+        (12, 50, "neither"),
+        ((7, 13), 100, "open"),
+        (5, (60, 130), "open"),
+    ],
+)
+def test_fewer_bytes_are_held_against_both_phases(
+    decode_ms: Any, prefill_ms: Any, explained: str, tmp_path: Path
+) -> None:
+    found = in_both(tmp_path, decode_ms, prefill_ms)
+    assert found
+    assert found.explained == explained
+    assert found.variants[0].bytes_ratio == 0.5
+    not_valid = in_both(tmp_path / "not valid", decode_ms, prefill_ms, not_valid=True)
+    assert not_valid
+    assert not_valid.explained == "not valid"
+
+
+def ranked(run: JudgedRun) -> Sequence[tuple[str, float | None]]:
+    (at,) = facts(run).throughput
+    return [(gain.variant, gain.ratio.value) for gain in at.gains]
+
+
+def test_weights_that_are_not_valid_are_not_ranked(tmp_path: Path) -> None:
+    names = ("bf16", "w8a8", "w4a16-awq")
+    lab = LAB.model_copy(update={"variants": tuple(v for v in LAB.variants if v.name in names)})
+    found = context(tmp_path, lab, {
+        f"{name}/decode/concurrent-1": {"output_tokens_per_s": rate}
+        for name, rate in zip(names, (100.0, 200.0, 150.0), strict=True)
+    })  # fmt: skip
+    ranking = ranked(judged_run(found))
+    assert [name for name, _ in ranking] == ["w8a8", "w4a16-awq"]
+    assert [gain for _, gain in ranking] == pytest.approx([2, 1.5])
+    without = judged_run(withheld(found, "w8a8/decode/concurrent-1"))
+    assert ranked(without) == [("w4a16-awq", pytest.approx(1.5)), ("w8a8", None)]
+    assert "CO-1" in told_of(without).answers
