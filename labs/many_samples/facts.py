@@ -38,11 +38,13 @@ def facts(run: JudgedRun) -> Facts:
     tasks = solved(probed(run))
     vote = voting(probed(run), tasks)
     return Facts(
-        costs(run) if run.finds("sampling-cost") else None,
-        vote if run.finds("voting") else None,
-        kinds(tasks, vote) if vote and run.finds("task-kinds") else (),
-        larger_models(run.points[0], tasks, vote) if vote and run.finds("larger-model") else None,
-        verifier(run.points[0], tasks, vote) if vote and run.finds("verifier") else None,
+        sampling_cost=costs(run) if run.finds("sampling-cost") else None,
+        voting=vote if run.finds("voting") else None,
+        task_kinds=kinds(tasks, vote) if vote and run.finds("task-kinds") else (),
+        larger_model=larger_models(run.points[0], tasks, vote)
+        if vote and run.finds("larger-model")
+        else None,
+        verifier=verifier(run.points[0], tasks, vote) if vote and run.finds("verifier") else None,
     )
 
 
@@ -116,16 +118,16 @@ def cost(run: JudgedRun, point: Point) -> Cost:
     tokens = Quantity(point.sequences * point.output_tokens, "tok")
     until_all_s = (tokens / rate.brief).in_unit("s")
     return Cost(
-        point.variant.name,
-        point.workload.name,
-        samples,
-        point.load.users,
-        until_all_s,
-        until_all_s / samples,
-        rate,
-        run.quantity(point, "ttft_mean_s"),
-        run.quantity(point, "prefix_hit_rate"),
-        hits_by_blocks(point),
+        variant=point.variant.name,
+        workload=point.workload.name,
+        samples=samples,
+        requests=point.load.users,
+        until_all_s=until_all_s,
+        each_s=until_all_s / samples,
+        tokens_per_s=rate,
+        ttft_s=run.quantity(point, "ttft_mean_s"),
+        hits=run.quantity(point, "prefix_hit_rate"),
+        hits_by_blocks=hits_by_blocks(point),
     )
 
 
@@ -245,63 +247,45 @@ def voting(probe: Probe | None, tasks: Sequence[Solved]) -> Voting | None:
     if probe is None:
         return None
     asked, greedy = probe["tasks"], [t.greedy_right for t in tasks]
-    rows = rounds_bought(asked, tasks)
+    rows = tuple(bought(asked, tasks, place) for place in range(len(asked[0]["rounds"])))
     one, most = rows[0], rows[-1]
     return Voting(
-        probe["temperature"],
-        len(tasks),
-        drawn_of(tasks),
-        share(over_tasks(greedy)),
-        Quantity(fmean(task["greedy"]["took_s"] for task in asked), "s"),
-        rows,
-        in_points(gain_over_tasks(greedy, [t.votes(most.samples) for t in tasks])),
-        most.seconds / one.seconds,
-        Quantity(most.tokens / one.tokens, RATIO),
-        most.samples * one.seconds,
+        temperature=probe["temperature"],
+        tasks=len(tasks),
+        drawn=drawn_of(tasks),
+        greedy=share(over_tasks(greedy)),
+        greedy_s=Quantity(fmean(task["greedy"]["took_s"] for task in asked), "s"),
+        rows=rows,
+        over_greedy=in_points(gain_over_tasks(greedy, [t.votes(most.samples) for t in tasks])),
+        times_seconds=most.seconds / one.seconds,
+        times_tokens=Quantity(most.tokens / one.tokens, RATIO),
+        revised_s=most.samples * one.seconds,
     )
 
 
-def rounds_bought(asked: Sequence[Probe], tasks: Sequence[Solved]) -> tuple[Bought, ...]:
-    """Work out each round of samples; the first round is of one."""
+def bought(asked: Sequence[Probe], tasks: Sequence[Solved], place: int) -> Bought:
+    """Work out the round of samples at this place; the first is of one sample."""
 
     def mean(place: int, field: str) -> float:
         return fmean(task["rounds"][place][field] for task in asked)
 
-    first_s, first_tokens = mean(0, "took_s"), mean(0, "tokens")
-    return tuple(
-        bought(
-            n,
-            tasks,
-            mean(place, "took_s"),
-            mean(place, "tokens"),
-            mean(place, "took_s") - first_s,
-            mean(place, "tokens") - first_tokens,
-        )
-        for place, n in enumerate(r["n"] for r in asked[0]["rounds"])
+    n, seconds, tokens = (
+        asked[0]["rounds"][place]["n"],
+        mean(place, "took_s"),
+        mean(place, "tokens"),
     )
-
-
-def bought(
-    n: int,
-    tasks: Sequence[Solved],
-    seconds: float,
-    tokens: float,
-    seconds_more: float,
-    tokens_more: float,
-) -> Bought:
     voted = [t.votes(n) for t in tasks]
     gain = in_points(gain_over_tasks([t.votes(1) for t in tasks], voted))
-    no_gain = Quantity.missing("no gain is shown")
-    points = gain.brief.in_unit("1") if gains(gain) else no_gain
+    points = gain.brief.in_unit("1") if gains(gain) else Quantity.missing("no gain is shown")
     return Bought(
-        n,
-        Quantity(seconds, "s"),
-        tokens,
-        share(over_tasks([t.passes(n) for t in tasks])),
-        share(over_tasks(voted)),
-        gain if n > 1 else Quantity.missing("it is one sample", POINTS),
-        Quantity(seconds_more, "s") / points,
-        Quantity(tokens_more, "tok") / points,
+        samples=n,
+        seconds=Quantity(seconds, "s"),
+        tokens=tokens,
+        passed=share(over_tasks([t.passes(n) for t in tasks])),
+        voted=share(over_tasks(voted)),
+        gain=gain if n > 1 else Quantity.missing("it is one sample", POINTS),
+        point_s=Quantity(seconds - mean(0, "took_s"), "s") / points,
+        point_tokens=Quantity(tokens - mean(0, "tokens"), "tok") / points,
     )
 
 
@@ -331,14 +315,14 @@ def kinds(tasks: Sequence[Solved], vote: Voting) -> tuple[Kind, ...]:
 
         one = mean(lambda t: t.passes(1))
         return Kind(
-            name,
-            sum(t.kind == name for t in tasks),
-            n,
-            mean(lambda t: t.greedy_right),
-            one,
-            mean(lambda t: t.votes(n)),
-            mean(lambda t: t.passes(n)),
-            one.value is not None and 0.05 <= one.value <= 0.95,
+            name=name,
+            tasks=sum(t.kind == name for t in tasks),
+            samples=n,
+            greedy=mean(lambda t: t.greedy_right),
+            one=one,
+            voted=mean(lambda t: t.votes(n)),
+            passed=mean(lambda t: t.passes(n)),
+            now_and_then=one.value is not None and 0.05 <= one.value <= 0.95,
         )
 
     return tuple(kind(name) for name in dict.fromkeys(t.kind for t in tasks))
@@ -418,15 +402,15 @@ def weighed(
     busy = max(1, round(flop / own_flop))
     n = min(busy, drawn)
     return Larger(
-        name,
-        Quantity(shape.params / BILLION, "B"),
-        Quantity(times, RATIO),
-        drawn + 1 if spare is None or (more_s.value or 0) <= 0 else 1 + int(spare),
-        busy,
-        drawn,
-        n,
-        Quantity(fmean(t.votes(n) for t in tasks), "share"),
-        Quantity(fmean(t.passes(n) for t in tasks), "share"),
+        name=name,
+        params=Quantity(shape.params / BILLION, "B"),
+        times=Quantity(times, RATIO),
+        alone=drawn + 1 if spare is None or (more_s.value or 0) <= 0 else 1 + int(spare),
+        busy=busy,
+        drawn=drawn,
+        weighed=n,
+        voted=Quantity(fmean(t.votes(n) for t in tasks), "share"),
+        passed=Quantity(fmean(t.passes(n) for t in tasks), "share"),
     )
 
 
@@ -468,4 +452,6 @@ def verifier(point: Point, tasks: Sequence[Solved], vote: Voting) -> Verifier:
         return Reader(passes, seconds, (seconds / vote.most.seconds).in_unit("share"))
 
     gap = gain_over_tasks([t.votes(n) for t in tasks], [t.passes(n) for t in tasks])
-    return Verifier(n, tokens, in_points(gap), reader(1), reader(STEPS))
+    return Verifier(
+        samples=n, tokens=tokens, gap=in_points(gap), at_the_end=reader(1), by_step=reader(STEPS)
+    )

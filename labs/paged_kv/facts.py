@@ -107,14 +107,17 @@ def allocations(run: JudgedRun) -> Allocations | None:
     allocated = tuple(a for a in found if a)
     first = {a.block: a for a in allocated}
     above, below = next(iter(served(allocated)), None), first.get(0)
-    missing = Quantity.missing("both were not allocated", RATIO)
+    at_once, in_decode = (Quantity.missing("both were not allocated", RATIO),) * 2
+    if above and below:
+        at_once = Quantity(above.running / below.running, RATIO)
+        in_decode = above.in_decode / below.in_decode
     return Allocations(
-        base.load.users,
-        capacity,
-        base.flags.max_model_len,
-        allocated,
-        Quantity(above.running / below.running, RATIO) if above and below else missing,
-        above.in_decode / below.in_decode if above and below else missing,
+        users=base.load.users,
+        capacity_tokens=capacity,
+        stretch_tokens=base.flags.max_model_len,
+        all=allocated,
+        gain_replayed=at_once,
+        gain_measured=in_decode,
     )
 
 
@@ -130,14 +133,14 @@ def allocation(
         return None
     half = Quantity((block - 1) / 2, "tok") if block else Quantity.missing("no blocks", "tok")
     return Allocation(
-        block,
-        point.variant.name if point else None,
-        half,
-        Quantity(done.useful, "share"),
-        Quantity(done.wasted_tokens, "tok"),
-        room / held_tokens(base, block) if block else room // stretch,
-        done.running,
-        run.quantity(point, "batch"),
+        block=block,
+        variant=point.variant.name if point else None,
+        half_block=half,
+        useful=Quantity(done.useful, "share"),
+        wasted=Quantity(done.wasted_tokens, "tok"),
+        admitted=room / held_tokens(base, block) if block else room // stretch,
+        running=done.running,
+        in_decode=run.quantity(point, "batch"),
     )
 
 
@@ -198,19 +201,24 @@ def watermarks(run: JudgedRun) -> Watermarks | None:
     shares = sorted({*WATERMARKS, *at})
     kept = {share: kept_free(run, base, share, blocks, at.get(share)) for share in shares}
     treated = next((share for share in at if share), None)
-    changed = (
-        Changed(
-            kept[treated],
-            kept[0],
-            *(
-                run.ratio_of(at[treated], base, metric)
-                for metric in ("preemptions", "itl_p99_s", "output_tokens_per_s", "ttft_mean_s")
-            ),
-        )
-        if treated
-        else None
+    return Watermarks(
+        int(blocks),
+        base.load.users,
+        tuple(kept.values()),
+        changed(run, (kept[treated], kept[0]), (at[treated], base)) if treated else None,
     )
-    return Watermarks(int(blocks), base.load.users, tuple(kept.values()), changed)
+
+
+def changed(
+    run: JudgedRun, pair: tuple[KeptFree, KeptFree], points: tuple[Point, Point]
+) -> Changed:
+    return Changed(
+        *pair,
+        preemptions=run.ratio_of(*points, "preemptions"),
+        itl_p99=run.ratio_of(*points, "itl_p99_s"),
+        throughput=run.ratio_of(*points, "output_tokens_per_s"),
+        ttft=run.ratio_of(*points, "ttft_mean_s"),
+    )
 
 
 def kept_free(
@@ -218,22 +226,25 @@ def kept_free(
 ) -> KeptFree:
     done, none_waits = replayed(base, share), "no request ever waits"
     return KeptFree(
-        share,
-        kept_free_blocks(share, blocks),
-        Quantity(done.running) if done else Quantity.missing(none_waits),
-        Quantity(done.preempted / done.tokens if done else None, "share", why=none_waits),
-        point.variant.name if point else None,
-        Served(
-            preempted(run, point),
-            forecast(run, point, "preemptions"),
-            *(
-                run.quantity(point, metric)
-                for metric in (
-                    "preemptions", "output_tokens_per_s", "tpot_mean_s", "itl_p99_s", "ttft_mean_s",
-                )
-            ),
-        ),
-    )  # fmt: skip
+        watermark=share,
+        blocks=kept_free_blocks(share, blocks),
+        running=Quantity(done.running) if done else Quantity.missing(none_waits),
+        preempted=Quantity(done.preempted / done.tokens if done else None, "share", why=none_waits),
+        variant=point.variant.name if point else None,
+        served=served_by(run, point),
+    )
+
+
+def served_by(run: JudgedRun, point: Point | None) -> Served:
+    return Served(
+        preempted=preempted(run, point),
+        preemptions_forecast=forecast(run, point, "preemptions"),
+        preemptions=run.quantity(point, "preemptions"),
+        throughput=run.quantity(point, "output_tokens_per_s"),
+        tpot_s=run.quantity(point, "tpot_mean_s"),
+        itl_p99_s=run.quantity(point, "itl_p99_s"),
+        ttft_s=run.quantity(point, "ttft_mean_s"),
+    )
 
 
 def forecast(run: JudgedRun, point: Point | None, metric: str) -> Quantity:
@@ -317,12 +328,12 @@ def heads_compared(run: JudgedRun) -> HeadsCompared | None:
     compared = tuple(map(of, counts))
     of_model = compared[counts.index(shape.kv_heads)]
     return HeadsCompared(
-        shape.heads,
-        shape.kv_heads,
-        Quantity(near.flags.kv_cache_memory_bytes / MIB, "MiB"),
-        far.context_tokens,
-        compared,
-        Quantity(compared[0].kv_bytes_per_token / of_model.kv_bytes_per_token, RATIO),
+        query_heads=shape.heads,
+        of_model=shape.kv_heads,
+        memory=Quantity(near.flags.kv_cache_memory_bytes / MIB, "MiB"),
+        far_tokens=far.context_tokens,
+        all=compared,
+        bytes_ratio=Quantity(compared[0].kv_bytes_per_token / of_model.kv_bytes_per_token, RATIO),
     )
 
 
@@ -339,17 +350,17 @@ def heads(
     measured = run.mean(near, "kv_capacity_tokens") if near else None
     near_s, far_s = (run.quantity(point, "tpot_mean_s") for point in (near, far))
     return Heads(
-        "multi-head" if count == shape.heads else "multi-query" if count == 1 else "grouped",
-        count,
-        shape.kv_bytes_per_token(flags.kv_value_bytes),
-        measured
+        kind="multi-head" if count == shape.heads else "multi-query" if count == 1 else "grouped",
+        kv_heads=count,
+        kv_bytes_per_token=shape.kv_bytes_per_token(flags.kv_value_bytes),
+        capacity_tokens=measured
         or theory.kv_tokens(
             shape, flags.kv_cache_memory_bytes, flags.kv_value_bytes, flags.block_size
         ),
-        measured is not None,
-        near_s,
-        far_s,
-        1000 * ((far_s - near_s) / more_tokens),
+        is_measured=measured is not None,
+        near_s=near_s,
+        far_s=far_s,
+        per_thousand_s=1000 * ((far_s - near_s) / more_tokens),
     )
 
 
@@ -382,11 +393,11 @@ def tiles_and_pages(run: JudgedRun, allocated: Allocations | None) -> TilesAndPa
     bandwidth = far.ceilings.memory_bandwidth_bytes_per_s
     whole, smallest = allocated.contiguous, next(iter(allocated.served), None)
     return TilesAndPages(
-        tokens,
-        Quantity(inputs_bytes / GB, "GB"),
-        Quantity(all_bytes / GB, "GB"),
-        Quantity(inputs_bytes / bandwidth, "s"),
-        Quantity(all_bytes / bandwidth, "s"),
-        whole.in_decode if whole else Quantity.missing("not served"),
-        smallest.in_decode if smallest else Quantity.missing("not served"),
+        prompt_tokens=tokens,
+        tiled=Quantity(inputs_bytes / GB, "GB"),
+        untiled=Quantity(all_bytes / GB, "GB"),
+        tiled_s=Quantity(inputs_bytes / bandwidth, "s"),
+        untiled_s=Quantity(all_bytes / bandwidth, "s"),
+        contiguous=whole.in_decode if whole else Quantity.missing("not served"),
+        paged=smallest.in_decode if smallest else Quantity.missing("not served"),
     )

@@ -15,6 +15,7 @@ from labs.harness.facts.context import JudgedRun
 from labs.harness.judging.judge import (
     CONFIDENCE,
     TWO_ONE_SIDED,
+    Effect,
     Interval,
     PredictionOutcome,
     effect,
@@ -42,7 +43,7 @@ def facts(run: JudgedRun) -> Facts:
     )
 
 
-def outcome(prediction: Prediction | None, measured: Interval) -> PredictionOutcome | None:
+def outcome(prediction: Prediction | None, measured: Interval | None) -> PredictionOutcome | None:
     return prediction_outcome(prediction, measured) if prediction else None
 
 
@@ -219,15 +220,19 @@ def tiling(run: JudgedRun) -> Tiling | None:
     untiled, tiled = times.at("untiled"), times.at("tiled")
     both = max(untiled.keys() & tiled.keys(), default=None)
     return Tiling(
-        times.heads,
-        times.head_dim,
-        "a GPU" if times.device == "cuda" else on_cores,
-        times.threads,
-        growths(run, times, "memory"),
-        growths(run, times, "time"),
-        tuple(length(run, times, tokens) for tokens in sorted(untiled.keys() | tiled.keys())),
-        longest(run, length(run, times, both), untiled[both], tiled[both]) if both else None,
-        tuple(left_out(key, why) for key, why in times.left_out.items()),
+        heads=times.heads,
+        head_dim=times.head_dim,
+        on="a GPU" if times.device == "cuda" else on_cores,
+        threads=times.threads,
+        memory=growths(run, times, "memory"),
+        time=growths(run, times, "time"),
+        lengths=tuple(
+            length(run, times, tokens) for tokens in sorted(untiled.keys() | tiled.keys())
+        ),
+        longest=longest(run, length(run, times, both), untiled[both], tiled[both])
+        if both
+        else None,
+        left_out=tuple(left_out(key, why) for key, why in times.left_out.items()),
     )
 
 
@@ -249,15 +254,19 @@ def growths(run: JudgedRun, times: AttentionTimes, figure: Literal["memory", "ti
 
 def length(run: JudgedRun, times: AttentionTimes, tokens: int) -> Length:
     untiled, tiled = (times.at(kernel).get(tokens) for kernel in ("untiled", "tiled"))
+    untiled_traffic, tiled_traffic = traffic(run.points[0], times.cache_bytes, tokens)
     return Length(
-        tokens,
-        memory(untiled),
-        predicted(run.predictions.arithmetic.get(f"memory, untiled at {tokens}"), "MB", MB),
-        memory(tiled),
-        least_time(untiled),
-        least_time(tiled),
-        times_ratio(untiled, tiled),
-        *traffic(run.points[0], times.cache_bytes, tokens),
+        tokens=tokens,
+        untiled_memory=memory(untiled),
+        formula_memory=predicted(
+            run.predictions.arithmetic.get(f"memory, untiled at {tokens}"), "MB", MB
+        ),
+        tiled_memory=memory(tiled),
+        untiled_s=least_time(untiled),
+        tiled_s=least_time(tiled),
+        times_ratio=times_ratio(untiled, tiled),
+        untiled_traffic=untiled_traffic,
+        tiled_traffic=tiled_traffic,
     )
 
 
@@ -269,14 +278,14 @@ def least_time(times: KernelTimes | None) -> Quantity:
     return Quantity(min(times.times_s), "s") if times else Quantity.missing("left out", "s")
 
 
-def times_ratio(
-    untiled: KernelTimes | None, tiled: KernelTimes | None, confidence: float = CONFIDENCE
-) -> Quantity:
+def times_ratio(untiled: KernelTimes | None, tiled: KernelTimes | None) -> Quantity:
+    measured = compared(untiled, tiled) if untiled and tiled else None
+    return Quantity.of(measured.ratio if measured else None, RATIO, "left out")
+
+
+def compared(untiled: KernelTimes, tiled: KernelTimes) -> Effect | None:
     """Divide the time with tiles by that without, over the passes."""
-    if untiled is None or tiled is None:
-        return Quantity.missing("left out", RATIO)
-    measured = effect(*(dict(enumerate(side.times_s)) for side in (tiled, untiled)))
-    return Quantity.of(measured.interval(confidence) if measured else None, RATIO)
+    return effect(*(dict(enumerate(side.times_s)) for side in (tiled, untiled)))
 
 
 def traffic(point: Point, cache_bytes: int | None, tokens: int) -> tuple[Quantity, Quantity]:
@@ -295,24 +304,24 @@ def longest(run: JudgedRun, at: Length, untiled: KernelTimes, tiled: KernelTimes
     arithmetic, point = run.predictions.arithmetic, run.points[0]
     held, flop = float(untiled.peak_bytes), theory.attention_flops(point.shape, at.tokens)
     counted = Interval(value=held, low=held, high=held, n=1)
-    ratio = times_ratio(untiled, tiled, TWO_ONE_SIDED)
+    ratio = compared(untiled, tiled)
     untiled_rate, tiled_rate = (
         Quantity(flop / min(side.times_s) / 1e9, "GFLOP/s") for side in (untiled, tiled)
     )
     of_rate = tiled_rate / (point.ceilings.bf16_flops_per_s / 1e9)
     return Longest(
-        at,
-        at.untiled_memory / at.formula_memory,
-        outcome(arithmetic.get(f"memory, untiled at {at.tokens}"), counted),
-        at.untiled_memory / at.tiled_memory,
-        outcome(
+        at=at,
+        of_formula=at.untiled_memory / at.formula_memory,
+        memory_outcome=outcome(arithmetic.get(f"memory, untiled at {at.tokens}"), counted),
+        memory_saved=at.untiled_memory / at.tiled_memory,
+        time_outcome=outcome(
             arithmetic.get(f"time, tiled / untiled at {at.tokens}"),
-            Interval(value=ratio.value or 0, low=ratio.low, high=ratio.high, n=1),
+            ratio.interval(TWO_ONE_SIDED) if ratio else None,
         ),
-        untiled_rate,
-        tiled_rate,
-        of_rate.in_unit("share"),
-        of_rate.value is not None and of_rate.value > 1,
+        untiled_rate=untiled_rate,
+        tiled_rate=tiled_rate,
+        of_bf16_rate=of_rate.in_unit("share"),
+        is_above_bf16_rate=of_rate.value is not None and of_rate.value > 1,
     )
 
 
@@ -414,12 +423,14 @@ def prompts(run: JudgedRun) -> Prompts | None:
     forecast, tokens = quadratic(known), measured[-1].prompt_tokens
     flop = {p.key: arithmetic.get(of_squares(p.prompt_tokens)) for p in measured}
     return Prompts(
-        tuple(prompt_length(run, p, fit, flop[p.key], forecasts.get(p.key)) for p in measured),
-        fit,
-        forecast,
-        share(forecast, tokens),
-        fit.share(tokens).outcome(flop[measured[-1].key]) if fit else None,
-        even_tokens(fit),
+        lengths=tuple(
+            prompt_length(run, p, fit, flop[p.key], forecasts.get(p.key)) for p in measured
+        ),
+        fit=fit,
+        forecast=forecast,
+        forecast_share=share(forecast, tokens),
+        flop_outcome=fit.share(tokens).outcome(flop[measured[-1].key]) if fit else None,
+        even_tokens=even_tokens(fit),
     )
 
 
@@ -437,12 +448,12 @@ def prompt_length(
 ) -> PromptLength:
     tokens, ttft_s = point.prompt_tokens, run.quantity(point, "ttft_mean_s")
     return PromptLength(
-        tokens,
-        ttft_s,
-        ttft_s.brief / tokens,
-        share(fit, tokens),
-        predicted(flop, "share"),
-        Quantity(forecast_s, "s", why="" if forecast_s else "not forecast"),
+        tokens=tokens,
+        ttft_s=ttft_s,
+        each_token_s=ttft_s.brief / tokens,
+        squared_share=share(fit, tokens),
+        flop_share=predicted(flop, "share"),
+        forecast_s=Quantity(forecast_s, "s", why="" if forecast_s else "not forecast"),
     )
 
 
@@ -526,14 +537,14 @@ def contexts_of(run: JudgedRun, variant: str) -> Contexts:
     slope = line.each.quantity("s") if line else Quantity.missing("too few contexts", "s")
     least = slope.value if slope.low is None else slope.low
     return Contexts(
-        variant,
-        tuple(step(run, p) for p in sorted(measured, key=lambda p: p.context_tokens)),
-        line,
-        slope * 1000,
-        least is not None and least > 0,
-        rate(slope, points[0].shape.kv_bytes_per_token()) if points else slope,
-        predicted(floor, "s") * 1000,
-        line.each.outcome(floor) if line else None,
+        variant=variant,
+        steps=tuple(step(run, p) for p in sorted(measured, key=lambda p: p.context_tokens)),
+        line=line,
+        per_thousand_s=slope * 1000,
+        adds=least is not None and least > 0,
+        rate=rate(slope, points[0].shape.kv_bytes_per_token()) if points else slope,
+        least_per_thousand_s=predicted(floor, "s") * 1000,
+        outcome=line.each.outcome(floor) if line else None,
     )
 
 
@@ -543,12 +554,12 @@ def step(run: JudgedRun, point: Point) -> Step:
     bandwidth = point.ceilings.memory_bandwidth_bytes_per_s
     reading = Quantity(all_bytes / GB_PER_S, "GB/s") / tpot_s.brief
     return Step(
-        point.context_tokens,
-        tpot_s,
-        Quantity(kv_bytes / MB, "MB"),
-        reading,
-        (reading / (bandwidth / GB_PER_S)).in_unit("share"),
-        Quantity(all_bytes / bandwidth, "s"),
+        tokens=point.context_tokens,
+        tpot_s=tpot_s,
+        kv=Quantity(kv_bytes / MB, "MB"),
+        rate=reading,
+        of_bandwidth=(reading / (bandwidth / GB_PER_S)).in_unit("share"),
+        least_s=Quantity(all_bytes / bandwidth, "s"),
     )
 
 
