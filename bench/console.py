@@ -10,7 +10,7 @@ from rich.table import Table
 from labs.harness.judging.judge import Interval
 from labs.harness.telling.terminal import PlainConsole
 
-console = PlainConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
+console = PlainConsole(width=None if sys.stdout.isatty() else 120)
 
 
 def table(title: str, *columns: str) -> Table:

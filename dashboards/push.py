@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from grafana_client import GrafanaApi
 from grafana_client.client import GrafanaClientError, GrafanaException
+from niquests import Response
 from niquests.exceptions import RequestException
 
 from dashboards import boards
@@ -23,6 +24,7 @@ from dashboards.panels import DATASOURCE, TAG
 
 FOLDER_UID, FOLDER_TITLE = "inference-lab", "Inference-serving lab"
 MOST_REGIONS = 10_000
+MOST_ANSWER_BYTES = 32 * 2**20  # a region takes some hundred
 
 
 class GrafanaError(Exception):
@@ -116,7 +118,20 @@ def _connect(url: str, token: str) -> GrafanaApi:
             "GRAFANA_TOKEN is not set: put the token of a Grafana service account (role Admin)"
             " into the environment"
         )
-    return GrafanaApi.from_url(url.rstrip("/") + "/", credential=token)
+    grafana = GrafanaApi.from_url(url.rstrip("/") + "/", credential=token)
+    grafana.client.s.hooks["response"].append(_read_within_bounds)
+    return grafana
+
+
+def _read_within_bounds(response: Response, **_: Any) -> None:
+    """Read an answer before its client does. Raises ValueError for one that has no end."""
+    body = bytearray()
+    for block in response.iter_content(2**16):
+        body += block
+        if len(body) > MOST_ANSWER_BYTES:
+            response.close()
+            raise ValueError(f"an answer of more than {MOST_ANSWER_BYTES} bytes")
+    response._content = bytes(body)
 
 
 def _absent(error: GrafanaClientError) -> bool:

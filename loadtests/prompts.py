@@ -9,12 +9,14 @@ and again. One task has statements of a program in place of sentences, and a nam
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise, repeat
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from jinja2 import TemplateError
 
@@ -55,6 +57,8 @@ _ENDINGS = (
 )  # fmt: skip
 _LONGEST_SENTENCE_TOKENS, _LONGEST_WORD_TOKENS = 24, 6  # only to search in larger steps at first
 MOST_BEGINNINGS = 256
+MOST_ADDED_CHARACTERS = 2**20  # by a chat template to messages; those that are published add 10,000
+MOST_RENDERING_BYTES = 2**30  # of memory that a chat template takes
 _LEAD = "so"  # in the place of a lead, where only what follows it is of interest
 _AFTER_CHARACTERS = 32  # of a text beyond where two differ: enough to split the words there alike
 _FILLERS = ("and", "so", "then", "now", "there", "again", "still", "too")
@@ -332,7 +336,8 @@ def counter(model_path: str) -> CountTokens:
 def tokenizer(model_path: str) -> Tokenize:
     """Return a function that turns chat messages into tokens with a model folder's tokenizer.
 
-    The folder's chat template is applied, with the generation prompt.
+    The folder's chat template is applied, with the generation prompt. The function raises
+    ValueError where the template, which is a program, writes far more than the messages hold.
     """
     if (Path(model_path) / "tokenizer.json").exists():
         from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -349,8 +354,29 @@ def tokenizer(model_path: str) -> Tokenize:
     encode = by_piece(whole) if cuts else whole
 
     def tokenize(messages: Messages) -> Sequence[int]:
-        return encode(
-            loaded.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        )
+        return encode(_rendered(loaded, messages))
 
     return tokenize
+
+
+def _rendered(loaded: Any, messages: Messages) -> str:
+    most = MOST_ADDED_CHARACTERS + sum(len(message["content"]) for message in messages)
+    with contextlib.suppress(MemoryError), _little_memory():
+        text: str = loaded.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if len(text) <= most:
+            return text
+    raise ValueError(f"its chat template adds more than {MOST_ADDED_CHARACTERS} characters")
+
+
+@contextlib.contextmanager
+def _little_memory() -> Iterator[None]:
+    """Have this process take at most `MOST_RENDERING_BYTES` more while the block lasts."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + MOST_RENDERING_BYTES
+    soft = min([most, *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_AS, (soft, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)

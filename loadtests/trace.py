@@ -10,8 +10,10 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from functools import lru_cache
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
@@ -28,12 +30,18 @@ MOST_BYTES = 256 * 2**20
 MOST_LINE = 2**18  # characters of a request: Mooncake's longest name some hundred blocks
 MOST_ROWS = 4096  # of a run: its manifest holds them, and each has a prompt that is written first
 MOST_PLANNED_ROWS = 1_000_000  # of a plan or a forecast, which send nothing and file nothing
+TOLD_EVERY = 100_000  # requests, which take about half a second
+
+Tell = Callable[[str], object]
 
 
-def read_trace(path: Path, most_rows: int = MOST_ROWS) -> tuple[TraceRow, ...]:
+def read_trace(
+    path: Path, most_rows: int = MOST_ROWS, tell: Tell = lambda _: None
+) -> tuple[TraceRow, ...]:
     """Read the first `most_rows` requests of a trace, in order of time.
 
-    No more than twice as many are held at any moment, however long the file is. Raises ValueError,
+    No more than twice as many are held at any moment, however long the file is; where these come
+    in order of time, none behind them is read. `tell` is told how far it is. Raises ValueError,
     which names the request and the reason.
     """
     if path.exists() and not path.is_file():
@@ -43,10 +51,10 @@ def read_trace(path: Path, most_rows: int = MOST_ROWS) -> tuple[TraceRow, ...]:
             raise ValueError(
                 f"the trace {path} has more than {MOST_BYTES / 2**20:.0f} MiB: give its beginning"
             )
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # with or without a mark of order
             lines = _lines(path, file)
             named = map(json.loads, lines) if path.suffix == ".jsonl" else csv.DictReader(lines)
-            rows = _first(_rows(path, named), most_rows)
+            rows = _first(_rows(path, named, tell), most_rows)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
         raise ValueError(f"the trace {path} cannot be read: {error}") from error
     if not rows:
@@ -71,31 +79,39 @@ def _lines(path: Path, file: IO[str]) -> Iterator[str]:
 
 def _first(rows: Iterable[TraceRow], most_rows: int) -> list[TraceRow]:
     """Sort rows by their time and return the first so many."""
-    kept: list[TraceRow] = []
-    for row in rows:
-        kept.append(row)
-        if len(kept) == 2 * most_rows:
-            kept.sort(key=itemgetter(0))
-            del kept[most_rows:]
-    kept.sort(key=itemgetter(0))
-    return kept[:most_rows]
+    to_come, kept, in_order = iter(rows), list[TraceRow](), False
+    while not in_order and (read := list(islice(to_come, 2 * most_rows - len(kept)))):
+        by_time = sorted([*kept, *read], key=itemgetter(0))
+        in_order = by_time == read
+        kept = by_time[:most_rows]
+    return kept
 
 
-def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:
+@lru_cache(maxsize=16)
+def _columns(names: tuple[Any, ...]) -> tuple[bool, tuple[Any, ...]] | None:
+    """Find the columns that are read: whether the times are milliseconds, and how they are named.
+
+    None where they are not there.
+    """
+    named = {str(name).strip().lower(): name for name in names}
+    known = next((columns for columns in COLUMNS if set(columns) <= named.keys()), None)
+    return known and ("input_length" in known, tuple(named[column] for column in known))
+
+
+def _rows(path: Path, lines: Iterable[Mapping[str, Any]], tell: Tell) -> Iterable[TraceRow]:
     kinds: set[str] = set()
     same: dict[int, int] = {}  # a length that comes again is kept once
     for number, line in enumerate(lines, 1):
         if not isinstance(line, dict):
             raise ValueError(f"{path}, request {number}: it is not an object with named fields")
-        fields = {str(key).strip().lower(): value for key, value in line.items()}
-        names = next((c for c in COLUMNS if set(c) <= fields.keys()), None)
-        if names is None:
-            readable = "; ".join(", ".join(columns) for columns in COLUMNS)
+        if (found := _columns(tuple(line))) is None:
+            readable = "; ".join(", ".join(known) for known in COLUMNS)
             columns = ", ".join(map(str, line))
             raise ValueError(f"{path} has the columns {columns}; known are {readable}")
-        at, prompt, output = (fields[name] for name in names)
+        milliseconds, names = found
+        at, prompt, output = (line[name] for name in names)
         try:
-            at_s, kind = _seconds(at, "input_length" in names)
+            at_s, kind = _seconds(at, milliseconds)
             prompt, output = int(prompt), int(output)
             row = (at_s, same.setdefault(prompt, prompt), same.setdefault(output, output))
         except (OverflowError, TypeError, ValueError) as error:
@@ -105,6 +121,10 @@ def _rows(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterable[TraceRow]:
             raise ValueError(f"{path}, request {number}: its time is not of the others' kind")
         if max(row[1:]) > MOST_TOKENS:
             raise ValueError(f"{path}, request {number}: more than {MOST_TOKENS} tokens")
+        if min(row[1:]) < 0:
+            raise ValueError(f"{path}, request {number}: fewer than 0 tokens")
+        if number % TOLD_EVERY == 0:
+            tell(f"reading the trace: {number:,} requests so far")
         if row[1] > 0 and row[2] > 0:  # some traces hold requests that were refused
             yield row
 

@@ -18,7 +18,7 @@ MARKS = (
 )  # fmt: skip
 """All that `PATTERN` finds holds one of them, and these are found in a fraction of the time."""
 _IN_ADDRESS = r"(?<=://)[^/@\s]+(?=@)"
-_SURE = r"(?:api[-_]?key|secret|passw(?:or)?d|passphrase)"
+_SURE = r"(?:api[-_]?key|secret|password|(?<!/etc/)passwd|passphrase)"
 _LIKELY = r"(?:token|(?<![a-z])key)"  # which also name what is none: a count, <s>
 _OPENS = r"[\[({]*\\*[\"']?"
 _IS = rf"\\*[\"']?\s*[=:]\s*{_OPENS}"  # api_key=.., "api_key": "..", \"api_key\": [\"..

@@ -197,7 +197,7 @@ def resolve(machine: Machine, name: str = "") -> Model:
     if not folder.exists() and name.startswith((".", "/", "~")):
         raise ModelError(f"MODEL={name} is not there: give a model folder or a Hugging Face id")
     if folder.exists():
-        raise ModelError(f"MODEL={name} is a folder without config.json: give a model folder")
+        raise ModelError(f"MODEL={name} has no config.json: give a model folder")
     return load(_download(name), name)
 
 
@@ -461,6 +461,12 @@ def _tensor_sizes(shard: Path, value_bytes: int) -> dict[str, tuple[int, int]]:
     _require_few_values(shard, content)
     header = json.loads(content)
     header.pop("__metadata__", None)
+    named_bytes = max((t["data_offsets"][1] for t in header.values()), default=0)
+    if (bytes_there := shard.stat().st_size - 8 - length) < named_bytes:
+        raise ValueError(
+            f"{shard.name} is cut short: its header names {named_bytes} bytes of weights, and"
+            f" {bytes_there} are there"
+        )
 
     def bytes_of(offsets: tuple[int, int], dtype: str) -> int:
         start, end = offsets

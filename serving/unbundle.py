@@ -27,6 +27,7 @@ from typing import Any
 MANIFEST, SCRIPT = "manifest.json", "unbundle.py"
 MOST_MANIFEST_BYTES = 16 * 2**20
 PARTS = "parts"  # in HOME: those that have come so far, where they come one by one
+FILES = "files.json"  # in HOME: the names of the lab's files, which the next bundle may not have
 NOT_YET = 75  # exit code: parts are still to come
 HOME, PROGRAMS_HOME = ".unbundled", ".tools/prometheus"
 # Their compiled code works together in the versions that were built for one another, no others.
@@ -250,23 +251,44 @@ class Joined:
         return data
 
 
+def earlier_files(target: Path) -> "set[str]":
+    """Read which files an earlier bundle wrote below `target`. Raises UnbundleError."""
+    listed = target / HOME / FILES
+    if not listed.exists():
+        return set()
+    try:
+        names = json.loads(listed.read_text()) if listed.is_file() else None
+        if isinstance(names, list) and all(_is_below(target, name) for name in names):
+            return set(names)
+    except (OSError, TypeError, ValueError, RecursionError):
+        pass
+    raise UnbundleError(
+        f"{listed} is no list of files below {target}, as this program writes it: remove it (what"
+        " only an earlier bundle had is then kept), or give another folder"
+    )
+
+
+def _is_below(target: Path, name: str) -> bool:
+    return (target / name).parent.resolve().is_relative_to(target.resolve())
+
+
 def unpack(folder: Path, manifest: "dict[str, Any]", target: Path) -> None:
     """Write the lab's files; remove those of an earlier bundle, and keep the reader's own.
 
     That bundle may have been unpacked and never installed: its packages must not come with these.
     """
+    before = earlier_files(target)
     shutil.rmtree(str(target / HOME / "wheels"), ignore_errors=True)
     stream: Any = Joined([folder / part["name"] for part in manifest["parts"]])
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         archive.extraction_filter = getattr(tarfile, "data_filter", None)
         archive.extractall(str(target))
         files = [m.name for m in archive.getmembers() if not m.isdir()]
-    listed = target / HOME / "files.json"
-    before = json.loads(listed.read_text()) if listed.exists() else []
-    for name in set(before) - set(files):
-        if (target / name).exists():
+    for name in before - set(files):
+        if (target / name).is_file():
             (target / name).unlink()
-    listed.write_text(json.dumps([name for name in files if not name.startswith(HOME)]))
+    written = [name for name in files if not name.startswith(HOME)]
+    (target / HOME / FILES).write_text(json.dumps(written))
     for packed in (target / PROGRAMS_HOME).glob("*.gz"):
         with gzip.open(str(packed)) as source, packed.with_suffix("").open("wb") as program:
             shutil.copyfileobj(source, program)

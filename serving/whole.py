@@ -4,6 +4,9 @@ They are written under another name in the same folder, `.NAME.PID.half`, and re
 complete: a rename within a folder is atomic. Two processes that write the same file do not disturb
 each other; the last one's content stays. A killed process may leave such a name behind: it can be
 removed, and `.gitignore` names it.
+
+A rename would also put a file in the place of a device, a pipe or a link: only a regular file is
+replaced.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +34,11 @@ def write(path: Path, content: str | bytes, mode: int = 0o666) -> Path:
 
 @contextlib.contextmanager
 def file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to: it becomes `path` at the end of the block, or is removed."""
+    """Yield a path to write to: it becomes `path` at the end of the block, or is removed.
+
+    Raises OSError, also where `path` is there and is not a regular file.
+    """
+    _require_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:  # "File exists" would not say what is wrong with it
@@ -41,8 +49,17 @@ def file(path: Path) -> Iterator[Path]:
     try:
         yield half
         half.rename(path)
+    except OSError as error:  # of a write it names no file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         half.unlink(missing_ok=True)
+
+
+def _require_replaceable(path: Path) -> None:
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        reason = "only a regular file is replaced, and this is none: name another file"
+        raise FileExistsError(errno.EEXIST, reason, str(path))
 
 
 @contextlib.contextmanager

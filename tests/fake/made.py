@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from serving.models import Model
 from serving.outliers import SCHEMES
 from tests.fake.bare import with_a_constant_reference_step
 from tests.fake.quiet import app
+from tests.shards import write_shard
 
 TENANTS = 8
 PARAMS_PER_ADAPTER = 460_800  # rank 8 on the attention of the bundled model
@@ -119,18 +119,17 @@ def _pruned(model: Model, folder: Path, method: prune.Method) -> None:
     about = {"asked": method.share, "zeros": method.share, "groups_too_full": 0,
              "pruned_params": SPARSITY["pruned_params"]}  # fmt: skip
     (folder / "about.json").write_text(json.dumps(about))
-    _header(model.shape.weight_bytes, folder / "model.safetensors")
+    _weights(model.shape.weight_bytes, folder / "model.safetensors")
 
 
 def _half_as_large(model: Model, path: Path) -> None:
-    _header(model.shape.weight_bytes // 2, path)
+    _weights(model.shape.weight_bytes // 2, path)
 
 
-def _header(size: int, path: Path) -> None:
-    """A header that says how large the weights are; nobody reads the rest."""
+def _weights(size: int, path: Path) -> None:
+    """Weights of one tensor, as large as is said."""
     tensor = {"dtype": "I8", "shape": [size], "data_offsets": [0, size]}
-    header = json.dumps({"model.weight": tensor}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    write_shard(path, {"model.weight": tensor})
 
 
 if __name__ == "__main__":

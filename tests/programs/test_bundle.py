@@ -189,6 +189,39 @@ def test_over_an_older_lab_its_files_go_and_the_readers_stay(
     assert (lab / ".tools" / "prometheus" / "prometheus").exists()
 
 
+@pytest.mark.parametrize(
+    "listed",
+    ['["../victim"]', '["VICTIM"]', '["away/victim"]', "[1]", "{}", "[", "[" * 10**5],
+)
+def test_a_list_that_names_anything_but_files_below_the_lab_deletes_nothing(
+    listed: str, out: Path, tmp_path: Path, quick: str
+) -> None:
+    victim, home = tmp_path / "victim", tmp_path / "lab" / ".unbundled"
+    home.mkdir(parents=True)
+    victim.write_text("")
+    (tmp_path / "lab" / "away").symlink_to(tmp_path)
+    (home / "files.json").write_text(listed.replace("VICTIM", str(victim)))
+    code, said = unpack(out, tmp_path / "lab", quick)
+    assert (code, victim.exists(), said.count("\n")) == (1, True, 1)
+    assert "files.json" in said
+    assert not (tmp_path / "lab" / "serving").exists()
+
+
+def test_a_list_in_a_bundle_is_not_what_an_earlier_bundle_wrote(
+    out: Path, tmp_path: Path, quick: str
+) -> None:
+    listed = tmp_path / "repository" / ".unbundled" / "files.json"
+    listed.parent.mkdir()
+    listed.write_text('["serving/mine.py"]')
+    commit(tmp_path / "repository")
+    make(tmp_path)
+    mine = tmp_path / "lab" / "serving" / "mine.py"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("")
+    assert unpack(out, tmp_path / "lab", quick) == (0, "")
+    assert mine.exists()
+
+
 def test_a_wheel_that_the_lock_does_not_name_is_deleted_and_nothing_is_made(
     out: Path, tmp_path: Path
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from loadtests.prompts import Messages, Writer
 from serving import dummy, models
 from serving.engines.base import with_places
 from serving.models import Model, ModelError
+from tests.shards import write_shard
 from tests.unit.builders import SHAPE
 
 MAKER = """
@@ -243,7 +243,7 @@ def test_what_a_lab_needs_can_be_made(lab: str) -> None:
 
 
 def write_model(folder: Path, layers: int, *, packed: bool = False) -> Path:
-    """A folder with the config and the header of one tensor of 64 numbers, or of 32 packed ones."""
+    """A folder with the config and one tensor of 64 numbers, or of 32 packed ones."""
     folder.mkdir()
     config = {"num_hidden_layers": layers, "hidden_size": 8, "num_attention_heads": 2,
               "num_key_value_heads": 1, "vocab_size": 16, "max_position_embeddings": 4096,
@@ -252,8 +252,7 @@ def write_model(folder: Path, layers: int, *, packed: bool = False) -> Path:
     size = 32 if packed else 64
     tensor = {"dtype": "I8" if packed else "BF16", "shape": [size],
               "data_offsets": [0, size if packed else 2 * size]}  # fmt: skip
-    header = json.dumps({"model.x": tensor}).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    write_shard(folder / "model.safetensors", {"model.x": tensor})
     return folder
 
 

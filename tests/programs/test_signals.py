@@ -30,6 +30,31 @@ def test_a_stop_while_the_program_is_loaded_is_one_line(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [("list >&-", "is closed"), ("run --help 2>&-", "is closed"), ("list >/dev/full", "No space")],
+)
+def test_what_cannot_be_printed_is_one_sentence(arguments: str, said: str) -> None:
+    typed = f"exec {sys.executable} -m labs.harness.commands {arguments}"
+    ended = subprocess.run(
+        ["/bin/sh", "-c", typed], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, (ended.stdout + ended.stderr).count("\n")) == (1, 1)
+    assert said in ended.stdout + ended.stderr
+
+
+def test_an_output_that_nobody_reads_any_more_is_one_sentence() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "-m", "labs.harness.commands", "list"],
+        cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "RESUME=1" in ended.stderr
+
+
+@pytest.mark.parametrize(
     ("handler", "said"), [(signal.SIG_IGN, "goes on\n"), (signal.SIG_DFL, "")], ids=("nohup", "")
 )
 def test_a_hangup_that_was_ignored_stays_ignored(handler: signal.Handlers, said: str) -> None:

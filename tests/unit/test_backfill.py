@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections import Counter
@@ -12,14 +13,16 @@ from typing import Any, Self
 import pytest
 import requests
 
-from dashboards import prometheus, series
-from labs.harness.filing.results import RunFolder, write_json
+from dashboards import live, prometheus, series
+from labs.harness.filing.results import RunFolder, Session, write_json
 from labs.harness.judging.judge import ForecastResult, Interval, prediction_outcome
 from labs.harness.judging.text import claim_outcome
 from labs.harness.running import backfill
+from labs.harness.running import run as running
 from labs.harness.spec import LabError, Prediction
 from loadtests import exporter, records
 from tests.unit.builders import make_record, make_workload, write_run
+from tests.unit.test_other_engines import Told
 
 
 class Empty:
@@ -123,6 +126,24 @@ def test_figures_of_a_run_whose_trials_all_failed_are_none(
     shutil.rmtree(folder.path / "trials")
     backfill.load_figures(folder)
     assert loaded == []
+
+
+def test_a_run_whose_page_finds_no_room_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, told = brief_run(tmp_path), Told()
+    (folder.path / "COMPLETE").unlink()
+
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(live, "publish", full)
+    session = Session(
+        engine_start_s=1, load_s=1, wall_s=1, resident=True, agreement=[], prometheus="none"
+    )
+    running._finish(folder, session, told, reports=False)
+    assert folder.complete
+    assert ["No space left" in message for message in told.messages] == [True]
 
 
 def test_what_became_of_predictions_is_told_in_the_words_of_the_report(tmp_path: Path) -> None:

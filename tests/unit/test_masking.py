@@ -38,6 +38,7 @@ LAB = next(iter(LABS))
         ("http://host/v1?key=abc&x=1", "http://host/v1?key=***&x=1"),
         ("--hf-token\nabc\n--port\n1", "--hf-token\n***\n--port\n1"),
         ("password=1234", "password=***"),
+        ("passwd: abc", "passwd: ***"),
         ("token: abc", "token: ***"),
     ],
 )
@@ -98,6 +99,7 @@ def test_a_user_without_a_home_folder_has_nothing_to_shorten(
      "--max-num-batched-tokens 8 --kv-cache-dtype fp8 --tokenizer-mode hf --api-key --port 1",
      "{'max_num_batched_tokens': 8, 'token': 5, \"eos_token\": \"</s>\"}", "monkey=1 keys=a",
      "--return-token-ids --sort-key 3 token=16 key=-1.5, no key: set one, a token that ended",
+     "BASELINE: /etc/passwd: no JSON, -v /etc/passwd:/etc/passwd",
      "--key-value x --kv-transfer-config {\"kv_connector\": \"x\"} KeyError: 'a'"],
 )  # fmt: skip
 def test_what_is_none_stays(text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from serving.models import SIBLINGS, Model, ModelError, shape_of
 from tests import default_models
 from tests.cases import each
 from tests.gpu import test_labs as on_gpu
+from tests.shards import write_shard
 from tests.sizes import sizes_of
 
 
@@ -100,8 +100,7 @@ def test_weights_with_experts_are_read_alike(tmp_path: Path) -> None:
     at, header = 0, dict[str, Any]()
     for name, size in names.items():
         header[name] = {"dtype": "BF16", "shape": [size], "data_offsets": [at, at := at + 2 * size]}
-    text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    write_shard(tmp_path / "model.safetensors", header)
     config = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9,
               "max_position_embeddings": 64, "num_local_experts": 6,
               "num_experts_per_tok": 2}  # fmt: skip
@@ -124,8 +123,7 @@ def test_in_float32_what_is_not_quantized_is_twice_as_large(tmp_path: Path) -> N
         "layers.0.up_proj.weight": {"dtype": "I8", "shape": [60], "data_offsets": [200, 260]},
         "layers.0.up_proj.scale": {"dtype": "F32", "shape": [5], "data_offsets": [260, 280]},
     }
-    text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    write_shard(tmp_path / "model.safetensors", header)
     config = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9,
               "max_position_embeddings": 64, "tie_word_embeddings": True}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -146,11 +144,10 @@ def test_a_cpu_without_bf16_has_sizes_of_its_own(flags: tuple[str, ...], scale: 
     assert models.scale_of(here) == scale
 
 
-def write_shard(path: Path, *names: str) -> None:
-    """The header of a file of weights with tensors of 64 numbers in 16 bits."""
-    tensors = {n: {"dtype": "BF16", "shape": [64], "data_offsets": [0, 128]} for n in names}
-    header = json.dumps(tensors).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
+def write_halves(path: Path, *names: str) -> None:
+    """A file of weights with tensors of 64 numbers in 16 bits."""
+    tensor = {"dtype": "BF16", "shape": [64], "data_offsets": [0, 128]}
+    write_shard(path, dict.fromkeys(names, tensor))
 
 
 @pytest.mark.parametrize("indexed", [False, True])
@@ -159,12 +156,12 @@ def test_weights_that_are_there_twice_are_counted_once(tmp_path: Path, indexed: 
               "vocab_size": 16, "max_position_embeddings": 64}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     first, second = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
-    write_shard(tmp_path / first, "model.a")
-    write_shard(tmp_path / second, "model.b")
+    write_halves(tmp_path / first, "model.a")
+    write_halves(tmp_path / second, "model.b")
     assert not models.has_both_formats(tmp_path)
-    write_shard(tmp_path / "consolidated.safetensors", "layers.a", "layers.b")
+    write_halves(tmp_path / "consolidated.safetensors", "layers.a", "layers.b")
     if indexed:
-        write_shard(tmp_path / "left-over.safetensors", "model.a")
+        write_halves(tmp_path / "left-over.safetensors", "model.a")
         index = {"weight_map": {"model.a": first, "model.b": second}}
         (tmp_path / models.INDEX).write_text(json.dumps(index))
     model = models.load(tmp_path, "mistral")
@@ -203,8 +200,7 @@ def test_packed_weights_have_the_parameters_of_those_that_were_quantized(tmp_pat
     config = config_of("llama-tiny")
     whole = shape_of(config)
     header = {"layers.0.weight_packed": {"dtype": "I32", "shape": [9], "data_offsets": [0, 36]}}
-    text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    write_shard(tmp_path / "model.safetensors", header)
     for method in ({"quant_method": "gptq", "bits": 4}, {"quant_method": "compressed-tensors"}):
         quantized = config | {"quantization_config": method}
         (tmp_path / "config.json").write_text(json.dumps(quantized))
@@ -499,7 +495,7 @@ def test_a_model_that_cannot_be_had_says_what_to_give(
 def test_a_model_folder_that_is_not_one_is_told_why(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"MODEL=.*/none is not there: give"):
         models.resolve(gpu(81_559), str(tmp_path / "none"))
-    with pytest.raises(ModelError, match=r"is a folder without config\.json"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         models.resolve(gpu(81_559), str(tmp_path))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -70,17 +71,31 @@ def test_a_template_without_a_system_role_gets_no_system_message() -> None:
     assert len(writer.lead(12, rng).split()) == 12
 
 
+def with_template(template: str, folder: Path) -> CountTokens:
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "chat_template.jinja").write_text(template)
+    return counter(str(folder))
+
+
+@pytest.mark.usefixtures("bundled")
+@pytest.mark.parametrize("times", ["2 * 10**6", "3 * 10**9"])
+def test_a_template_that_writes_without_end_is_refused(times: str, tmp_path: Path) -> None:
+    """The second would take 3 GB of memory."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ValueError, match="chat template adds more than"):
+        Writer(with_template(f"{{{{ 'x' * ({times}) }}}}", tmp_path / "endless"))
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
 def test_a_templates_refusal_is_read_off_a_real_tokenizer(
     bundled: CountTokens, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "gemma-like"
-    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "chat_template.jinja").write_text(
+    count = with_template(
         "{% for m in messages %}{% if m['role'] == 'system' %}"
         "{{ raise_exception('System role not supported') }}{% endif %}"
-        "<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+        "<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}",
+        tmp_path / "gemma-like",
     )
-    count = counter(str(folder))
     written = Writer(count).chat(48, random.Random(0))
     assert [message["role"] for message in written] == ["user"]
     assert count(written) == 48

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -214,6 +215,20 @@ def test_what_answers_garbage_is_no_grafana(grafana: Stub, garbage: bytes) -> No
     with pytest.raises(GrafanaError, match=r"^(what answers at|Grafana at) http") as failed:
         push.push(grafana.url, TOKEN, "http://127.0.0.1:9090", [REGION])
     assert len(str(failed.value)) < 600
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_an_answer_without_end_is_not_kept(
+    grafana: Stub, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push, "MOST_ANSWER_BYTES", 10**5)
+    grafana.garbage, grafana.refuses = b" " * 10**8, status
+    tracemalloc.start()
+    with pytest.raises(GrafanaError, match="more than 100000 bytes"):
+        push.push(grafana.url, TOKEN, "http://127.0.0.1:9090", [REGION])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**7
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 500])

@@ -38,6 +38,7 @@ from serving.engines.vllm_harmless import refusal
 from serving.models import ModelError
 from serving.unbundle import UnbundleError
 from tests.cases import each
+from tests.shards import write_shard
 from tests.unit.builders import write_run, write_slowed
 
 LAB = next(iter(LABS.values()))
@@ -557,10 +558,8 @@ CONFIG = {
 def model_at(folder: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    header = json.dumps({"x": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
-    (folder / "model.safetensors").write_bytes(
-        len(header).to_bytes(8, "little") + header + bytes(8)
-    )
+    tensor = {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}
+    write_shard(folder / "model.safetensors", {"x": tensor})
     return folder
 
 
@@ -604,6 +603,7 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
     )(at),
     "empty shard": shard(b""),
     "cut shard": shard(b"\x10\0\0\0\0\0\0\0{"),
+    "cut weights": lambda at: shard((at / "model.safetensors").read_bytes()[:-1])(at),
     "endless header": shard(b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"),
     "no JSON": shard(b"\x02\0\0\0\0\0\0\0]]"),
     "no offsets": shard(b'\x0e\0\0\0\0\0\0\0{"a":{"b": 1}}'),

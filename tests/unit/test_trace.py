@@ -48,6 +48,31 @@ def test_a_request_without_an_answer_is_left_out(tmp_path: Path) -> None:
     assert read_trace(written(tmp_path, PLAIN + "9,80,0\n")) == read_trace(written(tmp_path, PLAIN))
 
 
+def test_a_mark_of_the_order_of_bytes_is_read_over(tmp_path: Path) -> None:
+    """As spreadsheets write it."""
+    for text, name in ((PLAIN, "t.csv"), (MOONCAKE, "t.jsonl")):
+        marked = written(tmp_path, f"\ufeff{text}", f"marked-{name}")
+        assert read_trace(marked) == read_trace(written(tmp_path, text, name))
+
+
+def test_behind_requests_in_order_none_is_read(tmp_path: Path) -> None:
+    """Of twice as many as are used: if these come in another order, an early one may come last."""
+    rows = "".join(f"{at},8,8\n" for at in range(6))
+    path = written(tmp_path, f"timestamp,input_tokens,output_tokens\n{rows}this is none\n")
+    assert [row[0] for row in read_trace(path, 3)] == [0.0, 1.0, 2.0]
+    with pytest.raises(ValueError, match="request 7"):
+        read_trace(path, 4)
+
+
+def test_a_long_reading_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace, "TOLD_EVERY", 2)
+    told = list[str]()
+    read_trace(written(tmp_path, PLAIN), tell=told.append)
+    assert ["2 requests" in text for text in told] == [True]
+
+
 def test_a_long_trace_is_kept_from_its_beginning(tmp_path: Path) -> None:
     """By time, whatever the order in the file: the earliest may come last."""
     assert [row[0] for row in read_trace(written(tmp_path, PLAIN), 2)] == [0.0, 0.5]
@@ -61,7 +86,7 @@ def test_a_plan_reads_more_of_a_trace_than_a_run(tmp_path: Path) -> None:
     rows = "".join(f"{at},8,8\n" for at in range(trace.MOST_ROWS + 1))
     path = written(tmp_path, f"timestamp,input_tokens,output_tokens\n{rows}")
     assert len(read_trace(path)) == trace.MOST_ROWS
-    assert len(trace_of(path)) == trace.MOST_ROWS + 1
+    assert len(trace_of(path, print)) == trace.MOST_ROWS + 1
 
 
 def test_no_more_of_a_trace_is_in_memory_than_is_kept(tmp_path: Path) -> None:
@@ -105,6 +130,8 @@ def test_a_request_does_not_go_on_over_many_lines(tmp_path: Path) -> None:
         (PLAIN + "nan,2,5\n", "t.csv", "request 4: nan is no time"),
         (PLAIN + "-inf,2,5\n", "t.csv", "request 4: -inf is no time"),
         (PLAIN + "1e999,2,5\n", "t.csv", "request 4: 1e999 is no time"),
+        (PLAIN + "3,-2,5\n", "t.csv", "request 4: fewer than 0 tokens"),
+        (PLAIN + "3,2,-5\n", "t.csv", "request 4: fewer than 0 tokens"),
         (PLAIN + "3,99999999999,5\n", "t.csv", "request 4: more than 10000000 tokens"),
         (PLAIN + "2024-01-01,2,5\n", "t.csv", "request 4: its time is not of the others' kind"),
         (AZURE + "2023-11-16T18:15:51+02:00,2,5\n", "t.csv", "request 3: its time is not of"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
 import stat
 import subprocess
 from collections.abc import Callable
@@ -53,6 +55,12 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_disk_without_room_is_told_by_the_file_that_found_none(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="file'") as failed, whole.file(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert failed.value.filename == str(tmp_path / "file")
+
+
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
     path = tmp_path / "file"
     left = cut_off(whole.file, path)
@@ -61,6 +69,20 @@ def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
     whole.write(path, "secret", mode=0o600)
     assert path.read_text() == "secret"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_nothing_but_a_regular_file_is_replaced(tmp_path: Path) -> None:
+    """As /dev/full, /dev/stdout and a folder are: a rename would put a file in their place."""
+    pipe, link, broken, home = (tmp_path / name for name in ("pipe", "link", "broken", "home"))
+    os.mkfifo(pipe)
+    link.symlink_to(whole.write(tmp_path / "file", "before"))
+    broken.symlink_to("nowhere")
+    home.mkdir()
+    before = {path: path.lstat().st_mode for path in tmp_path.iterdir()}
+    for path in (pipe, link, broken, home, home / "..", Path(".")):
+        with pytest.raises(FileExistsError, match="regular file"):
+            whole.write(path, "after")
+    assert {path: path.lstat().st_mode for path in tmp_path.iterdir()} == before
 
 
 def test_a_folder_appears_when_it_is_filled(tmp_path: Path) -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from types import FrameType
+
+CLOSED = (
+    "error: standard output or standard error is closed: to hide what is printed, send it to"
+    f" {os.devnull}"
+)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -13,8 +19,16 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     os._exit(128 + signum)
 
 
+def _require_open_streams() -> None:
+    """End where standard output or errors are closed: the next file that is opened would be it."""
+    if None in (sys.stdout, sys.stderr):
+        print(CLOSED, file=sys.stderr or sys.stdout)
+        sys.exit(1)
+
+
 def main() -> None:
     """Load the commands, and run the one that was typed."""
+    _require_open_streams()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _stop)
@@ -25,8 +39,12 @@ def main() -> None:
     # Matplotlib's list of fonts is kept here, whatever HOME is
     os.environ.setdefault("MPLCONFIGDIR", str(CACHE / "matplotlib"))
     from labs.harness.commands.cli import app
+    from labs.harness.commands.terminal import refusal_of
 
-    app()
+    try:
+        app()
+    except OSError as error:  # of a help, or a list, that cannot be printed
+        sys.exit(f"error: {refusal_of(error)}")
 
 
 if __name__ == "__main__":

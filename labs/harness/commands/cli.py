@@ -471,7 +471,7 @@ def forecast_lab(
         elif card and not (model and Path(model).is_dir()):
             weights = "dummy"  # of a GPU that is not here only the shape counts
         all_changes = {**_parallel(tp, dp=1, pp=1), **_objective(slo), **_changes(changes, seed)}
-        rows = trace_of(trace) if trace else ()
+        rows = trace_of(trace, progress.waiting) if trace else ()
         size = _fleet_size(replicas, router, rows)
         if not on_file:
             machine_of(card)  # refused once, and not for each lab

@@ -16,7 +16,7 @@ from labs.harness.running.capacity_plan import MOST_REPLICAS
 from labs.harness.running.machines_on_file import MachineOnFile, find_machine
 from labs.harness.spec import SLO, LabError
 from loadtests.records import LONGEST_S
-from loadtests.trace import MOST_PLANNED_ROWS, TraceRow, read_trace
+from loadtests.trace import MOST_PLANNED_ROWS, Tell, TraceRow, read_trace
 from serving.forecasting.fleet import ROUTERS
 from serving.gpus import short_names
 
@@ -178,10 +178,10 @@ def slo_of(text: str) -> SLO:
     return SLO(ttft_s=ttft_ms / 1000, tpot_s=tpot_ms / 1000)
 
 
-def trace_of(path: Path) -> tuple[TraceRow, ...]:
+def trace_of(path: Path, tell: Tell) -> tuple[TraceRow, ...]:
     """Read a trace that is planned for or forecast, and not sent; raises LabError."""
     try:
-        return read_trace(path, MOST_PLANNED_ROWS)
+        return read_trace(path, MOST_PLANNED_ROWS, tell)
     except ValueError as error:
         raise LabError(str(error)) from error
 

@@ -36,6 +36,7 @@ from labs.harness.running.resolve import machine_of
 from labs.harness.spec import LabError, duration_s_of
 from labs.harness.telling import capacity_plans, markdown
 from labs.harness.telling.capacity_plans import Demand
+from loadtests.trace import Tell
 from serving import whole
 from serving.dummy import SHAPES
 from serving.gpus import short_names
@@ -130,7 +131,7 @@ def plan_capacity(
             precision=precision,
             card=card,
             gpus=gpus,
-            demand=_demand(rate, lengths, documents, trace),
+            demand=_demand(rate, lengths, documents, trace, progress.waiting),
             slo=slo_of(slo),
             replicas=replicas or None,
             routers=routers_of(router),
@@ -145,7 +146,7 @@ def plan_capacity(
             whole.write(out, markdown.document(page))
 
 
-def _demand(rate: float, lengths: str, documents: str, trace: Path | None) -> Demand:
+def _demand(rate: float, lengths: str, documents: str, trace: Path | None, tell: Tell) -> Demand:
     """Read what is asked of the service; raises LabError."""
     if not math.isfinite(rate):
         raise LabError(f"RATE={rate}: give a number of requests per second")
@@ -157,7 +158,7 @@ def _demand(rate: float, lengths: str, documents: str, trace: Path | None) -> De
     if trace:
         if rate or documents:
             raise LabError("TRACE has its own times and prompts: leave RATE and DOCUMENTS out")
-        rows = trace_of(trace)
+        rows = trace_of(trace, tell)
         return Demand(
             prompt_tokens=fmean(p for _, p, _ in rows),
             output_tokens=fmean(o for _, _, o in rows),

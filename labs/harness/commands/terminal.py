@@ -30,8 +30,8 @@ from serving.masking import tellable
 from serving.models import ModelError
 from serving.ports import PortTaken
 
-console = PlainConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
-errors = PlainConsole(stderr=True, highlight=False, soft_wrap=True)
+console = PlainConsole(width=None if sys.stdout.isatty() else 120)
+errors = PlainConsole(stderr=True, soft_wrap=True)
 EXPECTED_ERRORS = (
     LabError,
     ModelError,
@@ -49,6 +49,8 @@ MENDS = {
     errno.ENOSPC: ": free some of the disk that holds RESULTS=, SCRATCH= or the temporary folder",
     errno.EDQUOT: ": free some of what this user may keep, or name other folders with RESULTS= and"
     " SCRATCH=",
+    errno.ENOTDIR: ": a file is in the way, so name another folder",
+    errno.EFBIG: ": raise the limit on the size of a file (ulimit -f)",
     errno.EROFS: ": name folders that can be written with RESULTS= and SCRATCH=",
 }
 
@@ -161,7 +163,8 @@ def _bypass_proxy_on_loopback() -> None:
 
 def refusal_of(error: OSError) -> str:
     """Say what the operating system refused, of which file, and where known what mends it."""
-    name = f" ({error.filename})" if error.filename else ""
+    path = error.filename2 or error.filename  # of two, the one that was to be written
+    name = f" ({path})" if path else ""
     return f"{error.strerror or error}{name}{MENDS.get(error.errno or 0, '')}"
 
 

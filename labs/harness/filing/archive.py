@@ -48,7 +48,7 @@ def write(home: Path, file: Path, most_bytes: int = MOST_BYTES) -> list[Path]:
             waiting = _pack(waiting, home.parent.parent, half, most_bytes)
         written.append(target)
     number = len(written) + 1
-    while (left := _numbered(file, number)).exists():
+    while (left := _numbered(file, number)).is_file():
         left.unlink()
         number += 1
     return written

@@ -119,24 +119,30 @@ UNREADABLE = (
 """The exceptions that reading damaged files of a run, or computing from them, may raise."""
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def readable(folder: RunFolder) -> Iterator[None]:
     """Raise DamagedError where the block cannot read a run's files, or compute from them.
 
-    What it says of itself is passed on: a LabError, or a disk that takes nothing more.
+    What it says of itself is passed on: a LabError, a disk that takes nothing more, or a file that
+    lies elsewhere.
     """
     try:
         yield
     except LabError:
         raise
     except UNREADABLE as error:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and (error.errno in FULL or _is_elsewhere(error, folder)):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DamagedError(f"{folder.path} cannot be read: {reason}") from error
+
+
+def _is_elsewhere(error: OSError, folder: RunFolder) -> bool:
+    named = error.filename
+    return named is not None and not Path(str(named)).is_relative_to(folder.path)
 
 
 def first_line(error: BaseException) -> str:

@@ -170,12 +170,12 @@ def _finish(folder: RunFolder, session: Session, progress: ProgressDisplay, repo
         figures = report.draw(folder)
         report.write(folder, figures)
         pages.write(folder, figures)
-    live.publish(folder.path)
-    if not session.prometheus:
-        try:
+    try:
+        live.publish(folder.path)
+        if not session.prometheus:
             backfill.load_figures(folder)
-        except (PrometheusError, OSError) as error:  # the run itself is whole
-            progress.message(f"{error}; `make import RUN={folder.path}` tries again")
+    except (PrometheusError, OSError) as error:  # the run itself is whole
+        progress.message(f"{error}; `make import RUN={folder.path}` tries again")
     if not summary.failed and not summary.missing:
         whole.write(folder.path / "COMPLETE", datetime.now(UTC).isoformat() + "\n")
 

@@ -6,8 +6,10 @@ control characters could move the cursor, hide lines, or set the clipboard.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import rich.table
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -18,11 +20,27 @@ from rich.text import Text
 from labs.harness.telling import document as nodes
 
 INDENT = "  "
+UNREAD = (
+    "error: what read the output has ended, and so does this command; a run keeps its finished"
+    " trials, and RESUME=1 continues from there"
+)
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class PlainConsole(Console):
-    """A console that leaves control characters out of all text, but for line breaks and tabs."""
+    """A console that leaves control characters out of all text, but for line breaks and tabs.
+
+    It draws nothing in the place of a text such as `:x:`, and colours no numbers or paths.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, emoji=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        """End the program, as rich does, and say why where that can still be read."""
+        with contextlib.suppress(OSError):
+            print(UNREAD, file=sys.stderr)
+        super().on_broken_pipe()
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
