@@ -45,7 +45,17 @@ from loadtests.worker import ChatUser
 
 __all__ = ["ChatUser"]  # Locust takes the users it finds here
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+MASTER_PID = os.getpid()  # of the process that imports this file, and is forked for each worker
 
+
+def end_with_master() -> None:
+    """Have the kernel kill this worker when its master is gone, even where nobody could end it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != MASTER_PID:  # it was gone before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+os.register_at_fork(after_in_child=end_with_master)
 
 # Locust's worker measures its master's silence on the wall clock, which may jump. It needs no such
 # limit where it ends with its master; one on another machine has `watch_master`.
@@ -84,8 +94,6 @@ def _begin(environment: Environment, **_: object) -> None:
     runner, options = environment.runner, environment.parsed_options
     assert options
     if isinstance(runner, WorkerRunner):
-        # It must not outlive the master, even where nobody is left to end it.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         with contextlib.suppress(PermissionError):
             os.nice(-10)  # its times must not wait for an engine that spins on its core
         # read now: the master's options come to its workers

@@ -62,14 +62,16 @@ class WaitingRoom:
             self.everyone_ready.wait()
         gc.collect()
         gc.disable()
-        meet()
-        self.cpu_s = time.process_time()
-        for load in loads:
-            load.start()
-        self.go.set()
-        if users:
-            self.everyone_left.wait()
-        gc.enable()
+        try:
+            meet()
+            self.cpu_s = time.process_time()
+            for load in loads:
+                load.start()
+            self.go.set()
+            if users:
+                self.everyone_left.wait()
+        finally:
+            gc.enable()
         self.loads = ()
 
     def ready(self) -> None:

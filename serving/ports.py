@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import socket
+from collections import deque
 
 LOOPBACK = "127.0.0.1"
+MOST_HELD = 64
+_held: deque[socket.socket] = deque(maxlen=MOST_HELD)
 
 
 class PortTaken(Exception):
@@ -12,10 +15,18 @@ class PortTaken(Exception):
 
 
 def free_port() -> int:
-    """Find a port that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """Draw a port that nothing listens on, and hold it for the server that is to listen there.
+
+    Until this process ends, or has drawn MOST_HELD more, no other program draws it, and no
+    connection leaves from it. A server can still listen there that lets its address be used again
+    (SO_REUSEADDR or SO_REUSEPORT), as servers do: a socket that only holds a port is no obstacle.
+    """
+    holding = socket.socket()
+    holding.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holding.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    holding.bind((LOOPBACK, 0))
+    _held.append(holding)
+    return int(holding.getsockname()[1])
 
 
 def require_free(host: str, port: int) -> None:

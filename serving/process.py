@@ -46,7 +46,8 @@ class Process:
     """A guarded child: `with Process("engine", argv, log=path) as p: ...` ends it on any exit.
 
     `log` receives stderr, and stdout too unless `talk` is set; with `talk`, `stdin` and `stdout`
-    are text pipes for a line protocol. `folder_variable` names an environment variable in which the
+    are text pipes for a line protocol; once nobody is left to talk with, the family is killed at
+    once. `folder_variable` names an environment variable in which the
     child gets a temporary folder of its own, which its guard removes.
 
     The kernel shares the CPUs out among sessions (autogroups, sched(7)). A child has a session of
@@ -72,7 +73,9 @@ class Process:
         alive_r, self._alive_w = os.pipe()
         folder = tempfile.mkdtemp(prefix="labs-") if folder_variable else ""
         own = {folder_variable: folder} if folder else {}
-        guard = [sys.executable, "-m", "serving.process", str(alive_r), folder, *argv]
+        orphan_grace_s = 0.0 if talk else ORPHAN_GRACE_S
+        own_argv = [str(alive_r), folder, str(orphan_grace_s), *argv]
+        guard = [sys.executable, "-m", "serving.process", *own_argv]
         with log.open("ab") as sink:
             self._guard = subprocess.Popen(
                 guard,
@@ -224,8 +227,12 @@ def _lives(process: psutil.Process) -> bool:
 def _end_family(child: subprocess.Popen[bytes], grace_s: float) -> None:
     """SIGTERM every descendant, SIGKILL what is left after `grace_s`, until none remains.
 
-    One that is suspended goes on, as it would not see SIGTERM before.
+    One that is suspended goes on, as it would not see SIGTERM before. Without any grace the child
+    is killed before the others are looked for, which takes long beside hundreds that are busy: what
+    is to die with it (PR_SET_PDEATHSIG) does so at once.
     """
+    if not grace_s:
+        child.kill()
     me, deadline, sent = psutil.Process(), time.monotonic() + grace_s, set[tuple[int, int]]()
     while True:
         child.poll()  # reaped here and nowhere else: its exit code becomes ours
@@ -247,7 +254,7 @@ def _end_family(child: subprocess.Popen[bytes], grace_s: float) -> None:
         time.sleep(0.05)
 
 
-def guard(alive_fd: int, argv: Sequence[str]) -> int:
+def guard(alive_fd: int, argv: Sequence[str], orphan_grace_s: float = ORPHAN_GRACE_S) -> int:
     """Run `argv`; return its exit code when it and all its descendants are gone."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     _prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # when the parent is gone, should it be halted itself
@@ -273,13 +280,13 @@ def guard(alive_fd: int, argv: Sequence[str]) -> int:
         if wake_r in ready:
             os.read(wake_r, 4096)
         orphaned = alive_fd in ready  # nothing is ever written: readable means end-of-file
-    _end_family(child, ORPHAN_GRACE_S if orphaned else GRACE_S)
+    _end_family(child, orphan_grace_s if orphaned else GRACE_S)
     return _exit_code(child.wait())
 
 
 if __name__ == "__main__":
-    alive_fd, folder, *argv = sys.argv[1:]
-    code = guard(int(alive_fd), argv)
+    alive_fd, folder, orphan_grace_s, *argv = sys.argv[1:]
+    code = guard(int(alive_fd), argv, float(orphan_grace_s))
     if folder:
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(code)

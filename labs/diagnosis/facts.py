@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from labs.diagnosis.lab import ALONE, INJECTED, REFERENCE, SIGNATURES, Direction, Figure
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.judging.diagnosis import (
-    BUDGET_MARK_SINCE,
+    BUDGET_CLAIM,
     HITS_LOST,
     MORE_LONG_GAPS,
     PREEMPTED,
@@ -117,7 +117,9 @@ def told_apart(run: Context) -> ToldApart:
         for (variant, workload), injected in INJECTED.items()
         for named in _named(injected, _readings(run, variant, workload), reference)
     ]
-    return ToldApart(tuple(named), run.run.started_at < BUDGET_MARK_SINCE)
+    name, metric = BUDGET_CLAIM
+    changed_later = any(c.name == name and c.metric != metric for c in run.lab.claims)
+    return ToldApart(tuple(named), changed_later)
 
 
 def _named(

@@ -410,7 +410,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     # lengths at which attention is timed by itself in each run, before its engines start
     attention_tokens: Annotated[
         tuple[Annotated[int, Field(gt=0, le=MOST_ATTENTION_TOKENS)], ...],
-        Field(exclude_if=lambda lengths: not lengths),
+        Field(max_length=100, exclude_if=lambda lengths: not lengths),
     ] = ()
     # it compares how models are made: what others publish in their place is not downloaded
     made_here: Annotated[bool, Field(exclude=True)] = False

@@ -166,6 +166,7 @@ class Engine(Server):
     metric_names: ClassVar[Mapping[str, str]] = {}  # its own name -> that of serving/metrics.py
     ready_path: ClassVar[str] = "/health"  # answers with success once it serves
     sockets_variable: ClassVar[str] = ""  # names the folder of its sockets in its environment
+    server_bytes: ClassVar[int] = 2**30  # of each of its servers on the host, about
     start_s: ClassVar[float | None] = None  # until it serves on a CPU, about
     in_float32: ClassVar[Flags] = {}  # by which it serves in float32
     lacks: ClassVar[Sequence[str]] = ()  # of what the labs ask of vLLM, for a reader
@@ -301,6 +302,11 @@ class Engine(Server):
     def gpus_used(cls, flags: Flags) -> int | None:
         """Return how many of the visible GPUs it uses, from the first on; None where any may be."""
         return None
+
+    @classmethod
+    def servers(cls, flags: Flags) -> int:
+        """Return how many processes of it answer requests."""
+        return 1
 
     @classmethod
     def require_compiler(cls, variant: str, flags: Flags, machine: Machine) -> None:
@@ -504,6 +510,6 @@ def with_places(flags: Flags, places: Mapping[str, Path]) -> dict[str, FlagValue
     """Replace `<name>` in flags by the folder of that derived model on this machine."""
     text = json.dumps(dict(flags))
     for name, path in places.items():
-        text = text.replace(f"<{name}>", str(path))
+        text = text.replace(f"<{name}>", json.dumps(str(path))[1:-1])  # within a string of JSON
     replaced: dict[str, FlagValue] = json.loads(text)
     return replaced

@@ -439,6 +439,10 @@ class Vllm(Engine):
         return None if vllm_flags.uses_ray else vllm_flags.devices  # Ray places its workers itself
 
     @classmethod
+    def servers(cls, flags: Flags) -> int:
+        return VllmFlags(flags).api_server_count
+
+    @classmethod
     def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:
         vllm_flags, gpus = VllmFlags(flags), machine.count if machine.kind == "gpu" else 0
         if vllm_flags.uses_ray and machine.kind == "cpu":
@@ -586,7 +590,9 @@ class Vllm(Engine):
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
         vllm_flags = VllmFlags(flags)
         kv_bytes = vllm_flags.held_kv_bytes(shape, CPU_KV_BYTES)
-        return round(vllm_flags.copies * (kv_bytes + PROCESS_BYTES + shape.held_bytes))
+        further_servers = vllm_flags.api_server_count - 1
+        copies_bytes = vllm_flags.copies * (kv_bytes + PROCESS_BYTES + shape.held_bytes)
+        return round(copies_bytes + further_servers * cls.server_bytes)
 
     @classmethod
     def gpu_memory_bytes(cls, flags: Flags, shape: Shape) -> int | None:

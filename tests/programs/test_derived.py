@@ -301,16 +301,17 @@ def test_what_is_known_of_it_is_what_its_maker_wrote_and_its_bytes(tmp_path: Pat
     assert about(adapters) == {"rank": 8}
 
 
-def test_flags_name_a_place_that_only_this_machine_knows() -> None:
+@pytest.mark.parametrize("home", ["/m", '/a "quoted" name', "/back\\slash", "/Straße"])
+def test_flags_name_a_place_that_only_this_machine_knows(home: str) -> None:
     flags: dict[str, Any] = {
         "speculative-config": {"model": "<draft>", "num_speculative_tokens": 2},
         "lora-modules": ["tenant-0=<adapters>/tenant-0"],
         "block-size": 16,
     }
-    places = {"draft": Path("/m/draft"), "adapters": Path("/m/adapters")}
+    places = {name: Path(home) / name for name in ("draft", "adapters")}
     assert with_places(flags, places) == {
-        "speculative-config": {"model": "/m/draft", "num_speculative_tokens": 2},
-        "lora-modules": ["tenant-0=/m/adapters/tenant-0"],
+        "speculative-config": {"model": f"{home}/draft", "num_speculative_tokens": 2},
+        "lora-modules": [f"tenant-0={home}/adapters/tenant-0"],
         "block-size": 16,
     }
     assert flags["speculative-config"] == {"model": "<draft>", "num_speculative_tokens": 2}

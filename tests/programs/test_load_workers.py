@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from labs import LABS
@@ -17,7 +21,9 @@ from loadtests import generator, load_workers, records
 from loadtests.arrivals import Concurrent
 from loadtests.load_workers import LoadWorkers
 from loadtests.plan import TrialPlan
+from serving.models import ROOT
 from serving.ports import free_port
+from tests.processes import lives
 from tests.programs.beside_locust import said_by
 from tests.unit.builders import make_summary
 
@@ -182,6 +188,21 @@ director.begin(TrialPlan.model_validate_json(sys.argv[1]))
 """
 
 
+COLLECTING = """
+import gc
+from loadtests.worker import WaitingRoom
+
+def meet():
+    print(gc.isenabled())
+    raise ValueError
+
+try:
+    WaitingRoom().play((type("NoUsers", (), {"users": 0}),), meet)
+except ValueError:
+    print(gc.isenabled())
+"""
+
+
 SILENT = """
 from types import SimpleNamespace
 import gevent
@@ -213,6 +234,7 @@ def said(home: Path) -> dict[str, str]:
     planned = plan.model_dump_json()
     programs = {
         "directed": (DIRECTED, planned, make_summary().model_dump_json()),
+        "collecting": (COLLECTING,),
         "silent": (SILENT,),
         "full disk": (FULL_DISK, planned),
     }
@@ -247,6 +269,34 @@ def test_a_load_worker_leaves_a_run_that_it_hears_nothing_of(said: dict[str, str
     assert json.loads(event)["event"] == "refused"
     assert "nothing was heard of the run" in event
     assert left == "left"
+
+
+def test_garbage_is_collected_again_after_a_trial_that_failed(said: dict[str, str]) -> None:
+    assert said["collecting"].split() == ["False", "True"]
+
+
+FORKED = """
+import os, time
+from loadtests import locustfile
+if worker := os.fork():
+    print(worker, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_load_process_ends_with_its_master_from_the_moment_that_it_is_forked() -> None:
+    """It may be killed before Locust has begun in any of them."""
+    argv = [sys.executable, "-c", FORKED]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as master:
+        assert master.stdout
+        worker = psutil.Process(int(master.stdout.readline()))
+        master.kill()
+    try:
+        psutil.wait_procs([worker], timeout=15)
+        assert not lives(worker)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
 
 
 def test_each_key_has_a_secret_of_its_own() -> None:

@@ -184,6 +184,33 @@ time.sleep(600)
     until(lambda: not any(running(pid) for pid in family))
 
 
+@pytest.mark.parametrize("talk", [True, False])
+def test_what_lost_the_one_it_talked_with_is_killed_without_being_asked(
+    tmp_path: Path, family: list[int], talk: bool
+) -> None:
+    up, asked = tmp_path / "up", tmp_path / "asked"
+    shell = f"trap 'touch {asked}; exit' TERM; touch {up}; sleep 600 & wait"
+    code = f"""
+import time
+from pathlib import Path
+from serving.process import Process
+process = Process("child", ["sh", "-c", {shell!r}], log=Path("{tmp_path}/log"), talk={talk})
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout
+    guard = int(parent.stdout.readline())
+    until(up.exists)
+    family += [parent.pid, guard, *(p.pid for p in psutil.Process(guard).children(recursive=True))]
+    parent.kill()
+    parent.communicate()
+    until(lambda: not any(running(pid) for pid in family))
+    assert asked.exists() is not talk
+
+
 def stopped(pids: list[int]) -> list[bool]:
     return [psutil.Process(pid).status() == psutil.STATUS_STOPPED for pid in pids]
 

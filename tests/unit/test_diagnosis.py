@@ -155,6 +155,19 @@ def test_a_large_budget_makes_a_few_gaps_long_and_the_others_short(
     assert named(counted(gaps_s=gaps_s), healthy) == cause
 
 
+@pytest.mark.parametrize(("metric", "later"), [("ttft_mean_s", False), ("tpot_mean_s", True)])
+def test_a_report_says_where_a_mark_was_changed_after_its_run(
+    metric: str, later: bool, tmp_path: Path
+) -> None:
+    """The metric of the recorded claim tells, as both were changed together."""
+    (budget,) = (c for c in LAB.claims if c.name == "budget")
+    claim = budget.model_copy(update={"metric": metric})
+    found = context(tmp_path, LAB.model_copy(update={"claims": (claim,)}), {})
+    for point in found.points:
+        played(found, point.key, engine=HEALTHY)
+    assert told_apart(found).mark_changed_later is later
+
+
 def test_a_symptom_without_a_mark_is_not_named() -> None:
     """First tokens come later, but neither from the queue nor from anything that was sent."""
     assert named(counted(prefill_s=0.4)) == "unknown"

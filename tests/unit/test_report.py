@@ -14,7 +14,6 @@ from labs.harness.facts.context import JudgedRun
 from labs.harness.filing import results
 from labs.harness.filing.newest import newest_runs
 from labs.harness.filing.results import (
-    UNSEEN_HARDWARE_SINCE,
     Band,
     PointForecasts,
     Predictions,
@@ -445,7 +444,8 @@ def test_every_answer_from_a_gpu_says_where_the_api_server_was_at_its_limit(
     monkeypatch.setattr("labs.harness.telling.summary.answers", lambda run: {"SO-4": "Often."})
     run = folder.run()
     machine = run.machine.model_copy(update={"kind": kind})
-    ours = run.model_copy(update={"machine": machine, "started_at": UNSEEN_HARDWARE_SINCE})
+    asked = run.environment.model_copy(update={"compute_mode": None})  # which says that it was
+    ours = run.model_copy(update={"machine": machine, "environment": asked})
     write_json(folder.path / "run.json", ours)
     assert summarise(folder).answers == {"SO-4": "Often."}
     for point in run.points()[1:]:

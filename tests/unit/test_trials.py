@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import shutil
@@ -26,6 +27,7 @@ from labs.harness.running.trials import (
     Played,
     Sending,
     Trials,
+    _costing_its_own,
     fell_silent,
     nothing_measured,
     played_together,
@@ -37,7 +39,7 @@ from labs.harness.telling.summary import summarise
 from loadtests import records
 from loadtests.arrivals import Concurrent
 from loadtests.generator import GeneratorError
-from loadtests.plan import TrialSummary
+from loadtests.plan import TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.structures import Structure
 from serving import guard
@@ -405,6 +407,60 @@ def test_an_engine_is_silent_where_nothing_came_for_the_last_request(
     answered = make_record([(11.0, 1)], first_byte_s=10.5)
     assert fell_silent([last, answered]) is silent
     assert not fell_silent([])
+
+
+def test_a_full_disk_is_no_failure_of_an_engine(tmp_path: Path) -> None:
+    point, *_ = write_run(tmp_path).run().points()
+    played = list[Played]()
+    with pytest.raises(OSError, match="full"), _costing_its_own(point, 1, played):
+        raise OSError(errno.ENOSPC, "full")
+    assert played == []
+
+
+@pytest.mark.parametrize("call", ["reset_prefix_cache", "snapshot", "died", "served"])
+def test_a_call_of_one_engine_that_fails_costs_its_own_trial_alone(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path)
+    points = folder.run().points()
+    refused, whole = points[0], points[-1]
+    trials = Script(folder, [])
+    found = [make_record([(11.0, 1), (11.1, 1)], index=i) for i in range(5)]
+
+    def fail() -> None:
+        raise requests.ConnectionError("refused")
+
+    def play(asked: TrialPlan, waiting: object) -> list[TrialSummary]:
+        for each in asked.all_plans:
+            records.write(each.records, found)
+        return [make_summary() for _ in asked.all_plans]
+
+    silent = lambda *_: None  # noqa: E731
+    calls: dict[str, Any] = {
+        "reset_prefix_cache": silent, "snapshot": silent, "died": silent, "served": dict
+    }  # fmt: skip
+    facts: dict[str, Any] = {
+        "url": "", "pid": None, "request_fields": {}, "model_names": {}, "api_servers": list,
+        "closes_connections": False, "computing": list,
+    }  # fmt: skip
+    engines = {
+        refused.variant.name: SimpleNamespace(**facts, **{**calls, call: fail}),
+        whole.variant.name: SimpleNamespace(**facts, **calls),
+    }
+    counted = SimpleNamespace(info={}, values={}, histograms={})
+    stand_ins: Any = {
+        "_engines": SimpleNamespace(
+            serving=lambda variant: engines[variant.name], started=2, share_cpu=False
+        ),
+        "_load": SimpleNamespace(play=play),
+        "_telemetry": SimpleNamespace(begin=silent, write=silent, foreign_processes=silent),
+    }
+    vars(trials).update(stand_ins)
+    monkeypatch.setattr("labs.harness.running.trials.counted_since", lambda *_: counted)
+    monkeypatch.setattr("labs.harness.running.trials.snapshot_json", lambda _: {})
+    played = Trials._play(trials, [refused, whole], 1, "a trial", time.monotonic())
+    failed = {p.point.key: bool(p.result.failed) for p in played}
+    assert failed == {refused.key: True, whole.key: False}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from labs.harness.telling.summary import computed
 from loadtests.records import RequestRecord
 from loadtests.workload import Asked, Chat, Fixed, Intruder, Prefix
 from serving import metrics
+from serving.machine import Environment
 from serving.metrics import Histogram, Snapshot
 from serving.telemetry import Sample
 from tests.unit.builders import (
@@ -365,19 +366,17 @@ def test_others_are_held_against_the_engine_however_many_cores_there_are(
 
 
 @pytest.mark.parametrize(
-    ("kind", "started_at", "on_gpus"),
-    [
-        ("gpu", "2026-11-30T00:00:00+00:00", True),
-        ("gpu", "2026-11-28T00:00:00+00:00", False),
-        ("cpu", "2026-11-30T00:00:00+00:00", False),
-    ],
+    ("kind", "asked", "on_gpus"),
+    [("gpu", {"compute_mode": None}, True), ("gpu", {}, False), ("cpu", {}, False)],
 )
 def test_a_run_on_file_reads_as_it_did(
-    kind: Literal["cpu", "gpu"], started_at: str, on_gpus: bool, tmp_path: Path
+    kind: Literal["cpu", "gpu"], asked: Any, on_gpus: bool, tmp_path: Path
 ) -> None:
+    """By what it recorded, whenever it was."""
     run = write_run(tmp_path).run()
     machine = run.machine.model_copy(update={"kind": kind})
-    run = run.model_copy(update={"machine": machine, "started_at": started_at})
+    environment = Environment(python="3", packages={}, kernel="6", **asked)
+    run = run.model_copy(update={"machine": machine, "environment": environment})
     expected = run.expected(Predictions(effects={}, forecasts={}))
     assert expected.on_gpus is on_gpus
     assert expected.gpu_part  # it did not record whether it was: no verdict is withheld

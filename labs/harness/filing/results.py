@@ -91,8 +91,6 @@ M = TypeVar("M", bound=BaseModel)
 RESULTS = Path(os.environ.get("LABS_RESULTS") or ROOT / "results").resolve()
 FORMAT_VERSION = 2  # 1 hashed whole files of requests, and not only what is sent
 AT = " at "  # between what a lab's arithmetic is of and at which size
-UNSEEN_HARDWARE_SINCE = "2026-11-29T08:00:00+00:00"
-"""A GPU that could not be read was passed over in runs before, whose reports stay as they are."""
 LEAST_FREE_BYTES = 300 * 2**20
 MOST_RECORD_BYTES = 2**30  # of a run's records, unpacked
 MOST_RECORDED_TOKENS = 10**8  # of a run
@@ -235,7 +233,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
             on_gpus=(
                 self.endpoint is None
                 and self.machine.kind == "gpu"
-                and self.started_at >= UNSEEN_HARDWARE_SINCE
+                and "compute_mode" in self.environment.model_fields_set  # it says what it asked
             ),
             gpu_part=self.endpoint is None and self.machine.parts is not False,
             model="" if self.endpoint else self.model,

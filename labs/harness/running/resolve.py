@@ -16,6 +16,7 @@ from labs.harness.filing.results import RESULTS, MachineFile, read_json, require
 from labs.harness.judging.metrics import trial_metrics
 from labs.harness.judging.text import ADMISSION_BY_CLIENT, ceilings_text
 from labs.harness.running import derived_models, machines_on_file
+from labs.harness.running.bounds import require_bounds
 from labs.harness.running.chat_writer import writer_of
 from labs.harness.running.clock import Clock
 from labs.harness.running.load_processes import chosen_number, cores_for_clients, most_users
@@ -155,6 +156,8 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
                 require_host_memory(lab)
         lab = with_flags_here(lab, progress)
     lab = with_load_processes(lab, request, None if datasheet or on_file else machine, progress)
+    if not (datasheet or on_file):
+        require_bounds(lab, machine, model.shape, starts_engines=not endpoint)
     require_client_limits(lab, elsewhere)
     require_prompts(lab, writer)
     places, weights = _derived(lab, model, progress, request.quick)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,14 @@ from statistics import fmean
 import psutil
 import requests
 
-from labs.harness.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
+from labs.harness.filing.results import (
+    FULL,
+    Discarded,
+    RunFolder,
+    TrialResult,
+    snapshot_json,
+    write_json,
+)
 from labs.harness.judging.measure import (
     OtherWork,
     Trial,
@@ -177,6 +185,20 @@ class Played:
         why = masking.tellable(str(error))
         result = TrialResult(point=point.key, repeat=repeat, failed=why)
         return cls(point, result, f"failed: {why.splitlines()[0]}")
+
+
+@contextlib.contextmanager
+def _costing_its_own(point: Point, repeat: int, played: list[Played]) -> Iterator[None]:
+    """Have an engine's failure cost its own trial, not those beside it.
+
+    So does that of a request to it, as what `requests` raises is an OSError; a full disk ends all.
+    """
+    try:
+        yield
+    except (EngineError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        played.append(Played.failed(point, repeat, error))
 
 
 @dataclass(frozen=True)
@@ -468,20 +490,16 @@ class Trials:
         """
         sending, played = list[Sending](), list[Played]()
         for point in points:
-            try:
+            with _costing_its_own(point, repeat, played):
                 sending.append(self._ready(point, repeat, len(points)))
-            except EngineError as error:
-                played.append(Played.failed(point, repeat, error))
         if not sending:
             return played
         summaries, other_work = self._send(sending, name)
         took_s = round((time.monotonic() - began) / len(sending), 3)
         succeeded = list[Played]()
         for each, summary in zip(sending, summaries, strict=True):
-            try:
+            with _costing_its_own(each.point, repeat, played):
                 succeeded.append(self._ended(each, repeat, summary, other_work, took_s))
-            except EngineError as error:
-                played.append(Played.failed(each.point, repeat, error))
         keys = [p.point.key for p in succeeded]
         for p in succeeded:
             beside = {"beside": tuple(key for key in keys if key != p.point.key)}
@@ -489,7 +507,10 @@ class Trials:
         return played
 
     def _ready(self, point: Point, repeat: int, together: int) -> Sending:
-        """Make an engine ready for a trial, one of so many together. Raises EngineError."""
+        """Make an engine ready for a trial, one of so many together.
+
+        Raises EngineError, and requests.RequestException where it does not do what it is asked.
+        """
         engine = self._engines.serving(point.variant)
         trial_plan = self._trial_plan(point, repeat, engine, together)
         try:
