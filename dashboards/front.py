@@ -1,12 +1,11 @@
 """A reverse proxy that passes on only the requests that name this machine as their host.
 
-    python -m dashboards.front 9090 127.83.2.9:40123 prometheus --web.listen-address=..
+    python -m dashboards.front 8089 127.83.2.9:40123 locust --web-host=..
 
-A page of any site can have the site's name resolve to 127.0.0.1 and then read what a server there
-says. Such a request names the site as its `Host`, at which neither Prometheus nor Locust's web UI
-looks, nor do they refuse what another site's page posts. So the server listens at a loopback
-address that is drawn anew at each start, one of 16 million, and this program answers at the port
-that readers know. The server's command follows; both end together.
+It stands before Locust's web UI, which starts a load on any address for whatever page of any site
+posts to it, and looks neither at the `Origin` nor at the `Host` of a request. So Locust listens at
+a loopback address that is drawn anew at each start, one of 16 million, and this program answers at
+the port that readers know. Locust's command follows; both end together.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from serving import guard
 from serving.ports import LOOPBACK, free_port
 from serving.process import PR_SET_PDEATHSIG
 
-ANSWER_TIMEOUT_S = 120.0  # Prometheus's own limit for a query
-MOST_BODY_BYTES = 2**20  # of a request: a query, or a form
+ANSWER_TIMEOUT_S = 120.0
+MOST_BODY_BYTES = 2**20  # of a request: a form
 PLAIN = (("Content-Type", "text/plain"),)
 OF_ONE_CONNECTION = ("connection", "keep-alive", "transfer-encoding", "content-length")
 

@@ -1,11 +1,10 @@
 """Prometheus: it records beside every run, and after `make watch` it stays up between runs.
 
 It is the program on PATH or in .tools, without a container or a service; its data lies under
-.cache, and it is asked through a reverse proxy on loopback (`front`). Once a second it scrapes the
-load generator's exporter and the engines, which a run names in two files, with the labels `lab,
-variant, run_id` that the client's metrics carry too. Finished runs can be loaded into the same data
-as blocks (`load`). Not every build of Prometheus has a graph page, so readers are directed to the
-live page (`live`).
+.cache, and it listens on loopback. Once a second it scrapes the load generator's exporter and the
+engines, which a run names in two files, with the labels `lab, variant, run_id` that the client's
+metrics carry too. Finished runs can be loaded into the same data as blocks (`load`). Not every
+build of Prometheus has a graph page, so readers are directed to the live page (`live`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from typing import IO, Self
 import psutil
 import requests
 
-from dashboards.front import behind, hidden_address
 from serving import guard, whole
 from serving.engines import ENGINES
 from serving.install import find_prometheus, named_or
@@ -90,16 +88,12 @@ class PrometheusError(Exception):
 
 
 def argv(port: int) -> list[str]:
-    """Write the configuration and return the command that starts it behind its proxy (`front`).
-
-    Raises PrometheusError.
-    """
+    """Write the configuration and return the command that starts it. Raises PrometheusError."""
     binary = find_prometheus(ROOT)
     if binary is None:
         raise PrometheusError(MISSING)
     prepare()
-    address = hidden_address()
-    command = [
+    return [
         str(binary),
         f"--config.file={HOME / 'prometheus.yml'}",
         f"--storage.tsdb.path={HOME / 'data'}",
@@ -107,9 +101,8 @@ def argv(port: int) -> list[str]:
         f"--web.user-assets={HOME / 'web'}",
         f"--web.config.file={HOME / 'web.yml'}",
         r"--web.cors.origin=http://(127\.0\.0\.1|localhost)(:\d+)?",  # who may read its answers
-        f"--web.listen-address={address}",
+        f"--web.listen-address={LOOPBACK}:{port}",
     ]
-    return behind(port, address, command)
 
 
 def prepare() -> None:
@@ -263,7 +256,7 @@ class Prometheus:
         return None
 
     def known(self, expression: str, at_unix_s: float | None = None) -> float | None:
-        """Evaluate an instant query as `value` does; None means that there is no such sample.
+        """Evaluate an instant query as `value` does; None means no such sample, or NaN.
 
         Raises requests.RequestException without an answer.
         """
@@ -273,7 +266,8 @@ class Prometheus:
         response = requests.get(f"{self.url}/api/v1/query", parameters, timeout=10)
         response.raise_for_status()
         samples = response.json()["data"]["result"]
-        return float(samples[0]["value"][1]) if samples else None
+        value = float(samples[0]["value"][1]) if samples else math.nan
+        return value if math.isfinite(value) else None
 
     def samples(
         self, selector: str, from_unix_s: float, to_unix_s: float

@@ -195,8 +195,7 @@ class Director:
             return
         number = msg.data["number"]
         for fields in msg.data["records"]:
-            fields["chunks"] = [(at, tokens) for at, tokens in fields["chunks"]]
-            record = RequestRecord(**fields)
+            record = RequestRecord.of(fields)
             self.exporter.observe(record, number)
             try:
                 if self.spools:

@@ -17,15 +17,19 @@ Definitions (tools differ; these are ours):
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain
+from operator import sub
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, overload
 
 import orjson
 
@@ -43,7 +47,52 @@ MOST_LINE_BYTES = 16 * 2**20  # of a request
 MOST_VALUES = 2_000_000  # of a request, by its commas and brackets: a chunk has three
 
 
-@dataclass(frozen=True)
+class Chunks(Sequence[tuple[float, int]]):
+    """The chunks of an answer that carry tokens, as (arrival, output tokens), in two columns.
+
+    A trial may have millions: here one takes 16 bytes, and as a tuple over 80.
+    """
+
+    __slots__ = ("times_s", "tokens")
+    times_s: array[float]
+    tokens: array[int]
+
+    def __init__(self, chunks: Iterable[tuple[float, int]]) -> None:
+        """Take pairs. Raises ValueError or TypeError where they are none of numbers."""
+        pairs = list(chunks)
+        self.times_s = array("d", [time_s for time_s, _ in pairs])
+        self.tokens = array("q", [tokens for _, tokens in pairs])
+
+    @overload
+    def __getitem__(self, at: int) -> tuple[float, int]: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[tuple[float, int]]: ...
+    def __getitem__(self, at: int | slice) -> tuple[float, int] | list[tuple[float, int]]:
+        if isinstance(at, slice):
+            return list(zip(self.times_s[at], self.tokens[at], strict=True))
+        return self.times_s[at], self.tokens[at]
+
+    def __iter__(self) -> Iterator[tuple[float, int]]:
+        return zip(self.times_s, self.tokens, strict=True)
+
+    def __len__(self) -> int:
+        return len(self.times_s)
+
+    def tokens_between(self, start_s: float, end_s: float, since: int = 0) -> int:
+        """Count the tokens that arrive in [start_s, end_s), from the chunk `since` on."""
+        first = max(since, bisect_left(self.times_s, start_s))
+        return sum(self.tokens[first : bisect_left(self.times_s, end_s)])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+@dataclass(slots=True)  # a run may have a million, and a frozen one takes twice as long to make
 class RequestRecord:
     """One request as the client saw it. A field that was never reached is None, never 0.
 
@@ -55,7 +104,7 @@ class RequestRecord:
     asked_tokens: int
     scheduled_s: float | None  # None under closed loop: there is no schedule
     sent_s: float  # request handed to the socket
-    chunks: list[tuple[float, int]]  # (arrival, output tokens) of chunks that carry tokens
+    chunks: Chunks
     end_s: float | None  # the stream's end
     prompt_tokens: int | None  # from the engine's usage, as output_tokens is
     output_tokens: int | None
@@ -69,10 +118,21 @@ class RequestRecord:
     # where that is not known, and before it was recorded
     alike_tokens: int | None = None
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> RequestRecord:
+        """Make a record of plain fields. Raises TypeError and ValueError where they are none."""
+        return cls(**{**fields, "chunks": Chunks(fields["chunks"])})
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All fields as plain data."""
+        plain = {name: getattr(self, name) for name in self.__slots__}
+        return {**plain, "chunks": list(self.chunks)}
+
     @property
     def ok(self) -> bool:
         """Whether the request succeeded: tokens came, and no error."""
-        return self.error is None and bool(self.chunks)
+        return self.error is None and bool(self.chunks.times_s)
 
     @property
     def turned_away(self) -> bool:
@@ -97,34 +157,34 @@ class RequestRecord:
     @property
     def ttft_s(self) -> float | None:
         """Time to first token: first chunk with a token - start."""
-        return self.chunks[0][0] - self.start_s if self.chunks else None
+        times_s = self.chunks.times_s
+        return times_s[0] - self.start_s if times_s else None
 
     @property
     def e2e_s(self) -> float | None:
         """End-to-end latency: last chunk - start."""
-        return self.chunks[-1][0] - self.start_s if self.chunks else None
+        times_s = self.chunks.times_s
+        return times_s[-1] - self.start_s if times_s else None
 
     @property
     def tpot_s(self) -> float | None:
         """Time per output token after the first chunk; None where one chunk holds them all."""
-        if not self.chunks:
+        times_s, tokens = self.chunks.times_s, self.chunks.tokens
+        if len(times_s) < 2:
             return None
-        all_tokens = self.output_tokens or sum(tokens for _, tokens in self.chunks)
-        later_tokens = all_tokens - self.chunks[0][1]
-        if later_tokens <= 0 or len(self.chunks) == 1:
-            return None
-        return (self.chunks[-1][0] - self.chunks[0][0]) / later_tokens
+        later_tokens: int = (self.output_tokens or sum(tokens)) - tokens[0]
+        return (times_s[-1] - times_s[0]) / later_tokens if later_tokens > 0 else None
 
     @property
     def chunk_gaps_s(self) -> list[float]:
         """The gaps between chunks that carry tokens, which a person sees as stutter."""
-        times = [time for time, _ in self.chunks]
-        return [b - a for a, b in pairwise(times)]
+        times_s = self.chunks.times_s
+        return list(map(sub, times_s[1:], times_s))
 
     @property
     def itl_s(self) -> list[float]:
         """Inter-token latency: one sample for each token after the first chunk."""
-        gaps, sizes = self.chunk_gaps_s, [tokens for _, tokens in self.chunks[1:]]
+        gaps, sizes = self.chunk_gaps_s, self.chunks.tokens[1:]
         if sizes.count(1) == len(sizes):  # the usual case, made fast
             return gaps
         return [
@@ -139,7 +199,7 @@ def write(path: Path, records: Iterable[RequestRecord]) -> None:
 
 
 def _line(record: RequestRecord) -> bytes:
-    fields = {k: v for k, v in vars(record).items() if v is not None or k not in OPTIONAL}
+    fields = {k: v for k, v in record.fields.items() if v is not None or k not in OPTIONAL}
     return orjson.dumps(fields) + b"\n"
 
 
@@ -214,21 +274,41 @@ def read(path: Path) -> Iterator[RequestRecord]:
         with gzip.open(path, "rb") as file:
             while line := file.readline(MOST_LINE_BYTES + 1):
                 number += 1
-                if len(line) > MOST_LINE_BYTES or values_at_most(line) > MOST_VALUES:
+                if len(line) > MOST_VALUES and not _is_parsed(line):
                     raise _ImpossibleError("it is too long")
                 fields = orjson.loads(line)
                 chunks += len(fields["chunks"])
                 if chunks > MOST_CHUNKS:
                     raise _ImpossibleError(f"more than {MOST_CHUNKS} chunks so far")
-                fields["chunks"] = [(time, tokens) for time, tokens in fields["chunks"]]
-                record = RequestRecord(**fields)
+                if not set(map(type, chain.from_iterable(fields["chunks"]))) <= {int, float}:
+                    raise _ImpossibleError("a chunk is no time with a whole number of tokens")
+                record = RequestRecord.of(fields)
                 _check(record)
                 yield record
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         why = f" ({error})" if isinstance(error, _ImpossibleError) else ""
         raise ValueError(f"{path}, line {number}: not a request record{why}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged after line {number} ({error})") from error
+
+
+def read_all(path: Path) -> list[RequestRecord]:
+    """Read all records back as `read` does.
+
+    The garbage collector waits: it would look through them again and again, and no record refers to
+    another.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return list(read(path))
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _is_parsed(line: bytes) -> bool:
+    return len(line) <= MOST_LINE_BYTES and values_at_most(line) <= MOST_VALUES
 
 
 class _ImpossibleError(ValueError):
@@ -237,18 +317,21 @@ class _ImpossibleError(ValueError):
 
 def _check(record: RequestRecord) -> None:
     """Check the types and sizes of a record that was read. Raises _ImpossibleError."""
+    times_s, tokens = record.chunks.times_s, record.chunks.tokens
     given_s = (record.sent_s, record.scheduled_s, record.end_s, record.first_byte_s)
-    times = [*(t for t in given_s if t is not None), *(t for t, _ in record.chunks)]
+    times = [t for t in given_s if t is not None]
+    if times_s:
+        times += min(times_s), max(times_s)
     if not set(map(type, times)) <= {float, int} or not 0 <= min(times) <= max(times) <= LONGEST_S:
         raise _ImpossibleError(f"a time is no number of seconds from 0 to {LONGEST_S:.0f}")
-    counts = [tokens for _, tokens in record.chunks]
     given = (record.prompt_tokens, record.output_tokens, record.choice, record.alike_tokens)
-    sizes = [sum(counts), record.index, record.asked_tokens, *(n for n in given if n is not None)]
-    if not set(map(type, [*counts, *sizes])) == {int} or min([0, *counts, *sizes]) < 0:
+    sizes = [sum(tokens), record.index, record.asked_tokens]
+    sizes += [n for n in given if n is not None]
+    if not set(map(type, sizes)) == {int} or min(*sizes, *tokens) < 0:
         raise _ImpossibleError("a number of tokens is no whole number")
     if max(sizes) > MOST_TOKENS:
         raise _ImpossibleError(f"it has more than {MOST_TOKENS} tokens")
-    if len(counts) > most_chunks(record.asked_tokens):
-        raise _ImpossibleError(f"it has {len(counts)} chunks for {record.asked_tokens} tokens")
+    if len(tokens) > most_chunks(record.asked_tokens):
+        raise _ImpossibleError(f"it has {len(tokens)} chunks for {record.asked_tokens} tokens")
     if not all(text is None or isinstance(text, str) for text in (record.error, record.text)):
         raise _ImpossibleError("an error or an answer is no text")

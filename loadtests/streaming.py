@@ -134,7 +134,7 @@ def record_of(
         asked_tokens=turn.request.output_tokens,
         scheduled_s=turn.due_s,
         sent_s=round(sent - t0, 6),
-        chunks=chunks,
+        chunks=records.Chunks(chunks),
         end_s=round(end - t0, 6),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,

@@ -299,7 +299,7 @@ def report(runner: WorkerRunner, loads: Sequence[Load]) -> None:
         message = {
             "trial": load.plan.trial,
             "number": number,  # of its plans
-            "records": [vars(r) for r in fresh],
+            "records": [r.fields for r in fresh],
             "progress": load.progress().model_dump_json(),
         }
         runner.send_message("lab-records", message)

@@ -6,7 +6,8 @@ Another engine's module maps its own names to these (`serving/engines/`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -52,6 +53,7 @@ COUNTERS = (
 )  # fmt: skip
 GAUGES = (RUNNING, WAITING, KV_USAGE, CACHE_CONFIG)
 SPECULATION = (SPEC_DRAFTS, SPEC_DRAFTED, SPEC_ACCEPTED, SPEC_ACCEPTED_AT)
+MOST = 1e18  # that an engine can have counted, in any unit; sums and rates of it stay finite
 
 
 def position(index: int) -> str:
@@ -117,6 +119,11 @@ class Histogram:
     counts: tuple[float, ...] = ()
     sum: float = 0.0
     count: float = 0.0
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the counts rise, to that of all observations at the bound inf."""
+        return sorted(self.counts) == [*self.counts[:-1], self.count] and self.le[-1] == math.inf
 
     def minus(self, before: Histogram) -> Histogram:
         """Return the histogram of what was observed since `before` was read."""
@@ -220,12 +227,40 @@ def across(readings: Sequence[Snapshot]) -> Snapshot:
 def parse(text: str, renamed: Mapping[str, str] | None = None) -> Snapshot:
     """Read the Prometheus text format; `renamed` maps an engine's names to the lab's.
 
-    Unknown metrics are kept under their own names. Raises ValueError for another format.
+    Unknown metrics are kept under their own names. Raises ValueError for another format, and for a
+    number that a known metric cannot have.
     """
     try:
-        return _parse(text, renamed or {})
+        snapshot = _parse(text, renamed or {})
     except KeyError as error:
         raise ValueError(f"a series of a histogram or counter has no {error}") from error
+    except OverflowError as error:
+        raise ValueError("a number has too many digits") from error
+    for name, shown in snapshot.histograms.items():
+        if name in HISTOGRAMS and not shown.adds_up:
+            raise ValueError(f"the buckets of {name} do not add up to its count")
+    return within(snapshot, 0.0)
+
+
+def within(snapshot: Snapshot, least: float) -> Snapshot:
+    """Return it if each number of a known metric lies between `least` and MOST.
+
+    Raises ValueError where one does not; NaN and infinity never do.
+    """
+    for name, number in _known_numbers(snapshot):
+        if not least <= number <= MOST:
+            raise ValueError(f"{name} shows {number}, which is no number of it")
+    return snapshot
+
+
+def _known_numbers(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
+    for name, value in snapshot.values.items():
+        if is_known(name):
+            yield name, value
+    for name in snapshot.histograms.keys() & set(HISTOGRAMS):
+        shown = snapshot.histograms[name]
+        bounds = (bound for bound in shown.le if bound != math.inf)
+        yield from ((name, number) for number in (*bounds, *shown.counts, shown.sum, shown.count))
 
 
 def _parse(text: str, lab_name: Mapping[str, str]) -> Snapshot:

@@ -134,7 +134,7 @@ def same_words(run: JudgedRun) -> tuple[SameWords, ...]:
     for point, result, trial in run.folder.trials(run.points, run.lab):
         if trial is None:
             continue
-        name, done = point.variant.name, [r for r in trial.records if r.ok]
+        name, done = point.variant.name, trial.answered
         lengths.setdefault(name, []).extend(r.output_tokens == r.asked_tokens for r in done)
         if point.load.users == 1:
             texts.setdefault(name, {}).update(

@@ -85,8 +85,9 @@ Refusal = Callable[..., None]
 
 
 @pytest.fixture
-def refuses(monkeypatch: pytest.MonkeyPatch) -> Iterator[Refusal]:
+def refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Refusal]:
     """Type `labs run` in this process, which need not load it anew, and look for these words."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)  # others of this process have runs in theirs
     taken = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setenv(gpus.VARIABLE, "")
     monkeypatch.setenv("COLUMNS", "1000")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,38 +121,7 @@ def test_another_sites_page_may_not_read_what_prometheus_says(url: str) -> None:
 
 
 @needs_prometheus
-def test_prometheus_answers_no_request_that_names_another_host(url: str, home: Path) -> None:
-    """Such as one by a page whose site has its own name resolve to 127.0.0.1."""
-    port = url.rpartition(":")[2]
-    query = "/api/v1/query?query=1"
-    for host, status in {
-        f"127.0.0.1:{port}": 200, f"localhost:{port}": 200, "localhost:8080": 200,  # by a tunnel
-        f"evil.example:{port}": 421, "127.0.0.1.evil.example": 421, "": 421, "[": 421,
-    }.items():  # fmt: skip
-        answer = requests.get(url + query, headers={"Host": host}, timeout=10)
-        assert (host, answer.status_code) == (host, status)
-        assert ("success" in answer.text) is (status == 200)
-    with socket.create_connection(("127.0.0.1", int(port)), 10) as connection:
-        connection.sendall(
-            f"GET {query} HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n".encode()
-        )
-        assert b" 400 " in connection.recv(1000)
-    posted = requests.post(url + "/api/v1/query", {"query": "1+1"}, timeout=10)
-    assert posted.json()["data"]["result"][1] == "2"
-    assert requests.post(url + query, "1" * (2**20 + 1), timeout=10).status_code == 413
-
-
-@needs_prometheus
-def test_prometheus_itself_listens_where_nobody_knows(url: str, home: Path) -> None:
-    listening = {
-        (c.laddr.ip, c.laddr.port): c.pid
-        for c in psutil.net_connections("tcp")
-        if c.status == psutil.CONN_LISTEN and c.laddr
-    }
-    front = psutil.Process(listening["127.0.0.1", int(url.rpartition(":")[2])])
-    (behind,) = front.children()
-    (address,) = [ip for (ip, _), pid in listening.items() if pid == behind.pid]
-    assert address.startswith("127.")
-    assert address != "127.0.0.1"
-    front.kill()  # and takes it along
-    behind.wait(15)
+def test_prometheus_listens_on_loopback_alone(url: str) -> None:
+    port = int(url.rpartition(":")[2])
+    sockets = [c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert {address.ip for address in sockets if address and address.port == port} == {"127.0.0.1"}

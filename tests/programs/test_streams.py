@@ -40,7 +40,7 @@ for line in sys.stdin:
     request = load.requests[0].model_copy(update={"body": body})
     ended = stream(connect(load), Turn(request, None, True), load)
     (record,) = records_of(ended, load)
-    print(json.dumps([vars(record), ended.connection_failed]), flush=True)
+    print(json.dumps([record.fields, ended.connection_failed]), flush=True)
 """
 Ask = Callable[[str], tuple[dict[str, Any], bool]]
 KEY = "my-key-of-many-characters"

@@ -38,7 +38,7 @@ from labs.harness.telling.summary import summarise
 from loadtests import records
 from loadtests.arrivals import AnyArrival, Arrival
 from loadtests.plan import TrialSummary
-from loadtests.records import RequestRecord
+from loadtests.records import Chunks, RequestRecord
 from loadtests.workload import Fixed, Workload
 from serving import metrics
 from serving.machine import Ceilings, Environment, Machine
@@ -81,7 +81,7 @@ def make_record(
         "in_window": True,
         "error": None if chunks else "ConnectionError: refused",
     }
-    return RequestRecord(**{**plain, **fields})
+    return RequestRecord.of({**plain, **fields})
 
 
 def make_engine(found: Sequence[RequestRecord], caching: bool = False, hits: float = 0) -> Snapshot:
@@ -318,7 +318,7 @@ def _slowed(folder: RunFolder, later: RunFolder, factor: float, variant: str) ->
                 dataclasses.replace(
                     r,
                     sent_s=factor * r.sent_s,
-                    chunks=[(factor * at, k) for at, k in r.chunks],
+                    chunks=Chunks((factor * at, k) for at, k in r.chunks),
                     end_s=None if r.end_s is None else factor * r.end_s,
                 )
                 for r in records.read(home / "requests.jsonl.gz")

@@ -14,6 +14,10 @@ EVENT = (
     b'data: {"choices": [{"index": 0, "delta": {"content": "and"}}],'
     b' "usage": {"prompt_tokens": 9, "completion_tokens": 1}}\n\n'
 )
+HIDDEN = "".join(  # control characters without line breaks and tabs, and marks of direction
+    map(chr, [*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F,
+              *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+)  # fmt: skip
 Send = Callable[[bytes], object]
 
 

@@ -31,14 +31,14 @@ from labs.harness.judging.judge import Effect, Interval, Judgement, VerdictKind
 from labs.harness.telling import instruments
 from loadtests import generator, records
 from loadtests.plan import TrialPlan, TrialSummary
-from loadtests.records import RequestRecord
+from loadtests.records import Chunks, RequestRecord
 from serving.forecasting.plan import ForecastPlay
 from serving.forecasting.traffic import Play, VirtualAnswer
 from tests.unit.builders import PREDICTION, make_record, make_summary, write_run
 
 
 def client(index: int, *chunks: tuple[float, int], in_window: bool = True) -> RequestRecord:
-    return RequestRecord(index, 2, None, 1.0, list(chunks), 9.0, 5, 2, in_window)
+    return RequestRecord(index, 2, None, 1.0, Chunks(chunks), 9.0, 5, 2, in_window)
 
 
 def server(*chunks: tuple[float, int]) -> dict[str, Any]:

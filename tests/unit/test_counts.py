@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from labs.harness.running.counts import Counts, counted_since
-from loadtests.records import RequestRecord
+from loadtests.records import Chunks, RequestRecord
 from serving import metrics
-from serving.metrics import Snapshot
+from serving.metrics import Histogram, Snapshot
 
 
 def record(output_tokens: int | None) -> RequestRecord:
-    return RequestRecord(0, 2, None, 1.0, [(1.5, 1)], 2.0, 5, output_tokens, True)
+    return RequestRecord(0, 2, None, 1.0, Chunks([(1.5, 1)]), 2.0, 5, output_tokens, True)
 
 
 def snapshot(requests: float | None, tokens: float) -> Snapshot:
@@ -74,6 +76,15 @@ def test_the_engine_is_read_once_it_has_counted_the_last_request() -> None:
     assert risen.values[metrics.GENERATION_TOKENS] == pytest.approx(10)
     assert len(later) == 1
     assert counted_since(engine, None, requests_done=2) is None
+
+
+def test_an_engine_with_other_buckets_than_before_tells_nothing() -> None:
+    before, after = (
+        replace(snapshot(2, 9), histograms={metrics.TTFT: Histogram(le, counts, 1.0, 2)})
+        for le, counts in (((0.1, 1.0, math.inf), (1, 1, 2)), ((1.0, math.inf), (1, 2)))
+    )
+    engine: Any = type("", (), {"snapshot": lambda _: after})()
+    assert counted_since(engine, before, requests_done=1) is None
 
 
 def test_what_a_dead_load_generator_had_counted_is_unknown() -> None:

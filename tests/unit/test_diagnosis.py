@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -397,9 +398,6 @@ def test_trials_are_named_blind_and_counted(tmp_path: Path) -> None:
     assert neighbour["Longest prompt"] == Moved(bucket, "rises", "rises")
     assert coefficients(run) == Coefficients(None, None)  # nobody was alone
     assert draw_signatures(run, facts(run))
-    later = run.run.model_copy(update={"started_at": "2026-11-28T12:00:00+00:00"})
-    assert told.mark_changed_later
-    assert not told_apart(replace(run, run=later)).mark_changed_later
 
 
 def test_coefficients_are_found_again(tmp_path: Path) -> None:
@@ -499,6 +497,11 @@ def test_a_server_that_cannot_be_read_is_told_in_a_sentence(
     code, text = run_command(monkeypatch, [HEALTHY, HEALTHY])
     assert code == 1
     assert "0 requests were finished in the reading, and 5 are needed: observe for longer" in text
+    for number in (math.nan, -1.0):
+        odd = replace(HEALTHY, values={**HEALTHY.values, metrics.REQUESTS: number})
+        code, text = run_command(monkeypatch, [HEALTHY, odd])
+        assert code == 1
+        assert "a number that is none" in text
     missing = tmp_path / "none.json"
     code, text = run_command(monkeypatch, [], "--baseline", str(missing))
     assert code == 1
@@ -514,6 +517,10 @@ def test_a_server_that_cannot_be_read_is_told_in_a_sentence(
     code, text = run_command(monkeypatch, [], "--baseline", str(other))
     assert code == 1
     assert "no reading of an engine's metrics" in text
+    other.write_text(strange.model_dump_json().replace("1000.0", "NaN"))
+    code, text = run_command(monkeypatch, [], "--baseline", str(other))
+    assert code == 1
+    assert "no number" in text
 
 
 # --------------------------------------------- `make diagnose` of what a Prometheus recorded
@@ -590,6 +597,10 @@ def test_what_prometheus_cannot_say_is_told_in_a_sentence() -> None:
     others = [*later, *recorded(HEALTHY, "two", "beads-2")]
     assert "add MODEL=.., one of abacus-1, beads-2" in diagnosed(well, others)
     assert "does not answer as Prometheus does" in diagnosed(well, [{"metric": {}, "value": 1}])
+    huge = [{**each, "value": [0, 10**400]} for each in later]
+    assert "does not answer as Prometheus does" in diagnosed(well, huge)
+    nan = [{**each, "value": [0, "NaN"]} for each in later]
+    assert "has series that are no engine's" in diagnosed(well, nan)
     odd = [*later, {"metric": {}, "value": [0, "1"]},
            {"metric": {"__name__": f"{metrics.ITL}_bucket"}, "value": [0, "1"]}]  # fmt: skip
     assert "has series that are no engine's" in diagnosed(well, odd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from labs.harness.judging.measure import Trial
 from labs.harness.running import backfill
 from labs.harness.telling import chart_data
 from labs.harness.telling.summary import summarise
-from tests.unit.builders import write_run
+from loadtests import records
+from tests.unit.builders import make_record, write_run
 
 
 def page_data(folder: RunFolder) -> None:
@@ -52,6 +54,18 @@ def test_trials_are_read_one_by_one(
     read(folder)
     assert len(kept) > 4
     assert max(kept) <= beside
+
+
+def test_a_chunk_takes_few_bytes(tmp_path: Path) -> None:
+    """As a tuple in a list it takes over 80, of which a trial may have millions."""
+    n = 100_000
+    records.write(tmp_path / "r.gz", [make_record([(i / n, 1) for i in range(n)], sent_s=0.0)])
+    tracemalloc.start()
+    (record,) = records.read(tmp_path / "r.gz")
+    kept_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(record.chunks) == n
+    assert kept_bytes < 24 * n
 
 
 def test_a_long_line_is_thinned_to_what_can_be_seen_and_keeps_its_extremes() -> None:

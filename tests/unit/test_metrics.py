@@ -126,3 +126,30 @@ def test_acceptance_is_counted_by_position_too() -> None:
 def test_what_lacks_a_part_is_no_metrics(text: str) -> None:
     with pytest.raises(ValueError, match="has no"):
         Vllm.read_metrics(text)
+
+
+NO_NUMBERS = ["9" * 400, "NaN", "-9.0", "+Inf", "-Inf", "1e19"]
+
+
+@pytest.mark.parametrize("number", NO_NUMBERS)
+def test_a_page_with_a_number_that_is_none_is_unreadable(number: str) -> None:
+    known = [line for line in BEFORE.splitlines() if line.startswith("vllm:")]
+    assert len(known) == 9
+    for line in known:
+        series = line.rpartition(" ")[0]
+        with pytest.raises(ValueError, match=r"no number|digits|add up"):
+            parse(BEFORE.replace(line, f"{series} {number}"))
+
+
+def test_others_may_show_what_they_like() -> None:
+    """A summary without observations shows NaN, and a limit that there is not shows -1."""
+    assert parse(BEFORE.replace("elses 7.0", "elses -1")).values["somebody_elses"] == -1
+    assert parse(BEFORE.replace("elses 7.0", "elses NaN")).values[metrics.REQUESTS] == 7
+
+
+@pytest.mark.parametrize("changed", [("0.1", "9"), ("+Inf", "4"), ("+Inf", "6")])
+def test_buckets_that_do_not_add_up_are_unreadable(changed: tuple[str, str]) -> None:
+    le, count = changed
+    line = next(line for line in BEFORE.splitlines() if f'le="{le}"' in line)
+    with pytest.raises(ValueError, match="add up"):
+        parse(BEFORE.replace(line, f"{line.rpartition(' ')[0]} {count}"))

@@ -111,7 +111,7 @@ def test_damaged_line_is_named(tmp_path: Path, damage: bytes) -> None:
 
 
 def line_of(**fields: Any) -> bytes:
-    return json.dumps({**vars(OPEN), **fields}).encode() + b"\n"
+    return json.dumps({**OPEN.fields, **fields}).encode() + b"\n"
 
 
 @pytest.mark.parametrize(

@@ -350,7 +350,7 @@ IMPOSSIBLE: dict[str, tuple[Callable[[RunFolder], None], str]] = {
     "early": (lambda f: record(f, sent_s=-1e308), "a time is no number of seconds"),
     "not a number": (lambda f: record(f, end_s=math.nan), "not a request record"),
     "text": (lambda f: record(f, sent_s="10"), "a time is no number of seconds"),
-    "truth": (lambda f: record(f, chunks=[[11.0, True]]), "no whole number"),
+    "truth": (lambda f: record(f, chunks=[[11.0, True]]), "whole number"),
     "tokens": (lambda f: record(f, chunks=[[11.0, 10**9]]), "more than 10000000 tokens"),
     "bomb": (bomb, "unpacks to more than 2 MiB"),
     "start": (lambda f: window(f, started_unix_s=1e308), "started_unix_s"),

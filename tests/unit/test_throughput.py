@@ -351,7 +351,7 @@ from pathlib import Path
 from typing import Literal
 from loadtests import load as loads
 from loadtests.plan import TrialPlan
-from loadtests.records import RequestRecord
+from loadtests.records import Chunks, RequestRecord
 
 
 def drive(given):
@@ -372,7 +372,8 @@ def drive(given):
         if seat >= 0 and (turn := load.next_turn(seat)):
             index = turn.request.index
             end_s = clock[0] + given["lasts_s"][index]
-            record = RequestRecord(index, 1, None, clock[0], [(end_s, 1)], end_s, 1, 1, turn.counts)
+            chunks = Chunks([(end_s, 1)])
+            record = RequestRecord(index, 1, None, clock[0], chunks, end_s, 1, 1, turn.counts)
             records.append([index, clock[0], turn.counts])
             next_s = max(end_s, load._next_intrusion_s + every_s) if seat == streams else end_s
             if next_s > end_s:  # the intruder's answer is kept before its next turn

@@ -441,7 +441,7 @@ def test_a_call_of_one_engine_that_fails_costs_its_own_trial_alone(
     }  # fmt: skip
     facts: dict[str, Any] = {
         "url": "", "pid": None, "request_fields": {}, "model_names": {}, "api_servers": list,
-        "closes_connections": False, "computing": list,
+        "closes_connections": False, "computing": list, "name": "", "stop": silent,
     }  # fmt: skip
     engines = {
         refused.variant.name: SimpleNamespace(**facts, **{**calls, call: fail}),

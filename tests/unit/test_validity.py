@@ -30,7 +30,7 @@ from labs.harness.judging.validity import (
 )
 from labs.harness.spec import Arm, Evidence
 from labs.harness.telling.summary import computed
-from loadtests.records import RequestRecord
+from loadtests.records import Chunks, RequestRecord
 from loadtests.workload import Asked, Chat, Fixed, Intruder, Prefix
 from serving import metrics
 from serving.machine import Environment
@@ -100,7 +100,7 @@ def some(n: int, **fields: Any) -> list[RequestRecord]:
 
 TRIPLED = {**VALUES, metrics.GENERATION_TOKENS: 150.0}
 BUNDLED = [
-    replace(r, chunks=[r.chunks[0], (r.chunks[1][0], 2)], output_tokens=3, asked_tokens=3)
+    replace(r, chunks=Chunks([r.chunks[0], (r.chunks[1][0], 2)]), output_tokens=3, asked_tokens=3)
     for r in CLEAN
 ]
 A_FEW = BUNDLED[:5] + CLEAN[5:]
@@ -108,7 +108,7 @@ A_FEW_MORE = {**VALUES, metrics.GENERATION_TOKENS: 105.0}
 HALF = [replace(r, asked_tokens=4) for r in CLEAN]  # answers half as long as asked
 A_SECOND = Histogram(SEEN.le, (0, 0, 100, 100, 100), 2 * SEEN.sum, 100)
 LATE = [
-    replace(r, chunks=[(at + 0.2, k) for at, k in r.chunks]) for r in CLEAN
+    replace(r, chunks=Chunks((at + 0.2, k) for at, k in r.chunks)) for r in CLEAN
 ]  # the client is 200 ms late
 
 
@@ -121,7 +121,7 @@ def test_a_prompt_that_failed_before_its_first_token_may_have_been_found_in_the_
     point = make_point(flags={"enable-prefix-caching": True}, prefix=Prefix(tokens=4), primed=True)
     info = {CACHE: {"block_size": "2", "num_gpu_blocks": "1000"}}
     done = [make_record([(11.0, 1)], index=i, prompt_tokens=6) for i in range(3)]
-    lost = [*done[:2], replace(done[2], chunks=[], prompt_tokens=None, error="timed out")]
+    lost = [*done[:2], replace(done[2], chunks=Chunks([]), prompt_tokens=None, error="timed out")]
     bounds = [
         dose.cached_tokens(
             replace(
@@ -172,7 +172,7 @@ def test_clean_trial_has_no_caveat() -> None:
         ("generator's loop lagged", True, {"loop_lag_max_s": 1.0}),  # frozen for a second
         ("generator's loop lagged", True, {"loop_lag_max_s": 0.101}),  # twice the gap of 50 ms
         ("fell behind the schedule", True, {"planned": 100, "sent": 94}),
-        ("token counts differ", True, {"records": some(1, chunks=[(10.15, 1)])}),
+        ("token counts differ", True, {"records": some(1, chunks=Chunks([(10.15, 1)]))}),
         ("lengths differ", True, {"records": some(1, asked_tokens=3)}),
         ("lengths differ", True, {"records": HALF}),
         ("prompts differ", True, {"asked": [Asked(16, 2)] * 50}),

@@ -776,7 +776,7 @@ class RunFolder:
                 trial, size_bytes = self._trial_and_size(point, result, lab, left_bytes)
                 if trial is not None:
                     left_bytes -= size_bytes
-                    left_tokens -= sum(n for r in trial.records for _, n in r.chunks)
+                    left_tokens -= sum(sum(r.chunks.tokens) for r in trial.records)
                 if left_tokens < 0:
                     raise DamagedError(
                         f"{self.path}: its records count more than {MOST_RECORDED_TOKENS} tokens"
@@ -820,7 +820,7 @@ class RunFolder:
                 point,
                 result.repeat,
                 lab.slo,
-                list(records.read(home / "requests.jsonl.gz")),
+                records.read_all(home / "requests.jsonl.gz"),
                 summary,
                 engine,
                 telemetry.read(sampled),
@@ -861,7 +861,7 @@ def snapshot_from_json(plain: dict[str, Any]) -> Snapshot:
 
     Raises ValueError, KeyError, TypeError or AttributeError where it wrote something else.
     """
-    return Snapshot(
+    snapshot = Snapshot(
         {name: float(value) for name, value in plain["values"].items()},
         {
             name: Histogram(
@@ -874,6 +874,7 @@ def snapshot_from_json(plain: dict[str, Any]) -> Snapshot:
         },
         {name: {**labels} for name, labels in plain["info"].items()},
     )
+    return metrics.within(snapshot, -metrics.MOST)  # a counter of an engine that began anew fell
 
 
 def write_json(path: Path, model: BaseModel) -> None:

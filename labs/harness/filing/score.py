@@ -133,7 +133,7 @@ def whole_throughput(records: Sequence[RequestRecord]) -> float | None:
 
 def score(trial: Trial) -> dict[str, list[float | None]]:
     """Map each tool to its figures of one trial: mean TTFT, TPOT, ITL, and output throughput."""
-    completed = [r for r in trial.records if r.ok]
+    completed = trial.answered
 
     def means(tool: Tool, records: Sequence[RequestRecord]) -> list[float | None]:
         columns = (

@@ -88,7 +88,7 @@ def cache_hits(trial: Trial, template_tokens: int | None) -> CacheHits | None:
     if hits is None or cache is None or not caching(trial):
         return None
     bounds, chance_decides = _hit_bounds(trial, cache, template_tokens)
-    answered = [r.prompt_tokens or 0 for r in trial.records if r.ok]
+    answered = [r.prompt_tokens or 0 for r in trial.answered]
     return CacheHits(hits, len(answered), sum(answered), bounds.high, chance_decides)
 
 

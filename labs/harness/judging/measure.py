@@ -23,10 +23,11 @@ throughput is known.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -88,21 +89,36 @@ class Trial:
     @cached_property
     def measured_requests(self) -> list[RequestRecord]:
         """The successful requests that were sent in the window, without those of an intruder."""
-        return [r for r in self._counted_records if not self.point.workload.is_intruder(r.index)]
+        return self._without_intruders(self._counted_records)
 
     @cached_property
     def streams(self) -> list[RequestRecord]:
         """Every request, of warm-up and drain too, without those of an intruder."""
-        return [r for r in self.records if not self.point.workload.is_intruder(r.index)]
+        return self._without_intruders(self.records)
+
+    def _without_intruders(self, records: list[RequestRecord]) -> list[RequestRecord]:
+        workload = self.point.workload
+        return (
+            [r for r in records if not workload.is_intruder(r.index)]
+            if workload.intruder
+            else records
+        )
 
     @cached_property
     def intruders(self) -> list[RequestRecord]:
         """The successful long prompts sent beside the streams in the window."""
-        return [r for r in self._counted_records if self.point.workload.is_intruder(r.index)]
+        workload = self.point.workload
+        sent = self._counted_records if workload.intruder else []
+        return [r for r in sent if workload.is_intruder(r.index)]
+
+    @cached_property
+    def answered(self) -> list[RequestRecord]:
+        """The requests that succeeded, of warm-up and drain too."""
+        return [r for r in self.records if r.ok]
 
     @cached_property
     def _counted_records(self) -> list[RequestRecord]:
-        return [r for r in self.records if r.in_window and r.ok]
+        return [r for r in self.answered if r.in_window]
 
     @cached_property
     def turned_away(self) -> list[RequestRecord]:
@@ -131,15 +147,14 @@ class Trial:
         return end - start
 
     @cached_property
-    def _samples_s(self) -> dict[Latency, list[float]]:
+    def _samples_s(self) -> dict[Latency, array[float]]:
         return {}
 
-    def samples_s(self, latency: Latency) -> list[float]:
+    def samples_s(self, latency: Latency) -> array[float]:
         """Collect all samples of a latency in seconds: one per request, token or chunk."""
         if latency not in self._samples_s:
-            self._samples_s[latency] = [
-                sample_s for r in self.measured_requests for sample_s in latency.samples_s(r)
-            ]
+            of_requests = map(latency.samples_s, self.measured_requests)
+            self._samples_s[latency] = array("d", chain.from_iterable(of_requests))
         return self._samples_s[latency]
 
     @cached_property
@@ -157,28 +172,34 @@ class Trial:
 
         See the module's docstring. None where no time is measured.
         """
-        sent = [r for r in self.streams if r.in_window]
-        amounts = [amount(r) for r in sent]
-        weight_per_s = self._weight_per_s(sent)
-        if weight_per_s and self.complete_cycles and self._held_open(sent):
-            weight_per_s *= beale_correction(amounts, [cycle_s(r) for r in sent])
+        amounts = [amount(r) for r in self._sent]
+        weight_per_s = self._weight_per_s
+        if weight_per_s and self.complete_cycles and self._held_open:
+            weight_per_s *= beale_correction(amounts, [cycle_s(r) for r in self._sent])
         return weight_per_s and weight_per_s * sum(amounts)
 
-    def _weight_per_s(self, sent: list[RequestRecord]) -> float | None:
+    @cached_property
+    def _sent(self) -> list[RequestRecord]:
+        """The streams that were sent in the window, whatever came of them."""
+        return [r for r in self.streams if r.in_window]
+
+    @cached_property
+    def _weight_per_s(self) -> float | None:
         """The weight in 1/s at which each of these requests counts in a rate."""
         if self.complete_cycles:
             users = self.point.sequences * (1 - self.summary.lost_share)
-            cycles_s = sum(map(cycle_s, sent))
+            cycles_s = sum(map(cycle_s, self._sent))
             return users / cycles_s if cycles_s > 0 else None
         if self._in_turn:
-            arrived_per_s, tokens = self.arrived_per_s(), sum(map(output_tokens, sent))
+            arrived_per_s, tokens = self.arrived_per_s(), sum(map(output_tokens, self._sent))
             return arrived_per_s / tokens if arrived_per_s and tokens else None
         return 1 / self.window_length_s if self.window_length_s > 0 else None
 
-    def _held_open(self, sent: list[RequestRecord]) -> bool:
+    @property
+    def _held_open(self) -> bool:
         """Whether no more requests count than a window is held open for."""
         least = max(self.point.load.users, LEAST_COUNTED) * self.point.workload.choices
-        return self.summary.answered_under_load and len(sent) <= least
+        return self.summary.answered_under_load and len(self._sent) <= least
 
     @property
     def _in_turn(self) -> bool:
@@ -192,12 +213,11 @@ class Trial:
         So it is where users went on until the last of them, and otherwise where they stopped nearly
         together, as in lockstep, so that the batch did not empty meanwhile.
         """
-        sent = [r for r in self.streams if r.in_window]
-        last_s = max((r.end_s or 0.0 for r in sent), default=0.0)
+        last_s = max((r.end_s or 0.0 for r in self._sent), default=0.0)
         stops_s = [s for r in self.streams if (s := r.end_s or 0.0) >= self._first_stop_s]
         idle_s = sum(max(0.0, last_s - stop_s) for stop_s in stops_s)
         return self._in_turn and (
-            self.summary.answered_under_load or idle_s <= MOST_IDLE * sum(map(cycle_s, sent))
+            self.summary.answered_under_load or idle_s <= MOST_IDLE * sum(map(cycle_s, self._sent))
         )
 
     @cached_property
@@ -218,9 +238,7 @@ class Trial:
         start, end = self.loaded_window_s
         if end <= start:
             return None
-        return sum(k for r in self.streams for at, k in r.chunks if start <= at < end) / (
-            end - start
-        )
+        return sum(r.chunks.tokens_between(start, end) for r in self.streams) / (end - start)
 
 
 MOST_IDLE = 0.01
@@ -242,7 +260,7 @@ def percentile(samples: Sequence[float], q: int) -> float | None:
     return float(np.percentile(samples, q))
 
 
-def mean(samples: list[float]) -> float | None:
+def mean(samples: Sequence[float]) -> float | None:
     """Compute the arithmetic mean, or None where there is no sample."""
     return float(np.mean(samples)) if samples else None
 
@@ -270,7 +288,7 @@ def cycle_s(record: RequestRecord) -> float:
 
 def output_tokens(record: RequestRecord) -> int:
     """Count the output tokens that a request received."""
-    return sum(tokens for _, tokens in record.chunks)
+    return sum(record.chunks.tokens)
 
 
 def influences(trial: Trial) -> dict[str, dict[int, float]]:
@@ -367,10 +385,15 @@ def batch(trial: Trial) -> float | None:
     as far as it lies in the window.
     """
     if trial.complete_cycles:
-        return trial.per_s(lambda r: r.chunks[-1][0] - r.chunks[0][0] if r.chunks else 0.0) or None
+        return (
+            trial.per_s(
+                lambda r: r.chunks.times_s[-1] - r.chunks.times_s[0] if r.chunks.times_s else 0.0
+            )
+            or None
+        )
     start, end = trial.loaded_window_s
     busy = sum(
-        max(0.0, min(end, r.chunks[-1][0]) - max(start, r.chunks[0][0]))
+        max(0.0, min(end, r.chunks.times_s[-1]) - max(start, r.chunks.times_s[0]))
         for r in trial.streams
         if r.chunks
     )
@@ -425,12 +448,12 @@ def mfu(trial: Trial) -> float | None:
     def flop(r: RequestRecord, start: float = -math.inf, end: float = math.inf) -> float:
         if not r.chunks:
             return 0.0
-        (first_s, _), *later = r.chunks
+        first_s = r.chunks.times_s[0]
         prompt = r.prompt_tokens or point.prompt_tokens
         prefill_flop = theory.prefill_flops(point.shape, prompt, cached_share * prompt)
         within_s = min(end, first_s) - max(start, r.sent_s)
         prefilled = within_s / (first_s - r.sent_s) if within_s > 0 else 0.0
-        decoded_tokens = sum(tokens for at, tokens in later if start <= at < end)
+        decoded_tokens = r.chunks.tokens_between(start, end, since=1)
         return prefilled * prefill_flop + decode_flop * decoded_tokens
 
     if trial.complete_cycles and not trial.intruders:
@@ -521,15 +544,12 @@ def stalls_s(trial: Trial) -> list[float]:
     A gap counts, at its full length, where it overlaps the time from the intruder's send to its
     first token. In seconds, one for each intruder.
     """
-    gaps = [
-        (a, b)
-        for r in trial.records
-        if not trial.point.workload.is_intruder(r.index)
-        for (a, _), (b, _) in pairwise(r.chunks)
-    ]
+    if not trial.intruders:
+        return []
+    gaps = [gap for r in trial.streams for gap in pairwise(r.chunks.times_s)]
     stalls = []
     for intruder in trial.intruders:
-        start, end = intruder.sent_s, intruder.chunks[0][0]
+        start, end = intruder.sent_s, intruder.chunks.times_s[0]
         if touching_s := [b - a for a, b in gaps if a < end and b > start]:
             stalls.append(max(touching_s))
     return stalls
@@ -543,11 +563,11 @@ def prefill_pieces(trial: Trial) -> float | None:
     """
     pieces = []
     for intruder in trial.intruders:
-        start, end = intruder.sent_s, intruder.chunks[0][0]
+        start, end = intruder.sent_s, intruder.chunks.times_s[0]
         for r in trial.streams:
             if not r.chunks:
                 continue
-            since, until = max(start, r.chunks[0][0]), min(end, r.chunks[-1][0])
+            since, until = max(start, r.chunks.times_s[0]), min(end, r.chunks.times_s[-1])
             if until - since >= (end - start) / 2:
                 # the last step's token comes together with the intruder's own, or just after
                 received = sum(since < at <= until + 0.005 for at, _ in r.chunks)
@@ -580,4 +600,4 @@ def engine_ttft_mean_s(trial: Trial) -> float | None:
 
 def client_ttft_mean_s(trial: Trial) -> float | None:
     """The mean TTFT over every request, from the send: to be compared with the engine's."""
-    return mean([r.chunks[0][0] - r.sent_s for r in trial.records if r.ok])
+    return mean([r.chunks.times_s[0] - r.sent_s for r in trial.answered])

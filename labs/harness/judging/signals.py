@@ -53,7 +53,7 @@ def late_from_s(trial: Trial) -> float | None:
     In seconds from the trial's beginning; None where none was late.
     """
     limit_s = trial.slo.ttft_s
-    late_s = (r.start_s for r in trial.records if r.ok and (r.ttft_s or 0.0) > limit_s)
+    late_s = (r.start_s for r in trial.answered if (r.ttft_s or 0.0) > limit_s)
     return min(late_s, default=None)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
@@ -216,7 +217,7 @@ def _counted_alike(trial: Trial) -> Iterator[Caveat]:
     """
     if trial.engine is None:
         return
-    completed = [r for r in trial.records if r.ok]
+    completed = trial.answered
     failed = len(trial.failed)
     for what, metric, by_client, of_failed in (
         ("requests", metrics.REQUESTS, len(completed), failed),
@@ -252,7 +253,7 @@ def _ttft_apart(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     """
     if not (trial.engine and (histogram := trial.engine.histograms.get(metrics.TTFT))):
         return  # named where the engine's metrics are checked
-    answered, client_s = [r for r in trial.records if r.ok], client_ttft_mean_s(trial)
+    answered, client_s = trial.answered, client_ttft_mean_s(trial)
     of_failed = round(histogram.count) - len(answered)
     if not 0 <= of_failed <= len(trial.failed):
         if histogram.count != trial.engine.values.get(metrics.REQUESTS):  # else the counts say it
@@ -285,7 +286,7 @@ def _ttft_apart(trial: Trial, expected: Expected) -> Iterator[Caveat]:
 
 def _tokenizing_s(trial: Trial) -> float:
     """Estimate how long the mean prompt of a trial takes to be tokenized."""
-    return TOKENIZE_S * float(np.mean([r.prompt_tokens or 0 for r in trial.records if r.ok]))
+    return TOKENIZE_S * float(np.mean([r.prompt_tokens or 0 for r in trial.answered]))
 
 
 def _queued_s(trial: Trial, each_s: float) -> float:
@@ -479,20 +480,20 @@ def _gaps_by_time_and_load(trial: Trial) -> dict[tuple[int, int], list[float]]:
     start, end = trial.summary.window_s
     waves = trial.point.load.kind == "waves"
     decodes = [r for r in trial.records if r.chunks]
-    firsts, lasts = (np.sort([r.chunks[i][0] for r in decodes]) for i in (0, -1))
+    firsts, lasts = (np.sort([r.chunks.times_s[i] for r in decodes]) for i in (0, -1))
     sends = np.sort([r.sent_s for r in decodes])
+    ends_s, gaps_s = _gaps(r for r in decodes if r.ok)
+    halves_s = gaps_s / 2  # tokens of one step come one after another
+    begun, by_then = np.searchsorted(firsts, [ends_s - halves_s, ends_s + halves_s])
+    prompts = (np.searchsorted(sends, ends_s) if waves else by_then) - begun
+    at_once = np.searchsorted(firsts, ends_s) - np.searchsorted(lasts, ends_s)
+    counted = (start <= ends_s) & (ends_s < end) & (gaps_s > 0) & (prompts == 0)
+    slices = ((ends_s - start) / (end - start) * TREND_SLICES).astype(int)
+    alike = np.rint(np.log(np.maximum(1, at_once)) / math.log(ALIKE_LOAD)).astype(int)
     parts: dict[tuple[int, int], list[float]] = {}
-    for record in (r for r in decodes if r.ok and len(r.chunks) > 1):
-        ends_s, gaps_s = np.array([at for at, _ in record.chunks[1:]]), record.chunk_gaps_s
-        halves_s = np.divide(gaps_s, 2)  # tokens of one step come one after another
-        begun, by_then = np.searchsorted(firsts, [ends_s - halves_s, ends_s + halves_s])
-        prompts = (np.searchsorted(sends, ends_s) if waves else by_then) - begun
-        at_once = np.searchsorted(firsts, ends_s) - np.searchsorted(lasts, ends_s)
-        for at, gap_s, n, new in zip(ends_s, gaps_s, at_once, prompts, strict=True):
-            if start <= at < end and gap_s > 0 and not new:
-                slice_ = int((at - start) / (end - start) * TREND_SLICES)
-                alike = round(math.log(max(1, n)) / math.log(ALIKE_LOAD))
-                parts.setdefault((slice_, alike), []).append(gap_s)
+    columns = (column[counted].tolist() for column in (slices, alike, gaps_s))
+    for slice_, load, gap_s in zip(*columns, strict=True):
+        parts.setdefault((slice_, load), []).append(gap_s)
     return parts
 
 
@@ -505,20 +506,25 @@ def step_times_s(trial: Trial) -> tuple[list[float], list[float]]:
     empty, it is a tenth of the gaps.
     """
     start, end = trial.summary.window_s
-    gaps = sorted(
-        (at, gap_s)
-        for record in trial.streams
-        if record.ok
-        for (at, _), gap_s in zip(record.chunks[1:], record.chunk_gaps_s, strict=True)
-        if start <= at < end and gap_s > 0
-    )
-    slices: list[list[float]] = [[] for _ in range(TREND_SLICES)]
-    for i, (at, gap_s) in enumerate(gaps):
-        share = i / len(gaps) if trial.beside else (at - start) / (end - start)
-        slices[int(share * TREND_SLICES)].append(gap_s)
+    ends_s, gaps_s = _gaps(r for r in trial.streams if r.ok)
+    inside = (start <= ends_s) & (ends_s < end) & (gaps_s > 0)
+    in_order = np.lexsort([gaps_s[inside], ends_s[inside]])
+    ends_s, gaps_s = ends_s[inside][in_order], gaps_s[inside][in_order]
+    places = np.arange(len(gaps_s)) / max(1, len(gaps_s))
+    shares = places if trial.beside else (ends_s - start) / (end - start)
+    slices = [gaps_s[(shares * TREND_SLICES).astype(int) == i] for i in range(TREND_SLICES)]
     filled = [(i, np.median(found)) for i, found in enumerate(slices) if len(found) >= LEAST_GAPS]
     middle_s = [start + (i + 0.5) * (end - start) / TREND_SLICES for i, _ in filled]
     return middle_s, [float(gap_s) for _, gap_s in filled]
+
+
+def _gaps(of: Iterable[RequestRecord]) -> tuple[Floats, Floats]:
+    """Return all gaps between chunks as two columns: when each ends, and its length in seconds."""
+    ends_s, gaps_s = array("d"), array("d")
+    for record in of:
+        ends_s.extend(record.chunks.times_s[1:])
+        gaps_s.extend(record.chunk_gaps_s)
+    return np.array(ends_s), np.array(gaps_s)
 
 
 def _other_work(trial: Trial, expected: Expected) -> Iterator[Caveat]:
@@ -673,16 +679,16 @@ OVER_REQUESTS = tuple(
 
 def _answered(trial: Trial, expected: Expected) -> Iterator[Caveat]:
     """Check that prompts and answers have the lengths asked for, and come token by token."""
-    completed = [r for r in trial.records if r.ok]
-    if odd := sum(sum(k for _, k in r.chunks) != r.output_tokens for r in completed):
+    completed = trial.answered
+    if odd := sum(sum(r.chunks.tokens) != r.output_tokens for r in completed):
         yield _caveat(
             trial,
             "token counts differ",
             f"in {counted(odd, 'answer')} the tokens of the chunks do not add up to the reported"
             " usage: ITL and TPOT are estimates on this server",
         )
-    chunks = [k for r in trial.measured_requests for _, k in r.chunks[1:]]
-    several = sum(k > 1 for k in chunks) / len(chunks) if chunks else 0.0
+    later = [r.chunks.tokens[1:] for r in trial.measured_requests]
+    several = sum(k > 1 for k in itertools.chain(*later)) / max(1, sum(map(len, later)))
     if several > MOST_SEVERAL and not trial.point.flags.speculative_config:
         mostly = several > MOSTLY_SEVERAL
         yield _caveat(

@@ -87,13 +87,17 @@ def _add(counts: dict[str, int], done: Sequence[RequestRecord]) -> None:
 def counted_since(engine: Server, before: Snapshot | None, requests_done: int) -> Snapshot | None:
     """Return by how much the engine's counters rose, once it has counted the last request.
 
-    It waits 2 s at most for that. None where the engine shows no metrics.
+    It waits 2 s at most for that. None where the engine shows no metrics, or other buckets than
+    before.
     """
     if before is None:
         return None
     deadline = time.monotonic() + 2
     while (after := engine.snapshot()) is not None:
-        delta = after.since(before)
+        try:
+            delta = after.since(before)
+        except ValueError:
+            return None
         counted = delta.values.get(metrics.REQUESTS)
         if counted is None or counted >= requests_done or time.monotonic() > deadline:
             return delta

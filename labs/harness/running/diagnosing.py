@@ -83,7 +83,8 @@ def _snapshot(server: Endpoint) -> Snapshot:
         raise LabError(
             f"{server.url}/metrics does not show the metrics of an engine that the lab knows (vLLM,"
             " or one of `serving/engines/`): give the address of the engine itself, not of a proxy"
-            " before it, and have it show its metrics"
+            " before it, and have it show its metrics, without a number that is none (NaN, negative"
+            f" or above {metrics.MOST:g})"
         )
     return snapshot
 

@@ -148,7 +148,13 @@ class PrometheusAt:
             result = answer.json()["data"]["result"]
             for each in result:
                 float(each["value"][1]), {**each["metric"]}
-        except (requests.RequestException, ValueError, KeyError, TypeError, IndexError) as error:
+        except (
+            requests.RequestException,
+            ArithmeticError,
+            ValueError,
+            LookupError,
+            TypeError,
+        ) as error:
             raise LabError(
                 f"PROMETHEUS_URL does not answer as Prometheus does ({type(error).__name__}:"
                 f" {error}): give its address, as http://127.0.0.1:9090"

@@ -642,7 +642,7 @@ class Trials:
     def _read_records(self, path: Path) -> list[RequestRecord]:
         """Read what the load generator recorded. Raises GeneratorError."""
         try:
-            return list(records.read(path))
+            return records.read_all(path)
         except ValueError as error:
             self._counts.lose_prometheus()
             raise GeneratorError(f"its records cannot be read: {error}") from error

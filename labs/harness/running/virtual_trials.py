@@ -25,7 +25,7 @@ from labs.harness.spec import Lab, Point
 from loadtests.admission import QueueLimits
 from loadtests.arrivals import Contended, Replay, Waves, send_times
 from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s
-from loadtests.records import TURNED_AWAY, RequestRecord
+from loadtests.records import TURNED_AWAY, Chunks, RequestRecord
 from serving import metrics
 from serving.engines.base import FlagValue, with_places
 from serving.engines.vllm import Vllm, VllmFlags, usable_bytes
@@ -360,7 +360,7 @@ def records(play: Play) -> Iterator[RequestRecord]:
             asked_tokens=a.asked_tokens,
             scheduled_s=a.scheduled_s,
             sent_s=a.sent_s,
-            chunks=a.chunks,
+            chunks=Chunks(a.chunks),
             end_s=a.chunks[-1][0] if a.chunks else a.turned_away_s,
             prompt_tokens=a.prompt_tokens,
             output_tokens=sum(tokens for _, tokens in a.chunks),

@@ -7,7 +7,7 @@ import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +19,12 @@ from labs.harness.judging.metrics import METRICS, Metric, by_repeat, columns, sh
 from labs.harness.judging.text import claim_outcome, outcome_text, point_label, verdict_text
 from labs.harness.spec import Lab, Point, Prediction
 from labs.harness.telling.document import parse, plain_text
-from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT, Latency
+from loadtests.latencies import CHUNK_GAP, E2E, ITL, TPOT, TTFT
 from loadtests.records import RequestRecord
 from serving import metrics
 
 DRAWN = (TTFT, TPOT, ITL, E2E, CHUNK_GAP)  # of which a reader may look at every sample
+LONG, LONG_TITLE = "intruder_ttft_s", "TTFT of the long prompts"
 COLUMNS = (  # of a trial's requests
     "index", "start_dms", "sent_dms", "first_dms", "last_dms", "gap_dms", "prompt", "output",
     "tpot_dms", "counted",
@@ -50,8 +51,6 @@ class Room:
 
 ALONE = Room(12_000, 50_000)  # one page, which stays under a megabyte beside the library
 SITE = Room(8_000, 40_000)  # all pages of a site together
-
-Samples: TypeAlias = "dict[str, array[float]]"  # point -> samples in seconds
 
 
 def data(folder: RunFolder, run: Run, summary: Summary, room: Room = ALONE) -> dict[str, Any]:
@@ -195,29 +194,31 @@ def _played(
     folder: RunFolder, points: list[Point], lab: Lab, room: Room, errors: dict[str, int]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the quantiles of each latency and the requests of each trial, read one by one."""
-    seconds: dict[Latency, Samples] = {latency: {} for latency in DRAWN}
-    long: Samples = {}
-    most_by_trial = _shared_out(_sent(folder, points, lab), room.requests)
-    rows: list[dict[str, Any]] = []
-    for point, result, trial in folder.trials(points, lab):
-        for latency, of_points in seconds.items():
-            drawn = trial.samples_s(latency) if trial else []
-            of_points.setdefault(point.key, array("d")).extend(drawn)
-        waits = [r.ttft_s for r in trial.intruders] if trial else []
-        long.setdefault(point.key, array("d")).extend(w for w in waits if w is not None)
-        most = most_by_trial.get((point.key, result.repeat), LEAST_REQUESTS)
-        rows.append(_requests(point, result, trial, most, errors))
-        del trial  # before the next one is read
-    named = {latency.attribute: (latency.title, of) for latency, of in seconds.items()}
-    named["intruder_ttft_s"] = ("TTFT of the long prompts", long)
-    lists = sum(bool(of_point) for _, of in named.values() for of_point in of.values())
+    titles = {**{latency.attribute: latency.title for latency in DRAWN}, LONG: LONG_TITLE}
+    drawn: dict[str, dict[str, Any]] = {name: {} for name in titles}
+    sent = _sent(folder, points, lab)
+    most_by_trial = _shared_out(sent, room.requests)
+    with_samples = {key for key, _ in sent}
+    lists = sum(len(DRAWN) + bool(p.workload.intruder) for p in points if p.key in with_samples)
     each = room.quantiles // max(1, lists)
-    most = min(MOST_QUANTILES, max(LEAST_QUANTILES, each))
-    samples = {
-        name: {"title": title, "points": _quantiles(of, most)}
-        for name, (title, of) in named.items()
-    }
-    return {name: of for name, of in samples.items() if of["points"]}, rows
+    most_quantiles = min(MOST_QUANTILES, max(LEAST_QUANTILES, each))
+    rows: list[dict[str, Any]] = []
+    for point in points:
+        seconds = {name: array("d") for name in titles}
+        for _, result, trial in folder.trials([point], lab):
+            if trial:
+                for latency in DRAWN:
+                    seconds[latency.attribute].extend(trial.samples_s(latency))
+                waits = (r.ttft_s for r in trial.intruders)
+                seconds[LONG].extend(w for w in waits if w is not None)
+            most = most_by_trial.get((point.key, result.repeat), LEAST_REQUESTS)
+            rows.append(_requests(point, result, trial, most, errors))
+            del trial  # before the next one is read
+        for name, samples_s in seconds.items():
+            if samples_s:
+                drawn[name][point.key] = _quantiles(samples_s, most_quantiles)
+    titled = ((name, {"title": titles[name], "points": of}) for name, of in drawn.items() if of)
+    return dict(titled), rows
 
 
 def _sent(folder: RunFolder, points: list[Point], lab: Lab) -> dict[tuple[str, int], int]:
@@ -246,21 +247,15 @@ def _shared_out(sent: Mapping[tuple[str, int], int], most: int) -> dict[tuple[st
     }
 
 
-def _quantiles(points: Samples, most: int) -> dict[str, Any]:
-    """Return how many samples each point has, and their quantiles in equal steps.
+def _quantiles(samples_s: array[float], most: int) -> dict[str, Any]:
+    """Return how many samples a point has, and their quantiles in equal steps.
 
     The least and the largest sample are the first and the last of them.
     """
+    steps = np.linspace(0, 1, min(len(samples_s), most))
     return {
-        key: {
-            "n": len(drawn),
-            "ms": [
-                _round(1000 * float(v))
-                for v in np.quantile(drawn, np.linspace(0, 1, min(len(drawn), most)))
-            ],
-        }
-        for key, drawn in points.items()
-        if drawn
+        "n": len(samples_s),
+        "ms": [_round(1000 * float(v)) for v in np.quantile(samples_s, steps)],
     }
 
 

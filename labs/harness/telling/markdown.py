@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from labs.harness.telling import document as nodes
+from labs.harness.telling.visible import visible
 
 MARKUP = re.compile(
     r"""\\(?=[!-/:-@\[-`{-~])     # would escape what follows
@@ -104,7 +105,7 @@ def _inline(content: nodes.Inline) -> str:
 
 
 def _text(text: str) -> str:
-    return MARKUP.sub(r"\\\g<0>", re.sub(r"\s*\n\s*", "\n", text))
+    return MARKUP.sub(r"\\\g<0>", re.sub(r"\s*\n\s*", "\n", visible(text)))
 
 
 def escaped(text: str) -> str:
@@ -115,6 +116,7 @@ def escaped(text: str) -> str:
 
 def _code(text: str) -> str:
     """Within as many backticks as no run of them inside has."""
+    text = visible(text)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * (longest + 1)
     padding = " " if text[:1] == "`" or text[-1:] == "`" else ""
@@ -122,6 +124,7 @@ def _code(text: str) -> str:
 
 
 def _target(target: str) -> str:
+    target = visible(target)
     return f"<{target}>" if re.search(r"[\s()<>]", target) else target
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from labs import LABS
 from labs.harness.filing.results import Run, RunFolder
 from labs.harness.telling import chart_data, html, report
 from labs.harness.telling.document import Figure, plain_text
+from labs.harness.telling.visible import visible, visible_data
 from serving import whole
 
 WEB = Path(__file__).parent / "web"
@@ -103,7 +105,7 @@ def render(template: str, scripts: Mapping[str, str], root: str = "", **fields: 
     )
     page_template = _templates().get_template(template)
     return page_template.render(
-        scripts={name: Markup(code) for name, code in scripts.items()},
+        scripts={name: _Code(code) for name, code in scripts.items()},
         policy=Markup(policy),
         css=Markup(web("page.css")),
         style=STYLE,
@@ -116,10 +118,25 @@ def render(template: str, scripts: Mapping[str, str], root: str = "", **fields: 
 def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(WEB), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=_visible_text,
     )  # fmt: skip
+    environment.policies["json.dumps_function"] = as_json
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # and the order as it is
     return environment
+
+
+class _Code(Markup):
+    """A script, which has to stay what its hash was computed of."""
+
+
+def _visible_text(value: Any) -> Any:
+    """Filter what a template writes: text, and markup, where nothing left out is a part of it."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, _Code) else value
+
+
+def as_json(data: Any, **options: Any) -> str:
+    """Write what a page's scripts are given."""
+    return json.dumps(visible_data(data), **options)
 
 
 def _hash(script: str) -> str:

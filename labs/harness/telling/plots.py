@@ -7,10 +7,12 @@ when there is nothing to draw.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -34,7 +36,9 @@ from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import point_label
 from labs.harness.spec import Lab, Point
 from labs.harness.telling.document import Figure, Inline
+from labs.harness.telling.visible import visible
 from labs.harness.telling.words import told
+from serving import whole
 
 Draw: TypeAlias = Callable[[JudgedRun], "Inline | None"]
 """Draws the current figure and returns its caption; None where there is nothing to draw."""
@@ -52,8 +56,7 @@ def draw(
         if caption:
             figures.append(Figure(f"{name}.svg", caption))
             if save:
-                # not pyplot's own, which draws the figure once more afterwards
-                plt.gcf().savefig(folder.path / figures[-1].file, metadata={"Date": None})
+                _save(plt.gcf(), folder.path / figures[-1].file)
         plt.close("all")
     return figures
 
@@ -151,9 +154,16 @@ def ratios(rows: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
     ax.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)], fontsize=7)
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.set_xlabel("B / A with its 95% interval (orange: differs)")
-    figure.savefig(path, metadata={"Date": None})
+    _save(figure, path)
     plt.close(figure)
     return True
+
+
+def _save(figure: matplotlib.figure.Figure, path: Path) -> None:
+    svg = io.StringIO()
+    # not pyplot's own function, which draws the figure once more afterwards
+    figure.savefig(svg, metadata={"Date": None})
+    whole.write(path, visible(svg.getvalue()))
 
 
 WIDE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)

@@ -99,7 +99,7 @@ def _trial(folder: RunFolder, point: Point) -> Trial | None:
 
 
 def _records(trial: Trial) -> list[RequestRecord]:
-    return sorted((r for r in trial.records if r.ok), key=lambda r: r.start_s)
+    return sorted(trial.answered, key=lambda r: r.start_s)
 
 
 def _cache(folder: RunFolder, trial: Trial | None, begin_s: float, span_s: float) -> Cache | None:

@@ -7,7 +7,6 @@ server; text and pictures are there without scripts.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -64,6 +63,7 @@ from labs.harness.telling.pages import (
     RUN_SCRIPT,
     RUN_SCRIPTS,
     STYLE,
+    as_json,
     marks_of,
     page,
     render,
@@ -540,7 +540,7 @@ class Course:
 
     def roofs(self) -> str:
         """Write the script that holds what every lesson draws of rooflines."""
-        roofs = json.dumps(roofline.data([e.run for e in self.newest]), separators=(",", ":"))
+        roofs = as_json(roofline.data([e.run for e in self.newest]), separators=(",", ":"))
         return f"const roofs = {roofs};\n"
 
     def lesson_page(self, item: Lesson) -> str:

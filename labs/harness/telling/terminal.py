@@ -1,8 +1,4 @@
-"""A document on a terminal, by rich, and the console that shows it.
-
-What is shown may come from outside: a claim's title, an error, an endpoint's answer. On a terminal
-control characters could move the cursor, hide lines, or set the clipboard.
-"""
+"""A document on a terminal, by rich, and the console that shows it."""
 
 from __future__ import annotations
 
@@ -18,17 +14,17 @@ from rich.segment import Segment
 from rich.text import Text
 
 from labs.harness.telling import document as nodes
+from labs.harness.telling.visible import visible
 
 INDENT = "  "
 UNREAD = (
     "error: what read the output has ended, and so does this command; a run keeps its finished"
     " trials, and RESUME=1 continues from there"
 )
-_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class PlainConsole(Console):
-    """A console that leaves control characters out of all text, but for line breaks and tabs.
+    """A console that leaves out of all text what `labs.harness.telling.visible` does.
 
     It draws nothing in the place of a text such as `:x:`, and colours no numbers or paths.
     """
@@ -47,7 +43,7 @@ class PlainConsole(Console):
     ) -> Iterable[Segment]:
         """Render as rich does; the codes that rich itself adds are no text, and stay."""
         for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else text.translate(_CONTROL), style, control)
+            yield Segment(text if control else visible(text), style, control)
 
 
 def show(console: Console, block: nodes.Block) -> None:
@@ -94,7 +90,7 @@ def text(content: nodes.Inline) -> Text:
     """Styled text; of a link only its words are shown."""
     match content:
         case str():
-            return Text(content.translate(_CONTROL))  # here too, as they count in a column's width
+            return Text(visible(content))  # here too, as they count in a column's width
         case nodes.Code(code):
             return text(f"`{code}`")
         case nodes.Emphasis(inner):
