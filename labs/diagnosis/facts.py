@@ -19,7 +19,10 @@ from labs.harness.judging.diagnosis import (
     MORE_LONG_GAPS,
     PREEMPTED,
     SLOWER_TOKEN,
+    Diagnosis,
+    Mark,
     Reading,
+    Symptom,
     TooLittle,
     diagnose,
     more_long_gaps,
@@ -68,7 +71,9 @@ class Named:
     named: str
     repeats: tuple[int, ...]
     trials: int  # with that cause
-    evidence: str  # by which the rule named the first of them; empty where nothing was worse
+    # of the first of them: what became worse, and by which figures the rule named it
+    symptoms: tuple[Symptom, ...]
+    mark: Mark | None
 
     @property
     def is_right(self) -> bool:
@@ -125,27 +130,28 @@ def told_apart(run: Context) -> ToldApart:
 def _named(
     injected: str, readings: Sequence[tuple[int, Reading]], reference: Reading
 ) -> list[Named]:
-    found = [(repeat, *_diagnosis(reading, reference)) for repeat, reading in readings]
+    found = {repeat: _diagnosis(reading, reference) for repeat, reading in readings}
+    by_name: dict[str, list[int]] = {}
+    for repeat, diagnosis in found.items():
+        by_name.setdefault(diagnosis.cause if diagnosis else "too little", []).append(repeat)
     return [
-        Named(
-            injected,
-            name,
-            tuple(repeat for repeat, given, _ in found if given == name),
-            len(found),
-            next(evidence for _, given, evidence in found if given == name),
-        )
-        for name in dict.fromkeys(given for _, given, _ in found)
+        _first_named(injected, name, repeats, len(found), found[repeats[0]])
+        for name, repeats in by_name.items()
     ]
 
 
-def _diagnosis(reading: Reading, reference: Reading) -> tuple[str, str]:
-    """Name the cause, and by what evidence."""
+def _first_named(
+    injected: str, name: str, repeats: Sequence[int], trials: int, first: Diagnosis | None
+) -> Named:
+    symptoms, marks = (first.symptoms, first.marks) if first else ((), ())
+    return Named(injected, name, tuple(repeats), trials, symptoms, marks[0] if marks else None)
+
+
+def _diagnosis(reading: Reading, reference: Reading) -> Diagnosis | None:
     try:
-        diagnosis = diagnose(reading, reference)
-    except TooLittle as reason:
-        return "too little", str(reason)
-    marks = [mark.evidence for mark in diagnosis.marks]
-    return diagnosis.cause, marks[0] if marks else "; ".join(diagnosis.symptoms)
+        return diagnose(reading, reference)
+    except TooLittle:
+        return None
 
 
 # ---------------------------------------------------------------------------- the signatures

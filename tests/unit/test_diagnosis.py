@@ -36,6 +36,8 @@ from labs.harness.judging.quantity import Quantity
 from labs.harness.running.diagnosing import ReadingFile, between
 from labs.harness.spec import LabError, Point
 from labs.harness.telling import diagnoses, markdown
+from labs.harness.telling.document import plain_text
+from labs.harness.telling.words import MISSING, shared
 from serving import metrics
 from serving.metrics import Histogram, Snapshot, together
 from tests.unit import hostile
@@ -169,6 +171,24 @@ def test_a_report_says_where_a_mark_was_changed_after_its_run(
     assert told_apart(found).mark_changed_later is later
 
 
+def test_every_mark_is_told_with_its_figures() -> None:
+    """Beside a healthy reading, and by thresholds alone."""
+    stalls = counted(prompts={384.0: 19, 2500.0: 1}, gaps_s={0.04: 180, 0.3: 20})
+    more = Reading(counted(gaps_s={0.052: 1600}, prompts={384.0: 80}), 5.2)
+    found = [
+        *(diagnose(Reading(now), Reading(HEALTHY)) for now in DISTURBED.values()),
+        diagnose(more, Reading(HEALTHY, 4.0)),
+        *(diagnose(Reading(now)) for now in (*DISTURBED.values(), stalls)),
+    ]
+    marks = [mark for diagnosis in found for mark in diagnosis.marks]
+    assert {mark.cause for mark in marks} == set(diagnoses.MEANINGS)
+    for mark in marks:
+        told = plain_text(shared("mark.md", mark=mark))
+        assert told.endswith("."), mark
+        assert MISSING not in told, mark
+        assert all(str(of) in told for of in mark.figures.values() if of.known), mark
+
+
 def test_a_symptom_without_a_mark_is_not_named() -> None:
     """First tokens come later, but neither from the queue nor from anything that was sent."""
     assert named(counted(prefill_s=0.4)) == "unknown"
@@ -218,10 +238,8 @@ def test_more_traffic_is_no_broken_engine(
     found = diagnose(Reading(more, seconds), healthy)
     assert found.cause == cause
     if cause == "more requests at once":
-        evidence = found.marks[0].evidence
-        assert evidence.startswith(
-            "16.0 requests are in decode on average, healthy 2.0, and slower"
-        )
+        figures = found.marks[0].figures
+        assert [figures[name].value for name in ("decoding", "healthy")] == pytest.approx([16, 2])
         text = markdown.document(diagnoses.page("m", 4, Reading(more, seconds), healthy, found))
         assert "More traffic comes than before" in text
         assert "machine" not in text
@@ -286,9 +304,7 @@ def test_what_a_reading_lacks_is_no_mark_and_is_named_beside_the_cause() -> None
     no_prompts = without(slower, metrics.REQUEST_PROMPT_TOKENS, metrics.PREFIX_QUERIES)
     found = diagnose(Reading(no_prompts, 10), Reading(HEALTHY, 10))
     assert [mark.cause for mark in found.marks] == ["slow step"]  # no cold cache
-    assert found.marks[0].evidence.endswith(
-        "not compared: the lengths of prompts, hits in the prefix cache"
-    )
+    assert found.lacking == ("the lengths of prompts", "hits in the prefix cache")
     off = replace(slower, values={**slower.values, metrics.PREFIX_QUERIES: 0.0})
     assert named(off) == "cold cache"  # it is shown, and nothing is looked up any more
     late = counted(gaps_s={0.08: 200}, preemptions=3)
@@ -626,7 +642,7 @@ def test_a_reading_of_other_buckets_is_refused() -> None:
 def test_the_page_says_what_to_do() -> None:
     healthy, now = Reading(HEALTHY), Reading(DISTURBED["preemption"])
     text = markdown.document(diagnoses.page("abacus", 30, now, healthy, diagnose(now, healthy)))
-    assert "**preemption**: 0.30 preemptions a request, healthy 0.00" in text
+    assert "**preemption**: 0.3 preemptions a request, healthy 0:" in text
     assert "Give it more memory, or lower max-num-seqs." in text
     assert snapshot_json(HEALTHY)["histograms"].keys() == HEALTHY.histograms.keys()
 

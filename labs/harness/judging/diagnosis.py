@@ -19,11 +19,11 @@ Source of the metrics: vLLM's documentation, "Production metrics", and `vllm/v1/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from labs.harness.judging.text import number
+from labs.harness.judging.quantity import RATIO, Quantity
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
 
@@ -231,10 +231,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Mark:
-    """Holds a cause to which the metrics point, and the figures that do."""
+    """Holds a cause to which the metrics point, and the figures that do: `mark.md` says them."""
 
     cause: Cause
-    evidence: str  # a sentence
+    figures: Mapping[str, Quantity]
+    by_threshold: bool = False  # without a healthy reading
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,7 @@ def _compared(now: Reading, healthy: Reading) -> Diagnosis:
             marks.append(mark)
     lacking = _in_order(now.lacks | healthy.lacks)
     if SLOWER in symptoms and not marks:
-        marks.append(_slow_step(now, healthy, lacking))
+        marks.append(_slow_step(now, healthy))
     return Diagnosis(symptoms, tuple(marks), lacking, SYMPTOMS_NEED)
 
 
@@ -340,76 +341,59 @@ def _preemption(now: Reading, healthy: Reading) -> Mark | None:
     count, before = now.preemptions, healthy.preemptions
     if count is None or before is None or count - before < PREEMPTED:
         return None
-    return Mark(
-        "preemption",
-        f"{count:.2f} preemptions a request, healthy {before:.2f}: the KV cache is too small for"
-        " what runs at once, and a preempted request is computed again",
-    )
+    return Mark("preemption", {"preemptions": Quantity(count), "healthy": Quantity(before)})
 
 
 def _speculation(now: Reading, healthy: Reading) -> Mark | None:
     accepted, before = now.accepted, healthy.accepted
     if accepted is None or (before is not None and before - accepted < DRAFTS_LOST):
         return None
-    usual = "no drafts before" if before is None else f"healthy {before:.0%}"
-    slower, later = _factor(now.tpot_s, healthy.tpot_s), _factor(now.ttft_s, healthy.ttft_s)
-    if slower and later:
-        meanwhile = (
-            f", while a token takes {slower:.2f} times as long and a first token {later:.2f}"
-        )
-        meanwhile += " times"
-    else:
-        meanwhile = ""
     return Mark(
         "speculation",
-        f"{accepted:.0%} of the drafted tokens are accepted ({usual}){meanwhile}: what is verified"
-        " fills the steps",
+        {
+            "accepted": Quantity(accepted, "share"),
+            "healthy": _share(before),
+            "slower": _times(now.tpot_s, healthy.tpot_s),
+            "later": _times(now.ttft_s, healthy.ttft_s),
+        },
     )
+
+
+def _share(value: float | None) -> Quantity:
+    return Quantity(value, "share", why="nothing was counted" if value is None else "")
+
+
+def _times(now: float | None, before: float | None) -> Quantity:
+    factor = _factor(now, before)
+    return Quantity(factor, RATIO, why="nothing to compare" if factor is None else "")
 
 
 def _long_context(now: Reading, healthy: Reading) -> Mark | None:
     median, before = now.median_prompt_tokens, healthy.median_prompt_tokens
     if median is None or before is None or median[0] < before[1]:
         return None
-    return Mark(
-        "long context",
-        f"half of the prompts have more than {median[0]:.0f} tokens, healthy at most"
-        f" {before[1]:.0f}: every step reads more keys and values, and every prefill is longer",
-    )
+    return Mark("long context", {"tokens": Quantity(median[0]), "healthy": Quantity(before[1])})
 
 
 def _long_neighbour(now: Reading, healthy: Reading) -> Mark | None:
     longest, before = now.longest_prompt_tokens, healthy.longest_prompt_tokens
     if longest is None or before is None or longest[0] < before[1]:
         return None
-    return Mark(
-        "long neighbour",
-        f"the longest prompt has more than {longest[0]:.0f} tokens, healthy at most"
-        f" {before[1]:.0f}: the others wait beside its prefill",
-    )
+    return Mark("long neighbour", {"tokens": Quantity(longest[0]), "healthy": Quantity(before[1])})
 
 
 def _cold_cache(now: Reading, healthy: Reading) -> Mark | None:
     hits, before = now.hit_rate or 0.0, healthy.hit_rate or 0.0
     if "hits in the prefix cache" in now.lacks or before - hits < HITS_LOST:
         return None
-    return Mark(
-        "cold cache",
-        f"{hits:.0%} of the prompt tokens are found in the prefix cache, healthy {before:.0%}: the"
-        " rest is computed again",
-    )
+    return Mark("cold cache", {"hits": _share(hits), "healthy": _share(before)})
 
 
 def _large_budget(now: Reading, healthy: Reading) -> Mark | None:
     longer, shorter = more_long_gaps(now, healthy) or 0.0, more_short_gaps(now, healthy)
     if shorter < MORE_SHORT_GAPS:
         return None
-    return Mark(
-        "large budget",
-        f"the share of long gaps rose by {100 * longer:.0f} points, and that of short ones by"
-        f" {100 * shorter:.0f}: prompts are computed in fewer and longer steps, beside which the"
-        " running answers stand still",
-    )
+    return Mark("large budget", {"longer": _share(longer), "shorter": _share(shorter)})
 
 
 def _burst(now: Reading, healthy: Reading) -> Mark | None:
@@ -423,9 +407,11 @@ def _burst(now: Reading, healthy: Reading) -> Mark | None:
         return None  # every step is slower, and those that a request waits for are no exception
     return Mark(
         "burst",
-        f"requests wait {number(now.queue_s, 's')} before they are scheduled, healthy"
-        f" {number(healthy.queue_s, 's')}: that is {queued_s / later_s:.0%} of what was added to"
-        " the first token; more come at once than the batch takes",
+        {
+            "queue": Quantity(now.queue_s, "s"),
+            "healthy": Quantity(healthy.queue_s, "s"),
+            "of_added": _share(queued_s / later_s),
+        },
     )
 
 
@@ -442,20 +428,16 @@ def _more_at_once(now: Reading, healthy: Reading) -> Mark | None:
         return None
     return Mark(
         "more requests at once",
-        f"{decoding:.1f} requests are in decode on average, healthy {before:.1f}, and slower tokens"
-        f" alone would make that {by_slower_tokens:.1f}: a step works for more requests, and takes"
-        " longer",
+        {
+            "decoding": Quantity(decoding),
+            "healthy": Quantity(before),
+            "by_slower_tokens": Quantity(by_slower_tokens),
+        },
     )
 
 
-def _slow_step(now: Reading, healthy: Reading, lacking: Sequence[Lacking]) -> Mark:
-    also = f"; not compared: {', '.join(lacking)}" if lacking else ""
-    return Mark(
-        "slow step",
-        f"a token takes {_factor(now.tpot_s, healthy.tpot_s) or 1.0:.2f} times as long, and of what"
-        " was compared nothing else explains it: every step itself is slower (compilation or CUDA"
-        f" graphs off, another number type or kernel, a slower device, other work on it){also}",
-    )
+def _slow_step(now: Reading, healthy: Reading) -> Mark:
+    return Mark("slow step", {"slower": _times(now.tpot_s, healthy.tpot_s)})
 
 
 Look = Callable[[Reading, Reading], Mark | None]
@@ -478,34 +460,24 @@ def _by_thresholds(now: Reading) -> Diagnosis:
     """Use thresholds alone: what has grown, cooled down or become slower needs a comparison."""
     marks: list[Mark] = []
     if (now.preemptions or 0.0) >= PREEMPTED:
-        marks.append(
-            Mark(
-                "preemption",
-                f"{now.preemptions:.2f} preemptions a request, and a server with enough KV memory"
-                " has none",
-            )
-        )
+        marks.append(_alone("preemption", {"preemptions": Quantity(now.preemptions)}))
     if now.accepted is not None and now.accepted < REJECTED:
-        marks.append(
-            Mark(
-                "speculation",
-                f"{now.accepted:.0%} of the drafted tokens are accepted, below {REJECTED:.0%}:"
-                " verifying may cost more than the guesses gain",
-            )
-        )
+        figures = {"accepted": _share(now.accepted), "limit": _share(REJECTED)}
+        marks.append(_alone("speculation", figures))
     if mark := _neighbour_alone(now):
         marks.append(mark)
     if now.queue_s and now.ttft_s and now.queue_s > QUEUED_SHARE * now.ttft_s:
-        waiting = f"; {now.waiting:.0f} wait now" if now.waiting else ""
-        marks.append(
-            Mark(
-                "burst",
-                f"{now.queue_s / now.ttft_s:.0%} of the {number(now.ttft_s, 's')} to the first"
-                f" token pass before a request is scheduled{waiting}: more come at once than the"
-                " batch takes",
-            )
-        )
+        figures = {
+            "queued": _share(now.queue_s / now.ttft_s),
+            "ttft": Quantity(now.ttft_s, "s"),
+            "waiting": Quantity(now.waiting or None),
+        }
+        marks.append(_alone("burst", figures))
     return Diagnosis((), tuple(marks), _in_order(now.lacks & THRESHOLDS_NEED), THRESHOLDS_NEED)
+
+
+def _alone(cause: Cause, figures: Mapping[str, Quantity]) -> Mark:
+    return Mark(cause, figures, by_threshold=True)
 
 
 def _neighbour_alone(now: Reading) -> Mark | None:
@@ -516,10 +488,10 @@ def _neighbour_alone(now: Reading) -> Mark | None:
     long_gaps = now.gaps_above(LONG_GAP * gap_s) or 0.0
     if longest[0] < LONGER_PROMPT * median[1] or long_gaps < MORE_LONG_GAPS:
         return None
-    return Mark(
-        "long neighbour",
-        f"the longest prompt has more than {longest[0]:.0f} tokens, the median at most"
-        f" {median[1]:.0f}, and {long_gaps:.0%} of the gaps are longer than {LONG_GAP:g} mean ones:"
-        " the others stand still beside its prefill (a smaller max-num-batched-tokens cuts it into"
-        " pieces)",
-    )
+    figures = {
+        "tokens": Quantity(longest[0]),
+        "median": Quantity(median[1]),
+        "long_gaps": _share(long_gaps),
+        "mean_gaps": Quantity(LONG_GAP),
+    }
+    return _alone("long neighbour", figures)

@@ -16,6 +16,7 @@ from labs.harness.telling.document import (
     section,
     table,
 )
+from labs.harness.telling.words import shared
 
 MEANINGS = {
     "preemption": "The KV cache is too small for what runs at once. Give it more memory, or lower"
@@ -51,7 +52,7 @@ def page(
         f"Diagnosis of {model}, {now.requests:.0f} requests in {seconds:.0f} s",
         Paragraph(_foremost(diagnosis, healthy)),
         bullets(
-            (Strong(mark.cause), f": {mark.evidence}. {MEANINGS[mark.cause]}")
+            (Strong(mark.cause), ": ", shared("mark.md", mark=mark), f" {MEANINGS[mark.cause]}")
             for mark in diagnosis.marks
         ),
         Paragraph(NOT_WITHOUT) if healthy is None else None,

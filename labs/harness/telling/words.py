@@ -156,6 +156,11 @@ def _templates() -> jinja2.Environment:
     )  # fmt: skip
 
 
+def shared(name: str, **known: Any) -> Inline:
+    """Fill by itself what the pages of labs include."""
+    return parse(" ".join(_templates().get_template(name).render(known).split()))
+
+
 def _shown(value: Any) -> Any:
     """Write a value into a page: nothing in it is markup unless the page itself wrote it."""
     match value:
