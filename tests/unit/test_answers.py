@@ -31,7 +31,6 @@ from labs.harness.judging.metrics import METRICS
 from labs.harness.page import ANSWERS, folder_of, page_of
 from labs.harness.spec import Lab, LabError, Point, Variant
 from labs.harness.telling import plots
-from labs.kv_quantization.facts import memory_steps
 from labs.speculative_decoding.facts import speculation_wins
 from loadtests.workload import Intruder
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
@@ -48,20 +47,6 @@ def test_answers_neither_rank_nor_win_by_what_is_not_valid(tmp_path: Path) -> No
     )
     assert valid.startswith("The largest speed-up is 1.25x")
     assert not_valid.startswith("Speculation wins at no load that is valid. `guess` on story: not")
-    prices = {p: {"tpot_mean_s": s} for p, s in (
-        ("bf16/far/concurrent-1", 0.020), ("fp8/far/concurrent-1", 0.030),
-    )}  # fmt: skip
-    lab = make_lab(
-        variants=tuple(
-            Variant(name=n, flags={"kv-cache-dtype": t, "kv-cache-memory-bytes": 32 * 640})
-            for n, t in (("bf16", "auto"), ("fp8", "fp8_e4m3"), ("bf16-tight", "auto"))
-        ),
-        workloads=(make_workload(name="far"),), claims=(), evidence=(), findings=("memory-ladder",),
-    )  # fmt: skip
-    ladder = context(tmp_path / "ladder", lab, prices)
-    assert "at worst" in (memory_steps(judged_run(ladder)) or "")
-    not_valid = memory_steps(judged_run(withheld(ladder, "fp8/far/concurrent-1"))) or ""
-    assert "at worst" not in not_valid
 
 
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
@@ -308,23 +293,6 @@ def test_a_split_is_told_as_a_forecast_and_only_where_there_is_one(tmp_path: Pat
     )
     assert "With `sixteenth` one engine is forecast to give: stall 100 ms" in foreseen
     assert "two that share the requests: stall 100 ms, TTFT of the long prompt 1.1 s" in foreseen
-
-
-def test_the_price_of_a_remedy_is_told_with_it(tmp_path: Path) -> None:
-    lab = make_lab(
-        variants=tuple(
-            Variant(name=n, flags={"kv-cache-dtype": t, "kv-cache-memory-bytes": 32 * 640})
-            for n, t in (("bf16", "auto"), ("fp8", "fp8_e4m3"), ("bf16-tight", "auto"))
-        ),
-        workloads=(make_workload(name="far"),), claims=(), evidence=(), findings=("memory-ladder",),
-    )  # fmt: skip
-    found = context(tmp_path, lab, {
-        "bf16/far/concurrent-1": {"tpot_mean_s": 0.020, "ttft_mean_s": 0.1},
-        "fp8/far/concurrent-1": {"tpot_mean_s": 0.021, "ttft_mean_s": 0.3},
-    })  # fmt: skip
-    text = memory_steps(judged_run(found))
-    assert text
-    assert "price: at worst *TTFT, mean* 3.00x (3.00 to 3.00) over a long context" in text
 
 
 @pytest.mark.parametrize(

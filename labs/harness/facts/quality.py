@@ -234,38 +234,8 @@ def _level_row(figure: QualityFigure, columns: Mapping[str, Figures]) -> list[st
 
 QUALITY = Conclusion("quality", compared, tell_quality)
 
-# ------------------------------------------------------------------------------------ in answers
-
-
-def in_brief(figures: Figures) -> str:
-    """Writes a clause that compares a variant's quality with the base's."""
-    perplexity = figure_of(figures, "perplexity_ratio").value - 1
-    needles = figure_of(figures, "needle_retrieval_difference").value
-    return (
-        f"perplexity {perplexity:+.1%}, needles found {100 * needles:+.0f} points, the quality gate"
-        f" says *{gate(figures)[0]}*"
-    )
-
 
 def treatments_of(run: JudgedRun) -> Mapping[str, Figures]:
     """Maps each variant to its figures against the base's; empty without the quality probe."""
     quality = QUALITY.facts_of(run)
     return quality.treatments if quality else {}
-
-
-def quality_gate(run: JudgedRun) -> str | None:
-    """Answers ME-2: what the gate says of every variant."""
-    quality = QUALITY.facts_of(run)
-    if not quality or not quality.treatments:
-        return None
-    gates = ", ".join(f"`{name}` {gate(f)[0]}" for name, f in quality.treatments.items())
-    again = (
-        f" `{quality.base}` against itself: {gate(quality.again)[0]}; a gate without false alarms"
-        " would say pass."
-        if quality.again
-        else ""
-    )
-    return (
-        f"Compare with `{quality.base}` over the same passages and questions, in pairs, and gate by"
-        f" the interval. Here: {gates}.{again}"
-    )
