@@ -25,7 +25,6 @@ from labs.harness.spec import Prediction
 
 BOTH, PARTS_OF_BOTH = "both", ("kv-fp8", "w8a8")
 RUN_BY = {"full": "full", "fp8": "kv-fp8", "window": "window"}
-Pairs = Sequence[tuple[Needle, Needle]]  # of the base and of a variant
 
 
 @dataclass(frozen=True)
@@ -159,52 +158,52 @@ class Facts:
 
 
 def facts(run: JudgedRun) -> Facts:
-    retrieved = asked(run) if run.finds("retrieval") else {}
-    windows = {p.variant.name: p.flags.sliding_window for p in run.points}
-    lost = losses(run, retrieved, windows)
-    return Facts(
-        tuple(found(name, needles, windows.get(name)) for name, needles in retrieved.items()),
-        lost,
-        ways(run, lost),
-    )
+    variants = asked(run) if run.finds("retrieval") else {}
+    lost = losses(run, variants)
+    return Facts(tuple(found(of) for of in variants.values()), lost, ways(run, lost))
 
 
 # ----------------------------------------------------------------------------- what was retrieved
 
 
-def asked(run: Context) -> dict[str, list[Needle]]:
+@dataclass(frozen=True)
+class Asked:
+    """The needles that one variant was asked for."""
+
+    variant: str
+    window: int | None
+    needles: list[Needle]
+
+    def reaches(self, needle: Needle) -> bool:
+        """Whether all of the needle lies within the window of the last token."""
+        return self.window is None or needle.distance_tokens <= self.window
+
+
+def asked(run: Context) -> dict[str, Asked]:
     """Read what the probe asked of each variant; nothing where it did not run."""
+    windows = {p.variant.name: p.flags.sliding_window for p in run.points}
     probes = {v.name: run.folder.probe_result("retrieval", v.name) for v in run.lab.variants}
     return {
-        name: [Needle.model_validate(n) for n in probe["needles"]]
+        name: Asked(name, windows.get(name), [Needle.model_validate(n) for n in probe["needles"]])
         for name, probe in probes.items()
         if probe and probe["needles"]
     }
 
 
-def found(variant: str, needles: Sequence[Needle], window: int | None) -> Retrieved:
-    places = sorted({n.place for n in needles})
-    return Retrieved(
-        variant,
-        window,
-        *_count(needles),
-        tuple(at_place([n for n in needles if n.place == place], window) for place in places),
-    )
+def found(of: Asked) -> Retrieved:
+    places = sorted({n.place for n in of.needles})
+    at_places = (at_place(of, [n for n in of.needles if n.place == place]) for place in places)
+    return Retrieved(of.variant, of.window, *_count(of.needles), tuple(at_places))
 
 
-def at_place(needles: Sequence[Needle], window: int | None) -> AtPlace:
+def at_place(of: Asked, needles: Sequence[Needle]) -> AtPlace:
     return AtPlace(
         *needles[0].place,
         fmean(n.distance_tokens for n in needles),
         *_count(needles),
         mean_margin(needles).in_unit("1"),
-        all(reaches(window, n) for n in needles),
+        all(map(of.reaches, needles)),
     )
-
-
-def reaches(window: int | None, needle: Needle) -> bool:
-    """Whether all of the needle lies within the window of the last token."""
-    return window is None or needle.distance_tokens <= window
 
 
 def mean_margin(needles: Sequence[Needle]) -> Quantity:
@@ -220,70 +219,73 @@ def _count(needles: Sequence[Needle]) -> tuple[int, int]:
 # ------------------------------------------------------------------------------ what was lost, why
 
 
-def losses(
-    run: Context, retrieved: Mapping[str, list[Needle]], windows: Mapping[str, int | None]
-) -> Losses | None:
-    base = run.lab.variants[0].name
-    if base not in retrieved:
+def losses(run: Context, variants: Mapping[str, Asked]) -> Losses | None:
+    name = run.lab.variants[0].name
+    if name not in variants:
         return None
-    plain = retrieved[base]
+    base, *treated = variants.values()
     predicted = run.predictions.arithmetic
-    changes = {name: by_text(plain, of) for name, of in retrieved.items() if name != base}
+    changes = {of.variant: by_text(base.needles, of.needles) for of in treated}
     return Losses(
-        base,
-        Found(*_count(plain)),
-        tuple(
-            lost(plain, name, retrieved[name], windows.get(name), predicted, changes)
-            for name in changes
-        ),
+        name,
+        Found(*_count(base.needles)),
+        tuple(lost(base, of, forecasts_held(base, of, predicted, changes)) for of in treated),
     )
 
 
-def lost(
-    base: list[Needle],
-    variant: str,
-    treated: list[Needle],
-    window: int | None,
-    predicted: Mapping[str, Prediction],
-    changes: Mapping[str, Changes],
-) -> Lost:
-    pairs = list(zip(base, treated, strict=True))
+def lost(base: Asked, treated: Asked, held: tuple[Held, ...]) -> Lost:
+    pairs = list(zip(base.needles, treated.needles, strict=True))
     difference, p_value = paired_difference(
         [b.correct for b, _ in pairs], [t.correct for _, t in pairs]
     )
     gone = [b for b, t in pairs if b.correct and not t.correct]
-    near = [(b, t) for b, t in pairs if reaches(window, t)]
-    far = [(b, t) for b, t in pairs if not reaches(window, t)]
-    within, beyond = (Found(*_count([t for _, t in of])) for of in (near, far))
-    forecasts = [
-        kept("within", "needles kept, window, within its reach", near, predicted),
-        kept("beyond", "needles kept, window, beyond its reach", far, predicted),
-    ] if window else [
-        kept("all", "needles kept, 8 bits", pairs, predicted),
-        sums_up(variant, predicted, changes),
-    ]  # fmt: skip
+    within, beyond = (
+        Found(*_count([n for n in treated.needles if treated.reaches(n) is reached]))
+        for reached in (True, False)
+    )
     return Lost(
-        variant,
-        Found(*_count(treated)),
+        treated.variant,
+        Found(*_count(treated.needles)),
         Quantity.of(difference, POINTS),
         p_value,
-        Quantity.of(margin_change(base, treated), "nats"),
+        Quantity.of(margin_change(base.needles, treated.needles), "nats"),
         lost=len(gone),
         gained=sum(t.correct and not b.correct for b, t in pairs),
         margin_of_lost=mean_margin(gone),
         margin_of_kept=mean_margin([b for b, t in pairs if b.correct and t.correct]),
-        within=within if window else None,
-        beyond=beyond if window else None,
-        loses_within=bool(window and within.asked)
-        and within.correct * len(base) < within.asked * _count(base)[0],
-        held=tuple(of for of in forecasts if of),
+        within=within if treated.window else None,
+        beyond=beyond if treated.window else None,
+        # a smaller share of these than the base finds of all
+        loses_within=treated.window is not None
+        and within.correct * len(pairs) < within.asked * _count(base.needles)[0],
+        held=held,
     )
+
+
+def forecasts_held(
+    base: Asked,
+    treated: Asked,
+    predicted: Mapping[str, Prediction],
+    changes: Mapping[str, Changes],
+) -> tuple[Held, ...]:
+    pairs = list(zip(base.needles, treated.needles, strict=True))
+    if treated.window is None:
+        of_all = kept("all", "needles kept, 8 bits", pairs, predicted)
+        held = [of_all, sums_up(treated.variant, predicted, changes)]
+    else:
+        near = [(b, t) for b, t in pairs if treated.reaches(t)]
+        far = [(b, t) for b, t in pairs if not treated.reaches(t)]
+        held = [
+            kept("within", "needles kept, window, within its reach", near, predicted),
+            kept("beyond", "needles kept, window, beyond its reach", far, predicted),
+        ]
+    return tuple(of for of in held if of)
 
 
 def kept(
     what: Literal["all", "within", "beyond"],
     name: str,
-    pairs: Pairs,
+    pairs: Sequence[tuple[Needle, Needle]],
     predicted: Mapping[str, Prediction],
 ) -> Held | None:
     """Hold the share of the base's needles that was kept against its forecast."""
@@ -291,7 +293,7 @@ def kept(
     if name not in predicted or not had:
         return None
     shares = [share(*_count(had), confidence) for confidence in (CONFIDENCE, TWO_ONE_SIDED)]
-    return held(what, predicted[name], *shares)
+    return held_against(what, predicted[name], *shares)
 
 
 def sums_up(
@@ -303,10 +305,10 @@ def sums_up(
         return None
     parts = [changes[part] for part in PARTS_OF_BOTH]
     sums = [adds_up(changes[BOTH], parts, c) for c in (CONFIDENCE, TWO_ONE_SIDED)]
-    return held("sum", predicted[name], *sums)
+    return held_against("sum", predicted[name], *sums)
 
 
-def held(
+def held_against(
     what: Literal["all", "within", "beyond", "sum"],
     prediction: Prediction,
     measured: Interval | None,

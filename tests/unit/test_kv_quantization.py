@@ -15,7 +15,7 @@ from labs.harness.facts.offloading import CopyOrCompute
 from labs.harness.facts.quality import quality
 from labs.harness.filing.results import write_gzip
 from labs.harness.spec import Variant
-from labs.kv_quantization.facts import MemoryLadder, Slope, context_slope, memory_ladder, onsets
+from labs.kv_quantization.facts import MemoryLadder, context_slope, memory_ladder, onsets
 from loadtests.workload import Fixed
 from tests.unit.builders import make_lab, make_workload
 from tests.unit.judged import Values, answered, context, withheld
@@ -44,67 +44,45 @@ def test_preemption_is_first_seen_where_a_trial_has_any(tmp_path: Path) -> None:
         f"{v}/growing/concurrent-{n}": {"preemptions": thrown, "kv_capacity_tokens": capacity}
         for v, n, thrown, capacity in (
             ("bf16-tight", 4, (3.0, 0.0), 20.0), ("bf16-tight", 2, 0.0, 20.0),
-            ("fp8-tight", 2, 0.0, 40.0), ("fp8-tight", 4, 0.0, 40.0),
+            ("fp8-tight", 2, 1.0, None), ("fp8-tight", 4, 0.0, None),
         )
     }))  # fmt: skip
     # requests of 10 tokens at their longest, 8 at the mean
     assert (tight.longest_held.value, tight.mean_held.value) == (2, 2.5)
-    assert (tight.calm_users, tight.first_users) == (2, 4)
-    assert (quantized.first_users, quantized.most_users) == (None, 4)
-
-
-def test_a_capacity_that_is_not_known_is_no_capacity_of_0(tmp_path: Path) -> None:
-    values = {"bf16-tight/growing/concurrent-2": {"preemptions": 3.0}}
-    (tight,) = onsets(caches(tmp_path, values))
-    assert not tight.capacity.known
-    assert not tight.mean_held.known
-    assert (tight.calm_users, tight.first_users) == (None, 2)
-
-
-def sloped(run: Context) -> Slope:
-    return context_slope(run).slopes["fp8"]
+    assert (tight.calm_users, tight.first_users, tight.most_users) == (2, 4, 4)
+    assert (quantized.calm_users, quantized.first_users) == (None, 2)
+    assert not quantized.mean_held.known  # a capacity that is not known is none of 0
 
 
 @pytest.mark.parametrize(
-    ("near_ms", "far_ms", "share", "ahead", "tokens"),
+    ("near_ms", "far_ms", "ahead", "tokens"),
     [
         # BF16 takes 10 ms and 10 ms a thousand tokens more: 9.92 ms at no context
-        (12.0, 17.0, 0.5, "beyond", 408),
-        (9.0, 14.0, 0.5, "always", None),
-        (11.0, 26.0, 1.5, "never", None),
-        (8.0, 23.0, 1.5, "up to", 408),
+        (12.0, 17.0, "beyond", 408),
+        (9.0, 14.0, "always", None),
+        (11.0, 26.0, "never", None),
+        (8.0, 23.0, "up to", 408),
+        (10.0, (18.0, 24.0), "open", None),  # within the noise
     ],
 )
 def test_where_a_quantized_cache_breaks_even(
-    near_ms: float, far_ms: float, share: float, ahead: str, tokens: float | None, tmp_path: Path
+    near_ms: float, far_ms: Any, ahead: str, tokens: float | None, tmp_path: Path
 ) -> None:
     run = caches(tmp_path, {
-        f"{variant}/{workload}/concurrent-1": {"tpot_mean_s": ms / 1000}
+        f"{variant}/{workload}/concurrent-1": {"tpot_mean_s": np.divide(ms, 1000).tolist()}
         for variant, near, far in (("bf16", 10.0, 20.0), ("fp8", near_ms, far_ms))
         for workload, ms in (("near", near), ("far", far))
     })  # fmt: skip
-    found = sloped(run)
-    assert found.ahead == ahead
-    assert found.share.value == pytest.approx(share)
-    assert found.share_of_bytes.value == 0.5
-    if tokens:
-        assert found.tokens.value == pytest.approx(tokens)
-    line = context_slope(run).lines["bf16"].per_1000_tokens
+    found = context_slope(run)
+    slope, line = found.slopes["fp8"], found.lines["bf16"].per_1000_tokens
+    assert slope.ahead == ahead
+    assert slope.share.value == pytest.approx(np.mean(far_ms) / 10 - near_ms / 10)
+    assert slope.share_of_bytes.value == 0.5
+    assert not tokens or slope.tokens.value == pytest.approx(tokens)
     assert (line.value, line.low) == pytest.approx((0.010, 0.010))
-
-
-@pytest.mark.parametrize("far_ms", [(18.0, 24.0), 21.0])
-def test_slopes_within_their_noise_are_not_told_apart(far_ms: Any, tmp_path: Path) -> None:
-    """The second time with one repeat, that has no noise to go by."""
-    run = caches(tmp_path, {
-        f"{variant}/{workload}/concurrent-1": {"tpot_mean_s": np.divide(ms, 1000).tolist()}
-        for variant, far in (("bf16", 20.0), ("fp8", far_ms))
-        for workload, ms in (("near", 10.0), ("far", far))
-    })  # fmt: skip
-    if far_ms == 21.0:
-        run = replace(run, values={k: {1: of[1]} for k, of in run.values.items()})
-        assert context_slope(run).lines["bf16"].per_1000_tokens.low is None
-    assert sloped(run).ahead == "open"
+    once = context_slope(replace(run, values={k: {1: of[1]} for k, of in run.values.items()}))
+    assert once.slopes["fp8"].ahead == "open"  # one repeat has no noise to go by
+    assert once.lines["bf16"].per_1000_tokens.low is None
 
 
 def ladder(run: Context) -> MemoryLadder:
@@ -125,31 +103,28 @@ def test_the_memory_ladder_climbs(tmp_path: Path) -> None:
     assert not ladder(caches(tmp_path / "arithmetic", {})).is_measured
 
 
-def test_the_price_of_a_cache_is_the_worst_of_its_valid_speeds(tmp_path: Path) -> None:
+def test_the_price_of_a_cache_is_its_gate_and_the_worst_of_its_valid_speeds(
+    tmp_path: Path,
+) -> None:
+    """The FP8 cache loses 70 of 90 needles."""
     run = caches(tmp_path, {
         "bf16/far/concurrent-1": {"tpot_mean_s": 0.020, "output_tokens_per_s": 50.0},
         "fp8/far/concurrent-1": {"tpot_mean_s": 0.021, "output_tokens_per_s": 40.0},
         "bf16/near/concurrent-1": {"ttft_mean_s": 0.1},
         "fp8/near/concurrent-1": {"ttft_mean_s": 0.05},
     })  # fmt: skip
-    worst = ladder(run).worst
-    assert worst
-    assert (worst.place, worst.metric) == ("far", "output_tokens_per_s")
-    assert worst.ratio.value == pytest.approx(0.8)
-    assert ladder(withheld(run, "fp8/far/concurrent-1")).worst is None
-
-
-def test_a_failed_gate_is_part_of_the_price(tmp_path: Path) -> None:
-    """The FP8 cache loses 70 of 90 needles."""
-    run = caches(tmp_path, {})
     assert ladder(run).quality is None
     for variant, right in (("bf16", 90), ("fp8", 20)):
         answers = {"answers": [answered(0.5, right)]}
         write_gzip(run.folder.probe_file("quality", variant), answers)
-    price = ladder(run).quality
+    worst, price = ladder(run).worst, ladder(run).quality
+    assert worst
+    assert (worst.place, worst.metric) == ("far", "output_tokens_per_s")
+    assert worst.ratio.value == pytest.approx(0.8)
     assert price
     assert price.needles_change.value == pytest.approx(-0.7)
     assert price.gate == "fail"
+    assert ladder(withheld(run, "fp8/far/concurrent-1")).worst is None
 
 
 def test_offloading_is_priced_as_measured_or_is_arithmetic(tmp_path: Path) -> None:
