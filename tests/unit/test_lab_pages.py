@@ -10,7 +10,7 @@ from jinja2 import nodes
 
 from labs import LABS
 from labs.harness.facts.parts import own_plots
-from labs.harness.judging.quantity import Quantity
+from labs.harness.judging.quantity import CHANGE, POINTS, Quantity
 from labs.harness.page import ANSWERS, FINDINGS, PLOTS, PageError, page_of, read
 from labs.harness.telling.words import SHARED, _Filling
 
@@ -150,3 +150,5 @@ def test_quantities_keep_their_intervals_by_plain_factors_alone() -> None:
     assert (two / missing).why == (missing + 1).why == "broken"
     assert not (two / 0).known
     assert str(missing) == "–"
+    assert str(Quantity(-0.2, POINTS, -0.348, 0.027)) == "-20 (-34.8 to +2.7) points"
+    assert str(Quantity(0.0172, CHANGE)) == "+1.7%"

@@ -128,6 +128,11 @@ def _quantity(figure: QualityFigure) -> Quantity:
     return Quantity(figure.value, unit, figure.low, figure.high)
 
 
+def figure_of(figures: Figures, name: str, where: str = "") -> QualityFigure:
+    """Return the figure of that name, over all texts or those that `where` names."""
+    return next(f for f in figures if (f.name, f.where) == (name, where))
+
+
 # ------------------------------------------------------- for labs whose words are not on a page
 
 
@@ -200,11 +205,6 @@ def tell_quality(facts: Compared) -> Finding:
         )
     )
     return Finding(title="Quality", rows=rows, lines=lines)
-
-
-def figure_of(figures: Figures, name: str, where: str = "") -> QualityFigure:
-    """Returns the figure of that name, over all texts or those that `where` names."""
-    return next(f for f in figures if (f.name, f.where) == (name, where))
 
 
 def with_interval(figure: QualityFigure) -> str:

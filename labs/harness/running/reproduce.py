@@ -61,7 +61,7 @@ def _lab_of(run: Run) -> Lab:
     if name not in LABS:
         raise LabError(f"there is no lab {name} in this checkout: {checkout_hint}")
     current_lab = LABS[name]
-    if run.dummy or run.aa:  # which depend on what the lab has on such a machine
+    if run.dummy or run.aa:
         current_lab = current_lab.at(run.scale, run.quick, dummy=run.dummy)
     current_lab = current_lab.against_itself() if run.aa else current_lab
     without_prediction = [
