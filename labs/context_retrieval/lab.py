@@ -1,26 +1,4 @@
-"""Context retrieval: what does a cheaper KV cache forget of a long context, and what does it save?
-
-A model finds what stands far back in its context by attention: the query's product with the right
-key must exceed its products with all other keys. Rounding keys, values or weights to 8 bits adds an
-error to each of these products. An answer stays right while the *margin*, the log-probability of
-the right token minus that of the best wrong one, exceeds the error; so the margin moves first, the
-needles with the least margin are lost first, and the more keys there are, the more of them are
-near the right one. This is why retrieval drops before other tasks do.
-
-Rounding is one of four ways to a smaller cache. *Quantizing* keeps all tokens in fewer bits. A
-*sliding window* keeps the last W tokens in all bits: what lies further back is out of reach of a
-layer, and L layers pass it on at most L (W - 1) tokens, if the model was trained to. *Evicting*
-keeps the tokens that drew attention so far (H2O, SnapKV), and what is asked for later may be gone.
-*Sharing* keeps one layer's keys and values for several (CLA, YOCO), and must be trained in. The
-first two are run here. vLLM has no eviction by attention, and sharing needs another model: both are
-arithmetic, with what was published of them.
-
-`window` tells vLLM that each layer attends to the last W tokens; this model was trained to see all.
-
-Turn: the window (`variants.window.flags.hf-overrides.sliding_window`), the lengths of the texts
-(by `flags.max-model-len`: the two longest of 512, 1,024, .. that fit are asked), the memory
-(`flags.kv-cache-memory-bytes`).
-"""
+"""Context retrieval: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
 
@@ -207,10 +185,9 @@ def echoed(label: str, value: str, *variants: str) -> tuple[Evidence, ...]:
     return tuple(Evidence.echo(name, metrics.CACHE_CONFIG, label, value) for name in variants)
 
 
-def shorter(name: str, title: str, treatment: str, baseline: str) -> Claim:
+def shorter(name: str, treatment: str, baseline: str) -> Claim:
     return Claim(
         name=name,
-        title=title,
         metric="tpot_mean_s",
         treatment=Arm(variant=treatment, workload="far"),
         baseline=Arm(variant=baseline, workload="far"),
@@ -221,9 +198,6 @@ def shorter(name: str, title: str, treatment: str, baseline: str) -> Claim:
 
 LAB = Lab(
     name="context-retrieval",
-    title="Context retrieval",
-    question="What is found again in a long context with 8-bit keys, values or weights, or with"
-    " only its end kept?",
     answers=("ME-3", "KV-8"),
     variants=VARIANTS,
     flags={
@@ -257,7 +231,6 @@ LAB = Lab(
     claims=(
         Claim(
             name="capacity",
-            title="In 8 bits the same memory holds twice the tokens",
             metric="kv_capacity_tokens",
             treatment=Arm(variant="kv-fp8", workload="far"),
             baseline=Arm(variant="full", workload="far"),
@@ -267,26 +240,21 @@ LAB = Lab(
         *(
             Claim(
                 name=f"batch-{name}",
-                title=f"Where memory is short, more requests run at once {how}",
                 metric="batch",
                 treatment=Arm(variant=name, workload="tight"),
                 baseline=Arm(variant="full", workload="tight"),
                 expect="rises",
                 predict=admitted_ratio,
             )
-            for name, how in (
-                ("kv-fp8", "with keys and values of 8 bits"),
-                ("window", "with a sliding window"),
-            )
+            for name in ("kv-fp8", "window")
         ),
-        shorter("far-kv", "Over a long context keys and values of 8 bits shorten a step",
-                "kv-fp8", "full"),
-        shorter("far-weights", "Over a long context weights of 8 bits shorten a step",
-                "w8a8", "full"),
+        shorter("far-kv", "kv-fp8", "full"),
+        shorter("far-weights", "w8a8", "full"),
     ),
     forecasts=(
-        Forecast(name="capacity", metric="kv_capacity_tokens",
-                 arm=Arm(workload="far"), predict=capacity),
+        Forecast(
+            name="capacity", metric="kv_capacity_tokens", arm=Arm(workload="far"), predict=capacity
+        ),
     ),
     evidence=(
         *echoed("cache_dtype", "--kv-cache-dtype", *(v.name for v in VARIANTS)),
@@ -303,53 +271,4 @@ LAB = Lab(
     requests=96,
     warmup_s=0.8,
     window_s=2,
-    scales={
-        # how much a step is shortened would take dozens of repeats: what is left is for probes
-        "cpu": {"repeats": 3, "most_s": 300.0},
-        "gpu": {
-            "flags": {
-                "max-model-len": 20480,
-                "enable-prefix-caching": True,
-                "block-size": 16,
-                "kv-cache-memory-bytes": 2**30,
-                "max-num-batched-tokens": 2048,
-            },
-            "variants.window.flags": {"kv-cache-dtype": "auto", **reaching(3072)},
-            "workloads.far.prompt_tokens.tokens": 16384,
-            "workloads.far.prefix.tokens": 16320,
-            "workloads.far.output_tokens.tokens": 128,
-            "workloads.far.loads": (Concurrent(users=16),),
-            "workloads.tight.prompt_tokens.tokens": 6144,
-            "workloads.tight.output_tokens.tokens": 256,
-            "workloads.tight.loads": (Concurrent(users=16),),
-            "requests": 256,
-            "warmup_s": 3,
-            "window_s": 6,
-            "next_knobs": (
-                'SET="variants.window.flags.hf-overrides.sliding_window=8192" slides a wider'
-                " window: which needles come back?",
-                'SET="flags.max-model-len=10240 workloads.far.prompt_tokens.tokens=8192'
-                ' workloads.far.prefix.tokens=8128" asks for needles in texts half as long',
-            ),
-        },
-        "gpu-48": {"flags.kv-cache-memory-bytes": 3584 * 2**20},
-        "gpu-80": {"flags.kv-cache-memory-bytes": 3584 * 2**20},
-        "gpu-141": {"flags.kv-cache-memory-bytes": 7 * 2**30},
-    },
-    quick={"repeats": 1, "probes": ("retrieval-quick",)},
-    limits={
-        "cpu": "What is found and what is forgotten is the model's own and carries over to the same"
-        " model anywhere; a larger model has wider margins and loses less. Bytes and admission"
-        " carry over. Speed does not: this CPU widens 8-bit keys and values in software, and"
-        " multiplies 8-bit weights with instructions of its own.",
-        "gpu": "The texts repeat their prose, of which there are 2,400 words. All requests share"
-        " the long context, so that it is prefilled once; each still reads it for itself in"
-        " decode.",
-    },
-    next_knobs=(
-        'SET="variants.window.flags.hf-overrides.sliding_window=512" slides a wider window: which'
-        " needles come back?",
-        'SET="flags.max-model-len=2560 flags.kv-cache-memory-bytes=62914560" asks for needles in'
-        " texts twice as long",
-    ),
-)  # fmt: skip
+)

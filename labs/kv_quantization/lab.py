@@ -1,31 +1,6 @@
-"""KV quantization: what does a smaller KV cache buy, and what does it cost?
-
-Every token of context keeps a key and a value in every layer: 2 x layers x KV heads x head
-dimension x bytes. Stored in 8 bits instead of 16 the same memory holds twice the tokens, so twice
-the requests run at once before the engine must *preempt*: throw a running request's cache away and
-compute it again later. Decode reads the whole context for each token, so long contexts also decode
-faster where reading is what takes the time; the 8-bit values must be widened again, which costs
-where arithmetic is dear. And what is rounded is lost: quality is measured on the same engine.
-
-`fp8` has 4 exponent and 3 mantissa bits (e4m3), `e5m2` the other way round. The `tight` pair has so
-little KV memory that preemption can be seen.
-
-What is evicted need not be lost. With `--kv-offloading-size` vLLM also keeps blocks in the host's
-memory, and copies them back when a prompt that begins alike returns. That takes the bytes of its
-keys and values over the link to the host (PCIe), where computing them again takes its FLOP: a fast
-link beats a slow prefill at any length, a slow link only at lengths at which attention, which grows
-as the square, is most of the work. A request that runs has all of its keys and values in the GPU's
-own memory, so no longer prompt fits. On a CPU both memories are the same one, and vLLM refuses.
-
-Turn: the types that get the long context (`workloads.far.only`), the memory
-(`variants.fp8-tight.flags.kv-cache-memory-bytes`), the context
-(`workloads.far.prompt_tokens.tokens`).
-"""
+"""KV quantization: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
 
 from labs.harness import theory
 from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
@@ -116,6 +91,9 @@ def copied_back(offloading: Point, recomputing: Point) -> Prediction:
 
 PLAIN = Variant(name="bf16", flags={"kv-cache-dtype": "auto"})
 FP8 = PLAIN.but("fp8", {"kv-cache-dtype": "fp8_e4m3"})
+# A GPU's: prompts in turn, more of them than the KV cache holds, and the host's memory beside it
+RECOMPUTE = PLAIN.but("recompute", {"max-model-len": 8192})
+OFFLOAD = RECOMPUTE.but("offload", {"kv-offloading-size": 8.0})
 TIGHT = {"kv-cache-memory-bytes": 12 * 2**20, "max-model-len": 512}
 
 
@@ -140,10 +118,16 @@ VARIANTS = (
     PLAIN.but("e5m2", {"kv-cache-dtype": "fp8_e5m2"}),
     PLAIN.but("bf16-tight", TIGHT),
     FP8.but("fp8-tight", TIGHT),
+    RECOMPUTE,
+    OFFLOAD,
 )
-EVIDENCE = tuple(
-    Evidence.echo(name, metrics.CACHE_CONFIG, "cache_dtype", dtype)
-    for name, dtype in DTYPES.items()
+EVIDENCE = (
+    *(
+        Evidence.echo(name, metrics.CACHE_CONFIG, "cache_dtype", dtype)
+        for name, dtype in DTYPES.items()
+    ),
+    Evidence(arm=Arm(variant=OFFLOAD.name), kind="rises", metric=metrics.KV_LOADED_BYTES),
+    Evidence(arm=Arm(variant=RECOMPUTE.name), kind="absent", metric=metrics.KV_LOADED_BYTES),
 )
 WORKLOADS = (
     near_or_far("near", 128, "bf16", "fp8", "e5m2"),
@@ -155,11 +139,19 @@ WORKLOADS = (
         only=("bf16-tight", "fp8-tight"),
         loads=tuple(Concurrent(users=n) for n in (4, 12)),
     ),
+    Workload(
+        name="returning",
+        prompt_tokens=Fixed(tokens=8000),
+        output_tokens=Fixed(tokens=8),
+        prefix=Prefix(tokens=7936, groups=6),
+        primed=True,  # so that each prompt is one that returns
+        only=(RECOMPUTE.name, OFFLOAD.name),
+        loads=(Concurrent(users=1),),
+    ),
 )
 CLAIMS = (
     Claim(
         name="capacity",
-        title="In 8 bits the same memory holds twice the tokens",
         metric="kv_capacity_tokens",
         treatment=Arm(variant="fp8", workload="near"),
         baseline=Arm(variant="bf16", workload="near"),
@@ -168,7 +160,6 @@ CLAIMS = (
     ),
     Claim(
         name="batch",
-        title="In 8 bits twice the requests run at once where memory is short",
         metric="batch",
         treatment=Arm(variant="fp8-tight", workload="growing", load="concurrent:12"),
         baseline=Arm(variant="bf16-tight", workload="growing", load="concurrent:12"),
@@ -177,7 +168,6 @@ CLAIMS = (
     ),
     Claim(
         name="near",
-        title="Over a short context 8 bits gain nothing: there is little to read",
         metric="tpot_mean_s",
         treatment=Arm(variant="fp8", workload="near"),
         baseline=Arm(variant="bf16", workload="near"),
@@ -186,99 +176,23 @@ CLAIMS = (
     ),
     Claim(
         name="far",
-        title="Over a long context 8 bits make a shorter step: half the bytes are read",
         metric="tpot_mean_s",
         treatment=Arm(variant="fp8", workload="far"),
         baseline=Arm(variant="bf16", workload="far"),
         expect="falls",
         predict=step_ratio,
     ),
+    Claim(
+        name="returning",
+        metric="ttft_mean_s",
+        treatment=Arm(variant=OFFLOAD.name, workload="returning"),
+        baseline=Arm(variant=RECOMPUTE.name, workload="returning"),
+        expect="falls",
+        predict=copied_back,
+    ),
 )
-# A GPU's: prompts in turn, more of them than the KV cache holds, and the host's memory beside it
-RECOMPUTE = PLAIN.but("recompute", {"max-model-len": 8192})
-OFFLOAD = RECOMPUTE.but("offload", {"kv-offloading-size": 8.0})
-RETURNING = Workload(
-    name="returning",
-    prompt_tokens=Fixed(tokens=8000),
-    output_tokens=Fixed(tokens=8),
-    prefix=Prefix(tokens=7936, groups=6),
-    primed=True,  # so that each prompt is one that returns
-    only=(RECOMPUTE.name, OFFLOAD.name),
-    loads=(Concurrent(users=1),),
-)
-COPIED_BACK = Claim(
-    name="returning",
-    title="A prompt that returns after it was evicted has its first token sooner where its keys and"
-    " values are copied back than where they are computed again",
-    metric="ttft_mean_s",
-    treatment=Arm(variant=OFFLOAD.name, workload="returning"),
-    baseline=Arm(variant=RECOMPUTE.name, workload="returning"),
-    expect="falls",
-    predict=copied_back,
-)
-OF_OFFLOADING = (
-    Evidence(arm=Arm(variant=OFFLOAD.name), kind="rises", metric=metrics.KV_LOADED_BYTES),
-    Evidence(arm=Arm(variant=RECOMPUTE.name), kind="absent", metric=metrics.KV_LOADED_BYTES),
-)
-
-
-def on_a_gpu() -> dict[str, Any]:
-    """Leave out e5m2, and add what only a GPU can do, to all that the lab has elsewhere.
-
-    vLLM's FlashAttention does not have e5m2, its Triton kernels take it for e4m3 without a word,
-    and FlashInfer compiles its own with a CUDA toolkit, which few machines have.
-    """
-    parts: dict[str, Sequence[Variant | Evidence | Workload | Claim]] = {
-        "variants": (*(v for v in VARIANTS if v.name != "e5m2"), RECOMPUTE, OFFLOAD),
-        "evidence": (*(e for e in EVIDENCE if e.arm.variant != "e5m2"), *OF_OFFLOADING),
-        "workloads": (*WORKLOADS, RETURNING),
-        "claims": (*CLAIMS, COPIED_BACK),
-    }
-    return {
-        **{name: [part.model_dump() for part in of] for name, of in parts.items()},
-        "workloads.near.only": ("bf16", "fp8"),
-        "probed": ("bf16", "fp8"),
-    }
-
-
-def returning(memory_bytes: int, host_gib: float) -> dict[str, Any]:
-    """Set the KV memory that returning prompts overflow, and the host's, which holds them all."""
-    pair = (RECOMPUTE.name, OFFLOAD.name)
-    return {
-        **{f"variants.{name}.flags.kv-cache-memory-bytes": memory_bytes for name in pair},
-        f"variants.{OFFLOAD.name}.flags.kv-offloading-size": host_gib,
-    }
-
-
-def knobs(tight_bytes: int, far_tokens: int) -> tuple[str, ...]:
-    return (
-        f'SET="variants.fp8-tight.flags.kv-cache-memory-bytes={tight_bytes // 2}" halves the memory'
-        " of the quantized side: it preempts where BF16 did",
-        f'SET="workloads.far.prompt_tokens.tokens={far_tokens // 2}'
-        f' workloads.far.prefix.tokens={far_tokens // 2 - 64}" halves the long context',
-    )
-
-
-SHORT_RETURNING = (
-    'SET="workloads.returning.prompt_tokens.tokens=1000 workloads.returning.prefix.tokens=960'
-    ' workloads.returning.prefix.groups=48" sends short prompts that return: is copying still'
-    " faster?"
-)
-
-
-def tight(memory_bytes: int) -> dict[str, Any]:
-    """Set the tight pair's KV memory on a GPU, where its requests are longer."""
-    sizes = {"kv-cache-memory-bytes": memory_bytes, "max-model-len": 1024}
-    pair = ("bf16-tight", "fp8-tight")
-    changes = {f"variants.{name}.flags.{flag}": n for name in pair for flag, n in sizes.items()}
-    return {**changes, "next_knobs": (*knobs(memory_bytes, 24576), SHORT_RETURNING)}
-
-
 LAB = Lab(
     name="kv-quantization",
-    title="KV quantization",
-    question="Memory is short: how many more users do 8-bit keys and values admit, and what do"
-    " they cost in speed and quality?",
     answers=("KV-1", "KV-2", "KV-6", "KV-7"),
     variants=VARIANTS,
     flags={
@@ -293,8 +207,9 @@ LAB = Lab(
     workloads=WORKLOADS,
     claims=CLAIMS,
     forecasts=(
-        Forecast(name="capacity", metric="kv_capacity_tokens",
-                 arm=Arm(workload="near"), predict=capacity),
+        Forecast(
+            name="capacity", metric="kv_capacity_tokens", arm=Arm(workload="near"), predict=capacity
+        ),
     ),
     evidence=EVIDENCE,
     probes=("quality",),
@@ -306,88 +221,4 @@ LAB = Lab(
     requests=192,
     warmup_s=0.8,
     window_s=2,
-    scales={
-        # there is time for no more, so it looks at its claims once
-        "cpu": {"repeats": 5, "curve_repeats": 3, "most_repeats": 0},
-        "gpu": {
-            "flags": {
-                "max-model-len": 32768,
-                "enable-prefix-caching": True,
-                "block-size": 16,
-                "kv-cache-memory-bytes": 12 * 2**30,
-                "max-num-batched-tokens": 2048,
-            },
-            **on_a_gpu(),
-            **tight(2 * 2**30),
-            **returning(2 * 2**30, 8.0),
-            # 16 requests' keys and values are few bytes beside a small model's weights, too
-            "workloads.near.prompt_tokens.tokens": 256,
-            "workloads.near.prefix.tokens": 192,
-            "workloads.near.loads": (Concurrent(users=16),),
-            "workloads.near.output_tokens.tokens": 128,
-            "workloads.far.prompt_tokens.tokens": 24576,
-            "workloads.far.prefix.tokens": 24512,
-            "workloads.far.loads": (Concurrent(users=16),),
-            "workloads.far.output_tokens.tokens": 128,
-            "workloads.growing.prompt_tokens.tokens": 256,
-            "workloads.growing.output_tokens.tokens": 512,
-            "workloads.growing.loads": tuple(Concurrent(users=n) for n in (32, 96, 192)),
-            "claims.batch.treatment.load": "concurrent:192",
-            "claims.batch.baseline.load": "concurrent:192",
-            "requests": 480,  # of up to 24,576 tokens, which take long to write
-            "warmup_s": 3,
-            "window_s": 6,
-        },
-        "gpu-16": {
-            "flags.kv-cache-memory-bytes": 4 * 2**30, **tight(2**30), **returning(2**30, 4.0),
-        },
-        "gpu-24": returning(2**30, 4.0),
-        "gpu-141": {**tight(6 * 2**30), **returning(4 * 2**30, 16.0)},
-        # three times the users read the bytes of a context three times as long, in engines that
-        # are shaped like other labs'
-        "gpu-quick": {
-            "without": (RECOMPUTE.name, OFFLOAD.name),
-            "flags.max-model-len": 8192,
-            "flags.max-num-batched-tokens": 8192,
-            "flags.kv-cache-memory-bytes": 4 * 2**30,
-            "variants.bf16-tight.flags.max-model-len": 8192,
-            "variants.fp8-tight.flags.max-model-len": 8192,
-            "workloads.far.prompt_tokens.tokens": 8000,
-            "workloads.far.prefix.tokens": 7936,
-            "workloads.far.loads": (Concurrent(users=48),),
-            "workloads.far.most_requests": 256,
-            "workloads.growing.output_tokens.tokens": 256,
-            "workloads.growing.loads": (Concurrent(users=192),),
-            "workloads.growing.warmup_s": 2,
-            "requests": 1536,
-            "warmup_s": 0.5,
-            "window_s": 2.5,
-            "next_knobs": (*knobs(2 * 2**30, 8000)[1:], SHORT_RETURNING),
-        },
-        "gpu-80-quick": {
-            "workloads.growing.loads": (Concurrent(users=96),),
-            "claims.batch.treatment.load": "concurrent:96",
-            "claims.batch.baseline.load": "concurrent:96",
-        },
-        "gpu-141-quick": {"flags.kv-cache-memory-bytes": 6 * 2**30},
-    },
-    quick={
-        "repeats": 1,
-        "probes": ("quality-quick",),
-    },
-    limits={
-        "cpu": "Capacity, preemption and quality are the engine's own and carry over. Speed does"
-        " not: this CPU widens 8-bit values in software, so that long contexts decode slower with"
-        " them, where a GPU reads half the bytes and gains. Offloading to the host is arithmetic"
-        " here: vLLM refuses it on a CPU.",
-        "gpu": "The long context is shared by all requests, so that it is prefilled once; each"
-        " still reads it for itself in decode. `e5m2` is left out: of vLLM's kernels for a GPU only"
-        " those that a CUDA toolkit has to compile keep it apart from e4m3. Prompts return one"
-        " after another: with many at a time copies share the link, and overlap with computing.",
-    },
-    next_knobs=(
-        'SET=\'workloads.far.only=["bf16","fp8","e5m2"]\' sends the long context to the coarser'
-        " type too",
-        *knobs(12 * 2**20, 2048),
-    ),
-)  # fmt: skip
+)

@@ -19,28 +19,10 @@ from labs.harness.filing.results import (
 )
 from labs.harness.judging.metrics import METRICS
 from labs.harness.page import ANSWERS, folder_of, page_of
-from labs.harness.spec import Lab, LabError, Point, Variant
+from labs.harness.spec import Lab, LabError, Point
 from labs.harness.telling import plots
-from labs.kv_quantization.facts import memory_steps
-from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
-from tests.unit.judged import ABOUT, context, judged, judged_run, told_of, with_facts, withheld
-
-
-def test_answers_neither_rank_nor_win_by_what_is_not_valid(tmp_path: Path) -> None:
-    prices = {p: {"tpot_mean_s": s} for p, s in (
-        ("bf16/far/concurrent-1", 0.020), ("fp8/far/concurrent-1", 0.030),
-    )}  # fmt: skip
-    lab = make_lab(
-        variants=tuple(
-            Variant(name=n, flags={"kv-cache-dtype": t, "kv-cache-memory-bytes": 32 * 640})
-            for n, t in (("bf16", "auto"), ("fp8", "fp8_e4m3"), ("bf16-tight", "auto"))
-        ),
-        workloads=(make_workload(name="far"),), claims=(), evidence=(), findings=("memory-ladder",),
-    )  # fmt: skip
-    ladder = context(tmp_path / "ladder", lab, prices)
-    assert "at worst" in (memory_steps(judged_run(ladder)) or "")
-    not_valid = memory_steps(judged_run(withheld(ladder, "fp8/far/concurrent-1"))) or ""
-    assert "at worst" not in not_valid
+from tests.unit.builders import CEILINGS, SHAPE, make_lab
+from tests.unit.judged import ABOUT, context, judged, judged_run, told_of, with_facts
 
 
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
@@ -146,23 +128,6 @@ def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: P
             for draw in plots._drawn(lab).values():
                 draw(run)
                 plt.close("all")
-
-
-def test_the_price_of_a_remedy_is_told_with_it(tmp_path: Path) -> None:
-    lab = make_lab(
-        variants=tuple(
-            Variant(name=n, flags={"kv-cache-dtype": t, "kv-cache-memory-bytes": 32 * 640})
-            for n, t in (("bf16", "auto"), ("fp8", "fp8_e4m3"), ("bf16-tight", "auto"))
-        ),
-        workloads=(make_workload(name="far"),), claims=(), evidence=(), findings=("memory-ladder",),
-    )  # fmt: skip
-    found = context(tmp_path, lab, {
-        "bf16/far/concurrent-1": {"tpot_mean_s": 0.020, "ttft_mean_s": 0.1},
-        "fp8/far/concurrent-1": {"tpot_mean_s": 0.021, "ttft_mean_s": 0.3},
-    })  # fmt: skip
-    text = memory_steps(judged_run(found))
-    assert text
-    assert "price: at worst *TTFT, mean* 3.00x (3.00 to 3.00) over a long context" in text
 
 
 def test_facts_are_computed_once_for_the_finding_and_the_answers(tmp_path: Path) -> None:

@@ -11,15 +11,7 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.context_retrieval.facts import (
-    LOSSES,
-    RETRIEVAL,
-    WAYS,
-    asked,
-    losses,
-    which_way,
-    why_it_drops,
-)
+from labs.context_retrieval.facts import Facts, facts
 from labs.context_retrieval.lab import (
     admitted,
     arithmetic,
@@ -46,8 +38,7 @@ from tests.fake.engine.kv_cache import KVCache
 from tests.fake.engine.metrics import Metrics
 from tests.fake.engine.options import parse
 from tests.unit.builders import CEILINGS, SHAPE
-from tests.unit.judged import context, judged_run
-from tests.unit.test_findings import cells
+from tests.unit.judged import context, judged_run, told_of
 
 LAB = LABS["context-retrieval"]
 SMOL = Shape(
@@ -299,68 +290,59 @@ def probed(home: Path) -> Context:
     return found
 
 
+def of_probed(home: Path) -> Facts:
+    return facts(judged_run(probed(home)))
+
+
 def test_what_is_found_stands_by_length_and_depth(tmp_path: Path) -> None:
-    finding = RETRIEVAL.finding(probed(tmp_path))
-    assert cells(finding, 1, 2, 3, 4, 5) == [
-        ["0", "250", "3 of 3 (3.0)", "3 of 3 (2.0)", "0 of 3 (-2.0) ○"],
-        ["0.25", "200", "3 of 3 (2.0)", "3 of 3 (1.0)", "0 of 3 (-2.0) ○"],
-        ["0.5", "150", "3 of 3 (0.5)", "0 of 3 (-0.5)", "3 of 3 (0.5)"],
-        ["0.75", "100", "3 of 3 (2.0)", "3 of 3 (1.0)", "3 of 3 (2.0)"],
-        ["1", "50", "3 of 3 (3.0)", "3 of 3 (2.0)", "3 of 3 (3.0)"],
-        ["", "", "**15 of 15**", "**12 of 15**", "**9 of 15**"],
-    ]
+    full, fp8, window = of_probed(tmp_path).retrieval
+    assert [(of.correct, of.asked) for of in (full, fp8, window)] == [(15, 15), (12, 15), (9, 15)]
+    assert [(at.depth, at.distance_tokens) for at in full.places] == [
+        (0, 250), (0.25, 200), (0.5, 150), (0.75, 100), (1, 50),
+    ]  # fmt: skip
+    assert [(at.correct, at.margin_nats.value) for at in fp8.places] == [
+        (3, 2), (3, 1), (0, -0.5), (3, 1), (3, 2),
+    ]  # fmt: skip
+    assert [(at.correct, at.is_reached) for at in window.places] == [
+        (0, False), (0, False), (3, True), (3, True), (3, True),
+    ]  # fmt: skip
 
 
 def test_what_is_lost_is_what_had_the_least_margin(tmp_path: Path) -> None:
-    facts = losses(probed(tmp_path))
-    assert facts
-    fp8, window = facts.variants
-    assert (fp8.correct_count, fp8.lost, fp8.gained) == (12, 3, 0)
-    assert (fp8.margin_of_lost, fp8.margin_of_kept) == (0.5, 2.5)
-    assert fp8.margin
+    found = of_probed(tmp_path).retrieval_lost
+    assert found
+    fp8, window = found.variants
+    assert (fp8.found.correct, fp8.lost, fp8.gained) == (12, 3, 0)
+    assert (fp8.margin_of_lost.value, fp8.margin_of_kept.value) == (0.5, 2.5)
     assert (fp8.margin.value, fp8.margin.low) == pytest.approx((-1, -1))
     assert fp8.difference.value == pytest.approx(-0.2)
     assert fp8.difference.low is not None
     assert fp8.difference.low < -0.2
     assert fp8.p_value == 0.25
-    assert (window.within, window.beyond) == ((9, 9), (0, 6))
+    assert (fp8.is_shown, window.is_shown) == (False, True)
+    assert window.within
+    assert window.beyond
+    assert (window.within.correct, window.within.asked) == (9, 9)
+    assert (window.beyond.correct, window.beyond.asked) == (0, 6)
+    assert not window.loses_within
     near, far = window.held
-    assert near.measured
     assert (near.measured.value, near.outcome) == (1, "open")  # of nine
-    assert far.measured
     assert (far.measured.value, far.outcome) == (0, "open")  # of six
-    said = LOSSES.finding(probed(tmp_path / "again")).lines
-    assert (
-        "the 3 needles that it lost had a mean margin of 0.50 nats at `full`, those that it kept"
-        " 2.50." in said[0]
-    )
 
 
 def test_the_four_ways_stand_side_by_side(tmp_path: Path) -> None:
-    finding = WAYS.finding(probed(tmp_path))
-    rows = {row[0]: row[1:] for row in finding.rows[1:]}
-    assert rows["all tokens in 16 bits"][:2] == ["0.0312 MiB", "1.00x"]  # of the small shape
-    assert rows["a cache in 8 bits"][1] == "0.50x"
-    window = rows["a sliding window"]
-    assert (window[1], window[2], window[3]) == (
-        "0.19x",
-        "run as `window`",
-        "2.00x (of one repeat)",
-    )
-    assert window[5] == "finds 9 of 15 needles: 9 of 9 within its reach, 0 of 6 beyond"
-    assert rows["eviction that keeps 20% by attention"][2].startswith("arithmetic: 0.2 of full")
-    assert rows["one cache for 2 layers"][3:5] == ["–", "–"]
-
-
-def test_the_answers_have_the_runs_figures(tmp_path: Path) -> None:
-    run = judged_run(probed(tmp_path))
-    why, which = why_it_drops(run), which_way(run)
-    assert why
-    assert "`kv-fp8` finds 12 of 15, -20.0 points (" in why
-    assert "The 3 needles that `kv-fp8` lost had a mean margin of 0.50 nats before, those" in why
-    assert which
-    assert "a sliding window takes 0.19 of the bytes, runs 2.00x (of one repeat) the req" in which
-    assert "By arithmetic, not run, these take so much of the bytes: " in which
+    found = of_probed(tmp_path).kv_methods
+    assert found
+    assert found.ways["full"].sequence.value == pytest.approx(0.03125)  # MiB, of the small shape
+    assert {name: of.ratio for name, of in found.ways.items()} == pytest.approx({
+        "full": 1, "fp8": 0.5, "window": 192 / 1024, "fp8 and window": 96 / 1024,
+        "evicted": 0.2, "shared": 0.5, "fp8 and shared": 0.25,
+    })  # fmt: skip
+    window = found.ways["window"]
+    assert window.at_once.value == pytest.approx(2)
+    assert window.found
+    assert (window.found.correct, window.found.asked) == (9, 15)
+    assert not found.ways["shared"].is_measured
 
 
 def test_answers_without_a_margin_are_told_without_one(tmp_path: Path) -> None:
@@ -371,10 +353,12 @@ def test_answers_without_a_margin_are_told_without_one(tmp_path: Path) -> None:
             found.folder.probe_file("retrieval", variant),
             {"needles": [n.model_dump(mode="json") for n in plain], "took_s": 1.0},
         )
-    assert asked(found)[0].correct_count == 5
-    finding = LOSSES.finding(found)
-    assert cells(finding, 4, 7, 8) == 3 * [["–", "–", "–"]]
-    assert not [line for line in finding.lines if "had a margin" in line]
+    run = judged_run(found)
+    lost = facts(run).retrieval_lost
+    assert lost
+    assert lost.found.correct == 5
+    assert not any(of.margin.known or of.margin_of_kept.known for of in lost.variants)
+    assert told_of(run).answers.keys() == {"ME-3", "KV-8"}
 
 
 def test_a_point_without_overrides_has_no_window() -> None:

@@ -10,22 +10,24 @@ from jinja2 import nodes
 
 from labs import LABS
 from labs.harness.facts.parts import own_plots
-from labs.harness.judging.quantity import Quantity
+from labs.harness.judging.quantity import CHANGE, POINTS, Quantity
 from labs.harness.page import ANSWERS, FINDINGS, PLOTS, PageError, page_of, read
-from labs.harness.telling.words import _Filling
+from labs.harness.telling.words import SHARED, _Filling
 
 PAGES = {name: page for name in LABS if (page := page_of(name))}
 NO_PROSE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}|`[^`]*`|95%", re.S)
 MEASURED = re.compile(r"\d[\d,.]*\s?(x|%|ms|s|tok/s|req/s|GB/s|TFLOP/s)(?![\w-])")
 FILLED = (ANSWERS, FINDINGS, PLOTS)
+INCLUDED = {path.name: path.read_text() for path in SHARED.glob("*.md")}
 
 
 def parts(name: str) -> dict[str, str]:
-    return {
+    own = {
         f"{section}/{part}": of.text
         for section in FILLED
         for part, of in PAGES[name][section].parts.items()
     }
+    return own | INCLUDED
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -149,3 +151,5 @@ def test_quantities_keep_their_intervals_by_plain_factors_alone() -> None:
     assert (two / missing).why == (missing + 1).why == "broken"
     assert not (two / 0).known
     assert str(missing) == "–"
+    assert str(Quantity(-0.2, POINTS, -0.348, 0.027)) == "-20 (-34.8 to +2.7) points"
+    assert str(Quantity(0.0172, CHANGE)) == "+1.7%"

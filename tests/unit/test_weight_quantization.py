@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ import numpy as np
 import pytest
 
 from labs import LABS
-from labs.harness.facts.context import JudgedRun
 from labs.harness.facts.quality import Quality, quality
 from labs.harness.filing.results import write_gzip
 from labs.harness.spec import Variant
-from labs.weight_quantization.facts import Phases, facts, outliers, phases
+from labs.weight_quantization.facts import facts, outliers, phases
 from tests.unit.builders import make_lab, make_workload
 from tests.unit.judged import answered, context, judged_run, told_of, withheld
 
@@ -24,6 +22,7 @@ LAB = LABS["weight-quantization"].at("cpu", quick=False).model_copy(update={"req
 def evaluated(home: Path, probability: float, right: int, again: bool = True) -> Quality | None:
     """The quality of `on` beside `off`, which gives every token one half and 90 right answers."""
     run = context(home, make_lab(findings=("quality",)), {})
+    assert quality(run) is None
     plain = answered(0.5, 90)
     write_gzip(run.folder.probe_file("quality", "off"), {"answers": [plain] * (1 + again)})
     treated = {"answers": [answered(probability, right)]}
@@ -41,27 +40,19 @@ def test_quality_is_gated_beside_its_false_alarms(
     found = evaluated(tmp_path, probability, right)
     assert found
     assert (found.levels.perplexity.value, found.levels.needles_found.value) == (2, 0.9)
-    assert {name: of.gate for name, of in found.compared.items()} == {
-        "off again": "pass", "on": outcome,
-    }  # fmt: skip
+    assert (found.tokens, found.needles, found.tasks) == (100, 100, 100)
+    assert [of.gate for of in found.compared.values()] == ["pass", outcome]
     treated = found.treatments["on"]
     assert treated.levels.perplexity.value == pytest.approx(1 / probability)
     assert treated.perplexity_ratio.value == pytest.approx(0.5 / probability)
     assert treated.levels.needles_found.value == right / 100
 
 
-def test_quality_asked_once_has_no_false_alarms_and_not_asked_no_figures(tmp_path: Path) -> None:
-    once = evaluated(tmp_path, 0.5, 90, again=False)
-    assert once
-    assert once.again is None
-    assert (once.tokens, once.needles, once.tasks) == (100, 100, 100)
-    assert quality(context(tmp_path / "none", make_lab(findings=("quality",)), {})) is None
-
-
 def test_needles_by_where_they_lay(tmp_path: Path) -> None:
     """90 of 100 found, then 80: five fewer at either length, all ten at the one depth."""
-    found = evaluated(tmp_path, 0.5, 80)
+    found = evaluated(tmp_path, 0.5, 80, again=False)
     assert found
+    assert found.again is None
     changes = {where: of.value for where, of in found.treatments["on"].needles_at.items()}
     assert changes == {where: pytest.approx(-0.1) for where in ("256 tokens", "512 tokens",
                                                                 "depth 0.5")}  # fmt: skip
@@ -87,9 +78,8 @@ def test_weights_by_their_bytes_and_by_the_clock(tmp_path: Path) -> None:
     assert not plain.speed_up.known
     assert half.speed_up.value == pytest.approx(1.25)
     assert (half.tokens_per_s.value, plain.tokens_per_s.value) == (50, None)
-    rate = half.prefill_tokens_per_s
-    assert rate.value == pytest.approx(2000)
-    assert rate.unit == "tok/s"
+    assert half.prefill_tokens_per_s.value == pytest.approx(2000)
+    assert half.prefill_tokens_per_s.unit == "tok/s"
     assert half.making
     assert half.making.took_s.value == 61.2
     assert plain.making is None
@@ -117,23 +107,6 @@ def test_outliers_by_what_they_cost(tmp_path: Path) -> None:
     assert outliers(context(tmp_path / "no", make_lab(), {})) is None
 
 
-def in_both(home: Path, decode_ms: Any, prefill_ms: Any, not_valid: bool = False) -> Phases | None:
-    """Half the bytes, beside 10 ms in decode and 100 ms in prefill."""
-    lab = make_lab(
-        variants=(Variant(name="bf16"), Variant(name="w8a8", weights="w8a8")), claims=(),
-        workloads=(make_workload(name="decode"), make_workload(name="prefill")), evidence=(),
-    )  # fmt: skip
-    found = context(home, lab, {
-        "bf16/decode/concurrent-1": {"tpot_mean_s": 0.010},
-        "bf16/prefill/concurrent-1": {"ttft_mean_s": 0.100},
-        "w8a8/decode/concurrent-1": {"tpot_mean_s": np.divide(decode_ms, 1000).tolist()},
-        "w8a8/prefill/concurrent-1": {"ttft_mean_s": np.divide(prefill_ms, 1000).tolist()},
-    }, halved=["w8a8"])  # fmt: skip
-    if not_valid:
-        found = withheld(found, "bf16/decode/concurrent-1", ("tpot_mean_s",))
-    return phases(found)
-
-
 @pytest.mark.parametrize(
     ("decode_ms", "prefill_ms", "explained"),
     [
@@ -148,18 +121,23 @@ def in_both(home: Path, decode_ms: Any, prefill_ms: Any, not_valid: bool = False
 def test_fewer_bytes_are_held_against_both_phases(
     decode_ms: Any, prefill_ms: Any, explained: str, tmp_path: Path
 ) -> None:
-    found = in_both(tmp_path, decode_ms, prefill_ms)
-    assert found
-    assert found.explained == explained
-    assert found.variants[0].bytes_ratio == 0.5
-    not_valid = in_both(tmp_path / "not valid", decode_ms, prefill_ms, not_valid=True)
+    """Half the bytes, beside 10 ms in decode and 100 ms in prefill."""
+    lab = make_lab(
+        variants=(Variant(name="bf16"), Variant(name="w8a8", weights="w8a8")), claims=(),
+        workloads=(make_workload(name="decode"), make_workload(name="prefill")), evidence=(),
+    )  # fmt: skip
+    run = context(tmp_path, lab, {
+        "bf16/decode/concurrent-1": {"tpot_mean_s": 0.010},
+        "bf16/prefill/concurrent-1": {"ttft_mean_s": 0.100},
+        "w8a8/decode/concurrent-1": {"tpot_mean_s": np.divide(decode_ms, 1000).tolist()},
+        "w8a8/prefill/concurrent-1": {"ttft_mean_s": np.divide(prefill_ms, 1000).tolist()},
+    }, halved=["w8a8"])  # fmt: skip
+    valid = phases(run)
+    not_valid = phases(withheld(run, "bf16/decode/concurrent-1", ("tpot_mean_s",)))
+    assert valid
     assert not_valid
+    assert (valid.explained, valid.variants[0].bytes_ratio) == (explained, 0.5)
     assert not_valid.explained == "not valid"
-
-
-def ranked(run: JudgedRun) -> Sequence[tuple[str, float | None]]:
-    (at,) = facts(run).throughput
-    return [(gain.variant, gain.ratio.value) for gain in at.gains]
 
 
 def test_weights_that_are_not_valid_are_not_ranked(tmp_path: Path) -> None:
@@ -169,9 +147,11 @@ def test_weights_that_are_not_valid_are_not_ranked(tmp_path: Path) -> None:
         f"{name}/decode/concurrent-1": {"output_tokens_per_s": rate}
         for name, rate in zip(names, (100.0, 200.0, 150.0), strict=True)
     })  # fmt: skip
-    ranking = ranked(judged_run(found))
-    assert [name for name, _ in ranking] == ["w8a8", "w4a16-awq"]
-    assert [gain for _, gain in ranking] == pytest.approx([2, 1.5])
     without = judged_run(withheld(found, "w8a8/decode/concurrent-1"))
-    assert ranked(without) == [("w4a16-awq", pytest.approx(1.5)), ("w8a8", None)]
+    (valid,), (rest,) = (facts(run).throughput for run in (judged_run(found), without))
+    assert [gain.variant for gain in valid.gains] == ["w8a8", "w4a16-awq"]
+    assert [gain.ratio.value for gain in valid.gains] == pytest.approx([2, 1.5])
+    assert [(gain.variant, gain.ratio.known) for gain in rest.gains] == [
+        ("w4a16-awq", True), ("w8a8", False),
+    ]  # fmt: skip
     assert "CO-1" in told_of(without).answers

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from labs.harness import theory
-from labs.harness.judging.text import number
+from labs.harness.judging.quantity import Quantity
 from labs.harness.spec import Point
 
 
@@ -43,31 +43,22 @@ class CopyOrCompute:
             ),
         )
 
+    @property
+    def link(self) -> Quantity:
+        return Quantity(self.link_bytes_per_s / 1e9, "GB/s")
 
-BREAK_EVEN_LENGTH = (
-    "That length is (k F / r - 2 P) / (2 L d) tokens, with k bytes a token, F FLOP/s, r bytes/s, P"
-    " parameters, and L layers of width d."
-)
+    @property
+    def prefill(self) -> Quantity:
+        return Quantity(self.flops_per_s / 1e12, "TFLOP/s")
 
+    @property
+    def pays_from_link(self) -> Quantity:
+        return Quantity(self.pays_from_bytes_per_s / 1e9, "GB/s")
 
-def break_even_sentence(facts: CopyOrCompute) -> str:
-    """Says which way is the faster, and from where on, by arithmetic."""
-    rate = number(facts.link_bytes_per_s / 1e9, "GB/s")
-    link = (
-        f"the links of {facts.links} GPUs, {rate} together"
-        if facts.links > 1
-        else (f"a GPU's link of {rate}")
-    )
-    known = "measured" if facts.link_is_measured else "PCIe 4.0 x16 by its specification"
-    when = (
-        f"from {facts.pays_from_tokens:,.0f} tokens of prefix on"
-        if facts.pays_from_tokens >= 1
-        else "at any length of the prefix"
-    )
-    return (
-        "Where evicted keys and values are kept in the host's memory (arithmetic), copying"
-        f" {facts.bytes_per_token:,.0f} bytes a token back over {link} ({known}) takes"
-        f" less time than prefilling at {number(facts.flops_per_s / 1e12, 'TFLOP/s')} {when}. A"
-        f" link of more than {number(facts.pays_from_bytes_per_s / 1e9, 'GB/s')} is the faster way"
-        " at any length, a slower one only from some length on."
-    )
+    @property
+    def has_several_links(self) -> bool:
+        return self.links > 1
+
+    @property
+    def pays_at_any_length(self) -> bool:
+        return self.pays_from_tokens < 1

@@ -128,6 +128,11 @@ def _quantity(figure: QualityFigure) -> Quantity:
     return Quantity(figure.value, unit, figure.low, figure.high)
 
 
+def figure_of(figures: Figures, name: str, where: str = "") -> QualityFigure:
+    """Return the figure of that name, over all texts or those that `where` names."""
+    return next(f for f in figures if (f.name, f.where) == (name, where))
+
+
 # ------------------------------------------------------- for labs whose words are not on a page
 
 
@@ -202,11 +207,6 @@ def tell_quality(facts: Compared) -> Finding:
     return Finding(title="Quality", rows=rows, lines=lines)
 
 
-def figure_of(figures: Figures, name: str, where: str = "") -> QualityFigure:
-    """Returns the figure of that name, over all texts or those that `where` names."""
-    return next(f for f in figures if (f.name, f.where) == (name, where))
-
-
 def with_interval(figure: QualityFigure) -> str:
     """Writes a figure with its interval; a difference of two shares in points, with its sign."""
     is_difference = figure.name.endswith("_difference")
@@ -234,38 +234,8 @@ def _level_row(figure: QualityFigure, columns: Mapping[str, Figures]) -> list[st
 
 QUALITY = Conclusion("quality", compared, tell_quality)
 
-# ------------------------------------------------------------------------------------ in answers
-
-
-def in_brief(figures: Figures) -> str:
-    """Writes a clause that compares a variant's quality with the base's."""
-    perplexity = figure_of(figures, "perplexity_ratio").value - 1
-    needles = figure_of(figures, "needle_retrieval_difference").value
-    return (
-        f"perplexity {perplexity:+.1%}, needles found {100 * needles:+.0f} points, the quality gate"
-        f" says *{gate(figures)[0]}*"
-    )
-
 
 def treatments_of(run: JudgedRun) -> Mapping[str, Figures]:
     """Maps each variant to its figures against the base's; empty without the quality probe."""
     quality = QUALITY.facts_of(run)
     return quality.treatments if quality else {}
-
-
-def quality_gate(run: JudgedRun) -> str | None:
-    """Answers ME-2: what the gate says of every variant."""
-    quality = QUALITY.facts_of(run)
-    if not quality or not quality.treatments:
-        return None
-    gates = ", ".join(f"`{name}` {gate(f)[0]}" for name, f in quality.treatments.items())
-    again = (
-        f" `{quality.base}` against itself: {gate(quality.again)[0]}; a gate without false alarms"
-        " would say pass."
-        if quality.again
-        else ""
-    )
-    return (
-        f"Compare with `{quality.base}` over the same passages and questions, in pairs, and gate by"
-        f" the interval. Here: {gates}.{again}"
-    )
