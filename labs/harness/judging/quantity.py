@@ -9,6 +9,7 @@ from labs.harness.judging.judge import Interval
 from labs.harness.judging.text import number, ratio_ends, ratio_number, with_ends
 
 RATIO, CHANGE = "x", "+%"  # 1.05x; and as a change, +5%
+POINTS = "points"  # a difference of two shares, as -12.5 (-20 to -4.2) points
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ class Quantity:
         if value is None:
             return "–"
         if self.unit == CHANGE:
-            return f"{value:+.0%}"
+            return f"{_signed(value, 1 if abs(value) < 0.0995 else 0)}%"
+        if self.unit == POINTS:
+            reach = "" if low is None or high is None else f" ({_signed(low)} to {_signed(high)})"
+            return f"{_signed(value)}{reach} points"
         if self.unit == RATIO:
             ends = Interval(value=value, low=low, high=high, n=2)
             return f"{ratio_number(value)}x" + (f" ({ratio_ends(ends)})" if low is not None else "")
@@ -109,3 +113,8 @@ class Quantity:
         if self.value is None or other.value is None:
             return self.missing(self.why or other.why, unit)
         return Quantity(operation(self.value, other.value), unit)
+
+
+def _signed(share: float, decimals: int = 1) -> str:
+    """Write a hundred times a share with its sign, and no more decimals than it needs."""
+    return f"{round(100 * share, decimals) + 0.0:+g}"
