@@ -1,38 +1,7 @@
-"""Pruning: what do zeros in the weights cost, and do they make anything faster?
-
-Most weights of a network are small, and dropping the smallest changes little. Of normally
-distributed weights the smallest tenth holds 0.05% of the energy (the sum of squares), the smaller
-half 7%, and seven tenths 22%: at first it grows with the cube of the sparsity. So pruning is
-nearly free for a while, and then it falls off a cliff, since the layers' errors add up on the way
-through the network. *Magnitude* pruning drops the smallest weights of each matrix. *Wanda* (Sun et
-al., 2023) looks at what they do: |weight| times the norm of the input that it meets, the lowest of
-each row. *2:4* leaves two of four neighbours, as a sparse tensor core wants it.
-
-A zero saves nothing by itself. Stored among the others it is read as they are, and multiplied as
-they are: the engine here has no sparse kernels (vLLM removed those for 2:4 in 2026), so the step
-takes as long as before. What a kernel could gain is arithmetic: with two bits of index for each
-kept weight, 2:4 reads 9/16 of the bytes. A *mixture of experts* gains it without such a kernel: it
-reads and multiplies whole matrices, and leaves whole matrices out.
-
-How much perplexity a sparsity costs does not follow from first principles, so none is forecast; it
-is measured at seven sparsities by both methods, without an engine, before the run, and two of the
-pruned models are served. The *knee* is defined beforehand: the sparsity after which ten points
-more first multiply perplexity by over 1.10.
-
-That the speed is the same is claimed within 15%. The question is whether the engine leaves zeros
-out: a kernel that did would take about 0.66 times as long for 2:4 with the bundled model, by its
-bytes, and one that reached half of that gain 0.81 times (its square root). A ratio within 15% of 1,
-which is 0.87 to 1.15, excludes both. To show equality within 5%, as where a setting is chosen,
-would take many more repeats with 16 in flight, and would answer no more.
-
-Turn: the sparsity (`variants.wanda-50.weights=wanda-30`: 10 to 70, or 2-4, by either method), the
-batch (`workloads.decode.loads`).
-"""
+"""Zeros in the weights: half of them, or two of each four, beside the dense model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
 from math import erf, exp, pi, sqrt
 from statistics import NormalDist
 
@@ -42,11 +11,8 @@ from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
 from serving import metrics
 
-WANDA = "Sun et al., Wanda, 2023"
-KNEE_FACTOR = 1.10
-"""Ten points of sparsity that multiply perplexity by more than this are beyond the knee."""
 SAME_SPEED = 0.15
-"""The margin of equality in speed, which tells from any gain by leaving zeros out: see above."""
+"""The margin of equality in speed, which tells from any gain by leaving zeros out: see the page."""
 
 
 def same_step(pruned: Point, dense: Point) -> Prediction:
@@ -116,18 +82,6 @@ def bytes_ratio(form: str, share: float, bits: int = 16) -> float:
     }[form]
 
 
-def knee(perplexities: Sequence[tuple[float, float]]) -> float | None:
-    """Return the sparsity after which a step first multiplies perplexity by over `KNEE_FACTOR`.
-
-    `perplexities` are (sparsity, perplexity) from the dense model on, ten points apart; None where
-    no step does.
-    """
-    for (share, before), (_, after) in pairwise(perplexities):
-        if after > KNEE_FACTOR * before:
-            return share
-    return None
-
-
 # -------------------------------------------------------------------------------------- the lab
 
 DENSE = Variant(name="dense")
@@ -135,11 +89,10 @@ SERVED = ("wanda-50", "wanda-2-4")
 VARIANTS = (DENSE, *(DENSE.but(name, weights=name) for name in SERVED))
 
 
-def claim(name: str, title: str, metric: str, variant: str, load: int) -> Claim:
+def claim(name: str, metric: str, variant: str, load: int) -> Claim:
     arm = {"workload": "decode", "load": f"concurrent:{load}"}
     return Claim(
         name=name,
-        title=title,
         metric=metric,
         treatment=Arm(variant=variant, **arm),
         baseline=Arm(variant="dense", **arm),
@@ -149,39 +102,8 @@ def claim(name: str, title: str, metric: str, variant: str, load: int) -> Claim:
     )
 
 
-def claims(many: int) -> tuple[Claim, ...]:
-    return (
-        claim("half-one",
-              "Half of the weights are zero, and a single stream's TPOT is the same",
-              "tpot_mean_s", "wanda-50", 1),
-        claim("pattern-one",
-              "Two of each four weights are zero (2:4), and a single stream's TPOT is the same",
-              "tpot_mean_s", "wanda-2-4", 1),
-        claim("half-many",
-              f"Half of the weights are zero, and throughput with {many} in flight is the same",
-              "output_tokens_per_s", "wanda-50", many),
-        claim("pattern-many",
-              f"Two of each four weights are zero (2:4), and throughput with {many} in flight is"
-              " the same",
-              "output_tokens_per_s", "wanda-2-4", many),
-    )  # fmt: skip
-
-
-def knobs(many: int, more: int) -> tuple[str, ...]:
-    """Say what to turn next, `many` being the requests in flight of the claims."""
-    return (
-        'SET="variants.wanda-50.weights=wanda-30" serves another sparsity: 10 to 70, or 2-4',
-        'SET="variants.wanda-50.weights=magnitude-50" serves what was chosen without a look at the'
-        " inputs",
-        f'SET=\'workloads.decode.loads=["concurrent:1","concurrent:{many}","concurrent:{more}"]\''
-        " looks further along the batch",
-    )
-
-
 LAB = Lab(
     name="weight-pruning",
-    title="Pruning",
-    question="How many weights can be zero before the text suffers, and is a model faster for it?",
     answers=("CO-4", "CO-5", "CO-6", "CO-8"),
     variants=VARIANTS,
     flags={
@@ -198,7 +120,12 @@ LAB = Lab(
             loads=(Concurrent(users=1), Concurrent(users=16)),
         ),
     ),
-    claims=claims(16),
+    claims=(
+        claim("half-one", "tpot_mean_s", "wanda-50", 1),
+        claim("pattern-one", "tpot_mean_s", "wanda-2-4", 1),
+        claim("half-many", "output_tokens_per_s", "wanda-50", 16),
+        claim("pattern-many", "output_tokens_per_s", "wanda-2-4", 16),
+    ),
     evidence=(Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),),
     studies=("sparsity",),
     probes=("quality",),
@@ -209,28 +136,4 @@ LAB = Lab(
     requests=384,
     warmup_s=0.5,
     window_s=2,
-    scales={
-        "cpu": {"repeats": 3},
-        "gpu": {
-            "slo.ttft_s": 0.5,
-            "flags": {"enable-prefix-caching": True},
-            "workloads.decode.prompt_tokens.tokens": 128,
-            "workloads.decode.output_tokens.tokens": 128,
-            "workloads.decode.loads": (Concurrent(users=1), Concurrent(users=128)),
-            "next_knobs": knobs(128, 256),
-            "claims": [c.model_dump() for c in claims(128)],
-            "requests": 4096,
-            "warmup_s": 2,
-            "window_s": 6,
-        },
-    },
-    quick={"repeats": 1, "probes": ("quality-quick",)},
-    limits={
-        "cpu": "What zeros cost in quality is the model's own and carries over; a larger model"
-        " loses less at the same sparsity. That a step takes as long as before holds wherever the"
-        " kernels are dense.",
-        "gpu": "A GPU draws less power where it multiplies zeros and may clock higher, so that a"
-        " large batch can be a little faster without any sparse kernel.",
-    },
-    next_knobs=knobs(16, 64),
-)  # fmt: skip
+)

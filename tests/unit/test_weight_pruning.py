@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,27 +12,16 @@ import pytest
 
 from labs import LABS
 from labs.harness.judging.judge import is_within
+from labs.harness.judging.quantity import Quantity
 from labs.harness.running import step_timing
 from labs.harness.spec import Variant
-from labs.weight_pruning.facts import (
-    EIGHT_BITS,
-    EXPERTS,
-    KERNELS,
-    SERVED,
-    SWEEP,
-    TRAINING,
-    cliff,
-    distillation,
-    qat,
-    sparse_kinds,
-)
-from labs.weight_pruning.lab import SAME_SPEED, bytes_ratio, energy_gone, energy_gone_2_4, knee
+from labs.weight_pruning.facts import EIGHT_BITS, Sparsities, effort, facts, sparsities
+from labs.weight_pruning.lab import SAME_SPEED, bytes_ratio, energy_gone, energy_gone_2_4
 from serving import gpus
 from serving.models import Model
 from serving.prune import METHODS, Method
 from tests.unit.builders import CEILINGS, SHAPE
-from tests.unit.judged import Values, context, judged, judged_run
-from tests.unit.test_findings import cells
+from tests.unit.judged import Values, context, judged, judged_run, told_of
 
 LAB = LABS["weight-pruning"].at("cpu", quick=False).model_copy(update={"requests": 64})
 ONE, MANY = "decode/concurrent-1", "decode/concurrent-16"
@@ -80,14 +69,6 @@ def test_bytes_of_a_sparse_form() -> None:
     assert bytes_ratio("dense", 0.7) == 1
 
 
-def test_the_knee_is_before_the_first_step_that_costs_more_than_a_tenth() -> None:
-    flat = [(0.0, 10.0), (0.1, 10.1), (0.2, 11.0)]
-    assert knee(flat) is None
-    assert knee([*flat, (0.3, 12.2), (0.4, 20.0)]) == 0.2
-    assert knee([(0.0, 10.0), (0.1, 11.5)]) == 0
-    assert knee([*flat, (0.3, 11.0 * 1.1)]) is None  # not over it
-
-
 def test_pruned_weights_share_the_timing_of_the_model(tmp_path: Path) -> None:
     """Two timings of the same step would differ by chance, and forecast an effect of the zeros."""
     folders = {"dense": "{}", "wanda-50": "{}", "w8a8": '{"quantization_config": {}}'}
@@ -115,20 +96,20 @@ def test_what_is_served_can_be_made_and_each_claim_has_its_pair(scale: str) -> N
 GROWTH = {10: 1.01, 20: 1.02, 30: 1.05, 40: 1.1, 50: 1.5, 60: 3.0, 70: 20.0}
 
 
-def study(methods: Sequence[str] = METHODS) -> dict[str, Any]:
-    """Perplexity e^2 dense; by magnitude as in GROWTH, by Wanda half as much lost."""
+def study(growth: Mapping[int, float] = GROWTH) -> dict[str, Any]:
+    """Perplexity e^2 dense; by magnitude as in `growth`, by Wanda half as much lost."""
 
     def nats(name: str) -> list[float]:
-        growth = 2.0 if name.endswith("2-4") else GROWTH[int(name.rpartition("-")[2])]
-        each = math.log(growth) / (2 if name.startswith("wanda") else 1)
+        grown = 2.0 if name.endswith("2-4") else growth[int(name.rpartition("-")[2])]
+        each = math.log(grown) / (2 if name.startswith("wanda") else 1)
         return [100 * (2 + 0.99 * each), 100 * (2 + 1.01 * each)]
 
     return {
         "passages_tokens": [100, 100],
-        "loss_nats": {"dense": [200.0, 200.0], **{m: nats(m) for m in methods}},
-        "solved": {"dense": [True] * 4, **{m: [True, False] * 2 for m in methods}},
+        "loss_nats": {"dense": [200.0, 200.0], **{m: nats(m) for m in METHODS}},
+        "solved": {"dense": [True] * 4, **{m: [True, False] * 2 for m in METHODS}},
         "energy_gone": {
-            "dense": 0.0, **{m: 1.1 * energy_gone(Method.parse(m).share) for m in methods}
+            "dense": 0.0, **{m: 1.1 * energy_gone(Method.parse(m).share) for m in METHODS}
         },
         "pruned_params": 800,
         "held_out_sha256": "ab" * 32,
@@ -152,88 +133,85 @@ TIMES: Mapping[str, Values] = {
 }
 
 
-def test_what_was_served_shows_its_zeros_and_equal_bytes(tmp_path: Path) -> None:
-    finding = SERVED.finding(context(tmp_path, LAB, TIMES, about=ABOUT))
-    assert cells(finding, 0, 1, 2, 3) == [
-        ["`dense`", "–", "–", "–"],
-        ["`wanda-50`", "50%", "50.00%", "7"],
-        ["`wanda-2-4`", "50%", "50.00%", "0"],
-    ]
-    assert len({row[4] for row in finding.rows[1:]}) == 1
-    assert "1.00x" in finding.rows[2][6]
-    assert finding.rows[1][6] == "–"
+def test_what_was_served_has_its_zeros_and_equal_bytes(tmp_path: Path) -> None:
+    found = facts(judged_run(context(tmp_path, LAB, TIMES, about=ABOUT))).zeros
+    assert found
+    dense, half, pattern = found.variants
+    assert [str(of.zeros) for of in found.variants] == ["–", "50%", "50%"]
+    assert [of.groups_too_full for of in found.variants] == [None, 7, 0]
+    assert dense.weights == half.weights == pattern.weights
+    assert half.slower.value == half.many.value == 1
+    assert not dense.slower.known
 
 
-def test_the_sweep_has_its_knees_and_its_forecast(tmp_path: Path) -> None:
-    found = context(tmp_path, LAB, TIMES, about=ABOUT)
-    facts = found.once(SWEEP.facts)
-    assert facts is not None
-    assert facts.dense.perplexity == pytest.approx(math.e**2)
-    assert facts.knees == {"magnitude": 0.4, "wanda": 0.4}
-    fifty = facts.at("magnitude", "50")
-    assert fifty is not None
-    assert fifty.ratio == pytest.approx(1.5)
-    assert fifty.low is not None
-    assert fifty.high is not None
-    assert fifty.low < 1.5 < fifty.high
+def studied(growth: Mapping[int, float] = GROWTH) -> Sparsities:
+    found = sparsities(study(growth))
+    assert found
+    return found
+
+
+def test_the_study_has_its_ratios_and_its_forecast() -> None:
+    at = {step.pattern: step for step in studied().steps}
+    assert at["0"].by["magnitude"].perplexity == pytest.approx(math.e**2)
+    fifty = at["50"].by["magnitude"]
+    assert fifty.ratio.value == pytest.approx(1.5)
+    assert (fifty.ratio.low or 2) < 1.5 < (fifty.ratio.high or 0)
     assert fifty.solved == 2
-    finding = SWEEP.finding(found)
-    rows = {row[0]: row for row in finding.rows}
-    assert list(rows)[1:3] == ["none", "10%"]
-    assert rows["2:4"][8] == "13.24%"
-    assert rows["50%"][7:] == ["7.85%", "7.13%"]
-    assert "Magnitude has it at 40%" in finding.lines[0]
-    assert "1.10 times as much" in finding.lines[1]
+    assert [str(at["50"].energy_normal), str(fifty.energy_gone)] == ["7.13%", "7.85%"]
+    assert str(at["2-4"].energy_normal) == "13.2%"
+    assert studied().farthest.energy_ratio.value == pytest.approx(1.1)
 
 
-def test_a_study_of_few_methods_is_told_all_the_same(tmp_path: Path) -> None:
-    about = {"sparsity": study(["wanda-50", "wanda-60"])}
-    finding = SWEEP.finding(context(tmp_path, LAB, {}, about=about))
-    assert {row[1] for row in finding.rows[2:]} == {"–"}
-    assert "not measured" in finding.lines[1]
+def test_the_knee_is_before_the_first_step_that_costs_more_than_a_tenth() -> None:
+    def at(growth: Mapping[int, float]) -> list[str | None]:
+        knees = studied({**dict.fromkeys(GROWTH, 1.0), **growth}).knees
+        return [knee.before.pattern if knee else None for knee in knees.values()]
+
+    assert at(GROWTH) == ["40", "40"]
+    assert at({}) == [None, None]
+    assert at({10: 1.15}) == ["0", None]  # by Wanda half of that is lost
+    assert at({70: 1.0999}) == [None, None]  # not over it
 
 
 def test_kernels_are_arithmetic_but_for_what_was_served(tmp_path: Path) -> None:
     """1,600 of the step's bytes are pruned matrices: 2:4 saves 7/16 of them."""
     found = context(tmp_path, LAB, TIMES, about=ABOUT)
-    facts = found.once(KERNELS.facts)
-    assert facts is not None
+    kernels = facts(judged_run(found)).kernels
+    assert kernels
     point = next(p for p in found.points if p.load.users == 1)
     read = 2000 + point.context_tokens * SHAPE.kv_bytes_per_token()
-    assert facts.step_of("2:4") == pytest.approx(1 - 1600 / read * 7 / 16)
-    assert facts.step_of(EIGHT_BITS) < facts.step_of("2:4") < 1
-    finding = KERNELS.finding(found)
-    assert [row[3].startswith("measured") for row in finding.rows[1:]] == [True, *[False] * 6]
+    steps = {name: form.step.value or 0 for name, form in kernels.forms.items()}
+    assert steps["2:4"] == pytest.approx(1 - 1600 / read * 7 / 16)
+    assert steps[EIGHT_BITS] < steps["2:4"] < steps["dense"] == 1
+    assert kernels.measured.value == 1
+    unmeasured = facts(judged_run(context(tmp_path / "b", LAB, {}, about=ABOUT))).kernels
+    assert unmeasured
+    assert not unmeasured.measured.known
 
 
 def test_a_mixture_of_experts_reads_few_for_one_token_and_most_for_many(tmp_path: Path) -> None:
-    facts = context(tmp_path, LAB, {}).once(EXPERTS.facts)
-    assert (facts.experts, facts.per_token) == (128, 8)
-    one, *_, last = facts.steps
-    assert one.experts == pytest.approx(8)
-    assert 0.05 < one.share < 0.2 < 0.99 < last.share <= 1
-    assert 0.08 < facts.active_params / facts.params < 0.13
-    assert "No mixture of experts is served" in EXPERTS.finding(context(tmp_path, LAB, {})).lines[0]
+    found = facts(judged_run(context(tmp_path, LAB, {}))).experts
+    assert (found.experts, found.per_token) == (128, 8)
+    assert found.one.needed.value == pytest.approx(8)
+    assert 0.05 < (found.one.share.value or 0) < 0.2 < 0.99 < (found.most.share.value or 0) <= 1
+    assert 0.08 < (found.active_share.value or 0) < 0.13
 
 
 def test_half_of_the_layers_is_counted_with_the_pruned_weights(tmp_path: Path) -> None:
-    facts = context(tmp_path, LAB, TIMES, about=ABOUT).once(TRAINING.facts)
-    assert facts is not None
-    assert facts.half_params == 0.6  # 800 of 1,000 parameters are halved
-    assert facts.train_flop / facts.calibrate_flop == pytest.approx(6 * 1e7 / (2 * 2048))
+    found = facts(judged_run(context(tmp_path, LAB, TIMES, about=ABOUT))).smaller
+    assert found
+    assert found.half_params.value == 0.6  # 800 of 1,000 parameters are halved
+    assert found.times_as_much.value == pytest.approx(6 * 1e7 / (2 * 2048))
+    assert found.lost.value == pytest.approx(math.sqrt(1.5))
 
 
-def test_the_answers_say_what_is_arithmetic(tmp_path: Path) -> None:
+def test_long_work_is_told_in_hours() -> None:
+    assert effort(2, 1_000_000, 1e6).takes == Quantity(2, "s")
+    assert effort(2, 3_600_000_000, 1e6).takes == Quantity(2, "h")
+
+
+def test_a_run_answers_what_it_measured(tmp_path: Path) -> None:
     judgements = [judged("half-one", 1.01), judged("pattern-one", 0.99)]
-    run = judged_run(context(tmp_path, LAB, TIMES, about=ABOUT), judgements)
-    kinds = sparse_kinds(run)
-    assert kinds is not None
-    assert "TPOT is 1.01x" in kinds
-    assert kinds.count("(arithmetic") == 2
-    for answer in (distillation, qat):
-        text = answer(run)
-        assert text is not None
-        assert text.startswith("By arithmetic: ")
-    assert "Wanda has it at 40%" in (cliff(run) or "")
-    bare = judged_run(context(tmp_path / "bare", LAB, {}))
-    assert [f(bare) for f in (sparse_kinds, distillation, qat, cliff)] == [None] * 4
+    told = told_of(judged_run(context(tmp_path, LAB, TIMES, about=ABOUT), judgements))
+    assert told.answers.keys() == {*LAB.answers}
+    assert told_of(judged_run(context(tmp_path / "bare", LAB, {}))).answers == {}

@@ -1,0 +1,79 @@
+"""Draws what zeros in the weights cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import get_args
+
+from matplotlib.axes import Axes
+
+from dashboards.palette import BLUE, BOUND, ORANGE
+from labs.harness.facts.context import JudgedRun
+from labs.harness.facts.drawing import GREY, plt, write_plainly
+from labs.harness.facts.parts import OwnPlot
+from labs.harness.facts.quality import Quality
+from labs.harness.judging.quantity import Quantity
+from labs.weight_pruning.facts import PATTERN, Facts, Selection, Sparsities
+from labs.weight_pruning.lab import energy_gone
+
+
+def cliff(run: JudgedRun, facts: Facts) -> bool:
+    """Draw perplexity over sparsity, and the energy that goes beside its forecast."""
+    if facts.sparsities is None:
+        return False
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), width_ratios=(3, 2))
+    for by, colour in zip(get_args(Selection), (BLUE, ORANGE), strict=True):
+        _draw_perplexity(left, facts.sparsities, by, colour)
+    if facts.quality:
+        _draw_served(left, run, facts.sparsities, facts.quality)
+    left.set_ylabel("perplexity / dense")
+    left.set_xlabel("zeros, %; dotted: each method's knee")
+    _draw_energy(right, facts.sparsities)
+    right.set_ylabel("energy of the weights gone, %")
+    right.set_xlabel("zeros, %")
+    for ax in (left, right):
+        ax.set_yscale("log")
+        write_plainly(ax.yaxis)
+        ax.legend(frameon=False, fontsize=8)
+    return True
+
+
+def _draw_perplexity(ax: Axes, of: Sparsities, by: Selection, colour: str) -> None:
+    zeros = [100 * drawn(step.zeros) for step in of.curve]
+    ratios = [drawn(step.by[by].ratio) for step in of.curve]
+    ax.plot(zeros, ratios, "o-", color=colour, ms=4, label=by.capitalize())
+    if pattern := of.at(PATTERN):
+        ax.plot(100 * drawn(pattern.zeros), drawn(pattern.by[by].ratio), "s", color=colour,
+                mfc="white", ms=7, label=f"{by.capitalize()}, 2:4")  # fmt: skip
+    if knee := of.knees[by]:
+        ax.axvline(100 * drawn(knee.before.zeros), color=colour, ls=":", lw=1)
+
+
+def _draw_served(ax: Axes, run: JudgedRun, of: Sparsities, quality: Quality) -> None:
+    """Draw the perplexity that the quality probe found on the engines."""
+    weights = {v.name: v.weights for v in run.lab.variants}
+    label = "on the engine"
+    for name, beside in quality.treatments.items():
+        if step := of.at(weights[name].partition("-")[2]):
+            ax.plot(100 * drawn(step.zeros), drawn(beside.perplexity_ratio), "D", color=BOUND, ms=5,
+                    zorder=4, mfc="none", label=label)  # fmt: skip
+            label = ""
+
+
+def _draw_energy(ax: Axes, of: Sparsities) -> None:
+    """Draw the energy that goes by magnitude beside its forecast."""
+    shares = [i / 100 for i in range(5, 76)]
+    ax.plot([100 * s for s in shares], [100 * energy_gone(s) for s in shares], color=GREY,
+            label="forecast: normal weights")  # fmt: skip
+    zeros = [100 * drawn(step.zeros) for step in of.curve[1:]]
+    gone = [100 * drawn(step.by["magnitude"].energy_gone) for step in of.curve[1:]]
+    ax.plot(zeros, gone, "o", color=BLUE, ms=4, label="measured, by magnitude")
+
+
+def drawn(figure: Quantity) -> float:
+    """Return the value; what is missing is not drawn."""
+    return math.nan if figure.value is None else figure.value
+
+
+PLOTS: Mapping[str, OwnPlot] = {"cliff": cliff}
