@@ -117,6 +117,12 @@ def page_of(lab: str) -> Page | None:
     return read(path.read_text(), str(path)) if path.exists() else None
 
 
+def lesson(lab: str) -> list[str]:
+    """Return the paragraphs that explain a lab's mechanism; none where it has no page here."""
+    page = page_of(lab)
+    return page.how_it_works if page else []
+
+
 @cache
 def sizes_of(lab: str) -> dict[str, dict[str, Any]]:
     """Read the sizes of each scale; none where the lab has no file of them."""

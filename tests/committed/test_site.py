@@ -20,11 +20,11 @@ from labs.harness.changes import parse_changes
 from labs.harness.facts.parts import ARITHMETIC, parts_of
 from labs.harness.filing import engine_series, results
 from labs.harness.filing.results import RunFolder, write_gzip
+from labs.harness.page import lesson
 from labs.harness.questions import QUESTIONS, TOPICS
 from labs.harness.spec import Lab
 from labs.harness.telling import chart_data, dials, glossary, replay, residuals
 from labs.harness.telling.document import Figure, parse, plain_text
-from labs.harness.telling.lesson import lesson
 from labs.harness.telling.pages import PLOTLY, STYLE, page
 from labs.harness.telling.site import (
     LIVE_PAGE,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from labs import LABS
+from labs.harness.page import lesson
 from labs.harness.telling.document import parse, plain_text
-from labs.harness.telling.lesson import lesson
 
 
 @pytest.mark.parametrize("lab", LABS)

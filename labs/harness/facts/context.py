@@ -19,7 +19,6 @@ from labs.harness.judging.judge import (
 )
 from labs.harness.judging.metrics import METRICS, Repeats
 from labs.harness.judging.quantity import RATIO, Quantity
-from labs.harness.judging.text import times_with_interval
 from labs.harness.judging.timeline import Timeline
 from labs.harness.spec import Lab, Point
 
@@ -175,11 +174,6 @@ class JudgedRun(Context):
     def claim(self, name: str) -> Quantity:
         """Returns treatment / baseline at the first pair of a claim's points that was judged."""
         return ratio_of_claim(self.summary, name)
-
-    def ratio(self, claim: str) -> str | None:
-        """Gives treatment / baseline with its interval, at the first judged pair of points."""
-        ratio = next((j.effect.ratio for j in self.judged(claim) if j.effect), None)
-        return times_with_interval(ratio) if ratio else None
 
 
 def ratio_of_claim(summary: Summary, claim: str) -> Quantity:

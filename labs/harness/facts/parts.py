@@ -7,52 +7,22 @@ lab without such a file has a report all the same: its claims, points, forecasts
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
-from typing import Any, Generic, get_type_hints
+from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from labs.harness.facts.context import Context, Facts, JudgedRun
+from labs.harness.facts.context import JudgedRun
 from labs.harness.facts.published import Part, Published, PublishedFigures
-from labs.harness.filing.results import Finding
 from labs.harness.page import ANSWERS, FINDINGS, HEADLINE, folder_of, page_of
 from labs.harness.spec import Point
 
-
-@dataclass(frozen=True)
-class Conclusion(Generic[Facts]):
-    """Concludes beyond a lab's claims: it reads facts of a run and writes a finding of them.
-
-    `facts` reads the run's files alone; `tell` makes a table and sentences of the facts alone.
-    Answers to questions read the same facts.
-    """
-
-    name: str  # as in `Lab.findings`
-    facts: Callable[[Context], Facts]
-    tell: Callable[[Facts], Finding]
-    draw: Callable[[Facts], str | None] | None = None  # its own plot, as `Draw` does of a run
-
-    def finding(self, context: Context) -> Finding:
-        return self.tell(context.once(self.facts))
-
-    def drawing(self, run: JudgedRun) -> str | None:
-        """Draws the current figure of the facts and returns its caption, as `Draw` does."""
-        return self.draw(run.once(self.facts)) if self.draw else None
-
-    def facts_of(self, run: Context) -> Facts | None:
-        """Returns the facts of a run; None where it leaves this out, as random weights may."""
-        return run.once(self.facts) if self.name in run.lab.findings else None
-
-
-Answer = Callable[[JudgedRun], str | None]
-"""Writes a sentence or two with the run's own figures; None where it lacks them."""
-Draw = Callable[[JudgedRun], str | None]
-"""Draws the current figure and returns its caption; None where there is nothing to draw."""
 OwnPlot = Callable[[JudgedRun, Any], bool]
 """Draws the current figure from a run and its lab's facts; False where there is nothing to draw."""
 
@@ -88,12 +58,8 @@ class ReportParts:
     """Lists what a lab adds to its report, each part by its name or its question's id."""
 
     facts: Callable[[JudgedRun], Any] | None = None  # beyond its claims, as one dataclass
-
-    conclusions: Sequence[Conclusion[Any]] = ()
-    answers: Mapping[str, Answer] = field(default_factory=dict)  # by the question's id
-    # by the question's id too, where not all of an answer is measured: what kind of answer it is
+    # by the question's id, where not all of an answer is measured: what kind of answer it is
     kinds: Mapping[str, str] = field(default_factory=dict)
-    plots: Mapping[str, Draw] = field(default_factory=dict)
     # of all points, those whose forecast its plots show over time beside the measured trial
     over_time: Callable[[Sequence[Point]], Sequence[Point]] = lambda _: ()
     # those whose signals are watched, in a forecast as in a trial
@@ -103,44 +69,31 @@ class ReportParts:
     published: PublishedFigures = field(default_factory=dict)
     headline: Headline | None = None
 
-    @property
-    def findings(self) -> dict[str, Conclusion[Any]]:
-        return {conclusion.name: conclusion for conclusion in self.conclusions}
-
 
 @cache
 def parts_of(lab: str) -> ReportParts:
-    """Imports the parts of the lab of that name; none where it has no file of findings."""
-    if page := page_of(lab):
-        module = _module_of(lab, "facts")
-        headline = page[HEADLINE].named
-        return ReportParts(
-            **{name: getattr(module, name) for name in FROM_FACTS if hasattr(module, name)},
-            kinds={id: part.title for id, part in page[ANSWERS].parts.items() if part.title},
-            published=_published(lab),
-            headline=Headline(
-                headline["claim"],
-                headline["done"],
-                headline["figure"],
-                headline.get("front page") != "no",
-            )
-            if headline
-            else None,
-        )
-    folder = folder_of(lab)
-    if not (folder / "facts.py").exists():
+    """Imports the parts of the lab of that name; none where it has no page here."""
+    if (page := page_of(lab)) is None:
         return ReportParts()
-    name = f"labs.{folder.name}.facts"
-    parts = importlib.import_module(name).PARTS
-    if not isinstance(parts, ReportParts):
-        raise TypeError(f"{name}.PARTS is no ReportParts")
-    return parts
+    module = _module_of(lab, "facts")
+    return ReportParts(
+        **{name: getattr(module, name) for name in FROM_FACTS if hasattr(module, name)},
+        kinds={id: part.title for id, part in page[ANSWERS].parts.items() if part.title},
+        published=_published(lab),
+        headline=_headline(page[HEADLINE].named),
+    )
+
+
+def _headline(said: Mapping[str, str]) -> Headline | None:
+    if not said:
+        return None
+    return Headline(said["claim"], said["done"], said["figure"], said.get("front page") != "no")
 
 
 def findings_of(lab: str) -> Collection[str]:
     """Returns the names of the findings that a lab may have."""
     page = page_of(lab)
-    return page[FINDINGS].parts.keys() if page else parts_of(lab).findings.keys()
+    return page[FINDINGS].parts.keys() if page else ()
 
 
 def _module_of(lab: str, name: str) -> ModuleType | None:
@@ -166,19 +119,17 @@ def own_plots(lab: str) -> Mapping[str, OwnPlot]:
 
 def plain(lab: str, facts: Any) -> dict[str, Any]:
     """Returns the facts of a lab as plain JSON, as a summary keeps them."""
-    return (
-        _adapter(lab).dump_python(facts, mode="json", exclude_defaults=True)
-        if facts is not None
-        else {}
-    )
+    kept: dict[str, Any] = _adapter(lab).dump_python(facts, mode="json", exclude_defaults=True)
+    return kept
 
 
 def kept(lab: str, of_summary: Mapping[str, Any]) -> Any:
-    """Returns the facts that a summary keeps as the lab's dataclass; None where it keeps none.
+    """Returns the facts that a summary keeps as the lab's dataclass.
 
-    Raises ValueError where they are those of another version of the lab.
+    None where it keeps none, or those of another version of the lab.
     """
-    return _adapter(lab).validate_python(of_summary) if of_summary else None
+    with contextlib.suppress(ValidationError):
+        return _adapter(lab).validate_python(of_summary) if of_summary else None
 
 
 @cache
@@ -186,13 +137,6 @@ def _adapter(lab: str) -> TypeAdapter[Any]:
     compute = parts_of(lab).facts
     of: Any = get_type_hints(compute)["return"] if compute else None
     return TypeAdapter(of)
-
-
-def answers(run: JudgedRun) -> dict[str, str]:
-    """Returns, by question id, the answers that this run can give, of a lab without a page."""
-    functions = parts_of(run.lab.name).answers
-    texts = {id: functions[id](run) for id in run.lab.answers if id in functions}
-    return {id: text for id, text in texts.items() if text}
 
 
 def published_of(lab: str, part: Part, name: str) -> Sequence[Published]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.parts import Conclusion
-from labs.harness.filing.results import Finding
+from labs.harness.facts.context import Context
 from labs.harness.judging.evaluation import Evaluation
-from labs.harness.judging.quality import SOURCES, GateResult, QualityFigure, compare, gate
+from labs.harness.judging.quality import GateResult, QualityFigure, compare, gate
 from labs.harness.judging.quantity import POINTS, RATIO, Quantity
 
 Figures = list[QualityFigure]
@@ -131,111 +128,3 @@ def _quantity(figure: QualityFigure) -> Quantity:
 def figure_of(figures: Figures, name: str, where: str = "") -> QualityFigure:
     """Return the figure of that name, over all texts or those that `where` names."""
     return next(f for f in figures if (f.name, f.where) == (name, where))
-
-
-# ------------------------------------------------------- for labs whose words are not on a page
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Compares each evaluated variant with the first, the base, and the base with itself."""
-
-    base: str
-    treatments: Mapping[str, Figures]  # none where the probe did not run
-    again: Figures | None  # the base asked twice: the gate's own false alarms
-
-
-def compared(context: Context) -> Compared:
-    base, *treatments = (v.name for v in context.lab.variants)
-    first = probe_evaluations(context, base)
-    figures = {
-        name: compare(first[0], answers[0])
-        for name in treatments
-        if first and (answers := probe_evaluations(context, name))
-    }
-    again = compare(first[0], first[1]) if len(first) > 1 else None
-    return Compared(base, figures, again)
-
-
-def tell_quality(facts: Compared) -> Finding:
-    """Shows every variant against the first, with the quality gate and its false alarms."""
-    if not facts.treatments:
-        return Finding(title="Quality", lines=["The probe did not run."])
-    columns = {
-        **({f"{facts.base} again": facts.again} if facts.again else {}), **facts.treatments
-    }  # fmt: skip
-    first = next(iter(facts.treatments.values()))
-    rows = [["Figure", f"`{facts.base}`", *(f"`{name}`" for name in columns)]]
-    for figure in (f for f in first if f.where in ("", "baseline")):
-        if figure.where == "baseline":
-            rows.append(_level_row(figure, columns))
-        else:
-            unit = "" if figure.unit == "1" else f", {figure.unit}"
-            rows.append([_words(figure.name) + unit, "", *(
-                with_interval(figure_of(figures, figure.name)) for figures in columns.values()
-            )])  # fmt: skip
-    rows.append(["**gate**", "", *(f"**{gate(f)[0]}**" for f in columns.values())])
-    lines = [
-        f"`{name}`: {gate(figures)[0]}; "
-        + ", ".join(f"{_words(v.figure.name)} {v.result}" for v in gate(figures)[1])
-        + "."
-        for name, figures in columns.items()
-    ]
-    n = {f.name: f.n for f in first if f.where == ""}
-    lines.append(
-        f"Evaluated on the served engine: {n['perplexity_ratio']:,} tokens of held-out text scored,"
-        f" {n['needle_retrieval_difference']} needles and {n['task_accuracy_difference']} tasks."
-        " Sources: "
-        + ", ".join(
-            f"{_words(name)} ({source.replace(';', ',')})"
-            for name, source in SOURCES.items()
-            if name != "perplexity_ratio"
-        )
-        + "."
-    )
-    lines.append(
-        "The gate passes if the whole interval keeps the margin (perplexity at most 2% higher,"
-        " needles and tasks at most 5 points lower), fails if the whole interval breaks it, and is"
-        " undecided in between. Intervals are 95% intervals over passages or questions, paired."
-        + (
-            f" `{facts.base} again` is the same engine, evaluated a second time: it shows the"
-            " gate's false alarms."
-            if facts.again
-            else ""
-        )
-    )
-    return Finding(title="Quality", rows=rows, lines=lines)
-
-
-def with_interval(figure: QualityFigure) -> str:
-    """Writes a figure with its interval; a difference of two shares in points, with its sign."""
-    is_difference = figure.name.endswith("_difference")
-
-    def text(value: float) -> str:
-        return f"{100 * value:+z.1f}" if is_difference else f"{value:.3g}"
-
-    value = text(figure.value) + " points" * is_difference
-    if figure.low is None or figure.high is None:
-        return value
-    return f"{value} ({text(figure.low)} to {text(figure.high)})"
-
-
-def _words(name: str) -> str:
-    """Writes a figure's name as a reader would."""
-    names = {"top1_agreement": "top-1 agreement", "kl_divergence": "KL divergence"}
-    return names.get(name, name.replace("_", " "))
-
-
-def _level_row(figure: QualityFigure, columns: Mapping[str, Figures]) -> list[str]:
-    treated = [figure_of(figures, figure.name, "treatment") for figures in columns.values()]
-    cells = [f"{f.value:.3g}" for f in treated]
-    return [_words(figure.name), f"{figure.value:.3g}", *cells]
-
-
-QUALITY = Conclusion("quality", compared, tell_quality)
-
-
-def treatments_of(run: JudgedRun) -> Mapping[str, Figures]:
-    """Maps each variant to its figures against the base's; empty without the quality probe."""
-    quality = QUALITY.facts_of(run)
-    return quality.treatments if quality else {}

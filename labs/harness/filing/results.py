@@ -486,18 +486,6 @@ class Agreement(BaseModel, frozen=True, extra="forbid"):
     engine: int | None
 
 
-class Finding(BaseModel, frozen=True, extra="forbid"):
-    """A conclusion of a lab beyond its claims: a table and sentences.
-
-    `passed` is None for a finding that cannot fail.
-    """
-
-    title: str
-    rows: list[list[str]] = []  # the first is the header
-    lines: list[str] = []
-    passed: bool | None = None
-
-
 class Summary(BaseModel, frozen=True, extra="forbid"):
     """Everything that a report says, computed from the trials."""
 
@@ -505,7 +493,6 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     pooled: dict[str, dict[str, float]]  # point -> percentile over the samples of all repeats
     judgements: list[Judgement]
     forecasts: list[ForecastResult]
-    findings: list[Finding] = []
     in_virtual_time: list[ForecastAtPoint] = []
     # point -> mean and peak share of the KV cache, each the mean over repeats, if it was forecast
     kv_use: Annotated[dict[str, KvUse], Field(exclude_if=lambda use: not use)] = {}
@@ -514,7 +501,6 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     influences: Annotated[
         dict[str, dict[int, dict[str, dict[int, float]]]], Field(exclude_if=lambda of: not of)
     ] = {}
-    answers: dict[str, str] = {}  # id of a question -> this run's answer to it
     # what the lab computes beyond its claims, as plain JSON of its dataclass; its page says it
     facts: Annotated[dict[str, Any], Field(exclude_if=lambda facts: not facts)] = {}
     machine_speed: MachineSpeed | None = None  # by the reference steps; None in older runs
@@ -522,6 +508,14 @@ class Summary(BaseModel, frozen=True, extra="forbid"):
     failed: dict[str, str]
     missing: int  # trials that were never played
     measured_again: dict[str, list[str]] = {}  # trial -> why, for each attempt that was discarded
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_words(cls, fields: Any) -> Any:
+        """Pass over the words that earlier files have: a lab's page has them now."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: of for name, of in fields.items() if name not in ("findings", "answers")}
 
     def figure(self, point: str, metric: str) -> Interval | None:
         """Return a point's figure as the table of metrics wants it shown, or None without data."""

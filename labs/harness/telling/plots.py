@@ -28,7 +28,7 @@ from labs.harness.facts.drawing import (
     plt,
     reach,
 )
-from labs.harness.facts.parts import OwnPlot, kept, own_plots, parts_of
+from labs.harness.facts.parts import OwnPlot, kept, own_plots
 from labs.harness.facts.sweep import concurrency_sweep
 from labs.harness.filing.results import RunFolder, Summary
 from labs.harness.judging.judge import Interval, borne_out_between
@@ -63,19 +63,14 @@ def draw(
 
 def _drawn(lab: Lab) -> dict[str, Draw]:
     """Return what is drawn for a lab, by name: effects, its plots, and findings that draw."""
-    known, conclusions = plots_of(lab.name), parts_of(lab.name).findings
-    drawing = (c for name in lab.findings if (c := conclusions.get(name)) and c.draw)
-    return {
-        **{name: known[name] for name in ("effects", *lab.plots)},
-        **{conclusion.name: conclusion.drawing for conclusion in drawing},
-        **{name: known[name] for name in lab.findings if name in known},
-    }
+    known = plots_of(lab.name)
+    findings = [name for name in lab.findings if name in known]
+    return {name: known[name] for name in ("effects", *lab.plots, *findings)}
 
 
 def plots_of(lab: str) -> Mapping[str, Draw]:
     """Return the plots that a lab may name, by name."""
-    own = {name: _captioned(name, plot) for name, plot in own_plots(lab).items()}
-    return {**FOR_ANY_LAB, **parts_of(lab).plots, **own}
+    return FOR_ANY_LAB | {name: _captioned(name, plot) for name, plot in own_plots(lab).items()}
 
 
 def _captioned(name: str, plot: OwnPlot) -> Draw:
@@ -83,7 +78,7 @@ def _captioned(name: str, plot: OwnPlot) -> Draw:
 
     def drawing(run: JudgedRun) -> Inline | None:
         is_drawn = plot(run, kept(run.lab.name, run.summary.facts))
-        return told(run.run, run.lab, run.summary).captions[name] if is_drawn else None
+        return told(run.run, run.lab, run.summary).captions.get(name) if is_drawn else None
 
     return drawing
 

@@ -43,6 +43,7 @@ from labs.harness.judging.text import (
     verdict_text,
 )
 from labs.harness.judging.validity import OVER_LONG_PROMPTS, TOKEN_TIMES
+from labs.harness.page import lesson
 from labs.harness.questions import QUESTIONS
 from labs.harness.spec import Lab, Point, Prediction
 from labs.harness.telling import markdown, method, tables
@@ -66,7 +67,6 @@ from labs.harness.telling.document import (
     without_empty_columns,
 )
 from labs.harness.telling.forecasts import on_two_engines
-from labs.harness.telling.lesson import lesson
 from labs.harness.telling.residuals import median_distance
 from labs.harness.telling.words import Told, ToldFinding, told
 from serving import whole
@@ -246,12 +246,13 @@ def notes(run: Run, summary: Summary) -> list[Inline]:
 def answer(facts: Facts) -> Section:
     """Answer each question of the lab in plain words."""
     told = facts.told
-    missing = "This run lacks valid figures that would answer it: see *Validity*."
-    if facts.lab.absent:
-        missing = f"This run does not answer it. Left out: {'; '.join(facts.lab.left_out)}."
+    left_out = f"This run does not answer it. Left out: {'; '.join(facts.lab.left_out)}."
     blocks: list[Block] = []
     for id in facts.lab.answers if not facts.lab.aa else ():  # its twin answers nothing
-        first, *rest = told.answers.get(id) or (Paragraph(parse(missing)),)
+        why = f" ({told.unanswered[id]})" if told.unanswered.get(id) else ""
+        lacks = f"This run lacks valid figures that would answer it{why}: see *Validity*."
+        missing = Paragraph(parse(left_out if facts.lab.absent else lacks))
+        first, *rest = told.answers.get(id) or (missing,)
         content = first.content if isinstance(first, Paragraph) else ""
         item: Inline = (Strong(QUESTIONS[id]), f" ({id}) ", content)
         if blocks and isinstance(last := blocks[-1], Bullets):

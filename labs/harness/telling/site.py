@@ -42,6 +42,7 @@ from labs.harness.judging.text import (
     ratio_number,
     ratio_text,
 )
+from labs.harness.page import lesson
 from labs.harness.questions import QUESTIONS, TOPICS
 from labs.harness.spec import Claim, Lab
 from labs.harness.telling import (
@@ -56,7 +57,6 @@ from labs.harness.telling import (
     roofline,
 )
 from labs.harness.telling.document import Inline, parse
-from labs.harness.telling.lesson import lesson
 from labs.harness.telling.pages import (
     LESSONS,
     PLOTLY,

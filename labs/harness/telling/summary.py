@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.parts import answers, parts_of, plain
+from labs.harness.facts.parts import parts_of, plain
 from labs.harness.filing import engine_series
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.checks import contradictions, problems
@@ -29,7 +29,6 @@ from labs.harness.judging.machine_speed import MachineSpeed, machine_speed
 from labs.harness.judging.measure import influences
 from labs.harness.judging.metrics import METRICS, measure, pooled_latencies, pooled_percentiles
 from labs.harness.judging.validity import (
-    SERVER_BUSY,
     Expected,
     caveats_of,
     confounded,
@@ -150,8 +149,6 @@ def computed(folder: RunFolder) -> Summary:
         for t, b in lab.pairs(claim, points)
     ]
     context = Context(folder, run, lab, points, values, caveats, measured.influences)
-    parts = parts_of(lab.name)
-    told_here = () if parts.facts else lab.findings  # the page tells those of a lab that has one
     summary = Summary(
         measurements=values,
         pooled={key: pooled_percentiles(of_point) for key, of_point in measured.samples_s.items()},
@@ -176,7 +173,6 @@ def computed(folder: RunFolder) -> Summary:
         in_virtual_time=_beside_forecasts(predictions, values),
         kv_use=_kv_use(folder, lab, points, predictions),
         influences=measured.influences,
-        findings=[parts.findings[name].finding(context) for name in told_here],
         caveats=[*caveats, *(caveat for *_, own in pairs for caveat in own)],
         failed=measured.failed,
         machine_speed=measured.machine_speed,
@@ -187,27 +183,10 @@ def computed(folder: RunFolder) -> Summary:
             for r in range(1, lab.repeats_of(p) + 1)
         ),
     )
-    judged_run = JudgedRun.of(context, summary)
-    if parts.facts:
-        facts = plain(lab.name, parts.facts(judged_run))
-        return summary.model_copy(update={"facts": facts})
-    if not run.aa:  # where an engine meets its twin there is nothing to answer
-        limited = _limited_by_server(run, caveats, points)
-        told = {id: text + limited for id, text in answers(judged_run).items()}
-        summary = summary.model_copy(update={"answers": told})
+    if compute := parts_of(lab.name).facts:
+        facts = plain(lab.name, compute(JudgedRun.of(context, summary)))
+        summary = summary.model_copy(update={"facts": facts})
     return summary
-
-
-def _limited_by_server(run: Run, caveats: Sequence[Caveat], points: Sequence[Point]) -> str:
-    """Say behind an answer from a GPU at how many points its figures may be the API server's."""
-    busy = {caveat.point for caveat in caveats if caveat.name == SERVER_BUSY}
-    if run.machine.kind != "gpu" or not busy:
-        return ""
-    return (
-        f" But at {len(busy)} of {len(points)} points vLLM's API server was at its limit: what is"
-        " said of these may be its limit and not the engine's (*Validity* in the report names"
-        " them)."
-    )
 
 
 def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expected) -> _Measured:

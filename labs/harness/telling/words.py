@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from labs.harness.facts.context import ratio_of_claim
-from labs.harness.facts.parts import kept
+from labs.harness.facts.parts import kept, parts_of
 from labs.harness.filing.results import Run, RunFolder, Summary
 from labs.harness.judging.quantity import Quantity
 from labs.harness.judging.text import number, point_label
@@ -37,6 +37,7 @@ _EMPTY_FOLD = re.compile(r"<details>\s*<summary>[^\n]*</summary>\s*</details>")
 SHARED = LABS / "harness" / "facts"  # what the pages of several labs include
 FOLD = "<details>"
 NOTHING = "Nothing was measured for this."
+OLD = "its summary is from before the lab had these facts: `make report RUN=..` computes them"
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def told_by(folder: RunFolder) -> Told:
 
 def told(run: Run, lab: Lab, summary: Summary) -> Told:
     """Tell a run from its summary."""
-    if not (page := page_of(lab.name)):
-        return _without_page(lab, summary)
-    facts = kept(lab.name, summary.facts)
+    page, facts = page_of(lab.name), kept(lab.name, summary.facts)
+    if page is None or (facts is None and parts_of(lab.name).facts):
+        return Told({}, dict.fromkeys(lab.answers, OLD), [], {})
     fill = _Filling(page, _known(run, lab, summary, facts))
     limited = _limited_by_server(run, summary)
     answers, unanswered = dict[str, tuple[Block, ...]](), dict[str, str]()
@@ -92,6 +93,7 @@ def told(run: Run, lab: Lab, summary: Summary) -> Told:
             getattr(getattr(facts, name.replace("-", "_"), None), "passed", None),
         )
         for name in lab.findings
+        if name in page[FINDINGS].parts
     ]
     captions = {name: parse(" ".join(fill(PLOTS, name)[0].split())) for name in page[PLOTS].parts}
     return Told(answers, unanswered, findings, captions)
@@ -193,28 +195,3 @@ def _limited_by_server(run: Run, summary: Summary) -> tuple[Block, ...]:
         " report names them)."
     )
     return (Paragraph(parse(text)),)
-
-
-def _without_page(lab: Lab, summary: Summary) -> Told:
-    """Tell what a lab without a page wrote into its summary."""
-    return Told(
-        {id: (Paragraph(parse(text)),) for id, text in summary.answers.items()},
-        {},
-        [
-            ToldFinding(
-                name,
-                of.title,
-                tuple(
-                    block
-                    for block in (
-                        document.table_of([[parse(cell) for cell in row] for row in of.rows]),
-                        document.bullets(map(parse, of.lines)),
-                    )
-                    if document.holds_anything(block)
-                ),
-                of.passed,
-            )
-            for name, of in zip(lab.findings, summary.findings, strict=True)
-        ],
-        {},
-    )
