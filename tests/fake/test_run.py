@@ -343,11 +343,6 @@ def test_static_batches_lose_on_an_engine_whose_step_knows_no_batch(finish: Fini
 # ------------------------------------------------------------------- what the engine's record says
 
 
-def _rows(finished: Finished, title: str) -> dict[str, list[str]]:
-    (finding,) = (f for f in finished.folder.summary().findings if f.title == title)
-    return {row[0]: row[1:] for row in finding.rows[1:]}
-
-
 def test_acceptance_is_the_chance_the_engine_was_given(finish: Finish) -> None:
     """A draft of five is accepted at 0.6, 0.6^2, ...; a hundred drafts and more tell that well."""
     found = kept("speculative-decoding", finish("speculative-decoding").folder.summary().facts)

@@ -1,8 +1,8 @@
 """A lab is one folder and one line, an engine one file and one line: so they are added here.
 
 Nothing else is touched, and the command line's checks, the reports, the README's course, the
-Makefile's help and the tests take them. What a lab tells beyond its claims is one more file of its
-folder.
+Makefile's help and the tests take them. What a lab computes beyond its claims is one more file of
+its folder.
 """
 
 from __future__ import annotations
@@ -23,11 +23,7 @@ LEFT_OUT = ("node_modules", "golden", "weights", "committed", "*.test.js", "lock
 """What no part of the check reads."""
 LAST_LAB, LAST_ENGINE = '        _lab("quantization_tools"),\n', '        _engine("llama_cpp"),\n'
 LAB = '''
-"""NAME: does a cached prefix spare counting?
-
-Whoever has counted the beads of a row once need not count them again. So a prompt that begins like
-an earlier one is counted from where it differs.
-"""
+"""NAME: what is asked of it."""
 
 from labs.harness.spec import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
 from loadtests.arrivals import Concurrent
@@ -43,8 +39,6 @@ def twice(treatment: Point, baseline: Point) -> Prediction:
 
 LAB = Lab(
     name="NAME",
-    title="TITLE",
-    question="Does a cached prefix spare counting?",
     answers=("SO-4",),
     variants=(OFF, OFF.but("on", {"enable-prefix-caching": True})),
     flags={"max-model-len": 128},
@@ -59,7 +53,6 @@ LAB = Lab(
     claims=(
         Claim(
             name="faster",
-            title="On is faster",
             metric="output_tokens_per_s",
             treatment=Arm(variant="on"),
             baseline=Arm(variant="off"),
@@ -77,21 +70,61 @@ LAB = Lab(
     requests=8,
     warmup_s=1,
     window_s=4,
-    scales={"cpu": {"flags.enforce-eager": True}},
-    limits={"cpu": "Beads of wood.", "gpu": "Beads of glass."},
-    next_knobs=("SET=window_s=8 counts longer",),
 )
 '''
-PARTS = '''
+PAGE = """# TITLE
+
+Does a cached prefix spare counting?
+
+## How it works
+
+Whoever has counted the beads of a row once need not count them again. So a prompt that begins like
+an earlier one is counted from where it differs.
+
+## Answers
+
+### SO-4
+
+ANSWER
+
+## Claims
+
+- `faster`: On is faster
+
+## What a machine can and cannot show
+
+### On a CPU
+
+Beads of wood.
+
+### On a GPU
+
+Beads of glass.
+
+## What to turn next
+
+- SET=window_s=8 counts longer
+"""
+SIZES = '[cpu]\n"flags.enforce-eager" = true\n'
+FINDING = """
+## Findings
+
+### beads: How many beads?
+
+There are {{ beads.counted }}.
+
+## Plots
+
+### rods
+
+The rods.
+"""
+FACTS = '''
 """What the beads tell."""
 
 from dataclasses import dataclass
 
-from labs.harness.filing.results import Finding
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.drawing import plt
-from labs.harness.facts.parts import Conclusion, ReportParts
-from labs.harness.facts.published import Published
+from labs.harness.facts.context import JudgedRun
 
 
 @dataclass(frozen=True)
@@ -99,34 +132,34 @@ class Beads:
     counted: int
 
 
-def count(context: Context) -> Beads:
-    return Beads(counted=len(context.points))
+@dataclass(frozen=True)
+class Facts:
+    beads: Beads
 
 
-def tell(facts: Beads) -> Finding:
-    return Finding(title="How many beads?", lines=[f"There are {facts.counted}."])
-
-
-BEADS = Conclusion("beads", count, tell)
-
-
-def answer(run: JudgedRun) -> str | None:
-    beads, ratio = BEADS.facts_of(run), run.ratio("faster")
-    return f"With {beads.counted} beads: {ratio}." if beads and ratio else None
-
-
-def draw_rods(run: JudgedRun) -> str | None:
-    plt.plot([1, 2], [1, 2])
-    return "The rods."
-
-
-PARTS = ReportParts(
-    conclusions=(BEADS,),
-    answers={"SO-4": answer},
-    plots={"rods": draw_rods},
-    published={"claims": {"faster": (Published(figure="9x", source="Al-Khwarizmi, 820"),)}},
-)
+def facts(run: JudgedRun) -> Facts:
+    return Facts(Beads(counted=len(run.points)))
 '''
+PLOTS = '''
+"""Draws the rods."""
+
+from labs.abacus_rods.facts import Facts
+from labs.harness.facts.context import JudgedRun
+from labs.harness.facts.drawing import plt
+
+
+def rods(run: JudgedRun, facts: Facts) -> bool:
+    plt.plot([1, 2], [1, 2])
+    return True
+
+
+PLOTS = {"rods": rods}
+'''
+PUBLISHED = """
+[[claims.faster]]
+figure = "9x"
+source = "Al-Khwarizmi, 820"
+"""
 ENGINE = '''
 """The abacus: it counts what it has answered, and nothing else."""
 
@@ -186,7 +219,7 @@ require_harmless(lab)
 print(ENGINES[counting.engine].title, lab.flags_of(counting), prometheus.config())
 print("next:", flush=True)
 
-tests = ("lab", "answers", "published", "imports", "lesson", "models", "gpu_sizes")
+tests = ("lab", "lab_pages", "answers", "published", "imports", "lesson", "models", "gpu_sizes")
 files = [f"tests/unit/test_{name}.py" for name in tests]
 options = ["-p", "no:cacheprovider", "--no-header"]
 chosen = "abacus or test_imports_go_one_way or test_rooms_import_those_below_them"
@@ -197,21 +230,25 @@ sys.exit(failed or pytest.main([*options, "--collect-only", *sys.argv[1:]]))
 TIERS = ("tests/cpu/test_labs.py", "tests/fake/test_run.py", "tests/gpu/test_labs.py")
 
 
-def lab(name: str, findings: str = "()", plots: str = '("variants",)') -> str:
-    """The file of a lab of that name."""
+def folder(name: str, findings: str = "()", plots: str = '("variants",)') -> dict[str, str]:
+    """The files of a lab of that name."""
     title = name.replace("-", " ").capitalize()
-    parts = {"NAME": name, "TITLE": title, "FINDINGS": findings, "PLOTS": plots}
-    return re.sub("|".join(parts), lambda found: parts[found[0]], LAB)
+    answer = "Speed is {{ claim('lost') }}."
+    if findings != "()":
+        answer = "With {{ beads.counted }} beads: {{ claim('faster') }}."
+    parts = {"NAME": name, "TITLE": title, "FINDINGS": findings, "PLOTS": plots, "ANSWER": answer}
+    files = {"lab.py": LAB, "page.md": PAGE, "sizes.toml": SIZES}
+    return {
+        file: re.sub("|".join(parts), lambda found: parts[found[0]], text)
+        for file, text in files.items()
+    }
 
 
-def add(home: Path, file: str, text: str, after: str) -> None:
-    """One file, or the first one of a folder, and one line."""
-    module = home / file
-    module.parent.mkdir(exist_ok=True)
-    module.write_text(text)
+def add(home: Path, name: str, after: str) -> None:
+    """The one line."""
     listing = home / "__init__.py"
     assert listing.read_text().count(after) == 1
-    line = re.sub('".*"', f'"{Path(file).parts[0].removesuffix(".py")}"', after)
+    line = re.sub('".*"', f'"{name}"', after)
     listing.write_text(listing.read_text().replace(after, after + line))
 
 
@@ -224,11 +261,16 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
         else:
             shutil.copy(ROOT / name, home / name)
-    add(home / "labs", "abacus_beads/lab.py", lab("abacus-beads"), LAST_LAB)
-    rods = lab("abacus-rods", '("beads",)', '("variants", "rods")')
-    add(home / "labs", "abacus_rods/lab.py", rods, LAST_LAB)
-    (home / "labs" / "abacus_rods" / "facts.py").write_text(PARTS)
-    add(home / "serving" / "engines", "abacus.py", ENGINE, LAST_ENGINE)
+    rods = folder("abacus-rods", '("beads",)', '("variants", "rods")')
+    rods |= {"facts.py": FACTS, "plots.py": PLOTS, "published.toml": PUBLISHED}
+    rods["page.md"] += FINDING
+    for name, files in (("abacus_beads", folder("abacus-beads")), ("abacus_rods", rods)):
+        (home / "labs" / name).mkdir()
+        for file, text in files.items():
+            (home / "labs" / name / file).write_text(text)
+        add(home / "labs", name, LAST_LAB)
+    (home / "serving" / "engines" / "abacus.py").write_text(ENGINE)
+    add(home / "serving" / "engines", "abacus", LAST_ENGINE)
     return home
 
 
@@ -255,7 +297,10 @@ def not_passed(tests: str, *names: str) -> list[str]:
 def test_a_lab_is_one_folder_and_one_line(house: Path, told: list[str]) -> None:
     report, _, course, _, tests, collected = told
     assert "# Abacus beads on Abacus" in report
-    assert "(SO-4) This run lacks valid figures that would answer it: see *Validity*." in report
+    assert (
+        "(SO-4) This run lacks valid figures that would answer it (this run has no points for it)"
+        in report
+    )
     assert "| On is faster (Output throughput: on, 1 user / off, 1 user) | 2.9" in report
     assert "drawn: effects.svg variants.svg" in report
     link = "[`abacus-beads`](labs/abacus_beads)"
@@ -266,7 +311,7 @@ def test_a_lab_is_one_folder_and_one_line(house: Path, told: list[str]) -> None:
         "test_lab.py::test_every_claim_has_a_pair_and_a_prediction[abacus-beads]",
         "test_lab.py::test_what_to_turn_next_can_be_turned[abacus-beads]",
         "test_lab.py::test_a_quick_run_on_a_gpu_has_repeats_enough_for_an_interval[abacus-beads]",
-        "test_answers.py::test_every_question_of_a_lab_has_an_answer_and_no_other[abacus-beads]",
+        "test_lab_pages.py::test_every_part_of_a_lab_has_its_words[abacus-beads]",
         "test_lesson.py::test_every_lab_has_a_lesson_of_whole_sentences[abacus-beads]",
         "test_imports.py::test_a_lab_file_speaks_the_lab_vocabulary_only[abacus-beads]",
         "test_gpu_sizes.py::test_an_objective_on_a_gpu_is_no_cpus_and_can_be_met[abacus-beads]",
@@ -280,12 +325,12 @@ def test_a_lab_is_one_folder_and_one_line(house: Path, told: list[str]) -> None:
 def test_what_it_tells_beyond_that_is_one_more_file(told: list[str]) -> None:
     _, report, _, _, tests, _ = told
     assert "(SO-4) With 4 beads: 2.9" in report
-    assert "## How many beads?\n\n- There are 4." in report
+    assert "## How many beads?\n\nThere are 4." in report
     assert "drawn: effects.svg rods.svg variants.svg" in report
     assert "- On is faster: 9x (Al-Khwarizmi, 820)" in report
     missing = not_passed(
         tests,
-        "test_answers.py::test_every_question_of_a_lab_has_an_answer_and_no_other[abacus-rods]",
+        "test_lab_pages.py::test_every_part_of_a_lab_has_its_words[abacus-rods]",
         "test_answers.py::test_findings_answers_and_plots_bear_what_is_left_out[abacus-rods]",
         "test_published.py::test_each_entry_is_about_a_part_of_a_lab[abacus-rods]",
         "test_imports.py::test_rooms_import_those_below_them",

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from labs import LABS
-from labs.harness.facts.context import Context
 from labs.harness.facts.drawing import plt
-from labs.harness.facts.parts import Conclusion, answers, parts_of
-from labs.harness.filing.results import (
-    Finding,
-)
 from labs.harness.judging.metrics import METRICS
-from labs.harness.page import ANSWERS, folder_of, page_of
 from labs.harness.spec import Lab, LabError, Point
 from labs.harness.telling import plots
 from tests.unit.builders import CEILINGS, SHAPE, make_lab
@@ -26,24 +19,11 @@ from tests.unit.judged import ABOUT, context, judged, judged_run, told_of, with_
 
 
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
-def test_every_question_of_a_lab_has_an_answer_and_no_other(lab: Lab) -> None:
-    """A lab without a file of facts leaves all of them unanswered."""
-    if page := page_of(lab.name):
-        assert page[ANSWERS].parts.keys() == set(lab.answers)
-        return
-    tells = (folder_of(lab.name) / "facts.py").exists()
-    assert parts_of(lab.name).answers.keys() == (set(lab.answers) if tells else set())
-
-
-@pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 def test_a_run_of_which_nothing_came_invents_nothing(lab: Lab, tmp_path: Path) -> None:
     """What a cache holds is arithmetic all the same, and says so."""
     lab = lab.model_copy(update={"requests": 64})
     run = judged_run(context(tmp_path, lab, {}, about=ABOUT))
-    if page_of(lab.name):
-        given = {id: str(blocks) for id, blocks in told_of(run).answers.items()}
-    else:
-        given = answers(run)
+    given = {id: str(blocks) for id, blocks in told_of(run).answers.items()}
     assert given.keys() <= {"KV-2", "KV-3", "KV-7"}
     assert not [text for text in given.values() if "easured" in text]
 
@@ -107,20 +87,15 @@ def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: P
     A quick run on a GPU does without parts of it from the beginning. What has the same parts in
     another size is drawn once: a plot's axes take longer than all that is computed for them.
     """
-    parts, drawn = parts_of(name), list[Any]()
+    drawn = list[Any]()
     left = ((size, *part) for size in sizes_that_differ(name) for part in left_of(name, size))
     for i, (size, lab, points) in enumerate(left):
         values = {
             p.key: {metric: 0.5 + j / 100 for metric in METRICS} for j, p in enumerate(points)
         }
         run = judged_run(context(tmp_path / str(i), lab, values, about=ABOUT))
-        if page_of(name):
-            run = with_facts(run)
-            assert len(told_of(run).findings) == len(lab.findings)
-        else:
-            for finding in lab.findings:
-                assert parts.findings[finding].finding(run).title, (size, *values)
-            answers(run)
+        run = with_facts(run)
+        assert len(told_of(run).findings) == len(lab.findings), (size, *values)
         kinds = [(p.variant.name, p.workload.name, p.load.kind) for p in points]
         shown = [v.name for v in lab.variants], kinds, [*plots._drawn(lab)]
         if shown not in drawn:
@@ -128,22 +103,6 @@ def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: P
             for draw in plots._drawn(lab).values():
                 draw(run)
                 plt.close("all")
-
-
-def test_facts_are_computed_once_for_the_finding_and_the_answers(tmp_path: Path) -> None:
-    calls = []
-
-    def facts(run: Context) -> str:
-        calls.append(run)
-        return "the facts"
-
-    count = Conclusion("count", facts, lambda said: Finding(title=said))
-    run = context(tmp_path, make_lab(findings=("count",)), {})
-    assert count.finding(run).title == "the facts"
-    assert count.facts_of(judged_run(run)) == "the facts"
-    assert len(calls) == 1
-    left_out = replace(run, lab=make_lab())
-    assert count.facts_of(judged_run(left_out)) is None
 
 
 def test_no_name_of_a_claim_lies_over_the_next(tmp_path: Path) -> None:

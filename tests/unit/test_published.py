@@ -10,7 +10,8 @@ from labs import LABS
 from labs.harness.facts import parts
 from labs.harness.facts.parts import ReportParts, parts_of
 from labs.harness.facts.published import Published
-from labs.harness.filing.results import Finding, write_json
+from labs.harness.filing.results import write_json
+from labs.harness.page import read
 from labs.harness.telling import report
 from tests.unit.builders import write_run
 
@@ -37,16 +38,16 @@ def test_a_report_shows_theirs_beside_ours(tmp_path: Path, monkeypatch: pytest.M
         published={"claims": {"faster": [THEIRS]}, "findings": {"quality": [THEIRS]}}
     )
     monkeypatch.setattr(parts, "parts_of", lambda lab: theirs)
-    run, summary = folder.run(), folder.summary()
+    page = read("# Tiny\n\nWhat?\n\n## Findings\n\n### quality: Quality\n\nIt is good.\n")
+    monkeypatch.setattr("labs.harness.telling.words.page_of", lambda lab: page)
+    run = folder.run()
     write_json(
         folder.path / "run.json",
         run.model_copy(update={"lab": {**run.lab, "findings": ["quality"]}}),
     )
-    found = summary.model_copy(update={"findings": [Finding(title="Quality")]})
-    write_json(folder.path / "summary.json", found)
     text = report.write(folder).read_text()
     rows = [line for line in text.splitlines() if line.startswith("| On is faster (")]
     assert all("| 2.00x | refuted | 9x | " in row for row in rows)
     assert len(rows) == 2
     assert "- On is faster: 9x, an abacus of oak (Al-Khwarizmi, 820)" in text
-    assert "## Quality\n\n- published by others: 9x, an" in text
+    assert "## Quality\n\nIt is good.\n\n- published by others: 9x, an" in text

@@ -42,12 +42,14 @@ from labs.harness.judging.text import (
     with_ends,
 )
 from labs.harness.judging.validity import SERVER_BUSY
+from labs.harness.page import read
 from labs.harness.spec import Prediction
 from labs.harness.telling import markdown, method, plots, report, tables
 from labs.harness.telling.document import (
     Bullets,
     Emphasis,
     Notes,
+    Paragraph,
     Section,
     Strong,
     bullets,
@@ -55,6 +57,7 @@ from labs.harness.telling.document import (
     section,
 )
 from labs.harness.telling.summary import summarise
+from labs.harness.telling.words import told_by
 from loadtests.arrivals import Waves
 from tests.unit.builders import PREDICTION, make_claim, make_lab, write_run
 
@@ -218,7 +221,9 @@ def test_a_margin_of_a_claims_own_stands_beside_it(tmp_path: Path) -> None:
     assert "on, 2 users / off, 2 users; equal within 10%)" in text
 
 
-def test_report_begins_with_the_questions_and_what_the_run_says_to_them(folder: RunFolder) -> None:
+def test_report_begins_with_the_questions_and_what_the_run_says_to_them(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     facts = report.Facts.of(folder)
     unknown = markdown.fragment([report.answer(facts)])
     assert unknown.endswith(
@@ -229,8 +234,9 @@ def test_report_begins_with_the_questions_and_what_the_run_says_to_them(folder: 
     assert markdown.fragment([report.answer(cannot)]).endswith(
         "(SO-4) This run does not answer it. Left out: on: vLLM has no kernel for it here."
     )
-    answers = {"SO-4": "Where much is *shared*."}
-    known = replace(facts, summary=facts.summary.model_copy(update={"answers": answers}))
+    page = read("# Tiny\n\nWhere?\n\n## Answers\n\n### SO-4\n\nWhere much is *shared*.\n")
+    monkeypatch.setattr("labs.harness.telling.words.page_of", lambda lab: page)
+    known = replace(facts, residency=None)
     assert report.answer(known) == section(
         "The answer",
         Bullets(
@@ -441,21 +447,23 @@ def test_a_report_shows_how_busy_the_api_server_was_where_that_was_recorded(
 def test_every_answer_from_a_gpu_says_where_the_api_server_was_at_its_limit(
     folder: RunFolder, kind: Any, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("labs.harness.telling.summary.answers", lambda run: {"SO-4": "Often."})
+    page = read("# Tiny\n\nHow often?\n\n## Answers\n\n### SO-4\n\nOften.\n")
+    monkeypatch.setattr("labs.harness.telling.words.page_of", lambda lab: page)
     run = folder.run()
     machine = run.machine.model_copy(update={"kind": kind})
     asked = run.environment.model_copy(update={"compute_mode": None})  # which says that it was
     ours = run.model_copy(update={"machine": machine, "environment": asked})
     write_json(folder.path / "run.json", ours)
-    assert summarise(folder).answers == {"SO-4": "Often."}
+    summarise(folder)
+    assert told_by(folder).answers == {"SO-4": (Paragraph("Often."),)}
     for point in run.points()[1:]:
         result = folder.trial_result(point, 1)
         assert result
         busy = result.model_copy(update={"server_core_share": 0.97})
         write_json(folder.trial_folder(point, 1) / "trial.json", busy)
     summary = summarise(folder)
-    limited = " But at 3 of 4 points vLLM's API server was at its limit: "
-    assert (limited in summary.answers["SO-4"]) is told
+    limited = "But at 3 of 4 points vLLM's API server was at its limit: "
+    assert (limited in str(told_by(folder).answers["SO-4"])) is told
     assert [c.blocks for c in summary.caveats if c.name == SERVER_BUSY] == [False] * 3
     assert [j.outcome for j in summary.judgements] == ["helps"] * 2  # it withholds no verdict
 

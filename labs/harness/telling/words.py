@@ -74,7 +74,9 @@ def told_by(folder: RunFolder) -> Told:
 def told(run: Run, lab: Lab, summary: Summary) -> Told:
     """Tell a run from its summary."""
     page, facts = page_of(lab.name), kept(lab.name, summary.facts)
-    if page is None or (facts is None and parts_of(lab.name).facts):
+    if page is None:
+        return Told({}, {}, [], {})
+    if facts is None and parts_of(lab.name).facts:
         return Told({}, dict.fromkeys(lab.answers, OLD), [], {})
     fill = _Filling(page, _known(run, lab, summary, facts))
     limited = _limited_by_server(run, summary)
