@@ -584,7 +584,7 @@ QUESTIONS_OF_READERS = {
     ),
     "What did continuous batching gain, as measured?": (
         ["Questions", "What does continuous batching gain over static batching?"],
-        ["filling free places at once gave", "the throughput of fixed batches"],
+        ["place at once gave", "the throughput where lengths vary"],
     ),
     "Does a model of 70 B parameters fit one H100?": (
         ["Plan"],

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from dashboards.palette import BOUND, VARIANTS
@@ -415,7 +416,7 @@ def _split(knob: str) -> tuple[str, str]:
 class RunAnswer:
     """An answer to a question from one run."""
 
-    text: Inline
+    body: Markup
     lesson: Lesson
     entry: Entry
 
@@ -590,7 +591,9 @@ class Course:
     def answers(self, id: str, of: Lesson) -> list[RunAnswer]:
         """Give the answers of a lesson's runs to a question, each from its own run."""
         return [
-            RunAnswer(text, of, e) for e in of.entries if (text := e.told.in_brief(id)) is not None
+            RunAnswer(html.fragment(blocks, html.embedded(Path())), of, e)
+            for e in of.entries
+            if (blocks := e.told.answers.get(id))
         ]
 
     def topics(self) -> list[tuple[str, list[Asked]]]:

@@ -9,6 +9,7 @@ none, and says why.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -60,9 +61,10 @@ class Told:
     captions: Mapping[str, Inline]  # of the lab's own plots
 
     def in_brief(self, id: str) -> Inline | None:
-        """An answer's first paragraph; None where the run does not answer the question."""
-        first = next(iter(self.answers.get(id, ())), None)
-        return first.content if isinstance(first, Paragraph) else None
+        """What stands before an answer's fold; None where the run does not answer the question."""
+        told = itertools.takewhile(lambda b: isinstance(b, Paragraph), self.answers.get(id, ()))
+        paragraphs = [block.content for block in told if isinstance(block, Paragraph)]
+        return document.joined(paragraphs, " ") if paragraphs else None
 
 
 def told_by(folder: RunFolder) -> Told:
