@@ -101,7 +101,7 @@ def test_a_stale_page_is_named_until_it_is_written(
     assert list(leaderboards.stale()) == every
     assert leaderboards.write() == every
     assert leaderboards.stale() == {}
-    assert "| 1 | [`tiny`](labs/tiny.py) |" in readme.read_text()
+    assert "| 1 | [`tiny`](labs/tiny) |" in readme.read_text()
     assert "- [Turning it on](" in readme.read_text()
     told = "report.md): 2.97 times the throughput (2.84 to 3.10; predicted 2.00: refuted)"
     assert told in readme.read_text()

@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.parts import parts_of, plain
 from labs.harness.filing.results import RunFolder, Summary, TrialResult, snapshot_json, write_json
 from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletion
 from labs.harness.judging.judge import Caveat, Effect, Interval, Judgement
+from labs.harness.page import read
 from labs.harness.spec import Lab
 from labs.harness.telling.words import Told, told
 from loadtests import records
@@ -114,3 +117,9 @@ def answered(probability: float, right: int) -> dict[str, Any]:
     tasks = tuple(r.model_copy(update={"length_tokens": None, "depth": None}) for r in replies)
     found = Evaluation(model="m", passages=(passage,) * 2, needles=replies, tasks=tasks, took_s=1)
     return found.model_dump(mode="json")
+
+
+def page_says(monkeypatch: pytest.MonkeyPatch, parts: str) -> None:
+    """Every lab has a page with these parts, such as `## Answers` and `### SO-4` with its text."""
+    page = read(f"# Tiny\n\nWhat?\n\n{parts}")
+    monkeypatch.setattr("labs.harness.telling.words.page_of", lambda lab: page)

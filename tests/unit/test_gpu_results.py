@@ -21,6 +21,7 @@ from labs.harness.telling.site import Course, Entry
 from labs.harness.telling.summary import summarise
 from serving.machine import Machine
 from tests.unit.builders import MACHINE, _changed, make_lab, write_run
+from tests.unit.judged import page_says
 
 GPU = Machine(kind="gpu", model="NVIDIA Soroban 80GB", count=1, memory_bytes=80 * 2**30)
 TOLD = GPU.describe()
@@ -41,7 +42,8 @@ def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     forecasts = PointForecasts(points=dict.fromkeys(keys, bands))
     before = folder.predictions().model_copy(update={"in_virtual_time": forecasts})
     write_json(folder.path / "predictions.json", before)
-    told = {"caveats": [], "answers": {"SO-4": "Often."}}
+    page_says(monkeypatch, "## Answers\n\n### SO-4\n\nOften.\n")
+    told = {"caveats": []}
     write_json(folder.path / "summary.json", summarise(folder).model_copy(update=told))
     return folder
 

@@ -11,9 +11,9 @@ from labs.harness.facts import parts
 from labs.harness.facts.parts import ReportParts, parts_of
 from labs.harness.facts.published import Published
 from labs.harness.filing.results import write_json
-from labs.harness.page import read
 from labs.harness.telling import report
 from tests.unit.builders import write_run
+from tests.unit.judged import page_says
 
 THEIRS = Published(figure="9x", setting="an abacus of oak", source="Al-Khwarizmi, 820")
 
@@ -38,8 +38,7 @@ def test_a_report_shows_theirs_beside_ours(tmp_path: Path, monkeypatch: pytest.M
         published={"claims": {"faster": [THEIRS]}, "findings": {"quality": [THEIRS]}}
     )
     monkeypatch.setattr(parts, "parts_of", lambda lab: theirs)
-    page = read("# Tiny\n\nWhat?\n\n## Findings\n\n### quality: Quality\n\nIt is good.\n")
-    monkeypatch.setattr("labs.harness.telling.words.page_of", lambda lab: page)
+    page_says(monkeypatch, "## Findings\n\n### quality: Quality\n\nIt is good.\n")
     run = folder.run()
     write_json(
         folder.path / "run.json",

@@ -42,7 +42,6 @@ from labs.harness.judging.text import (
     with_ends,
 )
 from labs.harness.judging.validity import SERVER_BUSY
-from labs.harness.page import read
 from labs.harness.spec import Prediction
 from labs.harness.telling import markdown, method, plots, report, tables
 from labs.harness.telling.document import (
@@ -60,6 +59,7 @@ from labs.harness.telling.summary import summarise
 from labs.harness.telling.words import told_by
 from loadtests.arrivals import Waves
 from tests.unit.builders import PREDICTION, make_claim, make_lab, write_run
+from tests.unit.judged import page_says
 
 
 @pytest.fixture
@@ -234,8 +234,7 @@ def test_report_begins_with_the_questions_and_what_the_run_says_to_them(
     assert markdown.fragment([report.answer(cannot)]).endswith(
         "(SO-4) This run does not answer it. Left out: on: vLLM has no kernel for it here."
     )
-    page = read("# Tiny\n\nWhere?\n\n## Answers\n\n### SO-4\n\nWhere much is *shared*.\n")
-    monkeypatch.setattr("labs.harness.telling.words.page_of", lambda lab: page)
+    page_says(monkeypatch, "## Answers\n\n### SO-4\n\nWhere much is *shared*.\n")
     known = replace(facts, residency=None)
     assert report.answer(known) == section(
         "The answer",
@@ -447,8 +446,7 @@ def test_a_report_shows_how_busy_the_api_server_was_where_that_was_recorded(
 def test_every_answer_from_a_gpu_says_where_the_api_server_was_at_its_limit(
     folder: RunFolder, kind: Any, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = read("# Tiny\n\nHow often?\n\n## Answers\n\n### SO-4\n\nOften.\n")
-    monkeypatch.setattr("labs.harness.telling.words.page_of", lambda lab: page)
+    page_says(monkeypatch, "## Answers\n\n### SO-4\n\nOften.\n")
     run = folder.run()
     machine = run.machine.model_copy(update={"kind": kind})
     asked = run.environment.model_copy(update={"compute_mode": None})  # which says that it was
