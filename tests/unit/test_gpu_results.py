@@ -43,8 +43,7 @@ def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     before = folder.predictions().model_copy(update={"in_virtual_time": forecasts})
     write_json(folder.path / "predictions.json", before)
     page_says(monkeypatch, "## Answers\n\n### SO-4\n\nOften.\n")
-    told = {"caveats": []}
-    write_json(folder.path / "summary.json", summarise(folder).model_copy(update=told))
+    write_json(folder.path / "summary.json", summarise(folder).model_copy(update={"caveats": []}))
     return folder
 
 
