@@ -166,14 +166,14 @@ def test_a_compiler_needs_pythons_headers(
     monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("serving.machine.shutil.which", lambda name: None)
     missing, mend = machine.compiler(kind)
-    assert (missing, mend.split(":")[0]) == (
-        "missing", f"install {first}, or name a compiler in {variable}"
-    )  # fmt: skip
+    assert missing == "missing"
+    assert f"install {first}," in mend
+    assert variable in mend
     monkeypatch.setattr("serving.machine.shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr("serving.machine.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     found, mend = machine.compiler(kind)
-    assert found == f"/usr/bin/{first}, without Python's headers"
-    assert f"install python3.{sys.version_info[1]}-dev: " in mend
+    assert found.startswith(f"/usr/bin/{first}, without")
+    assert f"python3.{sys.version_info[1]}-dev" in mend
     assert str(tmp_path / "Python.h") in mend
     (tmp_path / "Python.h").touch()
     assert machine.compiler(kind) == (f"/usr/bin/{first}", "")
@@ -190,8 +190,7 @@ def test_an_x86_cpu_without_instructions_for_bf16_is_known() -> None:
     ):
         named = plain.model_copy(update={"cpu_flags": flags})
         assert named.lacks_bf16 == lacks
-        without = " without BF16" * lacks
-        assert named.describe() == f"Abacus{without}, 2 logical CPUs, 16 GiB"
+        assert ("without BF16" in named.describe()) == lacks
 
 
 def test_cpus_of_one_name_are_told_apart_by_the_caches_of_a_core() -> None:
@@ -201,7 +200,8 @@ def test_cpus_of_one_name_are_told_apart_by_the_caches_of_a_core() -> None:
         kind="cpu", model="Abacus", count=2, memory_bytes=2**34, caches_bytes=caches,
         cpu_flags=("avx2", "avx512f", "avx512_bf16"),
     )  # fmt: skip
-    assert one.describe() == "Abacus (L1 32 + 32 KiB), 2 logical CPUs, 16 GiB"
+    assert one.name == "Abacus (L1 32 + 32 KiB)"
+    assert one.describe().startswith(f"{one.name}, 2 ")
 
     def other(**changed: int) -> Machine:
         return one.model_copy(update={"caches_bytes": caches | changed})
@@ -216,7 +216,7 @@ def test_cpus_of_one_name_are_told_apart_by_the_caches_of_a_core() -> None:
 
 def test_a_gpus_folder_is_named_by_model_count_and_memory_alone() -> None:
     assert H100.slug == "nvidia-h100-80gb-hbm3-1gpu-c673c6"
-    assert H100.name == "NVIDIA H100 80GB HBM3"
+    assert H100.name == H100.model
 
 
 def test_without_instructions_for_bf16_the_rate_is_that_of_float32() -> None:
