@@ -82,7 +82,7 @@ def with_template(template: str, folder: Path) -> CountTokens:
 def test_a_template_that_writes_without_end_is_refused(times: str, tmp_path: Path) -> None:
     """The second would take 3 GB of memory."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(ValueError, match="chat template adds more than"):
+    with pytest.raises(ValueError, match="chat template"):
         Writer(with_template(f"{{{{ 'x' * ({times}) }}}}", tmp_path / "endless"))
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
@@ -112,12 +112,12 @@ def test_a_template_that_refuses_any_message_is_an_error() -> None:
 
 def test_too_short_names_the_least() -> None:
     # 5 of the template, 1 of the system message, and 1 to say something
-    with pytest.raises(ValueError, match="prompt_tokens=6 is below the 7 tokens"):
+    with pytest.raises(ValueError, match=r"prompt_tokens=6 .* 7 tokens"):
         Writer(words).chat(6, random.Random(0))
 
 
 def test_length_that_no_text_has_is_refused() -> None:
-    with pytest.raises(ValueError, match="no text of exactly 41 tokens"):
+    with pytest.raises(ValueError, match="41 tokens"):
         Writer(evens).chat(41, random.Random(0))
 
 
@@ -181,7 +181,7 @@ def test_history_comes_first_and_counts() -> None:
     found = writer.chat(40, rng, history=before)
     assert found[:-1] == before
     assert words(found) == 40
-    with pytest.raises(ValueError, match="below the 23 tokens that the chat template and earlier"):
+    with pytest.raises(ValueError, match="below the 23 tokens"):
         writer.chat(22, rng, history=before)
 
 
