@@ -270,6 +270,33 @@ def test_the_engines_of_trials_that_are_played_together_are_all_awake(tmp_path: 
     assert trials.awake == [["off", "on"], ["off", "on"]]
 
 
+def silent(*_: object) -> None:
+    pass
+
+
+def engine_with(**own: Any) -> Any:
+    """An engine that does whatever it is asked, and says nothing."""
+    calls = dict.fromkeys(("reset_prefix_cache", "snapshot", "died", "stop"), silent)
+    facts = {"url": "", "name": "", "pid": None, "request_fields": {}, "model_names": {}}
+    rest = {"served": dict, "api_servers": list, "computing": list, "closes_connections": False}
+    return SimpleNamespace(**{**calls, **facts, **rest, **own})
+
+
+def play_with(
+    trials: Trials,
+    engine_of: Callable[[Variant], Any],
+    play: Callable[..., Any],
+    begin: Callable[..., None] = silent,
+) -> None:
+    """Give the trials these engines, and a load generator that plays so."""
+    vars(trials).update(
+        _engines=SimpleNamespace(serving=engine_of, started=2, share_cpu=False),
+        _load=SimpleNamespace(play=play),
+        _telemetry=SimpleNamespace(begin=begin, write=silent, foreign_processes=silent),
+        _progress=SimpleNamespace(waiting=silent),
+    )
+
+
 @pytest.mark.parametrize(
     ("together", "suspends", "pids", "rest_s"),
     [(2, True, (7, 8), REST_S), (1, True, (), 0.0), (2, False, (), 0.0)],
@@ -279,10 +306,7 @@ def test_between_turns_the_load_generator_suspends_what_computes(
 ) -> None:
     folder = write_run(tmp_path)
     trials = Script(folder, [])
-    engine: Any = SimpleNamespace(
-        computing=lambda: [7, 8], url="", request_fields={}, model_names={},
-        closes_connections=False,
-    )  # fmt: skip
+    engine = engine_with(computing=lambda: [7, 8])
     vars(trials)["_engines"] = SimpleNamespace(share_cpu=suspends)
     planned = trials._trial_plan(folder.run().points()[-1], 1, engine, together)
     assert (planned.pids, planned.rest_s) == (pids, rest_s)
@@ -336,17 +360,7 @@ def test_records_that_cannot_be_read_back_fail_the_trial(tmp_path: Path) -> None
         path.write_bytes(gzip.compress(b"no record"))
         return [make_summary()]
 
-    engine = SimpleNamespace(
-        reset_prefix_cache=lambda: None, snapshot=lambda: None, url="", pid=None,
-        request_fields={}, model_names={}, closes_connections=False, api_servers=list,
-    )  # fmt: skip
-    silent = lambda *_: None  # noqa: E731
-    stand_ins: Any = {
-        "_engines": SimpleNamespace(serving=lambda _: engine, started=2),
-        "_load": SimpleNamespace(play=play),
-        "_telemetry": SimpleNamespace(begin=silent, write=silent, foreign_processes=silent),
-    }
-    vars(trials).update(stand_ins)
+    play_with(trials, lambda _: engine_with(), play)
     with pytest.raises(GeneratorError, match="line 1"):
         Trials._play(trials, [point], 1, "a trial", time.monotonic())
 
@@ -364,11 +378,11 @@ def test_an_engine_that_cannot_be_made_ready_costs_its_own_trial_and_is_ended(
             if variant.name == "on":
                 raise requests.ReadTimeout("read timed out")
 
-        return SimpleNamespace(
-            reset_prefix_cache=reset_prefix_cache, stop=lambda: ended.append(variant.name),
-            name=variant.name, snapshot=lambda: None, url="", request_fields={}, model_names={},
-            closes_connections=False, computing=list,
-        )  # fmt: skip
+        return engine_with(
+            reset_prefix_cache=reset_prefix_cache,
+            stop=lambda: ended.append(variant.name),
+            name=variant.name,
+        )
 
     def send(sending: Sequence[Sending], name: str) -> Any:
         sent.extend(each.point.variant.name for each in sending)
@@ -424,27 +438,12 @@ def test_a_call_of_one_engine_that_fails_costs_its_own_trial_alone(
             records.write(each.records, found)
         return [make_summary() for _ in asked.all_plans]
 
-    silent = lambda *_: None  # noqa: E731
-    calls: dict[str, Any] = {
-        "reset_prefix_cache": silent, "snapshot": silent, "died": silent, "served": dict
-    }  # fmt: skip
-    facts: dict[str, Any] = {
-        "url": "", "pid": None, "request_fields": {}, "model_names": {}, "api_servers": list,
-        "closes_connections": False, "computing": list, "name": "", "stop": silent,
-    }  # fmt: skip
     engines = {
-        refused.variant.name: SimpleNamespace(**facts, **{**calls, call: fail}),
-        whole.variant.name: SimpleNamespace(**facts, **calls),
+        refused.variant.name: engine_with(**{call: fail}),
+        whole.variant.name: engine_with(),
     }
     counted = SimpleNamespace(info={}, values={}, histograms={})
-    stand_ins: Any = {
-        "_engines": SimpleNamespace(
-            serving=lambda variant: engines[variant.name], started=2, share_cpu=False
-        ),
-        "_load": SimpleNamespace(play=play),
-        "_telemetry": SimpleNamespace(begin=silent, write=silent, foreign_processes=silent),
-    }
-    vars(trials).update(stand_ins)
+    play_with(trials, lambda variant: engines[variant.name], play)
     monkeypatch.setattr("labs.harness.running.trials.counted_since", lambda *_: counted)
     monkeypatch.setattr("labs.harness.running.trials.snapshot_json", lambda _: {})
     played = Trials._play(trials, [refused, whole], 1, "a trial", time.monotonic())
@@ -488,20 +487,9 @@ def test_a_trial_records_how_busy_the_api_server_was_in_its_window(
         records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
         return [make_summary(started_monotonic_s=began_s)]
 
-    silent, begun = lambda *_: None, list[object]()
-    engine = SimpleNamespace(
-        reset_prefix_cache=silent, snapshot=silent, url="", pid=None, died=silent, served=dict,
-        request_fields={}, model_names={}, closes_connections=False, api_servers=lambda: [7, 8],
-    )  # fmt: skip
-    stand_ins: Any = {
-        "_engines": SimpleNamespace(serving=lambda _: engine, started=2),
-        "_load": SimpleNamespace(play=play),
-        "_telemetry": SimpleNamespace(
-            begin=lambda *given: begun.append(given), write=silent, foreign_processes=silent
-        ),
-        "_progress": SimpleNamespace(waiting=silent),
-    }
-    vars(trials).update(stand_ins)
+    begun = list[object]()
+    engine = engine_with(api_servers=lambda: [7, 8])
+    play_with(trials, lambda _: engine, play, lambda *given: begun.append(given))
     monkeypatch.setattr("labs.harness.running.trials.ServerLoad", Servers)
     monkeypatch.setattr("labs.harness.running.trials.counted_since", silent)
     (played,) = Trials._play(trials, [point], 1, "a trial", time.monotonic())
