@@ -149,12 +149,9 @@ def test_what_is_wrong_is_named(text: str, name: str, message: str, tmp_path: Pa
         read_trace(written(tmp_path, text, name))
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_what_is_not_there_or_has_no_end_is_not_opened(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         read_trace(tmp_path / "none.csv")
-
-
-def test_what_has_no_end_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(ValueError, match="regular file"):
