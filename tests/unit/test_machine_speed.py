@@ -86,16 +86,10 @@ def test_the_spread_of_earlier_runs_covers_four_of_five_later_means() -> None:
     assert usual_spread([], 3) == 1.0
     steady = speed([1.0, 1.0, 1.0])
     assert usual_spread([steady], 3) == 1.0
-    absurd = steady.reading.model_copy(update={"high_s": 1e300})
-    damaged = steady.reading.model_copy(update={"low_s": 0.0})
-    assert (
-        usual_spread([steady.model_copy(update={"reading": absurd, "computing": absurd})], 3)
-        == MOST_SPREAD
-    )
-    assert (
-        usual_spread([steady.model_copy(update={"reading": damaged, "computing": damaged})], 3)
-        == 1.0
-    )
+    for damage, spread in (({"high_s": 1e300}, MOST_SPREAD), ({"low_s": 0.0}, 1.0)):
+        part = steady.reading.model_copy(update=damage)
+        damaged = steady.model_copy(update={"reading": part, "computing": part})
+        assert usual_spread([damaged], 3) == spread
 
 
 @pytest.mark.parametrize(
