@@ -71,16 +71,15 @@ def measured(
     return machine._measure("gpu")
 
 
-def test_a_hopper_gpu_has_three_ceilings_and_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hopper_gpu_has_three_ceilings_and_a_link_and_an_older_one_no_fp8(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     found = measured(monkeypatch, (9, 0))
     assert found.host_bytes_per_s == found.link_bytes_per_s == GIB / 4 / 2.0
     assert found.times(4).host_bytes_per_s == 4 * GIB / 4 / 2.0
     assert found.memory_bandwidth_bytes_per_s == 2 * 4 * GIB / 2.0
     assert found.bf16_flops_per_s == 2 * 8192**3 / 1.0
     assert found.fp8_flops_per_s == 2 * 8192**3 / 0.5
-
-
-def test_a_gpu_without_fp8_has_two(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured(monkeypatch, (8, 0)).fp8_flops_per_s is None
 
 
@@ -212,10 +211,7 @@ def test_cpus_of_one_name_are_told_apart_by_the_caches_of_a_core() -> None:
     assert other(L3=2**28).slug == one.slug  # shared: another part of it says nothing of the core
     reordered = one.model_copy(update={"caches_bytes": dict(reversed(caches.items()))})
     assert reordered.slug == one.slug
-
-
-def test_a_gpus_folder_is_named_by_model_count_and_memory_alone() -> None:
-    assert H100.slug == "nvidia-h100-80gb-hbm3-1gpu-c673c6"
+    assert H100.slug == "nvidia-h100-80gb-hbm3-1gpu-c673c6"  # of a GPU: its name, count, memory
     assert H100.name == H100.model
 
 
