@@ -277,7 +277,13 @@ def silent(*_: object) -> None:
 def engine_with(**own: Any) -> Any:
     """An engine that does whatever it is asked, and says nothing."""
     calls = dict.fromkeys(("reset_prefix_cache", "snapshot", "died", "stop"), silent)
-    facts = {"url": "", "name": "", "pid": None, "request_fields": {}, "model_names": {}}
+    facts: dict[str, Any] = {
+        "url": "",
+        "name": "",
+        "pid": None,
+        "request_fields": {},
+        "model_names": {},
+    }
     rest = {"served": dict, "api_servers": list, "computing": list, "closes_connections": False}
     return SimpleNamespace(**{**calls, **facts, **rest, **own})
 

@@ -388,9 +388,10 @@ def undecided(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         treatment="on/short/concurrent-1",
         baseline="off/short/concurrent-1",
     )
-    found = SimpleNamespace(judgements=[pair], measurements={})
+    judged = [pair]
+    found = SimpleNamespace(judgements=judged, measurements={})
     monkeypatch.setattr("labs.harness.running.harness.summarise", lambda _: found)
-    return found.judgements
+    return judged
 
 
 @pytest.mark.usefixtures("undecided")
