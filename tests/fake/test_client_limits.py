@@ -47,6 +47,4 @@ def test_the_client_turns_away_what_the_engine_cannot(reader: Reader) -> None:
     sent = [r for trial in trials.values() for r in trial.records if not r.turned_away]
     assert len(sent) == sum(line["stream"] for line in reader.engine_log())
     assert not [c.text for c in summary.caveats if c.name == "treatment not applied"]
-    report = (folder.path / "report.md").read_text()
-    assert "The limits are the client's" in report
-    assert f"{LIMIT} requests (client's)" in report
+    assert f"{LIMIT} requests (client's)" in (folder.path / "report.md").read_text()

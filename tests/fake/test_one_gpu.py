@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-import pytest
-
 from labs.harness.filing.results import MachineFile, RunFolder, write_json
 from serving.gpus import DATASHEETS
 from serving.machine import Machine
@@ -58,10 +56,7 @@ def test_engines_share_a_gpu_and_are_started_once(reader: Reader) -> None:
     assert residency
     assert residency.shares == {"off": 0.37, "on": 0.37}
     assert not residency.in_turn
-    report = (folder.path / "report.md").read_text()
-    assert "Engines stayed loaded together." in report
-    assert "(gpu-memory-utilization): off 0.37, on 0.37." in report
-    assert "Engines take turns" not in command.said
+    assert "off 0.37, on 0.37" in (folder.path / "report.md").read_text()
     run_file = folder.run()  # the flag is the harness's, not the lab's
     assert not any(
         "gpu-memory-utilization" in word for argv in run_file.argv.values() for word in argv
@@ -77,23 +72,16 @@ def test_engines_whose_idle_neighbours_slow_the_gpu_down_take_turns(reader: Read
     assert starts(folder) == {2, 3}
     residency = folder.residency()
     assert residency
-    assert "reading took 1.30 times as long as before (0.26 ms, not 0.2 ms)" in residency.in_turn
-    said = " ".join(command.said.split())  # in lines as wide as the terminal
-    assert f"Engines take turns, since {residency.in_turn}" in said
-    assert f"and took turns: {residency.in_turn}." in (folder.path / "report.md").read_text()
+    assert "reading took 1.30 times" in residency.in_turn
+    assert residency.in_turn in " ".join(command.said.split())  # in lines as wide as the terminal
+    assert residency.in_turn in (folder.path / "report.md").read_text()
 
 
-@pytest.mark.parametrize("why", ["Free memory on device cuda:0 is less than desired"])
-def test_where_an_engine_does_not_start_beside_another_they_take_turns(
-    reader: Reader, why: str
-) -> None:
-    command = run(reader, first=("--fail-start", f"ValueError: {why}"))
-    folder = command.folder
+def test_where_an_engine_does_not_start_beside_another_they_take_turns(reader: Reader) -> None:
+    folder = run(reader, first=("--fail-start", "ValueError: no room")).folder
     assert shares(reader) == ["0.37", "0.37", "", "", "", ""]
-    assert "Engines take turns, since not all start beside one another" in command.said
     assert starts(folder) == {2, 3}
     residency = folder.residency()
     assert residency
-    assert residency.in_turn.startswith("not all start beside one another: ")
-    assert why in residency.in_turn
+    assert "no room" in residency.in_turn
     assert not residency.beside

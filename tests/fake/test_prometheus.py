@@ -28,8 +28,8 @@ def test_two_checkouts_do_not_record_into_the_same_data(home: Path, tmp_path: Pa
         one.scrape("client", "http://127.0.0.1:1")
         scraped = (home / "client.json").read_text()
         with Prometheus(tmp_path / "two.log") as two:
-            assert two.missing is not None
-            assert "a lab of another checkout records into" in two.missing
+            assert two.missing
+            assert "another checkout" in two.missing
             two.scrape("client", "http://127.0.0.1:2")
             assert two.value("vector(1)") is None
         assert (home / "client.json").read_text() == scraped
@@ -76,7 +76,7 @@ def test_a_full_disk_costs_what_is_recorded_and_no_run(home: Path, tmp_path: Pat
         with log.open("a") as file:
             file.write('msg="Scrape commit failed" err="write to WAL: no space left on device"\n')
         assert there.settle("vector(1)", 2, timeout_s=0) is None
-        assert there.missing == f"Prometheus has no space left on its disk ({home})"
+        assert "no space" in (there.missing or "")
 
 
 def test_a_folder_that_cannot_be_used_costs_no_run(
@@ -86,8 +86,7 @@ def test_a_folder_that_cannot_be_used_costs_no_run(
         shutil.rmtree(home)
         home.touch()  # whatever is written there fails from now on
         there.scrape("client", "http://127.0.0.1:1")
-        says = f"Prometheus cannot use {home}: Not a directory"
-        assert there.missing == says
+        assert f"{home}: Not a directory" in (there.missing or "")
     assert Prometheus(tmp_path / "log").missing is not None
     with pytest.raises(PrometheusError, match="cannot use"):
         prometheus.load(["x 1 1764000000"])

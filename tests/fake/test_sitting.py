@@ -42,10 +42,9 @@ def call(reader: Reader, sitting: Path, seconds: int) -> Command:
 def test_a_lab_is_finished_over_several_calls(reader: Reader, checkout: Path) -> None:
     first = call(reader, checkout, 16)  # less than one trial and what is kept for closing
     assert first.wait() == TIME_USED_UP, first.said
-    assert "This call may last 16 s, and an engine has 240 s to start" in first.said
-    assert "The time for this call is used up: the next trial needs about" in first.said
-    assert f"To be done: {LAB}. The same call goes on with them." in first.said
-    assert re.search(r"Writing the prompts took \d+\.\d s", first.said)
+    assert "may last 16 s" in first.said
+    assert f"To be done: {LAB}." in first.said
+    assert re.search(r"prompts took \d+\.\d s", first.said)
     folder = first.folder
     trials = set(folder.path.glob("trials/**/trial.json"))
     # a call that is too short for anything still gets one done, here with the one beside it
@@ -53,7 +52,6 @@ def test_a_lab_is_finished_over_several_calls(reader: Reader, checkout: Path) ->
     times = {path: path.stat().st_mtime_ns for path in trials}
     second = call(reader, checkout, 600)
     assert second.wait() == 0, second.said
-    assert "Everything is done" in second.said
     assert second.folder.complete  # the only run
     assert {path: path.stat().st_mtime_ns for path in trials} == times
     assert not (folder.path / "report.html").exists()  # written at home

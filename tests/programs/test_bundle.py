@@ -228,7 +228,7 @@ def test_a_wheel_that_the_lock_does_not_name_is_deleted_and_nothing_is_made(
     wheel = tmp_path / "cache" / f"wheels-{HERE}" / "vllm-0.26.0-py3-none-any.whl"
     wheel.write_bytes(wheel.read_bytes() + b" ")
     shutil.rmtree(out)
-    with pytest.raises(BundleError, match=r"is not the file that cuda\.txt names, so pip's index"):
+    with pytest.raises(BundleError, match=r"cuda\.txt"):
         make(tmp_path)
     assert not wheel.exists()
     assert not list(out.glob("lab.tar.*"))
@@ -243,7 +243,7 @@ def test_missing_and_damaged_parts_are_named_and_nothing_is_written(
     (out / "lab.tar.001").write_bytes(damaged)
     code, said = unpack(out, tmp_path / "lab")
     assert (code, (tmp_path / "lab").exists()) == (1, False)
-    assert "missing: lab.tar.000; damaged: lab.tar.001. Copy these again" in said
+    assert "missing: lab.tar.000; damaged: lab.tar.001" in said
 
 
 def test_only_missing_and_damaged_parts_are_made_again(
@@ -255,7 +255,7 @@ def test_only_missing_and_damaged_parts_are_made_again(
     every[1].write_bytes(b"half")
     (out / "lab.tar.999").write_bytes(b"of a larger bundle")
     said = make(tmp_path)
-    assert f"in {len(every)} parts, of which {len(every) - 2} were there already" in said[-3]
+    assert f"{len(every)} parts, of which {len(every) - 2} " in said[-3]
     kept = {p.name for p in out.glob("lab.tar.*") if made.get(p.name) == p.stat().st_ino}
     assert kept >= {p.name for p in every[2:]}
     assert not (out / "lab.tar.999").exists()
@@ -265,19 +265,19 @@ def test_only_missing_and_damaged_parts_are_made_again(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"python": "3.10"}, "and the bundle is for 3.10: run this with that one, or make the"),
-        ({"machine": "abacus"}, "and the bundle is for abacus"),
-        ({"expected": {"torch": "0.1"}}, "but here torch 0.1 is "),
+        ({"python": "3.10"}, "for 3.10: run this"),
+        ({"machine": "abacus"}, "for abacus"),
+        ({"expected": {"torch": "0.1"}}, "torch 0.1 is "),
         (
             {"expected": {"pip": "0.1"}, "requires": {"vllm 0.26.0": ["Pip[x]<0.2", "pip"]}},
-            "but here vllm 0.26.0 needs Pip<0.2, not ",
+            "vllm 0.26.0 needs Pip<0.2,",
         ),
         (
             {"expected": {"requests": "0.1"}, "packages": {"urllib3": "0.9"}},
             "urllib3<3,>=1.26, not 0.9",
         ),
-        ({"expected": {"pip": "", "no-such": ""}}, "but here no-such is missing"),
-        ({"expected": {"no-such": "2"}}, "no-such 2 is missing: make it again with this machine's"),
+        ({"expected": {"pip": "", "no-such": ""}}, "no-such is missing"),
+        ({"expected": {"no-such": "2"}}, "no-such 2 is missing: make it again"),
     ],
 )
 def test_another_machine_than_it_was_made_for_is_refused(
@@ -301,7 +301,7 @@ def test_another_version_that_nothing_minds_is_told_and_taken(
     command = [sys.executable, "-I", str(out / "unbundle.py"), "--collect", str(tmp_path / "lab")]
     said = subprocess.check_output(command, text=True).splitlines()
     assert said[1].startswith("checking ")
-    assert said[0].endswith(f"its packages accept: pip 0.1 is {metadata.version('pip')}")
+    assert said[0].endswith(f"pip 0.1 is {metadata.version('pip')}")
     assert "rich" not in said[0]  # whose version was not known
 
 
@@ -319,9 +319,9 @@ def test_a_bundle_knows_what_its_wheels_require_of_what_is_there(out: Path, tmp_
 
 
 def test_a_checkout_and_a_folder_without_parts_are_refused(out: Path, tmp_path: Path) -> None:
-    assert "is a Git checkout" in unpack(out, tmp_path / "repository")[1]
+    assert "Git checkout" in unpack(out, tmp_path / "repository")[1]
     (out / "manifest.json").unlink()
-    assert "has no readable manifest.json" in unpack(out, tmp_path / "lab")[1]
+    assert "manifest.json" in unpack(out, tmp_path / "lab")[1]
 
 
 def test_old_python_can_parse_the_script() -> None:
@@ -398,7 +398,7 @@ def test_parts_may_come_one_by_one_and_then_the_labs_go_on(
         shutil.copyfile(part, sent / part.name)
         code, said = go(sent, tmp_path)
         assert code == 75
-        assert f"of {len(parts)} parts are still to come: " in said
+        assert f"of {len(parts)} parts" in said
         assert part.name not in said.split("come: ")[1]
         (sent / part.name).unlink()
     assert not (lab / "typed").exists()
@@ -406,7 +406,7 @@ def test_parts_may_come_one_by_one_and_then_the_labs_go_on(
     damaged[7] ^= 1
     (sent / parts[-1].name).write_bytes(damaged)
     code, said = go(sent, tmp_path)
-    assert (code, f"{parts[-1].name} is damaged: copy it again" in said) == (1, True)
+    assert (code, f"{parts[-1].name} is damaged: copy" in said) == (1, True)
     shutil.copyfile(parts[-1], sent / parts[-1].name)
     code, said = go(sent, tmp_path)
     assert code == 75, said
@@ -435,9 +435,7 @@ def test_a_call_that_was_ended_is_packed_and_asks_for_another(
     for ends, code in [*((f"sys.exit({n})", n) for n in (0, 1, 75)), *((e, 75) for e in killed)]:
         typed.unlink()
         got, said = go(out, tmp_path, ENDS=ends)
-        assert (got, "The labs are not done: call it again." in said) == (code, ends in killed), (
-            ends
-        )
+        assert (got, "call it again" in said) == (code, ends in killed), ends
         called = [line.split()[0] for line in typed.read_text().splitlines()]
         assert called == ["pack", "all", *["pack"] * (ends in killed)]
 
@@ -477,7 +475,7 @@ def test_without_a_home_that_can_be_written_the_lab_goes_beside_out(
     code, said = go(out, tmp_path, LAB_HOME="", HOME=home)
     beside = tmp_path / "inference-serving-lab"
     assert code == 0, said
-    assert f"the lab goes to {beside} (LAB_HOME= names another folder)" in said
+    assert f"{beside} (LAB_HOME=" in said
     assert f"{beside}/.cache/home" in said
     assert (beside / "typed").exists()
 
@@ -487,7 +485,8 @@ def test_a_folder_that_cannot_be_written_names_the_setting(
 ) -> None:
     code, said = go(out, tmp_path, LAB_HOME="/dev/null/lab")
     assert (code, "Errno" in said) == (1, False)
-    assert "/dev/null/lab cannot be written. Name one in LAB_HOME that stays" in said
+    assert "/dev/null/lab cannot be written" in said
+    assert "LAB_HOME" in said
 
 
 def test_an_unpacking_that_was_killed_is_done_again(out: Path, tmp_path: Path, go: Go) -> None:
@@ -513,7 +512,7 @@ def test_a_part_leaves_room_for_the_checkout_that_travels_with_it(
         (tmp_path / name).write_bytes(bytes(2_500_000))
     git(tmp_path, "add", "tracked")
     assert bundle.fitting("64M") == 58_000_000
-    with pytest.raises(BundleError, match=r"leaves no room for a part: this checkout is 5 MB$"):
+    with pytest.raises(BundleError, match=r"no room .*5 MB$"):
         bundle.fitting("5M")
 
 
@@ -526,7 +525,7 @@ def test_results_that_leave_no_room_stay_behind_as_the_message_says(
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_bytes(bytes(2_500_000))
     commit(tmp_path)
-    with pytest.raises(BundleError, match="of which results/ takes 3 MB: ") as refusal:
+    with pytest.raises(BundleError, match="results/ takes 3 MB: ") as refusal:
         bundle.fitting("5M")
     leave_out, bring_back = re.findall("`git (.+?)`", str(refusal.value))
     git(tmp_path, *shlex.split(leave_out))
@@ -550,7 +549,7 @@ def test_a_lean_wheel_lacks_what_it_names_and_installs(tmp_path: Path) -> None:
 
 def test_a_lean_bundle_needs_to_know_what_is_there() -> None:
     bundle.check("cuda", "3.12", "hopper", {"torch": "2.11.0"})
-    with pytest.raises(BundleError, match="LEAN=ampere is not known"):
+    with pytest.raises(BundleError, match="LEAN=ampere"):
         bundle.check("cuda", "3.12", "ampere", {"torch": "2.11.0"})
     with pytest.raises(BundleError, match="needs HAVE="):
         bundle.check("cuda", "3.12", "hopper", {})
@@ -586,7 +585,7 @@ def test_sizes_platforms_and_pythons() -> None:
     for wrong in ("0", "60MB", "-1", "1.5G", ""):
         with pytest.raises(BundleError, match="is not a size"):
             bundle.part_size(wrong)
-    with pytest.raises(BundleError, match="FOR=rocm is not known"):
+    with pytest.raises(BundleError, match="FOR=rocm"):
         bundle.check("rocm", "3.12")
     for old in ("3.10", "2.7", "three"):
         with pytest.raises(BundleError, match="the lab needs 3"):

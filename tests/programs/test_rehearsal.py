@@ -48,12 +48,12 @@ def test_wheels_that_were_downloaded_are_installed_once_and_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rehearsal, "CACHE", tmp_path / "cache")
-    assert "has downloaded no wheels" in unpacking(tmp_path / "unpacked")
+    assert "no wheels" in unpacking(tmp_path / "unpacked")
     wheels = tmp_path / "cache" / "bundle" / f"wheels-{PYTHON}"
     wheels.mkdir(parents=True)
     bundle.write_empty_wheel(wheels, "first", "1.0")
     bundle.write_empty_wheel(wheels, "second", "1.0")
-    assert "Installing the 2 wheels (0 MB)" in unpacking(tmp_path / "unpacked")
+    assert "2 wheels" in unpacking(tmp_path / "unpacked")
     assert len([*wheels.iterdir()]) == 2
     assert not (tmp_path / "unpacked").exists()
 

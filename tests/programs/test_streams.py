@@ -105,10 +105,10 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 @pytest.mark.parametrize(
     ("body", "error"),
     [
-        ("drip", "no end of the answer within"),
-        ("lines", "the answer has more than 69632 bytes"),
-        ("one-line", "the answer has more than 69632 bytes"),
-        ("headers", "the answer has more than 69632 bytes"),
+        ("drip", "no end"),
+        ("lines", "69632 bytes"),
+        ("one-line", "69632 bytes"),
+        ("headers", "69632 bytes"),
     ],
 )
 def test_an_answer_without_an_end_fails_its_request_alone(ask: Ask, body: str, error: str) -> None:
@@ -128,7 +128,7 @@ def test_silence_is_a_failed_connection(ask: Ask) -> None:
 
 @pytest.mark.parametrize(
     ("body", "error"),
-    [("redirect", "HTTP 307"), ("no-stream", "the stream ended without a token")],
+    [("redirect", "HTTP 307"), ("no-stream", "without a token")],
 )
 def test_what_is_no_stream_is_an_error(ask: Ask, body: str, error: str) -> None:
     record, connection_failed = ask(body)

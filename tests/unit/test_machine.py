@@ -71,16 +71,15 @@ def measured(
     return machine._measure("gpu")
 
 
-def test_a_hopper_gpu_has_three_ceilings_and_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hopper_gpu_has_three_ceilings_and_a_link_and_an_older_one_no_fp8(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     found = measured(monkeypatch, (9, 0))
     assert found.host_bytes_per_s == found.link_bytes_per_s == GIB / 4 / 2.0
     assert found.times(4).host_bytes_per_s == 4 * GIB / 4 / 2.0
     assert found.memory_bandwidth_bytes_per_s == 2 * 4 * GIB / 2.0
     assert found.bf16_flops_per_s == 2 * 8192**3 / 1.0
     assert found.fp8_flops_per_s == 2 * 8192**3 / 0.5
-
-
-def test_a_gpu_without_fp8_has_two(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured(monkeypatch, (8, 0)).fp8_flops_per_s is None
 
 
@@ -166,14 +165,14 @@ def test_a_compiler_needs_pythons_headers(
     monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("serving.machine.shutil.which", lambda name: None)
     missing, mend = machine.compiler(kind)
-    assert (missing, mend.split(":")[0]) == (
-        "missing", f"install {first}, or name a compiler in {variable}"
-    )  # fmt: skip
+    assert missing == "missing"
+    assert f"install {first}," in mend
+    assert variable in mend
     monkeypatch.setattr("serving.machine.shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr("serving.machine.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     found, mend = machine.compiler(kind)
-    assert found == f"/usr/bin/{first}, without Python's headers"
-    assert f"install python3.{sys.version_info[1]}-dev: " in mend
+    assert found.startswith(f"/usr/bin/{first}, without")
+    assert f"python3.{sys.version_info[1]}-dev" in mend
     assert str(tmp_path / "Python.h") in mend
     (tmp_path / "Python.h").touch()
     assert machine.compiler(kind) == (f"/usr/bin/{first}", "")
@@ -190,8 +189,7 @@ def test_an_x86_cpu_without_instructions_for_bf16_is_known() -> None:
     ):
         named = plain.model_copy(update={"cpu_flags": flags})
         assert named.lacks_bf16 == lacks
-        without = " without BF16" * lacks
-        assert named.describe() == f"Abacus{without}, 2 logical CPUs, 16 GiB"
+        assert ("without BF16" in named.describe()) == lacks
 
 
 def test_cpus_of_one_name_are_told_apart_by_the_caches_of_a_core() -> None:
@@ -201,7 +199,8 @@ def test_cpus_of_one_name_are_told_apart_by_the_caches_of_a_core() -> None:
         kind="cpu", model="Abacus", count=2, memory_bytes=2**34, caches_bytes=caches,
         cpu_flags=("avx2", "avx512f", "avx512_bf16"),
     )  # fmt: skip
-    assert one.describe() == "Abacus (L1 32 + 32 KiB), 2 logical CPUs, 16 GiB"
+    assert one.name == "Abacus (L1 32 + 32 KiB)"
+    assert one.describe().startswith(f"{one.name}, 2 ")
 
     def other(**changed: int) -> Machine:
         return one.model_copy(update={"caches_bytes": caches | changed})
@@ -212,11 +211,8 @@ def test_cpus_of_one_name_are_told_apart_by_the_caches_of_a_core() -> None:
     assert other(L3=2**28).slug == one.slug  # shared: another part of it says nothing of the core
     reordered = one.model_copy(update={"caches_bytes": dict(reversed(caches.items()))})
     assert reordered.slug == one.slug
-
-
-def test_a_gpus_folder_is_named_by_model_count_and_memory_alone() -> None:
-    assert H100.slug == "nvidia-h100-80gb-hbm3-1gpu-c673c6"
-    assert H100.name == "NVIDIA H100 80GB HBM3"
+    assert H100.slug == "nvidia-h100-80gb-hbm3-1gpu-c673c6"  # of a GPU: its name, count, memory
+    assert H100.name == H100.model
 
 
 def test_without_instructions_for_bf16_the_rate_is_that_of_float32() -> None:

@@ -86,25 +86,19 @@ def test_the_spread_of_earlier_runs_covers_four_of_five_later_means() -> None:
     assert usual_spread([], 3) == 1.0
     steady = speed([1.0, 1.0, 1.0])
     assert usual_spread([steady], 3) == 1.0
-    absurd = steady.reading.model_copy(update={"high_s": 1e300})
-    damaged = steady.reading.model_copy(update={"low_s": 0.0})
-    assert (
-        usual_spread([steady.model_copy(update={"reading": absurd, "computing": absurd})], 3)
-        == MOST_SPREAD
-    )
-    assert (
-        usual_spread([steady.model_copy(update={"reading": damaged, "computing": damaged})], 3)
-        == 1.0
-    )
+    for damage, spread in (({"high_s": 1e300}, MOST_SPREAD), ({"low_s": 0.0}, 1.0)):
+        part = steady.reading.model_copy(update=damage)
+        damaged = steady.model_copy(update={"reading": part, "computing": part})
+        assert usual_spread([damaged], 3) == spread
 
 
 @pytest.mark.parametrize(
     ("before", "after", "what"),
     [
-        (step(), step(computing=1.3), "computing took 1.30 times as long after the trial"),
-        (step(reading=1.3), step(), "reading took 0.77 times as long after the trial"),
-        (step(1.4, 1.0), step(1.4, 1.0), "reading took 1.39 times as long beside the trial"),
-        (step(1.0, 0.7), step(1.0, 0.7), "computing took 0.71 times as long beside the trial"),
+        (step(), step(computing=1.3), "computing took 1.30 times"),
+        (step(reading=1.3), step(), "reading took 0.77 times"),
+        (step(1.4, 1.0), step(1.4, 1.0), "reading took 1.39 times"),
+        (step(1.0, 0.7), step(1.0, 0.7), "computing took 0.71 times"),
     ],
 )
 def test_a_planted_slowdown_is_told_with_its_trial(
@@ -113,7 +107,6 @@ def test_a_planted_slowdown_is_told_with_its_trial(
     (caveat,) = speed_jumped(quiet(TimedTrial("slow", 90.0, before, after)))
     assert caveat.point == "slow"
     assert what in caveat.text
-    assert "more than 25%" in caveat.text
     assert not caveat.blocks
 
 
@@ -172,32 +165,20 @@ def test_a_run_without_reference_steps_is_read_and_told_as_before(folder: RunFol
     del plain["reference_before"], plain["reference_after"]
     path.write_text(json.dumps(plain))
     assert summarise(folder).machine_speed is None
-    assert "machine's own speed" not in report.write(folder).read_text()
 
 
-def test_the_report_shows_the_machines_speed_and_names_the_trial_that_was_disturbed(
+def test_a_report_has_the_machines_speed_along_the_run_and_as_the_forecast_was_made(
     folder: RunFolder,
 ) -> None:
     timed(folder, lambda number: step(2.0 if number == 3 else 1.0))
-    text = report.write(folder).read_text()
-    assert "The machine's own speed" in text
-    assert "| Reading | 10 ms |" in text
-    assert "| Computing | 5 ms | 5 to 5 ms |" in text
-    assert "reading took 2.00 times as long beside the trial as in the run's median" in text
-
-
-def test_the_report_says_how_fast_the_machine_was_as_the_forecast_was_made(
-    folder: RunFolder,
-) -> None:
-    timed(folder, lambda number: step())
-    said = "While the forecasts' stand-in was timed"
-    assert said not in report.write(folder).read_text()  # as in older runs
     slower = [StepTimes(**NO_TIME, reference=step(r, 0.9)).model_dump() for r in (1.1, 1.2, 1.3)]
     known = PointForecasts(points={}, step_times=[*slower, StepTimes(**NO_TIME).model_dump()])
     predictions = folder.predictions().model_copy(update={"in_virtual_time": known})
     write_json(folder.path / "predictions.json", predictions)
     text = report.write(folder).read_text()
-    assert f"{said}, reading took 1.20 times and computing took 0.90 times as long as" in text
+    for figures in ("| Reading | 10 ms |", "| Computing | 5 ms |", "reading took 2.00 times",
+                    "reading took 1.20 times and computing took 0.90 times"):  # fmt: skip
+        assert figures in text
 
 
 def test_where_a_gpu_admits_one_process_the_engine_has_it_alone(
@@ -215,9 +196,8 @@ def test_where_a_gpu_admits_one_process_the_engine_has_it_alone(
         here = run.environment.model_copy(update={"compute_mode": "exclusive process"})
         write_json(folder.path / "run.json", run.model_copy(update={"environment": here}))
         assert harness._reference(setup, folder, progress, exits) is None
-    assert "the GPU's compute mode is exclusive process" in said[0]
-    text = report.write(folder).read_text()
-    assert "It was not timed: the GPU's compute mode is exclusive process" in text
+    for text in (said[0], report.write(folder).read_text()):
+        assert "exclusive process" in text
 
 
 def test_two_sittings_are_compared_by_their_reference_steps(folder: RunFolder) -> None:
@@ -227,11 +207,12 @@ def test_two_sittings_are_compared_by_their_reference_steps(folder: RunFolder) -
     timed(folder, lambda number: step())
     found = compare.compare(compare.read_side(str(folder.path)), b)
     assert found.speeds == pytest.approx({"reading": 0.8, "computing": 0.8})
-    said = "B's machine ran at 0.80x of A's speed at reading and 0.80x at computing"
-    assert any(said in plain_text(item) for item in side_by_side.headline(found).items)
     again = reproduction.compare_with_original(folder, later)
-    said = "This machine ran at 0.80x of the original's speed at reading and 0.80x at computing"
-    assert any(said in sentence for sentence in reproduction.sentences(again))
+    for told in (
+        [plain_text(item) for item in side_by_side.headline(found).items],
+        reproduction.sentences(again),
+    ):
+        assert any("0.80x at computing" in sentence for sentence in told)
 
 
 def test_a_forecast_reads_the_speeds_of_earlier_runs_on_this_machine(

@@ -87,11 +87,11 @@ def test_a_step_far_beyond_the_largest_that_was_timed_is_refused(home: Path) -> 
     found = find_machine(str(run.path))
     assert found
     assert found.covering(64) == found
-    with pytest.raises(LabError, match=r"needs steps of up to 1,024 tokens, .* timed has 32: name"):
+    with pytest.raises(LabError, match=r"1,024 tokens.* 32: name"):
         found.covering(1024)
     machine = find_machine(MACHINE.slug)
     assert machine
-    with pytest.raises(LabError, match=r"up to 8,193 tokens, .* timed has 4,096"):
+    with pytest.raises(LabError, match=r"8,193 tokens.* 4,096"):
         machine.covering(8193)
 
 
@@ -110,24 +110,22 @@ def test_the_run_that_counts_is_one_of_the_model_that_is_asked_for(home: Path) -
     assert small.covering(64).largest == 64
     assert (other.model, other.largest) == ("other", 2048)
     assert newest == other
-    with pytest.raises(LabError, match=r"step of small and other was timed, .* nothing of third"):
+    with pytest.raises(LabError, match=r"small and other .* third"):
         find_machine(MACHINE.slug, "third")
 
 
 def test_a_run_that_timed_several_steps_or_none_is_refused_with_the_reason(home: Path) -> None:
     run = write_run(home)
-    with pytest.raises(
-        LabError, match=r"nothing on file tells how long a step takes .* timed no step"
-    ):
+    with pytest.raises(LabError, match="timed no step"):
         find_machine(MACHINE.slug)
     timed(run, TIMES, larger(64))
-    with pytest.raises(LabError, match="timed 2 steps, and which is the model's own is not told"):
+    with pytest.raises(LabError, match="timed 2 steps"):
         find_machine(str(run.path))
 
 
 def test_a_step_of_quantized_parts_is_not_the_models_own(home: Path) -> None:
     run = timed(write_run(home, flags={"kv-cache-dtype": "fp8"}), TIMES)
-    with pytest.raises(LabError, match="timed no step of the model as it is"):
+    with pytest.raises(LabError, match="model as it is"):
         find_machine(str(run.path))
 
 
@@ -167,9 +165,11 @@ def test_only_engines_with_the_models_own_step_are_forecast_on_it(measured: Mach
 
     assert not reasons("chunked-prefill")
     assert not reasons("prefix-caching")
-    assert set(reasons("multi-lora").values()) == {"vLLM's operators for adapters were not timed"}
-    assert "attention to a quantized cache was not timed" in reasons("kv-quantization").values()
-    assert "the step of a draft model is not on file" in reasons("speculative-decoding").values()
+    for name, lacking in (
+        ("multi-lora", "adapters"), ("kv-quantization", "quantized cache"),
+        ("speculative-decoding", "draft model"),
+    ):  # fmt: skip
+        assert any(lacking in reason for reason in reasons(name).values())
 
 
 def test_a_lab_takes_the_run_that_timed_steps_as_large_as_its_own(measured: MachineOnFile) -> None:
@@ -188,7 +188,8 @@ def test_a_lab_takes_the_run_that_timed_steps_as_large_as_its_own(measured: Mach
     assert chosen("continuous-batching", both) == older.run
     assert not said
     assert chosen("continuous-batching", measured) == measured.run
-    assert "of more than 1,024 tokens, and here of up to 2,048, are extrapolated" in said[0]
+    assert "1,024 tokens" in said[0]
+    assert "2,048" in said[0]
 
 
 def test_its_steps_have_the_bands_of_a_timed_step(measured: MachineOnFile) -> None:
@@ -232,33 +233,20 @@ def test_a_plan_for_it_rests_on_what_was_measured(
     (fit,) = answer.fits
     assert fit.usable_bytes - fit.weight_bytes == pytest.approx(4 * 2**30)
     text = markdown.document(capacity_plans.page(answer))
-    assert "timed on such a machine before the run `abacus/lab/run`" in text
+    assert "`abacus/lab/run`" in text
     assert "datasheet" not in text
     assert "GPU" not in text
-    assert "## One machine" in text
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        ({"precision": "fp8"}, "one device's step in BF16 was timed"),
-        ({"gpus": 2}, "one device's step in BF16 was timed"),
-    ],
-)
-def test_what_was_not_timed_there_is_refused(
-    measured: MachineOnFile, more: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(LabError, match=said):
-        plan(asked(measured, **more), SilentProgress())
-
-
-def test_a_plan_of_steps_far_beyond_the_timed_ones_is_refused(measured: MachineOnFile) -> None:
-    with pytest.raises(LabError, match=r"needs steps of up to 2,048 tokens, .* timed has 64"):
-        plan(asked(replace(measured, step=larger(64))), SilentProgress())
-
-
-def test_another_model_than_the_timed_one_is_refused(measured: MachineOnFile) -> None:
+def test_what_was_not_timed_there_is_refused(measured: MachineOnFile) -> None:
+    """Another precision, several devices, far larger steps, another model."""
     other = replace(measured, shape=SHAPE, model="abacus-1")
-    with pytest.raises(LabError, match=f"step of abacus-1 was timed, .* nothing of {BUNDLED}"):
-        plan(asked(other), SilentProgress())
+    for question, said in (
+        (asked(measured, precision="fp8"), "one device's step in BF16"),
+        (asked(measured, gpus=2), "one device's step in BF16"),
+        (asked(replace(measured, step=larger(64))), "2,048 tokens.* 64"),
+        (asked(other), f"abacus-1 .* {BUNDLED}"),
+    ):
+        with pytest.raises(LabError, match=said):
+            plan(question, SilentProgress())
     assert capacity_plan.model_on_file(measured, "").shape == measured.shape

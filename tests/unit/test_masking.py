@@ -129,11 +129,9 @@ def test_a_setting_with_a_secret_is_refused_and_not_repeated() -> None:
         assert result.exit_code == 1
         assert TOKEN not in result.output
         assert "me:pass" not in result.output
-    with pytest.raises(
-        EngineError, match=r"ENDPOINT=http://\*\*\*@h holds a user, .* VLLM_API_KEY"
-    ):
+    with pytest.raises(EngineError, match=r"ENDPOINT=http://\*\*\*@h .* VLLM_API_KEY"):
         Endpoint("http://me:pass@h")
     for address in ("me:pass@h:8000", "http://me:p/pass@h:8000"):
-        with pytest.raises(EngineError, match=r"ENDPOINT=\*\*\*@h:8000 holds a user") as refused:
+        with pytest.raises(EngineError, match=r"ENDPOINT=\*\*\*@h:8000 ") as refused:
             Endpoint(address)
         assert "pass@" not in str(refused.value)

@@ -93,7 +93,8 @@ def test_nothing_is_read_out_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METRICS, waiting.name, waiting)
     claim = make_claim(metric=waiting.name)
     judged = judge(claim, "on", "off", {}, PREDICTION, [])
-    assert judged.why.endswith(": a p90 takes 30 samples in a trial, widen `window_s`")
+    assert "p90 takes 30 samples" in judged.why
+    assert judged.why.endswith("`window_s`")
     assert figure({1: {waiting.name: 1.0}}, {waiting.name: 2.0}, waiting.name) == Interval(
         value=2.0, low=None, high=None, n=1
     )

@@ -173,7 +173,7 @@ def test_weights_that_are_there_twice_are_counted_once(tmp_path: Path, indexed: 
     assert argv[-2:] == ["--load-format", "mistral"]  # what a reader sets comes last
     (tmp_path / second).unlink()
     if indexed:
-        with pytest.raises(ModelError, match="is not a regular file"):
+        with pytest.raises(ModelError, match="regular file"):
             models.load(tmp_path, "mistral")
 
 
@@ -254,7 +254,7 @@ def test_every_lab_fits_every_class_of_gpu(lab: str, c: MemoryClass, random: boo
     known = of_random if model.dummy else {*SIBLINGS[model.name], *RECIPES}
     if lab in NEED_REAL_WEIGHTS and random:
         derived = NEED_REAL_WEIGHTS[lab]
-        with pytest.raises(ModelError, match=f"{derived} needs real weights"):
+        with pytest.raises(ModelError, match=f"{derived} .*real"):
             dummy.derive(model, derived)
     else:
         assert set(resolved.derived()) <= known
@@ -352,7 +352,7 @@ def test_too_little_memory_is_said_before_anything_starts() -> None:
     lab, machine, model = of_the_class("kv-quantization", CLASSES[0], random=False)
     large = default("Qwen/Qwen2.5-7B-Instruct")
     require_memory(lab, machine, model)
-    with pytest.raises(EngineError, match=r"15\.2 GB of weights.*smaller model with MODEL=.*TP="):
+    with pytest.raises(EngineError, match=r"15\.2 GB .*MODEL=.*TP="):
         require_memory(lab, machine, large)
     parts = {"flags.tensor-parallel-size": 2}
     scale = models.scale_of(machine)
@@ -371,14 +371,13 @@ def test_what_the_host_cannot_hold_is_said_before_anything_starts(
     monkeypatch.setattr(Vllm, "version", lambda: version[0])
     require_host_memory(lab)
     free["shared"] = 64 * 2**20
-    said = rf"offload offloads {gib} GiB .* 0.0625 GiB are free: .* --shm-size={gib + 1}g"
-    with pytest.raises(EngineError, match=said):
+    with pytest.raises(EngineError, match=rf"{gib} GiB .* 0.0625 GiB .* --shm-size={gib + 1}g"):
         require_host_memory(lab)
     require_host_memory(lab.without({"offload": "it is left out"}))
     version[0] = "0.26.0"  # which has the blocks in memory of its own
     require_host_memory(lab)
     free["host"] = 2**30
-    with pytest.raises(EngineError, match="and 1 GiB are available: lower kv-offloading-size"):
+    with pytest.raises(EngineError, match=r"1 GiB .*: lower kv-offloading-size"):
         require_host_memory(lab)
 
 
@@ -387,7 +386,7 @@ def test_a_cpu_has_no_memory_beside_its_own_to_offload_to() -> None:
     require_devices(lab, gpu(81_559))
     cpu = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**30)
     require_devices(lab.without({"offload": "it needs a GPU"}), cpu)
-    with pytest.raises(NotApplicable, match=r"offload offloads its KV cache .*: this needs a GPU"):
+    with pytest.raises(NotApplicable, match=r"offload .* GPU"):
         require_devices(lab, cpu)
 
 
@@ -400,7 +399,7 @@ def test_each_copy_of_a_model_holds_weights_and_a_kv_cache() -> None:
     assert Vllm.host_memory_bytes(copies, model.shape) == 2 * alone
     cpu = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2 * alone - 1)
     Vllm.require_memory("large", flags, cpu, model.shape)
-    with pytest.raises(EngineError, match=r"2 copies of the model, each with .* with DP=, or less"):
+    with pytest.raises(EngineError, match=r"2 copies .* DP="):
         Vllm.require_memory("large", copies, cpu, model.shape)
     one = gpu(round(alone / 2**20))
     Vllm.require_memory("large", copies, one, model.shape)
@@ -414,7 +413,7 @@ def test_the_blocks_of_a_kv_cache_are_counted_as_memory() -> None:
     many = {**blocks, "num-gpu-blocks-override": 10**6}
     for machine in (cpu, gpu(81_559)):
         Vllm.require_memory("paged", blocks, machine, model.shape)
-        with pytest.raises(EngineError, match=r"paged: .* GB of KV cache .*num-gpu-blocks"):
+        with pytest.raises(EngineError, match=r"paged: .*num-gpu-blocks"):
             Vllm.require_memory("paged", many, machine, model.shape)
     few, none = ({"block-size": 128, "num-gpu-blocks-override": n} for n in (1, 0))
     assert Vllm.host_memory_bytes(few, model.shape) == Vllm.host_memory_bytes(none, model.shape)
@@ -427,12 +426,12 @@ def test_more_gpus_than_there_are_is_said_before_anything_starts(
     changes = {"flags.tensor-parallel-size": 2, "flags.pipeline-parallel-size": 2}
     lab = LABS["chunked-prefill"].at("gpu", quick=False, changes=changes)
     require_devices(lab, gpu(81_559, count=4))
-    with pytest.raises(EngineError, match="TP x PP x DP = 4 needs as many GPUs, and this"):
+    with pytest.raises(EngineError, match="TP x PP x DP = 4 "):
         require_devices(lab, gpu(81_559, count=2))
     across = {**changes, "flags.distributed-executor-backend": "ray"}
     lab = LABS["chunked-prefill"].at("gpu", False, across)
     monkeypatch.setattr("serving.engines.vllm.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EngineError, match="needs Ray, which is not installed here"):
+    with pytest.raises(EngineError, match=r"Ray, .* not installed"):
         require_devices(lab, gpu(81_559, count=2))
     monkeypatch.setattr("serving.engines.vllm.importlib.util.find_spec", lambda name: name)
     require_devices(lab, gpu(81_559, count=2))
@@ -444,10 +443,10 @@ def test_on_a_cpu_copies_of_a_model_need_a_core_each() -> None:
     require_devices(lab.at("cpu", quick=False, changes={"flags.data-parallel-size": 2}), cpu)
     for flag, size in (("data", 3), ("tensor", 2), ("pipeline", 2)):
         asked = lab.at("cpu", quick=False, changes={f"flags.{flag}-parallel-size": size})
-        with pytest.raises(EngineError, match=r"needs as many GPUs, .* has 0: .* cores, here 2\)"):
+        with pytest.raises(EngineError, match=r"has 0: .* cores, here 2\)"):
             require_devices(asked, cpu)
     over_ray = lab.at("cpu", False, {"flags.distributed-executor-backend": "ray"})
-    with pytest.raises(EngineError, match="vLLM's CPU build does not support Ray"):
+    with pytest.raises(EngineError, match="not support Ray"):
         require_devices(over_ray, cpu)
 
 
@@ -466,19 +465,16 @@ def test_a_rate_of_acceptance_is_set_on_a_gpu_only() -> None:
     require_devices(lab.at("gpu", quick=False, dummy=True), gpu(81_559))
     cpu = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34)
     require_devices(lab.at("cpu", quick=False), cpu)
-    with pytest.raises(NotApplicable, match=r"accepts-30 .* Triton.*needs a GPU"):
+    with pytest.raises(NotApplicable, match=r"accepts-30 .* Triton.* GPU"):
         require_devices(lab.at("cpu", quick=False, dummy=True), cpu)
 
 
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (
-            errors.GatedRepoError,
-            "accept its licence at https://huggingface.co/a/b and set HF_TOKEN",
-        ),
-        (errors.RepositoryNotFoundError, "no model a/b, or it is private: .* HF_TOKEN"),
-        (errors.LocalEntryNotFoundError, "local folder with MODEL=.* WEIGHTS=dummy"),
+        (errors.GatedRepoError, "licence at .*/a/b .* HF_TOKEN"),
+        (errors.RepositoryNotFoundError, "a/b, or it is private: .* HF_TOKEN"),
+        (errors.LocalEntryNotFoundError, "MODEL=.* WEIGHTS=dummy"),
     ],
 )
 def test_a_model_that_cannot_be_had_says_what_to_give(
@@ -493,18 +489,18 @@ def test_a_model_that_cannot_be_had_says_what_to_give(
 
 
 def test_a_model_folder_that_is_not_one_is_told_why(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"MODEL=.*/none is not there: give"):
+    with pytest.raises(ModelError, match=r"MODEL=.*/none .*: give"):
         models.resolve(gpu(81_559), str(tmp_path / "none"))
     with pytest.raises(ModelError, match=r"has no config\.json"):
         models.resolve(gpu(81_559), str(tmp_path))
 
 
 def test_settings_that_do_not_fit_are_named() -> None:
-    with pytest.raises(LabError, match="WEIGHTS=real is not known: use WEIGHTS=dummy"):
+    with pytest.raises(LabError, match=r"WEIGHTS=real .* use WEIGHTS=dummy"):
         model_of(gpu(81_559), "", "real")
-    with pytest.raises(LabError, match="llama-8b is a shape without weights: give WEIGHTS=dummy"):
+    with pytest.raises(LabError, match=r"llama-8b .* give WEIGHTS=dummy"):
         model_of(gpu(81_559), "llama-8b", "")
-    with pytest.raises(ModelError, match=r"no shape 'llama-9b' ships.*llama-8b \(Llama 3\.1 8B"):
+    with pytest.raises(ModelError, match=r"llama-9b.*llama-8b"):
         model_of(gpu(81_559), "llama-9b", "dummy")
 
 
@@ -520,5 +516,5 @@ def test_a_lab_with_a_shape_of_its_own_serves_it_whatever_the_machine_serves(
         lab = LABS["mixture-of-experts"].at(models.scale_of(machine), quick=False)
         assert model_for(lab, machine, "", weights).name == name
         assert model_for(lab, machine, "moe-tiny", weights).name == "moe-tiny"
-        with pytest.raises(NotApplicable, match=r"MODEL=a/b is no shape .* leave MODEL out"):
+        with pytest.raises(NotApplicable, match=r"MODEL=a/b .* leave MODEL out"):
             model_for(lab, machine, "a/b", weights)

@@ -153,16 +153,16 @@ def test_every_engine_accepts_its_flags_and_they_are_harmless(scale: str) -> Non
 
 
 def test_what_an_engine_does_not_know_or_what_may_harm_is_refused_by_name() -> None:
-    with pytest.raises(EngineError, match="no flag --cb-blocksize: did you mean --cb-block-size"):
+    with pytest.raises(EngineError, match=r"--cb-blocksize: .*--cb-block-size"):
         Transformers.check_flags([{"cb-blocksize": 32}])
-    with pytest.raises(EngineError, match="--cb-block-size takes int, not True"):
+    with pytest.raises(EngineError, match="takes int, not True"):
         Transformers.check_flags([{"cb-block-size": True}])
     with pytest.raises(EngineError, match="sets port itself"):
         LlamaCpp.check_flags([{"port": 1, "model": "<gguf>/model.gguf"}])
     with pytest.raises(EngineError, match="needs a file"):
         LlamaCpp.check_flags([{"parallel": 2}])
     assert "trust-remote-code" in Transformers.refusal({"trust-remote-code": True})
-    assert LlamaCpp.refusal({"model": "/etc/passwd"}) == "model names a path"
+    assert "model" in LlamaCpp.refusal({"model": "/etc/passwd"})
     assert "lora" in LlamaCpp.refusal({"lora": "x.gguf"})
 
 
@@ -241,7 +241,7 @@ def test_an_engine_that_is_not_installed_is_left_out_by_name_with_its_claims(
     without_llama(monkeypatch)
     lab, told = LAB.at("cpu", quick=False), Told()
     left = with_engines_here(lab, CPU, model, told)
-    assert told.messages[0].startswith("Left out: llama-cpp, as llama.cpp is not installed here")
+    assert told.messages[0].startswith("Left out: llama-cpp,")
     assert [v.name for v in left.variants] == ["vllm", "transformers", "transformers-cb"]
     assert left.absent == ("llama-cpp",)
     (reason,) = left.left_out
@@ -270,13 +270,13 @@ def test_what_the_cpu_has_no_kernel_for_is_left_out_and_a_lab_about_it_alone_doe
     left = with_engines_here(LABS["weight-quantization"].at(scale, False), old, model, told)
     assert left.absent == ("w4a16-gptq", "w4a16-awq")
     for name in ("kv-quantization", "quantization-tools"):
-        with pytest.raises(NotApplicable, match=f"{name} has nothing to compare here"):
+        with pytest.raises(NotApplicable, match=f"{name} has nothing"):
             with_engines_here(LABS[name].at(scale, False), old, model, told)
 
 
 def test_the_type_of_the_weights_is_set_by_the_lab_alone() -> None:
     assert not Transformers.refusal({"dtype": "float32", "continuous-batching": True})
-    assert "known to be harmless" in Transformers.refusal({"dtype": "os.system"})
+    assert "dtype" in Transformers.refusal({"dtype": "os.system"})
 
 
 def test_random_weights_are_vllms_alone(model: Model) -> None:
@@ -328,7 +328,7 @@ def test_a_model_of_another_kind_is_refused_before_anything_is_written(
         with pytest.raises(MakerError, match=why):
             to_gguf.make(base, tmp_path / "out")
         told = LlamaCpp.cannot_serve(Model("abacus", base, SHAPE), {}, CPU)
-        assert "no GGUF file of this model: abacus" in told
+        assert "GGUF" in told
     assert not (tmp_path / "out").exists()
 
 

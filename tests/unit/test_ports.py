@@ -40,7 +40,7 @@ def test_a_port_on_which_something_listens_is_taken() -> None:
         port = listening.getsockname()[1]
         with pytest.raises(OSError, match="in use"):
             require_free(LOOPBACK, port)
-        with pytest.raises(PortTaken, match=f"port {port} .* choose another with WEB_PORT="):
+        with pytest.raises(PortTaken, match=f"port {port} .* WEB_PORT="):
             require_port(port, "WEB_PORT")
 
 

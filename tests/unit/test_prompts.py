@@ -44,7 +44,12 @@ def digest(count: CountTokens) -> str:
     return hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("count", [words, pieces])
+def joined(messages: Messages) -> int:
+    """No tokenizer that splits at spaces: now and then two words are one token."""
+    return 5 + sum(len(m["content"]) // 4 + 1 for m in messages)
+
+
+@pytest.mark.parametrize("count", [words, pieces, joined])
 def test_length_is_exact(count: CountTokens) -> None:
     writer, rng = Writer(count), random.Random(0)
     asked = range(writer.least_tokens, 200)
@@ -82,7 +87,7 @@ def with_template(template: str, folder: Path) -> CountTokens:
 def test_a_template_that_writes_without_end_is_refused(times: str, tmp_path: Path) -> None:
     """The second would take 3 GB of memory."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(ValueError, match="chat template adds more than"):
+    with pytest.raises(ValueError, match="chat template"):
         Writer(with_template(f"{{{{ 'x' * ({times}) }}}}", tmp_path / "endless"))
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
@@ -110,15 +115,19 @@ def test_a_template_that_refuses_any_message_is_an_error() -> None:
         Writer(refuse)
 
 
-def test_too_short_names_the_least() -> None:
-    # 5 of the template, 1 of the system message, and 1 to say something
-    with pytest.raises(ValueError, match="prompt_tokens=6 is below the 7 tokens"):
-        Writer(words).chat(6, random.Random(0))
-
-
-def test_length_that_no_text_has_is_refused() -> None:
-    with pytest.raises(ValueError, match="no text of exactly 41 tokens"):
-        Writer(evens).chat(41, random.Random(0))
+@pytest.mark.parametrize(
+    ("count", "tokens", "error"),
+    [
+        # 5 of the template, 1 of the system message, and 1 to say something
+        (words, 6, r"prompt_tokens=6 .* 7 tokens"),
+        (evens, 41, "41 tokens"),
+    ],
+)
+def test_a_length_that_no_prompt_has_is_refused(
+    count: CountTokens, tokens: int, error: str
+) -> None:
+    with pytest.raises(ValueError, match=error):
+        Writer(count).chat(tokens, random.Random(0))
 
 
 def test_prompts_are_the_same_on_any_machine_and_python() -> None:
@@ -181,19 +190,8 @@ def test_history_comes_first_and_counts() -> None:
     found = writer.chat(40, rng, history=before)
     assert found[:-1] == before
     assert words(found) == 40
-    with pytest.raises(ValueError, match="below the 23 tokens that the chat template and earlier"):
+    with pytest.raises(ValueError, match="below the 23 tokens"):
         writer.chat(22, rng, history=before)
-
-
-def joined(messages: Messages) -> int:
-    """No tokenizer that splits at spaces: now and then two words are one token."""
-    return 5 + sum(len(m["content"]) // 4 + 1 for m in messages)
-
-
-def test_length_is_exact_where_words_do_not_add_up() -> None:
-    writer, rng = Writer(joined), random.Random(0)
-    asked = range(writer.least_tokens, 200)
-    assert [joined(writer.chat(tokens, rng)) for tokens in asked] == list(asked)
 
 
 def test_a_long_prompt_is_not_tokenized_again_for_each_attempt() -> None:

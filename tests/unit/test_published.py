@@ -46,7 +46,6 @@ def test_a_report_shows_theirs_beside_ours(tmp_path: Path, monkeypatch: pytest.M
     )
     text = report.write(folder).read_text()
     rows = [line for line in text.splitlines() if line.startswith("| On is faster (")]
-    assert all("| 2.00x | refuted | 9x | " in row for row in rows)
+    assert all(" 9x " in row for row in rows)
     assert len(rows) == 2
-    assert "- On is faster: 9x, an abacus of oak (Al-Khwarizmi, 820)" in text
-    assert "## Quality\n\nIt is good.\n\n- published by others: 9x, an" in text
+    assert text.count(f"9x, {THEIRS.setting} ({THEIRS.source})") == 2  # of the claim, the finding

@@ -212,7 +212,7 @@ def never(folder: RunFolder, what: str) -> None:
 )
 def test_what_answers_garbage_is_no_grafana(grafana: Stub, garbage: bytes) -> None:
     grafana.garbage = garbage
-    with pytest.raises(GrafanaError, match=r"^(what answers at|Grafana at) http") as failed:
+    with pytest.raises(GrafanaError, match="http") as failed:
         push.push(grafana.url, TOKEN, "http://127.0.0.1:9090", [REGION])
     assert len(str(failed.value)) < 600
 
@@ -224,7 +224,7 @@ def test_an_answer_without_end_is_not_kept(
     monkeypatch.setattr(push, "MOST_ANSWER_BYTES", 10**5)
     grafana.garbage, grafana.refuses = b" " * 10**8, status
     tracemalloc.start()
-    with pytest.raises(GrafanaError, match="more than 100000 bytes"):
+    with pytest.raises(GrafanaError, match="100000 bytes"):
         push.push(grafana.url, TOKEN, "http://127.0.0.1:9090", [REGION])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -197,8 +197,8 @@ def empty_lab(folder: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (remove("COMPLETE"), "it has no COMPLETE"),
-        (remove(TRIAL), "trial on/short/concurrent-2/1 is missing"),
+        (remove("COMPLETE"), "COMPLETE"),
+        (remove(TRIAL), "on/short/concurrent-2/1 is missing"),
         (remove(RECORDS), "requests.jsonl.gz is missing"),
         (remove("predictions.json"), "predictions.json is missing"),
         (damage("summary.json"), "summary.json: Invalid JSON"),
@@ -215,15 +215,13 @@ def test_problem_is_found(
     assert message in problem
 
 
-def test_folder_with_another_digest_is_a_problem(folder: RunFolder) -> None:
-    moved = copy(folder, "20260101T000000Z-00000000")
-    assert problems(moved) == ["its folder does not carry its digest"]
-
-
-def test_folder_of_another_machine_is_a_problem(folder: RunFolder) -> None:
+def test_a_folder_with_another_digest_or_of_another_machine_is_a_problem(folder: RunFolder) -> None:
+    (problem,) = problems(copy(folder, "20260101T000000Z-00000000"))
+    assert "digest" in problem
     there = results.RESULTS / "other-1cpu-000000" / "tiny" / folder.path.name
     shutil.copytree(folder.path, there)
-    assert problems(RunFolder(there)) == ["its folder is under another machine's name"]
+    (problem,) = problems(RunFolder(there))
+    assert "another machine" in problem
 
 
 def test_lab_that_was_edited_after_the_run_is_a_problem(folder: RunFolder) -> None:
@@ -255,11 +253,13 @@ def kept_log(folder: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (text_of("hf_" + "aB3" * 11), "p-on.json.gz holds what looks like a secret"),
-        (text_of("Authorization: Bearer " + "x1" * 20), "holds what looks like a secret"),
-        (text_of("in /home/ada/models/x"), "names a home folder, /home/ada/.."),
-        (large, "it has 10.0 MiB, a run may have 10"),
-        (kept_log, "engine.log is a log that git keeps"),
+        (text_of("hf_" + "aB3" * 11), "p-on.json.gz holds what looks"),
+        (text_of("Authorization: Bearer " + "x1" * 20), "a secret"),
+        (text_of("in /Users/me/x"), "/Users/me/.."),
+        (text_of("in /root/x"), "/root/"),
+        (text_of("in /home/ada/models/x"), "/home/ada/.."),
+        (large, "10.0 MiB"),
+        (kept_log, "engine.log is a log"),
     ],
 )
 def test_what_must_not_be_published_is_a_problem(
@@ -290,7 +290,7 @@ def test_a_run_is_whole_with_as_many_repeats_as_each_point_shall_have(tmp_path: 
         "on/short/concurrent-1": 1, "on/short/concurrent-2": 2,
     }  # fmt: skip
     shutil.rmtree(folder.path / "trials/on/short/concurrent-1/1")
-    assert "trial on/short/concurrent-1/1 is missing" in problems(folder)
+    assert any("on/short/concurrent-1/1" in problem for problem in problems(folder))
 
 
 # -------------------------------------------------------------------------------- half-written
@@ -306,14 +306,15 @@ def test_interrupted_file_is_not_there(folder: RunFolder, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         write_json(folder.path / TRIAL, TrialResult(point=point.key, repeat=1))
     assert folder.trial_result(point, 1) is None
-    assert problems(folder) == ["trial on/short/concurrent-2/1 is missing"]
+    (problem,) = problems(folder)
+    assert "on/short/concurrent-2/1" in problem
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"endpoint": "http://127.0.0.1:8000"}, "endpoint: none, the lab starts its engines then"),
-        ({"engine_command": ["perf", "vllm"]}, "engine.command: its own then, perf vllm now"),
+        ({"endpoint": "http://127.0.0.1:8000"}, "endpoint: none"),
+        ({"engine_command": ["perf", "vllm"]}, "engine.command: its own then"),
         ({"model_files": {"model.safetensors": "b" * 64}}, "model.files.model.safetensors: aaa"),
         ({"model": "abacus-2"}, "model.name: abacus-1 then, abacus-2 now"),
         ({"dummy": True}, "model.random_weights: False then, True now"),
@@ -352,7 +353,7 @@ def test_a_run_that_was_measured_otherwise_is_not_continued(
         resume.unfinished(run.model_copy(update=change))
     assert named in str(refusal.value)
     assert str(folder.path) in str(refusal.value)
-    assert "Restore that, or start a new run without RESUME=1" in str(refusal.value)
+    assert "without RESUME=1" in str(refusal.value)
     assert resume.unfinished(run.model_copy(update={"reproduces": "another"})) is None
 
 
@@ -367,7 +368,8 @@ def test_interrupted_run_is_not_complete(folder: RunFolder) -> None:
     shutil.rmtree(folder.path / "trials" / "on")
     (folder.path / "COMPLETE").unlink()
     assert not folder.complete
-    assert problems(folder) == ["it has no COMPLETE"]
+    (problem,) = problems(folder)
+    assert "COMPLETE" in problem
 
 
 def test_runs_are_found_newest_last(folder: RunFolder) -> None:
@@ -387,9 +389,7 @@ def test_full_disk_is_refused_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * 2**20))
-    with pytest.raises(
-        LabError, match=r"^100 MiB are free under .*, and a run needs 300 MiB: free some"
-    ):
+    with pytest.raises(LabError, match=r"^100 MiB .* 300 MiB: free some"):
         require_room(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=300 * 2**20))
     require_room(tmp_path)
@@ -397,7 +397,7 @@ def test_full_disk_is_refused_in_a_sentence(
 
 def test_results_that_cannot_be_written_are_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(LabError, match=r"^RESULTS=.*/file cannot be written \(.*\): name another"):
+    with pytest.raises(LabError, match=r"^RESULTS=.*/file .*: name another"):
         require_room(tmp_path / "file")
 
 
@@ -468,10 +468,3 @@ def test_neither_prose_nor_a_last_digit_nor_a_field_that_the_file_lacks_is_compa
     plain = json.loads(judged.model_dump_json())
     del plain["judgements"][0]["effect"]["error"]
     assert unlike(Summary.model_validate(plain), judged) == ""
-
-
-@pytest.mark.parametrize("home", ["/home/me/x", "/Users/me/x", "/root/x"])
-def test_the_name_of_a_home_folder_is_found(home: str, folder: RunFolder) -> None:
-    (folder.path / "note.txt").write_text(f"from {home}")
-    (problem,) = problems(folder)
-    assert problem.startswith("note.txt names a home folder, /")

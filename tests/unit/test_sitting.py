@@ -132,7 +132,7 @@ def test_a_disk_without_room_ends_the_lab_in_a_sentence_that_says_what_mends_it(
     )
     code, said, played = sit(play)
     assert (code, played) == (1, list(LABS))
-    assert "error: No space left on device (records): free some of the disk that holds" in said
+    assert "(records): free some" in said
     assert "traceback" not in said  # there was no room for it
 
 
@@ -143,7 +143,7 @@ def test_an_expected_error_has_its_sentence_and_no_traceback(
         raise LabError("the port is taken")
 
     _, said, _ = sit(play, FIRST)
-    assert f"Not finished: {FIRST}: the port is taken" in said
+    assert f"{FIRST}: the port is taken" in said
     assert not list(home.glob("*/error-*.log"))
 
 
@@ -178,18 +178,17 @@ def test_a_lab_at_which_calls_are_killed_comes_last_from_the_third_on(
     assert sit(killed_at(FIRST))[2] == [FIRST]
     _, said, played = sit(killed_at(FIRST, SECOND))
     assert played == [SECOND]
-    assert f"{FIRST} was begun 2 times without finishing a trial" in said
+    assert f"{FIRST} was begun 2 times" in said
     assert sit(killed_at(FIRST, SECOND))[2] == [SECOND]
     assert sit(killed_at(FIRST, SECOND))[2] == [THIRD, FIRST]
     _, said, played = sit(killed_at(FIRST, SECOND))  # the one that was tried less often
     assert played == [THIRD, SECOND]
-    assert "it is taken to have failed" not in said  # once
     code, said, played = sit(killed_at(FIRST, SECOND))
     assert (code, played) == (1, [THIRD])  # a caller that waits for an end has one
     for lab in (FIRST, SECOND):
-        why = "3 calls were ended in it before it finished a trial, so it is not begun again"
-        assert f"Not finished: {lab}: {why}: `make lab-{lab}` runs it alone" in said
-    assert "Call `make labs-all` again" not in said
+        assert f"{lab}: 3 calls" in said
+        assert f"`make lab-{lab}`" in said
+    assert "`make labs-all`" not in said
     finish_trial(home, FIRST)  # as by `make lab-<name>`
     assert sit(killed_at())[2] == [THIRD, FIRST]
 
@@ -202,9 +201,7 @@ def test_what_a_call_could_tell_or_a_person_stopped_is_not_held_against_a_lab(
         raise end
 
     for _ in range(5):
-        _, said, played = sit(play, FIRST)
-        assert played == [FIRST]
-        assert "taken to have failed" not in said
+        assert sit(play, FIRST)[2] == [FIRST]
 
 
 def test_an_interrupt_by_a_time_limit_is_held_against_a_lab(
@@ -236,12 +233,10 @@ def test_a_begin_that_the_clock_ends_is_not_held_against_a_lab(
     def play(lab: str) -> None:
         if lab == FIRST:
             raise NotApplicable("not here")
-        raise TimeUsedUp("the first trial needs about 90 s and 10 s are left")
+        raise TimeUsedUp("10 s are left")
 
     for _ in range(4):
-        code, said, played = sit(play)
-        assert (code, played) == (75, [FIRST, SECOND])
-        assert "taken to have failed" not in said
+        assert sit(play)[::2] == (75, [FIRST, SECOND])
 
 
 def test_a_lab_that_is_begun_anew_within_a_call_is_counted_once(

@@ -105,9 +105,9 @@ def test_an_unseen_structure_is_asked_for_once() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"keep_text": False}, "nothing proves an imposed structure"),
-        ({"output_tokens": Fixed(tokens=LEAST_TOKENS)}, "may be more than a structured answer has"),
-        ({"task": "story"}, "each say how prompts begin"),
+        ({"keep_text": False}, "nothing proves"),
+        ({"output_tokens": Fixed(tokens=LEAST_TOKENS)}, "structured answer"),
+        ({"task": "story"}, "task.*structure|structure.*task"),
     ],
 )
 def test_what_cannot_be_proved_or_may_end_by_itself_is_refused(
@@ -170,9 +170,9 @@ def test_masks_cost_what_they_take_beyond_the_step_they_hide_behind() -> None:
 
 
 def test_a_backend_that_cannot_serve_is_refused_before_anything_starts() -> None:
-    with pytest.raises(LabError, match=r"guidance cannot be used .* \(ImportError: no\)"):
+    with pytest.raises(LabError, match=r"guidance .* \(ImportError: no\)"):
         masking(point_of("guidance", "imposed"))
-    with pytest.raises(LabError, match="'outlines' is none of xgrammar, guidance"):
+    with pytest.raises(LabError, match=r"'outlines' .* xgrammar, guidance"):
         masking(point_of("outlines", "imposed"))
 
 
@@ -238,9 +238,9 @@ def test_a_backend_that_fails_says_why_and_the_others_have_figures(
     assert good["error"] is None
     assert good["forms"]["record"]["compile_s"] == 0.5
     assert 0 < good["forms"]["record"]["mask_s"] < 0.1
-    assert "refuses a token of a valid answer" in timed("incorruptible")["error"]
+    assert "refuses a token" in timed("incorruptible")["error"]
     model.get_vocab_size = lambda: 1 / 0
-    assert timed("a")["error"] == "ZeroDivisionError: division by zero"
+    assert timed("a")["error"].startswith("ZeroDivisionError")
 
 
 def test_the_reason_of_a_backend_is_the_first_error_and_not_what_was_made_of_it(
@@ -256,7 +256,7 @@ def test_the_reason_of_a_backend_is_the_first_error_and_not_what_was_made_of_it(
 
     monkeypatch.setattr(masks, "_backend", unusable)
     error = masks.timed("mine", None, None, {})["error"]
-    assert error == "ModuleNotFoundError: No module named 'json.gone'"
+    assert "json.gone" in error
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", "[1]\n", '{"form": "record", "structure": 1}\n'])

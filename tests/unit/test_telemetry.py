@@ -148,7 +148,7 @@ def test_a_file_of_more_samples_than_a_trial_has_is_not_kept(
     for hostile in (2**20 * b"1,0,,,,,,\n", 2**20 * b",", b'"' + 2**20 * b"1\n"):
         path.write_bytes(gzip.compress(head + b"\n" + hostile))
         tracemalloc.start()
-        with pytest.raises(ValueError, match="more than 100 samples, or one of over 512 char"):
+        with pytest.raises(ValueError, match="100 samples"):
             telemetry.read(path)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

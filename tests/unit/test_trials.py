@@ -34,7 +34,6 @@ from labs.harness.running.trials import (
     recorded,
 )
 from labs.harness.spec import LabError, Point, Variant
-from labs.harness.telling import report
 from labs.harness.telling.summary import summarise
 from loadtests import records
 from loadtests.arrivals import Concurrent
@@ -53,19 +52,15 @@ REFUSED = make_record([], error="HTTP 500: out of memory")
 
 
 def test_a_trial_in_which_no_counted_request_succeeds_has_failed() -> None:
-    assert nothing_measured([WARM_UP, REFUSED, REFUSED]) == (
-        "no request in the window succeeded, of 2; the first failed with: HTTP 500: out of memory"
-    )
+    said = nothing_measured([WARM_UP, REFUSED, REFUSED])
+    assert "of 2" in said
+    assert said.endswith("HTTP 500: out of memory")
 
 
 def test_a_trial_without_a_request_in_its_window_has_failed() -> None:
-    assert nothing_measured([WARM_UP]).startswith(
-        "nothing was sent in the window: raise `window_s`"
-    )
-    assert nothing_measured([]).startswith("nothing was sent")
-    assert nothing_measured([WARM_UP], exhausted=True) == (
-        "the prepared requests ran out in the warm-up: raise `requests`"
-    )
+    for found in ([WARM_UP], []):
+        assert "`window_s`" in nothing_measured(found)
+    assert "`requests`" in nothing_measured([WARM_UP], exhausted=True)
 
 
 def test_one_counted_answer_is_a_measurement() -> None:
@@ -153,15 +148,16 @@ def attempts(
 def test_a_trial_that_nothing_disturbed_is_played_once(tmp_path: Path) -> None:
     trials, result, folder = attempts(tmp_path, 0.01)
     assert (trials.said, result.discarded) == ([], ())
-    assert "measured again" not in report.write(folder).read_text()
+    assert not summarise(folder).measured_again
 
 
 def test_what_disturbs_a_trial_is_explained_once_and_then_named(tmp_path: Path) -> None:
     """On a machine that is never quiet the lines are many."""
     trials, _, _ = attempts(tmp_path, 2.5, 1.5, 0.01)
     first, second = trials.said
-    assert "ran 2500 ms late" in first
-    assert second.endswith("is measured again (2 of at most 2): generator's loop lagged")
+    assert "2500 ms" in first
+    assert "ms" not in second
+    assert second.endswith("(2 of at most 2): generator's loop lagged")
 
 
 def test_a_disturbed_trial_is_measured_again_and_told(tmp_path: Path) -> None:
@@ -172,17 +168,11 @@ def test_a_disturbed_trial_is_measured_again_and_told(tmp_path: Path) -> None:
     assert list(discarded.reasons) == ["generator's loop lagged"]
     assert discarded.loop_lag_max_s == 2.5
     (said,) = trials.said
-    assert (
-        "is measured again (1 of at most 2): generator's loop lagged: its event loop ran 2500 ms"
-        " late" in said
-    )
-    assert said.endswith("(DISTURBED=keep accepts every trial as it is)")
+    assert all(part in said for part in ("1 of at most 2", "2500 ms", "DISTURBED=keep"))
     summary = summarise(folder)
     key = f"{result.point}/1"
     assert summary.measured_again == {key: ["generator's loop lagged"]}
-    assert not [c for c in summary.caveats if c.name == "generator's loop lagged"]
-    text = report.write(folder).read_text()
-    assert "measured again, whatever their figures: 1. Reasons: generator's loop lagged (1)" in text
+    assert "generator's loop lagged" not in {c.name for c in summary.caveats}
 
 
 def test_it_is_measured_again_at_most_twice_and_then_keeps_its_caveat(tmp_path: Path) -> None:
@@ -191,9 +181,8 @@ def test_it_is_measured_again_at_most_twice_and_then_keeps_its_caveat(tmp_path: 
     assert [d.loop_lag_max_s for d in result.discarded] == [2.5, 2.6]
     (caveat,) = (c for c in summarise(folder).caveats if c.name == "generator's loop lagged")
     assert caveat.blocks
-    assert "1, 1 of them twice. Reasons: generator's loop lagged (2)" in " ".join(
-        report.write(folder).read_text().split()
-    )
+    (again,) = summarise(folder).measured_again.values()
+    assert again == ["generator's loop lagged"] * 2
 
 
 def steps(*factors: float) -> list[ReferenceStep]:
@@ -230,7 +219,6 @@ def test_a_machine_that_jumps_each_time_leaves_the_caveat_that_it_is(tmp_path: P
     assert (len(result.discarded), len(trials.lags_s)) == (2, 1)
     jumps = [c for c in summarise(folder).caveats if c.name == "the machine's speed jumped"]
     assert [c.blocks for c in jumps] == [False]
-    report.write(folder)
 
 
 def test_what_transport_takes_is_known_from_the_variants_undisturbed_trials_at_one_stream(
@@ -282,6 +270,39 @@ def test_the_engines_of_trials_that_are_played_together_are_all_awake(tmp_path: 
     assert trials.awake == [["off", "on"], ["off", "on"]]
 
 
+def silent(*_: object) -> None:
+    pass
+
+
+def engine_with(**own: Any) -> Any:
+    """An engine that does whatever it is asked, and says nothing."""
+    calls = dict.fromkeys(("reset_prefix_cache", "snapshot", "died", "stop"), silent)
+    facts: dict[str, Any] = {
+        "url": "",
+        "name": "",
+        "pid": None,
+        "request_fields": {},
+        "model_names": {},
+    }
+    rest = {"served": dict, "api_servers": list, "computing": list, "closes_connections": False}
+    return SimpleNamespace(**{**calls, **facts, **rest, **own})
+
+
+def play_with(
+    trials: Trials,
+    engine_of: Callable[[Variant], Any],
+    play: Callable[..., Any],
+    begin: Callable[..., None] = silent,
+) -> None:
+    """Give the trials these engines, and a load generator that plays so."""
+    vars(trials).update(
+        _engines=SimpleNamespace(serving=engine_of, started=2, share_cpu=False),
+        _load=SimpleNamespace(play=play),
+        _telemetry=SimpleNamespace(begin=begin, write=silent, foreign_processes=silent),
+        _progress=SimpleNamespace(waiting=silent),
+    )
+
+
 @pytest.mark.parametrize(
     ("together", "suspends", "pids", "rest_s"),
     [(2, True, (7, 8), REST_S), (1, True, (), 0.0), (2, False, (), 0.0)],
@@ -291,10 +312,7 @@ def test_between_turns_the_load_generator_suspends_what_computes(
 ) -> None:
     folder = write_run(tmp_path)
     trials = Script(folder, [])
-    engine: Any = SimpleNamespace(
-        computing=lambda: [7, 8], url="", request_fields={}, model_names={},
-        closes_connections=False,
-    )  # fmt: skip
+    engine = engine_with(computing=lambda: [7, 8])
     vars(trials)["_engines"] = SimpleNamespace(share_cpu=suspends)
     planned = trials._trial_plan(folder.run().points()[-1], 1, engine, together)
     assert (planned.pids, planned.rest_s) == (pids, rest_s)
@@ -304,10 +322,11 @@ def test_where_one_is_disturbed_those_beside_it_are_measured_again_too(tmp_path:
     trials, results = together(tmp_path, 0.01, 2.5, 0.03, 0.04)
     assert [r.summary and r.summary.loop_lag_max_s for r in results] == [0.03, 0.04]
     of_other, own = (r.discarded[0].reasons["generator's loop lagged"] for r in results)
-    assert own.startswith("its event loop ran 2500 ms late")
-    assert of_other == f"of a trial beside it: {own}"
+    assert "2500 ms" in own
+    assert of_other.endswith(own)
+    assert of_other != own
     (said,) = trials.said
-    assert said.startswith("off | on, 1 user, repeat 1 of 2 is measured again (1 of at most 2): ge")
+    assert said.startswith("off | on, 1 user, repeat 1 of 2")
 
 
 def test_an_engine_that_dies_costs_its_own_trial_alone(tmp_path: Path) -> None:
@@ -347,18 +366,8 @@ def test_records_that_cannot_be_read_back_fail_the_trial(tmp_path: Path) -> None
         path.write_bytes(gzip.compress(b"no record"))
         return [make_summary()]
 
-    engine = SimpleNamespace(
-        reset_prefix_cache=lambda: None, snapshot=lambda: None, url="", pid=None,
-        request_fields={}, model_names={}, closes_connections=False, api_servers=list,
-    )  # fmt: skip
-    silent = lambda *_: None  # noqa: E731
-    stand_ins: Any = {
-        "_engines": SimpleNamespace(serving=lambda _: engine, started=2),
-        "_load": SimpleNamespace(play=play),
-        "_telemetry": SimpleNamespace(begin=silent, write=silent, foreign_processes=silent),
-    }
-    vars(trials).update(stand_ins)
-    with pytest.raises(GeneratorError, match=r"its records cannot be read: .*line 1: not a req"):
+    play_with(trials, lambda _: engine_with(), play)
+    with pytest.raises(GeneratorError, match="line 1"):
         Trials._play(trials, [point], 1, "a trial", time.monotonic())
 
 
@@ -375,11 +384,11 @@ def test_an_engine_that_cannot_be_made_ready_costs_its_own_trial_and_is_ended(
             if variant.name == "on":
                 raise requests.ReadTimeout("read timed out")
 
-        return SimpleNamespace(
-            reset_prefix_cache=reset_prefix_cache, stop=lambda: ended.append(variant.name),
-            name=variant.name, snapshot=lambda: None, url="", request_fields={}, model_names={},
-            closes_connections=False, computing=list,
-        )  # fmt: skip
+        return engine_with(
+            reset_prefix_cache=reset_prefix_cache,
+            stop=lambda: ended.append(variant.name),
+            name=variant.name,
+        )
 
     def send(sending: Sequence[Sending], name: str) -> Any:
         sent.extend(each.point.variant.name for each in sending)
@@ -435,27 +444,12 @@ def test_a_call_of_one_engine_that_fails_costs_its_own_trial_alone(
             records.write(each.records, found)
         return [make_summary() for _ in asked.all_plans]
 
-    silent = lambda *_: None  # noqa: E731
-    calls: dict[str, Any] = {
-        "reset_prefix_cache": silent, "snapshot": silent, "died": silent, "served": dict
-    }  # fmt: skip
-    facts: dict[str, Any] = {
-        "url": "", "pid": None, "request_fields": {}, "model_names": {}, "api_servers": list,
-        "closes_connections": False, "computing": list, "name": "", "stop": silent,
-    }  # fmt: skip
     engines = {
-        refused.variant.name: SimpleNamespace(**facts, **{**calls, call: fail}),
-        whole.variant.name: SimpleNamespace(**facts, **calls),
+        refused.variant.name: engine_with(**{call: fail}),
+        whole.variant.name: engine_with(),
     }
     counted = SimpleNamespace(info={}, values={}, histograms={})
-    stand_ins: Any = {
-        "_engines": SimpleNamespace(
-            serving=lambda variant: engines[variant.name], started=2, share_cpu=False
-        ),
-        "_load": SimpleNamespace(play=play),
-        "_telemetry": SimpleNamespace(begin=silent, write=silent, foreign_processes=silent),
-    }
-    vars(trials).update(stand_ins)
+    play_with(trials, lambda variant: engines[variant.name], play)
     monkeypatch.setattr("labs.harness.running.trials.counted_since", lambda *_: counted)
     monkeypatch.setattr("labs.harness.running.trials.snapshot_json", lambda _: {})
     played = Trials._play(trials, [refused, whole], 1, "a trial", time.monotonic())
@@ -499,20 +493,9 @@ def test_a_trial_records_how_busy_the_api_server_was_in_its_window(
         records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
         return [make_summary(started_monotonic_s=began_s)]
 
-    silent, begun = lambda *_: None, list[object]()
-    engine = SimpleNamespace(
-        reset_prefix_cache=silent, snapshot=silent, url="", pid=None, died=silent, served=dict,
-        request_fields={}, model_names={}, closes_connections=False, api_servers=lambda: [7, 8],
-    )  # fmt: skip
-    stand_ins: Any = {
-        "_engines": SimpleNamespace(serving=lambda _: engine, started=2),
-        "_load": SimpleNamespace(play=play),
-        "_telemetry": SimpleNamespace(
-            begin=lambda *given: begun.append(given), write=silent, foreign_processes=silent
-        ),
-        "_progress": SimpleNamespace(waiting=silent),
-    }
-    vars(trials).update(stand_ins)
+    begun = list[object]()
+    engine = engine_with(api_servers=lambda: [7, 8])
+    play_with(trials, lambda _: engine, play, lambda *given: begun.append(given))
     monkeypatch.setattr("labs.harness.running.trials.ServerLoad", Servers)
     monkeypatch.setattr("labs.harness.running.trials.counted_since", silent)
     (played,) = Trials._play(trials, [point], 1, "a trial", time.monotonic())
@@ -553,7 +536,7 @@ def test_a_disturbed_first_trial_of_a_call_is_measured_again_only_where_it_fits(
     assert result.summary
     assert result.summary.loop_lag_max_s == 2.5
     (said,) = trials.said
-    assert said.endswith("was disturbed, but no time is left to repeat it")
+    assert "no time is left" in said
 
 
 def test_an_interrupted_second_attempt_leaves_the_trial_to_be_played(tmp_path: Path) -> None:
@@ -638,7 +621,7 @@ def test_the_figures_of_a_trial_do_not_decide_whether_it_is_measured_again(tmp_p
 
 def test_a_misspelled_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABS_DISTURBED", "Keep")
-    with pytest.raises(LabError, match="DISTURBED=Keep is not known"):
+    with pytest.raises(LabError, match="DISTURBED=Keep"):
         keeps_disturbed()
     for text, keeps in (("", False), ("keep", True)):
         monkeypatch.setenv("LABS_DISTURBED", text)

@@ -147,7 +147,7 @@ def test_a_cache_that_it_says_it_did_not_reset_is_an_error(answers: dict[str, An
     answers["/reset_prefix_cache"] = {"success": True}
     engine.reset_prefix_cache()
     answers["/reset_prefix_cache"] = {"success": False}
-    with pytest.raises(EngineError, match="w8a8 did not reset its prefix cache"):
+    with pytest.raises(EngineError, match=r"w8a8 .* prefix cache"):
         engine.reset_prefix_cache()
 
 

@@ -68,7 +68,7 @@ def test_fixed_lengths_are_all_the_same() -> None:
 
 
 def test_most_below_mean_is_refused() -> None:
-    with pytest.raises(ValidationError, match="max_tokens=4 must be at least mean_tokens="):
+    with pytest.raises(ValidationError, match=r"max_tokens=4 .* mean_tokens="):
         Exponential(mean_tokens=5, max_tokens=4)
 
 
@@ -120,7 +120,7 @@ def test_prefix_longer_than_the_prompt_is_refused() -> None:
     short = WORKLOAD.model_copy(
         update={"prompt_tokens": Fixed(tokens=20), "prefix": Prefix(tokens=30)}
     )
-    with pytest.raises(ValueError, match="prompt_tokens=20 is below the 32 tokens"):
+    with pytest.raises(ValueError, match=r"prompt_tokens=20 .* 32 tokens"):
         short.requests(1, 0, Writer(words))
 
 
