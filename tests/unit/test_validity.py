@@ -595,37 +595,40 @@ SHARED = Prefix(tokens=40)  # and the template's 10: three whole blocks of 16
 EXACT = 19 * 48 + 48  # the first one was sent before: 63 of its tokens, in whole blocks
 
 
+PRIMED: dict[str, Any] = {"prefix": SHARED, "primed": True}
+IN_TURN: dict[str, Any] = {"prefix": Prefix(tokens=40, groups=8)}
+CHATTING: dict[str, Any] = {"chat": Chat(turns=2, grows_tokens=30)}  # two blocks in every other
+
+
 @each(
-    ("hits", "names"),
+    ("hits", "fields", "names"),
     [
-        (EXACT, []),
-        (19 * 32 + 48, []),  # the template may be shorter than it is at most
-        (0.06 * 64 * 20, ["treatment not applied"]),  # 6% where 75% are to be
-        (EXACT + 16, ["warm prefix cache"]),  # of a trial before, as the cache was not reset
+        (EXACT, PRIMED, []),
+        (19 * 32 + 48, PRIMED, []),  # the template may be shorter than it is at most
+        (0.06 * 64 * 20, PRIMED, ["treatment not applied"]),  # 6% where 75% are to be
+        (EXACT + 16, PRIMED, ["warm prefix cache"]),  # of a trial before: it was not reset
+        # one error in a hundred leaves the dose of all other requests known
+        (0.06 * 64 * 100, {**PRIMED, "n": 100, "lost": 1}, ["treatment not applied"]),
+        (98 * 48, {**PRIMED, "n": 100, "lost": 1}, []),
+        # of more prefixes than the cache holds none is found
+        (0, {**IN_TURN, "primed": True, "blocks": 20}, []),
+        (0.6 * 64 * 20, {**IN_TURN, "primed": True, "blocks": 20}, ["warm prefix cache"]),
+        # where they may or may not stay, only the most is known
+        (0, {**IN_TURN, "primed": True, "blocks": 40}, []),
+        (500, {**IN_TURN, "primed": True, "blocks": 40}, []),
+        # where nothing is shared, nothing but the template is found
+        (0, {"prompt": 32}, []),
+        (31 * 20, {"prompt": 32}, ["warm prefix cache"]),
+        # a turn of a chat finds the turn before it, which may be under way beside another user's
+        (10 * 32, CHATTING, []),
+        (9 * 32, CHATTING, ["treatment not applied"]),
+        (9 * 32, {**CHATTING, "users": 2}, []),
     ],
 )
-def test_a_primed_trial_finds_what_its_requests_share_to_the_token(
-    hits: float, names: list[str]
+def test_what_is_found_in_the_cache_lies_between_what_must_and_what_can_be(
+    hits: float, fields: dict[str, Any], names: list[str]
 ) -> None:
-    assert prefixed(hits, prefix=SHARED, primed=True) == names
-
-
-@each(("hits", "names"), [(0, []), (0.6 * 64 * 20, ["warm prefix cache"])])
-def test_more_prefixes_than_the_cache_holds_find_nothing(hits: float, names: list[str]) -> None:
-    prefix = Prefix(tokens=40, groups=8)
-    assert prefixed(hits, blocks=20, prefix=prefix, primed=True) == names
-
-
-def test_where_it_may_or_may_not_stay_in_the_cache_only_the_most_is_known() -> None:
-    prefix = Prefix(tokens=40, groups=8)
-    for hits in (0, 500):
-        assert prefixed(hits, blocks=40, prefix=prefix, primed=True) == []
-
-
-def test_one_error_in_a_hundred_leaves_the_dose_of_all_other_requests_known() -> None:
-    """It set the least to 0, so that 6% were enough where 75% are to be."""
-    for hits, names in ((0.06 * 64 * 100, ["treatment not applied"]), (98 * 48, [])):
-        assert prefixed(hits, n=100, lost=1, prefix=SHARED, primed=True) == names
+    assert prefixed(hits, **fields) == names
 
 
 @each(
@@ -668,7 +671,7 @@ def test_few_requests_must_find_what_so_many_find_in_the_forecast() -> None:
 def test_a_mean_of_fewer_repeats_than_were_forecast_proves_no_dose() -> None:
     shuffled = Prefix(tokens=40, groups=4, shuffled=True)
     assert over_repeats((300, 300), 0.2, prefix=shuffled) == ["treatment not proved"]
-    assert over_repeats((EXACT,), 0.2, prefix=SHARED, primed=True) == []  # it is no chance
+    assert over_repeats((EXACT,), 0.2, **PRIMED) == []  # it is no chance
 
 
 @each(("low", "applied"), [(0.3, True), (0.5, False)])
@@ -691,28 +694,15 @@ def test_a_report_holds_the_repeats_of_a_point_together_against_its_forecast(
 def test_a_preemption_or_speculation_leaves_the_forecast_as_the_least(why: str) -> None:
     more: dict[str, Any] = {"preemptions": 1.0} if why == "preempted" else {"guesses": True}
     for hits, names in ((0.06 * 64 * 20, ["treatment not applied"]), (0.7 * 64 * 20, [])):
-        assert over_repeats([hits], 0.75, 1, prefix=SHARED, primed=True, **more) == names
-
-
-def test_nothing_is_found_where_nothing_is_shared() -> None:
-    """31 of 32 tokens were, and nobody noticed, as up to 64 were taken for the template's."""
-    assert prefixed(0, prompt=32) == []
-    assert prefixed(31 * 20, prompt=32) == ["warm prefix cache"]
+        assert over_repeats([hits], 0.75, 1, **PRIMED, **more) == names
 
 
 def test_a_cache_of_unknown_blocks_proves_nothing() -> None:
-    trial = prefixed_trial(EXACT, prefix=SHARED, primed=True)
+    trial = prefixed_trial(EXACT, **PRIMED)
     assert trial.engine
     trial = replace(trial, engine=replace(trial.engine, info={}))
     names = {c.name for c in caveats_of(trial, Expected(template_tokens=10)) if c.blocks}
     assert "engine's metrics incomplete" in names
-
-
-def test_a_turn_of_a_chat_finds_the_turn_before_it() -> None:
-    chat = Chat(turns=2, grows_tokens=30)  # 34 of 64 tokens are known: two blocks, in every other
-    assert prefixed(10 * 32, chat=chat) == []
-    assert prefixed(9 * 32, chat=chat) == ["treatment not applied"]
-    assert prefixed(9 * 32, chat=chat, users=2) == []  # the turn before may be under way
 
 
 # ---------------------------------------------------------------------------- what is shown of it
