@@ -1,1 +1,1 @@
-"""What the checks of `labs/harness/judging/validity.py` look at, in modules by what they read."""
+"""What the checks of `labs/harness/judging/checks.toml` look at, in modules by what they read."""
