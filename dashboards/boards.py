@@ -92,7 +92,7 @@ Figures = Mapping[str, Described]  # by the name under which it is exported
 UNITS = {"s": SECONDS, "tok": TOKENS, "tok/s": TOKENS_PER_S, "req/s": PER_S, "FLOP/s": FLOP_PER_S,
          "1": PLAIN, "share": RATIO, "USD": DOLLARS, "J": JOULES}  # fmt: skip
 FOLDER = Path(__file__).parent / "grafana"
-# beyond these limits no verdict is given (labs/harness/judging/validity.py)
+# beyond these limits no verdict is given (labs/harness/judging/checks.toml)
 LATE_S, LOOP_LAG_S, MOST_ERRORS = 0.005, 0.02, 0.01
 OUTCOMES = {
     "helps": "green", "hurts": "red", "no effect": "blue", "inconclusive": "orange",

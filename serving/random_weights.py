@@ -9,7 +9,7 @@ weight takes the largest value. The scales are set to go with them.
 Every worker of vLLM imports `serving/vllm_worker.py` before the model is loaded, which has this
 done. The share of zeros that was then found is written to the engine's log,
 by bits a weight; the lab reads it there, and no verdict appears without it
-(`labs/harness/judging/validity.py`).
+(`labs/harness/judging/checks.toml`).
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Server(ABC):
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, if the server has a way to do so.
 
-        Otherwise a trial that finds its prompts in the cache says so (`judging/validity.py`).
+        Otherwise a trial that finds its prompts in the cache says so (`judging/checks.toml`).
         """
         return
 

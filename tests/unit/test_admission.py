@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from labs.harness.judging.validity import Expected, caveats_of
+from labs.harness.judging.checks.expected import Expected
+from labs.harness.judging.validity import caveats_of
 from labs.harness.running.resolve import require_client_limits
 from labs.harness.spec import Arm, Evidence, LabError, Point
 from loadtests import admission

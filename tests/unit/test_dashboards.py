@@ -16,7 +16,8 @@ import pytest
 from dashboards import boards, series
 from dashboards.panels import shared_out
 from labs import LABS
-from labs.harness.judging import judge, validity
+from labs.harness.judging import judge
+from labs.harness.judging.checks import load
 from labs.harness.judging.metrics import METRICS
 from loadtests import exporter
 from loadtests.exporter import Exporter
@@ -242,9 +243,9 @@ def test_variants_of_a_lab_differ_in_colour_and_keep_theirs() -> None:
 
 
 def test_limits_are_those_of_the_verdicts() -> None:
-    assert boards.LATE_S == validity.LATE_S
-    assert boards.LOOP_LAG_S == validity.MOST_LOOP_LAG_S
-    assert boards.MOST_ERRORS == validity.MOST_ERRORS
+    assert boards.LATE_S == load.LATE_S
+    assert boards.LOOP_LAG_S == load.MOST_LOOP_LAG_S
+    assert boards.MOST_ERRORS == load.MOST_ERRORS
 
 
 def test_the_panel_of_errors_counts_what_a_verdict_counts() -> None:

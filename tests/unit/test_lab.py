@@ -17,8 +17,8 @@ from dashboards import palette
 from labs import FIRST, LABS
 from labs.harness.changes import parse_changes
 from labs.harness.facts.parts import findings_of
+from labs.harness.judging.checks.treatment import ARGUMENTS, ECHOED
 from labs.harness.judging.metrics import trial_metrics
-from labs.harness.judging.validity import ARGUMENTS, ECHOED
 from labs.harness.questions import QUESTIONS
 from labs.harness.running.probes import PROBES, TEXT_PROBES
 from labs.harness.running.resolve import require_no_reading

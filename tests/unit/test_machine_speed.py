@@ -24,7 +24,7 @@ from labs.harness.judging.machine_speed import (
     relative_speed,
     usual_spread,
 )
-from labs.harness.judging.validity import speed_jumped
+from labs.harness.judging.validity import check, speed_jumped
 from labs.harness.running import harness, step_timing
 from labs.harness.telling import report
 from labs.harness.telling.document import plain_text
@@ -32,6 +32,7 @@ from labs.harness.telling.summary import summarise
 from serving import reference_step
 from serving.forecasting.step import StepTimes
 from serving.reference_step import ReferenceStep
+from tests.cases import each
 from tests.unit.builders import write_run, write_slowed
 
 NO_TIME: Any = {
@@ -92,22 +93,35 @@ def test_the_spread_of_earlier_runs_covers_four_of_five_later_means() -> None:
         assert usual_spread([damaged], 3) == spread
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "what"),
+@each(
+    ("before", "after", "part", "ratio", "beside"),
     [
-        (step(), step(computing=1.3), "computing took 1.30 times"),
-        (step(reading=1.3), step(), "reading took 0.77 times"),
-        (step(1.4, 1.0), step(1.4, 1.0), "reading took 1.39 times"),
-        (step(1.0, 0.7), step(1.0, 0.7), "computing took 0.71 times"),
+        (step(), step(computing=1.3), "computing", 1.30, False),
+        (step(reading=1.3), step(), "reading", 0.77, False),
+        (step(1.4, 1.0), step(1.4, 1.0), "reading", 1.39, True),
+        (step(1.0, 0.7), step(1.0, 0.7), "computing", 0.71, True),
     ],
 )
 def test_a_planted_slowdown_is_told_with_its_trial(
-    before: ReferenceStep, after: ReferenceStep, what: str
+    before: ReferenceStep, after: ReferenceStep, part: str, ratio: float, beside: bool
 ) -> None:
-    (caveat,) = speed_jumped(quiet(TimedTrial("slow", 90.0, before, after)))
-    assert caveat.point == "slow"
-    assert what in caveat.text
-    assert not caveat.blocks
+    slow = TimedTrial("slow", 90.0, before, after)
+    (caveat,) = speed_jumped(quiet(slow))
+    assert (caveat.point, caveat.blocks) == ("slow", False)
+    run = machine_speed(quiet(slow))
+    assert run
+    found = jump(slow, run)
+    assert found
+    assert (found.part, found.beside) == (part, beside)
+    assert found.ratio == pytest.approx(ratio, abs=0.005)
+
+
+@each(("computing", "again"), [(1.6, True), (0.6, True), (1.4, False)])
+def test_a_trial_is_measured_again_where_the_machine_changed_far(
+    computing: float, again: bool
+) -> None:
+    trial = TimedTrial("a", 0.0, step(), step(1.0, computing))
+    assert [c.point for c in check("speed-within", "a", trial)] == ["a"] * again
 
 
 def test_a_change_below_the_rule_is_no_jump() -> None:

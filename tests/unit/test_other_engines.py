@@ -14,7 +14,8 @@ import pytest
 from labs import LABS
 from labs.harness.filing.manifest import is_stale
 from labs.harness.filing.results import Run
-from labs.harness.judging.validity import Expected, caveats_of
+from labs.harness.judging.checks.expected import Expected
+from labs.harness.judging.validity import caveats_of
 from labs.harness.running.resolve import with_engines_here
 from labs.harness.spec import NotApplicable, Point, Variant
 from loadtests.plan import PlannedRequest, body, in_dialect

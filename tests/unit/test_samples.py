@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from labs import LABS
 from labs.harness.facts.context import JudgedRun
 from labs.harness.filing.results import write_gzip
+from labs.harness.judging.checks.expected import Expected
 from labs.harness.judging.measure import output_tokens_per_s, requests_per_s
 from labs.harness.judging.quantity import Quantity
 from labs.harness.judging.sampling import (
@@ -31,7 +32,7 @@ from labs.harness.judging.sampling import (
     tasks,
     vote_at,
 )
-from labs.harness.judging.validity import Expected, caveats_of
+from labs.harness.judging.validity import caveats_of
 from labs.harness.running import probes
 from labs.harness.running.probes import ProbedEngine
 from labs.harness.spec import Point, Variant

@@ -13,8 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from labs import LABS
+from labs.harness.judging.checks.expected import Expected
 from labs.harness.judging.quantity import Quantity
-from labs.harness.judging.validity import Expected, faults_of_set_up
+from labs.harness.judging.validity import faults_of_set_up
 from labs.harness.spec import LabError, Point
 from labs.structured_output.facts import (
     AnswerCounts,

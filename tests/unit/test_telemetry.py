@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from labs.harness.judging.checks.expected import Expected
 from labs.harness.judging.measure import Trial
 from labs.harness.judging.metrics import METRICS
-from labs.harness.judging.validity import Expected, caveats_of
+from labs.harness.judging.validity import caveats_of
 from serving import telemetry
 from serving.ports import free_port
 from serving.telemetry import Gpus, Sample, Telemetry

@@ -13,20 +13,18 @@ import pytest
 
 from labs.harness.filing.results import Band, PointForecasts, Predictions, write_json
 from labs.harness.judging import dose
+from labs.harness.judging.checks.expected import TRANSPORT_S, Expected, Served, usual_transport_s
+from labs.harness.judging.checks.run import CachedRepeats
+from labs.harness.judging.checks.transport import is_one_stream, transport_s
 from labs.harness.judging.judge import Caveat
 from labs.harness.judging.measure import OtherWork, Trial, ran_out
 from labs.harness.judging.validity import (
-    TRANSPORT_S,
-    Expected,
-    Served,
+    CHECKS,
+    MODULES,
+    SERVER_BUSY,
     caveats_of,
-    confounded,
+    check,
     disturbances_of,
-    first_trial_slow,
-    found_too_little,
-    is_one_stream,
-    transport_s,
-    usual_transport_s,
 )
 from labs.harness.spec import Arm, Evidence
 from labs.harness.telling.summary import computed
@@ -36,6 +34,7 @@ from serving import metrics
 from serving.machine import Environment
 from serving.metrics import Histogram, Snapshot
 from serving.telemetry import Sample
+from tests.cases import each
 from tests.unit.builders import (
     make_claim,
     make_engine,
@@ -116,6 +115,20 @@ def without(name: str) -> dict[str, float]:
     return {n: v for n, v in VALUES.items() if n != name}
 
 
+def counting(count: int, mean_s: float = 0.149) -> Histogram:
+    return Histogram(SEEN.le, (0, 0, count, count, count), count * mean_s, count)
+
+
+ONE_IN_A_HUNDRED = [*some(1, error="reset"), *CLEAN]
+OF_99 = {n: v + v - v / 50 for n, v in VALUES.items()}
+ENDPOINT, SILENT = Expected(endpoint=True), Expected(endpoint=True, metrics_read=False)
+PROMPTS: dict[str, Any] = {
+    "records": some(50, prompt_tokens=100),
+    "values": {**VALUES, metrics.PROMPT_TOKENS: 5000.0},
+    "expected": ENDPOINT,
+}
+
+
 def test_a_prompt_that_failed_before_its_first_token_may_have_been_found_in_the_cache() -> None:
     """The engine counts what it looked up, and nobody counts the prompt's tokens."""
     point = make_point(flags={"enable-prefix-caching": True}, prefix=Prefix(tokens=4), primed=True)
@@ -136,7 +149,7 @@ def test_a_prompt_that_failed_before_its_first_token_may_have_been_found_in_the_
     assert len({b.high for b in bounds if b}) == 1
 
 
-@pytest.mark.parametrize(("last_s", "more"), [(38.0, False), (100.0, True)])
+@each(("last_s", "more"), [(38.0, False), (100.0, True)])
 def test_a_trace_that_is_over_has_not_run_out(last_s: float, more: bool) -> None:
     """At twice its speed it ends in second 19, or goes on beyond what was prepared of it."""
     trace = ((0.0, 6, 4), (last_s, 6, 4))
@@ -146,19 +159,23 @@ def test_a_trace_that_is_over_has_not_run_out(last_s: float, more: bool) -> None
     assert ran_out(point, trial.summary) == more
 
 
-def test_what_bounds_the_requests_of_a_workload_is_named() -> None:
-    plain = make_point()
-    few = replace(plain, workload=plain.workload.model_copy(update={"most_requests": 6}))
-    for point, said in ((plain, "raise `requests`"), (few, "`workloads.short.most_requests`")):
-        (caveat,) = [c for c in checked(point=point, exhausted=True) if "ran out" in c.name]
-        assert caveat.text.endswith(said)
+def test_every_function_that_finds_something_has_its_row() -> None:
+    functions = {
+        function
+        for module in MODULES.values()
+        for name, function in vars(module).items()
+        if not name.startswith("_")
+        and getattr(function, "__module__", "") == module.__name__
+        and getattr(function, "__annotations__", {}).get("return") == "Found"
+    }
+    assert functions == {row.found for rows in CHECKS.values() for row in rows}
 
 
 def test_clean_trial_has_no_caveat() -> None:
     assert checked() == []
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "blocks", "changes"),
     [
         ("errors", True, {"records": some(1, error="reset")}),
@@ -182,8 +199,8 @@ def test_clean_trial_has_no_caveat() -> None:
         ("client and engine disagree", True, {"values": {**VALUES, metrics.PROMPT_TOKENS: 400}}),
         ("client and engine disagree", True, {"values": {**VALUES, metrics.GENERATION_TOKENS: 99}}),
         ("TTFT differs", True, {"records": LATE}),
-        ("TTFT differs", True, {"seen": Histogram(SEEN.le, SEEN.counts, 50 * 0.1, 50)}),
-        ("TTFT differs", True, {"seen": Histogram(SEEN.le, SEEN.counts, 50 * 0.2, 50)}),
+        ("TTFT differs", True, {"seen": counting(50, 0.1)}),
+        ("TTFT differs", True, {"seen": counting(50, 0.2)}),
         ("load from others", True, {"other_work": OtherWork(0.021, 0.0, 0.5)}),
         ("other processes", True, {"other_work": OtherWork(0.0, 0.026, 0.5)}),
         ("other processes", True, {"other_work": OtherWork(0.0, 0.05)}),  # an old record
@@ -192,6 +209,14 @@ def test_clean_trial_has_no_caveat() -> None:
         ("engine's metrics incomplete", True, {"seen": None}),
         ("treatment not applied", True, {"values": {**VALUES, metrics.PREEMPTIONS: 1}}),
         ("treatment not applied", True, {"caching": "True"}),
+        ("treatment not applied", True, {"values": without(metrics.PREEMPTIONS)}),
+        ("errors", False, {"records": ONE_IN_A_HUNDRED, "values": OF_99, "seen": counting(99)}),
+        ("engine's metrics incomplete", True, {"records": LATE, "seen": counting(49)}),
+        ("engine's metrics incomplete", True, {"records": LATE, "seen": counting(0)}),
+        ("engine shows no metrics", False, {"engine": False, "expected": SILENT}),
+        ("engine's metrics unreadable", True, {"engine": False, "expected": ENDPOINT}),
+        ("prompts differ", True, {**PROMPTS, "asked": [Asked(110, 2)] * 50}),
+        ("other processes", True, {"other_work": OtherWork(0.0, 0.0009, 1 / 64, cores=64)}),
     ],
 )
 def test_caveat(name: str, blocks: bool, changes: dict[str, Any]) -> None:
@@ -200,7 +225,7 @@ def test_caveat(name: str, blocks: bool, changes: dict[str, Any]) -> None:
     assert caveat.text
 
 
-@pytest.mark.parametrize(
+@each(
     "changes",
     [
         {"records": some(2, scheduled_s=9.0)},  # 4% late
@@ -212,16 +237,17 @@ def test_caveat(name: str, blocks: bool, changes: dict[str, Any]) -> None:
         {"other_work": OtherWork(0.0, 0.047)},
         {"asked": ()},  # it was not recorded what was asked
         {"records": some(45, in_window=False)},  # five are left
-        {"seen": Histogram(SEEN.le, SEEN.counts, 50 * 0.1312, 50)},  # 10 ms, and 8.8 beyond
+        {"seen": counting(50, 0.1312)},  # 10 ms, and 8.8 beyond
+        {**PROMPTS, "asked": [Asked(104, 2)] * 50},  # an endpoint may count a little otherwise
+        {"other_work": OtherWork(0.0, 0.0003, 1 / 64, cores=64)},
+        {"other_work": OtherWork(0.0, 0.004, 0.01, cores=2)},  # a tick or two
     ],
 )
 def test_just_good_enough_is_no_caveat(changes: dict[str, Any]) -> None:
     assert checked(**changes) == []
 
 
-@pytest.mark.parametrize(
-    "metric", [metrics.REQUESTS, metrics.PROMPT_TOKENS, metrics.GENERATION_TOKENS, HITS]
-)
+@each("metric", [metrics.REQUESTS, metrics.PROMPT_TOKENS, metrics.GENERATION_TOKENS, HITS])
 def test_a_counter_that_was_renamed_blocks_by_its_name(metric: str) -> None:
     caveats = {c.name: c for c in checked(values=without(metric))}
     missing = caveats["engine's metrics incomplete"]
@@ -234,19 +260,7 @@ def test_a_second_client_at_equal_load_is_noticed() -> None:
     assert [c.name for c in caveats] == ["client and engine disagree"] * 3
 
 
-def counting(count: int, mean_s: float = 0.149) -> Histogram:
-    return Histogram(SEEN.le, (0, 0, count, count, count), count * mean_s, count)
-
-
-def test_a_histogram_that_counts_other_requests_than_the_engine_proves_nothing() -> None:
-    """The check of TTFT was passed over where it counted one request more or less."""
-    for count in (49, 51, 0):
-        (caveat,) = checked(records=LATE, seen=counting(count))
-        assert (caveat.name, caveat.blocks) == ("engine's metrics incomplete", True)
-        assert f"counts {count} requests, and 50 were answered" in caveat.text
-
-
-@pytest.mark.parametrize(
+@each(
     ("count", "mean_s", "names"),
     [
         (400, 0.149, []),
@@ -312,60 +326,22 @@ def test_transport_is_taken_from_the_variants_own_trials(tmp_path: Path) -> None
     assert usual_s() == pytest.approx({"off": 0.001}, abs=5e-5)
 
 
-def test_an_endpoint_without_metrics_stays_usable_and_says_that_nothing_is_proved() -> None:
-    silent = Expected(endpoint=True, metrics_read=False)
-    (caveat,) = checked(engine=False, expected=silent)
-    assert (caveat.name, caveat.blocks) == ("engine shows no metrics", False)
-    (caveat,) = checked(engine=False, expected=Expected(endpoint=True))
-    assert (caveat.name, caveat.blocks) == ("engine's metrics unreadable", True)
-
-
-def test_an_endpoint_may_count_a_prompt_a_little_otherwise() -> None:
-    records = [replace(r, prompt_tokens=100) for r in CLEAN]
-    values = {**VALUES, metrics.PROMPT_TOKENS: 5000.0}
-    for asked, names in ((104, []), (110, ["prompts differ"])):
-        of: dict[str, Any] = {"records": records, "values": values, "asked": [Asked(asked, 2)] * 50}
-        assert [c.name for c in checked(**of, expected=Expected(endpoint=True))] == names
-
-
-@pytest.mark.parametrize("part", [True, False])
-@pytest.mark.parametrize(
-    ("processes", "throttle", "said"),
-    [
-        (0, "", None),
-        (None, "", "the GPU does not show whether other processes used it"),
-        (0, None, "the GPU does not show whether heat or power slowed it"),
-        (None, None, "does not show whether other processes used it, nor whether heat or power"),
-    ],
-)
-def test_a_gpu_that_refuses_to_be_read_blocks_unless_it_is_a_part_of_one(
-    processes: int | None, throttle: str | None, said: str | None, part: bool
-) -> None:
-    shown: dict[str, Any] = {
-        "telemetry": [Sample(time_s=15.0, device="0", throttle=throttle)],
-        "other_work": OtherWork(0.0, 0.01, 0.5, processes),
-    }
+@each("part", [True, False])
+def test_a_gpu_that_refuses_to_be_read_blocks_unless_it_is_a_part_of_one(part: bool) -> None:
     expected = Expected(template_tokens=1, on_gpus=True, gpu_part=part)
-    found = checked(**shown, expected=expected)
-    assert [c.name for c in found] == ["hardware could not be read"] * bool(said)
-    assert all(said in c.text and c.blocks is not part for c in found if said)
-    assert all(("as a part of a GPU (MIG, vGPU)" in c.text) is part for c in found)
-    assert not checked(**shown)  # on a CPU, or of an earlier run
+    for processes, throttle, unread in ((0, "", 0), (None, "", 1), (0, None, 1), (None, None, 2)):
+        shown: dict[str, Any] = {
+            "telemetry": [Sample(time_s=15.0, device="0", throttle=throttle)],
+            "other_work": OtherWork(0.0, 0.01, 0.5, processes),
+        }
+        found = checked(**shown, expected=expected)
+        assert [c.name for c in found] == ["hardware could not be read"] * bool(unread)
+        assert all(c.blocks is not part for c in found)
+        assert sum(c.text.count("whether") for c in found) == unread
+        assert not checked(**shown)  # on a CPU, or of an earlier run
 
 
-@pytest.mark.parametrize(("others", "names"), [(0.0003, []), (0.0009, ["other processes"])])
-def test_others_are_held_against_the_engine_however_many_cores_there_are(
-    others: float, names: list[str]
-) -> None:
-    """On 64 cores half a percent of all of them is a third of the one that the engine uses."""
-    engine_share = 1 / 64
-    work = OtherWork(0.0, others, engine_share, cores=64)
-    assert [c.name for c in checked(other_work=work)] == names
-    two = OtherWork(0.0, 0.004, 0.01, cores=2)  # a tick or two
-    assert checked(other_work=two) == []
-
-
-@pytest.mark.parametrize(
+@each(
     ("kind", "asked", "on_gpus"),
     [("gpu", {"compute_mode": None}, True), ("gpu", {}, False), ("cpu", {}, False)],
 )
@@ -382,13 +358,12 @@ def test_a_run_on_file_reads_as_it_did(
     assert expected.gpu_part  # it did not record whether it was: no verdict is withheld
 
 
-def test_of_an_endpoint_it_is_said_that_its_machine_was_not_seen(tmp_path: Path) -> None:
+def test_an_endpoint_leaves_its_machine_unseen(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     run = folder.run().model_copy(update={"endpoint": "http://127.0.0.1:1", "argv": {}})
     write_json(folder.path / "run.json", run)
-    (caveat,) = (c for c in computed(folder).caveats if c.name == "endpoint's hardware unknown")
-    assert caveat.text.endswith("whose other work, heat and power were not seen")
-    assert not caveat.blocks
+    names = {c.name: c.blocks for c in computed(folder).caveats}
+    assert names["endpoint's hardware unknown"] is False
 
 
 def test_too_few_requests_block_what_is_taken_over_requests_and_nothing_else() -> None:
@@ -397,6 +372,15 @@ def test_too_few_requests_block_what_is_taken_over_requests_and_nothing_else() -
     assert caveat.hits("output_tokens_per_s", caveat.point or "")
     assert not caveat.hits("prefix_hit_rate", caveat.point or "")
     assert not caveat.hits("itl_p50_s", caveat.point or "")
+
+
+def test_too_few_long_prompts_block_what_is_taken_over_them_and_nothing_else() -> None:
+    point = make_point(load="contended:1/2", intruder=Intruder(prompt_tokens=100))
+    visit = make_record([(12.0, 1)], sent_s=11.0, index=3)
+    trial = make_trial([*CLEAN[:3], visit], point=point)
+    (caveat,) = (c for c in caveats_of(trial, Expected()) if c.name == "too few long prompts")
+    assert caveat.hits("stall_mean_s", point.key)
+    assert not caveat.hits("tpot_mean_s", point.key)
 
 
 def slowing(factor: float) -> list[RequestRecord]:
@@ -411,7 +395,7 @@ def slowing(factor: float) -> list[RequestRecord]:
     return found
 
 
-@pytest.mark.parametrize(
+@each(
     ("factor", "names"),
     [(1.0, []), (1.1, []), (1.4, ["trend in the window"]), (0.7, ["trend in the window"])],
 )
@@ -421,9 +405,7 @@ def test_an_engine_that_slows_along_the_window_is_noticed(factor: float, names: 
     assert [c.name for c in caveats] == names
 
 
-@pytest.mark.parametrize(
-    ("factor", "names"), [(1.0, []), (1.1, []), (1.5, ["trend in the window"])]
-)
+@each(("factor", "names"), [(1.0, []), (1.1, []), (1.5, ["trend in the window"])])
 def test_it_is_noticed_where_requests_take_turns_too(factor: float, names: list[str]) -> None:
     """Four of five requests went to other engines, so that tenths of the window have no step."""
     found = [replace(r, index=i) for i, r in enumerate(slowing(factor)[::5])]
@@ -492,8 +474,8 @@ def named(trial: Trial) -> list[str]:
     return [c.name for c in caveats_of(trial, Expected(template_tokens=1))]
 
 
-@pytest.mark.parametrize("play", [waves, open_loop])
-@pytest.mark.parametrize(
+@each("play", [waves, open_loop])
+@each(
     ("factor", "names"),
     [(1.0, []), (1.4, ["trend in the window"]), (1 / 1.4, ["trend in the window"])],
 )
@@ -516,7 +498,7 @@ def test_noise_is_rarely_taken_for_a_trend_where_the_load_varies() -> None:
     assert sum("trend in the window" in named(trial) for trial in trials) == 0
 
 
-@pytest.mark.parametrize("load", ["concurrent:1", "waves:1", "poisson:3"])
+@each("load", ["concurrent:1", "waves:1", "poisson:3"])
 def test_where_too_little_is_there_for_a_trend_a_caveat_says_so(load: str) -> None:
     """Such as answers of one token, between whose chunks nothing passes."""
     found = [make_record([(t + 0.15, 1)], sent_s=t) for t in np.linspace(10, 19, 50)]
@@ -605,47 +587,51 @@ def over_repeats(
     point = trials[0].point
     least_found = {point.key: after_each} if after_each else {}
     expected = Expected(least_hit_rate={point.key: least}, least_found=least_found)
-    return [c.name for c in found_too_little(point, found, expected, own) if c.blocks]
+    repeats = CachedRepeats(point, found, own)
+    return [c.name for c in check("cached-repeats", point.key, repeats, expected)]
 
 
 SHARED = Prefix(tokens=40)  # and the template's 10: three whole blocks of 16
 EXACT = 19 * 48 + 48  # the first one was sent before: 63 of its tokens, in whole blocks
 
 
-@pytest.mark.parametrize(
-    ("hits", "names"),
+PRIMED: dict[str, Any] = {"prefix": SHARED, "primed": True}
+IN_TURN: dict[str, Any] = {"prefix": Prefix(tokens=40, groups=8)}
+CHATTING: dict[str, Any] = {"chat": Chat(turns=2, grows_tokens=30)}  # two blocks in every other
+
+
+@each(
+    ("hits", "fields", "names"),
     [
-        (EXACT, []),
-        (19 * 32 + 48, []),  # the template may be shorter than it is at most
-        (0.06 * 64 * 20, ["treatment not applied"]),  # 6% where 75% are to be
-        (EXACT + 16, ["warm prefix cache"]),  # of a trial before, as the cache was not reset
+        (EXACT, PRIMED, []),
+        (19 * 32 + 48, PRIMED, []),  # the template may be shorter than it is at most
+        (0.06 * 64 * 20, PRIMED, ["treatment not applied"]),  # 6% where 75% are to be
+        (EXACT + 16, PRIMED, ["warm prefix cache"]),  # of a trial before: it was not reset
+        # one error in a hundred leaves the dose of all other requests known
+        (0.06 * 64 * 100, {**PRIMED, "n": 100, "lost": 1}, ["treatment not applied"]),
+        (98 * 48, {**PRIMED, "n": 100, "lost": 1}, []),
+        # of more prefixes than the cache holds none is found
+        (0, {**IN_TURN, "primed": True, "blocks": 20}, []),
+        (0.6 * 64 * 20, {**IN_TURN, "primed": True, "blocks": 20}, ["warm prefix cache"]),
+        # where they may or may not stay, only the most is known
+        (0, {**IN_TURN, "primed": True, "blocks": 40}, []),
+        (500, {**IN_TURN, "primed": True, "blocks": 40}, []),
+        # where nothing is shared, nothing but the template is found
+        (0, {"prompt": 32}, []),
+        (31 * 20, {"prompt": 32}, ["warm prefix cache"]),
+        # a turn of a chat finds the turn before it, which may be under way beside another user's
+        (10 * 32, CHATTING, []),
+        (9 * 32, CHATTING, ["treatment not applied"]),
+        (9 * 32, {**CHATTING, "users": 2}, []),
     ],
 )
-def test_a_primed_trial_finds_what_its_requests_share_to_the_token(
-    hits: float, names: list[str]
+def test_what_is_found_in_the_cache_lies_between_what_must_and_what_can_be(
+    hits: float, fields: dict[str, Any], names: list[str]
 ) -> None:
-    assert prefixed(hits, prefix=SHARED, primed=True) == names
+    assert prefixed(hits, **fields) == names
 
 
-@pytest.mark.parametrize(("hits", "names"), [(0, []), (0.6 * 64 * 20, ["warm prefix cache"])])
-def test_more_prefixes_than_the_cache_holds_find_nothing(hits: float, names: list[str]) -> None:
-    prefix = Prefix(tokens=40, groups=8)
-    assert prefixed(hits, blocks=20, prefix=prefix, primed=True) == names
-
-
-def test_where_it_may_or_may_not_stay_in_the_cache_only_the_most_is_known() -> None:
-    prefix = Prefix(tokens=40, groups=8)
-    for hits in (0, 500):
-        assert prefixed(hits, blocks=40, prefix=prefix, primed=True) == []
-
-
-def test_one_error_in_a_hundred_leaves_the_dose_of_all_other_requests_known() -> None:
-    """It set the least to 0, so that 6% were enough where 75% are to be."""
-    for hits, names in ((0.06 * 64 * 100, ["treatment not applied"]), (98 * 48, [])):
-        assert prefixed(hits, n=100, lost=1, prefix=SHARED, primed=True) == names
-
-
-@pytest.mark.parametrize(
+@each(
     ("hits", "names"),
     [
         ((0, 0, 0), ["treatment not applied"]),
@@ -685,10 +671,10 @@ def test_few_requests_must_find_what_so_many_find_in_the_forecast() -> None:
 def test_a_mean_of_fewer_repeats_than_were_forecast_proves_no_dose() -> None:
     shuffled = Prefix(tokens=40, groups=4, shuffled=True)
     assert over_repeats((300, 300), 0.2, prefix=shuffled) == ["treatment not proved"]
-    assert over_repeats((EXACT,), 0.2, prefix=SHARED, primed=True) == []  # it is no chance
+    assert over_repeats((EXACT,), 0.2, **PRIMED) == []  # it is no chance
 
 
-@pytest.mark.parametrize(("low", "applied"), [(0.3, True), (0.5, False)])
+@each(("low", "applied"), [(0.3, True), (0.5, False)])
 def test_a_report_holds_the_repeats_of_a_point_together_against_its_forecast(
     low: float, applied: bool, tmp_path: Path
 ) -> None:
@@ -704,165 +690,216 @@ def test_a_report_holds_the_repeats_of_a_point_together_against_its_forecast(
     assert found == [] if applied else "16 prompt tokens were found" in found[0]
 
 
-@pytest.mark.parametrize("why", ["preempted", "guessing"])
+@each("why", ["preempted", "guessing"])
 def test_a_preemption_or_speculation_leaves_the_forecast_as_the_least(why: str) -> None:
     more: dict[str, Any] = {"preemptions": 1.0} if why == "preempted" else {"guesses": True}
     for hits, names in ((0.06 * 64 * 20, ["treatment not applied"]), (0.7 * 64 * 20, [])):
-        assert over_repeats([hits], 0.75, 1, prefix=SHARED, primed=True, **more) == names
+        assert over_repeats([hits], 0.75, 1, **PRIMED, **more) == names
 
 
-def test_nothing_is_found_where_nothing_is_shared() -> None:
-    """31 of 32 tokens were, and nobody noticed, as up to 64 were taken for the template's."""
-    assert prefixed(0, prompt=32) == []
-    assert prefixed(31 * 20, prompt=32) == ["warm prefix cache"]
+def test_a_cache_of_unknown_blocks_proves_nothing() -> None:
+    trial = prefixed_trial(EXACT, **PRIMED)
+    assert trial.engine
+    trial = replace(trial, engine=replace(trial.engine, info={}))
+    names = {c.name for c in caveats_of(trial, Expected(template_tokens=10)) if c.blocks}
+    assert "engine's metrics incomplete" in names
 
 
-def test_a_turn_of_a_chat_finds_the_turn_before_it() -> None:
-    chat = Chat(turns=2, grows_tokens=30)  # 34 of 64 tokens are known: two blocks, in every other
-    assert prefixed(10 * 32, chat=chat) == []
-    assert prefixed(9 * 32, chat=chat) == ["treatment not applied"]
-    assert prefixed(9 * 32, chat=chat, users=2) == []  # the turn before may be under way
+# ---------------------------------------------------------------------------- what is shown of it
 
 
-def guessed(
-    drafts: float,
-    drafted: float,
-    accepted: float,
-    method: str = "draft_model",
-    least: float | None = None,
-) -> str:
+def faults(trial: Trial, expected: Expected) -> set[str]:
+    """The functions of the table that find that a treatment was another than it was to be."""
+    rows = CHECKS["requests"] + CHECKS["treatment"]
+    treated = [row for row in rows if row.name == "treatment not applied"]
+    return {row.found.__name__ for row in treated if [*row.caveats(None, trial, expected)]}
+
+
+def showing(records: list[RequestRecord], flags: Any = None, **info: dict[str, str]) -> Trial:
+    """A trial whose engine shows these info metrics, by their names in `serving.metrics`."""
+    shown = {getattr(metrics, name): labels for name, labels in info.items()}
+    engine = replace(make_engine(records, True), info={CACHE: {"block_size": "2"}, **shown})
+    return make_trial(records, engine=engine, point=make_point(flags=flags or {}))
+
+
+@each(
+    ("counts", "method", "least_copied", "names"),
+    [
+        ((205, 410, 197), "draft_model", None, set()),
+        ((240, 480, 160), "draft_model", None, {"accepted_otherwise"}),  # 33.3%, of at least 34.3%
+        ((400, 800, 1), "draft_model", None, {"accepted_otherwise"}),
+        ((205, 205, 190), "draft_model", None, {"drafted_otherwise"}),  # one guess each, not two
+        ((20, 40, 20), "draft_model", None, {"drafts_do_not_add_up"}),  # in a few steps only
+        ((None, 40, 20), "draft_model", None, {"drafts_uncounted"}),
+        ((40, 60, 40), "ngram", None, set()),  # which guesses now and then
+        ((40, 60, 1), "ngram", None, {"accepted_otherwise"}),
+        ((8, 15, 1), "ngram", 0.0, set()),  # the answers read hold such trials
+        ((30, 60, 35), "ngram", 0.6, set()),
+        ((30, 60, 30), "ngram", 0.6, {"accepted_otherwise"}),  # 50%, of at least 51%
+    ],
+)
+def test_guesses_prove_themselves_by_their_number_and_how_many_came_true(
+    counts: Sequence[float | None], method: str, least_copied: float | None, names: set[str]
+) -> None:
     config = {"method": method, "num_speculative_tokens": 2}
     point = make_point("draft", flags={"speculative-config": config})
     found = [make_record([(t, 1), (t + 1, 20)], sent_s=t - 1) for t in np.linspace(11, 18, 20)]
+    counters = (metrics.SPEC_DRAFTS, metrics.SPEC_DRAFTED, metrics.SPEC_ACCEPTED)
+    shown = {name: n for name, n in zip(counters, counts, strict=True) if n is not None}
     engine = make_engine(found, True)
-    counts = {
-        metrics.SPEC_DRAFTS: drafts,
-        metrics.SPEC_DRAFTED: drafted,
-        metrics.SPEC_ACCEPTED: accepted,
-    }
-    engine = replace(engine, values={**engine.values, **counts})
+    engine = replace(engine, values={**engine.values, **shown})
     expected = Expected(acceptance={point.key: 0.6})  # 48% of two
-    if least is not None:
-        expected = Expected(least_copied={point.key: least})
-    caveats = caveats_of(make_trial(found, engine=engine, point=point), expected)
-    return " ".join(c.text for c in caveats if c.name == "treatment not applied")
+    if least_copied is not None:
+        expected = Expected(least_copied={point.key: least_copied})
+    assert faults(make_trial(found, engine=engine, point=point), expected) == names
 
 
-def test_guesses_prove_themselves_by_their_number_and_how_many_came_true() -> None:
-    assert guessed(205, 410, 197) == ""
-    assert guessed(240, 480, 160) == "33.3% of the drafted tokens were accepted; predicted were" \
-        " 34.3% to 100.0%"  # fmt: skip
-    assert "were accepted" in guessed(400, 800, 1)  # one accepted draft token
-    assert "expected were 348 to 410" in guessed(205, 205, 190)  # one guess each, not two
-    assert "do not add up" in guessed(20, 40, 20)  # in a few steps only
-    assert guessed(40, 60, 40, "ngram") == ""  # which guesses now and then
-    assert "were accepted" in guessed(40, 60, 1, "ngram")
-
-
-def test_what_is_copied_must_lie_within_the_band_of_the_answers_that_were_read() -> None:
-    """Few drafts that are all wrong prove nothing where the answers read hold such trials."""
-    assert guessed(8, 15, 1, "ngram", least=0.0) == ""
-    assert guessed(30, 60, 35, "ngram", least=0.6) == ""
-    assert guessed(30, 60, 30, "ngram", least=0.6) == "50.0% of the drafted tokens were accepted;" \
-        " predicted were 51.0% to 100.0%"  # fmt: skip
+@each(
+    ("files_sha256", "method", "quantized", "zeros", "names"),
+    [
+        ("a1", "compressed-tensors", True, "0.0113", set()),
+        ("a1", "None", False, "0.0113", set()),
+        ("b2", "compressed-tensors", True, "0.0113", {"other_files"}),  # BF16 filed as `w8a8`
+        (None, "compressed-tensors", True, "0.0113", {"other_files"}),
+        ("a1", "None", True, "0.0113", {"not_quantized"}),
+        ("a1", "fp8", False, "0.0113", {"quantized"}),
+        ("a1", None, True, "0.0113", {"quantization_unknown"}),
+        ("a1", "compressed-tensors", True, "0.9770", {"random_zeros"}),
+        ("a1", "compressed-tensors", True, None, {"random_zeros"}),
+    ],
+)
+def test_the_engine_must_say_that_it_loaded_the_manifests_weights(
+    files_sha256: str | None,
+    method: str | None,
+    quantized: bool,
+    zeros: str | None,
+    names: set[str],
+) -> None:
+    trial = showing(
+        CLEAN,
+        SERVED={"files_sha256": files_sha256} if files_sha256 else {},
+        ENGINE_CONFIG={"quantization": method} if method else {},
+        ZEROS={"8": zeros} if zeros else {},
+    )
+    weights = Served(files_sha256="a1", quantized=quantized, random=True)
+    assert faults(trial, Expected(served={"off": weights}, template_tokens=1)) == names
 
 
 WEIGHTS = Expected(served={"off": Served(files_sha256="a1", quantized=True)}, template_tokens=1)
 
 
-def served(files_sha256: str | None, quantization: str | None, flags: Any = None) -> str:
-    info = {
-        CACHE: {"block_size": "2"},
-        metrics.SERVED: {"files_sha256": files_sha256} if files_sha256 else {},
-        metrics.ENGINE_CONFIG: {"quantization": quantization} if quantization else {},
-    }
-    engine = replace(make_engine(CLEAN, True), info=info)
-    records = [replace(r, model="tiny") for r in CLEAN]
-    trial = make_trial(records, engine=engine, point=make_point(flags=flags or {}))
-    caveats = caveats_of(trial, WEIGHTS)
-    assert {c.name for c in caveats} <= {"treatment not applied"}
-    return " ".join(c.text for c in caveats)
-
-
-def test_the_engine_must_say_that_it_loaded_the_manifests_weights() -> None:
-    """A BF16 trial filed as `w8a8`, for one."""
-    assert served("a1", "compressed-tensors") == ""
-    assert "are not those of the manifest" in served("b2", "compressed-tensors")
-    assert "are not those of the manifest" in served(None, "compressed-tensors")
-    assert "quantization=None for quantized weights" in served("a1", "None")
-    assert "does not report whether and how" in served("a1", None)
-
-
-def test_random_weights_must_be_shown_not_to_be_zeros() -> None:
-    drawn = Expected(
-        served={"off": Served(files_sha256="a1", quantized=True, random=True)}, template_tokens=1
-    )
-    for zeros, said in (
-        ({"8": "0.0113"}, ""),
-        ({"8": "0.9770"}, "97.7% of the random 8-bit weights are zero"),
-        ({}, "does not say how many of its random weights are zero"),
-    ):
-        info = {
-            CACHE: {"block_size": "2"},
-            metrics.SERVED: {"files_sha256": "a1"},
-            metrics.ENGINE_CONFIG: {"quantization": "compressed-tensors"},
-            metrics.ZEROS: zeros,
-        }
-        engine = replace(make_engine(CLEAN, True), info=info)
-        trial = make_trial([replace(r, model="tiny") for r in CLEAN], engine=engine)
-        text = " ".join(c.text for c in caveats_of(trial, drawn) if c.blocks)
-        assert (said in text) if said else text == ""
-
-
-def test_the_engine_must_say_the_flags_that_were_set() -> None:
-    """In new runs; an old one did not read all of them from the log."""
-    assert served("a1", "fp8", {"block-size": 2}) == ""
-    assert "block_size=2, but 4 was set" in served("a1", "fp8", {"block-size": 4})
-    assert "enforce_eager=None, but True" in served("a1", "fp8", {"enforce-eager": True})
-
-
-def given(flags: dict[str, Any], **arguments: str) -> str:
-    info = {
-        CACHE: {"block_size": "2"},
-        metrics.SERVED: {"files_sha256": "a1"},
-        metrics.ENGINE_CONFIG: {"quantization": "fp8"},
-        metrics.ENGINE_ARGUMENTS: arguments,
-    }
-    engine = replace(make_engine(CLEAN, True), info=info)
-    records = [replace(r, model="tiny") for r in CLEAN]
-    trial = make_trial(records, engine=engine, point=make_point(flags=flags))
-    return " ".join(c.text for c in caveats_of(trial, WEIGHTS))
-
-
-def test_the_server_must_say_that_it_was_given_the_flags_of_its_scheduler() -> None:
+@each(
+    ("flags", "arguments", "names"),
+    [
+        ({"block-size": 2}, {}, set()),
+        ({"block-size": 4}, {}, {"flag_not_echoed"}),
+        ({"enforce-eager": True}, {}, {"flag_not_echoed"}),
+        ({"max-num-seqs": 4}, {"max_num_seqs": "4"}, set()),
+        ({"max-num-seqs": 4}, {"max_num_seqs": "8"}, {"flag_given_otherwise"}),
+        ({"max-num-seqs": 4}, {}, {"flag_given_otherwise"}),
+        ({"max-num-seqs": 4}, None, set()),  # an old run, which did not read them
+        ({"scheduling-policy": "priority"}, {}, {"flag_given_otherwise"}),
+        ({"max-loras": 1}, {}, set()),  # a default, which it does not name
+        ({"async-scheduling": False}, {"async_scheduling": "False"}, set()),
+        ({"async-scheduling": False}, {}, {"flag_given_otherwise"}),
+        ({"attention-backend": "TRITON_ATTN"}, {"attention_backend": "TRITON_ATTN"}, set()),
+        ({"attention-backend": "A"}, {"attention_backend": "B"}, {"flag_given_otherwise"}),
+        ({}, {"async_scheduling": "False"}, {"flag_given_unasked"}),
+    ],
+)
+def test_the_engine_must_say_the_flags_that_were_set(
+    flags: dict[str, Any], arguments: dict[str, str] | None, names: set[str]
+) -> None:
     """A `priority` engine that serves first come, first served, for one."""
-    assert given({"max-num-seqs": 4}, max_num_seqs="4") == ""
-    assert "max_num_seqs=8, but 4 was set" in given({"max-num-seqs": 4}, max_num_seqs="8")
-    assert "max_num_seqs=None, but 4 was set" in given({"max-num-seqs": 4})
-    assert "scheduling_policy=fcfs, but priority" in given({"scheduling-policy": "priority"})
-    assert given({"max-loras": 1}) == ""  # a default, which it does not name
-    assert given({"async-scheduling": False}, async_scheduling="False") == ""
-    assert "async_scheduling=None, but False was set" in given({"async-scheduling": False})
-    triton = {"attention-backend": "TRITON_ATTN"}
-    assert given(triton, attention_backend="TRITON_ATTN") == ""
-    assert "attention_backend=FLASH_ATTN, but TRITON" in given(
-        triton, attention_backend="FLASH_ATTN"
+    more = {} if arguments is None else {"ENGINE_ARGUMENTS": arguments}
+    config, files = {"quantization": "fp8"}, {"files_sha256": "a1"}
+    trial = showing(CLEAN, flags, SERVED=files, ENGINE_CONFIG=config, **more)
+    assert faults(trial, WEIGHTS) == names
+
+
+@each(
+    ("model", "adapter", "names"),
+    [
+        ("tenant-0", "tenant-0", set()),
+        (None, "tenant-0", set()),  # an old record, which has no names
+        ("base", "tenant-0", {"other_model_answered"}),  # the base model filed as `one`
+        ("tenant-1", None, {"other_model_answered"}),
+    ],
+)
+def test_every_answer_must_come_from_the_adapter_that_was_asked(
+    model: str | None, adapter: str | None, names: set[str]
+) -> None:
+    trial = replace(make_trial(some(1, model=model)), asked=[Asked(4, 2, adapter)] * 50)
+    assert faults(trial, Expected(model="base", template_tokens=1)) == names
+
+
+@each(
+    ("kind", "increase", "names"),
+    [
+        ("absent", None, set()),
+        ("absent", 0.0, {"counter_present"}),
+        ("rises", 2.0, set()),
+        ("stays", 0.0, set()),
+        ("rises", 0.0, {"counter_stayed"}),
+        ("stays", 2.0, {"counter_rose"}),
+        ("stays", None, {"counter_missing"}),
+        ("rises", None, {"counter_missing"}),
+    ],
+)
+def test_a_counter_must_be_as_the_labs_evidence_says(
+    kind: Any, increase: float | None, names: set[str]
+) -> None:
+    evidence = Evidence(arm=Arm(), kind=kind, metric=metrics.PREEMPTIONS)
+    values = {} if increase is None else {metrics.PREEMPTIONS: increase}
+    trial = make_trial(CLEAN, engine=Snapshot(values))
+    assert faults(trial, Expected(evidence=[evidence])) == names
+
+
+def test_an_echo_may_be_asked_of_the_variants_own_flag() -> None:
+    """What a changed setting asks for is then what the engine must say."""
+    asked = Evidence.echo("off", metrics.ENGINE_CONFIG, "watermark", "--watermark")
+    assert asked.expected(make_point()) == ""
+    for share, names in (("0.05", set()), ("0.01", {"label_differs"})):
+        trial = showing(CLEAN, {"watermark": 0.05}, ENGINE_CONFIG={"watermark": share})
+        assert faults(trial, Expected(evidence=[asked])) == names
+
+
+PIECES = Expected(evidence=[Evidence(arm=Arm(), kind="pieces", metric="prefill_pieces")])
+
+
+@each("meanwhile", [2, 3, 7, 8])
+def test_a_long_prompt_comes_in_as_many_pieces_as_its_budget_says(meanwhile: int) -> None:
+    """4 pieces expected: from 2.8 to 7.7 are taken, for the steps until the engine has it."""
+    point = make_point(
+        load="contended:1/2",
+        flags={"max-num-batched-tokens": 26},
+        intruder=Intruder(prompt_tokens=100),
     )
-    assert "given async_scheduling=False, which was not set" in given({}, async_scheduling="False")
-    assert served("a1", "fp8", {"max-num-seqs": 4}) == ""  # an old run
+    visit = make_record([(12.0, 1)], sent_s=11.0, index=3)
+    times = [10.9, *(11.1 + 0.1 * i for i in range(meanwhile)), 12.1]
+    beside = make_record([(t, 1) for t in times], index=0)
+    trial = make_trial([beside, visit], point=point, engine=Snapshot({}))
+    assert faults(trial, PIECES) == (set() if meanwhile in (3, 7) else {"other_pieces"})
+    alone = make_trial([beside], point=point, engine=Snapshot({}))
+    assert faults(alone, PIECES) == {"no_pieces"}  # nothing seen proves nothing
 
 
-def test_every_answer_must_come_from_the_adapter_that_was_asked() -> None:
-    """A trial of the base model filed as `one`, for one."""
-    asked = [Asked(4, 2, "tenant-0")] * 50
-    of: dict[str, Any] = {"asked": asked, "expected": Expected(model="base", template_tokens=1)}
-    assert checked(some(50, model="tenant-0"), **of) == []
-    assert checked(**of) == []  # an old record, which has no names
-    (caveat,) = checked(some(50, model="base"), **of)
-    assert caveat.name == "treatment not applied"
-    assert "50 answers from another model than requested" in caveat.text
-    (caveat,) = checked(some(1, model="tenant-1"), **{**of, "asked": ASKED})
-    assert "from tenant-1 instead of base" in caveat.text
+def test_a_prompt_on_its_way_to_an_engine_of_short_steps_sees_more_of_them() -> None:
+    """10 ms and 3 us a token, at 5 ms a step: 5.6 steps and one beside the piece itself."""
+    point = make_point(
+        load="contended:1/2",
+        flags={"max-num-batched-tokens": 8192},
+        intruder=Intruder(prompt_tokens=6000),
+    )
+    for meanwhile, names in ((1, set()), (7, set()), (9, {"other_pieces"})):
+        times = [*(11.0 + 0.005 * i for i in range(200 + meanwhile)), 12.2]
+        visit = make_record([(times[-2] + 0.001, 1)], sent_s=times[199] + 0.001, index=3)
+        beside = make_record([(t, 1) for t in times], index=0)
+        trial = make_trial([beside, visit], point=point, engine=Snapshot({}))
+        assert faults(trial, PIECES) == names, meanwhile
+
+
+# -------------------------------------------------------------------------------- what they block
 
 
 def test_where_tokens_come_gathered_their_times_allow_no_verdict_but_their_number_does() -> None:
@@ -885,93 +922,7 @@ def test_guesses_come_several_to_a_chunk() -> None:
     assert "several tokens a chunk" not in {c.name for c in caveats_of(trial, Expected())}
 
 
-def test_one_error_in_a_hundred_is_told_but_does_not_block() -> None:
-    failing = [*some(1, error="reset"), *CLEAN]
-    values = {n: v + v - v / 50 for n, v in VALUES.items()}
-    (caveat,) = checked(failing, values, seen=counting(99))
-    assert (caveat.name, caveat.blocks) == ("errors", False)
-
-
-def fault(evidence: Evidence, trial: Trial) -> str | None:
-    """What a trial lacks of this evidence, if anything."""
-    found = caveats_of(trial, Expected(evidence=[evidence]))
-    return next((c.text for c in found if c.name == "treatment not applied"), None)
-
-
-def test_absent_is_not_there_rather_than_zero() -> None:
-    none = Evidence(arm=Arm(), kind="absent", metric=metrics.SPEC_DRAFTS)
-    assert fault(none, make_trial(CLEAN, engine=Snapshot({}))) is None
-    assert fault(none, make_trial(CLEAN, engine=Snapshot({metrics.SPEC_DRAFTS: 0.0}))) == (
-        "the engine has the metric vllm:spec_decode_num_drafts_total, which it should not have here"
-    )
-
-
-@pytest.mark.parametrize(
-    ("kind", "values", "text"),
-    [
-        ("rises", {metrics.PREEMPTIONS: 2.0}, None),
-        ("stays", {metrics.PREEMPTIONS: 0.0}, None),
-        ("rises", {metrics.PREEMPTIONS: 0.0}, "num_preemptions_total did not rise in the trial"),
-        ("stays", {metrics.PREEMPTIONS: 2.0}, "num_preemptions_total rose by 2 in the trial"),
-        ("stays", {}, "no counter vllm:num_preemptions_total, so that nothing is proved"),
-    ],
-)
-def test_a_counter_that_is_not_as_it_should_be_is_told_in_a_sentence(
-    kind: Literal["rises", "stays"], values: dict[str, float], text: str | None
-) -> None:
-    told = fault(
-        Evidence(arm=Arm(), kind=kind, metric=metrics.PREEMPTIONS),
-        make_trial(CLEAN, engine=Snapshot(values)),
-    )
-    assert told is None if text is None else text in str(told)
-
-
-@pytest.mark.parametrize(
-    ("tokens_meanwhile", "shown"), [(2, False), (3, True), (7, True), (8, False)]
-)
-def test_a_long_prompt_comes_in_as_many_pieces_as_its_budget_says(
-    tokens_meanwhile: int, shown: bool
-) -> None:
-    """4 pieces expected: from 2.8 to 7.7 are taken, for the steps until the engine has it."""
-    point = make_point(
-        load="contended:1/2",
-        flags={"max-num-batched-tokens": 26},
-        intruder=Intruder(prompt_tokens=100),
-    )
-    visit = make_record([(12.0, 1)], sent_s=11.0, index=3)
-    times = [10.9, *(11.1 + 0.1 * i for i in range(tokens_meanwhile)), 12.1]
-    beside = make_record([(t, 1) for t in times], index=0)
-    pieces = Evidence(arm=Arm(), kind="pieces", metric="prefill_pieces")
-    trial = make_trial([beside, visit], point=point, engine=Snapshot({}))
-    told = fault(pieces, trial)
-    assert told is None if shown else "makes 4 pieces" in str(told)
-    alone = make_trial([beside], point=point, engine=Snapshot({}))
-    assert "no stream ran long enough" in str(fault(pieces, alone))  # nothing seen proves nothing
-
-
-def test_a_prompt_on_its_way_to_an_engine_of_short_steps_sees_more_of_them() -> None:
-    """10 ms and 3 us a token, at 5 ms a step: 5.6 steps and one beside the piece itself."""
-    point = make_point(
-        load="contended:1/2",
-        flags={"max-num-batched-tokens": 8192},
-        intruder=Intruder(prompt_tokens=6000),
-    )
-    pieces = Evidence(arm=Arm(), kind="pieces", metric="prefill_pieces")
-    for meanwhile, shown in ((1, True), (7, True), (9, False)):
-        times = [*(11.0 + 0.005 * i for i in range(200 + meanwhile)), 12.2]
-        visit = make_record([(times[-2] + 0.001, 1)], sent_s=times[199] + 0.001, index=3)
-        beside = make_record([(t, 1) for t in times], index=0)
-        trial = make_trial([beside, visit], point=point, engine=Snapshot({}))
-        assert (fault(pieces, trial) is None) is shown, meanwhile
-
-
-def test_counter_that_the_engine_does_not_have_proves_nothing() -> None:
-    assert [c.name for c in checked(values=without(metrics.PREEMPTIONS))] == [
-        "treatment not applied"
-    ]
-
-
-@pytest.mark.parametrize(
+@each(
     ("values", "slow"),
     [
         ([74.0, 100.0, 101.0], True),
@@ -982,8 +933,7 @@ def test_counter_that_the_engine_does_not_have_proves_nothing() -> None:
     ],
 )
 def test_first_trial_that_stands_out_is_told(values: list[float | None], slow: bool) -> None:
-    caveats = first_trial_slow(rates(on=values)["on"], "on")
-    assert [c.name for c in caveats] == (["slow first trial"] if slow else [])
+    assert bool(check("repeats", "on", rates(on=values)["on"])) is slow
 
 
 def test_two_factors_at_once_allow_no_verdict_unless_the_engine_couples_them() -> None:
@@ -991,69 +941,34 @@ def test_two_factors_at_once_allow_no_verdict_unless_the_engine_couples_them() -
         make_point(flags={"enable-prefix-caching": caching, "block-size": block})
         for caching, block in ((True, 32), (False, 32), (False, 16))
     )
-    assert confounded(make_claim(), on, one) == []
-    (caveat,) = confounded(make_claim(), on, two)
+    assert check("sides", on.key, make_claim(), on, one) == []
+    (caveat,) = check("sides", on.key, make_claim(), on, two)
     assert caveat.blocks
     assert caveat.name.endswith("--block-size, --enable-prefix-caching")
-    (caveat,) = confounded(make_claim(coupled="it must"), on, two)
-    assert not caveat.blocks
-    assert caveat.text == "it must"
+    (caveat,) = check("sides", on.key, make_claim(coupled="it must"), on, two)
+    assert (caveat.text, caveat.blocks) == ("it must", False)
 
 
-def test_an_echo_may_be_asked_of_the_variants_own_flag() -> None:
-    """What a changed setting asks for is then what the engine must say."""
-    asked = Evidence.echo("off", metrics.ENGINE_CONFIG, "watermark", "--watermark")
-    point = make_point(flags={"watermark": 0.05})
-    assert (asked.expected(point), asked.expected(make_point())) == ("0.05", "")
-
-    def told(share: str) -> str | None:
-        info = {metrics.ENGINE_CONFIG: {"watermark": share}}
-        engine = replace(make_engine(CLEAN), info=info)
-        return fault(asked, replace(make_trial(CLEAN, engine=engine), point=point))
-
-    assert told("0.05") is None
-    assert told("0.01") == "the engine reports watermark=0.01, but 0.05 was expected"
-
-
-def busy_server(share: float | None) -> OtherWork:
-    return OtherWork(0.0, 0.01, 0.5, 0, server_core_share=share)
-
-
-@pytest.mark.parametrize(
-    ("share", "told"), [(None, False), (0.9, False), (0.97, True), (1.2, True)]
-)
-def test_a_server_that_has_no_time_left_is_a_caveat(share: float | None, told: bool) -> None:
-    work, on_gpu = busy_server(share), Expected(template_tokens=1, on_gpus=True)
-    shown = [Sample(time_s=15.0, device="0", throttle="")]
-    found = checked(other_work=work, expected=on_gpu, telemetry=shown)
-    assert [(c.name, c.blocks) for c in found] == [("API server busy", False)] * told
-    assert all(f"used {share:.0%} of the one core" in c.text for c in found if share)
-    assert all('`SET="flags.api-server-count=4"`' in c.text for c in found)
-    assert not any(c.hits("output_tokens_per_s", c.point or "", "another") for c in found)
-    on_cpu = checked(other_work=work)
-    assert [(c.name, c.blocks) for c in on_cpu] == [("API server busy", False)] * told
-    assert not any("SET=" in c.text for c in on_cpu)  # more would take cores from the engine
-
-
-@pytest.mark.parametrize(
-    ("flags", "mend"),
+@each(
+    ("share", "on_gpus", "flags", "finds"),
     [
-        ({"api-server-count": 4}, 'SET="flags.api-server-count=8"'),
-        ({"enable-lora": True}, None),  # vLLM has one API server then
+        (None, True, {}, []),
+        (0.9, True, {}, []),
+        (0.97, True, {}, [("server_busy_that_may_be_several", 4)]),
+        (1.2, True, {"api-server-count": 4}, [("server_busy_that_may_be_several", 8)]),
+        (0.99, True, {"enable-lora": True}, [("server_busy", None)]),  # vLLM has one server then
+        (0.97, False, {}, [("server_busy", None)]),  # more would take cores from the engine
     ],
 )
-def test_how_a_busy_server_is_mended_depends_on_its_flags(
-    flags: dict[str, Any], mend: str | None
+def test_a_server_that_has_no_time_left_is_a_caveat_that_withholds_no_verdict(
+    share: float | None, on_gpus: bool, flags: Any, finds: list[tuple[str, int | None]]
 ) -> None:
-    trial = make_trial(CLEAN, point=make_point(flags=flags))
-    trial = replace(trial, other_work=busy_server(0.99))
-    found = caveats_of(trial, Expected(on_gpus=True))
-    (text,) = (c.text for c in found if c.name == "API server busy")
-    assert (mend or "send less") in text
-    assert ("SET=" in text) is bool(mend)
-
-
-def test_a_busy_server_is_no_disturbance_that_another_attempt_may_lack() -> None:
-    trial = replace(make_trial(CLEAN), other_work=busy_server(0.99))
-    names = {c.name for c in disturbances_of(trial, Expected(on_gpus=True))}
-    assert "API server busy" not in names
+    work = OtherWork(0.0, 0.01, 0.5, 0, server_core_share=share)
+    trial = replace(make_trial(CLEAN, point=make_point(flags=flags)), other_work=work)
+    expected = Expected(on_gpus=on_gpus)
+    rows = [row for row in CHECKS["requests"] if row.name == SERVER_BUSY]
+    told = [(row, figures) for row in rows for figures in row.found(trial, expected)]
+    assert [(row.found.__name__, figures.get("servers")) for row, figures in told] == finds
+    assert not any(row.blocks for row in rows)
+    assert all(figures["busy"] == share for _, figures in told)
+    assert SERVER_BUSY not in {c.name for c in disturbances_of(trial, expected)}

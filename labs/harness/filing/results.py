@@ -46,6 +46,8 @@ from pydantic import (
 
 from labs.harness.filing import bounded
 from labs.harness.filing.bounded import DamagedError
+from labs.harness.judging.checks.expected import Expected, Served
+from labs.harness.judging.checks.transport import is_one_stream
 from labs.harness.judging.judge import (
     Caveat,
     ForecastAtPoint,
@@ -60,12 +62,7 @@ from labs.harness.judging.machine_speed import MachineSpeed, TimedTrial
 from labs.harness.judging.measure import OtherWork, Trial
 from labs.harness.judging.signals import Watch
 from labs.harness.judging.timeline import Timeline
-from labs.harness.judging.validity import (
-    Expected,
-    Served,
-    is_one_stream,
-    undisturbed_transport_s,
-)
+from labs.harness.judging.validity import undisturbed_transport_s
 from labs.harness.spec import (
     NOT_FILED,
     OF_FORECASTS,

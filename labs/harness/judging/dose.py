@@ -8,8 +8,9 @@ meet in one number where the count is exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 from labs.harness.judging.measure import Trial, counter_increase
 from loadtests.records import RequestRecord
@@ -187,8 +188,7 @@ class _Cache:
 
     def loses(self, prompts: int, tokens: int) -> bool:
         """Tell whether so many prompts of so many tokens displace all that came before them."""
-        each = math.ceil(tokens / self.block_tokens)
-        return self.blocks is not None and prompts * each >= self.blocks
+        return self.blocks is not None and not self.holds(prompts, tokens)
 
 
 def _shared(trial: Trial, record: RequestRecord, cache: _Cache) -> _Shared:
@@ -231,54 +231,68 @@ def _counts_vary(trial: Trial) -> bool:
     return bool(preempted or point.flags.speculative_config or point.workload.adapters)
 
 
-def drafted_tokens(trial: Trial) -> Bounds | None:
-    """Bound how many tokens the engine must have drafted, given how often it did.
+@dataclass(frozen=True)
+class Guesses:
+    """Holds how many tokens an engine guessed in a trial, and how many of these came true."""
 
-    A draft model guesses the configured number each time; looking for n-grams yields at most that
-    many. None where the engine counts no drafts.
-    """
-    config = trial.point.flags.speculative_config
-    drafts = counter_increase(trial, metrics.SPEC_DRAFTS)
-    if drafts is None:
-        return None
-    most = drafts * int(config["num_speculative_tokens"])
-    by_ngram = config.get("method") == "ngram"
-    return Bounds(min(1, most) if by_ngram else (1 - BAND) * most, most)
+    drafts: float
+    drafted: float
+    accepted: float
+    config: Mapping[str, Any]  # of speculation
 
+    @classmethod
+    def of(cls, trial: Trial) -> Self | None:
+        """Read the engine's counts; None where it does not count its drafts."""
+        drafts, drafted, accepted = (
+            counter_increase(trial, metric)
+            for metric in (metrics.SPEC_DRAFTS, metrics.SPEC_DRAFTED, metrics.SPEC_ACCEPTED)
+        )
+        if drafts is None or drafted is None or accepted is None:
+            return None
+        return cls(drafts, drafted, accepted, trial.point.flags.speculative_config)
 
-def draft_yield(trial: Trial) -> Bounds | None:
-    """Bound the sum of drafts and accepted tokens where a draft model guesses in every step.
+    @property
+    def by_ngram(self) -> bool:
+        return bool(self.config.get("method") == "ngram")
 
-    Each step yields the accepted tokens and one of the target's own, so the sum is the number of
-    tokens after the first of each request, within 15%: at a request's end more may be accepted
-    than is sent. None where guesses are made now and then, or a request failed.
-    """
-    by_ngram = trial.point.flags.speculative_config.get("method") == "ngram"
-    if by_ngram or any(not record.ok for record in trial.records):
-        return None
-    yielded = sum(tokens for record in trial.records for _, tokens in record.chunks[1:])
-    return Bounds((1 - BAND) * yielded, (1 + BAND) * yielded + len(trial.records))
+    def drafted_bounds(self) -> Bounds:
+        """Bound how many tokens the engine must have drafted, given how often it did.
 
+        A draft model guesses the configured number each time; looking for n-grams yields at most
+        that many.
+        """
+        most = self.drafts * int(self.config["num_speculative_tokens"])
+        return Bounds(min(1, most) if self.by_ngram else (1 - BAND) * most, most)
 
-def accepted_share(trial: Trial, predicted: float) -> Bounds | None:
-    """Bound the share of drafted tokens that must have been accepted.
+    def yield_bounds(self, trial: Trial) -> Bounds | None:
+        """Bound the sum of drafts and accepted tokens where a draft model guesses in every step.
 
-    `predicted` is the chance that a token is accepted if all before it were, so that of g drafted
-    tokens (a + a^2 + .. + a^g) / g are. The least is 15% below that, and below that by twice the
-    standard error that so few drafts have at most. A text that is guessed better than predicted is
-    a finding and no fault; where the engine was told how much to accept, the most is bounded alike.
-    None where the engine counts no drafts.
-    """
-    config = trial.point.flags.speculative_config
-    drafts = counter_increase(trial, metrics.SPEC_DRAFTS)
-    if not drafts:
-        return None
-    guesses = int(config["num_speculative_tokens"])
-    share = sum(predicted**i for i in range(1, guesses + 1)) / guesses
-    chance = 2 * 0.5 / math.sqrt(drafts)
-    synthetic = config.get("rejection_sample_method") == "synthetic"
-    high = (1 + BAND) * share + chance if synthetic else 1.0
-    return Bounds(max(0.0, (1 - BAND) * share - chance), high)
+        Each step yields the accepted tokens and one of the target's own, so the sum is the number
+        of tokens after the first of each request, within 15%: at a request's end more may be
+        accepted than is sent. None where guesses are made now and then, or a request failed.
+        """
+        if self.by_ngram or any(not record.ok for record in trial.records):
+            return None
+        yielded = sum(tokens for record in trial.records for _, tokens in record.chunks[1:])
+        return Bounds((1 - BAND) * yielded, (1 + BAND) * yielded + len(trial.records))
+
+    def accepted_bounds(self, predicted: float) -> Bounds | None:
+        """Bound the share of drafted tokens that must have been accepted; None without drafts.
+
+        `predicted` is the chance that a token is accepted if all before it were, so that of g
+        drafted tokens (a + a^2 + .. + a^g) / g are. The least is 15% below that, and below that by
+        twice the standard error that so few drafts have at most. A text that is guessed better than
+        predicted is a finding and no fault; where the engine was told how much to accept, the most
+        is bounded alike.
+        """
+        if not self.drafts:
+            return None
+        guesses = int(self.config["num_speculative_tokens"])
+        share = sum(predicted**i for i in range(1, guesses + 1)) / guesses
+        chance = 2 * 0.5 / math.sqrt(self.drafts)
+        synthetic = self.config.get("rejection_sample_method") == "synthetic"
+        high = (1 + BAND) * share + chance if synthetic else 1.0
+        return Bounds(max(0.0, (1 - BAND) * share - chance), high)
 
 
 def copied_share(least: float) -> Bounds:

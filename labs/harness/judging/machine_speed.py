@@ -98,8 +98,17 @@ def at_forecast(steps: Sequence[ReferenceStep], run: MachineSpeed) -> dict[Part,
     }
 
 
-def jump(trial: TimedTrial, run: MachineSpeed) -> str | None:
-    """Say how the machine's speed jumped around a trial; None where it did not.
+@dataclass(frozen=True)
+class Jump:
+    """A change of the machine's speed around a trial: how many times as long a part took."""
+
+    part: Part
+    ratio: float
+    beside: bool = False  # on both sides of the trial, against the run's median; else after it
+
+
+def jump(trial: TimedTrial, run: MachineSpeed) -> Jump | None:
+    """Find how the machine's speed jumped around a trial; None where it did not.
 
     It jumped where a part took longer or shorter by more than MOST_CHANGED after the trial than
     before it, or on both sides of it (their geometric mean) than in the run's median.
@@ -108,27 +117,23 @@ def jump(trial: TimedTrial, run: MachineSpeed) -> str | None:
         typical = run.reading if part == "reading" else run.computing
         before_s, after_s = (part_s(step, part) for step in (trial.before, trial.after))
         if _changed(after_s / before_s):
-            return _after_and_before(part, after_s / before_s)
+            return Jump(part, after_s / before_s)
         beside = math.sqrt(before_s * after_s) / typical.median_s
         if _changed(beside):
-            return f"{part} took {beside:.2f} times as long beside the trial as in the run's median"
+            return Jump(part, beside, beside=True)
     return None
 
 
-def large_jump(trial: TimedTrial) -> str | None:
-    """Say how the machine's speed jumped along a trial by more than DISTURBING; None: it did not.
+def large_jump(trial: TimedTrial) -> Jump | None:
+    """Find how the machine's speed jumped along a trial by more than DISTURBING; None: it did not.
 
     It takes no other trial to tell.
     """
     for part in PARTS:
         ratio = part_s(trial.after, part) / part_s(trial.before, part)
         if max(ratio, 1 / ratio) > DISTURBING:
-            return _after_and_before(part, ratio)
+            return Jump(part, ratio)
     return None
-
-
-def _after_and_before(part: Part, ratio: float) -> str:
-    return f"{part} took {ratio:.2f} times as long after the trial as before"
 
 
 def _changed(ratio: float) -> bool:

@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -41,6 +42,8 @@ from loadtests.workload import Asked
 from serving import metrics, telemetry
 from serving.metrics import Snapshot
 from serving.telemetry import Sample
+
+T = TypeVar("T")
 
 
 def ran_out(point: Point, summary: TrialSummary) -> bool:
@@ -80,11 +83,23 @@ class Trial:
     asked: Sequence[Asked] = ()  # by the index of a request; empty where that is not known
     usd_per_hour: float | None = None  # the price of the machine, as the run recorded it
     beside: Sequence[str] = ()  # the points whose requests took turns with this one's
+    _once: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, compute: Callable[..., T], *of: object) -> T:
+        """Compute something of this trial and `of`, and keep it for whoever asks again."""
+        if (compute, of) not in self._once:
+            self._once[compute, of] = compute(self, *of)
+        value: T = self._once[compute, of]
+        return value
+
+    def info(self, metric: str) -> Mapping[str, str]:
+        """The labels of an info metric of the engine; empty where it does not show it."""
+        return self.engine.info.get(metric, {}) if self.engine else {}
 
     @property
     def cache_config(self) -> Mapping[str, str]:
         """The engine's configuration of its KV cache; empty where it is not known."""
-        return self.engine.info.get(metrics.CACHE_CONFIG, {}) if self.engine else {}
+        return self.info(metrics.CACHE_CONFIG)
 
     @cached_property
     def measured_requests(self) -> list[RequestRecord]:

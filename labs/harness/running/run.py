@@ -25,7 +25,7 @@ from labs.harness.filing.results import (
     run_id,
     write_json,
 )
-from labs.harness.judging.validity import Served
+from labs.harness.judging.checks.expected import Served
 from labs.harness.running import backfill, engine_series
 from labs.harness.running.attention import time_attention
 from labs.harness.running.engines import resident_groups

@@ -26,6 +26,7 @@ from labs.harness.filing.results import (
     snapshot_json,
     write_json,
 )
+from labs.harness.judging.checks.expected import Expected
 from labs.harness.judging.measure import (
     OtherWork,
     Trial,
@@ -35,9 +36,8 @@ from labs.harness.judging.measure import (
 )
 from labs.harness.judging.text import number, point_label
 from labs.harness.judging.validity import (
-    Expected,
+    check,
     disturbances_of,
-    speed_jumped_within,
     undisturbed_transport_s,
 )
 from labs.harness.running import prompt_files
@@ -435,7 +435,7 @@ class Trials:
             return {}
         expected = self._expected.with_transport(self._transports_s)
         reasons = {c.name: c.text for c in disturbances_of(trial, expected) if c.blocks}
-        jumps = speed_jumped_within(result.timed) if result.timed else []
+        jumps = check("speed-within", point.key, result.timed) if result.timed else []
         reasons |= {c.name: c.text for c in jumps}
         of_variant = self._transports_s.setdefault(point.variant.name, {})
         of_variant.pop((point.key, result.repeat), None)  # of an attempt that is not the last

@@ -42,7 +42,7 @@ from labs.harness.judging.text import (
     ratio_text,
     verdict_text,
 )
-from labs.harness.judging.validity import OVER_LONG_PROMPTS, TOKEN_TIMES
+from labs.harness.judging.validity import BLOCKED, OVER_REQUESTS
 from labs.harness.page import lesson
 from labs.harness.questions import QUESTIONS
 from labs.harness.spec import Lab, Point, Prediction
@@ -591,13 +591,7 @@ def _at_forecast(before: PointForecasts | None, trials: MachineSpeed) -> str:
 
 def _figures(names: Sequence[str]) -> str:
     """Word which figures a caveat is about."""
-    for known, words in (
-        (TOKEN_TIMES, "times between tokens"),
-        (OVER_LONG_PROMPTS, "figures taken over long prompts"),
-    ):
-        if set(names) <= set(known):
-            return words
-    return "figures taken over requests"
+    return next((words for words, known in BLOCKED.items() if {*names} <= {*known}), OVER_REQUESTS)
 
 
 def measured_again(summary: Summary) -> Paragraph | None:

@@ -24,21 +24,15 @@ from labs.harness.filing.results import (
     write_json,
 )
 from labs.harness.judging import dose
+from labs.harness.judging.checks.expected import Expected
+from labs.harness.judging.checks.run import CachedRepeats, Making
 from labs.harness.judging.judge import Caveat, ForecastAtPoint, judge, judge_forecast, over_repeats
 from labs.harness.judging.machine_speed import MachineSpeed, machine_speed
 from labs.harness.judging.measure import influences
 from labs.harness.judging.metrics import METRICS, measure, pooled_latencies, pooled_percentiles
-from labs.harness.judging.validity import (
-    Expected,
-    caveats_of,
-    confounded,
-    first_trial_slow,
-    found_too_little,
-    speed_jumped,
-)
+from labs.harness.judging.validity import caveats_of, check, speed_jumped
 from labs.harness.spec import Lab, Point
 from loadtests.latencies import Latency
-from serving.machine import Machine
 from serving.metrics import KvUse
 
 
@@ -144,7 +138,7 @@ def computed(folder: RunFolder) -> Summary:
     measured = _measure(folder, lab, points, expected)
     values, caveats = measured.values, measured.caveats
     pairs = [
-        (claim, t, b, confounded(claim, t, b))
+        (claim, t, b, check("sides", t.key, claim, t, b))
         for claim in lab.claims
         for t, b in lab.pairs(claim, points)
     ]
@@ -215,15 +209,14 @@ def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expecte
             found.setdefault(point.key, []).append(in_cache)
         timed += [result.timed] if result.timed else []
         del trial  # before the next one is read
-    caveats += [
-        caveat
-        for point in points
-        if point.key in found and point.key in expected.least_hit_rate and not expected.endpoint
-        for caveat in found_too_little(point, found[point.key], expected, lab.repeats_of(point))
-    ]
+    for point in points:
+        if point.key in found and point.key in expected.least_hit_rate and not expected.endpoint:
+            repeats = CachedRepeats(point, found[point.key], lab.repeats_of(point))
+            caveats += check("cached-repeats", point.key, repeats, expected)
     caveats += speed_jumped(timed)
-    caveats += [c for p in points for c in first_trial_slow(values[p.key], p.key)]
-    caveats = _each_once([*caveats, *_of_the_whole(folder.run(), lab, folder.session())])
+    caveats += [c for p in points for c in check("repeats", p.key, values[p.key])]
+    making = _making(folder.run(), lab, folder.session())
+    caveats = _each_once([*caveats, *check("making", None, making)])
     return _Measured(values, samples_s, caveats, failed, machine_speed(timed), again, moved)
 
 
@@ -265,38 +258,13 @@ def _kv_use(
     return KvUse.over_trials(uses)
 
 
-def _of_the_whole(run: Run, lab: Lab, session: Session | None) -> list[Caveat]:
-    """Name what in the making of the whole run weakens its conclusions."""
-    caveats = []
-    if session and not session.resident and not session.there_and_back:
-        text = (
-            "each was measured in a block of its own, so their ratio includes what the machine"
-            " drifted between two blocks: where an effect is small, run again with another SEED="
-        )
-        caveats.append(Caveat(name="engines took turns", text=text))
-    if run.endpoint:
-        text = (
-            "predictions assume this machine's ceilings; the endpoint may run on another machine,"
-            " whose other work, heat and power were not seen"
-        )
-        caveats.append(Caveat(name="endpoint's hardware unknown", text=text))
-    if any(flags.is_parallel for flags in lab.all_flags):
-        caveats.append(_of_parallelism(run.machine))
-    return caveats
-
-
-def _of_parallelism(machine: Machine) -> Caveat:
-    if machine.kind == "cpu":
-        text = (
-            "predictions are those of one copy of the model; the copies share the memory's"
-            " bandwidth, and may compute on the load generator's cores (DP=)"
-        )
-        return Caveat(name="several copies", text=text)
-    text = (
-        "predictions assume no communication between GPUs, and the ceilings of those that share"
-        " each layer (TP=)"
+def _making(run: Run, lab: Lab, session: Session | None) -> Making:
+    return Making(
+        in_blocks=bool(session and not session.resident and not session.there_and_back),
+        at_endpoint=bool(run.endpoint),
+        parallel=any(flags.is_parallel for flags in lab.all_flags),
+        on_cpu=run.machine.kind == "cpu",
     )
-    return Caveat(name="several GPUs", text=text)
 
 
 def _each_once(caveats: Sequence[Caveat]) -> list[Caveat]:
