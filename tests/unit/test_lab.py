@@ -464,7 +464,7 @@ def test_arm_matches_by_all_it_says() -> None:
     ids=["treatment", "baseline", "evidence", "probed", "only"],
 )
 def test_unknown_variant_is_refused(naming: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=r"\['best'\] are no variants of tiny"):
+    with pytest.raises(ValidationError, match=r"\['best'\] .* tiny"):
         make_lab(**naming)
 
 
