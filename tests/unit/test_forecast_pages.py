@@ -71,6 +71,9 @@ def test_the_report_tells_how_near_the_forecasts_came(folder: RunFolder) -> None
 
 def test_the_cache_in_use_stands_beside_what_was_forecast_of_it(folder: RunFolder) -> None:
     """The window is from 10 to 20 s; of the second point nothing was scraped."""
+    summarise(folder)
+    assert '"kv_use"' not in (folder.path / "summary.json").read_text()
+    assert "KV cache in use" not in report.write(folder).read_text()
     before = folder.predictions()
     assert before.in_virtual_time
     first, second = before.in_virtual_time.points
@@ -101,13 +104,6 @@ def test_before_a_run_the_use_of_ample_memory_is_not_shown(folder: RunFolder) ->
     short = ample | {second: KvUse(mean=0.1, peak=0.5)}
     shown = [run._for_terminal(forecasts.model_copy(update={"kv_use": u})) for u in (ample, short)]
     assert [forecasts.kv_use for forecasts in shown] == [{}, short]
-
-
-def test_without_such_a_forecast_files_and_reports_are_as_before(folder: RunFolder) -> None:
-    summarise(folder)
-    assert '"kv_use"' not in (folder.path / "summary.json").read_text()
-    assert '"kv_use"' not in (folder.path / "predictions.json").read_text()
-    assert "KV cache in use" not in report.write(folder).read_text()
 
 
 def test_two_engines_have_a_section_of_their_own_that_says_what_it_is(folder: RunFolder) -> None:
