@@ -14,6 +14,7 @@ from labs.harness.facts.drawing import plt
 from labs.harness.judging.metrics import METRICS
 from labs.harness.spec import Lab, LabError, Point
 from labs.harness.telling import plots
+from labs.harness.telling.words import told
 from tests.unit.builders import CEILINGS, SHAPE, make_lab
 from tests.unit.judged import ABOUT, context, judged, judged_run, told_of, with_facts
 
@@ -65,7 +66,7 @@ def left_of(name: str, size: str) -> Iterator[tuple[Lab, list[Point]]]:
     Its figures are given, so that these are enough for the lengths.
     """
     scale, quick, dummy = SIZES[size]
-    told = list[Any]()
+    left = list[Any]()
     for changes in ({}, *kept_in_part(LABS[name].at(scale, quick, dummy=dummy))):
         try:
             lab = LABS[name].at(scale, quick, changes, dummy)
@@ -74,10 +75,10 @@ def left_of(name: str, size: str) -> Iterator[tuple[Lab, list[Point]]]:
         lab = lab.model_copy(update={"requests": min(lab.requests, 256)})
         points = lab.points(SHAPE, CEILINGS, {}, ABOUT)
         kept = [v.name for v in lab.variants], [p.key for p in points]
-        if kept not in told:
-            told.append(kept)
+        if kept not in left:
+            left.append(kept)
             yield lab, points
-    assert told
+    assert left
 
 
 @pytest.mark.parametrize("name", LABS)
@@ -85,7 +86,7 @@ def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: P
     """All that a reader may keep of a lab, every figure of it measured; nothing may raise.
 
     A quick run on a GPU does without parts of it from the beginning. What has the same parts in
-    another size is drawn once: a plot's axes take longer than all that is computed for them.
+    another size is told and drawn once: that takes longer than all that is computed for it.
     """
     drawn = list[Any]()
     left = ((size, *part) for size in sizes_that_differ(name) for part in left_of(name, size))
@@ -93,13 +94,13 @@ def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: P
         values = {
             p.key: {metric: 0.5 + j / 100 for metric in METRICS} for j, p in enumerate(points)
         }
-        run = judged_run(context(tmp_path / str(i), lab, values, about=ABOUT))
-        run = with_facts(run)
-        assert len(told_of(run).findings) == len(lab.findings), (size, *values)
-        kinds = [(p.variant.name, p.workload.name, p.load.kind) for p in points]
+        run = with_facts(judged_run(context(tmp_path / str(i), lab, values, about=ABOUT)))
+        kinds = {(p.variant.name, p.workload.name, p.load.kind) for p in points}
         shown = [v.name for v in lab.variants], kinds, [*plots._drawn(lab)]
         if shown not in drawn:
             drawn.append(shown)
+            found = told(run.run, run.lab, run.summary)
+            assert len(found.findings) == len(lab.findings), (size, *values)
             for draw in plots._drawn(lab).values():
                 draw(run)
                 plt.close("all")

@@ -23,6 +23,7 @@ from loadtests.arrivals import (
     Waves,
     send_times,
 )
+from tests.cases import each
 from tests.unit.builders import parse
 
 RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
@@ -74,16 +75,9 @@ def test_text_form_of_any_rate_reads_back() -> None:
     assert parse(str(arrival)) == arrival
 
 
-@pytest.mark.parametrize(
-    "text", ["bursty:3", "concurrent", "8", "", "contended:4", "concurrent:4/2"]
-)
+@each("text", ["bursty:3", "concurrent", "8", "", "contended:4", "concurrent:4/2"])
 def test_unknown_arrival_names_the_known_ones(text: str) -> None:
-    known = (
-        "concurrent:<users>, waves:<size>, poisson:<rate_per_s>, constant:<rate_per_s>,"
-        " gamma:<rate_per_s>/<burstiness>, replay:<speed>, contended:<users>/<every_s>,"
-        " capacity:<times>, ramp:<first>/<last>"
-    )
-    with pytest.raises(ValidationError, match=known):
+    with pytest.raises(ValidationError, match=r"concurrent:<users>, .*, ramp:<first>/<last>"):
         parse(text)
 
 
@@ -185,7 +179,7 @@ def test_twice_the_capacity_on_a_machine_half_as_fast_is_the_same_in_its_own_tim
 
 
 def test_a_load_of_an_unknown_capacity_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"capacity:2 needs a capacity"):
+    with pytest.raises(ValueError, match="capacity:2 needs"):
         send_times(Offered(times=2), 10, 0, None)
 
 

@@ -170,7 +170,7 @@ def test_none_in_eighty_still_leaves_room() -> None:
 
 def test_where_nothing_could_be_judged_the_reason_is_told() -> None:
     busy = judged("not valid").model_copy(update={"why": "other processes"})
-    with pytest.raises(BenchError, match=r"no claim could be judged \(other processes\)"):
+    with pytest.raises(BenchError, match="other processes"):
         aa.alarms_of([[busy] * 4], "tiny")
 
 
@@ -281,9 +281,9 @@ def test_two_tools_are_compared_pair_by_pair(capsys: pytest.CaptureFixture[str])
         assert (same.value, same.low, same.high) == pytest.approx((1, 1, 1))
     engine.show(found, {name: {(96.0, 22.0)} for name in found})
     said = capsys.readouterr().out
-    assert "Mean TPOT, our Locust / vllm bench serve: 1.000" in said
+    assert "vllm bench serve: 1.000" in said
     assert said.count("they agree") == 2
-    assert "did not send the same work" not in said
+    assert "the same work" not in said
 
 
 def test_streams_are_shown_with_a_dash_for_what_is_not_there(
@@ -303,7 +303,7 @@ def test_streams_are_shown_with_a_dash_for_what_is_not_there(
     assert "20.0" in said
     assert said.count("31.40") == 2
     assert "–" in said
-    assert "TTFT added at 16 streams, 2 load processes, p99 at most 1 ms; it is 2 ms: not" in said
+    assert "p99 at most 1 ms; it is 2 ms: not" in said
 
 
 def test_what_is_read_from_a_file_was_disturbed_by_nobody() -> None:

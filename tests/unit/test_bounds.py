@@ -99,5 +99,5 @@ def test_a_recorded_run_is_refused_before_anything_starts() -> None:
     recorded = LABS["continuous-batching"].at("cpu", True, {"load_processes": 256})
     with hostile.serving({"/v1/models": MODELS, "/v1/chat/completions": STREAMS}) as url:
         request = RunRequest(recorded, quick=True, reproduces="x", endpoint=url)
-        with pytest.raises(LabError, match="load_processes asks for 256"):
+        with pytest.raises(LabError, match=r"load_processes .* 256"):
             resolve(request, ConsoleProgress())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +27,7 @@ from loadtests.trace import TraceRow
 from serving.engines.vllm import ACTIVATION_BYTES
 from serving.forecasting.plan import ForecastPlan
 from serving.models import ModelError
+from tests.cases import each
 
 
 class SilentProgress:
@@ -76,17 +78,14 @@ def question(name: str = "llama-8b", **more: Any) -> Question:
 
 def test_seventy_billion_parameters_fit_one_card_of_80_gb_in_eight_bits_at_most() -> None:
     answer = plan(question("llama-70b"), SilentProgress())
-    assert {f.precision for f in answer.fits if f.kv_tokens >= 1100} == {
-        "fp8",
-        "w8a8",
-        "w4a16-gptq",
-    }
+    fitting = [f.precision for f in answer.fits if f.kv_tokens >= 1100]
+    assert fitting == ["fp8", "w8a8", "w4a16-gptq"]
     bf16 = answer.fits[0]
     assert bf16.weight_bytes == pytest.approx(2 * 70.55e9, rel=0.001)
     assert bf16.kv_bytes_per_token == 327_680  # 2 x 80 layers x 8 KV heads x 128 x 2 bytes
     text = markdown.document(capacity_plans.page(answer))
-    assert "It does not fit: 141.1 GB of weights are more than the " in text
-    assert "It fits with fp8, w8a8, w4a16-gptq." in text
+    assert re.search(r"does not fit: 141\.1 GB", text)
+    assert ", ".join(fitting) in text
     assert "One request alone" not in text
 
 
@@ -146,7 +145,7 @@ def test_no_request_is_longer_than_the_cache_and_the_positions() -> None:
     asked = question(demand=Demand(2000, 4000, 1.0))
     load = capacity_plan._drawn(asked, 1.0, 7000)
     assert max(r.prompt_tokens + r.output_tokens for r in load.requests) == 7000
-    with pytest.raises(LabError, match=r"longest request has 250,000 tokens, .* takes 131,071"):
+    with pytest.raises(LabError, match=r"250,000 tokens, .* 131,071"):
         plan(question(demand=Demand(1000, 100, 1.0, trace=trace(9, 150_000, 100_000))),
              SilentProgress())  # fmt: skip
 
@@ -227,7 +226,7 @@ def test_a_mixture_of_experts_is_planned_with_what_can_be_derived() -> None:
 
 def test_a_folder_of_quantized_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {}}')
-    with pytest.raises(ModelError, match="holds quantized weights: give the model before"):
+    with pytest.raises(ModelError, match="quantized weights: give"):
         question(str(tmp_path))
 
 
@@ -255,11 +254,9 @@ def test_two_cards_hold_what_one_does_not_and_cost_twice_as_much() -> None:
     assert answer.price
     assert answer.price.usd_per_hour == 7.2
     text = markdown.document(capacity_plans.page(answer))
-    assert text.startswith(f"# {answer.model} in bf16 on {answer.card}, 2 for each replica")
-    assert "exchange results over NVLink" in text
-    assert "One replica of 2 GPUs serves" in text
-    assert "of the memory of 2 GPUs are usable" in text
-    assert f"{answer.replicas} replicas behind a router" in text
+    assert text.startswith(f"# {answer.model} in bf16 on {answer.card}, 2 ")
+    for words in ("NVLink", "replica of 2 GPUs", "memory of 2 GPUs", f"{answer.replicas} replicas"):
+        assert words in text
     one = markdown.document(capacity_plans.page(plan(question(), SilentProgress())))
     assert "replica of" not in one
     assert "NVLink" not in one
@@ -268,9 +265,9 @@ def test_two_cards_hold_what_one_does_not_and_cost_twice_as_much() -> None:
 @pytest.mark.parametrize(
     ("card", "gpus", "said"),
     [
-        ("l4", 2, "over NVLink, which the l4 does not have"),
-        ("h100", 3, "3 GPUs cannot share 32 heads and 8 KV heads evenly"),
-        ("h100", 16, "NVLink joins 8 GPUs of a machine at most"),
+        ("l4", 2, "NVLink, which the l4"),
+        ("h100", 3, "3 GPUs .* 32 heads and 8 KV heads"),
+        ("h100", 16, "NVLink joins 8 GPUs"),
     ],
 )
 def test_gpus_that_cannot_share_a_layer_are_refused(card: str, gpus: int, said: str) -> None:
@@ -285,26 +282,27 @@ def test_a_capacity_is_interpolated() -> None:
     assert crossing([(1, 1.0), (2, 0.99)]) == 2  # at least
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
+@each(
+    ("command", "said"),
     [
-        (["--machine", "h1000"], "no GPU 'h1000': did you mean h100?"),
-        (["--model", "llama-9b"], "no shape 'llama-9b'"),
-        (["--precision", "fp9"], "there is no PRECISION=fp9"),
-        (["--router", "random"], "there is no ROUTER=random"),
-        (["--slo", "fast"], "SLO=fast is not understood"),
-        (["--slo", "100/0"], "SLO=100/0 is not understood"),
-        (["--lengths", "1000000/5"], "at most 131,072 tokens"),
-        (["--documents", "9/2000"], "has no room for a document"),
-        (["--trace", "/nowhere.csv"], "cannot be read"),
-        (["--replicas", "65"], "less than or equal to 64"),
-        (["--rate", "-1"], "greater than or equal to 0"),
-        (["--rate", "inf"], "RATE=inf: give a number of requests per second"),
+        ("plan --machine h1000", "mean h100?"),
+        ("plan --machine h100 --model llama-9b", "'llama-9b'"),
+        ("plan --machine h100 --precision fp9", "PRECISION=fp9"),
+        ("plan --machine h100 --router random", "ROUTER=random"),
+        ("plan --machine h100 --slo fast", "SLO=fast"),
+        ("plan --machine h100 --slo 100/0", "SLO=100/0"),
+        ("plan --machine h100 --lengths 1000000/5", "131,072 tokens"),
+        ("plan --machine h100 --documents 9/2000", "document"),
+        ("plan --machine h100 --trace /nowhere.csv", "/nowhere.csv"),
+        ("plan --machine h100 --replicas 65", "equal to 64"),
+        ("plan --machine h100 --rate -1", "equal to 0"),
+        ("plan --machine h100 --rate inf", "RATE=inf: give"),
+        ("forecast --lab chunked-prefill --router least-loaded", "REPLICAS="),
+        ("forecast --lab chunked-prefill --router random --replicas 2", "ROUTER=random"),
+        ("forecast --lab chunked-prefill --machine h1000", "mean h100?"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_is_played(
-    settings: list[str], said: str, tmp_path: Path
-) -> None:
-    done = CliRunner().invoke(app, ["plan", "--machine", "h100", *settings])
+def test_what_makes_no_sense_is_refused_before_anything_is_played(command: str, said: str) -> None:
+    done = CliRunner().invoke(app, command.split())
     assert done.exit_code != 0
     assert said in " ".join(done.output.replace("│", "").split())

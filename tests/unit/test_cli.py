@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,15 +26,17 @@ from labs.harness.questions import QUESTIONS
 from labs.harness.running import backfill
 from labs.harness.running.resolve import RunRequest
 from labs.harness.running.resume import CannotResume
-from labs.harness.spec import Lab, LabError, NotApplicable
+from labs.harness.spec import LabError, NotApplicable
 from serving import models
 from serving.engines.vllm import Vllm
 from serving.machine import detect
 from serving.models import ROOT, Model
+from tests.cases import each
 from tests.makefile import SETTINGS
 from tests.unit.builders import SHAPE, write_run, write_slowed
 
 LAB = next(iter(LABS))
+FORECAST = f"forecast --lab {LAB} --machine h100 --model llama-8b"
 COMMANDS = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
 
 
@@ -46,115 +49,61 @@ def labs(*args: str) -> tuple[int, str]:
     return result.exit_code, " ".join(result.output.split())
 
 
-@pytest.mark.parametrize("args", [("run", "no-lab"), ("serve", "--lab", "no-lab")])
-def test_unknown_lab_lists_the_known_ones(args: tuple[str, ...]) -> None:
-    code, said = labs(*args)
+@each(
+    ("command", "told"),
+    [
+        ("run no-lab", ["error: ", "'no-lab'", ", ".join(LABS)]),
+        ("serve --lab no-lab", ["error: ", "'no-lab'", ", ".join(LABS)]),
+        ("run prefix-cachin", ["'prefix-cachin'", "mean prefix-caching?", LAB]),
+        (f"forecast --lab {LAB} --machine h1000", ["'h1000'", "mean h100?", "h200, a100, l4"]),
+        (f"forecast --lab {LAB},paged-kw --machine h100", ["'paged-kw'", "paged-kv"]),
+        (f"run {LAB} --set window_s", ["SET: 'window_s'", "field=value"]),
+        (f"serve --lab {LAB} --set windw_s=3", ["'windw_s'", "mean window_s?", "name, "]),
+        (f"serve --lab {LAB} --set window_s=0", ["greater than 0", "given 0"]),
+        (
+            f"serve --lab {LAB} --variant best",
+            ["'best'", ", ".join(v.name for v in LABS[LAB].at("cpu", quick=False).variants)],
+        ),
+        ("serve --lab serving-engines --variant llama-cpp", ["llama.cpp", "vLLM alone"]),
+        (f"run {LAB} --engine-command 'no-such-program serve'", ["program no-such-program"]),
+        (f"run {LAB} --engine-command 'OPENAI_KEY=abc vllm'", ["program OPENAI_KEY=***"]),
+        (f'run {LAB} --engine-command "nsys \'x"', ["ENGINE_COMMAND=nsys 'x: No closing"]),
+        (f'run {LAB} --engine-command "vllm --api-key abc \'x"', ["vllm --api-key *** 'x"]),
+        (f"{FORECAST} --slo fast", ["SLO=fast", "TTFT/TPOT"]),
+        (f"{FORECAST} --slo 1e9/50", ["SLO=1e9/50"]),
+        (f"{FORECAST} --slo 9999999999/50", ["at most 604800000 ms"]),
+        (f"{FORECAST} --trace nowhere.csv", ["nowhere.csv", "read"]),
+        (f"{FORECAST} --tp 3", ["TP=3", "32 heads", "8 KV heads"]),
+        (f"{FORECAST} --tp 16", ["TP=16", "8 GPUs"]),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_its_name_and_told_what_can(
+    command: str, told: list[str]
+) -> None:
+    code, said = labs(*shlex.split(command))
     assert code == 1
-    assert f"error: there is no lab 'no-lab'; known are {', '.join(LABS)}" in said
+    assert [words for words in told if words not in said] == [], said
 
 
 def test_a_misspelled_setting_in_the_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABS_QIUCK", "1")
     monkeypatch.setenv("LABS_ZZZQ", "1")
     code, said = labs("list")
-    told = "in the environment is not a setting and is ignored"
     assert code == 0
-    assert f"LABS_QIUCK {told}: did you mean LABS_QUICK?" in said
-    assert f"LABS_ZZZQ {told}: `make` lists the settings." in said
+    assert re.search(r"LABS_QIUCK [^.]* LABS_QUICK\?", said)
+    assert re.search(r"LABS_ZZZQ [^.]* `make`", said)
 
 
 def test_the_settings_of_the_makefile_are_all_known() -> None:
     assert not list(environment.unread([*map("LABS_{}".format, SETTINGS), "PATH", "QIUCK"]))
 
 
-def test_misspelled_lab_is_told_what_was_meant() -> None:
-    code, said = labs("run", "prefix-cachin")
-    assert code == 1
-    assert f"no lab 'prefix-cachin': did you mean prefix-caching? Known are {LAB}" in said
-
-
-@pytest.mark.parametrize(
-    ("command", "why"),
-    [
-        ("no-such-program serve", "no program no-such-program"),
-        ("OPENAI_KEY=abc vllm", "no program OPENAI_KEY=***"),
-        ("nsys 'x", "ENGINE_COMMAND=nsys 'x: No closing quotation"),
-        ("vllm --api-key abc 'x", "ENGINE_COMMAND=vllm --api-key *** 'x: No closing quotation"),
-    ],
-)
-def test_engine_command_that_cannot_start_is_refused_at_once(command: str, why: str) -> None:
-    code, said = labs("run", LAB, "--engine-command", command)
-    assert (code, why in said) == (1, True)
-
-
-def test_a_card_without_a_datasheet_is_refused_and_the_known_ones_are_named() -> None:
-    code, shown = labs("forecast", "--lab", LAB, "--machine", "h1000")
-    assert code == 1
-    assert "no GPU 'h1000': did you mean h100? Known ones are h100, h200, a100, l4" in shown
-
-
-def test_of_several_labs_to_forecast_a_misspelled_one_is_refused_first() -> None:
-    code, shown = labs("forecast", "--lab", f"{LAB},paged-kw", "--machine", "h100")
-    assert code == 1
-    assert "paged-kw" in shown
-    assert "paged-kv" in shown
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        (("--slo", "fast"), "SLO=fast is not understood: give TTFT/TPOT in milliseconds"),
-        (("--slo", "1e9/50"), "SLO=1e9/50 is not understood"),
-        (("--slo", "9999999999/50"), "give at most 604800000 ms, which is 7 days"),
-        (("--trace", "nowhere.csv"), "the trace nowhere.csv cannot be read"),
-        (("--tp", "3"), "TP=3: 3 GPUs cannot share 32 heads and 8 KV heads evenly"),
-        (("--tp", "16"), "TP=16: NVLink joins 8 GPUs of a machine at most"),
-    ],
-)
-def test_a_forecast_that_cannot_be_made_is_refused_in_a_sentence(
-    options: tuple[str, str], why: str
-) -> None:
-    code, said = labs(
-        "forecast", "--lab", LAB, "--machine", "h100", "--model", "llama-8b", *options
-    )
-    assert (code, why in said) == (1, True)
-
-
-def test_setting_without_value_is_refused() -> None:
-    code, said = labs("run", LAB, "--set", "window_s")
-    assert (code, "SET: 'window_s' is not field=value" in said) == (1, True)
-
-
-def test_unknown_field_lists_the_known_ones() -> None:
-    code, said = labs("serve", "--lab", LAB, "--set", "windw_s=3")
-    assert code == 1
-    assert "windw_s: no field 'windw_s': did you mean window_s? Known here: name, " in said
-
-
-def test_value_out_of_range_is_refused() -> None:
-    code, said = labs("serve", "--lab", LAB, "--set", "window_s=0")
-    assert (code, "greater than 0 (given 0)" in said) == (1, True)
-
-
-def test_unknown_variant_lists_the_known_ones() -> None:
-    code, said = labs("serve", "--lab", LAB, "--variant", "best")
-    names = ", ".join(v.name for v in LABS[LAB].at("cpu", quick=False).variants)
-    assert code == 1
-    assert f"{LAB} has no variant 'best'; it has {names}" in said
-
-
-@pytest.fixture(scope="module")
-def listed() -> str:
-    """All labs."""
+def test_list_shows_every_lab_and_the_questions_it_answers() -> None:
     code, said = labs("list")
     assert code == 0
-    return said
-
-
-@pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
-def test_list_shows_every_lab_and_the_questions_it_answers(lab: Lab, listed: str) -> None:
-    assert f"make lab-{lab.name}" in listed
-    assert all(f"{id} {QUESTIONS[id][:20]}" in listed for id in lab.answers)
+    for lab in LABS.values():
+        assert f"make lab-{lab.name}" in said
+        assert [id for id in lab.answers if f"{id} {QUESTIONS[id][:20]}" not in said] == []
 
 
 @pytest.mark.parametrize(("refusal", "code"), [(NotApplicable, 0), (LabError, 1)])
@@ -171,8 +120,8 @@ def test_a_lab_that_does_not_apply_is_skipped_and_fails_nothing(
     )  # imports vLLM
     found, said = labs("all", "--weights", "dummy")
     assert found == code
-    assert (f"Skipped: {LAB}: needs real weights" in said) == (refusal is NotApplicable)
-    assert (f"Not finished: {LAB}: needs real weights" in said) == (refusal is LabError)
+    assert (f"Skipped: {LAB}" in said) == (refusal is NotApplicable)
+    assert (f"Not finished: {LAB}" in said) == (refusal is LabError)
 
 
 def test_a_lab_that_cannot_be_continued_is_begun_anew(
@@ -192,17 +141,14 @@ def test_a_lab_that_cannot_be_continued_is_begun_anew(
     labs("all", "--only", LAB)
     _, said = labs("all", "--only", LAB)  # which was begun
     assert asked == [False, True, False]
-    assert "the model is another. It is started anew." in said
+    assert "the model is another" in said
 
 
 @pytest.mark.parametrize("setting", ["AA", "ENDPOINT", "ENDPOINT_METRICS", "SEED", "UNSAFE_FLAGS"])
 def test_all_labs_refuse_what_only_one_takes(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"LABS_{setting}", "1")
     code, said = labs("all")
-    assert code == 1
-    assert (
-        f"error: {setting}=: not for all labs together; give it to one, `make lab-<name>`" in said
-    )
+    assert (code, f"error: {setting}=" in said, "make lab-" in said) == (1, True, True)
 
 
 def test_serve_starts_the_engine_of_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +199,6 @@ def test_serve_serves_the_weights_of_the_variant_and_no_other_engine(
     assert str(tmp_path / "w8a8") in started[0]
     assert str(tmp_path / "draft") in " ".join(started[1])
     assert "<draft>" not in " ".join(started[1])
-    code, said = labs("serve", "--lab", "serving-engines", "--variant", "llama-cpp")
-    assert (code, "is served by llama.cpp, and this command starts vLLM alone" in said) == (1, True)
 
 
 def test_commands_are_those_the_makefile_calls() -> None:
@@ -262,16 +206,10 @@ def test_commands_are_those_the_makefile_calls() -> None:
     assert set(COMMANDS) == set(called)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_what_a_command_does(command: str) -> None:
+@each("command", COMMANDS)
+def test_every_command_has_a_help(command: str) -> None:
     code, said = labs(command, "--help")
-    assert code == 0
-    assert f"{command} [OPTIONS]" in said
-    callback = next(c.callback for c in app.registered_commands if command in
-                    (c.name, getattr(c.callback, "__name__", "")))  # fmt: skip
-    assert callback
-    assert callback.__doc__
-    assert callback.__doc__[:30] in said
+    assert (code, f"{command} [OPTIONS]" in said) == (0, True)
 
 
 def test_every_option_says_what_it_does() -> None:
@@ -279,6 +217,7 @@ def test_every_option_says_what_it_does() -> None:
     assert isinstance(group, TyperGroup)
     params = ((name, param) for name, command in group.commands.items() for param in command.params)
     assert [f"{name} {p.name}" for name, p in params if not getattr(p, "help", None)] == []
+    assert [name for name, command in group.commands.items() if not command.help] == []
 
 
 def test_check_passes_whole_runs_and_names_what_is_wrong_with_others(
@@ -290,13 +229,9 @@ def test_check_passes_whole_runs_and_names_what_is_wrong_with_others(
     assert (code, "Well-formed" in said) == (0, True)
     (folder.path / "COMPLETE").unlink()
     code, said = labs("check", str(folder.path))
-    assert code == 1
-    assert "it has no COMPLETE" in said
-
-
-def test_check_of_what_is_no_run_says_what_to_give(tmp_path: Path) -> None:
+    assert (code, "no COMPLETE" in said) == (1, True)
     code, said = labs("check", str(tmp_path))
-    assert (code, "is not a run: give a folder with run.json" in said) == (1, True)
+    assert (code, "run.json" in said) == (1, True)
 
 
 def test_report_is_written_anew_from_the_files(
@@ -327,7 +262,7 @@ def test_gate_has_its_exit_code_and_names_what_failed(two: tuple[str, str]) -> N
     assert labs("gate", "--run", run, "--baseline", run)[0] == 0
     code, said = labs("gate", "--run", slower, "--baseline", run)
     assert code == 1
-    assert "FAILED Output throughput at on/short/concurrent-1: worse by 25%, 10% allowed" in said
+    assert re.search(r"FAILED Output throughput at on/short/concurrent-1: .*25%.* 10%", said)
     assert labs("gate", "--run", run, "--baseline", slower)[0] == 0
 
 
@@ -347,10 +282,8 @@ def test_comparison_is_shown_written_and_printed_as_json(
 
 
 def test_manifests_of_a_copy_differ_in_nothing(two: tuple[str, str]) -> None:
-    assert labs("manifest-diff", "-a", two[0], "-b", two[1]) == (
-        0,
-        "Nothing that was recorded differs.",
-    )
+    code, said = labs("manifest-diff", "-a", two[0], "-b", two[1])
+    assert (code, said.startswith("Nothing")) == (0, True)
 
 
 @pytest.mark.parametrize("command", [("score",), ("report",), ("export", "--run")])
@@ -405,15 +338,15 @@ def test_a_run_whose_disk_is_full_says_that_what_is_finished_is_kept(
     monkeypatch.setattr(cli, "run_lab", full)
     code, said = labs("run", LAB)
     assert code == 1
-    assert "finished trials are kept, and RESUME=1 continues from there" in said
-    assert "error: No space left on device (records): free some of the disk that holds" in said
+    assert "RESUME=1" in said
+    assert "error: No space left on device (records)" in said
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "site").touch()
     code, said = labs("site", "--out", str(tmp_path / "site" / "deeper"))
     assert (code, said.count("\n")) == (1, 0)
-    assert f"({tmp_path / 'site' / 'deeper'}): a file is in the way" in said
+    assert f"({tmp_path / 'site' / 'deeper'})" in said
 
 
 def test_an_export_that_cannot_be_written_is_not_said_of_the_run(
@@ -421,9 +354,7 @@ def test_an_export_that_cannot_be_written_is_not_said_of_the_run(
 ) -> None:
     os.mkfifo(tmp_path / "requests.csv")
     code, said = labs("export", "--run", two[0], "--out", str(tmp_path))
-    assert code == 1
-    assert "requests.csv" in said
-    assert "cannot be read" not in said
+    assert (code, "requests.csv" in said, "cannot be read" in said) == (1, True, False)
 
 
 @pytest.mark.parametrize("spared", ["", "example.org"])

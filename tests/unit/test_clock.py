@@ -32,7 +32,7 @@ def test_what_does_not_fit_is_left_to_the_next_call() -> None:
     clock.require(1000, "a lab")  # a call that has done nothing yet begins something
     clock.played = True
     clock.require(90, "a trial")
-    with pytest.raises(TimeUsedUp, match=r"an engine needs about 120 s and \d+ s are left"):
+    with pytest.raises(TimeUsedUp, match=r"an engine .* 120 s .*\d+ s"):
         clock.require(120, "an engine")
 
 
@@ -51,7 +51,7 @@ def test_a_probe_is_begun_where_it_fits_and_counts_as_what_a_call_has_done() -> 
     assert clock.probe_s == 3.0
     assert clock.fits(clock.probe_s)
     clock.probed(20.0)
-    with pytest.raises(TimeUsedUp, match="the probe needs about 20 s"):
+    with pytest.raises(TimeUsedUp, match=r"the probe .* 20 s"):
         clock.require(clock.probe_s, "the probe")
 
 
@@ -73,7 +73,7 @@ def test_labs_come_in_the_order_that_is_asked_for_or_by_value() -> None:
     assert all_labs.chosen("", by_value=False) == list(LABS)
     assert all_labs.chosen("", by_value=True)[: len(FIRST)] == list(FIRST)
     assert set(all_labs.chosen("", by_value=True)) == set(LABS)
-    with pytest.raises(LabError, match="there is no lab 'multi-lore'"):
+    with pytest.raises(LabError, match="'multi-lore'"):
         all_labs.chosen("multi-lore", False)
     with pytest.raises(LabError, match="names no lab"):
         all_labs.chosen(" , ", False)

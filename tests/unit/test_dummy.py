@@ -157,11 +157,11 @@ def test_adapters_are_copied_where_a_file_system_has_no_hard_links(
 
 
 def test_what_is_made_of_real_weights_is_refused() -> None:
-    with pytest.raises(NotApplicable, match=r"outliers needs real weights.*leave WEIGHTS=dummy"):
+    with pytest.raises(NotApplicable, match=r"outliers .* WEIGHTS=dummy"):
         made(dummy.resolve(CPU), "outliers")
-    with pytest.raises(NotApplicable, match="quantized experts with random weights are not"):
+    with pytest.raises(NotApplicable, match="quantized experts"):
         made(dummy.resolve(GPU, "moe-30b"), "w8a8")
-    with pytest.raises(NotApplicable, match="dense-total stands beside a mixture of experts"):
+    with pytest.raises(NotApplicable, match=r"dense-total .* experts"):
         made(dummy.resolve(CPU), "dense-total")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from serving.engines import endpoint
 from serving.engines.base import EngineError, metrics_text
 from serving.engines.endpoint import Endpoint
 from serving.machine import Ceilings, Machine
+from tests.cases import each
 from tests.unit import hostile
 from tests.unit.hostile import Send, says, whole
 from tests.unit.test_other_engines import Told
@@ -40,23 +42,23 @@ def test_a_server_that_streams_is_driven() -> None:
     assert told(MODELS) == ""
 
 
-@pytest.mark.parametrize(
+@each(
     ("answer", "words"),
     [
-        (whole("", "302 Found", more="Location: https://x\r\n"), "redirects /v1/models to https:"),
-        (whole("", "401 Unauthorized"), "answers /v1/models with HTTP 401"),
-        (whole("<html>", kind="text/html"), "names no model at /v1/models, but answers '<html>'"),
-        (whole("[" * 100_000), "names no model at /v1/models"),
-        (whole('["a", "b"]'), "names no model at /v1/models"),
-        (whole('{"data": []}'), "names no model at /v1/models"),
-        (whole('{"data": [{"id": null}]}'), "names no model at /v1/models"),
-        (whole('{"data": {"0": 1}}'), "names no model at /v1/models"),
+        (whole("", "302 Found", more="Location: https://x\r\n"), "redirects"),
+        (whole("", "401 Unauthorized"), "HTTP 401"),
+        (whole("<html>", kind="text/html"), "'<html>'"),
+        (whole("[" * 100_000), "no model"),
+        (whole('["a", "b"]'), "no model"),
+        (whole('{"data": []}'), "no model"),
+        (whole('{"data": [{"id": null}]}'), "no model"),
+        (whole('{"data": {"0": 1}}'), "no model"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_an_odd_list_of_models_is_told(answer: bytes, words: str) -> None:
     sentence = told(says(answer))
     assert sentence.startswith("ENDPOINT=<url> ")
+    assert "/v1/models" in sentence
     assert words in sentence
 
 
@@ -75,7 +77,7 @@ def test_a_model_whose_name_would_put_the_key_on_file_is_refused(
 ) -> None:
     monkeypatch.setenv(guard.KEY, "my-key")
     sentence = told(says(whole(f'{{"data": [{{"id": "{name}"}}]}}')))
-    assert "which holds a key or what looks like one" in sentence
+    assert "a key" in sentence
     assert name not in sentence
 
 
@@ -91,14 +93,14 @@ def test_metrics_are_read_without_the_key(monkeypatch: pytest.MonkeyPatch) -> No
     ("completion", "words"),
     [
         (says(whole("", "308 Moved", more="Location: /v2\r\n")), "redirects /v1/chat/completions"),
-        (says(whole("no such path", "404 Not Found")), "with HTTP 404: no such path; correct"),
-        (says(whole('{"choices": [{"message": {}}]}')), "does not stream: its answer to the first"),
-        (says(hostile.STREAM + b"data: 5\n\ndata: [[\n\ndata: {}\n\n"), "does not stream"),
-        (hostile.drips, "/v1/chat/completions (EndlessAnswer: the answer has no end within"),
-        (hostile.repeats(b"data: x\n"), "(EndlessAnswer: the answer has more than 1048576 bytes)"),
+        (says(whole("no such path", "404 Not Found")), "HTTP 404: no such path"),
+        (says(whole('{"choices": [{"message": {}}]}')), "not stream"),
+        (says(hostile.STREAM + b"data: 5\n\ndata: [[\n\ndata: {}\n\n"), "not stream"),
+        (hostile.drips, "EndlessAnswer"),
+        (hostile.repeats(b"data: x\n"), "1048576 bytes"),
     ],
     ids=["redirect", "404", "whole", "no events", "drips", "endless"],
-)  # fmt: skip
+)
 def test_what_is_no_stream_of_tokens_is_told_at_the_first_request(
     monkeypatch: pytest.MonkeyPatch, completion: Callable[[Send], object], words: str
 ) -> None:
@@ -192,22 +194,13 @@ def test_prefixes_are_forgotten_by_each_replica(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (
-            replica(model="counting"),
-            "serves other, counting, and ENDPOINT=<router> serves",
-        ),
-        (
-            replica(version="2"),
-            "<first> has version 1, and <second> has 2: what replicas",
-        ),
-        (replica(block=32), "<first> has block_size 16, and <second> has 32"),
-        (replica(bound="0.2"), "has histograms' buckets "),
-        (
-            {"/v1/models": MODELS},
-            "ENDPOINT_METRICS=<second> does not show the metrics of",
-        ),
-        ({}, "ENDPOINT_METRICS=<second> does not answer /v1/models"),
-        (None, "ENDPOINT_METRICS names an address twice"),
+        (replica(model="counting"), "other, counting,.* ENDPOINT=<router>"),
+        (replica(version="2"), "<first> .* version 1, .*<second> has 2"),
+        (replica(block=32), "<first> .* block_size 16, .*<second> has 32"),
+        (replica(bound="0.2"), "buckets "),
+        ({"/v1/models": MODELS}, "ENDPOINT_METRICS=<second> .* metrics"),
+        ({}, "ENDPOINT_METRICS=<second> .*/v1/models"),
+        (None, "ENDPOINT_METRICS .*twice"),
     ],
     ids=["model", "version", "block", "buckets", "no metrics", "unreachable", "twice"],
 )
@@ -221,7 +214,7 @@ def test_replicas_that_do_not_agree_are_told(
     sentence = str(told.value)
     for address, name in ((router, "<router>"), (first, "<first>"), (second, "<second>")):
         sentence = sentence.replace(address, name)
-    assert words in sentence
+    assert re.search(words, sentence)
 
 
 def test_a_key_in_the_address_of_a_replica_is_not_repeated() -> None:
@@ -232,7 +225,7 @@ def test_a_key_in_the_address_of_a_replica_is_not_repeated() -> None:
 
 def test_replicas_without_an_endpoint_are_told() -> None:
     request = RunRequest(LABS["continuous-batching"], replicas=("http://a",))
-    with pytest.raises(LabError, match="ENDPOINT_METRICS names replicas behind an ENDPOINT"):
+    with pytest.raises(LabError, match=r"ENDPOINT_METRICS .* ENDPOINT"):
         resolve(request, ConsoleProgress())
 
 

@@ -90,7 +90,7 @@ def test_engines_are_forecast_under_a_trace_in_place_of_the_labs_loads() -> None
     traffic = _traffic(lab, points[0], 1, None)
     assert traffic.schedule_s == tuple(row[0] for row in trace)
     assert traffic.warmup_s + traffic.window_s == 20.0
-    with pytest.raises(LabError, match="come at one time"):
+    with pytest.raises(LabError, match="at one time"):
         lab_of(RunRequest(lab, trace=((0.0, 8, 8), (0.0, 9, 9))), "cpu")
 
 
@@ -132,12 +132,12 @@ def test_what_cannot_be_shared_has_no_forecast() -> None:
     )
     reasons = {v.name: reason_against(setup, v) for v in offloads.variants}
     assert reasons["recompute"] is None
-    assert (reasons["offload"] or "").endswith("from the host's memory was not timed")
+    assert (reasons["offload"] or "").endswith("memory was not timed")
     shared = LABS["continuous-batching"].at("gpu-24", False, {"flags.tensor-parallel-size": 2})
     model: Any = SimpleNamespace(shape=SHAPE)
     sheet = machine_of("l4")[1]
     assert sheet is not None
-    with pytest.raises(LabError, match="TP=2: GPUs that share a layer are forecast over NVLink"):
+    with pytest.raises(LabError, match=r"TP=2: .* NVLink"):
         require_shared_layers(shared, model, sheet)
 
 
@@ -222,7 +222,7 @@ def test_only_what_is_timed_here_waits_for_a_run() -> None:
     lab = LABS["continuous-batching"]
     with run_lock():
         forecast_alone(RunRequest(lab, card="h100"), QUIET)
-        with pytest.raises(LabError, match="another lab is running"):
+        with pytest.raises(LabError, match="is running"):
             forecast_alone(RunRequest(lab), QUIET)
 
 
@@ -265,5 +265,5 @@ def test_prompts_of_a_trace_are_at_least_as_long_as_the_chat_template() -> None:
     lab = LABS["continuous-batching"].replaying(((0.0, 3, 5), (1.0, 40, 5), (2.0, 9, 5)))
     whole = with_whole_prompts(lab, 30, SimpleNamespace(message=said.append))
     assert [row[1] for row in whole.workloads[0].trace] == [30, 40, 30]
-    assert said[0].startswith("Workload trace: 2 prompts of its trace are shorter")
+    assert said[0].startswith("Workload trace: 2 prompts")
     assert with_whole_prompts(LABS["multi-lora"], 30, QUIET) == LABS["multi-lora"]

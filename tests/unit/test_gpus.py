@@ -209,7 +209,7 @@ def test_a_gpu_whose_memory_is_not_told_gets_one_sentence(monkeypatch: pytest.Mo
         monkeypatch.setattr(nvml, name, unsupported, raising=False)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.delenv(gpus.VARIABLE, raising=False)
-    with pytest.raises(gpus.GpuError, match="does not tell the name and the memory"):
+    with pytest.raises(gpus.GpuError, match="the memory"):
         machine.detect()
     assert gpus.GpuError in EXPECTED_ERRORS
     assert machine.environment(ROOT, "gpu").driver is None  # which it does not tell either
@@ -230,5 +230,5 @@ def test_where_vllm_is_for_gpus_and_none_answers_nothing_starts(
         if wanted == "" or "cpu" in version:
             assert machine.detect().kind == "cpu"
         else:
-            with pytest.raises(gpus.GpuError, match="for NVIDIA GPUs, and none answers"):
+            with pytest.raises(gpus.GpuError, match="none answers"):
                 machine.detect()

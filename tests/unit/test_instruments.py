@@ -115,7 +115,7 @@ def test_the_start_of_all_streams_has_columns_where_a_row_has_timed_it(home: Pat
     assert "At the start" not in lines(bench)[2]
     both = bench.model_copy(update={"streams": Streams(rows=[ROW, timed], measured_at=DAY)})
     _, _, table_head, _, untimed, row, *_ = lines(both)
-    assert "| p99 | At the start, p50 | p99 | Gap error, p50 |" in table_head
+    assert "At the start" in table_head
     assert "| 5.2 ms | – | – | 0.1 ms |" in untimed
     assert "| 5.2 ms | 21.4 ms | 42 ms | 0.1 ms |" in row
     assert table_head.count("|") == untimed.count("|") == row.count("|")
@@ -136,31 +136,26 @@ def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None
         }
     )
     sentences = [line for line in lines(whole) if line.startswith("- ")]
-    said = (
-        "throughput 1.01 (0.99 to 1.03), mean TTFT 0.90, mean TPOT 1.00",
-        "one that is stopped: 0.99 (0.98 to 1.01)",
-        "takes 2.1% (1.5% to 2.7%) of the generator's CPU time at 9,980 tokens/s",
-        "share of a run (`tiny`) that is neither engine starts nor load: 7.0%",
-        "a false alarm in 2 of 80 claims judged, 2.5% (0.3% to 8.7%), 1 not judged",
-        "60 minutes of load (64 streams, 420,000 requests): the process that sends held at most"
-        " 200 MB and shrank by 1.5% an hour; the one that records held at most 100 MB and grew by",
-        "(vLLM 0.32.0) takes 9.0 s of CPU time to start and 0.25 s to build another replica; with"
-        " all of them it holds 900 MB",
-        "187 µs, 200 µs of CPU time a chunk with 16, 256 streams. One core would have time for"
-        " 5,300, 5,000 chunks/s",
+    figures = (
+        "1.01 (0.99 to 1.03).*0.90.*1.00",
+        "0.99 (0.98 to 1.01)",
+        "2.1% (1.5% to 2.7%).*9,980 tokens/s",
+        "`tiny`.*7.0%",
+        "2 of 80.*2.5% (0.3% to 8.7%), 1 not judged",
+        "60 minutes.*64 streams, 420,000.*200 MB and shrank by 1.5%.*100 MB and grew by 1.0%",
+        "0.32.0.*9.0 s.*0.25 s.*900 MB",
+        "187 µs, 200 µs.*16, 256 streams.*5,300, 5,000 chunks/s",
     )
     *_, header, _, row = lines(whole)
     assert header.count("|") == row.count("|")
     assert row == "| least-loaded | 16 | 10 | 20.0 | 3,200 | 32.0 s | 100.0 | 50 µs |"
-    assert len(sentences) == len(said)
-    for sentence, words in zip(sentences, said, strict=True):
-        assert words in sentence
+    for sentence, pattern in zip(sentences, figures, strict=True):
+        assert re.search(pattern.replace("(", r"\(").replace(")", r"\)"), sentence), sentence
     assert not [line for line in lines(empty) if line.startswith("- ")]
 
 
 def test_work_of_others_is_told() -> None:
-    quiet = ALARMS.model_copy(update={"cpu_others": 0.04})
-    busy = ALARMS.model_copy(update={"cpu_others": 0.21})
-    for aa, told in ((quiet, False), (busy, True)):
+    for share, told in ((0.04, False), (0.21, True)):
+        aa = ALARMS.model_copy(update={"cpu_others": share})
         head = lines(instruments.Bench(machine=MACHINE, aa=aa))[0]
-        assert ("other work took up to 21% of the CPU time" in head) is told
+        assert (f"{share:.0%}" in head) is told

@@ -68,28 +68,25 @@ def test_scale_lies_over_the_lab_quick_over_scale_and_changes_over_all() -> None
     assert outputs(LAYERED) == 4
 
 
-@pytest.mark.parametrize(
+@each(
     ("changes", "message"),
     [
-        ({"windw_s": 3}, "no field 'windw_s': did you mean window_s. Known here: name, "),
-        ({"workloads.long.loads": []}, "no field 'long'; known here: short"),
-        ({"workloads.short.output_tokens.mean": 3}, "no field 'mean'; known here: kind, tokens"),
+        ({"windw_s": 3}, "'windw_s': .* window_s.* name, "),
+        ({"workloads.long.loads": []}, "'long'.* short"),
+        ({"workloads.short.output_tokens.mean": 3}, "'mean'.* kind, tokens"),
         ({"workloads.short.loads": "[concurrent:1"}, r"^workloads\.short\.loads: .* list in JSON"),
-        (
-            {"requests": 1},
-            "^requests=1 do not fill a load of 2 at once: give SET=requests=2 or more",
-        ),
-        ({"window_s.x": 3}, "no field 'x'; known here: none"),
-        ({"scales.gpu": {}}, "no field 'scales'"),
-        ({"workloads.short": 3}, r"give one of its fields, workloads\.short\.<field>="),
-        ({"window_s": -1}, r"window_s: Input should be greater than 0 \(given -1\)"),
+        ({"requests": 1}, "^requests=1 .* SET=requests=2"),
+        ({"window_s.x": 3}, "'x'.* none"),
+        ({"scales.gpu": {}}, "'scales'"),
+        ({"workloads.short": 3}, r"workloads\.short\.<field>="),
+        ({"window_s": -1}, r"window_s: .* greater than 0 \(given -1\)"),
         ({"repeats": "many"}, r"repeats: .*\(given 'many'\)"),
-        ({"variants": ["onn"]}, "^variants: no 'onn': did you mean on. Known here: off, on$"),
-        ({"workloads": ["long"]}, "^workloads: no 'long'; known here: short"),
-        ({"claims": 5, "window_s": 3}, r"^claims: Input should be a list in JSON \(given 5\)"),
-        ({"variants": []}, "^variants: keep at least one; known here: off, on$"),
-        ({"workloads.short.loads": ["bursty:8"]}, "the known ones are concurrent:<users>"),
-        ({"workloads.short.loads": ["concurrent:2000"]}, "less than or equal to 1024"),
+        ({"variants": ["onn"]}, "^variants: .*'onn': .* on.* off, on$"),
+        ({"workloads": ["long"]}, "^workloads: .*'long'.* short"),
+        ({"claims": 5, "window_s": 3}, r"^claims: .* list in JSON \(given 5\)"),
+        ({"variants": []}, "^variants: .* one.* off, on$"),
+        ({"workloads.short.loads": ["bursty:8"]}, "concurrent:<users>"),
+        ({"workloads.short.loads": ["concurrent:2000"]}, "1024"),
     ],
 )
 def test_change_that_does_not_fit_is_refused_with_what_would(
@@ -117,7 +114,7 @@ def test_some_variants_and_workloads_are_kept_with_all_that_speaks_of_no_other()
     alone = LABS["kv-quantization"].at("cpu", True, tight)
     assert (alone.probes, alone.probed, alone.claims) == ((), (), ())
     assert alone.flags_of(alone.variants[0])["max-num-seqs"] == 4
-    with pytest.raises(LabError, match="none of these variants gets any of the workloads"):
+    with pytest.raises(LabError, match="none of these variants"):
         LABS["kv-quantization"].at("cpu", True, tight | {"workloads": ["near"]})
 
 
@@ -198,7 +195,7 @@ def test_fewer_requests_are_prepared_where_a_workload_says_so() -> None:
     lengths = {p.workload.name: len(p.lengths) for p in lab.points(SHAPE, CEILINGS)}
     assert lengths == {"short": 16, "few": 6, "more": 16}
     assert "most_requests" not in make_lab().resolved()["workloads"][0]  # recorded runs stand
-    with pytest.raises(LabError, match=r"^workloads\.few\.most_requests=1 do not fill a load of 2"):
+    with pytest.raises(LabError, match=r"^workloads\.few\.most_requests=1 .* 2"):
         lab.at("cpu", False, {
             "workloads.few.most_requests": 1, "workloads.few.loads": ["concurrent:2"],
         })  # fmt: skip
@@ -271,15 +268,12 @@ def test_a_lab_says_how_it_asks_random_weights_and_the_reader_has_the_last_word(
     assert longer.at("cpu", quick=False).digest() == make_lab().at("cpu", quick=False).digest()
 
 
-def test_quality_of_random_weights_is_refused() -> None:
-    with pytest.raises(LabError, match="quality: quality is not measured on random weights"):
-        READ.at("cpu", quick=False, changes={"probes": ["quality"]}, dummy=True)
-
-
-def test_a_probe_that_reads_text_is_refused_whoever_added_it() -> None:
+def test_a_probe_that_reads_text_is_refused_on_random_weights_whoever_added_it() -> None:
     """A lab that asks of no text has nothing to leave out; a reader may still add a probe."""
+    with pytest.raises(LabError, match=r"^quality: .* random weights"):
+        READ.at("cpu", quick=False, changes={"probes": ["quality"]}, dummy=True)
     added = make_lab().at("cpu", quick=False, changes={"probes": ["quality"]}, dummy=True)
-    with pytest.raises(LabError, match="quality: quality is not measured on random weights"):
+    with pytest.raises(LabError, match=r"^quality: .* random weights"):
         require_no_reading(added)
     require_no_reading(make_lab(probes=("salt",)))
 
@@ -312,9 +306,7 @@ def test_set_reads_json_and_else_text() -> None:
     }  # fmt: skip
     assert parse_changes("") == {}
 
-
-def test_set_without_equals_sign_is_refused() -> None:
-    with pytest.raises(LabError, match="'repeats' is not field=value"):
+    with pytest.raises(LabError, match=r"'repeats' .*field=value"):
         parse_changes("window_s=4 repeats")
 
 
@@ -328,7 +320,7 @@ def longer(point: Any, other: Any) -> Any:
 WORKLOAD = make_lab().workloads[0]
 
 
-@pytest.mark.parametrize(
+@each(
     "knob",
     [
         {"seed": 1},
@@ -344,13 +336,12 @@ WORKLOAD = make_lab().workloads[0]
         {"claims": (make_claim(predict=longer),)},
         {"evidence": ()},
     ],
-    ids=lambda change: next(iter(change)),
 )
 def test_digest_changes_with_a_knob(knob: dict[str, Any]) -> None:
     assert make_lab(**knob).digest() != make_lab().digest()
 
 
-@pytest.mark.parametrize(
+@each(
     "prose",
     [
         {"title": "Another title"},
@@ -359,7 +350,6 @@ def test_digest_changes_with_a_knob(knob: dict[str, Any]) -> None:
         {"next_knobs": ("SET=window_s=9 takes longer",)},
         {"claims": (make_claim(title="Another claim"),)},
     ],
-    ids=lambda change: next(iter(change)),
 )
 def test_digest_stays_with_a_word(prose: dict[str, Any]) -> None:
     assert make_lab(**prose).digest() == make_lab().digest()
@@ -474,7 +464,7 @@ def test_arm_matches_by_all_it_says() -> None:
     ids=["treatment", "baseline", "evidence", "probed", "only"],
 )
 def test_unknown_variant_is_refused(naming: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=r"\['best'\] are no variants of tiny"):
+    with pytest.raises(ValidationError, match=r"\['best'\] .* tiny"):
         make_lab(**naming)
 
 
@@ -654,14 +644,7 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert pieces <= {*trial_metrics()}
     assert all(metrics.is_known(e.metric) for e in lab.evidence if e.metric not in pieces)
     assert all(bool(e.label) == (e.kind == "echoes") for e in lab.evidence)
-    assert set(lab.scales) <= {
-        "cpu",
-        models.CPU_FP32,
-        "gpu",
-        "gpu-quick",
-        *CLASSES,
-        *(f"{c}-quick" for c in CLASSES),
-    }
+    assert set(lab.scales) <= {*SCALES, "gpu-quick", *(f"{c}-quick" for c in CLASSES)}
     assert set(lab.limits) == {"cpu", "gpu"}
 
 
@@ -794,7 +777,7 @@ def test_what_a_workload_has_not_is_set_as_a_whole() -> None:
     assert structured
     assert structured.form == "record"
     assert turned("workloads.fixed.priorities=[0,1]").priorities == (0, 1)
-    with pytest.raises(LabError, match=r"give all of it, workloads\.fixed\.samples="):
+    with pytest.raises(LabError, match=r"workloads\.fixed\.samples="):
         turned("workloads.fixed.samples.count=4")
     plain = lab.at("cpu", quick=False)
     same = lab.at("cpu", quick=False, changes={"window_s": plain.window_s})
@@ -802,18 +785,13 @@ def test_what_a_workload_has_not_is_set_as_a_whole() -> None:
 
 
 def test_workload_needs_a_load() -> None:
-    with pytest.raises(ValidationError, match="at least 1 item"):
-        Workload(
-            name="idle",
-            prompt_tokens=Fixed(tokens=1),
-            output_tokens=Fixed(tokens=1),
-            loads=(),
-        )
+    with pytest.raises(ValidationError, match="loads"):
+        make_workload().model_validate(make_workload().model_dump() | {"loads": ()})
 
 
-@pytest.mark.parametrize("lab", LABS)
-def test_plots_have_a_colour_for_every_variant(lab: str) -> None:
-    assert len(LABS[lab].variants) <= len(palette.VARIANTS)
+def test_plots_have_a_colour_for_every_variant() -> None:
+    most = max(LABS.values(), key=lambda lab: len(lab.variants))
+    assert len(most.variants) <= len(palette.VARIANTS), most.name
 
 
 def test_engines_on_a_gpu_are_alike_where_a_lab_says_nothing_else() -> None:

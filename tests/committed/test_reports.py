@@ -1,0 +1,23 @@
+"""Every word of a report: `make words LAB=..` writes it anew and shows the difference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from labs import LABS
+from labs.harness.filing import results
+from labs.harness.filing.results import RunFolder
+from labs.harness.telling import markdown, report
+from tests.committed import in_git
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_the_newest_run_of_a_lab_is_told_as_its_report_on_file_tells_it(
+    committed: Path, lab: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", committed / "results")
+    folder = RunFolder(committed / "results" / in_git.newest(lab))
+    told = report.document(report.Facts.of(folder), report.draw(folder, save=False))
+    assert markdown.document(told) == (folder.path / "report.md").read_text()
