@@ -62,7 +62,7 @@ class Told:
     def in_brief(self, id: str) -> Inline | None:
         """An answer's first paragraph; None where the run does not answer the question."""
         first = next(iter(self.answers.get(id, ())), None)
-        return first.content if isinstance(first, Paragraph) else None
+        return first if isinstance(first, Paragraph) else None
 
 
 def told_by(folder: RunFolder) -> Told:
