@@ -214,7 +214,7 @@ def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
         "unchanged", "–",
     ]  # fmt: skip
     report = f"{machine.slug}/tiny/{folder.path.name}/report.md"
-    assert row[2] == (Link(machine.describe(), report), "")
+    assert row[2] == Link(machine.describe(), report)
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(window_s=5)})
     assert {row[-2] for row in leaderboards.leaderboard().rows} == {Strong("changed")}
     home = folder.path.parent.parent

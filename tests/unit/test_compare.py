@@ -16,7 +16,8 @@ from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder, write_json
 from labs.harness.judging.judge import Contrast, ForecastResult, Interval, contrast
 from labs.harness.spec import MARGIN, LabError, Prediction, digest_of
-from labs.harness.telling.document import Table, plain_text
+from labs.harness.telling.document import parts, plain_text
+from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.summary import summarise
 from tests.unit.builders import MACHINE, make_claim, write_run, write_slowed
 from tests.unit.test_html import Seen
@@ -395,7 +396,7 @@ def test_another_load_is_refused_and_forced_it_is_said_on_every_table(folder: Ru
     tables = side_by_side.tables(compared(folder, longer, force=True))
     assert tables
     forced = "FORCED: they were not sent the same load: window_s"
-    assert all(forced in plain_text(table.title) for table in tables)
+    assert all(forced in plain_text(parts(table)[0]) for table in tables)
 
 
 def test_a_field_that_came_later_makes_no_other_load(folder: RunFolder) -> None:
@@ -418,12 +419,11 @@ def test_what_differs_most_is_told_first(folder: RunFolder) -> None:
         run = at.run()
         packages = run.environment.model_copy(update={"packages": {"zipp": zipp, "vllm": vllm}})
         write_json(at.path / "run.json", run.model_copy(update={"environment": packages}))
-    assert side_by_side.headline(compared(folder, other)).items[2] == (
-        "What differs in how they were run, the likeliest cause first:"
+    assert side_by_side.headline(compared(folder, other)).splitlines()[2] == (
+        "- What differs in how they were run, the likeliest cause first:"
         " environment.packages.vllm: 1 in A, 2 in B (and 1 more)."
     )
-    same = side_by_side.headline(compared(other, other)).items
-    assert not any("differs in" in plain_text(line) for line in same)
+    assert "differs in" not in side_by_side.headline(compared(other, other))
 
 
 def test_other_flags_are_compared_and_named(folder: RunFolder) -> None:
@@ -476,7 +476,7 @@ def test_shares_of_its_own_ceilings_are_properties_of_a_machine(folder: RunFolde
     mbu = found.of_machines[0]
     assert mbu.points == 4
     assert mbu.b == pytest.approx((2 * mbu.a[0], 2 * mbu.a[1]))
-    sections = {plain_text(s.title) for s in side_by_side.tables(found)}
+    sections = {parts(s)[0] for s in side_by_side.tables(found)}
     assert "Properties of the machines" in sections
 
     here = compared(folder, write_slowed(folder, 1.25))
@@ -576,10 +576,11 @@ def test_the_page_has_the_words_and_tables_of_the_markdown_and_every_fact(
     seen = Seen(page.page([found], ["other: B has no run of it"]))
     words = " ".join(seen.read.split())
     for section in side_by_side.tables(found):
-        assert plain_text(section.title) in words
-        (table,) = section.blocks
-        assert isinstance(table, Table)
-        assert all(plain_text(cell) in words for row in table.rows for cell in row)
+        title, table, _ = parts(section)
+        assert title in words
+        rows = [line.strip("| ").split(" | ") for line in table.splitlines() if "---" not in line]
+        assert len(rows) > 1
+        assert all(plain_text(Markdown(cell)) in words for row in rows for cell in row)
     assert all(fact.what in words for fact in found.facts)
     assert "other: B has no run of it" in words
     (drawn,) = seen.data["comparisons"]

@@ -15,25 +15,24 @@ from rich.markup import escape
 from labs.harness.judging.text import literal
 from labs.harness.telling import html, markdown, terminal
 from labs.harness.telling.document import (
-    Bullets,
     Code,
     Emphasis,
     Figure,
-    Inline,
     Link,
     Notes,
     Paragraph,
-    Section,
     Strong,
     bullets,
     joined,
     parse,
     plain_text,
+    read,
     section,
     table,
     without_constant_columns,
     without_empty_columns,
 )
+from labs.harness.telling.markdown import Inline, Markdown, inline
 from tests.cases import each
 
 FROM_OUTSIDE = [
@@ -43,7 +42,8 @@ FROM_OUTSIDE = [
     "12) two", "> quote", "---", "===", "***", "```", "~~~", "~~gone~~", "| a | b |", "2 * 3 * 4",
     "calibration_code.txt", "_private", "cores [0] and [1]", "--max-loras", "a\nb", "a\n\n# b",
     "a\n- b", "http://example.org/_x_", "<http://example.org>", "a <!-- b -->", "*", "**", "!",
-    "3 repeats", "1.5x", "-1 to 1",
+    "3 repeats", "1.5x", "-1 to 1", "a #", "a | b\n--- | ---", ":-: | -", "a]", "a&", "a<", "a~",
+    "<details>\n<summary>Show</summary>", "</details>", "    code", "a  \nb",
 ]  # fmt: skip
 
 
@@ -63,10 +63,15 @@ class Read(HTMLParser):
         self.text += data
 
 
-def read_back(block: Section | Paragraph | Bullets | Notes) -> Read:
+def read_back(block: Markdown) -> Read:
     """What a reader of the Markdown sees; everything that GitHub has is switched on."""
     reader = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     return Read(reader.render(markdown.fragment([block])))
+
+
+def written_on(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def words(text: str) -> str:
@@ -80,7 +85,7 @@ def test_text_from_outside_is_never_markup(text: str) -> None:
     seen = read_back(bullets([text, ("of ", Strong("x"), text)]))
     assert words(seen.text) == words(f"{text} of x{text}")
     assert seen.tags == {"ul", "li", "strong"}
-    seen = read_back(Section(text, (table([text, "b"], [[text, Code(text)]]),)))
+    seen = read_back(section(text, table([text, "b"], [[text, Code(text)]])))
     assert words(seen.text) == words(f"{text} {text} b {text} {text}")
     assert seen.tags == {"h1", "table", "thead", "tbody", "tr", "th", "td", "code"}
 
@@ -90,35 +95,72 @@ def test_html_has_the_same_text_and_no_tag_of_its_own(text: str) -> None:
     document = section(
         "Title",
         Notes((text,)),
-        Paragraph((text, Link(text, text))),
+        Paragraph((text, Link(text, "x.md"))),
         section(text, bullets([Code(text), Emphasis(text)]), table([text], [[text]])),
     )
     seen = Read(html.introduction(document, html.embedded(Path())))
     assert words(seen.text) == words(f"{text} {text}{text}")
     assert seen.tags == {"blockquote", "p", "strong", "a"}
     (inner,) = html.sections(document, html.embedded(Path()))
-    assert inner.title == text
+    assert words(inner.title) == words(text)
     seen = Read(inner.body)
     assert words(seen.text) == words(f"{text} {text} {text} {text}")
     cells = {"div", "table", "thead", "tbody", "tr", "th", "td"}
     assert seen.tags == {"ul", "li", "code", "em", *cells}
+    assert words(Read(html.inline(text)).text) == words(text)
+
+
+@each("text", FROM_OUTSIDE)
+def test_a_terminal_has_the_same_text(text: str) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    terminal.show(console, bullets([(text, Code(text), Strong(text))]))
+    told = f"{text}`{text}`{text}"
+    assert "".join(written_on(console).split()) == "".join(told.split())
+
+
+@each("address", ["javascript:hacked()", "a b<c>d.md", "a\n\n# b", r"a\)(b", '"onclick="hacked()'])
+def test_a_links_address_ends_no_link_and_runs_nothing(address: str) -> None:
+    seen = read_back(Paragraph(("see ", Link("it", address), " there")))
+    assert seen.tags <= {"p", "a"}
+    page = str(html.inline(("see ", Link("it", address), " there")))
+    assert Read(page).tags <= {"a"}
+    assert 'href="javascript' not in page
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("[a]", "(b)"), (parse("[a]"), "(b)"), ("<", parse("b>")), ("&", parse("amp;")),
+        ("a\\", Code("b")), ("!", Link("a", "b.md")), ("a\\", Strong("b")),
+    ],
+)  # fmt: skip
+def test_two_texts_beside_each_other_make_no_mark(parts: tuple[str, str]) -> None:
+    apart = [Read(html.inline(part)) for part in parts]
+    seen = Read(html.inline(parts))
+    assert seen.text == "".join(part.text for part in apart)
+    assert seen.tags == apart[0].tags | apart[1].tags
+    assert read_back(Paragraph(parts)).tags == {"p", *seen.tags}
+
+
+def test_html_in_markdown_never_reaches_a_page() -> None:
+    raw = Markdown("<b>x</b> y\n\n<div onclick='hacked()'>\n\n<details open>\n<summary>x</summary>")
+    seen = Read(html.fragment([raw], html.embedded(Path())))
+    assert seen.tags == {"p"}
+
+
+def test_what_is_made_of_markdown_as_text_is_text() -> None:
+    assert Read(html.inline(f"{Strong('a')} b")).tags == set()
+    assert Read(html.inline(Strong("a") + " b")).tags == set()
 
 
 @each("text", FROM_OUTSIDE)
 def test_what_was_written_literally_is_read_back(text: str) -> None:
-    assert plain_text(parse(literal(text))) == text
-    assert isinstance(parse(f"{literal(text)}"), str | tuple)
-    assert not [node for node in _nodes(parse(literal(text))) if not isinstance(node, str)]
-
-
-def _nodes(content: Inline) -> list[Inline]:
-    return (
-        [n for part in content for n in _nodes(part)] if isinstance(content, tuple) else [content]
-    )
+    assert plain_text(parse(literal(text))) == re.sub(r"\s*\n\s*", "\n", text)
+    assert read_back(Paragraph(parse(literal(text)))).tags == {"p"}
 
 
 @pytest.mark.parametrize(
-    ("notation", "nodes"),
+    ("notation", "content"),
     [
         ("plain [b](c) <b>", "plain [b](c) <b>"),
         ("`a*b*` c", (Code("a*b*"), " c")),
@@ -128,8 +170,8 @@ def _nodes(content: Inline) -> list[Inline]:
         (r"\*a\* \`b\` \\ \n", ("*", "a", "*", " ", "`", "b", "`", " ", "\\", r" \n")),
     ],
 )
-def test_the_notation_has_three_marks_and_a_backslash(notation: str, nodes: Inline) -> None:
-    assert parse(notation) == nodes
+def test_the_notation_has_three_marks_and_a_backslash(notation: str, content: Inline) -> None:
+    assert parse(notation) == inline(content)
 
 
 def test_blocks_as_markdown() -> None:
@@ -169,8 +211,7 @@ def test_a_terminal_shows_styles_and_no_markup_of_its_own() -> None:
             Figure("x.svg", "A plot."),
         ),
     )
-    assert isinstance(console.file, io.StringIO)
-    written = console.file.getvalue()
+    written = written_on(console)
     assert "\x1b[1mbold\x1b[0m" in written
     assert "\x1b[3mc\x1b[0m" in written
     plain = re.sub(r"\x1b\[[\d;]*m", "", written)
@@ -196,8 +237,7 @@ def test_text_from_outside_moves_no_cursor_and_clears_no_screen() -> None:
         ),
     )
     console.print(f"[bold]{escape(hostile)}[/]", soft_wrap=True)
-    assert isinstance(console.file, io.StringIO)
-    written = console.file.getvalue()
+    written = written_on(console)
     styled = re.sub(r"\x1b\[[\d;]*m", "", written)
     assert "\x1b[1m" in written
     assert not [c for c in styled if not c.isprintable() and c != "\n"]
@@ -228,9 +268,10 @@ def test_columns_of_dashes_are_left_out() -> None:
 
 def test_a_folded_section_opens_on_a_page_and_is_whole_on_a_terminal() -> None:
     folded = section("Trust", Paragraph("All is well."), folded=True)
-    assert markdown.fragment([folded], level=2) == (
-        "## Trust\n\n<details>\n<summary>Show</summary>\n\nAll is well.\n\n</details>"
-    )
+    assert folded == ("# Trust\n\n<details>\n<summary>Show</summary>\n\nAll is well.\n\n</details>")
     console = Console(file=io.StringIO(), width=80)
     terminal.show(console, folded)
-    assert "All is well." in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "All is well." in written_on(console)
+    fold = "<details>\n<summary>More</summary>\n\nIn depth.\n\n</details>"
+    terminal.show(console, section("More", *read(fold), folded))
+    assert "In depth." not in written_on(console)

@@ -14,9 +14,11 @@ from labs.harness.facts.parts import Headline, ReportParts
 from labs.harness.filing import manifest, results
 from labs.harness.filing.newest import newest_runs
 from labs.harness.filing.results import Band, PointForecasts, RunFolder, write_json
+from labs.harness.page import read
 from labs.harness.telling import dials, instruments, markdown, residuals, site
-from labs.harness.telling.document import Section, Table, plain_text
+from labs.harness.telling.document import parts, plain_text
 from labs.harness.telling.instruments import Bench
+from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.site import Course, Entry
 from labs.harness.telling.summary import summarise
 from serving.machine import Machine
@@ -35,6 +37,8 @@ def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     monkeypatch.setattr(leaderboards, "LABS", {"tiny": make_lab()})
     headline = Headline(claim="faster", done="Turning it on", figure="the throughput")
     monkeypatch.setattr(leaderboards, "parts_of", lambda lab: ReportParts(headline=headline))
+    page = read("# Tiny\n\nHow often?\n\n## Answers\n\n### SO-4\n\nOften.\n")
+    monkeypatch.setattr("labs.harness.telling.words.page_of", lambda lab: page)
     folder = write_run(tmp_path)
     assert MACHINE.slug < GPU.slug
     keys = list(folder.summary().measurements)
@@ -172,13 +176,16 @@ def test_findings_of_a_gpu_come_before_others_where_room_is_short(
 APART = "Apart: quick runs and random weights on GPUs"
 
 
-def tables(document: Section, title: str) -> list[list[list[str]]]:
+def tables(document: Markdown, title: str) -> list[list[list[str]]]:
     """The rows of the tables under a heading, as a reader reads them."""
-    (found,) = (b for b in document.blocks if isinstance(b, Section) and b.title == title)
+    (found,) = (part for part in parts(document)[2] if parts(part)[0] == title)
     return [
-        [[plain_text(cell) for cell in row] for row in block.rows]
-        for block in found.blocks
-        if isinstance(block, Table)
+        [
+            [plain_text(Markdown(cell)) for cell in row.strip("| ").split(" | ")]
+            for row in block.splitlines()[2:]
+        ]
+        for block in found.split("\n\n")
+        if block.startswith("|")
     ]
 
 
@@ -198,7 +205,8 @@ def test_forecasts_of_quick_runs_on_gpus_are_scored_apart_and_marked(
     assert {row[0] for row in by_figure} == {f"NVIDIA Soroban 80GB {MARKED}"}
     assert {row[2] for row in [*by_run, *misses]} == {f"20260102 {MARKED}"}
     without = residuals.page(full, link)
-    assert [b for b in page.blocks if getattr(b, "title", "") != APART] == [*without.blocks]
+    assert page.startswith(without)
+    assert f"## {APART}" not in without
     assert APART in leaderboards._pages()[results.RESULTS / leaderboards.FORECASTS]
 
 

@@ -276,7 +276,7 @@ def test_samples_are_quantiles_of_all_repeats(folder: RunFolder) -> None:
 @pytest.mark.parametrize("name", ["../other.svg", "http://there/a.svg", "gone.svg", "run.json"])
 def test_a_picture_is_of_this_run_or_it_is_not_shown(folder: RunFolder, name: str) -> None:
     (folder.path.parent / "other.svg").write_text("<svg/>")
-    seen = Seen(str(html.embedded(folder.path)(Figure(name, "A plot"))))
+    seen = Seen(str(html.fragment([Figure(name, "A plot")], html.embedded(folder.path))))
     assert "img" not in [tag for tag, _ in seen.tags]
     assert seen.read.strip() == f"(A plot: {name} is missing)"
 

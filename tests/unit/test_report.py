@@ -45,13 +45,11 @@ from labs.harness.judging.validity import SERVER_BUSY
 from labs.harness.spec import Prediction
 from labs.harness.telling import markdown, method, plots, report, tables
 from labs.harness.telling.document import (
-    Bullets,
     Emphasis,
-    Notes,
     Paragraph,
-    Section,
     Strong,
     bullets,
+    parts,
     plain_text,
     section,
 )
@@ -238,18 +236,18 @@ def test_report_begins_with_the_questions_and_what_the_run_says_to_them(
     known = replace(facts, residency=None)
     assert report.answer(known) == section(
         "The answer",
-        Bullets(
-            (
+        bullets(
+            [
                 (
                     Strong("When does prefix caching help most?"),
                     " (SO-4) ",
                     ("Where much is ", Emphasis("shared"), "."),
-                ),
-            )
+                )
+            ]
         ),
     )
     twins = replace(known, lab=facts.lab.model_copy(update={"aa": True}))
-    assert report.answer(twins).blocks == ()
+    assert report.answer(twins) == ""
     first = re.findall("^## (.*)$", report.write(folder).read_text(), re.MULTILINE)[:2]
     assert first == ["The answer", "Claim by claim"]
 
@@ -595,10 +593,9 @@ def test_a_caveat_at_many_points_counts_them() -> None:
 def test_a_terminal_shows_the_answer_the_claims_and_what_weakens_them(folder: RunFolder) -> None:
     run = folder.run().model_copy(update={"quick": True})
     digest = report.digest(replace(report.Facts.of(folder), run=run))
-    notes, *sections = digest.blocks
-    assert isinstance(notes, Notes)
-    assert plain_text(notes.items[0]).startswith("QUICK run")
-    titles = [plain_text(part.title) for part in sections if isinstance(part, Section)]
+    _, notes, sections = parts(digest)
+    assert notes.startswith("> **QUICK run")
+    titles = [parts(section)[0] for section in sections]
     assert titles == ["Every point", "The answer", "Claim by claim", "Validity"]
     assert "- On is faster: **helps (as claimed)**, Output throughput 2.97x (2.84 to 3.10)" in (
         markdown.fragment(sections)

@@ -30,7 +30,8 @@ from labs.harness.running import backfill, reproduce
 from labs.harness.running.chat_writer import writer_of
 from labs.harness.running.resolve import RunRequest, require_harmless, resolve
 from labs.harness.spec import Lab, LabError, digest_of
-from labs.harness.telling import markdown, site
+from labs.harness.telling import site
+from labs.harness.telling.document import FOLD_END, FOLDED
 from serving import models, unbundle
 from serving.engines.base import EngineError
 from serving.engines.vllm import Vllm
@@ -716,7 +717,7 @@ def test_text_from_outside_is_no_markup_in_a_report(folder: RunFolder) -> None:
     shown = (folder.path / "report.md").read_text()
     tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(shown)
     every = [t for token in tokens for t in [token, *(token.children or [])]]
-    own = {markdown.FOLD, "</details>"}  # with which a report folds its instruments
+    own = {FOLDED, FOLD_END}  # with which a report folds its instruments
     assert {t.content.strip() for t in every if t.type.startswith("html")} <= own
     links = [t.attrs["href"] for t in every if "href" in t.attrs]
     assert not any("e.vil" in str(link) for link in links)

@@ -1,6 +1,6 @@
 """Write a comparison as one HTML file that needs no server, as a run's page is written.
 
-The words and tables are those of the Markdown, from the same nodes; added are plots of the ratios
+The words and tables are those of the Markdown, from that same text; added are plots of the ratios
 that a reader can zoom, and everything that both manifests record, side by side.
 """
 
@@ -19,7 +19,7 @@ from labs.harness.comparing import side_by_side
 from labs.harness.comparing.compare import Comparison
 from labs.harness.judging.text import number
 from labs.harness.telling import html, pages
-from labs.harness.telling.document import Figure, Section, plain_text
+from labs.harness.telling.document import Section, parts, plain_text
 from serving import whole
 
 
@@ -29,14 +29,14 @@ def write(comparisons: Sequence[Comparison], refused: Sequence[str], path: Path)
 
 def page(comparisons: Sequence[Comparison], refused: Sequence[str]) -> str:
     document = side_by_side.document(comparisons, refused)
-    sections = [b for b in document.blocks if isinstance(b, Section)]
+    heading, _, sections = parts(document)
     return pages.render(
         "compare.html",
         scripts={
             pages.PLOTLY: get_plotlyjs(),
             "compare.js": pages.web("page.js", "plot.js", "compare.js"),
         },
-        title=f"{plain_text(document.title)}: {', '.join(c.lab for c in comparisons)}",
+        title=f"{plain_text(heading)}: {', '.join(c.lab for c in comparisons)}",
         sections=[
             _PageSection.of(section, comparison)
             for section, comparison in zip(sections, [*comparisons, None], strict=False)
@@ -64,15 +64,15 @@ class _PageSection:
 
     @classmethod
     def of(cls, section: Section, comparison: Comparison | None) -> _PageSection:
-        tables = [block for block in section.blocks if isinstance(block, Section)]
-        title = plain_text(section.title)
+        heading, _, tables = parts(section)
+        title = plain_text(heading)
         headline = html.introduction(section, _no_picture)
         return cls(
             title, html.anchor(title), headline, html.fragment(tables, _no_picture), comparison
         )
 
 
-def _no_picture(figure: Figure) -> Markup:
+def _no_picture(file: str, words: str, caption: Markup) -> Markup:
     """Leave pictures out, as the page draws its own."""
     return Markup("")
 

@@ -119,7 +119,7 @@ def _write_and_show_predictions(
         tables.predictions(setup.lab, predictions),
         bullets(report.formulas(setup.lab, predictions)),
     )
-    if predicted.blocks:
+    if predicted:
         progress.show(predicted)
 
 

@@ -1,123 +1,134 @@
-"""A document as typed nodes: what a report, a comparison and a page are before they are rendered.
+"""The parts of a report, a comparison and a page, each of which is Markdown.
 
-Facts become such a tree once; `markdown`, `html` and `terminal` each render it. A `str` in the tree
-is plain text, whatever characters it holds: only the typed nodes are markup. So a model's name, a
-path or an error message can never become markup; what a lab's author or a finding wrote with marks
-becomes nodes in `parse`, the only reader of that notation.
+What goes in is plain text, unless it is one of these parts already or comes from `parse`, the only
+reader of what a lab's author or a finding wrote with marks: so a model's name, a path or an error
+message can never become markup.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
+
+from labs.harness.telling import markdown
+from labs.harness.telling.markdown import Inline as Inline
+from labs.harness.telling.markdown import Markdown, inline
+from labs.harness.telling.markdown import plain_text as plain_text
+from labs.harness.telling.visible import visible
+
+FOLDED = "<details>\n<summary>Show</summary>"
+FOLD_END = "</details>"
+
+Block: TypeAlias = Markdown
+Section: TypeAlias = Markdown  # or a whole document, which is the outermost one
+Bullets: TypeAlias = Markdown
 
 
-@dataclass(frozen=True)
-class Code:
-    text: str
+class Code(Markdown):
+    def __new__(cls, text: str) -> Code:
+        """Write it within as many backticks as no run of them inside has."""
+        text = " ".join(re.split(r"\s*\n\s*", visible(text)))
+        longest = max((len(run) for run in re.findall("`+", text)), default=0)
+        fence = "`" * (longest + 1)
+        padding = " " if text[:1] == "`" or text[-1:] == "`" else ""
+        return super().__new__(cls, f"{fence}{padding}{text}{padding}{fence}")
 
 
-@dataclass(frozen=True)
-class Emphasis:
-    content: Inline
+class Emphasis(Markdown):
+    def __new__(cls, content: Inline) -> Emphasis:
+        return super().__new__(cls, f"*{inline(content).strip()}*")
 
 
-@dataclass(frozen=True)
-class Strong:
-    content: Inline
+class Strong(Markdown):
+    def __new__(cls, content: Inline) -> Strong:
+        return super().__new__(cls, f"**{inline(content).strip()}**")
 
 
-@dataclass(frozen=True)
-class Link:
-    content: Inline
-    target: str  # relative to where the document lies
+class Link(Markdown):
+    """A link to a `target` relative to where the document lies."""
+
+    def __new__(cls, content: Inline, target: str) -> Link:
+        return super().__new__(cls, f"[{inline(content)}]({markdown.target(target)})")
 
 
-Inline: TypeAlias = "str | Code | Emphasis | Strong | Link | tuple[Inline, ...]"
+class Paragraph(Markdown):
+    def __new__(cls, content: Inline) -> Paragraph:
+        return super().__new__(cls, markdown.lines(content))
 
 
-@dataclass(frozen=True)
-class Paragraph:
-    content: Inline
-
-
-@dataclass(frozen=True)
-class Bullets:
-    items: tuple[Inline, ...]
-
-
-@dataclass(frozen=True)
-class Notes:
+class Notes(Markdown):
     """Holds what a reader must know before the first figure, one sentence each."""
 
-    items: tuple[Inline, ...]
+    def __new__(cls, items: Iterable[Inline]) -> Notes:
+        return super().__new__(cls, "\n".join(f"> {markdown.line(Strong(i))}" for i in items))
 
 
-@dataclass(frozen=True)
-class Table:
-    header: tuple[Inline, ...]
-    rows: tuple[tuple[Inline, ...], ...]
+class Table(Markdown):
+    """A table, empty without rows; its cells can be read again."""
 
-    def __post_init__(self) -> None:
-        if any(len(row) != len(self.header) for row in self.rows):
-            raise ValueError(f"a row is longer or shorter than the header {self.header}")
+    header: tuple[Markdown, ...]
+    rows: tuple[tuple[Markdown, ...], ...]
+
+    def __new__(cls, header: Sequence[Inline], rows: Iterable[Sequence[Inline]]) -> Table:
+        head, *body = [tuple(map(inline, row)) for row in (header, *rows)]
+        if any(len(row) != len(head) for row in body):
+            raise ValueError(f"a row is longer or shorter than the header {head}")
+        lines = map(_row, (head, [Markdown("---")] * len(head), *body))
+        made = super().__new__(cls, "\n".join(lines) if body else "")
+        made.header, made.rows = head, tuple(body)
+        return made
 
 
-@dataclass(frozen=True)
-class Figure:
+def _row(cells: Sequence[Inline]) -> str:
+    return f"| {' | '.join(map(markdown.cell, cells))} |"
+
+
+class Figure(Markdown):
     """A picture in a file beside the document."""
 
     file: str
-    caption: Inline
+
+    def __new__(cls, file: str, caption: Inline) -> Figure:
+        words = markdown.line(plain_text(caption))
+        picture = f"![{words}]({markdown.target(file)})\n\n{Paragraph(markdown.line(caption))}"
+        made = super().__new__(cls, picture)
+        made.file = file
+        return made
 
 
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands under it; the document itself is the outermost section."""
+def section(title: Inline, *blocks: Block | None, folded: bool = False) -> Markdown:
+    """A heading and the blocks that hold anything; nothing without one of these.
 
-    title: Inline
-    blocks: tuple[Block, ...]
-    folded: bool = False  # shown when the reader opens it
-
-
-@dataclass(frozen=True)
-class Fold:
-    """What explains further, within a section: shown when the reader opens it."""
-
-    summary: Inline
-    blocks: tuple[Block, ...]
+    A document is the outermost section. A `folded` one is shown when the reader opens it.
+    """
+    inner = [_deeper(block) for block in blocks if block]
+    if folded:
+        inner = [Markdown(FOLDED), *inner, Markdown(FOLD_END)]
+    heading = Markdown(f"# {markdown.line(title)}")
+    return markdown.fragment([heading, *inner]) if any(blocks) else Markdown()
 
 
-Block: TypeAlias = "Paragraph | Bullets | Notes | Table | Figure | Section | Fold"
-Node = TypeVar("Node", Paragraph, Bullets, Notes, Table, Figure)
+def _deeper(block: Block) -> Block:
+    return Markdown(re.sub(r"^#{1,6} ", r"#\g<0>", block, flags=re.M))
 
 
-def section(title: Inline, *blocks: Block | None, folded: bool = False) -> Section:
-    """A section of the blocks that hold anything."""
-    filled_blocks = tuple(block for block in blocks if block and holds_anything(block))
-    return Section(title, filled_blocks, folded)
+def parts(of: Markdown) -> tuple[Markdown, Markdown, list[Markdown]]:
+    """Take a section apart: its title, what stands before the first section in it, and these."""
+    heading, _, body = of.partition("\n\n")
+    higher = re.sub(r"^#(#{1,6} )", r"\1", body, flags=re.M)
+    before, *inner = re.split(r"^(?=# )", higher, flags=re.M)
+    sections = [Markdown(text.strip()) for text in inner]
+    return Markdown(heading.removeprefix("# ")), Markdown(before.strip()), sections
 
 
-def holds_anything(block: Block) -> bool:
-    """Whether there is anything to show: rows, items, or blocks."""
-    match block:
-        case Bullets(items) | Notes(items):
-            return bool(items)
-        case Table(_, rows):
-            return bool(rows)
-        case Section(blocks=blocks) | Fold(blocks=blocks):
-            return bool(blocks)
-    return True
-
-
-def bullets(items: Iterable[Inline]) -> Bullets:
-    return Bullets(tuple(items))
+def bullets(items: Iterable[Inline]) -> Markdown:
+    lines = (markdown.lines(markdown.line(item)) for item in items)
+    return Markdown("\n".join(f"- {line}" for line in lines))
 
 
 def table(header: Sequence[Inline], rows: Iterable[Sequence[Inline]]) -> Table:
-    return Table(tuple(header), tuple(tuple(row) for row in rows))
+    return Table(header, rows)
 
 
 def table_of(rows: Sequence[Sequence[Inline]]) -> Table:
@@ -142,13 +153,13 @@ def without_constant_columns(of: Table, keep: Sequence[str] = ()) -> tuple[Table
     same = [
         f"{plain_text(of.header[n])} = {plain_text(cells[0])}"
         for n, cells in _columns(of)
-        if n not in varying and plain_text(cells[0]) not in ("–", "")
+        if n not in varying and cells[0] not in ("–", "")
     ]
     note = Paragraph(f"The same in every row, so left out: {'; '.join(same)}.") if same else None
     return _with_columns(of, varying), note
 
 
-def _columns(of: Table) -> list[tuple[int, tuple[Inline, ...]]]:
+def _columns(of: Table) -> list[tuple[int, tuple[Markdown, ...]]]:
     return list(enumerate(zip(*of.rows, strict=True)))
 
 
@@ -164,18 +175,6 @@ def joined(parts: Iterable[Inline], separator: str) -> Inline:
     return tuple(spread[1:])
 
 
-def plain_text(content: Inline) -> str:
-    """Return the text that a reader reads, without any markup."""
-    match content:
-        case str():
-            return content
-        case Code(text):
-            return text
-        case tuple():
-            return "".join(plain_text(part) for part in content)
-    return plain_text(content.content)
-
-
 # -------------------------------------------------------------------------------- inline notation
 
 NOTATION = re.compile(
@@ -186,8 +185,8 @@ NOTATION = re.compile(
 )
 
 
-def parse(notation: str) -> Inline:
-    r"""Nodes of a sentence with `code`, *emphasis*, **strong**; a backslash makes a mark text.
+def parse(notation: str) -> Markdown:
+    r"""Read a sentence with `code`, *emphasis*, **strong**; a backslash makes a mark text.
 
     There is no other markup: no link, no HTML. A mark that opens or closes nothing is text.
     `labs.harness.judging.text.literal` writes text from outside so that it is read back as it is.
@@ -205,37 +204,29 @@ def parse(notation: str) -> Inline:
             parts.append(Strong(parse(strong)))
         else:
             parts.append(Emphasis(parse(mark["emphasis"])))
-    nodes = [part for part in [*parts, notation[end:]] if part != ""]
-    return nodes[0] if len(nodes) == 1 else tuple(nodes)
+    return inline((*parts, notation[end:]))
 
 
 # ---------------------------------------------------------------------------- the blocks of a page
 
-FOLD = re.compile(
-    r"<details>\s*<summary>(?P<summary>[^\n]*)</summary>(?P<inner>.*?)</details>", re.S
-)
+FOLD = re.compile(r"<details>\n<summary>.*?</details>", re.S)
+FOLD_START = re.compile(r"<details>\n<summary>(.*)</summary>")
 
 
-def read(markdown: str) -> tuple[Block, ...]:
-    """Nodes of the part of a lab's page: paragraphs, lists, tables, and folds of these.
+def read(page: str) -> tuple[Block, ...]:
+    """Read the part of a lab's page: paragraphs, lists, tables, and the borders of folds.
 
     Within a line only what `parse` reads is markup.
     """
-    blocks: list[Block] = []
-    end = 0
-    for fold in FOLD.finditer(markdown):
-        blocks += _read_plain(markdown[end : fold.start()])
-        blocks.append(Fold(parse(fold["summary"]), read(fold["inner"])))
-        end = fold.end()
-    return (*blocks, *_read_plain(markdown[end:]))
-
-
-def _read_plain(markdown: str) -> list[Block]:
-    texts = (text.strip() for text in re.split(r"\n\s*\n", markdown))
-    return [_read_block(text) for text in texts if text]
+    texts = (text.strip() for text in re.split(r"\n\s*\n", page))
+    return tuple(_read_block(text) for text in texts if text)
 
 
 def _read_block(text: str) -> Block:
+    if fold := FOLD_START.fullmatch(text):
+        return Markdown(f"<details>\n<summary>{parse(fold[1])}</summary>")
+    if text == FOLD_END:
+        return Markdown(text)
     if text.startswith("|"):
         header, _, *rows = (_cells(line) for line in text.splitlines())
         return table(header, rows)
@@ -245,6 +236,6 @@ def _read_block(text: str) -> Block:
     return Paragraph(parse(" ".join(text.split())))
 
 
-def _cells(row: str) -> list[Inline]:
+def _cells(row: str) -> list[Markdown]:
     cells = re.split(r"(?<!\\)\|", row.strip().removeprefix("|").removesuffix("|"))
     return [parse(cell.strip()) for cell in cells]

@@ -1,4 +1,4 @@
-"""A document as HTML: every text escaped, no tag but those written here."""
+"""A document's Markdown as HTML: every text escaped, no tag but Markdown's and our own folds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
+from markdown_it.renderer import RendererHTML
+from markdown_it.token import Token
 from markupsafe import Markup, escape
 
-from labs.harness.telling import document as nodes
+from labs.harness.telling import markdown
+from labs.harness.telling.document import FOLD_END, FOLD_START, FOLDED, parts
+from labs.harness.telling.markdown import READER, Inline, Markdown, plain_text
 from labs.harness.telling.pictures import as_address
 
-Picture = Callable[[nodes.Figure], Markup]
+Picture = Callable[[str, str, Markup], Markup]  # of a file, with its words and its caption
 
 
 @dataclass(frozen=True)
@@ -25,21 +31,25 @@ class PageSection:
     folded: bool
 
 
-def introduction(document: nodes.Section, picture: Picture) -> Markup:
+def introduction(document: Markdown, picture: Picture) -> Markup:
     """Return what stands before the first section."""
-    return fragment((b for b in document.blocks if not isinstance(b, nodes.Section)), picture)
+    _, before, _ = parts(document)
+    return fragment([before], picture)
 
 
-def sections(document: nodes.Section, picture: Picture) -> list[PageSection]:
+def sections(document: Markdown, picture: Picture) -> list[PageSection]:
     """The sections of a document, each with the anchor that links to it."""
-    return [
-        PageSection(
-            title, anchor(title), fragment(block.blocks, picture, label=title), block.folded
-        )
-        for block in document.blocks
-        if isinstance(block, nodes.Section)
-        for title in (nodes.plain_text(block.title),)
-    ]
+    _, _, inner = parts(document)
+    return [_section(section, picture) for section in inner]
+
+
+def _section(section: Markdown, picture: Picture) -> PageSection:
+    heading, _, body = section.partition("\n\n")
+    title = plain_text(Markdown(heading.removeprefix("# ")))
+    folded = body.startswith(FOLDED)
+    if folded:
+        body = body.removeprefix(FOLDED).removesuffix(FOLD_END)
+    return PageSection(title, anchor(title), fragment([body], picture, title, level=2), folded)
 
 
 def anchor(title: str) -> str:
@@ -47,82 +57,71 @@ def anchor(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
-def fragment(
-    blocks: Iterable[nodes.Block], picture: Picture, label: str = "", level: int = 3
-) -> Markup:
+def fragment(blocks: Iterable[str], picture: Picture, label: str = "", level: int = 3) -> Markup:
     """Blocks one below the other; `label` is what a screen reader calls their tables.
 
     Sections within have headings of this level, and their titles label their own tables.
     """
-    return Markup("").join(_block(block, picture, label, level) for block in blocks)
+    tokens = markdown.tokens_of("\n\n".join(blocks))
+    for at, token in enumerate(tokens):
+        if token.type == "heading_open":
+            label = plain_text(Markdown(tokens[at + 1].content))
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{int(token.tag[1]) + level - 1}"
+        token.meta["label"] = label
+    return Markup(RENDERER.render(tokens, READER.options, {"picture": picture}))
 
 
-def _block(block: nodes.Block, picture: Picture, label: str, level: int) -> Markup:
-    match block:
-        case nodes.Paragraph(content):
-            return Markup("<p>{}</p>\n").format(inline(content))
-        case nodes.Bullets(items):
-            listed = Markup("").join(Markup("<li>{}</li>\n").format(inline(i)) for i in items)
-            return Markup("<ul>\n{}</ul>\n").format(listed)
-        case nodes.Notes(items):
-            lines = Markup("\n").join(inline(nodes.Strong(item)) for item in items)
-            return Markup("<blockquote>\n<p>{}</p>\n</blockquote>\n").format(lines)
-        case nodes.Table():
-            return _table(block, label)
-        case nodes.Figure():
-            return picture(block)
-        case nodes.Fold(summary, blocks):
-            return Markup("<details>\n<summary>{}</summary>\n{}</details>\n").format(
-                inline(summary), fragment(blocks, picture, label, level)
-            )
-        case nodes.Section(title, blocks):  # folded or not: within a section all is in sight
-            heading = Markup("<h{0}>{1}</h{0}>\n").format(level, inline(title))
-            return heading + fragment(blocks, picture, nodes.plain_text(title), level + 1)
+def inline(content: Inline) -> Markup:
+    tokens = READER.parseInline(markdown.inline(content))
+    return Markup(RENDERER.render(tokens, READER.options, {}))
 
 
-def _table(table: nodes.Table, label: str) -> Markup:
-    """A wide one scrolls in a box of its own, which a keyboard can reach."""
-    return Markup(
-        '<div class="table" role="region" aria-label="{}" tabindex="0"><table>\n'
-        "<thead>\n{}</thead>\n<tbody>\n{}</tbody>\n</table></div>\n"
-    ).format(
-        label, _row("th", table.header), Markup("").join(_row("td", row) for row in table.rows)
-    )
+class _Renderer(RendererHTML):
+    """Each method renders the tokens of its name."""
+
+    def table_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
+        """A wide one scrolls in a box of its own, which a keyboard can reach."""
+        box = Markup('<div class="table" role="region" aria-label="{}" tabindex="0"><table>\n')
+        return box.format(tokens[idx].meta["label"])
+
+    def table_close(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
+        return "</table></div>\n"
+
+    def image(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
+        """Only with a caption is it one of ours."""
+        token = tokens[idx]
+        if "caption" not in token.meta:
+            return escape(token.content)
+        caption = Markup(self.renderInline(token.meta["caption"], options, env))
+        picture: Picture = env["picture"]
+        return picture(unquote(str(token.attrs["src"])), token.content, caption)
+
+    def html_block(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
+        text = tokens[idx].content.strip()
+        if fold := FOLD_START.fullmatch(text):
+            summary = inline(Markdown(fold[1]))
+            return f"<details>\n<summary>{summary}</summary>\n"
+        return f"{text}\n" if text == FOLD_END else escape(text)
+
+    def html_inline(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
+        return escape(tokens[idx].content)
 
 
-def _row(tag: str, cells: Sequence[nodes.Inline]) -> Markup:
-    content = Markup("").join(Markup("<{0}>{1}</{0}>\n").format(tag, inline(c)) for c in cells)
-    return Markup("<tr>\n{}</tr>\n").format(content)
-
-
-def inline(content: nodes.Inline) -> Markup:
-    match content:
-        case str():
-            return escape(content)
-        case nodes.Code(text):
-            return Markup("<code>{}</code>").format(text)
-        case nodes.Emphasis(inner):
-            return Markup("<em>{}</em>").format(inline(inner))
-        case nodes.Strong(inner):
-            return Markup("<strong>{}</strong>").format(inline(inner))
-        case nodes.Link(inner, target):
-            return Markup('<a href="{}">{}</a>').format(target, inline(inner))
-        case tuple():
-            return Markup("").join(inline(part) for part in content)
+RENDERER = _Renderer()
 
 
 def embedded(home: Path) -> Picture:
     """Pictures that lie in `home`, written into the page."""
 
-    def picture(figure: nodes.Figure) -> Markup:
-        path = home / figure.file
+    def picture(file: str, words: str, caption: Markup) -> Markup:
+        path = home / file
         if path.parent != home or path.suffix != ".svg" or not path.exists():
-            missing = f"({nodes.plain_text(figure.caption)}: {figure.file} is missing)"
-            return Markup("<p>{}</p>\n").format(missing)
+            return Markup("<p>{}</p>\n").format(f"({words}: {file} is missing)")
         source = Markup(as_address(path.read_text()))  # it has neither quotation mark nor &
         return Markup(
             '<figure><div class="picture"><img src="{}" alt="{}"></div>'
             "<figcaption>{}</figcaption></figure>\n"
-        ).format(source, nodes.plain_text(figure.caption), inline(figure.caption))
+        ).format(source, words, caption)
 
     return picture

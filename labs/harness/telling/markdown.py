@@ -1,85 +1,101 @@
-"""A document as Markdown (CommonMark with GitHub's tables).
+"""Markdown (CommonMark with GitHub's tables): the one form of what is said.
 
-Plain text is written so that it is read as plain text: a backslash goes before a character that
-would otherwise be markup where it stands, and nowhere else.
+A `Markdown` is trusted to be markup, any other `str` is plain text, whatever characters it holds:
+`inline` is where it becomes Markdown that is read as that text. A backslash goes before a character
+that would otherwise be markup where it stands, and nowhere else.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import TypeAlias
 
-from labs.harness.telling import document as nodes
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
 from labs.harness.telling.visible import visible
 
 MARKUP = re.compile(
-    r"""\\(?=[!-/:-@\[-`{-~])     # would escape what follows
+    r"""\\(?=[!-/:-@\[-`{-~]|\Z)  # would escape what follows; more markup may follow the end
     |`
     |\*(?!(?<=\s\*)\s)            # emphasis, unless it stands alone between spaces
     |(?<![^\W_])_|_(?![^\W_])   # emphasis, unless within a word
     |~(?=~)
-    |<(?=[A-Za-z/!?])             # HTML, an automatic link
-    |&(?=\#?\w+;)                 # an entity
-    |\](?=[(:\[])                 # a link, a picture, a definition
+    |<(?=[A-Za-z/!?]|\Z)          # HTML, an automatic link
+    |&(?=\#?\w+;|\#?\Z)           # an entity
+    |\](?=[(:\[]|\Z)              # a link, a picture, a definition
+    |\[(?=[^\]]*(?:\][(:\[]|\]?\Z)) # the same, and a bracket that would be open in a link
+    |!(?=\[|\Z)                   # a picture
+    |\#(?=\Z)                     # the end of a heading
     """,
     re.VERBOSE,
 )
-FOLD = "<details>\n<summary>Show</summary>"
 BLOCK_START = re.compile(
-    r"#{1,6}(?=\s|$)|[-+](?=\s|$)|>|\||(?:-+|=+)\s*$|(?P<number>\d{1,9})(?=[.)](?:\s|$))"
+    r"#{1,6}(?=\s|$)|[-+](?=\s|$)|>|\||=+\s*$|[-:][-:|\s]*$"
+    r"|(?P<number>\d{1,9})(?=[.)](?:\s|$))"
 )
+READER = MarkdownIt("commonmark").enable("table")
 
 
-def document(content: nodes.Section) -> str:
+class Markdown(str):
+    """Text that is Markdown already; what is made of it by `+` or in an f-string is plain again."""
+
+
+Inline: TypeAlias = "str | tuple[Inline, ...]"
+
+
+def document(content: Markdown) -> str:
     """The whole of a file."""
-    return "\n\n".join(_block(content, level=1)) + "\n"
+    return f"{content}\n"
 
 
-def fragment(blocks: Iterable[nodes.Block], level: int = 1) -> str:
-    """Blocks as part of another text, without a newline at the end; sections begin at `level`."""
-    return "\n\n".join(part for block in blocks for part in _block(block, level) if part)
+def fragment(blocks: Iterable[Markdown]) -> Markdown:
+    """Blocks one below the other, without a newline at the end."""
+    return Markdown("\n\n".join(block for block in blocks if block))
 
 
-def _block(block: nodes.Block, level: int) -> list[str]:
-    """Return the parts that blank lines separate."""
-    match block:
-        case nodes.Paragraph(content):
-            return ["\n".join(_line(line) for line in _inline(content).split("\n"))]
-        case nodes.Bullets(items):
-            return ["\n".join(f"- {_line(_one_line(_inline(item)))}" for item in items)]
-        case nodes.Notes(items):
-            return ["\n".join(f"> {_one_line(_inline(nodes.Strong(item)))}" for item in items)]
-        case nodes.Figure(file, caption):
-            words = _one_line(_text(nodes.plain_text(caption)))
-            return [f"![{words}]({_target(file)})", _line(_one_line(_inline(caption)))]
-        case nodes.Table():
-            return ["\n".join(_table(block))]
-        case nodes.Fold(summary, blocks):
-            opening = f"<details>\n<summary>{_one_line(_inline(summary))}</summary>"
-            return [
-                opening,
-                *(part for inner in blocks for part in _block(inner, level)),
-                "</details>",
-            ]
-        case nodes.Section(title, blocks, folded):
-            heading = f"{'#' * level} {_one_line(_inline(title))}"
-            parts = [part for inner in blocks for part in _block(inner, level + 1)]
-            return [heading, FOLD, *parts, "</details>"] if folded else [heading, *parts]
+def inline(content: Inline) -> Markdown:
+    """Plain text that meets plain text is escaped as one, as two halves may make a mark."""
+    runs = groupby(_parts(content), key=lambda part: isinstance(part, Markdown))
+    texts = (("".join(run), is_markup) for is_markup, run in runs)
+    return Markdown("".join(text if is_markup else _escaped(text) for text, is_markup in texts))
 
 
-def _table(table: nodes.Table) -> list[str]:
-    return [
-        _row(table.header),
-        _row(["---"] * len(table.header)),
-        *(_row(row) for row in table.rows),
-    ]
+def _parts(content: Inline) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    else:
+        for part in content:
+            yield from _parts(part)
 
 
-def _row(cells: Sequence[nodes.Inline]) -> str:
-    return "| " + " | ".join(_one_line(_inline(cell)).replace("|", "\\|") for cell in cells) + " |"
+def _escaped(text: str) -> str:
+    return MARKUP.sub(r"\\\g<0>", re.sub(r"\s*\n\s*", "\n", visible(text)))
 
 
-def _line(text: str) -> str:
+def line(content: Inline) -> Markdown:
+    """Content on one line."""
+    return Markdown(re.sub(r"\s*\n\s*", " ", inline(content)))
+
+
+def lines(content: Inline) -> Markdown:
+    """Content as lines of which none begins a block."""
+    return Markdown("\n".join(map(_no_block, inline(content).split("\n"))))
+
+
+def cell(content: Inline) -> Markdown:
+    return Markdown(line(content).replace("|", "\\|"))
+
+
+def escaped(text: str) -> str:
+    """Text from outside on one line of a page: nothing in it is markup, whatever it begins with."""
+    own_line = _no_block(line(text)).replace("|", "\\|")
+    return f"{' ' * text.startswith(' ')}{own_line}{' ' * text.endswith(' ')}"
+
+
+def _no_block(text: str) -> str:
     """The first characters of a line may begin a block: a backslash keeps them text."""
     text = text.strip()
     if not (start := BLOCK_START.match(text)):
@@ -88,45 +104,30 @@ def _line(text: str) -> str:
     return f"{text[:marked]}\\{text[marked:]}"
 
 
-def _inline(content: nodes.Inline) -> str:
-    match content:
-        case str():
-            return _text(content)
-        case nodes.Code(text):
-            return _code(text)
-        case nodes.Emphasis(inner):
-            return f"*{_inline(inner)}*"
-        case nodes.Strong(inner):
-            return f"**{_inline(inner)}**"
-        case nodes.Link(inner, target):
-            return f"[{_inline(inner)}]({_target(target)})"
-        case tuple():
-            return "".join(_inline(part) for part in content)
+def target(address: str) -> str:
+    """Where a link or a picture leads."""
+    address = re.sub(r"\s", " ", visible(address))
+    if not re.search(r"[\s()<>\\&]", address):
+        return address
+    return "<" + re.sub(r"[<>\\&]", r"\\\g<0>", address) + ">"
 
 
-def _text(text: str) -> str:
-    return MARKUP.sub(r"\\\g<0>", re.sub(r"\s*\n\s*", "\n", visible(text)))
+def tokens_of(text: str) -> list[Token]:
+    """Read Markdown; a picture that is a paragraph takes in the next, which is its caption."""
+    tokens = READER.parse(text)
+    for at, token in enumerate(tokens):
+        pictures = token.children or []
+        if [child.type for child in pictures] == ["image"]:
+            caption = tokens[at + 3]
+            pictures[0].meta["caption"], caption.children = caption.children, []
+            for border in (at - 1, at + 1, at + 2, at + 4):
+                tokens[border].hidden = True
+    return tokens
 
 
-def escaped(text: str) -> str:
-    """Text from outside on one line of a page: nothing in it is markup, whatever it begins with."""
-    line = _line(_one_line(_text(text))).replace("|", "\\|")
-    return f"{' ' * text.startswith(' ')}{line}{' ' * text.endswith(' ')}"
-
-
-def _code(text: str) -> str:
-    """Within as many backticks as no run of them inside has."""
-    text = visible(text)
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    padding = " " if text[:1] == "`" or text[-1:] == "`" else ""
-    return f"{fence}{padding}{_one_line(text)}{padding}{fence}"
-
-
-def _target(target: str) -> str:
-    target = visible(target)
-    return f"<{target}>" if re.search(r"[\s()<>]", target) else target
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s*\n\s*", " ", text)
+def plain_text(content: Inline) -> str:
+    """Return the text that a reader reads, without any markup."""
+    (token,) = READER.parseInline(inline(content))
+    return "".join(
+        "\n" if child.type == "softbreak" else child.content for child in token.children or ()
+    )

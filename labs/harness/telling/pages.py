@@ -23,7 +23,7 @@ from plotly.offline import get_plotlyjs
 from labs import LABS
 from labs.harness.filing.results import Run, RunFolder
 from labs.harness.telling import chart_data, html, report
-from labs.harness.telling.document import Figure, plain_text
+from labs.harness.telling.document import Figure, parts, plain_text
 from labs.harness.telling.visible import visible, visible_data
 from serving import whole
 
@@ -69,7 +69,7 @@ def page(
         scripts={PLOTLY: get_plotlyjs(), RUN_SCRIPT: code},
         root=root,
         lesson=f"{LESSONS}/{facts.lab.name}.html" if facts.lab.name in LABS else "",
-        title=plain_text(document.title),
+        title=plain_text(parts(document)[0]),
         intro=html.introduction(document, picture),
         sections=sections,
         drawn_after=CLAIMS if claims_come_first else sections[0].id,
@@ -84,9 +84,9 @@ def _picture(folder: RunFolder) -> html.Picture:
     """Show the run's own pictures; those that scripts draw too, only where no script runs."""
     embedded = html.embedded(folder.path)
 
-    def picture(figure: Figure) -> Markup:
-        image = embedded(figure)
-        drawn_here = Path(figure.file).stem in DRAWN_HERE
+    def picture(file: str, words: str, caption: Markup) -> Markup:
+        image = embedded(file, words, caption)
+        drawn_here = Path(file).stem in DRAWN_HERE
         return Markup("<noscript>{}</noscript>").format(image) if drawn_here else image
 
     return picture

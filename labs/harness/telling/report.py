@@ -49,7 +49,6 @@ from labs.harness.spec import Lab, Point, Prediction
 from labs.harness.telling import markdown, method, tables
 from labs.harness.telling.document import (
     Block,
-    Bullets,
     Code,
     Emphasis,
     Figure,
@@ -248,19 +247,18 @@ def answer(facts: Facts) -> Section:
     told = facts.told
     left_out = f"This run does not answer it. Left out: {'; '.join(facts.lab.left_out)}."
     blocks: list[Block] = []
+    items: list[Inline] = []  # of the list that is not among the blocks yet
     for id in facts.lab.answers if not facts.lab.aa else ():  # its twin answers nothing
         why = f" ({told.unanswered[id]})" if told.unanswered.get(id) else ""
         lacks = f"This run lacks valid figures that would answer it{why}: see *Validity*."
         missing = Paragraph(parse(left_out if facts.lab.absent else lacks))
         first, *rest = told.answers.get(id) or (missing,)
-        content = first.content if isinstance(first, Paragraph) else ""
-        item: Inline = (Strong(QUESTIONS[id]), f" ({id}) ", content)
-        if blocks and isinstance(last := blocks[-1], Bullets):
-            blocks[-1] = bullets([*last.items, item])
-        else:
-            blocks.append(bullets([item]))
-        blocks += rest
-    return section("The answer", *blocks)
+        content = first if isinstance(first, Paragraph) else ""
+        items.append((Strong(QUESTIONS[id]), f" ({id}) ", content))
+        if rest:
+            blocks += [bullets(items), *rest]
+            items = []
+    return section("The answer", *blocks, bullets(items))
 
 
 def _how_it_works(run: Run) -> Section:
@@ -290,7 +288,7 @@ def _claims(facts: Facts, figures: Sequence[Figure]) -> Section:
     )
 
 
-def _claims_in_sentences(summary: Summary) -> Bullets:
+def _claims_in_sentences(summary: Summary) -> Block:
     return bullets(
         (
             parse(j.title),
@@ -502,7 +500,7 @@ def _agreement(facts: Facts) -> Section:
     return section(
         "Do client and server agree?",
         tables.agreement(facts.session),
-        Paragraph(TTFT_TWICE) if ttft.rows else None,
+        Paragraph(TTFT_TWICE) if ttft else None,
         ttft,
         folded=True,
     )
@@ -520,7 +518,7 @@ def _validity(facts: Facts) -> Section:
     )
 
 
-def validity(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> Paragraph | Bullets:
+def validity(caveats: Sequence[Caveat], lab: Lab, failed: int = 0) -> Block:
     """Say each weakness once, with its points and whether it blocks; or that every check passed."""
     if not caveats:
         where = " in the trials that did not fail" if failed else ""
@@ -621,7 +619,7 @@ def _method(facts: Facts) -> Section:
     return section(
         "How it was measured",
         bullets(method.lines(facts.run, facts.lab, facts.session, facts.summary, facts.residency)),
-        Paragraph(beside) if ceilings.rows else None,
+        Paragraph(beside) if ceilings else None,
         ceilings,
         folded=True,
     )

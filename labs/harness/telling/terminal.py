@@ -1,22 +1,26 @@
-"""A document on a terminal, by rich, and the console that shows it."""
+"""A document's Markdown on a terminal, by rich, and the console that shows it."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import rich.table
+from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.padding import Padding
 from rich.segment import Segment
 from rich.text import Text
 
-from labs.harness.telling import document as nodes
+from labs.harness.telling import markdown
+from labs.harness.telling.document import FOLD, FOLDED
+from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.visible import visible
 
 INDENT = "  "
+STYLES = {"em": "italic", "strong": "bold"}
 UNREAD = (
     "error: what read the output has ended, and so does this command; a run keeps its finished"
     " trials, and RESUME=1 continues from there"
@@ -46,64 +50,75 @@ class PlainConsole(Console):
             yield Segment(text if control else visible(text), style, control)
 
 
-def show(console: Console, block: nodes.Block) -> None:
+def show(console: Console, block: Markdown) -> None:
     """Print a block with all that stands under it; pictures and folds are for pages alone."""
-    match block:
-        case nodes.Section(title, blocks):
-            console.print(Text.assemble("\n", (text(title).plain, "bold")))
-            for inner in blocks:
-                show(console, inner)
-        case nodes.Table():
-            console.print(_table(block))
-        case nodes.Paragraph(content):
-            _sentence(console, content)
-        case nodes.Bullets(items):
-            for item in items:
-                _sentence(console, item)
-        case nodes.Notes(items):
-            for item in items:
-                console.print(text(item), style="bold yellow")
-        case nodes.Figure() | nodes.Fold():
-            pass
+    within: list[str] = []
+    rows: list[list[Text]] = []
+    for token in markdown.tokens_of(_without_folds(block)):
+        if token.nesting == 1:
+            within.append(token.tag)
+        elif token.nesting == -1:
+            within.pop()
+        if token.type == "table_open":
+            rows = []
+        elif token.type == "tr_open":
+            rows.append([])
+        elif token.type == "table_close":
+            console.print(_table(rows))
+        elif token.children and "table" in within:
+            rows[-1].append(_text(token.children))
+        elif token.type == "inline":
+            _show_text(console, within, _text(token.children or ()))
 
 
-def _sentence(console: Console, content: nodes.Inline) -> None:
+def _without_folds(block: Markdown) -> str:
+    """A section that pages show folded stays whole."""
+    return FOLD.sub(lambda fold: fold[0] if fold[0].startswith(FOLDED) else "", block)
+
+
+def _show_text(console: Console, within: Sequence[str], text: Text) -> None:
+    """Print what is no table, as the block that it is in is shown."""
+    if "blockquote" in within:
+        for line in text.split("\n"):
+            console.print(line, style="bold yellow")
+    elif within[-1] != "p":
+        console.print(Text.assemble("\n", (text.plain, "bold")))
+    elif text:
+        _sentence(console, text)
+
+
+def _sentence(console: Console, text: Text) -> None:
     """Indented; where nobody watches it stays one line, so that it can be searched."""
     if console.is_terminal:
-        console.print(Padding(text(content), (0, 0, 0, len(INDENT))))
+        console.print(Padding(text, (0, 0, 0, len(INDENT))))
     else:
-        console.print(Text.assemble(INDENT, text(content)), soft_wrap=True)
+        console.print(Text.assemble(INDENT, text), soft_wrap=True)
 
 
-def _table(table: nodes.Table) -> rich.table.Table:
+def _table(rows: Sequence[Sequence[Text]]) -> rich.table.Table:
     """The first column names the row; figures stand to the right."""
+    header, *body = rows
     rich_table = rich.table.Table()
-    for place, head in enumerate(table.header):
+    for place, head in enumerate(header):
         justify: Literal["left", "right"] = "right" if place else "left"
-        rich_table.add_column(text(head), no_wrap=not place, justify=justify, overflow="fold")
-    for row in table.rows:
-        rich_table.add_row(*(text(cell) for cell in row))
+        rich_table.add_column(head, no_wrap=not place, justify=justify, overflow="fold")
+    for row in body:
+        rich_table.add_row(*row)
     return rich_table
 
 
-def text(content: nodes.Inline) -> Text:
-    """Styled text; of a link only its words are shown."""
-    match content:
-        case str():
-            return Text(visible(content))  # here too, as they count in a column's width
-        case nodes.Code(code):
-            return text(f"`{code}`")
-        case nodes.Emphasis(inner):
-            return _styled(inner, "italic")
-        case nodes.Strong(inner):
-            return _styled(inner, "bold")
-        case nodes.Link(inner):
-            return text(inner)
-        case tuple():
-            return Text.assemble(*(text(part) for part in content))
-
-
-def _styled(content: nodes.Inline, style: str) -> Text:
-    styled = text(content)
-    styled.stylize(style)
-    return styled
+def _text(tokens: Sequence[Token]) -> Text:
+    """Styled text; of a link only its words are shown, and of a picture nothing."""
+    text, styles = Text(), list[str]()
+    for token in tokens:
+        if token.nesting == 1:
+            styles.append(STYLES.get(token.tag, ""))
+        elif token.nesting == -1:
+            styles.pop()
+        elif token.type == "softbreak":
+            text.append("\n")
+        elif token.type == "code_inline":
+            text.append(f"`{token.content}`", " ".join(styles))
+        elif token.type != "image":
+            text.append(token.content, " ".join(styles))
+    return text

@@ -63,8 +63,7 @@ class Told:
     def in_brief(self, id: str) -> Inline | None:
         """What stands before an answer's fold; None where the run does not answer the question."""
         told = itertools.takewhile(lambda b: isinstance(b, Paragraph), self.answers.get(id, ()))
-        paragraphs = [block.content for block in told if isinstance(block, Paragraph)]
-        return document.joined(paragraphs, " ") if paragraphs else None
+        return document.joined(told, " ") or None
 
 
 def told_by(folder: RunFolder) -> Told:
