@@ -114,7 +114,7 @@ def test_two_figures_are_the_same_within_the_margin_of_their_claim() -> None:
         contrast=Contrast(ratio=Interval(value=1.04, low=1.01, high=1.07, n=3), p=0.01),
         outcome="undecided",
     )  # fmt: skip
-    ((open_,),) = compare.judged([[row]])
+    (open_,) = compare.judged([row])
     assert (open_.outcome, open_.why) == ("undecided", "the interval reaches beyond 5%")
 
 
@@ -128,7 +128,7 @@ def judged(*ps: float, ratio: float = 1.2, margin: float = MARGIN) -> list[Compa
         )
         for p in ps
     ]  # fmt: skip
-    return compare.judged([rows])[0]
+    return compare.judged(rows)
 
 
 # --------------------------------------------------------------------------------------- comparing
@@ -295,11 +295,11 @@ def test_a_figure_that_is_zero_in_some_repeats_is_judged_by_its_means(
 
 def test_what_is_zero_in_some_repeats_may_be_chance_among_many(folder: RunFolder) -> None:
     """A difference of means is one of the figures among which false discoveries are bounded."""
-    (lone,) = compare.judged([[zeros(0.04)]])[0]
+    (lone,) = compare.judged([zeros(0.04)])
     assert (lone.outcome, lone.why) == ("differs", "zero in some repeats")
-    among_many = compare.judged([[zeros(0.04), *[zeros(0.5)] * 19]])[0][0]
+    among_many = compare.judged([zeros(0.04), *[zeros(0.5)] * 19])[0]
     assert among_many.outcome == "undecided"
-    assert compare.judged([[zeros(0.04, b=0.0101)]])[0][0].outcome == "undecided"  # the margin
+    assert compare.judged([zeros(0.04, b=0.0101)])[0].outcome == "undecided"  # the margin
     assert "p_of_difference" not in json.loads(judged(0.5)[0].model_dump_json())
     side = compared(folder, with_figure(write_slowed(folder, 1), "error_rate", 0, 0.1, 0.2))
     assert row(side, "error_rate", "on/short/concurrent-1").p_of_difference

@@ -283,8 +283,8 @@ def judge_again(original: RunFolder) -> list[Path]:
     for path in _files(original):
         before = read_json(path, Reproduction)
         verdicts = [_judged_again(v, judgements.get((v.claim, v.where))) for v in before.verdicts]
-        rows = compare.of_claims([a.row for a in before.answers], list(judgements.values()))
-        (rows,) = compare.judged([rows])
+        rows = [answer.row for answer in before.answers]
+        rows = compare.judged(compare.of_claims(rows, list(judgements.values())))
         after = before.model_copy(
             update={
                 "verdicts": verdicts,
