@@ -11,7 +11,8 @@ from typing import Literal
 import pytest
 
 from labs.harness.comparing import compare, gate, page, side_by_side
-from labs.harness.comparing.compare import ComparedFigure, Side, VerdictPair, read_side
+from labs.harness.comparing.compare import Side, read_side
+from labs.harness.comparing.comparison import ComparedFigure, VerdictPair
 from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder, write_json
 from labs.harness.judging.judge import Contrast, ForecastResult, Interval, contrast

@@ -14,22 +14,26 @@ machines.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import scipy
-from pydantic import BaseModel, Field
 
+from labs.harness.comparing.comparison import (
+    ComparedFigure,
+    Comparison,
+    MachineProperty,
+    Outcome,
+    VerdictPair,
+)
 from labs.harness.filing import manifest
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.checks import unreadable
-from labs.harness.filing.manifest import Fact
 from labs.harness.filing.newest import newest_of
 from labs.harness.filing.results import (
     Run,
@@ -43,7 +47,6 @@ from labs.harness.filing.results import (
 from labs.harness.judging.judge import (
     CONFIDENCE,
     Caveat,
-    Contrast,
     ForecastResult,
     Interval,
     Judgement,
@@ -54,7 +57,7 @@ from labs.harness.judging.judge import (
 from labs.harness.judging.machine_speed import Part, relative_speed
 from labs.harness.judging.metrics import METRICS, by_repeat, compared_metrics
 from labs.harness.judging.text import counted
-from labs.harness.spec import MARGIN, LabError, Point
+from labs.harness.spec import LabError, Point
 from labs.harness.telling.summary import checked
 from serving.guard import HERE
 from serving.models import ROOT
@@ -65,137 +68,11 @@ SENT = (  # the knobs of a lab that say what is sent and what is measured of it
 NOT_COMPLETE = "not complete"
 MOST_NAMED = 6  # failed trials
 SOME_ZEROS = "zero in some repeats"
-NO_VERDICT = ("not valid", "missing")
-UNDECIDED = ("inconclusive", *NO_VERDICT)
 
-Outcome = Literal["same", "differs", "undecided", "not comparable"]
 Column = dict[int, float]  # repeat -> value
 Columns = dict[tuple[str, str], Column]  # (figure, where) -> column
 Use = Literal["compared", "listed", "left out"]  # of a figure; the others only on other hardware
 USES: tuple[Use, ...] = ("compared", "listed", "left out")
-
-
-def title_of(figure: str) -> str:
-    """Write a figure with the metric's title for its name."""
-    *of, metric = figure.split()
-    return " ".join([*of, METRICS[metric].title])
-
-
-class ComparedFigure(BaseModel, frozen=True, extra="forbid"):
-    """Holds one figure of both sides, and what their ratio shows."""
-
-    figure: str  # a metric, or `effect of <claim>`, or `measured / predicted <metric>`
-    where: str
-    unit: str
-    better: Literal["higher", "lower"]
-    a: float | None  # mean over repeats
-    b: float | None
-    margin: float = MARGIN  # within which share of 1 the two are the same
-    contrast: Contrast | None  # B / A
-    p_of_difference: Annotated[float | None, Field(exclude_if=lambda p: p is None)] = None
-    """The p-value of the means being equal, where repeats of 0 leave no ratio."""
-    outcome: Outcome
-    why: str = ""
-
-    @property
-    def kind(self) -> str:
-        """Return `metric`, `effect` (of a claim) or `measured` (over predicted)."""
-        return "metric" if self.figure in METRICS else self.figure.split()[0]
-
-    @property
-    def metric(self) -> str:
-        """Return the metric that the figure is, or is a ratio of."""
-        return self.figure.split()[-1]
-
-    @property
-    def title(self) -> str:
-        """Return the figure with the metric's title for its name: `effect on TTFT, p50`."""
-        return title_of(self.figure)
-
-    @property
-    def worse_by(self) -> float | None:
-        """Return the share by which B is worse than A; negative where it is better.
-
-        Without a ratio it is by the means, and infinite where one of them is 0 and B is worse.
-        """
-        a, b = (1.0, self.contrast.ratio.value) if self.contrast else (self.a, self.b)
-        if a is None or b is None:
-            return None
-        large, small = (a, b) if self.better == "higher" else (b, a)
-        if not small:
-            return math.inf if large else 0.0
-        return large / small - 1
-
-
-class VerdictPair(BaseModel, frozen=True, extra="forbid"):
-    """Holds a claim's verdict on both sides."""
-
-    claim: str
-    title: str
-    where: str
-    a: str
-    b: str
-    a_ratio: Interval | None = None  # treatment / baseline
-    b_ratio: Interval | None = None
-
-    @property
-    def flips(self) -> bool:
-        """Tell whether both sides decided, and differently."""
-        return self.a != self.b and self.a not in UNDECIDED and self.b not in UNDECIDED
-
-    @property
-    def outcome(self) -> Outcome:
-        """Tell whether B shows A's verdict.
-
-        They are the same where both decided alike. They differ where B's ratio is shown to be
-        another, as the two intervals have nothing in common. Where A decided nothing there is
-        nothing to compare; all else is undecided, as is a ratio of B that is not valid.
-        """
-        if self.a in UNDECIDED:
-            return "not comparable"
-        if self.a == self.b:
-            return "same"
-        if self.b in NO_VERDICT:
-            return "undecided"
-        return "differs" if _are_disjoint(self.a_ratio, self.b_ratio) else "undecided"
-
-
-def _are_disjoint(a: Interval | None, b: Interval | None) -> bool:
-    """Tell whether two intervals have nothing in common; one that is not known may reach any."""
-    if not a or not b or None in (a.low, a.high, b.low, b.high):
-        return False
-    return (a.high or 0) < (b.low or 0) or (b.high or 0) < (a.low or 0)
-
-
-class MachineProperty(BaseModel, frozen=True, extra="forbid"):
-    """Holds a share of a machine's own limits that an engine reached: its range over the points."""
-
-    figure: str  # as in `ComparedFigure`
-    points: int
-    a: tuple[float, float]  # least and largest
-    b: tuple[float, float]
-
-
-class Comparison(BaseModel, frozen=True, extra="forbid"):
-    """Holds the comparison of B with A on one lab."""
-
-    a: str
-    b: str
-    lab: str
-    same_hardware: bool
-    paired: bool
-    forced: str = ""  # why they are not comparable, where the reader insisted
-    rows: list[ComparedFigure]
-    # what claims compare; dimensionless, and their sides are among the rows
-    effects: list[ComparedFigure]
-    of_machines: list[MachineProperty] = []  # of other hardware
-    left_out: int  # absolute figures, of other hardware
-    verdicts: list[VerdictPair]
-    caveats: dict[str, list[Caveat]]  # side -> what is wrong with it
-    speeds: dict[Part, float] | None = None  # of B's machine / A's, where both timed it
-    facts: list[Fact] = Field(default=[], exclude=True)  # of both manifests, likeliest cause first
-    differences: list[Fact]  # among them
-    unrecorded: list[str]
 
 
 @dataclass(frozen=True)
@@ -305,7 +182,8 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
     rows = {use: _rows(columns_a[use], columns_b[use], paired) for use in USES}
     claims = [*a.summary.judgements, *b.summary.judgements]
     compared = judged(of_claims(rows["compared"], claims))
-    facts = [manifest.facts(s.run, manifest.cpu_share_of_other_work(s.folder)) for s in (a, b)]
+    manifests = [manifest.recorded(s.folder) for s in (a, b)]
+    facts = manifest.fact_pairs(*manifests)
     return Comparison(
         a=a.name,
         b=b.name,
@@ -320,9 +198,9 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
         verdicts=[] if a.variant else _verdicts(a.summary.judgements, b.summary.judgements),
         caveats={name: _caveats(s) for name, s in (("A", a), ("B", b))},
         speeds=_speeds(a, b),
-        facts=manifest.fact_pairs(*facts),
-        differences=manifest.differences(*facts),
-        unrecorded=manifest.unrecorded(*facts),
+        facts=facts,
+        differences=[fact for fact in facts if fact.differs],
+        unrecorded=manifest.unrecorded(*manifests),
     )
 
 

@@ -14,13 +14,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, NonNegativeFloat, ValidationError
 
-from labs.harness.comparing.compare import (
-    NO_VERDICT,
-    NOT_COMPLETE,
-    UNDECIDED,
-    ComparedFigure,
-    Comparison,
-)
+from labs.harness.comparing.compare import NOT_COMPLETE
+from labs.harness.comparing.comparison import NO_VERDICT, UNDECIDED, ComparedFigure, Comparison
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import times_with_interval
 from labs.harness.spec import LabError

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from labs import LABS
 from labs.harness.comparing import reproduction
-from labs.harness.comparing.reproduction import ANSWER_OF_OUTCOME, FILED, Reproduction
+from labs.harness.comparing.comparison import (
+    ANSWER_OF_OUTCOME,
+    Reproduction,
+    counted_outcomes,
+)
+from labs.harness.comparing.reproduction import FILED
 from labs.harness.facts.parts import Headline, parts_of
 from labs.harness.filing import manifest, results
 from labs.harness.filing.committed import committed_runs
@@ -447,7 +451,7 @@ def _reproduced(page_folder: Path) -> Table:
     rows: list[list[Inline]] = []
     for original in sorted(_repeated(), key=lambda f: (on_cpu(f), f.path)):
         for result in reproduction.filed_with(original, committed=True):
-            count = Counter(a.answer for a in result.answers)
+            answers = (a.answer for a in result.answers)
             rows.append(
                 [
                     original.lab_name,
@@ -457,7 +461,7 @@ def _reproduced(page_folder: Path) -> Table:
                     result.by.vllm or "–",
                     result.outcome,
                     result.verdict_counts,
-                    ", ".join(f"{count[a]} {a}" for a in ANSWER_OF_OUTCOME.values() if count[a]),
+                    counted_outcomes(answers, ANSWER_OF_OUTCOME.values()),
                 ]
             )
     return table(

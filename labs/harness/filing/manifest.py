@@ -131,6 +131,11 @@ def is_stale(run: Run) -> bool:
         return True
 
 
+def recorded(folder: RunFolder) -> dict[str, str]:
+    """Map what a run's manifest says as `facts` does, with what others used of the machine."""
+    return facts(folder.run(), cpu_share_of_other_work(folder))
+
+
 def cpu_share_of_other_work(folder: RunFolder) -> dict[str, str]:
     """Describe the CPU share that other guests and processes used during trials, to 5%."""
     run = folder.run()
