@@ -234,7 +234,7 @@ def test_every_page_with_intervals_says_that_they_speak_of_one_sitting(
     texts = {
         "machine": leaderboards.write_machine(folder.path.parent.parent).read_text(),
         "front": (ROOT / "README.md").read_text(),
-        "collection": leaderboards.BOARD,
+        "collection": leaderboards.COLLECTION.read_text(),
         "comparison": markdown.fragment([side_by_side.headline(compare.compare(side, side))]),
         "run": pages.write(folder).read_text(),
     }

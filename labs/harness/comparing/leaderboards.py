@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+import jinja2
+
 from labs import LABS
 from labs.harness.comparing import reproduction
 from labs.harness.comparing.comparison import (
@@ -71,9 +73,9 @@ VERDICTS = "docs/reading-a-report.md#verdicts-and-predictions"
 PAGE = "README.md"
 SWEEP = "sweep.svg"
 SITTING = "labs-all.md"  # of a machine, for its reader: git ignores it
-MISSES = " to what was measured: by figure, by run, with a list of every miss."
 FORECASTS = "forecasts.md"  # how near predictions came
 README = ROOT / PAGE
+COLLECTION = Path(__file__).with_name("collection.md")
 RUN_NAME = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{8}\b")
 MOST_HEADLINES = 5  # on the front page, which is one page
 CLAIMS_EACH = 2  # of each lab on the page of all machines; the machine's page has them all
@@ -328,52 +330,6 @@ def _to_report(folder: RunFolder, page_folder: Path, words: Inline) -> Inline:
 
 # ---------------------------------------------------------------------------- the collection's page
 
-INTRODUCTION = """\
-# Results
-
-A folder for each machine, in it one for each lab, in it one for each run. They hold data only, \
-which can be read without this code. \
-[CONTRIBUTING.md](../CONTRIBUTING.md#add-a-machine) says how to add a machine, and \
-[docs/reading-a-report.md](../docs/reading-a-report.md) how to read a report. `make readme` writes \
-this page.
-"""
-BOARD = """
-## Leaderboard
-
-The first claims of each lab on every machine. *Changed*: the lab has other settings by now. \
-*Repeated*: what became of the run's verdicts in its newest repetition, and when that was. \
-An interval covers one sitting: how much the repeats of a run vary, not what another day or \
-another machine changes. *Between sittings*: how far a claim's ratio in a reproduction on the same \
-hardware typically lies from the original's (root mean square of the logarithm of their ratio, \
-over all claims that were valid in both, in all reproductions of the lab).
-"""
-REPEATED = """
-## Reproduced
-
-Each run that was repeated with the same settings and seeds. A verdict is *reproduced* where the \
-repetition decides alike, *not reproduced* where it does not and the two intervals do not overlap, \
-and else *undecided*, as where the repetition is not valid. Where the original decided nothing \
-there is nothing to reproduce. A figure is *reproduced* where the interval of the ratio lies \
-within the margin (5% unless a claim names its own), *not reproduced* where it differs by more \
-than chance explains, and else *undecided*.
-"""
-PREDICTED = """
-## Forecasts
-"""
-ANSWERED = """
-## Questions
-
-How each question is answered. *Measured*: the reports of the labs' newest full runs, by machine. \
-*Arithmetic* and *forecast*: computed for the example that is given, by the functions of \
-[`make plan`](../docs/planning.md); nothing was measured.
-"""
-INSTRUMENTS = """
-## Instruments
-
-How accurate the lab's own instruments are, as `make bench` measured it; \
-[docs/instruments.md](../docs/instruments.md) explains the columns.
-"""
-
 
 def _collection(runs: Sequence[RunFolder]) -> str:
     """Write the page of all machines: what was measured where, and how far to trust it."""
@@ -384,17 +340,21 @@ def _collection(runs: Sequence[RunFolder]) -> str:
     benches = [
         block for bench in instruments.published_benches() for block in instruments.blocks(bench)
     ]
-    repeated = _reproduced(results.RESULTS)
-    marked = _what_marks_mean(runs)
-    parts: list[tuple[str, Sequence[Block]]] = [
-        (INTRODUCTION, [machines]),
-        (BOARD, [*marked, leaderboard(committed=True)]),
-        (ANSWERED, [*marked, _questions(runs)]),
-        (PREDICTED, [Paragraph((Link("How near predictions came", FORECASTS), MISSES))]),
-        (REPEATED, [repeated] if repeated.rows else []),
-        (INSTRUMENTS, benches),
-    ]
-    return "".join(f"{text}\n{markdown.fragment(blocks)}\n" for text, blocks in parts if blocks)
+    marked, repeated = _what_marks_mean(runs), _reproduced(results.RESULTS)
+    parts: dict[str, Sequence[Block]] = {
+        "machines": [machines],
+        "leaderboard": [*marked, leaderboard(committed=True)],
+        "questions": [*marked, _questions(runs)],
+        "repeated": [repeated] if repeated.rows else [],
+        "benches": benches,
+    }
+    template = jinja2.Template(
+        COLLECTION.read_text(),
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return template.render({name: markdown.fragment(blocks) for name, blocks in parts.items()})
 
 
 def _what_marks_mean(runs: Sequence[RunFolder]) -> list[Block]:
