@@ -118,37 +118,42 @@ def titled_tables(
     return [section(title + mark, table) for title, table in titled.items() if table.rows]
 
 
+def named_table(rows: Sequence[Mapping[str, Inline]]) -> Table:
+    """Tabulate rows whose cells have the names of their columns."""
+    return table(list(rows[0]) if rows else (), (list(row.values()) for row in rows))
+
+
 def figure_table(rows: Sequence[ComparedFigure]) -> Table:
     """Tabulate each figure of A and of B, with their ratio and what it shows."""
-    cells: list[list[Inline]] = []
+    cells: list[dict[str, Inline]] = []
     for row, where in zip(rows, _places([r.where for r in rows]), strict=True):
         ratio = row.contrast.ratio if row.contrast else None
         cells.append(
-            [
-                row.title,
-                where,
-                number(row.a, row.unit),
-                number(row.b, row.unit),
-                f"{ratio_number(ratio.value)}x" if ratio else "–",
-                ratio_ends(ratio),
-                (row.outcome, (" (", parse(row.why), ")") if row.why else ""),
-            ]
+            {
+                "Figure": row.title,
+                "Where": where,
+                "A": number(row.a, row.unit),
+                "B": number(row.b, row.unit),
+                "B / A": f"{ratio_number(ratio.value)}x" if ratio else "–",
+                "95% interval": ratio_ends(ratio),
+                "Outcome": (row.outcome, (" (", parse(row.why), ")") if row.why else ""),
+            }
         )
-    return table(("Figure", "Where", "A", "B", "B / A", "95% interval", "Outcome"), cells)
+    return named_table(cells)
 
 
 def machine_table(properties: Sequence[MachineProperty]) -> Table:
     """Tabulate how much of each machine's own limits was reached, from least to most."""
-    return table(
-        ("Share of the machine's own limit", "Points", "A", "B"),
-        (
-            [
-                title_of(p.figure),
-                str(p.points),
-                *(f"{least:.1%} to {largest:.1%}" for least, largest in (p.a, p.b)),
-            ]
+    return named_table(
+        [
+            {
+                "Share of the machine's own limit": title_of(p.figure),
+                "Points": str(p.points),
+                "A": f"{p.a[0]:.1%} to {p.a[1]:.1%}",
+                "B": f"{p.b[0]:.1%} to {p.b[1]:.1%}",
+            }
             for p in properties
-        ),
+        ]
     )
 
 
