@@ -21,6 +21,7 @@ from labs.harness.comparing.comparison import (
     counted_outcomes,
 )
 from labs.harness.comparing.reproduction import FILED
+from labs.harness.comparing.side_by_side import named_table
 from labs.harness.facts.parts import Headline, parts_of
 from labs.harness.filing import manifest, results
 from labs.harness.filing.committed import committed_runs
@@ -244,9 +245,9 @@ def _source(lab: str) -> str:
     return f"labs/{lab.replace('-', '_')}"
 
 
-def _headlines(runs: Sequence[RunFolder]) -> Iterator[Inline]:
+def _headlines(runs: Sequence[RunFolder]) -> list[Inline]:
     """Say how the claim that a lab puts forward came out, in one run that decided it."""
-    yield from (_headline(*one) for one in _found(runs))
+    return [_headline(*one) for one in _found(runs)]
 
 
 def _found(runs: Sequence[RunFolder]) -> list[tuple[RunFolder, Judgement, Headline]]:
@@ -283,32 +284,31 @@ def _where_found(runs: Sequence[RunFolder]) -> Paragraph:
 def _measured_on(runs: Sequence[RunFolder]) -> str:
     """Name the kinds of machines behind the findings; each GPU is named with its finding."""
     found = [folder for folder, *_ in _found(runs)]
-    cores = {folder.run().machine.count for folder in found if on_cpu(folder)}
-    cpus = "CPUs with two cores" if cores == {2} else "CPUs" if cores else ""
     if not found:
         return "Nothing has been decided yet."
+    kinds = []
+    if cores := {folder.run().machine.count for folder in found if on_cpu(folder)}:
+        kinds.append("CPUs with two cores" if cores == {2} else "CPUs")
     if not all(map(on_cpu, found)):
-        return f"Measured on {f'{cpus} and on ' if cpus else ''}GPUs, which are named."
-    no_gpu = "no result from a GPU is here yet"
-    without = no_gpu if all(map(on_cpu, runs)) else "no GPU has decided one of these yet"
-    return f"Measured on {cpus}; {without}."
+        kinds.append("GPUs, which are named")
+    without = "; no result from a GPU is here yet" if all(map(on_cpu, runs)) else ""
+    return f"Measured on {' and on '.join(kinds)}{without}."
 
 
 def _decided(runs: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, Judgement, Headline]]:
     """Yield each lab's claim for the front page from the first run that decided it."""
     for lab in LABS:
         headline = parts_of(lab).headline
-        if headline and not headline.on_front_page:
+        if not headline or not headline.on_front_page:
             continue
-        judgements = (
-            (folder, judgement)
+        decided = [
+            (folder, judgement, headline)
             for folder in runs
             if folder.lab_name == lab
             for judgement in folder.summary().judgements
-            if headline and judgement.claim == headline.claim and judgement.expected is not None
-        )
-        if headline and (first := next(judgements, None)):
-            yield *first, headline
+            if judgement.claim == headline.claim and judgement.expected is not None
+        ]
+        yield from decided[:1]
 
 
 def _headline(folder: RunFolder, judgement: Judgement, headline: Headline) -> Inline:
@@ -354,7 +354,7 @@ def _collection(runs: Sequence[RunFolder]) -> str:
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return template.render({name: markdown.fragment(blocks) for name, blocks in parts.items()})
+    return str(template.render({name: markdown.fragment(of) for name, of in parts.items()}))
 
 
 def _what_marks_mean(runs: Sequence[RunFolder]) -> list[Block]:
@@ -408,26 +408,23 @@ def _would_answer(id: str) -> list[Inline]:
 
 def _reproduced(page_folder: Path) -> Table:
     """Tabulate the repetitions of each run, the newest first."""
-    rows: list[list[Inline]] = []
-    for original in sorted(_repeated(), key=lambda f: (on_cpu(f), f.path)):
-        for result in reproduction.filed_with(original, committed=True):
-            answers = (a.answer for a in result.answers)
-            rows.append(
-                [
-                    original.lab_name,
-                    Link(original.path.name, _link(original, page_folder)),
-                    result.by.machine.describe(),
-                    result.day,
-                    result.by.vllm or "–",
-                    result.outcome,
-                    result.verdict_counts,
-                    counted_outcomes(answers, ANSWER_OF_OUTCOME.values()),
-                ]
-            )
-    return table(
-        ("Lab", "Run", "Repeated on", "When", "vLLM", "Outcome", "Verdicts", "Figures"),
-        rows,
-    )
+    rows: list[dict[str, Inline]] = [
+        {
+            "Lab": original.lab_name,
+            "Run": Link(original.path.name, _link(original, page_folder)),
+            "Repeated on": result.by.machine.describe(),
+            "When": result.day,
+            "vLLM": result.by.vllm or "–",
+            "Outcome": result.outcome,
+            "Verdicts": result.verdict_counts,
+            "Figures": counted_outcomes(
+                (a.answer for a in result.answers), ANSWER_OF_OUTCOME.values()
+            ),
+        }
+        for original in sorted(_repeated(), key=lambda f: (on_cpu(f), f.path))
+        for result in reproduction.filed_with(original, committed=True)
+    ]
+    return named_table(rows)
 
 
 def _link(original: RunFolder, page_folder: Path) -> str:
@@ -455,57 +452,54 @@ def _between_sittings(committed: bool) -> dict[str, str]:
 
 def leaderboard(committed: bool = False) -> Table:
     """Tabulate lab x claim x machine of the newest runs, with links relative to `results/`."""
-    rows: list[list[Inline]] = []
-    runs, between_sittings = newest_runs(committed=committed), _between_sittings(committed)
-    for name in LABS:
-        entries: list[tuple[int, bool, str, list[Inline]]] = []
-        for folder in (f for f in runs if f.lab_name == name):
-            run = folder.run()
-            machine = run.machine.describe()
-            home = _to_report(folder, results.RESULTS, machine)
-            standing = Strong("changed") if manifest.is_stale(run) else "unchanged"
-            moved = between_sittings.get(name, "–")
-            repeated = _newest(folder, results.RESULTS, committed)
-            for place, j in enumerate(folder.summary().judgements[:CLAIMS_EACH]):
-                effect = [ratio_text(j), ratio_interval(j), moved, j.outcome, claim_outcome(j)]
-                cells = [name, parse(j.title), home, *effect, standing, repeated]
-                entries.append((place, on_cpu(folder), machine, cells))
-        rows += [cells for *_, cells in sorted(entries, key=lambda item: item[:3])]
-    return table(
-        (
-            "Lab",
-            "Claim",
-            "Machine",
-            "Effect",
-            "95% interval",
-            "Between sittings",
-            "Verdict",
-            "Prediction",
-            "Settings since then",
-            "Repeated",
-        ),
-        rows,
-    )
+    claims = [
+        (place, folder, judgement)
+        for folder in newest_runs(committed=committed)
+        for place, judgement in enumerate(folder.summary().judgements[:CLAIMS_EACH])
+        if folder.lab_name in LABS
+    ]
+    labs, between_sittings = list(LABS), _between_sittings(committed)
+
+    def order(claim: tuple[int, RunFolder, Judgement]) -> tuple[int, int, bool, str]:
+        place, folder, _ = claim
+        machine = folder.run().machine.describe()
+        return labs.index(folder.lab_name), place, on_cpu(folder), machine
+
+    rows: list[dict[str, Inline]] = [
+        {
+            "Lab": folder.lab_name,
+            "Claim": parse(j.title),
+            "Machine": _to_report(folder, results.RESULTS, folder.run().machine.describe()),
+            "Effect": ratio_text(j),
+            "95% interval": ratio_interval(j),
+            "Between sittings": between_sittings.get(folder.lab_name, "–"),
+            "Verdict": j.outcome,
+            "Prediction": claim_outcome(j),
+            "Settings since then": (
+                Strong("changed") if manifest.is_stale(folder.run()) else "unchanged"
+            ),
+            "Repeated": _newest(folder, results.RESULTS, committed),
+        }
+        for _, folder, j in sorted(claims, key=order)
+    ]
+    return named_table(rows)
 
 
 # ----------------------------------------------------------------------------- a machine's own page
 
-CLAIM_COLUMNS = (
-    "Lab", "Claim", "Effect", "95% interval", "Predicted", "Did it hold?", "Verdict",
-)  # fmt: skip
 
-
-def _claim(folder: RunFolder, judgement: Judgement, page_folder: Path) -> list[Inline]:
+def _claim(folder: RunFolder, judgement: Judgement, page_folder: Path) -> dict[str, Inline]:
     run = folder.run()
-    return [
-        (_to_report(folder, page_folder, run.lab["name"]), _earlier(run)),
-        (parse(judgement.title), f" ({point_label(judgement.treatment, run.rebuilt_lab())})"),
-        f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
-        ratio_interval(judgement),
-        f"{ratio_number(judgement.prediction.value)}x",
-        claim_outcome(judgement),
-        parse(verdict_text(judgement)),
-    ]
+    place = point_label(judgement.treatment, run.rebuilt_lab())
+    return {
+        "Lab": (_to_report(folder, page_folder, run.lab["name"]), _earlier(run)),
+        "Claim": (parse(judgement.title), f" ({place})"),
+        "Effect": f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
+        "95% interval": ratio_interval(judgement),
+        "Predicted": f"{ratio_number(judgement.prediction.value)}x",
+        "Did it hold?": claim_outcome(judgement),
+        "Verdict": parse(verdict_text(judgement)),
+    }
 
 
 def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
@@ -518,13 +512,13 @@ def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
         for finding in told_by(f).findings
         if finding.passed is not None
     ]
-    claims = (_claim(f, j, here) for f in runs for j in f.summary().judgements)
+    claims = [_claim(f, j, here) for f in runs for j in f.summary().judgements]
     return section(
         f"What was measured on {first.machine.describe()}",
         Paragraph(f"Ceilings: {ceilings_text(first.ceilings)}. Each lab's newest complete run:"),
         *_what_marks_mean(runs),
         _runs(runs, here, committed),
-        section("Every claim", table(CLAIM_COLUMNS, claims), Paragraph(ONE_SITTING)),
+        section("Every claim", named_table(claims), Paragraph(ONE_SITTING)),
         section("Checks that can fail", table(("Lab", "Check", "Outcome"), checks)),
         section("Question by question", _answers(runs, here)),
     )
@@ -537,36 +531,23 @@ def _lab_of(run: Run) -> str:
 
 def _runs(runs: Sequence[RunFolder], page_folder: Path, committed: bool) -> Table:
     """Tabulate the runs: question, model, date, and what became of claims and predictions."""
-    rows: list[list[Inline]] = []
+    rows: list[dict[str, Inline]] = []
     for folder in runs:
-        run, session, summary = folder.run(), folder.session(), folder.summary()
+        run, session, judgements = folder.run(), folder.session(), folder.summary().judgements
         rows.append(
-            [
-                _to_report(folder, page_folder, run.lab["name"]),
-                parse(run.lab["question"]),
-                run.model,
-                run.environment.vllm or "–",
-                run.started_at[:16].replace("T", " "),
-                _load(run, session) if session else "–",
-                decided_text(summary.judgements),
-                predictions_text(summary.judgements),
-                _newest(folder, page_folder, committed),
-            ]
+            {
+                "Lab": _to_report(folder, page_folder, run.lab["name"]),
+                "Question": parse(run.lab["question"]),
+                "Model": run.model,
+                "vLLM": run.environment.vllm or "–",
+                "When (UTC)": run.started_at[:16].replace("T", " "),
+                "Load": _load(run, session) if session else "–",
+                "Claims decided": decided_text(judgements),
+                "Predictions": predictions_text(judgements),
+                "Repeated": _newest(folder, page_folder, committed),
+            }
         )
-    return table(
-        (
-            "Lab",
-            "Question",
-            "Model",
-            "vLLM",
-            "When (UTC)",
-            "Load",
-            "Claims decided",
-            "Predictions",
-            "Repeated",
-        ),
-        rows,
-    )
+    return named_table(rows)
 
 
 def _load(run: Run, session: Session) -> str:

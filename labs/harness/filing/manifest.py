@@ -178,16 +178,13 @@ def table(facts: Sequence[Fact], names: tuple[str, str]) -> list[list[str]]:
 
     Many facts without a likely effect are summed up in one row.
     """
-    likely = [fact for fact in facts if _rank(fact.what) < len(LIKELIEST)]
     unlikely = [fact for fact in facts if _rank(fact.what) == len(LIKELIEST)]
-    rows = [["What", *names], *([fact.what, _short(fact.a), _short(fact.b)] for fact in likely)]
-    if len(unlikely) > MOST_UNLIKELY:
-        names_only = [fact.what.removeprefix(PACKAGES) for fact in unlikely]
-        rows.append(
-            [f"and {len(unlikely)} more", ", ".join(names_only[:MOST_UNLIKELY]) + " ..", ""]
-        )
-    else:
-        rows += [[fact.what, _short(fact.a), _short(fact.b)] for fact in unlikely]
+    summed_up = unlikely if len(unlikely) > MOST_UNLIKELY else []
+    shown = [fact for fact in facts if fact not in summed_up]
+    rows = [["What", *names], *([fact.what, _short(fact.a), _short(fact.b)] for fact in shown)]
+    if summed_up:
+        first = [fact.what.removeprefix(PACKAGES) for fact in summed_up[:MOST_UNLIKELY]]
+        rows.append([f"and {len(summed_up)} more", ", ".join(first) + " ..", ""])
     return rows
 
 
