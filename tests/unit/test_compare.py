@@ -12,7 +12,7 @@ import pytest
 
 from labs.harness.comparing import compare, gate, page, side_by_side
 from labs.harness.comparing.compare import Side, read_side
-from labs.harness.comparing.comparison import ComparedFigure, VerdictPair
+from labs.harness.comparing.comparison import ComparedFigure, Comparison, VerdictPair
 from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder, write_json
 from labs.harness.judging.judge import Contrast, ForecastResult, Interval, contrast
@@ -32,13 +32,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     return write_run(tmp_path)
 
 
-def compared(a: RunFolder, b: RunFolder, force: bool = False) -> compare.Comparison:
+def compared(a: RunFolder, b: RunFolder, force: bool = False) -> Comparison:
     """Compare what their summaries say, which tests write by hand."""
     side_a, side_b = (Side(f, None, f.run(), f.summary()) for f in (a, b))
     return compare.compare(side_a, side_b, force)
 
 
-def row(found: compare.Comparison, figure: str, where: str) -> ComparedFigure:
+def row(found: Comparison, figure: str, where: str) -> ComparedFigure:
     return next(r for r in found.rows if (r.figure, r.where) == (figure, where))
 
 
