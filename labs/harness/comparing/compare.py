@@ -15,7 +15,6 @@ machines.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +52,7 @@ from labs.harness.judging.judge import (
     contrast,
     is_within,
     mean_interval,
+    welchs_test,
 )
 from labs.harness.judging.machine_speed import Part, relative_speed
 from labs.harness.judging.metrics import METRICS, by_repeat, compared_metrics
@@ -298,11 +298,7 @@ def _p_of_difference(a: Column, b: Column) -> float | None:
     """Return Welch's p-value of the means being equal; None where a side has a single repeat."""
     if min(len(a), len(b)) < 2:
         return None
-    with warnings.catch_warnings():  # one side may be the same in every repeat
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return float(
-            scipy.stats.ttest_ind(list(a.values()), list(b.values()), equal_var=False).pvalue
-        )
+    return float(welchs_test(list(a.values()), list(b.values())).pvalue)
 
 
 def _without_ratio(a: Column, b: Column) -> tuple[Outcome, str]:
