@@ -111,11 +111,11 @@ def test_a_stale_page_is_named_until_it_is_written(
 
 @pytest.mark.usefixtures("readme")
 def test_a_claim_that_is_undecided_is_no_finding_of_the_front_page(folder: RunFolder) -> None:
-    assert len(list(leaderboards._headlines([folder]))) == 1
+    assert len(leaderboards._headlines([folder])) == 1
     summary = folder.summary()
     undecided = [j.model_copy(update={"expected": None}) for j in summary.judgements]
     write_json(folder.path / "summary.json", summary.model_copy(update={"judgements": undecided}))
-    assert list(leaderboards._headlines([folder])) == []
+    assert leaderboards._headlines([folder]) == []
 
 
 def test_the_front_page_has_a_run_of_the_lab_as_it_is_before_a_stale_one_and_marks_the_latter(
@@ -136,7 +136,7 @@ def test_the_front_page_has_a_run_of_the_lab_as_it_is_before_a_stale_one_and_mar
     (told,) = leaderboards._headlines([new, old])
     assert old.path.name in markdown.fragment([Paragraph(told)])
     monkeypatch.setattr(leaderboards, "MOST_HEADLINES", 0)
-    assert list(leaderboards._headlines([new, old])) == []
+    assert leaderboards._headlines([new, old]) == []
 
 
 # ----------------------------------------------------------------------------- beside git
@@ -232,7 +232,7 @@ def test_every_page_with_intervals_says_that_they_speak_of_one_sitting(
     texts = {
         "machine": leaderboards.write_machine(folder.path.parent.parent).read_text(),
         "front": (ROOT / "README.md").read_text(),
-        "collection": leaderboards.BOARD,
+        "collection": leaderboards.COLLECTION.read_text(),
         "comparison": markdown.fragment([side_by_side.headline(compare.compare(side, side))]),
         "run": pages.write(folder).read_text(),
     }

@@ -232,12 +232,10 @@ def manifest_diff(
 ) -> None:
     """Show what differs in how two runs were made, the likeliest cause first."""
     with reported_errors():
-        runs = [open_run(path) for path in (a, b)]
         facts = []
-        for folder in runs:
+        for folder in [open_run(path) for path in (a, b)]:
             with readable(folder):
-                load = manifest.cpu_share_of_other_work(folder)
-                facts.append(manifest.facts(folder.run(), load))
+                facts.append(manifest.recorded(folder))
         rows = manifest.table(manifest.differences(*facts), ("A", "B"))
         if len(rows) > 1:
             show(section("What differs", table_of(rows)))

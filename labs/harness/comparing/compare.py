@@ -14,22 +14,25 @@ machines.
 
 from __future__ import annotations
 
-import math
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import scipy
-from pydantic import BaseModel, Field
 
+from labs.harness.comparing.comparison import (
+    ComparedFigure,
+    Comparison,
+    MachineProperty,
+    Outcome,
+    VerdictPair,
+)
 from labs.harness.filing import manifest
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.checks import unreadable
-from labs.harness.filing.manifest import Fact
 from labs.harness.filing.newest import newest_of
 from labs.harness.filing.results import (
     Run,
@@ -43,17 +46,18 @@ from labs.harness.filing.results import (
 from labs.harness.judging.judge import (
     CONFIDENCE,
     Caveat,
-    Contrast,
+    ForecastResult,
     Interval,
     Judgement,
     contrast,
     is_within,
     mean_interval,
+    welchs_test,
 )
 from labs.harness.judging.machine_speed import Part, relative_speed
 from labs.harness.judging.metrics import METRICS, by_repeat, compared_metrics
 from labs.harness.judging.text import counted
-from labs.harness.spec import MARGIN, LabError, Point
+from labs.harness.spec import LabError, Point
 from labs.harness.telling.summary import checked
 from serving.guard import HERE
 from serving.models import ROOT
@@ -64,135 +68,11 @@ SENT = (  # the knobs of a lab that say what is sent and what is measured of it
 NOT_COMPLETE = "not complete"
 MOST_NAMED = 6  # failed trials
 SOME_ZEROS = "zero in some repeats"
-NO_VERDICT = ("not valid", "missing")
-UNDECIDED = ("inconclusive", *NO_VERDICT)
 
-Outcome = Literal["same", "differs", "undecided", "not comparable"]
 Column = dict[int, float]  # repeat -> value
 Columns = dict[tuple[str, str], Column]  # (figure, where) -> column
-
-
-def title_of(figure: str) -> str:
-    """Write a figure with the metric's title for its name."""
-    *of, metric = figure.split()
-    return " ".join([*of, METRICS[metric].title])
-
-
-class ComparedFigure(BaseModel, frozen=True, extra="forbid"):
-    """Holds one figure of both sides, and what their ratio shows."""
-
-    figure: str  # a metric, or `effect of <claim>`, or `measured / predicted <metric>`
-    where: str
-    unit: str
-    better: Literal["higher", "lower"]
-    a: float | None  # mean over repeats
-    b: float | None
-    margin: float = MARGIN  # within which share of 1 the two are the same
-    contrast: Contrast | None  # B / A
-    p_of_difference: Annotated[float | None, Field(exclude_if=lambda p: p is None)] = None
-    """The p-value of the means being equal, where repeats of 0 leave no ratio."""
-    outcome: Outcome
-    why: str = ""
-
-    @property
-    def kind(self) -> str:
-        """Return `metric`, `effect` (of a claim) or `measured` (over predicted)."""
-        return "metric" if self.figure in METRICS else self.figure.split()[0]
-
-    @property
-    def metric(self) -> str:
-        """Return the metric that the figure is, or is a ratio of."""
-        return self.figure.split()[-1]
-
-    @property
-    def title(self) -> str:
-        """Return the figure with the metric's title for its name: `effect on TTFT, p50`."""
-        return title_of(self.figure)
-
-    @property
-    def worse_by(self) -> float | None:
-        """Return the share by which B is worse than A; negative where it is better.
-
-        Without a ratio it is by the means, and infinite where one of them is 0 and B is worse.
-        """
-        a, b = (1.0, self.contrast.ratio.value) if self.contrast else (self.a, self.b)
-        if a is None or b is None:
-            return None
-        large, small = (a, b) if self.better == "higher" else (b, a)
-        if not small:
-            return math.inf if large else 0.0
-        return large / small - 1
-
-
-class VerdictPair(BaseModel, frozen=True, extra="forbid"):
-    """Holds a claim's verdict on both sides."""
-
-    claim: str
-    title: str
-    where: str
-    a: str
-    b: str
-    a_ratio: Interval | None = None  # treatment / baseline
-    b_ratio: Interval | None = None
-
-    @property
-    def flips(self) -> bool:
-        """Tell whether both sides decided, and differently."""
-        return self.a != self.b and self.a not in UNDECIDED and self.b not in UNDECIDED
-
-    @property
-    def outcome(self) -> Outcome:
-        """Tell whether B shows A's verdict.
-
-        They are the same where both decided alike. They differ where B's ratio is shown to be
-        another, as the two intervals have nothing in common. Where A decided nothing there is
-        nothing to compare; all else is undecided, as is a ratio of B that is not valid.
-        """
-        if self.a in UNDECIDED:
-            return "not comparable"
-        if self.a == self.b:
-            return "same"
-        if self.b in NO_VERDICT:
-            return "undecided"
-        return "differs" if _are_disjoint(self.a_ratio, self.b_ratio) else "undecided"
-
-
-def _are_disjoint(a: Interval | None, b: Interval | None) -> bool:
-    """Tell whether two intervals have nothing in common; one that is not known may reach any."""
-    if not a or not b or None in (a.low, a.high, b.low, b.high):
-        return False
-    return (a.high or 0) < (b.low or 0) or (b.high or 0) < (a.low or 0)
-
-
-class MachineProperty(BaseModel, frozen=True, extra="forbid"):
-    """Holds a share of a machine's own limits that an engine reached: its range over the points."""
-
-    figure: str  # as in `ComparedFigure`
-    points: int
-    a: tuple[float, float]  # least and largest
-    b: tuple[float, float]
-
-
-class Comparison(BaseModel, frozen=True, extra="forbid"):
-    """Holds the comparison of B with A on one lab."""
-
-    a: str
-    b: str
-    lab: str
-    same_hardware: bool
-    paired: bool
-    forced: str = ""  # why they are not comparable, where the reader insisted
-    rows: list[ComparedFigure]
-    # what claims compare; dimensionless, and their sides are among the rows
-    effects: list[ComparedFigure]
-    of_machines: list[MachineProperty] = []  # of other hardware
-    left_out: int  # absolute figures, of other hardware
-    verdicts: list[VerdictPair]
-    caveats: dict[str, list[Caveat]]  # side -> what is wrong with it
-    speeds: dict[Part, float] | None = None  # of B's machine / A's, where both timed it
-    facts: list[Fact] = Field(default=[], exclude=True)  # of both manifests, likeliest cause first
-    differences: list[Fact]  # among them
-    unrecorded: list[str]
+Use = Literal["compared", "listed", "left out"]  # of a figure; the others only on other hardware
+USES: tuple[Use, ...] = ("compared", "listed", "left out")
 
 
 @dataclass(frozen=True)
@@ -225,6 +105,12 @@ class Side:
     @property
     def points(self) -> list[Point]:
         return [p for p in self.run.points() if self.variant in (None, p.variant.name)]
+
+    @property
+    def forecasts(self) -> list[ForecastResult]:
+        """Return the forecasts of its points."""
+        keys = {point.key for point in self.points}
+        return [f for f in self.summary.forecasts if f.point in keys]
 
 
 def _is_here(endpoint: str) -> bool:
@@ -292,23 +178,12 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
     if (why := reason_not_comparable(a, b)) and not force:
         raise LabError(f"{a.name} and {b.name} are not comparable: {why}; FORCE=1 compares them")
     same_hardware, paired = a.hardware == b.hardware, same_requests(a, b)
-    claimed = [c["metric"] for c in a.run.lab["claims"]]
-    metrics = dict.fromkeys([*compared_metrics(), *claimed])
-    absolute = [m for m in metrics if not METRICS[m].across_machines]
-    wanted = [m for m in metrics if same_hardware or METRICS[m].across_machines == "compared"]
-    figures = [_measured(s, wanted) | ({} if same_hardware else _shares(s)) for s in (a, b)]
-    rows, effects = judged(
-        [
-            _rows(figures[0], figures[1], paired),
-            of_claims(
-                _rows(_effects(a), _effects(b), paired),
-                [*a.summary.judgements, *b.summary.judgements],
-            ),
-        ]
-    )
-    elsewhere = [] if same_hardware else absolute
-    left_out = _rows(_measured(a, elsewhere), _measured(b, elsewhere), paired)
-    facts = [manifest.facts(s.run, manifest.cpu_share_of_other_work(s.folder)) for s in (a, b)]
+    columns_a, columns_b = (columns_of(s, _metrics(a.run), same_hardware) for s in (a, b))
+    rows = {use: _rows(columns_a[use], columns_b[use], paired) for use in USES}
+    claims = [*a.summary.judgements, *b.summary.judgements]
+    compared = judged(of_claims(rows["compared"], claims))
+    manifests = [manifest.recorded(s.folder) for s in (a, b)]
+    facts = manifest.fact_pairs(*manifests)
     return Comparison(
         a=a.name,
         b=b.name,
@@ -316,16 +191,16 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
         same_hardware=same_hardware,
         paired=paired,
         forced=why,
-        rows=rows,
-        effects=effects,
-        of_machines=[] if same_hardware else _of_machines(a, b),
-        left_out=len(left_out),
+        rows=[row for row in compared if row.kind != "effect"],
+        effects=[row for row in compared if row.kind == "effect"],
+        of_machines=_of_machines(rows["listed"]),
+        left_out=len(rows["left out"]),
         verdicts=[] if a.variant else _verdicts(a.summary.judgements, b.summary.judgements),
         caveats={name: _caveats(s) for name, s in (("A", a), ("B", b))},
         speeds=_speeds(a, b),
-        facts=manifest.fact_pairs(*facts),
-        differences=manifest.differences(*facts),
-        unrecorded=manifest.unrecorded(*facts),
+        facts=facts,
+        differences=[fact for fact in facts if fact.differs],
+        unrecorded=manifest.unrecorded(*manifests),
     )
 
 
@@ -338,64 +213,52 @@ def _speeds(a: Side, b: Side) -> dict[Part, float] | None:
     return relative_speed(of_b, of_a) if same_work else None
 
 
-def _measured(side: Side, metrics: Sequence[str]) -> Columns:
-    columns: Columns = {}
+def _metrics(run: Run) -> list[str]:
+    """Name the metrics of a comparison: those of every lab, and those of the lab's claims."""
+    claimed = [c["metric"] for c in run.lab["claims"]]
+    return list(dict.fromkeys([*compared_metrics(), *claimed]))
+
+
+def columns_of(side: Side, metrics: Sequence[str], same_hardware: bool) -> dict[Use, Columns]:
+    """Compute every figure of a side by repeat, sorted by what the comparison does with it."""
+    columns: dict[Use, Columns] = {use: {} for use in USES}
+    measurements = side.summary.measurements
     for point in side.points:
         for metric in metrics:
-            if column := by_repeat(side.summary.measurements.get(point.key, {}), metric):
-                columns[metric, side.where(point.key)] = column
-    return columns
-
-
-def _effects(side: Side) -> Columns:
-    """Compute treatment / baseline by repeat for each claim's pair; none for a single variant.
-
-    A repeat whose baseline had 0 has no ratio.
-    """
-    columns: Columns = {}
-    measurements = side.summary.measurements
+            use: Use = METRICS[metric].across_machines or "left out"
+            column = by_repeat(measurements.get(point.key, {}), metric)
+            columns["compared" if same_hardware else use][metric, side.where(point.key)] = column
+    for f in [] if same_hardware else side.forecasts:
+        use = "compared" if f.prediction.kind == "point" else "listed"
+        column = by_repeat(measurements.get(f.point, {}), f.metric)
+        predicted = dict.fromkeys(column, f.prediction.value)
+        name = f"measured / predicted {f.metric}"
+        columns[use][name, side.where(f.point)] = _quotients(column, predicted)
     for j in [] if side.variant else side.summary.judgements:
         treatment, baseline = (
             by_repeat(measurements.get(key, {}), j.metric) for key in (j.treatment, j.baseline)
         )
-        column = {
-            repeat: treatment[repeat] / baseline[repeat]
-            for repeat in sorted(set(treatment) & set(baseline))
-            if baseline[repeat]
-        }
-        if column:
-            columns[f"effect on {j.metric}", j.where] = column
+        columns["compared"][f"effect on {j.metric}", j.where] = _quotients(treatment, baseline)
     return columns
 
 
-def _shares(side: Side, of_bounds: bool = False) -> Columns:
-    """Compute measured / predicted by repeat for each forecast: of figures, or of bounds."""
-    columns: Columns = {}
-    for f in side.summary.forecasts:
-        if side.variant not in (None, f.point.partition("/")[0]) or not f.prediction.value:
-            continue
-        if (f.prediction.kind == "point") == of_bounds:
-            continue
-        measured = by_repeat(side.summary.measurements.get(f.point, {}), f.metric)
-        column = {repeat: v / f.prediction.value for repeat, v in measured.items()}
-        if column:
-            columns[f"measured / predicted {f.metric}", side.where(f.point)] = column
-    return columns
+def _quotients(dividends: Column, divisors: Column) -> Column:
+    """Divide by repeat; a repeat whose divisor is 0 has no ratio."""
+    shared = sorted(set(dividends) & set(divisors))
+    return {repeat: dividends[repeat] / divisors[repeat] for repeat in shared if divisors[repeat]}
 
 
-def _of_machines(a: Side, b: Side) -> list[MachineProperty]:
-    """List what says how well each engine uses its machine, over the points of both."""
-    listed = [m for m in compared_metrics() if METRICS[m].across_machines == "listed"]
-    columns_a, columns_b = (_measured(s, listed) | _shares(s, of_bounds=True) for s in (a, b))
-    shared = [key for key in columns_a if key in columns_b]
+def _of_machines(rows: Sequence[ComparedFigure]) -> list[MachineProperty]:
+    """Say of each figure from where to where it lies over the points that both sides have."""
+    ranges: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.a is not None and row.b is not None:
+            ranges.setdefault(row.figure, []).append((row.a, row.b))
     properties = []
-    for figure in dict.fromkeys(figure for figure, _ in shared):
-        values = [
-            [mean_interval(list(of[key].values())).value for key in shared if key[0] == figure]
-            for of in (columns_a, columns_b)
-        ]
-        in_a, in_b = ((min(of_side), max(of_side)) for of_side in values)
-        properties.append(MachineProperty(figure=figure, points=len(values[0]), a=in_a, b=in_b))
+    for figure, pairs in ranges.items():
+        in_a, in_b = zip(*pairs, strict=True)
+        a, b = (min(in_a), max(in_a)), (min(in_b), max(in_b))
+        properties.append(MachineProperty(figure=figure, points=len(pairs), a=a, b=b))
     return properties
 
 
@@ -414,6 +277,8 @@ def _row(key: tuple[str, str], a: Column, b: Column, paired: bool) -> ComparedFi
     ratio, (outcome, why) = None, _without_ratio(a, b)
     if not why and (ratio := contrast(b, a, paired=paired)) is None:
         outcome, why = "not comparable", "no repeat in common"
+    if ratio and ratio.p is None:
+        why = "one repeat gives no interval"
     p = _p_of_difference(a, b) if why == SOME_ZEROS else None
     return ComparedFigure(
         figure=figure,
@@ -433,11 +298,7 @@ def _p_of_difference(a: Column, b: Column) -> float | None:
     """Return Welch's p-value of the means being equal; None where a side has a single repeat."""
     if min(len(a), len(b)) < 2:
         return None
-    with warnings.catch_warnings():  # one side may be the same in every repeat
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return float(
-            scipy.stats.ttest_ind(list(a.values()), list(b.values()), equal_var=False).pvalue
-        )
+    return float(welchs_test(list(a.values()), list(b.values())).pvalue)
 
 
 def _without_ratio(a: Column, b: Column) -> tuple[Outcome, str]:
@@ -467,36 +328,32 @@ def of_claims(
     ]
 
 
-def judged(groups: Sequence[list[ComparedFigure]]) -> list[list[ComparedFigure]]:
+def judged(rows: Sequence[ComparedFigure]) -> list[ComparedFigure]:
     """Decide each row that chance may explain: the rate of false discoveries over all is bounded.
 
     The others are decided already.
     """
-    ps = [p for rows in groups for r in rows if (p := _p_of(r)) is not None]
+    ps = [p for row in rows if (p := _p_of(row)) is not None]
     adjusted = iter(scipy.stats.false_discovery_control(ps) if ps else ())
-
-    def judge_row(row: ComparedFigure) -> ComparedFigure:
-        if row.contrast is None:
-            if row.p_of_difference is None:
-                return row
-            beyond = not (row.a and row.b and is_within(row.b / row.a, row.margin))
-            differs = float(next(adjusted)) < 1 - CONFIDENCE and beyond
-            return row.model_copy(update={"outcome": "differs" if differs else "undecided"})
-        ratio = row.contrast.ratio
-        if ratio.low is None or ratio.high is None:
-            return row.model_copy(update={"why": "one repeat gives no interval"})
-        outcome, why = _outcome(ratio, float(next(adjusted)), row.margin)
-        return row.model_copy(update={"outcome": outcome, "why": why})
-
-    return [[judge_row(row) for row in rows] for rows in groups]
+    return [row if _p_of(row) is None else _judged(row, float(next(adjusted))) for row in rows]
 
 
 def _p_of(row: ComparedFigure) -> float | None:
     return row.contrast.p if row.contrast else row.p_of_difference
 
 
-def _outcome(ratio: Interval, p: float, margin: float) -> tuple[Outcome, str]:
-    """Decide by a ratio's interval and its p-value, adjusted for the number of figures; say why."""
+def _judged(row: ComparedFigure, p: float) -> ComparedFigure:
+    """Decide a row by its p-value, adjusted for the number of figures."""
+    if row.contrast:
+        outcome, why = _by_ratio(row.contrast.ratio, p, row.margin)
+    else:
+        beyond = not (row.a and row.b and is_within(row.b / row.a, row.margin))
+        outcome, why = "differs" if beyond and p < 1 - CONFIDENCE else "undecided", row.why
+    return row.model_copy(update={"outcome": outcome, "why": why})
+
+
+def _by_ratio(ratio: Interval, p: float, margin: float) -> tuple[Outcome, str]:
+    """Decide by a ratio's interval, and say why."""
     assert ratio.low is not None
     assert ratio.high is not None
     within = f"{100 * margin:g}%"
@@ -570,16 +427,15 @@ def compare_named(a: str, b: str, force: bool = False) -> tuple[list[Comparison]
         {folder.lab_name: folder for folder in _newest_below(home)} for home in homes if home
     )
     comparisons, refused = [], []
-    for lab in runs_a:
-        if lab not in runs_b:
-            refused.append(f"{lab}: {b} has no run of it")
+    for lab in {**runs_a, **runs_b}:
+        if lab not in runs_a or lab not in runs_b:
+            refused.append(f"{lab}: {b if lab in runs_a else a} has no run of it")
             continue
-        side_a, side_b = (read_side(str(f.path)) for f in (runs_a[lab], runs_b[lab]))
+        side_a, side_b = (read_side(str(runs[lab].path)) for runs in (runs_a, runs_b))
         if (why := reason_not_comparable(side_a, side_b)) and not force:
             refused.append(f"{lab}: {why}")
         else:
             comparisons.append(compare(side_a, side_b, force))
-    refused += [f"{lab}: {a} has no run of it" for lab in runs_b if lab not in runs_a]
     if not comparisons:
         raise LabError(f"no lab of {a} and {b} is comparable: {'; '.join(refused) or 'no runs'}")
     return comparisons, refused

@@ -14,13 +14,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, NonNegativeFloat, ValidationError
 
-from labs.harness.comparing.compare import (
-    NO_VERDICT,
-    NOT_COMPLETE,
-    UNDECIDED,
-    ComparedFigure,
-    Comparison,
-)
+from labs.harness.comparing.compare import NOT_COMPLETE
+from labs.harness.comparing.comparison import NO_VERDICT, UNDECIDED, ComparedFigure, Comparison
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import times_with_interval
 from labs.harness.spec import LabError
@@ -88,9 +83,7 @@ def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
         if row.b is None:  # a percentile is missing where few samples came, which chance decides
             if limits.verdicts.missing_fails and METRICS[row.metric].statistic.q is None:
                 failed.append(f"{what}: missing now")
-        elif _errors_came(row, limits):
-            failed.append(f"{what}: {row.a:.3g} in the baseline, {row.b:.3g} now")
-        elif row.outcome == "differs" and (row.worse_by or 0) > limits.of(row):
+        elif _errors_came(row, limits) or _is_worse(row, limits):
             failed.append(f"{what}: {_worse(row, limits)}")
     if not failed:
         _require_decided(comparison, rows)
@@ -134,6 +127,10 @@ def _errors_came(row: ComparedFigure, limits: Thresholds) -> bool:
     if row.figure != "error_rate" or row.a is None or row.b is None:
         return False
     return row.a <= limits.of(row) < row.b
+
+
+def _is_worse(row: ComparedFigure, limits: Thresholds) -> bool:
+    return row.outcome == "differs" and (row.worse_by or 0) > limits.of(row)
 
 
 def _worse(row: ComparedFigure, limits: Thresholds) -> str:

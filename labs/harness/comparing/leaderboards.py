@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+import jinja2
+
 from labs import LABS
 from labs.harness.comparing import reproduction
-from labs.harness.comparing.reproduction import ANSWER_OF_OUTCOME, FILED, Reproduction
+from labs.harness.comparing.comparison import (
+    ANSWER_OF_OUTCOME,
+    Reproduction,
+    counted_outcomes,
+)
+from labs.harness.comparing.reproduction import FILED
+from labs.harness.comparing.side_by_side import named_table
 from labs.harness.facts.parts import Headline, parts_of
 from labs.harness.filing import manifest, results
 from labs.harness.filing.committed import committed_runs
@@ -67,9 +74,9 @@ VERDICTS = "docs/reading-a-report.md#verdicts-and-predictions"
 PAGE = "README.md"
 SWEEP = "sweep.svg"
 SITTING = "labs-all.md"  # of a machine, for its reader: git ignores it
-MISSES = " to what was measured: by figure, by run, with a list of every miss."
 FORECASTS = "forecasts.md"  # how near predictions came
 README = ROOT / PAGE
+COLLECTION = Path(__file__).with_name("collection.md")
 RUN_NAME = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{8}\b")
 MOST_HEADLINES = 5  # on the front page, which is one page
 CLAIMS_EACH = 2  # of each lab on the page of all machines; the machine's page has them all
@@ -238,9 +245,9 @@ def _source(lab: str) -> str:
     return f"labs/{lab.replace('-', '_')}"
 
 
-def _headlines(runs: Sequence[RunFolder]) -> Iterator[Inline]:
+def _headlines(runs: Sequence[RunFolder]) -> list[Inline]:
     """Say how the claim that a lab puts forward came out, in one run that decided it."""
-    yield from (_headline(*one) for one in _found(runs))
+    return [_headline(*one) for one in _found(runs)]
 
 
 def _found(runs: Sequence[RunFolder]) -> list[tuple[RunFolder, Judgement, Headline]]:
@@ -277,32 +284,31 @@ def _where_found(runs: Sequence[RunFolder]) -> Paragraph:
 def _measured_on(runs: Sequence[RunFolder]) -> str:
     """Name the kinds of machines behind the findings; each GPU is named with its finding."""
     found = [folder for folder, *_ in _found(runs)]
-    cores = {folder.run().machine.count for folder in found if on_cpu(folder)}
-    cpus = "CPUs with two cores" if cores == {2} else "CPUs" if cores else ""
     if not found:
         return "Nothing has been decided yet."
+    kinds = []
+    if cores := {folder.run().machine.count for folder in found if on_cpu(folder)}:
+        kinds.append("CPUs with two cores" if cores == {2} else "CPUs")
     if not all(map(on_cpu, found)):
-        return f"Measured on {f'{cpus} and on ' if cpus else ''}GPUs, which are named."
-    no_gpu = "no result from a GPU is here yet"
-    without = no_gpu if all(map(on_cpu, runs)) else "no GPU has decided one of these yet"
-    return f"Measured on {cpus}; {without}."
+        kinds.append("GPUs, which are named")
+    without = "; no result from a GPU is here yet" if all(map(on_cpu, runs)) else ""
+    return f"Measured on {' and on '.join(kinds)}{without}."
 
 
 def _decided(runs: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, Judgement, Headline]]:
     """Yield each lab's claim for the front page from the first run that decided it."""
     for lab in LABS:
         headline = parts_of(lab).headline
-        if headline and not headline.on_front_page:
+        if not headline or not headline.on_front_page:
             continue
-        judgements = (
-            (folder, judgement)
+        decided = [
+            (folder, judgement, headline)
             for folder in runs
             if folder.lab_name == lab
             for judgement in folder.summary().judgements
-            if headline and judgement.claim == headline.claim and judgement.expected is not None
-        )
-        if headline and (first := next(judgements, None)):
-            yield *first, headline
+            if judgement.claim == headline.claim and judgement.expected is not None
+        ]
+        yield from decided[:1]
 
 
 def _headline(folder: RunFolder, judgement: Judgement, headline: Headline) -> Inline:
@@ -324,52 +330,6 @@ def _to_report(folder: RunFolder, page_folder: Path, words: Inline) -> Inline:
 
 # ---------------------------------------------------------------------------- the collection's page
 
-INTRODUCTION = """\
-# Results
-
-A folder for each machine, in it one for each lab, in it one for each run. They hold data only, \
-which can be read without this code. \
-[CONTRIBUTING.md](../CONTRIBUTING.md#add-a-machine) says how to add a machine, and \
-[docs/reading-a-report.md](../docs/reading-a-report.md) how to read a report. `make readme` writes \
-this page.
-"""
-BOARD = """
-## Leaderboard
-
-The first claims of each lab on every machine. *Changed*: the lab has other settings by now. \
-*Repeated*: what became of the run's verdicts in its newest repetition, and when that was. \
-An interval covers one sitting: how much the repeats of a run vary, not what another day or \
-another machine changes. *Between sittings*: how far a claim's ratio in a reproduction on the same \
-hardware typically lies from the original's (root mean square of the logarithm of their ratio, \
-over all claims that were valid in both, in all reproductions of the lab).
-"""
-REPEATED = """
-## Reproduced
-
-Each run that was repeated with the same settings and seeds. A verdict is *reproduced* where the \
-repetition decides alike, *not reproduced* where it does not and the two intervals do not overlap, \
-and else *undecided*, as where the repetition is not valid. Where the original decided nothing \
-there is nothing to reproduce. A figure is *reproduced* where the interval of the ratio lies \
-within the margin (5% unless a claim names its own), *not reproduced* where it differs by more \
-than chance explains, and else *undecided*.
-"""
-PREDICTED = """
-## Forecasts
-"""
-ANSWERED = """
-## Questions
-
-How each question is answered. *Measured*: the reports of the labs' newest full runs, by machine. \
-*Arithmetic* and *forecast*: computed for the example that is given, by the functions of \
-[`make plan`](../docs/planning.md); nothing was measured.
-"""
-INSTRUMENTS = """
-## Instruments
-
-How accurate the lab's own instruments are, as `make bench` measured it; \
-[docs/instruments.md](../docs/instruments.md) explains the columns.
-"""
-
 
 def _collection(runs: Sequence[RunFolder]) -> str:
     """Write the page of all machines: what was measured where, and how far to trust it."""
@@ -380,17 +340,21 @@ def _collection(runs: Sequence[RunFolder]) -> str:
     benches = [
         block for bench in instruments.published_benches() for block in instruments.blocks(bench)
     ]
-    repeated = _reproduced(results.RESULTS)
-    marked = _what_marks_mean(runs)
-    parts: list[tuple[str, Sequence[Block]]] = [
-        (INTRODUCTION, [machines]),
-        (BOARD, [*marked, leaderboard(committed=True)]),
-        (ANSWERED, [*marked, _questions(runs)]),
-        (PREDICTED, [Paragraph((Link("How near predictions came", FORECASTS), MISSES))]),
-        (REPEATED, [repeated] if repeated.rows else []),
-        (INSTRUMENTS, benches),
-    ]
-    return "".join(f"{text}\n{markdown.fragment(blocks)}\n" for text, blocks in parts if blocks)
+    marked, repeated = _what_marks_mean(runs), _reproduced(results.RESULTS)
+    parts: dict[str, Sequence[Block]] = {
+        "machines": [machines],
+        "leaderboard": [*marked, leaderboard(committed=True)],
+        "questions": [*marked, _questions(runs)],
+        "repeated": [repeated] if repeated.rows else [],
+        "benches": benches,
+    }
+    template = jinja2.Template(
+        COLLECTION.read_text(),
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return str(template.render({name: markdown.fragment(of) for name, of in parts.items()}))
 
 
 def _what_marks_mean(runs: Sequence[RunFolder]) -> list[Block]:
@@ -444,26 +408,23 @@ def _would_answer(id: str) -> list[Inline]:
 
 def _reproduced(page_folder: Path) -> Table:
     """Tabulate the repetitions of each run, the newest first."""
-    rows: list[list[Inline]] = []
-    for original in sorted(_repeated(), key=lambda f: (on_cpu(f), f.path)):
-        for result in reproduction.filed_with(original, committed=True):
-            count = Counter(a.answer for a in result.answers)
-            rows.append(
-                [
-                    original.lab_name,
-                    Link(original.path.name, _link(original, page_folder)),
-                    result.by.machine.describe(),
-                    result.day,
-                    result.by.vllm or "–",
-                    result.outcome,
-                    result.verdict_counts,
-                    ", ".join(f"{count[a]} {a}" for a in ANSWER_OF_OUTCOME.values() if count[a]),
-                ]
-            )
-    return table(
-        ("Lab", "Run", "Repeated on", "When", "vLLM", "Outcome", "Verdicts", "Figures"),
-        rows,
-    )
+    rows: list[dict[str, Inline]] = [
+        {
+            "Lab": original.lab_name,
+            "Run": Link(original.path.name, _link(original, page_folder)),
+            "Repeated on": result.by.machine.describe(),
+            "When": result.day,
+            "vLLM": result.by.vllm or "–",
+            "Outcome": result.outcome,
+            "Verdicts": result.verdict_counts,
+            "Figures": counted_outcomes(
+                (a.answer for a in result.answers), ANSWER_OF_OUTCOME.values()
+            ),
+        }
+        for original in sorted(_repeated(), key=lambda f: (on_cpu(f), f.path))
+        for result in reproduction.filed_with(original, committed=True)
+    ]
+    return named_table(rows)
 
 
 def _link(original: RunFolder, page_folder: Path) -> str:
@@ -491,57 +452,54 @@ def _between_sittings(committed: bool) -> dict[str, str]:
 
 def leaderboard(committed: bool = False) -> Table:
     """Tabulate lab x claim x machine of the newest runs, with links relative to `results/`."""
-    rows: list[list[Inline]] = []
-    runs, between_sittings = newest_runs(committed=committed), _between_sittings(committed)
-    for name in LABS:
-        entries: list[tuple[int, bool, str, list[Inline]]] = []
-        for folder in (f for f in runs if f.lab_name == name):
-            run = folder.run()
-            machine = run.machine.describe()
-            home = _to_report(folder, results.RESULTS, machine)
-            standing = Strong("changed") if manifest.is_stale(run) else "unchanged"
-            moved = between_sittings.get(name, "–")
-            repeated = _newest(folder, results.RESULTS, committed)
-            for place, j in enumerate(folder.summary().judgements[:CLAIMS_EACH]):
-                effect = [ratio_text(j), ratio_interval(j), moved, j.outcome, claim_outcome(j)]
-                cells = [name, parse(j.title), home, *effect, standing, repeated]
-                entries.append((place, on_cpu(folder), machine, cells))
-        rows += [cells for *_, cells in sorted(entries, key=lambda item: item[:3])]
-    return table(
-        (
-            "Lab",
-            "Claim",
-            "Machine",
-            "Effect",
-            "95% interval",
-            "Between sittings",
-            "Verdict",
-            "Prediction",
-            "Settings since then",
-            "Repeated",
-        ),
-        rows,
-    )
+    claims = [
+        (place, folder, judgement)
+        for folder in newest_runs(committed=committed)
+        for place, judgement in enumerate(folder.summary().judgements[:CLAIMS_EACH])
+        if folder.lab_name in LABS
+    ]
+    labs, between_sittings = list(LABS), _between_sittings(committed)
+
+    def order(claim: tuple[int, RunFolder, Judgement]) -> tuple[int, int, bool, str]:
+        place, folder, _ = claim
+        machine = folder.run().machine.describe()
+        return labs.index(folder.lab_name), place, on_cpu(folder), machine
+
+    rows: list[dict[str, Inline]] = [
+        {
+            "Lab": folder.lab_name,
+            "Claim": parse(j.title),
+            "Machine": _to_report(folder, results.RESULTS, folder.run().machine.describe()),
+            "Effect": ratio_text(j),
+            "95% interval": ratio_interval(j),
+            "Between sittings": between_sittings.get(folder.lab_name, "–"),
+            "Verdict": j.outcome,
+            "Prediction": claim_outcome(j),
+            "Settings since then": (
+                Strong("changed") if manifest.is_stale(folder.run()) else "unchanged"
+            ),
+            "Repeated": _newest(folder, results.RESULTS, committed),
+        }
+        for _, folder, j in sorted(claims, key=order)
+    ]
+    return named_table(rows)
 
 
 # ----------------------------------------------------------------------------- a machine's own page
 
-CLAIM_COLUMNS = (
-    "Lab", "Claim", "Effect", "95% interval", "Predicted", "Did it hold?", "Verdict",
-)  # fmt: skip
 
-
-def _claim(folder: RunFolder, judgement: Judgement, page_folder: Path) -> list[Inline]:
+def _claim(folder: RunFolder, judgement: Judgement, page_folder: Path) -> dict[str, Inline]:
     run = folder.run()
-    return [
-        (_to_report(folder, page_folder, run.lab["name"]), _earlier(run)),
-        (parse(judgement.title), f" ({point_label(judgement.treatment, run.rebuilt_lab())})"),
-        f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
-        ratio_interval(judgement),
-        f"{ratio_number(judgement.prediction.value)}x",
-        claim_outcome(judgement),
-        parse(verdict_text(judgement)),
-    ]
+    place = point_label(judgement.treatment, run.rebuilt_lab())
+    return {
+        "Lab": (_to_report(folder, page_folder, run.lab["name"]), _earlier(run)),
+        "Claim": (parse(judgement.title), f" ({place})"),
+        "Effect": f"{METRICS[judgement.metric].title} {ratio_text(judgement)}",
+        "95% interval": ratio_interval(judgement),
+        "Predicted": f"{ratio_number(judgement.prediction.value)}x",
+        "Did it hold?": claim_outcome(judgement),
+        "Verdict": parse(verdict_text(judgement)),
+    }
 
 
 def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
@@ -554,13 +512,13 @@ def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
         for finding in told_by(f).findings
         if finding.passed is not None
     ]
-    claims = (_claim(f, j, here) for f in runs for j in f.summary().judgements)
+    claims = [_claim(f, j, here) for f in runs for j in f.summary().judgements]
     return section(
         f"What was measured on {first.machine.describe()}",
         Paragraph(f"Ceilings: {ceilings_text(first.ceilings)}. Each lab's newest complete run:"),
         *_what_marks_mean(runs),
         _runs(runs, here, committed),
-        section("Every claim", table(CLAIM_COLUMNS, claims), Paragraph(ONE_SITTING)),
+        section("Every claim", named_table(claims), Paragraph(ONE_SITTING)),
         section("Checks that can fail", table(("Lab", "Check", "Outcome"), checks)),
         section("Question by question", _answers(runs, here)),
     )
@@ -573,36 +531,23 @@ def _lab_of(run: Run) -> str:
 
 def _runs(runs: Sequence[RunFolder], page_folder: Path, committed: bool) -> Table:
     """Tabulate the runs: question, model, date, and what became of claims and predictions."""
-    rows: list[list[Inline]] = []
+    rows: list[dict[str, Inline]] = []
     for folder in runs:
-        run, session, summary = folder.run(), folder.session(), folder.summary()
+        run, session, judgements = folder.run(), folder.session(), folder.summary().judgements
         rows.append(
-            [
-                _to_report(folder, page_folder, run.lab["name"]),
-                parse(run.lab["question"]),
-                run.model,
-                run.environment.vllm or "–",
-                run.started_at[:16].replace("T", " "),
-                _load(run, session) if session else "–",
-                decided_text(summary.judgements),
-                predictions_text(summary.judgements),
-                _newest(folder, page_folder, committed),
-            ]
+            {
+                "Lab": _to_report(folder, page_folder, run.lab["name"]),
+                "Question": parse(run.lab["question"]),
+                "Model": run.model,
+                "vLLM": run.environment.vllm or "–",
+                "When (UTC)": run.started_at[:16].replace("T", " "),
+                "Load": _load(run, session) if session else "–",
+                "Claims decided": decided_text(judgements),
+                "Predictions": predictions_text(judgements),
+                "Repeated": _newest(folder, page_folder, committed),
+            }
         )
-    return table(
-        (
-            "Lab",
-            "Question",
-            "Model",
-            "vLLM",
-            "When (UTC)",
-            "Load",
-            "Claims decided",
-            "Predictions",
-            "Repeated",
-        ),
-        rows,
-    )
+    return named_table(rows)
 
 
 def _load(run: Run, session: Session) -> str:

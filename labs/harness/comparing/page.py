@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from dashboards.palette import BOUND, VARIANTS
 from labs.harness.comparing import side_by_side
-from labs.harness.comparing.compare import Comparison
+from labs.harness.comparing.comparison import Comparison
 from labs.harness.judging.text import number
 from labs.harness.telling import html, pages
 from labs.harness.telling.document import Section, parts, plain_text

@@ -13,24 +13,29 @@ collection of results says for each run whether others measured the same.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
-
-from pydantic import BaseModel, computed_field
 
 from labs.harness.comparing import compare, side_by_side
-from labs.harness.comparing.compare import ComparedFigure, MachineProperty, Outcome, VerdictPair
+from labs.harness.comparing.comparison import (
+    ANSWER_OF_OUTCOME,
+    NO_VERDICT,
+    Answer,
+    ComparedFigure,
+    Repetition,
+    ReproducedFigure,
+    Reproduction,
+    VerdictPair,
+    counted_outcomes,
+)
 from labs.harness.filing import manifest
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.committed import tracked
 from labs.harness.filing.manifest import Fact
 from labs.harness.filing.results import RunFolder, all_runs, read_json, write_json
-from labs.harness.judging.judge import Caveat, Judgement, VerdictKind, verdict_kind
-from labs.harness.judging.machine_speed import Part, relative_speed_text
+from labs.harness.judging.judge import Judgement, VerdictKind, verdict_kind
 from labs.harness.judging.text import ONE_SITTING
 from labs.harness.telling import markdown
 from labs.harness.telling.document import (
@@ -44,94 +49,8 @@ from labs.harness.telling.document import (
     section,
 )
 from serving import whole
-from serving.machine import Machine
 
 FILED = "reproductions"
-Answer = Literal["reproduced", "not reproduced", "undecided", "not comparable"]
-ANSWER_OF_OUTCOME: dict[Outcome, Answer] = {
-    "same": "reproduced",
-    "differs": "not reproduced",
-    "undecided": "undecided",
-    "not comparable": "not comparable",
-}
-EXIT_CODES: dict[Answer, int] = {"reproduced": 0, "not reproduced": 1, "undecided": 2}
-NOTHING = "nothing to reproduce"
-
-
-class ReproducedFigure(BaseModel, frozen=True):
-    """Says how one figure of the original came out in the repetition.
-
-    What follows from other fields is in the file for its readers, and is passed over when it is
-    read again.
-    """
-
-    row: ComparedFigure
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def answer(self) -> Answer:
-        """Return what became of the figure."""
-        return ANSWER_OF_OUTCOME[self.row.outcome]
-
-
-class Repetition(BaseModel, frozen=True, extra="forbid"):
-    """Describes the run that repeated another."""
-
-    run: str
-    started_at: str
-    machine: Machine
-    model: str
-    vllm: str | None
-    git_commit: str | None
-    git_dirty: bool | None
-
-
-class Reproduction(BaseModel, frozen=True):
-    """Holds the comparison of a run (A) with its repetition (B); read as `ReproducedFigure` is."""
-
-    original: str
-    by: Repetition
-    remark: str = ""  # written by hand, where it is filed: what was measured of a disagreement
-    verdicts: list[VerdictPair]
-    answers: list[ReproducedFigure]
-    of_machines: list[MachineProperty] = []  # of other hardware
-    not_comparable: int  # figures with a dimension, of other hardware
-    likeliest_cause: str  # of what differs
-    caveats: dict[str, list[Caveat]]
-    differences: list[Fact]
-    unrecorded: list[str]
-    same_hardware: bool
-    speeds: dict[Part, float] | None = None  # of this machine / the original's, where both timed it
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def outcome(self) -> Answer:
-        """Answer for the run as a whole: reproduced where every verdict of the original is."""
-        answers = {ANSWER_OF_OUTCOME[v.outcome] for v in self.verdicts} - {"not comparable"}
-        if "not reproduced" in answers:
-            return "not reproduced"
-        return "reproduced" if answers == {"reproduced"} else "undecided"
-
-    @property
-    def exit_code(self) -> int:
-        """Return 0, 1 or 2: reproduced, not reproduced, undecided."""
-        return EXIT_CODES[self.outcome]
-
-    @property
-    def apart(self) -> list[ComparedFigure]:
-        """Return the figures that were not reproduced, or are undecided."""
-        return [a.row for a in self.answers if a.answer != "reproduced"]
-
-    @property
-    def verdict_counts(self) -> str:
-        """Count what became of the original's verdicts: `3 reproduced, 1 undecided`."""
-        count = Counter(ANSWER_OF_OUTCOME[v.outcome] for v in self.verdicts)
-        return ", ".join(f"{count[a]} {a}" for a in EXIT_CODES if count[a]) or NOTHING
-
-    @property
-    def day(self) -> str:
-        """Return the date on which the repetition started."""
-        return self.by.started_at[:10]
 
 
 def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
@@ -144,27 +63,24 @@ def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
     )
     rows = [*comparison.rows, *comparison.effects]
     run = new.run()
-    result = Reproduction(
-        original=comparison.a,
-        by=Repetition(
-            run=run.run_id,
-            started_at=run.started_at,
-            machine=run.machine,
-            model=run.model,
-            vllm=run.environment.vllm,
-            git_commit=run.environment.git_commit,
-            git_dirty=run.environment.git_dirty,
-        ),
-        verdicts=comparison.verdicts,
-        answers=[ReproducedFigure(row=row) for row in rows],
-        of_machines=comparison.of_machines,
-        not_comparable=comparison.left_out,
-        likeliest_cause=likeliest_cause(comparison.verdicts, rows, comparison.differences),
-        caveats=comparison.caveats,
-        differences=comparison.differences,
-        unrecorded=comparison.unrecorded,
-        same_hardware=comparison.same_hardware,
-        speeds=comparison.speeds,
+    by = Repetition(
+        run=run.run_id,
+        started_at=run.started_at,
+        machine=run.machine,
+        model=run.model,
+        vllm=run.environment.vllm,
+        git_commit=run.environment.git_commit,
+        git_dirty=run.environment.git_dirty,
+    )
+    result = Reproduction.model_validate(
+        {
+            **dict(comparison),
+            "original": comparison.a,
+            "by": by,
+            "answers": [ReproducedFigure(row=row) for row in rows],
+            "not_comparable": comparison.left_out,
+            "likeliest_cause": likeliest_cause(comparison.verdicts, rows, comparison.differences),
+        }
     )
     write_json(new.path / "reproduction.json", result)
     page = section(
@@ -192,7 +108,7 @@ def between_sittings(repetitions: Sequence[Reproduction]) -> BetweenSittings | N
         if repetition.same_hardware
         for verdict in repetition.verdicts
         if verdict.a_ratio and verdict.b_ratio
-        if not {verdict.a, verdict.b} & set(compare.NO_VERDICT)
+        if not {verdict.a, verdict.b} & set(NO_VERDICT)
     ]
     if not logs:
         return None
@@ -210,9 +126,9 @@ def likeliest_cause(
 
 def sentences(result: Reproduction) -> list[str]:
     """Say in a few sentences which verdicts and figures came out the same."""
-    count = Counter(a.answer for a in result.answers)
-    count["not comparable"] += result.not_comparable
-    counts = ", ".join(f"{count[a]} {a}" for a in ANSWER_OF_OUTCOME.values() if count[a])
+    answers = [a.answer for a in result.answers]
+    left_out: list[Answer] = ["not comparable"] * result.not_comparable
+    counts = counted_outcomes([*answers, *left_out], ANSWER_OF_OUTCOME.values())
     texts = [
         f"The run as a whole: {result.outcome}. Verdicts: {result.verdict_counts}.",
         f"Figures: {counts}.",
@@ -220,14 +136,7 @@ def sentences(result: Reproduction) -> list[str]:
     texts += [
         _verdict_sentence(v) for v in result.verdicts if v.outcome in ("differs", "undecided")
     ]
-    if result.speeds:
-        here, there = "This machine", "the original's"
-        texts.append(f"{relative_speed_text(here, result.speeds, there)}.")
-    if not result.same_hardware:
-        texts.append(
-            "Different hardware: only dimensionless figures are compared. MBU and MFU are"
-            " properties of each machine."
-        )
+    texts += side_by_side.of_machines(result, "This machine", "the original's")
     if result.likeliest_cause:
         texts.append(f"Likeliest cause of what differs: {result.likeliest_cause}.")
     if result.unrecorded:
@@ -283,8 +192,8 @@ def judge_again(original: RunFolder) -> list[Path]:
     for path in _files(original):
         before = read_json(path, Reproduction)
         verdicts = [_judged_again(v, judgements.get((v.claim, v.where))) for v in before.verdicts]
-        rows = compare.of_claims([a.row for a in before.answers], list(judgements.values()))
-        (rows,) = compare.judged([rows])
+        rows = [answer.row for answer in before.answers]
+        rows = compare.judged(compare.of_claims(rows, list(judgements.values())))
         after = before.model_copy(
             update={
                 "verdicts": verdicts,
@@ -304,7 +213,7 @@ def _judged_again(pair: VerdictPair, now: Judgement | None) -> VerdictPair:
     if now is None:
         return pair
     b: VerdictKind | str = pair.b
-    if pair.b_ratio and pair.b not in compare.NO_VERDICT:
+    if pair.b_ratio and pair.b not in NO_VERDICT:
         b = verdict_kind(pair.b_ratio, now.metric, now.margin)
     return pair.model_copy(update={"a": now.outcome, "a_ratio": now.ratio, "b": b})
 
@@ -366,16 +275,7 @@ def _blocks(result: Reproduction) -> list[Block | None]:
         ),
         bullets((*sentences(result), ONE_SITTING)),
         Paragraph((Strong("Remark."), " ", parse(result.remark))) if result.remark else None,
-        *(
-            section(title, table)
-            for title, table in {
-                "Verdicts": side_by_side.verdict_table(result.verdicts),
-                "What was not reproduced, or is undecided": side_by_side.figure_table(result.apart),
-                "Properties of the machines": side_by_side.machine_table(result.of_machines),
-                "Validity": side_by_side.validity_table(result.caveats),
-                "What differs in how they were run": side_by_side.difference_table(
-                    result.differences
-                ),
-            }.items()
+        *side_by_side.titled_tables(
+            result, {"What was not reproduced, or is undecided": result.apart}
         ),
     ]

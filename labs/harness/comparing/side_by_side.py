@@ -6,15 +6,18 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from labs.harness.comparing.compare import (
+from labs.harness.comparing.comparison import (
+    ANSWER_OF_OUTCOME,
     ComparedFigure,
     Comparison,
     MachineProperty,
+    Outcome,
+    Reproduction,
     VerdictPair,
+    counted_outcomes,
     title_of,
 )
 from labs.harness.filing import manifest
-from labs.harness.filing.manifest import Fact
 from labs.harness.judging.judge import Caveat, Interval
 from labs.harness.judging.machine_speed import relative_speed_text
 from labs.harness.judging.text import (
@@ -40,6 +43,11 @@ from labs.harness.telling.document import (
 )
 from serving import whole
 
+OTHER_HARDWARE = (
+    "Different hardware: only dimensionless figures are compared. MBU and MFU are properties of"
+    " each machine."
+)
+
 
 def document(
     comparisons: Sequence[Comparison],
@@ -64,80 +72,88 @@ def document(
 
 def headline(comparison: Comparison) -> Bullets:
     """Say what was compared, and with what result."""
-    rows = [*comparison.rows, *comparison.effects]
-    count = {o: sum(r.outcome == o for r in rows) for o in ("same", "differs", "undecided")}
+    outcomes = [row.outcome for row in (*comparison.rows, *comparison.effects)]
+    left_out: list[Outcome] = ["not comparable"] * comparison.left_out
+    counts = counted_outcomes([*outcomes, *left_out], ANSWER_OF_OUTCOME)
     lines = [f"A: {comparison.a}", f"B: {comparison.b}"]
     if comparison.differences:
         first = manifest.likeliest_cause(comparison.differences, ("in A", "in B"))
         lines.append(f"What differs in how they were run, the likeliest cause first: {first}.")
     if comparison.forced:
         lines.append(f"NOT COMPARABLE, but compared because of FORCE: {comparison.forced}.")
-    lines.append(
-        f"Figures: {count['same']} the same, {count['differs']} differ, {count['undecided']}"
-        " undecided."
-    )
-    if comparison.speeds:
-        lines.append(relative_speed_text("B's machine", comparison.speeds, "A's") + ".")
-    if comparison.left_out:
-        lines.append(
-            f"Different hardware: {comparison.left_out} absolute figures are not compared, only"
-            " dimensionless ones. MBU and MFU are properties of each machine."
-        )
+    lines += [f"Figures: {counts}.", *of_machines(comparison, "B's machine", "A's")]
     how = "paired by repeat: same requests" if comparison.paired else "Welch's: other requests"
     lines.append(f"Ratios are B / A with 95% intervals ({how}). {ONE_SITTING}")
     return bullets(lines)
 
 
+def of_machines(found: Comparison | Reproduction, this: str, other: str) -> list[str]:
+    """Say how fast B's machine was beside A's, and what is compared on other hardware."""
+    speeds = [f"{relative_speed_text(this, found.speeds, other)}."] if found.speeds else []
+    return speeds if found.same_hardware else [*speeds, OTHER_HARDWARE]
+
+
 def tables(comparison: Comparison) -> list[Section]:
-    """Build a section for each table that has rows."""
+    """Build the tables of a comparison; each says where the two are not comparable."""
     mark = f" (FORCED: {comparison.forced})" if comparison.forced else ""
+    figures = {"Effects": comparison.effects, "Figures": comparison.rows}
+    return titled_tables(comparison, figures, mark)
+
+
+def titled_tables(
+    found: Comparison | Reproduction,
+    figures: Mapping[str, Sequence[ComparedFigure]],
+    mark: str = "",
+) -> list[Section]:
+    """Build a section for each table that has rows, with these figures by the table's title."""
     titled = {
-        "Verdicts": verdict_table(comparison.verdicts),
-        "Effects": figure_table(comparison.effects),
-        "Figures": figure_table(comparison.rows),
-        "Properties of the machines": machine_table(comparison.of_machines),
-        "Validity": validity_table(comparison.caveats),
-        "What differs in how they were run": difference_table(comparison.differences),
+        "Verdicts": verdict_table(found.verdicts),
+        **{title: figure_table(rows) for title, rows in figures.items()},
+        "Properties of the machines": machine_table(found.of_machines),
+        "Validity": validity_table(found.caveats),
+        "What differs in how they were run": table_of(
+            manifest.table(found.differences, ("A", "B"))
+        ),
     }
-    return [section(name + mark, table) for name, table in titled.items() if table.rows]
+    return [section(title + mark, table) for title, table in titled.items() if table.rows]
 
 
-def difference_table(differences: Sequence[Fact]) -> Table:
-    """Tabulate what differs between the two manifests."""
-    return table_of(manifest.table(differences, ("A", "B")))
+def named_table(rows: Sequence[Mapping[str, Inline]]) -> Table:
+    """Tabulate rows whose cells have the names of their columns."""
+    return table(list(rows[0]) if rows else (), (list(row.values()) for row in rows))
 
 
 def figure_table(rows: Sequence[ComparedFigure]) -> Table:
     """Tabulate each figure of A and of B, with their ratio and what it shows."""
-    cells: list[list[Inline]] = []
+    cells: list[dict[str, Inline]] = []
     for row, where in zip(rows, _places([r.where for r in rows]), strict=True):
         ratio = row.contrast.ratio if row.contrast else None
         cells.append(
-            [
-                row.title,
-                where,
-                number(row.a, row.unit),
-                number(row.b, row.unit),
-                f"{ratio_number(ratio.value)}x" if ratio else "–",
-                ratio_ends(ratio),
-                (row.outcome, (" (", parse(row.why), ")") if row.why else ""),
-            ]
+            {
+                "Figure": row.title,
+                "Where": where,
+                "A": number(row.a, row.unit),
+                "B": number(row.b, row.unit),
+                "B / A": f"{ratio_number(ratio.value)}x" if ratio else "–",
+                "95% interval": ratio_ends(ratio),
+                "Outcome": (row.outcome, (" (", parse(row.why), ")") if row.why else ""),
+            }
         )
-    return table(("Figure", "Where", "A", "B", "B / A", "95% interval", "Outcome"), cells)
+    return named_table(cells)
 
 
 def machine_table(properties: Sequence[MachineProperty]) -> Table:
     """Tabulate how much of each machine's own limits was reached, from least to most."""
-    return table(
-        ("Share of the machine's own limit", "Points", "A", "B"),
-        (
-            [
-                title_of(p.figure),
-                str(p.points),
-                *(f"{least:.1%} to {largest:.1%}" for least, largest in (p.a, p.b)),
-            ]
+    return named_table(
+        [
+            {
+                "Share of the machine's own limit": title_of(p.figure),
+                "Points": str(p.points),
+                "A": f"{p.a[0]:.1%} to {p.a[1]:.1%}",
+                "B": f"{p.b[0]:.1%} to {p.b[1]:.1%}",
+            }
             for p in properties
-        ),
+        ]
     )
 
 

@@ -131,6 +131,11 @@ def is_stale(run: Run) -> bool:
         return True
 
 
+def recorded(folder: RunFolder) -> dict[str, str]:
+    """Map what a run's manifest says as `facts` does, with what others used of the machine."""
+    return facts(folder.run(), cpu_share_of_other_work(folder))
+
+
 def cpu_share_of_other_work(folder: RunFolder) -> dict[str, str]:
     """Describe the CPU share that other guests and processes used during trials, to 5%."""
     run = folder.run()
@@ -173,16 +178,13 @@ def table(facts: Sequence[Fact], names: tuple[str, str]) -> list[list[str]]:
 
     Many facts without a likely effect are summed up in one row.
     """
-    likely = [fact for fact in facts if _rank(fact.what) < len(LIKELIEST)]
     unlikely = [fact for fact in facts if _rank(fact.what) == len(LIKELIEST)]
-    rows = [["What", *names], *([fact.what, _short(fact.a), _short(fact.b)] for fact in likely)]
-    if len(unlikely) > MOST_UNLIKELY:
-        names_only = [fact.what.removeprefix(PACKAGES) for fact in unlikely]
-        rows.append(
-            [f"and {len(unlikely)} more", ", ".join(names_only[:MOST_UNLIKELY]) + " ..", ""]
-        )
-    else:
-        rows += [[fact.what, _short(fact.a), _short(fact.b)] for fact in unlikely]
+    summed_up = unlikely if len(unlikely) > MOST_UNLIKELY else []
+    shown = [fact for fact in facts if fact not in summed_up]
+    rows = [["What", *names], *([fact.what, _short(fact.a), _short(fact.b)] for fact in shown)]
+    if summed_up:
+        first = [fact.what.removeprefix(PACKAGES) for fact in summed_up[:MOST_UNLIKELY]]
+        rows.append([f"and {len(summed_up)} more", ", ".join(first) + " ..", ""])
     return rows
 
 

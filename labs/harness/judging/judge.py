@@ -35,7 +35,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import scipy
@@ -457,9 +457,7 @@ def contrast(
         a, b = ([math.log(v) for v in arm.values()] for arm in (treatment, baseline))
         mean, counts = float(np.mean(a) - np.mean(b)), min(len(a), len(b))
         constant = max(np.ptp(a), np.ptp(b)) < NEGLIGIBLE_LOG
-        with warnings.catch_warnings():  # one arm may be an exact count, the same in every repeat
-            warnings.simplefilter("ignore", RuntimeWarning)
-            test = None if counts < 2 or constant else scipy.stats.ttest_ind(a, b, equal_var=False)
+        test = None if counts < 2 or constant else welchs_test(a, b)
     else:
         return None
     value = math.exp(mean)
@@ -470,6 +468,13 @@ def contrast(
         return Contrast(ratio=ratio, p=p_value if counts > 1 else None)
     low, high = (math.exp(float(b)) for b in test.confidence_interval(CONFIDENCE))
     return Contrast(ratio=Interval(value=value, low=low, high=high, n=counts), p=float(test.pvalue))
+
+
+def welchs_test(a: Sequence[float], b: Sequence[float]) -> Any:
+    """Run Welch's t-test of two arms; one may be an exact count, the same in every repeat."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return scipy.stats.ttest_ind(a, b, equal_var=False)
 
 
 def repeats_to_decide(effect: Effect, margin: float) -> int | None:
