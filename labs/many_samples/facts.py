@@ -17,7 +17,6 @@ from labs.harness.spec import Point
 from serving import dummy, models
 from serving.models import Shape
 
-POINTS = "points"  # a point is 1% of the tasks
 BILLION = 1e9  # parameters
 STEPS = 4  # of a solution that is written step by step, as an example
 TASK_CONTEXT_TOKENS = 64  # of a task's prompt and half of its answer, about
@@ -218,7 +217,8 @@ def share(measured: Interval) -> Quantity:
 
 
 def in_points(gain: Interval) -> Quantity:
-    return (100 * Quantity.of(gain)).in_unit(POINTS)
+    """Count in hundredths of the tasks, unlike a quantity in POINTS, which is a share."""
+    return 100 * Quantity.of(gain)
 
 
 def probed(run: JudgedRun) -> Probe | None:
@@ -276,14 +276,14 @@ def bought(asked: Sequence[Probe], tasks: Sequence[Solved], place: int) -> Bough
     )
     voted = [t.votes(n) for t in tasks]
     gain = in_points(gain_over_tasks([t.votes(1) for t in tasks], voted))
-    points = gain.brief.in_unit("1") if gains(gain) else Quantity.missing("no gain is shown")
+    points = gain.brief if gains(gain) else Quantity.missing("no gain is shown")
     return Bought(
         samples=n,
         seconds=Quantity(seconds, "s"),
         tokens=tokens,
         passed=share(over_tasks([t.passes(n) for t in tasks])),
         voted=share(over_tasks(voted)),
-        gain=gain if n > 1 else Quantity.missing("it is one sample", POINTS),
+        gain=gain if n > 1 else Quantity.missing("it is one sample"),
         point_s=Quantity(seconds - mean(0, "took_s"), "s") / points,
         point_tokens=Quantity(tokens - mean(0, "tokens"), "tok") / points,
     )

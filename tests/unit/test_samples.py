@@ -32,10 +32,12 @@ from labs.harness.judging.sampling import (
     tasks,
     vote_at,
 )
+from labs.harness.judging.text import number
 from labs.harness.judging.validity import caveats_of
 from labs.harness.running import probes
 from labs.harness.running.probes import ProbedEngine
 from labs.harness.spec import Point, Variant
+from labs.harness.telling.words import told
 from labs.many_samples.facts import Facts, facts, known_shapes, probed, solved, weighed
 from labs.many_samples.lab import SAMPLED, hit_rate
 from loadtests import records
@@ -56,7 +58,7 @@ from tests.unit.builders import (
     make_trial,
     make_workload,
 )
-from tests.unit.judged import context, judged_run
+from tests.unit.judged import context, judged_run, with_facts
 from tests.unit.test_forecasting import Server
 from tests.unit.test_probes import Listening, Running
 
@@ -409,6 +411,15 @@ def of_tasks(home: Path, *right: int) -> JudgedRun:
 
 def bought(home: Path, *right: int) -> Facts:
     return facts(of_tasks(home, *right))
+
+
+def test_a_gain_is_told_in_hundredths_of_the_tasks(tmp_path: Path) -> None:
+    run = of_tasks(tmp_path, *[14] * 6, *[0] * 4)
+    found = facts(run).voting
+    assert found
+    answer = str(told(run.run, LAB, with_facts(run, LAB.name).summary).answers["TT-2"])
+    assert re.findall(r"gains (\S+) \(", answer) == [number(found.most.gain.value or 0)]
+    assert (found.most.gain.value or 0) < 100
 
 
 def test_what_a_vote_buys_and_what_a_point_of_it_costs(tmp_path: Path) -> None:
