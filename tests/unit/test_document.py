@@ -207,7 +207,7 @@ def test_a_terminal_shows_styles_and_no_markup_of_its_own() -> None:
             "Title",
             Notes(("[red]note",)),
             bullets([("a ", Strong("bold"), " [b] ", Emphasis("c"), Link(" link", "x.md"))]),
-            table(["Name", "Figure"], [["[dim]x", "1"], ["y", Strong("22")]]),
+            table(["Name", "Figure"], [["[dim]x", "1"], ["y", Strong("22")], ["", "3"]]),
             Figure("x.svg", "A plot."),
         ),
     )
@@ -218,6 +218,7 @@ def test_a_terminal_shows_styles_and_no_markup_of_its_own() -> None:
     lines = [line.rstrip() for line in plain.splitlines()]
     assert lines[:4] == ["", "Title", "[red]note", "  a bold [b] c link"]
     assert "│ [dim]x │      1 │" in plain
+    assert "│        │      3 │" in plain
     assert "plot" not in plain
 
 

@@ -65,8 +65,8 @@ def show(console: Console, block: Markdown) -> None:
             rows.append([])
         elif token.type == "table_close":
             console.print(_table(rows))
-        elif token.children and "table" in within:
-            rows[-1].append(_text(token.children))
+        elif token.type == "inline" and "table" in within:
+            rows[-1].append(_text(token.children or ()))
         elif token.type == "inline":
             _show_text(console, within, _text(token.children or ()))
 
