@@ -124,11 +124,6 @@ class Context:
             None,
         )
 
-    def mean_at(self, variant: str, workload: str, users: int, metric: str) -> float | None:
-        """Averages over repeats with so many users in a closed loop; None if not measured."""
-        point = self.point(variant, workload, f"concurrent:{users}")
-        return self.mean(point, metric) if point else None
-
 
 def _sampling(context: Context) -> Sampling:
     sampling = context.folder.sampling(context.points, context.lab)
