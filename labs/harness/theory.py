@@ -13,6 +13,12 @@ from statistics import fmean
 from serving.machine import Ceilings
 from serving.models import Shape
 
+KAPLAN = "Kaplan et al. 2020"
+KWON = "Kwon et al., PagedAttention, SOSP 2023"
+LEVIATHAN = "Leviathan, Kalman, Matias, ICML 2023"
+ROOFLINE = "Williams et al., Roofline, 2009"
+SARATHI = "Agrawal et al., Sarathi-Serve, OSDI 2024"
+
 
 def prefill_flops(shape: Shape, tokens: float, cached_tokens: float = 0) -> float:
     """FLOP to prefill a prompt whose first `cached_tokens` have their KV cached.

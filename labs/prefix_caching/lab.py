@@ -6,9 +6,22 @@ import math
 from itertools import pairwise
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
+from labs.harness.ask import (
+    counter,
+    echoes,
+    falls,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    unchanged,
+    users,
+    variants,
+)
+from labs.harness.spec import SLO, Lab, Point
+from labs.harness.theory import KAPLAN, KWON, ROOFLINE
 from loadtests.arrivals import Concurrent
-from loadtests.workload import Chat, Fixed, Prefix, Workload
+from loadtests.workload import Chat, Prefix, Workload
 from serving import metrics
 
 
@@ -50,20 +63,23 @@ def first_token_s(point: Point) -> float:
     )
 
 
-def ttft_left(on: Point, off: Point) -> Prediction:
-    return Prediction(
-        value=first_token_s(on) / first_token_s(off),
-        formula="max(FLOP left / rate, weight bytes / bandwidth) / (FLOP / rate)",
-        assumptions=(
-            "prefill runs at the measured rate, or at least at one rate whatever its length",
-            "a prefix is cached while all groups' prompts fit the KV memory, else never",
-            "tokenizing, scheduling and HTTP take no time",
-        ),
-        source="FLOP: Kaplan et al. 2020; blocks: Kwon et al., PagedAttention, SOSP 2023",
-    )
+@predicts(
+    "max(FLOP left / rate, weight bytes / bandwidth) / (FLOP / rate)",
+    "prefill runs at the measured rate, or at least at one rate whatever its length",
+    "a prefix is cached while all groups' prompts fit the KV memory, else never",
+    "tokenizing, scheduling and HTTP take no time",
+    source=f"FLOP: {KAPLAN}; blocks: {KWON}",
+)
+def ttft_left(on: Point, off: Point) -> float:
+    return first_token_s(on) / first_token_s(off)
 
 
-def throughput_gain(on: Point, off: Point) -> Prediction:
+@predicts(
+    "(t_prefill + L t(B) / B) off / on",
+    "prefill and decode take turns on the device",
+    source=ROOFLINE,
+)
+def throughput_gain(on: Point, off: Point) -> float:
     def request_s(point: Point) -> float:
         """Return the time of one of B requests in flight: its prefill, and its share of steps."""
         step_s = theory.decode_step_s(
@@ -71,60 +87,46 @@ def throughput_gain(on: Point, off: Point) -> Prediction:
         )
         return first_token_s(point) + point.output_tokens * step_s / point.load.users
 
-    return Prediction(
-        value=request_s(off) / request_s(on),
-        formula="(t_prefill + L t(B) / B) off / on",
-        assumptions=("prefill and decode take turns on the device",),
-        source="Williams et al., Roofline, 2009",
-    )
+    return request_s(off) / request_s(on)
 
 
-def hit_rate(point: Point) -> Prediction:
-    return Prediction(
-        value=cached_tokens(point) / point.prompt_tokens,
-        formula="floor(shared / block) block / prompt; 0 where the groups do not fit the cache",
-        assumptions=("each group's first request was sent before the trial",),
-        source="Kwon et al., PagedAttention, SOSP 2023",
-    )
+@predicts(
+    "floor(shared / block) block / prompt; 0 where the groups do not fit the cache",
+    "each group's first request was sent before the trial",
+    source=KWON,
+)
+def hit_rate(point: Point) -> float:
+    return cached_tokens(point) / point.prompt_tokens
 
 
-def hits_left(shuffled: Point, ordered: Point) -> Prediction:
-    return Prediction(
-        value=cached_tokens(shuffled) / cached_tokens(ordered),
-        formula="E[tokens of the leading documents that agree] / shared tokens, in whole blocks",
-        assumptions=("the cache holds as many whole prompts as fit, the last ones seen",),
-        source="Kwon et al., PagedAttention, SOSP 2023",
-    )
+@predicts(
+    "E[tokens of the leading documents that agree] / shared tokens, in whole blocks",
+    "the cache holds as many whole prompts as fit, the last ones seen",
+    source=KWON,
+)
+def hits_left(shuffled: Point, ordered: Point) -> float:
+    return cached_tokens(shuffled) / cached_tokens(ordered)
 
 
-OFF = Variant(name="off", flags={"enable-prefix-caching": False})
-ON = OFF.but("on", {"enable-prefix-caching": True})
-ONE, FOUR = Concurrent(users=1), Concurrent(users=4)
+ONE, FOUR = users(1, 4)
 
 
-def workload(name: str, shared_tokens: int, groups: int = 1, *loads: Concurrent) -> Workload:
-    return Workload(
-        name=name,
-        prompt_tokens=Fixed(tokens=512),
-        output_tokens=Fixed(tokens=4),
-        prefix=Prefix(tokens=shared_tokens, groups=groups) if shared_tokens else None,
-        primed=bool(shared_tokens),
-        loads=loads or (ONE,),
-    )
+def shares(name: str, tokens: int, *loads: Concurrent, groups: int = 1) -> Workload:
+    """Send prompts of which so many tokens are alike, and cached before a trial begins."""
+    prefix = Prefix(tokens=tokens, groups=groups)
+    return sends(name, 512, 4, *(loads or (ONE,)), prefix=prefix, primed=True)
 
 
-def documents(name: str, shuffled: bool) -> Workload:
+def documents(name: str, shuffled: bool, *only: str) -> Workload:
     """Put four retrieved documents before each question, in a fixed or in a random order."""
-    plain = workload(name, 448)
     prefix = Prefix(tokens=448, documents=4, shuffled=shuffled)
-    only = ("on",) if shuffled else ()  # without a cache their order does not matter
-    return plain.model_copy(update={"prefix": prefix, "only": only})
+    return sends(name, 512, 4, ONE, prefix=prefix, primed=True, only=only)
 
 
 LAB = Lab(
     name="prefix-caching",
     answers=("SO-4", "IP-5", "SA-4"),
-    variants=(OFF, ON),
+    variants=variants("enable-prefix-caching", off=False, on=True),
     flags={
         "max-model-len": 1024,
         "enforce-eager": True,
@@ -132,84 +134,33 @@ LAB = Lab(
         "kv-cache-memory-bytes": 64 * 2**20,  # five prompts: enough to fill, little to overflow
     },
     workloads=(
-        workload("share-0", 0, 1, ONE, FOUR),
-        workload("share-50", 256),
-        workload("share-90", 460, 1, ONE, FOUR),
-        workload("share-97", 484),
-        workload("few", 460, 4),
-        workload("many", 460, 8),
-        documents("documents", shuffled=False),
-        documents("shuffled", shuffled=True),
-        Workload(
-            name="chat",
-            prompt_tokens=Fixed(tokens=160),
-            output_tokens=Fixed(tokens=4),
-            chat=Chat(turns=6, grows_tokens=120),
-            loads=(ONE,),
-        ),
+        sends("share-0", 512, 4, ONE, FOUR),
+        shares("share-50", 256),
+        shares("share-90", 460, ONE, FOUR),
+        shares("share-97", 484),
+        shares("few", 460, groups=4),
+        shares("many", 460, groups=8),
+        documents("documents", False),
+        documents("shuffled", True, "on"),  # without a cache their order does not matter
+        sends("chat", 160, 4, ONE, chat=Chat(turns=6, grows_tokens=120)),
     ),
     claims=(
         *(
-            Claim(
-                name=f"ttft-{name}",
-                metric="ttft_mean_s",
-                treatment=Arm(variant="on", workload=name, load="concurrent:1"),
-                baseline=Arm(variant="off", workload=name, load="concurrent:1"),
-                expect="falls",
-                predict=ttft_left,
-            )
+            falls(f"ttft-{name}", "ttft_mean_s", "on / off", name, ONE, by=ttft_left)
             for name in ("share-50", "share-90", "share-97", "few", "documents", "chat")
         ),
-        Claim(
-            name="thrash",
-            metric="ttft_mean_s",
-            treatment=Arm(variant="on", workload="many"),
-            baseline=Arm(variant="off", workload="many"),
-            expect="unchanged",
-            predict=ttft_left,
-        ),
-        Claim(
-            name="order",
-            metric="prefix_hit_rate",
-            treatment=Arm(variant="on", workload="shuffled"),
-            baseline=Arm(variant="on", workload="documents"),
-            expect="falls",
-            predict=hits_left,
-        ),
-        Claim(
-            name="cost",
-            metric="output_tokens_per_s",
-            treatment=Arm(variant="on", workload="share-0"),
-            baseline=Arm(variant="off", workload="share-0"),
-            expect="unchanged",
-            predict=throughput_gain,
-        ),
-        Claim(
-            name="throughput",
-            metric="output_tokens_per_s",
-            treatment=Arm(variant="on", workload="share-90", load="concurrent:4"),
-            baseline=Arm(variant="off", workload="share-90", load="concurrent:4"),
-            expect="rises",
-            predict=throughput_gain,
+        unchanged("thrash", "ttft_mean_s", "on / off", "many", by=ttft_left),
+        falls("order", "prefix_hit_rate", "on", "shuffled / documents", by=hits_left),
+        unchanged("cost", "output_tokens_per_s", "on / off", "share-0", by=throughput_gain),
+        rises(
+            "throughput", "output_tokens_per_s", "on / off", "share-90", FOUR, by=throughput_gain
         ),
     ),
-    forecasts=(
-        Forecast(
-            name="hit-rate",
-            metric="prefix_hit_rate",
-            arm=Arm(variant="on", load="concurrent:1"),
-            predict=hit_rate,
-        ),
-    ),
+    forecasts=(forecast("hit-rate", "prefix_hit_rate", hit_rate, "on", load=ONE),),
     evidence=(
-        *(
-            Evidence.echo(name, metrics.CACHE_CONFIG, "enable_prefix_caching", str(name == "on"))
-            for name in ("off", "on")
-        ),
-        Evidence(arm=Arm(variant="off"), kind="stays", metric=metrics.PREFIX_HITS),
-        Evidence(
-            arm=Arm(variant="on", workload="share-90"), kind="rises", metric=metrics.PREFIX_HITS
-        ),
+        *echoes(metrics.CACHE_CONFIG, "enable_prefix_caching", {"off": "False", "on": "True"}),
+        counter(metrics.PREFIX_HITS, "stays", "off"),
+        counter(metrics.PREFIX_HITS, "rises", "on", "share-90"),
     ),
     probes=("salt",),
     probed=("on",),
