@@ -33,9 +33,9 @@ from bench.truth import PROGRAMS
 from labs.harness.running.machine_load import OtherLoad
 from labs.harness.telling import instruments
 from loadtests import generator
-from serving import machine as machines
-from serving import models
 from serving.engines.base import EngineError
+from serving.hardware import machine as machines
+from serving.weights import models
 
 MAIN = ("streams", "engine", "neighbour", "recording", "overhead")
 PARTS = (*MAIN, "aa", "twins", "soak", "fleet", "server")

@@ -25,8 +25,8 @@ from labs.harness.judging.measure import influences
 from labs.harness.judging.metrics import measure as figures_of
 from labs.harness.judging.validity import caveats_of
 from labs.harness.telling import instruments
-from serving import gpus
-from serving import machine as machines
+from serving.hardware import gpus
+from serving.hardware import machine as machines
 
 LAB = "continuous-batching"
 SET = (

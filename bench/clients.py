@@ -16,9 +16,10 @@ from bench.load import RunningLocust, trial
 from loadtests import plan, records
 from loadtests.prompts import Writer, counter
 from loadtests.workload import Request
-from serving import guard, models
 from serving.engines.vllm import Vllm
-from serving.process import Process
+from serving.inside import guard
+from serving.processes.process import Process
+from serving.weights import models
 
 USERS, PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 8, 48, 48, 40
 ENGINE_FLAGS: dict[str, str | int | float | bool | dict[str, object]] = {

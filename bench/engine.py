@@ -27,9 +27,10 @@ from bench.console import aim, console, table, within
 from bench.load import locust
 from labs.harness.judging.judge import Contrast, contrast
 from labs.harness.telling import instruments
-from serving import machine as machines
-from serving import metrics, models
+from serving import metrics
 from serving.engines.vllm import Vllm
+from serving.hardware import machine as machines
+from serving.weights import models
 
 OURS, THEIRS, FREE = "our Locust", "vllm bench serve", "vllm bench serve, unpinned"
 

@@ -16,7 +16,6 @@ from labs.harness.running.capacity_plan import Served, model_named
 from labs.harness.running.forecaster import Forecaster, ForecastError, started
 from labs.harness.running.resolve import machine_of
 from labs.harness.telling import instruments
-from serving import models
 from serving.engines.vllm import Vllm
 from serving.forecasting.fleet import serial_delays
 from serving.forecasting.plan import (
@@ -27,6 +26,7 @@ from serving.forecasting.plan import (
     SyntheticRequest,
 )
 from serving.forecasting.traffic import Traffic
+from serving.weights import models
 
 CARD, MODEL = "h100", "llama-8b"
 PROMPT_TOKENS, OUTPUT_TOKENS = 1000, 200  # the latter a mean; as `make plan` has them by default

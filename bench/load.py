@@ -11,10 +11,10 @@ import psutil
 
 from loadtests import generator, plan
 from loadtests.arrivals import Concurrent
-from serving import guard
-from serving import machine as machines
-from serving.ports import free_port
-from serving.process import Process
+from serving.hardware import machine as machines
+from serving.inside import guard
+from serving.processes.ports import free_port
+from serving.processes.process import Process
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from bench.console import aim, within
 from bench.load import locust
 from labs.harness.judging.judge import contrast
 from labs.harness.telling import instruments
-from serving import machine as machines
-from serving import models
 from serving.engines.vllm import Vllm
+from serving.hardware import machine as machines
+from serving.weights import models
 
 
 def measure(clock: Clock, work: Path, pairs: int) -> instruments.Neighbour:

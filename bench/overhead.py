@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.console import aim, console, table
 from labs.harness.filing import results
 from labs.harness.telling import instruments
-from serving import machine as machines
+from serving.hardware import machine as machines
 
 
 def measure() -> instruments.Overhead | None:

@@ -19,7 +19,7 @@ from bench.truth import Program
 from labs.harness.judging.judge import mean_interval
 from labs.harness.telling import instruments
 from loadtests import generator
-from serving.ports import LOOPBACK
+from serving.processes.ports import LOOPBACK
 
 UNRECORDED = Path(__file__).with_name("unrecorded.py")
 RECORDED = Program(108)  # streams of a token every 10 ms: 10,000 tokens/s

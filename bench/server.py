@@ -21,10 +21,10 @@ from labs.harness.telling import instruments
 from loadtests import plan, records
 from loadtests.prompts import Writer, counter
 from loadtests.workload import Request
-from serving import machine as machines
-from serving import models
 from serving.engines.base import FlagValue
 from serving.engines.vllm import Vllm
+from serving.hardware import machine as machines
+from serving.weights import models
 
 STREAMS = (16, 64, 256)
 OUTPUT_TOKENS = 128

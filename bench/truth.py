@@ -17,9 +17,9 @@ import requests
 from bench import BenchError
 from loadtests import plan
 from loadtests.workload import Request
-from serving import machine as machines
-from serving.ports import LOOPBACK, free_port
-from serving.process import Process
+from serving.hardware import machine as machines
+from serving.processes.ports import LOOPBACK, free_port
+from serving.processes.process import Process
 
 SERVER = "tests.fake.engine"  # the module that is run; each request tells it when to send what
 TTFT_S, CHUNKS, LONG, STALL_S = 0.05, 50, 1000, 0.3

@@ -49,7 +49,8 @@ from dashboards.panels import (
 )
 from loadtests import exporter
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, SEND_LAG, TPOT, TTFT, Latency
-from serving import metrics, telemetry, whole
+from serving import metrics, whole
+from serving.hardware import telemetry
 
 
 class Computed(Protocol):

@@ -20,9 +20,9 @@ import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from serving import guard
-from serving.ports import LOOPBACK, free_port
-from serving.process import PR_SET_PDEATHSIG
+from serving.inside import guard
+from serving.processes.ports import LOOPBACK, free_port
+from serving.processes.process import PR_SET_PDEATHSIG
 
 ANSWER_TIMEOUT_S = 120.0
 MOST_BODY_BYTES = 2**20  # of a request: a form

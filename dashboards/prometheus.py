@@ -25,12 +25,13 @@ from typing import IO, Self
 import psutil
 import requests
 
-from serving import guard, whole
+from serving import whole
 from serving.engines import ENGINES
+from serving.inside import guard
 from serving.install import find_prometheus, named_or
-from serving.models import CACHE, ROOT
-from serving.ports import LOOPBACK, free_port
-from serving.process import Process
+from serving.processes.ports import LOOPBACK, free_port
+from serving.processes.process import Process
+from serving.weights.models import CACHE, ROOT
 
 HOME = named_or("LABS_PROMETHEUS_DATA", CACHE / "prometheus").resolve()
 WATCH_PORT = 9090  # of the one that stays up between labs, unless told otherwise

@@ -1,8 +1,8 @@
 """The series a dashboard may ask for, by name.
 
 The load generator's are named in `loadtests/exporter.py`, the engine's in `serving/metrics.py`, the
-GPUs' in `serving/telemetry.py`; here are those of finished runs, which `make import` loads into
-Prometheus at the times of the runs.
+GPUs' in `serving/hardware/telemetry.py`; here are those of finished runs, which `make import`
+loads into Prometheus at the times of the runs.
 """
 
 from __future__ import annotations

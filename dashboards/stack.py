@@ -18,8 +18,8 @@ import psutil
 
 from dashboards import prometheus
 from serving import whole
-from serving.models import CACHE
-from serving.ports import require_port
+from serving.processes.ports import require_port
+from serving.weights.models import CACHE
 
 COMPOSE = Path(__file__).with_name("compose.yml")
 PASSWORD_FILE = CACHE / "grafana-password"

@@ -629,7 +629,7 @@ def install_bundled_model(root: Path, home: Path, step: Step) -> None:
     lock = lock_of(root, "model")
     # Only the package's file is needed; its dependencies are for another program.
     install_files(home, step, lock, entries(lock), "--only-binary", ":all:")
-    if not run(home, step, str(venv_python(home)), "-m", "serving.models"):
+    if not run(home, step, str(venv_python(home)), "-m", "serving.weights.models"):
         raise failure(home, "the bundled model could not be converted")
 
 

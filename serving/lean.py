@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving import whole
-from serving.models import BUNDLED, CACHE, TOKENIZER, TOKENIZER_ALONE, bundled
+from serving.weights.models import BUNDLED, CACHE, TOKENIZER, TOKENIZER_ALONE, bundled
 
 
 @dataclass(frozen=True)

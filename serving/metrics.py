@@ -40,7 +40,9 @@ KV_LOADED_BYTES = "vllm:kv_offload_load_bytes_total"  # from the host's memory, 
 TURNED_AWAY = "vllm:admission_rejections_total"  # by a limit on what waits; of vLLM 0.32, not 0.26
 LORA = "vllm:lora_requests_info"
 ENGINE_CONFIG = "engine_config"  # not a metric: the settings that the engine logs
-EVEN_ROUTING = "lab_even"  # its `routing` where `serving.random_weights.EvenRouting` routes tokens
+EVEN_ROUTING = (
+    "lab_even"  # its `routing` where `serving.inside.random_weights.EvenRouting` routes tokens
+)
 ENGINE_ARGUMENTS = "engine_arguments"  # nor is this: what its log says that it was given
 ZEROS = "random_weights_zeros"  # nor is this: their share by bits a weight, from the log
 SERVED = "served_model"  # nor is this: the folder that it says it serves, and its files' SHA-256

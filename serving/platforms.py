@@ -12,7 +12,7 @@ from typing import NamedTuple
 class Platform(NamedTuple):
     """What is installed for one kind of machine."""
 
-    kind: str  # of machine (serving/machine.py)
+    kind: str  # of machine (serving/hardware/machine.py)
     vllm: str  # the package that carries it
     needed_gb: int  # of disk, with what pip unpacks on the way
     torch_build: str  # the local version of its torch

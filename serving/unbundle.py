@@ -342,7 +342,7 @@ def unbundle(folder: Path, target: Path) -> None:
     print(f"installing {len(manifest['packages'])} packages", flush=True)
     install(target)
     print("preparing the bundled model", flush=True)
-    command = [str(target / HOME / "bin" / "python"), "-m", "serving.models"]
+    command = [str(target / HOME / "bin" / "python"), "-m", "serving.weights.models"]
     converted = subprocess.run(command, cwd=str(target), stderr=subprocess.PIPE)
     if converted.returncode:
         last = converted.stderr.decode(errors="replace").strip().splitlines()[-1:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serving.models import ROOT
+from serving.weights.models import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 LINES = MAKEFILE.replace("\\\n", "").splitlines()

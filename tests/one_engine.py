@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from serving import machine, models
 from serving.engines.vllm import Vllm
+from serving.hardware import machine
+from serving.weights import models
 from tests import with_vllm
 
 FLAGS = {"max-model-len": 256, "kv-cache-memory-bytes": 2**24, "enforce-eager": True}

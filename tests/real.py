@@ -25,11 +25,12 @@ from labs.harness.spec import Lab, NotApplicable
 from labs.harness.telling.document import Paragraph
 from labs.harness.telling.words import NOTHING, told_by
 from loadtests import plan
-from serving import machine, models
 from serving.engines import ENGINES
 from serving.engines.base import EngineError
 from serving.forecasting.__main__ import _tokenizer
-from serving.models import ROOT
+from serving.hardware import machine
+from serving.weights import models
+from serving.weights.models import ROOT
 from tests import with_vllm
 from tests.fake.conftest import CEILINGS
 from tests.shallow import shallow

@@ -13,8 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from serving import draft, models, whole
-from serving.models import ROOT
+from serving import whole
+from serving.weights import draft, models
+from serving.weights.models import ROOT
 
 LAYERS = 2  # of 30
 

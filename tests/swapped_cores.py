@@ -9,7 +9,7 @@ product's own are as small as `tests/small.py` makes them.
 from __future__ import annotations
 
 from labs.harness.commands.cli import app
-from serving import machine
+from serving.hardware import machine
 from tests.small import make_small
 
 Cores = tuple[int, ...]

@@ -40,7 +40,7 @@ PLACE = "TESTS_WITH_VLLM"
 """The environment variable that holds the path of the socket; its folder goes with the tests."""
 ENGINES = "TESTS_ENGINES"
 """The variable that holds, in a lab's run, the descriptor of what forks its engines."""
-ITS_GUARD = "serving.process"
+ITS_GUARD = "serving.processes.process"
 VLLM = (  # what an engine and a forecast import of it; none begins a thread
     "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server",
     "vllm.model_executor.model_loader", "vllm.model_executor.models.llama",
@@ -274,7 +274,7 @@ def _guard(
 
 def fork_engines() -> None:
     """Have this process, a lab's run, ask for its engines what was forked beside it."""
-    from serving import process
+    from serving.processes import process
 
     asking, one_at_a_time = socket.socket(fileno=int(os.environ.pop(ENGINES))), threading.Lock()
 

@@ -42,13 +42,14 @@ from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
 from loadtests.records import LONGEST_S
 from loadtests.trace import MOST_ROWS, TraceRow
 from loadtests.workload import Fixed, Name, Workload
-from serving import gpus, models
 from serving.engines import DEFAULT_ENGINE, ENGINES
 from serving.engines.base import Flags, FlagValue
 from serving.engines.vllm import KV_MEMORY, VllmFlags
 from serving.forecasting.step import Masking
-from serving.machine import Ceilings
-from serving.models import Shape
+from serving.hardware import gpus
+from serving.hardware.machine import Ceilings
+from serving.weights import models
+from serving.weights.models import Shape
 
 MOST_POINTS = 500  # load points of a lab
 MOST_REQUESTS = 3_000_000  # prepared for all repeats of all load points
@@ -398,7 +399,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     variants: Annotated[tuple[Variant, ...], Field(min_length=1, max_length=MOST_POINTS)]
     # of every variant of the default engine; a variant's own flags override them
     flags: dict[str, FlagValue] = {}
-    # of serving/dummy.py: what it serves, with random weights, in the place of the machine's model
+    # of serving/weights/dummy.py: what it serves, with random weights, in the place of the
+    # machine's model
     shape: Annotated[str, Field(exclude_if=lambda shape: not shape)] = ""
     workloads: Annotated[tuple[Workload, ...], Field(min_length=1, max_length=MOST_POINTS)]
     claims: Annotated[tuple[Claim, ...], Field(max_length=100)]

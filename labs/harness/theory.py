@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from serving.machine import Ceilings
-from serving.models import Shape
+from serving.hardware.machine import Ceilings
+from serving.weights.models import Shape
 
 KAPLAN = "Kaplan et al. 2020"
 KWON = "Kwon et al., PagedAttention, SOSP 2023"

@@ -14,8 +14,8 @@ from labs.harness.judging.judge import Interval
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.judging.sampling import canonical, gain_over_tasks, over_tasks, pass_at, vote_at
 from labs.harness.spec import Point
-from serving import dummy, models
-from serving.models import Shape
+from serving.weights import dummy, models
+from serving.weights.models import Shape
 
 BILLION = 1e9  # parameters
 STEPS = 4  # of a solution that is written step by step, as an example

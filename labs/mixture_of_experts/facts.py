@@ -10,7 +10,7 @@ from labs.harness.facts.sweep import concurrency_sweep
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.spec import Point
 from labs.mixture_of_experts.lab import ACTIVE, MIXTURE, TOTAL, experts_needed, step_s
-from serving.models import Shape
+from serving.weights.models import Shape
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from labs.harness.facts.context import JudgedRun
 from labs.harness.judging.quantity import CHANGE, RATIO, Quantity
 from labs.harness.spec import Point
 from labs.multi_lora.lab import adapter_bytes
-from serving.adapters import mark_of, marks_in
+from serving.weights.adapters import mark_of, marks_in
 
 LEAST_ANSWERS = 2000
 TENANTS = (1, 8, 32, 100, 1000)

@@ -23,7 +23,7 @@ from labs.harness.judging.judge import (
 )
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.spec import Point, Prediction
-from serving.attention import AttentionTimes, Kernel, KernelTimes
+from serving.hardware.attention import AttentionTimes, Kernel, KernelTimes
 
 MB, GB_PER_S = 1e6, 1e9  # bytes, and bytes a second
 

@@ -15,8 +15,8 @@ from labs.harness.judging.quality import over_clusters
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.spec import Point
 from labs.weight_pruning.lab import bytes_ratio, energy_gone, energy_gone_2_4
-from serving import dummy, models
-from serving.models import Shape
+from serving.weights import dummy, models
+from serving.weights.models import Shape
 
 Selection = Literal["magnitude", "wanda"]  # how the weights that go are chosen
 DENSE, PATTERN = "0", "2-4"

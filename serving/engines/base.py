@@ -23,13 +23,14 @@ from typing import ClassVar
 
 import requests
 
-from serving import guard, metrics
-from serving.answers import ask
-from serving.machine import Machine
+from serving import metrics
+from serving.hardware.machine import Machine
+from serving.inside import guard
 from serving.metrics import Snapshot
-from serving.models import Model, Shape
-from serving.ports import LOOPBACK, free_port
-from serving.process import Process
+from serving.processes.answers import ask
+from serving.processes.ports import LOOPBACK, free_port
+from serving.processes.process import Process
+from serving.weights.models import Model, Shape
 
 FlagValue = str | int | float | bool | dict[str, object] | list[str]
 Flags = Mapping[str, FlagValue]  # the engine's own names, without the leading dashes

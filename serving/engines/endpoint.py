@@ -10,12 +10,13 @@ from itertools import pairwise
 
 import requests
 
-from serving import guard, metrics
-from serving.answers import BoundedResponse, ask
+from serving import metrics
 from serving.engines import ENGINES
 from serving.engines.base import EngineError, Server, metrics_text
-from serving.masking import holds_secret, masked, tellable, without_key
+from serving.inside import guard
 from serving.metrics import Snapshot
+from serving.processes.answers import BoundedResponse, ask
+from serving.processes.masking import holds_secret, masked, tellable, without_key
 
 MODELS_TIMEOUT_S, FIRST_ANSWER_TIMEOUT_S = 10.0, 60.0
 MOST_BYTES = 2**20  # of a list of models, and of an answer of one token

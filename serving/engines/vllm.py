@@ -28,8 +28,7 @@ from typing import Any, ClassVar
 import psutil
 import requests
 
-from serving import guard, host_memory, lm_format_enforcer, metrics, random_weights, whole
-from serving import machine as machines
+from serving import metrics, whole
 from serving.engines import vllm_harmless
 from serving.engines.base import (
     Engine,
@@ -40,18 +39,21 @@ from serving.engines.base import (
     Unsupported,
     exceptions,
 )
-from serving.machine import Machine
-from serving.models import CACHE, ROOT, Model, Shape, files_sha256, has_both_formats
-from serving.ports import LOOPBACK
+from serving.hardware import host_memory
+from serving.hardware import machine as machines
+from serving.hardware.machine import Machine
+from serving.inside import guard, lm_format_enforcer, random_weights
+from serving.processes.ports import LOOPBACK
+from serving.weights.models import CACHE, ROOT, Model, Shape, files_sha256, has_both_formats
 
-PLUGINS = ROOT / "serving" / "plugins"
+PLUGINS = ROOT / "serving" / "inside" / "plugins"
 """Described as an installed package is: an entry point there is called by each process of vLLM."""
-GUARD = "serving.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
+GUARD = "serving.inside.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 KV_MEMORY = "kv-cache-memory-bytes"
 QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")
 SERVERS = "api-server-count"
-SEVERAL_SERVERS = (sys.executable, "-m", "serving.api_servers")
+SEVERAL_SERVERS = (sys.executable, "-m", "serving.inside.api_servers")
 """Starts as many API servers as `SERVERS` says, which the usual command reads and ignores."""
 API_SERVER, ENGINE_CORE = "VLLM::APIServer", "VLLM::EngineCor"
 """What vLLM calls its processes, to the 15 characters that Linux keeps."""

@@ -18,8 +18,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from serving import making
-from serving.lookup import looked_up
+from serving.weights import making
+from serving.weights.lookup import looked_up
 
 BATCH = 8  # answers written at once
 MOST_S = 180.0  # that all answers of a plan may take

@@ -34,8 +34,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serving.forecasting.step import StepTimes
-from serving.gpus import Datasheet
-from serving.models import Shape
+from serving.hardware.gpus import Datasheet
+from serving.weights.models import Shape
 
 MOST_LINKED = 8  # GPUs that NVLink joins in one machine
 SIZES = tuple(2**i for i in range(15))  # of steps, in tokens, and of rows of the output head

@@ -36,7 +36,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from serving import random_weights
+from serving.inside import random_weights
 from serving.metrics import EVEN_ROUTING
 
 SCALE = 1e-3  # of random weights; the norms between layers keep any product finite

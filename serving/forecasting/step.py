@@ -21,7 +21,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, Field
 
-from serving.reference_step import ReferenceStep
+from serving.hardware.reference_step import ReferenceStep
 
 MASKED_IN_TURN = 128
 """vLLM 0.32 fills the masks of up to so many sequences one after another."""

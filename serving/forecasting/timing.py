@@ -36,10 +36,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel
 
-from serving import reference_step
 from serving.forecasting.step import StepTimes
-from serving.models import shape_of
-from serving.reference_step import ReferenceStep
+from serving.hardware import reference_step
+from serving.hardware.reference_step import ReferenceStep
+from serving.weights.models import shape_of
 
 if TYPE_CHECKING:
     from serving.forecasting.engine_model import EngineModel

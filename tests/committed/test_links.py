@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.unit.test_docs import each_page, links
 
 

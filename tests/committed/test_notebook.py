@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from serving.models import ROOT
+from serving.weights.models import ROOT
 
 NOTEBOOK = ROOT / "docs" / "read_a_run.ipynb"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from serving import bundle
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.committed import in_git
 
 LEAST_PART_BYTES = 40e6  # a lean bundle is then five parts

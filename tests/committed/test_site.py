@@ -36,7 +36,8 @@ from labs.harness.telling.site import (
     shared_files,
     write_site,
 )
-from serving import gpus, metrics
+from serving import metrics
+from serving.hardware import gpus
 from tests.committed import in_git
 from tests.unit.builders import write_run
 from tests.unit.test_html import Seen

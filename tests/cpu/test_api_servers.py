@@ -11,8 +11,11 @@ import requests
 from bench.clients import ENGINE_FLAGS
 from bench.server import INSTANT
 from labs.harness.running.machine_load import ServerLoad
-from serving import guard, machine, metrics, models
+from serving import metrics
 from serving.engines.vllm import Vllm
+from serving.hardware import machine
+from serving.inside import guard
+from serving.weights import models
 
 pytestmark = [
     pytest.mark.cpu,

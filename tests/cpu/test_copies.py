@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from serving import machine, metrics
+from serving import metrics
+from serving.hardware import machine
 from tests.real import BRIEF, quick_run, served, with_ceilings
 from tests.shallow import LAYERS
 

@@ -13,7 +13,8 @@ import pytest
 
 from labs import LABS
 from labs.harness.running import derived_models
-from serving import machine, models
+from serving.hardware import machine
+from serving.weights import models
 from tests.real import derived_for, lab_on_a_cpu, served, takes_making, with_ceilings
 from tests.sizes import sizes_of
 

@@ -11,7 +11,7 @@ import pytest
 
 from labs.harness.filing import export
 from labs.harness.filing.results import RunFolder
-from serving.lookup import looked_up
+from serving.weights.lookup import looked_up
 from tests.unit.builders import make_record, make_trial, write_run
 
 pytestmark = pytest.mark.cpu

@@ -22,7 +22,6 @@ from labs.harness.running.resolve import machine_of
 from labs.harness.spec import SLO
 from labs.harness.telling.capacity_plans import CapacityPlan, Demand
 from labs.mixture_of_experts.lab import experts_needed
-from serving import dummy, machine, models
 from serving.forecasting.copying import Copied
 from serving.forecasting.fleet import ROUTERS, Handover
 from serving.forecasting.plan import (
@@ -36,6 +35,8 @@ from serving.forecasting.plan import (
 from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Traffic
+from serving.hardware import machine
+from serving.weights import dummy, models
 from tests.unit.test_capacity_plan import SilentProgress
 
 pytestmark = [
@@ -85,7 +86,7 @@ TELLING_EXPERTS = """
 import runpy
 import sys
 
-from serving.random_weights import EvenRouting
+from serving.inside.random_weights import EvenRouting
 
 route = EvenRouting.route_tokens
 

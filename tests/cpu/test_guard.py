@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from serving import guard
 from serving.engines.vllm import GUARD
-from serving.models import ROOT
+from serving.inside import guard
+from serving.weights.models import ROOT
 
 pytestmark = pytest.mark.cpu
 

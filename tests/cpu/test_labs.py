@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from serving import gpus, machine, models
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.base import EngineError, Flags
 from serving.engines.vllm import PARALLEL, Vllm
+from serving.hardware import gpus, machine
+from serving.weights import models
 from tests.real import in_sizes_for_a_cpu, lab_on_a_cpu, takes_making
 from tests.sizes import sizes_of
 

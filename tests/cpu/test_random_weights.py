@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from labs.harness.changes import parse_changes
-from serving import dummy, machine, metrics, models
+from serving import metrics
 from serving.engines.base import EngineError
 from serving.engines.vllm import Vllm
+from serving.hardware import machine
+from serving.weights import dummy, models
 from tests.real import BRIEF, check_run, quick_run, with_ceilings
 
 pytestmark = [

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from loadtests.structures import example, spec
-from serving import machine
-from serving.models import ROOT
+from serving.hardware import machine
+from serving.weights.models import ROOT
 
 pytestmark = [
     pytest.mark.cpu,

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from serving import machine
+from serving.hardware import machine
 from tests import with_vllm
 from tests.shallow import shallow
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dashboards import prometheus
-from serving import reference_step
-from serving.reference_step import ReferenceStep, ReferenceTimer
+from serving.hardware import reference_step
+from serving.hardware.reference_step import ReferenceStep, ReferenceTimer
 from tests.fake import quiet
 
 

@@ -26,11 +26,12 @@ import pytest
 from labs import LABS as EVERY_LAB
 from labs.harness.changes import parse_changes
 from labs.harness.filing.results import MachineFile, RunFolder, write_json
-from serving import gpus, machine, models
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.vllm import Vllm
+from serving.hardware import gpus, machine
 from serving.install import find_prometheus
-from serving.models import ROOT
+from serving.weights import models
+from serving.weights.models import ROOT
 from tests.fake import forked
 from tests.processes import lives
 from tests.sizes import BRIEF, sizes_of

@@ -12,12 +12,12 @@ from pathlib import Path
 from labs.harness.filing import results
 from labs.harness.running import derived_models
 from loadtests.structures import FORMS
-from serving import dummy, prune
-from serving.adapters import mark_of
-from serving.kv_heads import kv_heads_of
-from serving.masks import BACKENDS
-from serving.models import Model
-from serving.outliers import SCHEMES
+from serving.weights import dummy, prune
+from serving.weights.adapters import mark_of
+from serving.weights.kv_heads import kv_heads_of
+from serving.weights.masks import BACKENDS
+from serving.weights.models import Model
+from serving.weights.outliers import SCHEMES
 from tests.fake.bare import with_a_constant_reference_step
 from tests.fake.quiet import app
 from tests.shards import write_shard

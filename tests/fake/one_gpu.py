@@ -15,8 +15,8 @@ from pathlib import Path
 
 from labs.harness.judging.idle_neighbours import STEPS
 from labs.harness.running import engines, run
-from serving import gpus, reference_step
-from serving.reference_step import ReferenceStep, ReferenceTimer
+from serving.hardware import gpus, reference_step
+from serving.hardware.reference_step import ReferenceStep, ReferenceTimer
 from tests.fake import bare
 from tests.rehearsal.__main__ import STAND_IN
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import requests
 
-from serving.ports import free_port
+from serving.processes.ports import free_port
 from tests.fake.conftest import Reader, fake_engine
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.fake.engine.law import Noise
 from tests.fake.engine.options import parse
 

@@ -23,10 +23,10 @@ from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder, TrialResult
 from loadtests import generator
 from loadtests.records import RequestRecord
-from serving import gpus
+from serving.hardware import gpus
 from serving.install import OWN_FOLDER
-from serving.ports import free_port
-from serving.process import Process
+from serving.processes.ports import free_port
+from serving.processes.process import Process
 from tests.fake.conftest import (
     LABS_WITHOUT_PROMETHEUS,
     Command,

@@ -24,9 +24,9 @@ from loadtests.arrivals import Arrival, Concurrent, Contended, Poisson, Replay, 
 from loadtests.plan import TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Request
-from serving.machine import split_cores
-from serving.ports import free_port
-from serving.process import Process
+from serving.hardware.machine import split_cores
+from serving.processes.ports import free_port
+from serving.processes.process import Process
 from tests.fake.conftest import Json, fake_engine
 
 RIGHT_S = 0.005  # the client's error where no more than a turn of another process kept it waiting

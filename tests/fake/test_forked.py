@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.fake import forked
 
 ABOUT = """

@@ -21,9 +21,9 @@ from loadtests.load_workers import LoadWorkers
 from loadtests.plan import LEAST_COUNTED
 from loadtests.records import RequestRecord
 from serving import metrics
-from serving.models import ROOT
-from serving.ports import free_port
-from serving.process import Process
+from serving.processes.ports import free_port
+from serving.processes.process import Process
+from serving.weights.models import ROOT
 from tests.fake.conftest import Command, Reader, fake_engine, reading
 
 BATCHING = "continuous-batching"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from labs.harness.filing.results import MachineFile, RunFolder, write_json
-from serving.gpus import DATASHEETS
-from serving.machine import Machine
+from serving.hardware.gpus import DATASHEETS
+from serving.hardware.machine import Machine
 from tests.fake.conftest import CEILINGS, Command, Reader
 
 GPU = "NVIDIA H100 80GB HBM3"

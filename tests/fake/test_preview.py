@@ -16,7 +16,7 @@ import pytest
 
 from dashboards import boards
 from labs.harness.filing.results import Run
-from serving.ports import free_port
+from serving.processes.ports import free_port
 from tests.browser import Page, browser, find
 from tests.fake.conftest import LABS_WITH_FAKE_MODELS, needs_prometheus, reading
 from tests.real import may_be_empty

@@ -28,9 +28,9 @@ from labs.harness.telling.words import NOTHING, told_by
 from labs.multi_lora.facts import Marks
 from labs.speculative_decoding.facts import speculations, tokens_a_step
 from loadtests.records import RequestRecord
-from serving import dummy, models
 from serving.install import find_prometheus
-from serving.models import ROOT
+from serving.weights import dummy, models
+from serving.weights.models import ROOT
 from tests.fake import made
 from tests.fake.conftest import (
     LABS_WITHOUT_PROMETHEUS,

@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from serving.install import find_prometheus
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.fake.conftest import Reader
 from tests.fake.nvml import WATTS
 

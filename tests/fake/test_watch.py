@@ -18,7 +18,7 @@ from labs.harness.filing.results import RunFolder
 from loadtests import exporter
 from loadtests.records import RequestRecord
 from serving import metrics
-from serving.ports import free_port
+from serving.processes.ports import free_port
 from tests.browser import Page, browser, find
 from tests.fake.conftest import (
     LABS_WITH_FAKE_MODELS,

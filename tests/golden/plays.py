@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from serving import models
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -18,6 +17,7 @@ from serving.forecasting.plan import (
 )
 from serving.forecasting.step import StepTimes
 from serving.forecasting.traffic import Traffic
+from serving.weights import models
 
 STEP = StepTimes(
     tokens=(1, 1024), linear_s=(0.008, 0.04), rows=(1, 256), head_s=(0.001, 0.002),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from serving import machine, models, quantize
+from serving.hardware import machine
+from serving.weights import models, quantize
 from tests.real import check_run, quick_run
 from tests.sizes import sizes_of
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from serving import machine
 from serving.forecasting import timing
+from serving.hardware import machine
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from serving.models import ROOT
+from serving.weights.models import ROOT
 
 _EACH = """
 import contextlib, io, json, sys, traceback

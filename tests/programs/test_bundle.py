@@ -41,11 +41,11 @@ def write_wheel(folder: Path, name: str, version: str, files: dict[str, str]) ->
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle in small parts of a repository that consists of serving/models.py alone."""
+    """A bundle in small parts of a repository that consists of serving/weights/models.py alone."""
     home = tmp_path_factory.mktemp("made")
     repository, wheels = home / "repository", home / "cache" / f"wheels-{HERE}"
-    (repository / "serving").mkdir(parents=True)
-    (repository / "serving" / "models.py").write_text(MODELS)
+    (repository / "serving" / "weights").mkdir(parents=True)
+    (repository / "serving" / "weights" / "models.py").write_text(MODELS)
     (repository / "pyproject.toml").write_text('[project]\ndependencies = ["pip>=1", "rich"]\n')
     git(repository, "init", "-q")
     commit(repository)

@@ -27,8 +27,8 @@ from serving import metrics
 from serving.engines import ENGINES, vllm
 from serving.engines.base import Engine, EngineError, Flags, Server, Unsupported
 from serving.engines.endpoint import Endpoint
-from serving.machine import Machine
-from serving.models import Model
+from serving.hardware.machine import Machine
+from serving.weights.models import Model
 from tests.unit import hostile
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_point
 

@@ -14,8 +14,8 @@ import requests
 from dashboards import boards, live, prometheus
 from labs.harness.filing.results import RunFolder
 from labs.harness.telling import pages, report
-from serving.ports import free_port
-from serving.process import Process
+from serving.processes.ports import free_port
+from serving.processes.process import Process
 from tests.fake.conftest import needs_prometheus
 from tests.unit.builders import write_run
 

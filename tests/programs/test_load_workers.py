@@ -21,8 +21,8 @@ from loadtests import generator, load_workers, records
 from loadtests.arrivals import Concurrent
 from loadtests.load_workers import LoadWorkers
 from loadtests.plan import TrialPlan
-from serving.models import ROOT
-from serving.ports import free_port
+from serving.processes.ports import free_port
+from serving.weights.models import ROOT
 from tests.processes import lives
 from tests.programs.beside_locust import said_by
 from tests.unit.builders import make_summary

@@ -13,7 +13,7 @@ import pytest
 
 from labs.harness.running import machine_load
 from labs.harness.running.machine_load import OtherLoad, ServerLoad, Shares, wait_until_idle
-from serving.models import ROOT
+from serving.weights.models import ROOT
 
 BUSY = "import time; e = time.process_time() + 0.4\nwhile time.process_time() < e: pass"
 STRANGER = "import time; e = time.process_time() + 30\nwhile time.process_time() < e: pass"

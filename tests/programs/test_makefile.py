@@ -17,7 +17,7 @@ import pytest
 from labs.harness.commands.cli import require_settings_taken
 from labs.harness.commands.environment import BEHIND_MAKE
 from labs.harness.spec import LabError
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.makefile import MAKEFILE, PAGES, SETTINGS
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")

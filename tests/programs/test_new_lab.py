@@ -169,7 +169,7 @@ from typing import ClassVar
 
 from serving import metrics
 from serving.engines.base import Engine, Flags
-from serving.models import Model
+from serving.weights.models import Model
 
 
 class Abacus(Engine):

@@ -19,10 +19,10 @@ from labs.harness.filing.newest import newest_runs
 from labs.harness.filing.results import RunFolder, write_json
 from labs.harness.telling import markdown, pages
 from labs.harness.telling.document import Link, Paragraph, Strong, plain_text
-from serving import machine as machines
 from serving.engines.vllm import Vllm
-from serving.machine import Machine
-from serving.models import ROOT
+from serving.hardware import machine as machines
+from serving.hardware.machine import Machine
+from serving.weights.models import ROOT
 from tests.unit.builders import make_lab, write_run, write_runs_of_others, write_slowed
 
 

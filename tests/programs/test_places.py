@@ -16,7 +16,7 @@ from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder
 from labs.harness.running import run as running
 from serving.install import OWN_FOLDER, named_or
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.unit.builders import write_run
 
 OPENED = """

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serving import machine
 from serving.engines.vllm import Vllm
-from serving.models import Model
-from serving.process import GIVES_WAY, Process
+from serving.hardware import machine
+from serving.processes.process import GIVES_WAY, Process
+from serving.weights.models import Model
 from tests.processes import lives
 from tests.unit.builders import SHAPE
 
@@ -164,7 +164,7 @@ def test_killed_parent_leaves_no_process(tmp_path: Path, family: list[int]) -> N
     code = f"""
 import sys, time
 from pathlib import Path
-from serving.process import Process
+from serving.processes.process import Process
 argv = [sys.executable, "-c", {STAYING!r}]
 process = Process("child", argv, log=Path({str(tmp_path / "log")!r}), talk=True)
 print(process.pid, process.stdout.readline(), flush=True)
@@ -193,7 +193,7 @@ def test_what_lost_the_one_it_talked_with_is_killed_without_being_asked(
     code = f"""
 import time
 from pathlib import Path
-from serving.process import Process
+from serving.processes.process import Process
 process = Process("child", ["sh", "-c", {shell!r}], log=Path("{tmp_path}/log"), talk={talk})
 print(process.pid, flush=True)
 time.sleep(600)
@@ -285,7 +285,7 @@ def test_killed_parent_leaves_no_suspended_process(
     code = f"""
 import sys, time
 from pathlib import Path
-from serving.process import Process
+from serving.processes.process import Process
 argv, log = [sys.executable, "-c", {STAYING!r}], Path({str(tmp_path / "log")!r})
 process = Process(
     "child", argv, log=log, talk=True, own_session={own_session}, folder_variable="OWN"
@@ -333,7 +333,7 @@ def test_the_childs_own_folder_goes_when_the_parent_is_killed(tmp_path: Path) ->
     code = f"""
 import sys, time
 from pathlib import Path
-from serving.process import Process
+from serving.processes.process import Process
 argv, log = [sys.executable, "-c", {FOLDER!r}], Path({str(tmp_path / "log")!r})
 process = Process("child", argv, log=log, talk=True, folder_variable="OWN")
 print(process.stdout.readline(), end="", flush=True)
@@ -382,7 +382,7 @@ if __name__ == "__main__":
     code = f"""
 import sys, time
 from pathlib import Path
-from serving.process import Process
+from serving.processes.process import Process
 argv = [sys.executable, "server.py"]
 process = Process("engine", argv, log=Path("log"), talk=True, env={env!r})
 print(process.pid, process.stdout.readline(), flush=True)
@@ -431,7 +431,10 @@ def test_ceilings_that_cannot_be_measured_say_why(monkeypatch: pytest.MonkeyPatc
 
 
 def test_child_that_ignores_sigterm_is_killed_after_the_grace(family: list[int]) -> None:
-    guard = "import sys, serving.process as p; p.GRACE_S = 0.2; sys.exit(p.guard(0, sys.argv[1:]))"
+    guard = (
+        "import sys, serving.processes.process as p; p.GRACE_S = 0.2;"
+        " sys.exit(p.guard(0, sys.argv[1:]))"
+    )
     stubborn = ["sh", "-c", "trap '' TERM; echo $$; exec sleep 600"]
     process = subprocess.Popen(
         [sys.executable, "-c", guard, *stubborn],

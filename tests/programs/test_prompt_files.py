@@ -20,7 +20,7 @@ from loadtests.arrivals import Concurrent
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed, Prefix, Samples, Workload
 from loadtests.writing import Order
-from serving.models import BUNDLED, CACHE, ROOT
+from serving.weights.models import BUNDLED, CACHE, ROOT
 
 MODEL = CACHE / "models" / BUNDLED
 

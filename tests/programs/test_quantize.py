@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from serving import install, quantize
-from serving.making import MakerError
-from serving.quantize import METHODS, Tool, environment, make, windows
+from serving import install
+from serving.weights import quantize
+from serving.weights.making import MakerError
+from serving.weights.quantize import METHODS, Tool, environment, make, windows
 
 TOOLS = {method.tool.name: method.tool for method in METHODS.values()}
 CONFIG = {

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serving import machine, reference_step
-from serving.process import Process
-from serving.reference_step import ReferenceStep, ReferenceTimer
+from serving.hardware import machine, reference_step
+from serving.hardware.reference_step import ReferenceStep, ReferenceTimer
+from serving.processes.process import Process
 
 STEP = ReferenceStep(reading_s=0.010, computing_s=0.005)
 

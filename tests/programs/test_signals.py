@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.models import ROOT
+from serving.weights.models import ROOT
 
 INTERRUPTS = "import os, signal, time\nos.kill(os.getpid(), signal.{})\ntime.sleep(60)\n"
 

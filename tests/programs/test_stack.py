@@ -16,7 +16,7 @@ from dashboards import boards, prometheus, push, stack
 from dashboards.panels import DATASOURCE
 from dashboards.stack import Stack, StackError
 from serving import install
-from serving.ports import PortTaken, free_port
+from serving.processes.ports import PortTaken, free_port
 
 HERE = stack.COMPOSE.parent
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(stack.COMPOSE.read_text())["services"]

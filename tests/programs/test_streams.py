@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from serving import guard
-from serving.models import ROOT
+from serving.inside import guard
+from serving.weights.models import ROOT
 from tests.programs.beside_locust import said_by
 from tests.unit import hostile
 
@@ -26,7 +26,7 @@ from loadtests import plan
 from loadtests.arrivals import Concurrent
 from loadtests.load import Load, Turn, now
 from loadtests.streaming import connect, records_of, stream
-from serving.masking import SECRETS
+from serving.processes.masking import SECRETS
 url, requests = sys.argv[1:]
 for line in sys.stdin:
     body, plan.TOKEN_AT_MOST_S, timeout_s = json.loads(line)

@@ -23,9 +23,9 @@ from labs.harness.running.run import PROMPTS_TOOK
 from labs.harness.running.sitting_plan import plan, table
 from labs.harness.running.trials import MOST_AGAIN
 from serving import bundle, lean, unbundle
-from serving.gpus import DATASHEETS, Datasheet
-from serving.machine import Ceilings, Machine
-from serving.models import CACHE
+from serving.hardware.gpus import DATASHEETS, Datasheet
+from serving.hardware.machine import Ceilings, Machine
+from serving.weights.models import CACHE
 
 SESSION_S = 1800.0  # until the box goes back
 BETWEEN_CALLS_S = 5.0

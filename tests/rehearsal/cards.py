@@ -1,12 +1,12 @@
 """The GPUs that a rehearsal can pretend to have: one for each class of memory, and the others with
-a datasheet in `serving/gpus.py`."""
+a datasheet in `serving/hardware/gpus.py`."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 
-from serving.gpus import DATASHEETS
+from serving.hardware.gpus import DATASHEETS
 
 VARIABLE = "REHEARSED_GPU"  # names the card, for all processes that see the stand-ins
 

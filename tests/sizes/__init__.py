@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 
-from serving.quantize import Tool
+from serving.weights.quantize import Tool
 from tests.shallow import LAYERS
 
 BRIEF = "warmup_s=0.1 window_s=0.3 repeats=1 most_repeats=0 requests=64"

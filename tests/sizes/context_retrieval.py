@@ -1,4 +1,4 @@
-from serving import quantize
+from serving.weights import quantize
 from tests.sizes import Sizes, answers_of
 
 SIZES = Sizes(

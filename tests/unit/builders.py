@@ -41,10 +41,10 @@ from loadtests.plan import TrialSummary
 from loadtests.records import Chunks, RequestRecord
 from loadtests.workload import Fixed, Workload
 from serving import metrics
-from serving.machine import Ceilings, Environment, Machine
+from serving.hardware.machine import Ceilings, Environment, Machine
+from serving.hardware.telemetry import Sample
 from serving.metrics import PREFIX_HITS, Histogram, Snapshot
-from serving.models import Shape
-from serving.telemetry import Sample
+from serving.weights.models import Shape
 
 SHAPE = Shape(
     layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, vocab=16, max_positions=4096,

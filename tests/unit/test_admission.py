@@ -25,7 +25,7 @@ from loadtests.workload import Samples
 from serving import metrics
 from serving.forecasting.traffic import Delays, Traffic, VirtualAnswer, play
 from serving.metrics import Snapshot
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.unit.builders import make_lab, make_point, make_record, make_trial, make_workload
 from tests.unit.test_forecasting import NONE, Server, prompts
 

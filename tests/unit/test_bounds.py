@@ -16,9 +16,9 @@ from labs.harness.running.bounds import PROCESSES_EACH_CORE, require_bounds
 from labs.harness.running.resolve import RunRequest, resolve
 from labs.harness.spec import Lab, LabError, Variant
 from loadtests.workload import Fixed
-from serving import gpus
 from serving.engines.vllm import Vllm
-from serving.machine import Machine
+from serving.hardware import gpus
+from serving.hardware.machine import Machine
 from tests.unit import hostile
 from tests.unit.builders import SHAPE, make_lab, make_workload
 from tests.unit.test_endpoint import MODELS, STREAMS

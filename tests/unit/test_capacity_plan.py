@@ -26,7 +26,7 @@ from labs.harness.telling.document import Block
 from loadtests.trace import TraceRow
 from serving.engines.vllm import ACTIVATION_BYTES
 from serving.forecasting.plan import ForecastPlan
-from serving.models import ModelError
+from serving.weights.models import ModelError
 from tests.cases import each
 
 

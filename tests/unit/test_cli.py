@@ -27,10 +27,10 @@ from labs.harness.running import backfill
 from labs.harness.running.resolve import RunRequest
 from labs.harness.running.resume import CannotResume
 from labs.harness.spec import LabError, NotApplicable
-from serving import models
 from serving.engines.vllm import Vllm
-from serving.machine import detect
-from serving.models import ROOT, Model
+from serving.hardware.machine import detect
+from serving.weights import models
+from serving.weights.models import ROOT, Model
 from tests.cases import each
 from tests.makefile import SETTINGS
 from tests.unit.builders import SHAPE, write_run, write_slowed

@@ -23,8 +23,9 @@ from labs.harness.spec import LabError
 from loadtests.arrivals import Concurrent
 from loadtests.prompts import Writer
 from loadtests.workload import Fixed, Workload
-from serving import machine, models
-from serving.models import ROOT
+from serving.hardware import machine
+from serving.weights import models
+from serving.weights.models import ROOT
 
 
 def test_what_does_not_fit_is_left_to_the_next_call() -> None:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from serving.models import ROOT
+from serving.weights.models import ROOT
 
 READS_THE_WALL_CLOCK = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.now\(")
 WRITES_DOWN_A_MOMENT = {  # modules that do nothing else with the wall clock
@@ -15,7 +15,7 @@ WRITES_DOWN_A_MOMENT = {  # modules that do nothing else with the wall clock
     "labs/harness/running/run.py",
     "loadtests/load.py",
     "loadtests/master.py",
-    "serving/machine.py",
+    "serving/hardware/machine.py",
 }
 
 

@@ -18,7 +18,7 @@ from labs.harness.telling.dials import shipped_shape
 from labs.harness.telling.document import plain_text
 from labs.harness.telling.planner import kv_room_tokens
 from serving.forecasting.datasheet import EXPECTED, step_times
-from serving.gpus import DATASHEETS
+from serving.hardware.gpus import DATASHEETS
 from tests.cases import each
 from tests.makefile import SETTINGS
 from tests.unit.test_capacity_plan import SilentProgress, question

@@ -33,7 +33,7 @@ from labs.harness.judging.retrieval import (
 from labs.harness.spec import Evidence, Lab, Point
 from serving.engines.vllm import VllmFlags
 from serving.engines.vllm_harmless import refusal
-from serving.models import Shape
+from serving.weights.models import Shape
 from tests.fake.engine.kv_cache import KVCache
 from tests.fake.engine.metrics import Metrics
 from tests.fake.engine.options import parse

@@ -16,9 +16,9 @@ from labs.harness.running.copied_text import lookup_of, share_copied
 from labs.harness.running.run import predict
 from labs.harness.running.virtual_trials import _bands, by_chance, paces
 from labs.harness.spec import Prediction
-from serving import making
 from serving.forecasting.copying import Copying, CopyingPlan, Lookup, copied_in, copying, decoded
-from serving.lookup import looked_up
+from serving.weights import making
+from serving.weights.lookup import looked_up
 from tests.unit.builders import CEILINGS, PREDICTION, SHAPE, make_claim, make_point
 
 ONE_WORD = Lookup(guesses=3, least=1, most=1)

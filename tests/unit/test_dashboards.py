@@ -21,7 +21,8 @@ from labs.harness.judging.checks import load
 from labs.harness.judging.metrics import METRICS
 from loadtests import exporter
 from loadtests.exporter import Exporter
-from serving import metrics, telemetry
+from serving import metrics
+from serving.hardware import telemetry
 from tests.cases import each
 from tests.unit.builders import MACHINE
 

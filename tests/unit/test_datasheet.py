@@ -8,7 +8,6 @@ import pytest
 
 from labs.harness.running.resolve import machine_of
 from labs.harness.spec import LabError
-from serving import dummy, models
 from serving.forecasting.datasheet import (
     EXPECTED,
     LEAST_EFFICIENT,
@@ -17,8 +16,9 @@ from serving.forecasting.datasheet import (
     step_times,
 )
 from serving.forecasting.step import Piece, Step
-from serving.gpus import DATASHEETS, short_names
-from serving.models import Shape
+from serving.hardware.gpus import DATASHEETS, short_names
+from serving.weights import dummy, models
+from serving.weights.models import Shape
 
 H100 = DATASHEETS["NVIDIA H100 80GB HBM3"]
 ALONE = Step([Piece(1, 100)], 1)

@@ -16,7 +16,7 @@ from labs import LABS
 from labs.harness.commands.cli import app
 from labs.harness.comparing.leaderboards import MOST_HEADLINES
 from labs.harness.facts.parts import parts_of
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.makefile import LINES, PAGES, SETTINGS
 
 README_BYTES = 8 * 1024  # a page, of which a lab takes a row

@@ -17,14 +17,16 @@ from labs.harness.commands.doctor import Ability, Check
 from labs.harness.running import derived_models
 from labs.harness.running.derived_models import RECIPES
 from labs.harness.spec import LabError
-from serving import install, machine, models, quantize
+from serving import install
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.base import Flags
 from serving.engines.vllm import Vllm
-from serving.gpus import GpuError
-from serving.machine import GIB, Machine
-from serving.models import TOKENIZER, Model, ModelError
-from serving.ports import PortTaken
+from serving.hardware import machine
+from serving.hardware.gpus import GpuError
+from serving.hardware.machine import GIB, Machine
+from serving.processes.ports import PortTaken
+from serving.weights import models, quantize
+from serving.weights.models import TOKENIZER, Model, ModelError
 from tests.fake import nvml
 from tests.unit.builders import SHAPE
 

@@ -14,10 +14,12 @@ from labs import LABS
 from labs.harness import theory
 from labs.harness.running.derived_models import about, make, with_weights
 from labs.harness.spec import NotApplicable
-from serving import dummy, metrics, models, random_weights
+from serving import metrics
 from serving.engines.vllm import Vllm, resolved
-from serving.machine import Machine
-from serving.models import Model
+from serving.hardware.machine import Machine
+from serving.inside import random_weights
+from serving.weights import dummy, models
+from serving.weights.models import Model
 
 GPU = Machine(kind="gpu", model="Abacus", count=1, memory_bytes=80 * 10**9)
 CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=16 * 10**9)

@@ -14,11 +14,13 @@ from labs.harness.commands.terminal import ConsoleProgress
 from labs.harness.filing.results import MachineFile, write_json
 from labs.harness.running.resolve import RunRequest, measured_ceilings, resolve, scale_of
 from labs.harness.spec import LabError
-from serving import guard, metrics, models
+from serving import metrics
 from serving.engines import endpoint
 from serving.engines.base import EngineError, metrics_text
 from serving.engines.endpoint import Endpoint
-from serving.machine import Ceilings, Machine
+from serving.hardware.machine import Ceilings, Machine
+from serving.inside import guard
+from serving.weights import models
 from tests.cases import each
 from tests.unit import hostile
 from tests.unit.hostile import Send, says, whole

@@ -29,8 +29,8 @@ from labs.harness.spec import Lab, LabError
 from labs.harness.telling import tables
 from loadtests.trace import MOST_ROWS
 from serving.engines.vllm import VllmFlags
-from serving.gpus import Datasheet
-from serving.models import bundled
+from serving.hardware.gpus import Datasheet
+from serving.weights.models import bundled
 from tests.unit.builders import CEILINGS, SHAPE
 from tests.unit.test_forecasting import TIMES
 

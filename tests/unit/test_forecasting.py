@@ -19,7 +19,7 @@ from loadtests.load import AFTER_ERROR_S
 from serving.forecasting import timing
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Delays, Prompt, Traffic, play
-from serving.reference_step import ReferenceStep
+from serving.hardware.reference_step import ReferenceStep
 
 TIMES = StepTimes(
     tokens=(1, 2, 4), linear_s=(1.0, 1.5, 2.5), rows=(1, 4), head_s=(0.1, 0.4),
@@ -342,7 +342,7 @@ def test_the_middle_of_several_times_counts_since_an_engine_cannot_choose_its_mo
         return series_s
 
     monkeypatch.setattr(timing, "timed", timed)
-    monkeypatch.setattr("serving.reference_step.on_cpu", lambda: lambda: next(left))
+    monkeypatch.setattr("serving.hardware.reference_step.on_cpu", lambda: lambda: next(left))
     plan = timing.TimingPlan(config=config, device="cpu", tokens=(1, 2), rows=(1, 4))
     (times,) = timing.measure([plan])
     assert times.reference == ReferenceStep(reading_s=2.0, computing_s=4.0)

@@ -21,7 +21,7 @@ from labs.harness.telling.instruments import Bench
 from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.site import Course, Entry
 from labs.harness.telling.summary import summarise
-from serving.machine import Machine
+from serving.hardware.machine import Machine
 from tests.unit.builders import MACHINE, _changed, make_lab, write_run
 from tests.unit.judged import page_says
 

@@ -13,11 +13,11 @@ from labs.harness import theory
 from labs.harness.spec import Lab, Point, factors
 from labs.prefix_caching.lab import cached_tokens
 from loadtests.plan import LEAST_COUNTED
-from serving import dummy
 from serving.forecasting.datasheet import EXPECTED, MOST_EFFICIENT
-from serving.gpus import CLASSES
-from serving.machine import Ceilings
-from serving.models import Shape, shape_of
+from serving.hardware.gpus import CLASSES
+from serving.hardware.machine import Ceilings
+from serving.weights import dummy
+from serving.weights.models import Shape, shape_of
 from tests.cases import each
 from tests.default_models import config_of
 

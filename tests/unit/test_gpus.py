@@ -14,11 +14,11 @@ from labs import LABS
 from labs.harness.commands.__main__ import main
 from labs.harness.commands.terminal import EXPECTED_ERRORS
 from labs.harness.running.resolve import gpus_used
-from serving import gpus, machine, telemetry
 from serving.engines.transformers import Transformers
-from serving.machine import GIB
-from serving.models import ROOT
-from serving.telemetry import Gpus
+from serving.hardware import gpus, machine, telemetry
+from serving.hardware.machine import GIB
+from serving.hardware.telemetry import Gpus
+from serving.weights.models import ROOT
 from tests.fake.nvml import NVMLError, make_nvml, unsupported
 
 # three GPUs; where the last one is cut, into two slices, the first place of four is empty
@@ -221,7 +221,7 @@ def test_where_vllm_is_for_gpus_and_none_answers_nothing_starts(
     wanted: str | None, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the lab would go on as on a machine without a GPU."""
-    monkeypatch.setattr("serving.machine.metadata.version", lambda _: version)
+    monkeypatch.setattr("serving.hardware.machine.metadata.version", lambda _: version)
     monkeypatch.delenv(gpus.VARIABLE, raising=False)
     if wanted is not None:
         monkeypatch.setenv(gpus.VARIABLE, wanted)

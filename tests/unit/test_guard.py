@@ -13,9 +13,9 @@ import pytest
 
 from labs import LABS
 from labs.harness.running.resolve import engine_environment
-from serving import guard
 from serving.engines.vllm import GUARD, Vllm
-from serving.models import Model
+from serving.inside import guard
+from serving.weights.models import Model
 from tests.unit.builders import SHAPE
 
 HERE = {"host": "127.0.0.1:8000"}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving import host_memory
+from serving.hardware import host_memory
 
 GIB = 2**30
 
@@ -18,7 +18,7 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(host_memory, "GROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(host_memory, "OWN", tmp_path / "own")
     free = SimpleNamespace(available=100 * GIB)
-    monkeypatch.setattr("serving.host_memory.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("serving.hardware.host_memory.psutil.virtual_memory", lambda: free)
     return tmp_path / "cgroup"
 
 
@@ -27,7 +27,7 @@ def test_what_is_free_for_processes_to_share(
 ) -> None:
     monkeypatch.setattr(host_memory, "SHARED", tmp_path)
     free = SimpleNamespace(free=64 * 2**20)
-    monkeypatch.setattr("serving.host_memory.shutil.disk_usage", lambda folder: free)
+    monkeypatch.setattr("serving.hardware.host_memory.shutil.disk_usage", lambda folder: free)
     assert host_memory.shared_bytes() == 64 * 2**20
     monkeypatch.setattr(host_memory, "SHARED", tmp_path / "none")
     assert host_memory.shared_bytes() is None

@@ -25,7 +25,7 @@ from labs.harness.telling.instruments import (
     Soak,
     Streams,
 )
-from serving.machine import Machine
+from serving.hardware.machine import Machine
 
 MACHINE = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=24 * 2**30)
 DAY = "2026-11-25T19:30:00+00:00"

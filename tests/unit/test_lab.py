@@ -37,9 +37,11 @@ from labs.harness.spec import (
 from labs.harness.telling.plots import plots_of
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
-from serving import gpus, metrics, models
+from serving import metrics
 from serving.engines import DEFAULT_ENGINE, ENGINES
 from serving.engines.vllm import KV_MEMORY
+from serving.hardware import gpus
+from serving.weights import models
 from tests.cases import each
 from tests.unit.builders import CEILINGS, SHAPE, make_claim, make_lab, make_point, make_workload
 

@@ -16,7 +16,7 @@ from labs.harness.running.load_processes import chosen_number, cores_for_clients
 from labs.harness.running.reproduce import request as request_again
 from labs.harness.running.resolve import RunRequest, lab_of, with_load_processes
 from labs.harness.spec import Lab, digest_of
-from serving.machine import Machine
+from serving.hardware.machine import Machine
 from tests.unit.builders import make_lab, make_workload, write_run
 
 GPU = Machine(kind="gpu", model="Any", count=1, memory_bytes=80 * 2**30)
@@ -24,7 +24,9 @@ LAB = LABS["kv-quantization"]
 
 
 def cores(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr("serving.machine.os.sched_getaffinity", lambda _: set(range(number)))
+    monkeypatch.setattr(
+        "serving.hardware.machine.os.sched_getaffinity", lambda _: set(range(number))
+    )
 
 
 def resolved(request: RunRequest, here: Machine | None, told: list[str] | None = None) -> Lab:
@@ -102,7 +104,7 @@ def test_what_the_lab_the_reader_or_a_recorded_run_says_stays(
     assert most_users(by_lab) == 768
     by_reader = resolved(RunRequest(LAB, changes={"load_processes": 1}), GPU, told)
     recorded = resolved(RunRequest(LAB), GPU)
-    monkeypatch.setattr("serving.machine.os.sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr("serving.hardware.machine.os.sched_getaffinity", lambda _: {0})
     again = resolved(RunRequest(recorded, reproduces="x"), GPU, told)
     found = [by_lab, by_reader, again]
     assert [lab.load_processes for lab in found] == [4, 1, 3]

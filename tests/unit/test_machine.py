@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from labs.harness.telling import tables
-from serving import gpus, machine
-from serving.machine import GIB, Ceilings, Machine
+from serving.hardware import gpus, machine
+from serving.hardware.machine import GIB, Ceilings, Machine
 
 H100 = Machine(kind="gpu", model="NVIDIA H100 80GB HBM3", count=1, memory_bytes=80 * GIB)
 
@@ -67,7 +67,7 @@ def measured(
 ) -> Ceilings:
     clock = Clock()
     monkeypatch.setitem(sys.modules, "torch", make_torch(clock, capability, free_bytes))
-    monkeypatch.setattr("serving.machine.time.perf_counter", clock.read)
+    monkeypatch.setattr("serving.hardware.machine.time.perf_counter", clock.read)
     return machine._measure("gpu")
 
 
@@ -115,7 +115,7 @@ def test_the_copy_fits_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_beside_a_gpu_the_load_may_use_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.machine.os.sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("serving.hardware.machine.os.sched_getaffinity", lambda _: set(range(16)))
     everything = tuple(range(16))
     assert machine.split_cores("gpu") == (everything, everything)
     engine, others = machine.split_cores("cpu")
@@ -163,13 +163,15 @@ def test_a_compiler_needs_pythons_headers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, first: str, variable: str
 ) -> None:
     monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr("serving.machine.shutil.which", lambda name: None)
+    monkeypatch.setattr("serving.hardware.machine.shutil.which", lambda name: None)
     missing, mend = machine.compiler(kind)
     assert missing == "missing"
     assert f"install {first}," in mend
     assert variable in mend
-    monkeypatch.setattr("serving.machine.shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr("serving.machine.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr("serving.hardware.machine.shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(
+        "serving.hardware.machine.sysconfig.get_paths", lambda: {"include": str(tmp_path)}
+    )
     found, mend = machine.compiler(kind)
     assert found.startswith(f"/usr/bin/{first}, without")
     assert f"python3.{sys.version_info[1]}-dev" in mend
@@ -239,7 +241,7 @@ def test_float32_is_measured_where_the_cpu_lacks_bf16(
     here = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34, cpu_flags=flags)
     monkeypatch.setattr(machine, "cpu", lambda: here)
     monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setattr("serving.machine.time.perf_counter", clock.read)
+    monkeypatch.setattr("serving.hardware.machine.time.perf_counter", clock.read)
     found = machine._measure("cpu")
     assert (found.fp32_flops_per_s is not None) == lacking
     # in software only a small product ends soon

@@ -29,9 +29,9 @@ from labs.harness.running import harness, step_timing
 from labs.harness.telling import report
 from labs.harness.telling.document import plain_text
 from labs.harness.telling.summary import summarise
-from serving import reference_step
 from serving.forecasting.step import StepTimes
-from serving.reference_step import ReferenceStep
+from serving.hardware import reference_step
+from serving.hardware.reference_step import ReferenceStep
 from tests.cases import each
 from tests.unit.builders import write_run, write_slowed
 

@@ -23,8 +23,8 @@ from labs.harness.spec import SLO, LabError
 from labs.harness.telling import capacity_plans, markdown
 from labs.harness.telling.capacity_plans import Demand
 from serving.forecasting.step import StepTimes
-from serving.machine import Machine
-from serving.models import BUNDLED, bundled, load
+from serving.hardware.machine import Machine
+from serving.weights.models import BUNDLED, bundled, load
 from tests.unit.builders import CEILINGS, MACHINE, SHAPE, write_run
 from tests.unit.test_capacity_plan import SilentProgress, latencies
 from tests.unit.test_forecasting import TIMES

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from labs import LABS
 from labs.harness.commands.cli import app
-from serving import guard
 from serving.engines.base import EngineError
 from serving.engines.endpoint import Endpoint
-from serving.machine import engine_variables
-from serving.masking import MARKS, PATTERN, holds_secret, masked, recordable, tellable
+from serving.hardware.machine import engine_variables
+from serving.inside import guard
+from serving.processes.masking import MARKS, PATTERN, holds_secret, masked, recordable, tellable
 
 TOKEN = "hf_" + "a1B2" * 8
 LAB = next(iter(LABS))

@@ -21,8 +21,8 @@ from labs.harness.judging.metrics import METRICS, measure, trial_metrics
 from loadtests.records import RequestRecord
 from loadtests.workload import Intruder, Samples
 from serving import metrics
+from serving.hardware.telemetry import Sample
 from serving.metrics import PREFIX_HITS, PREFIX_QUERIES, TTFT, Histogram, Snapshot
-from serving.telemetry import Sample
 from tests.unit.builders import CEILINGS, SHAPE, make_point, make_record, make_trial
 
 # 200 requests of the window 10 to 20 s, TTFT 100, 101 ... 299 ms, then two tokens in one chunk

@@ -31,10 +31,11 @@ from labs.mixture_of_experts.lab import (
     step_s,
 )
 from labs.mixture_of_experts.plots import PLOTS
-from serving import dummy, gpus
 from serving.forecasting.datasheet import EXPECTED
-from serving.machine import Ceilings
-from serving.models import Shape, shape_of
+from serving.hardware import gpus
+from serving.hardware.machine import Ceilings
+from serving.weights import dummy
+from serving.weights.models import Shape, shape_of
 from tests.unit.builders import CEILINGS
 from tests.unit.judged import Values, context, judged_run, told_of, withheld
 

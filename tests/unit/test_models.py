@@ -28,14 +28,15 @@ from labs.harness.running.resolve import (
 )
 from labs.harness.running.sitting_plan import plan
 from labs.harness.spec import Lab, LabError, NotApplicable
-from serving import dummy, host_memory, models
-from serving import machine as machines
 from serving.engines import vllm
 from serving.engines.base import EngineError
 from serving.engines.vllm import Vllm, VllmFlags
-from serving.gpus import CLASSES, MemoryClass, class_of
-from serving.machine import Machine
-from serving.models import SIBLINGS, Model, ModelError, shape_of
+from serving.hardware import host_memory
+from serving.hardware import machine as machines
+from serving.hardware.gpus import CLASSES, MemoryClass, class_of
+from serving.hardware.machine import Machine
+from serving.weights import dummy, models
+from serving.weights.models import SIBLINGS, Model, ModelError, shape_of
 from tests import default_models
 from tests.cases import each
 from tests.gpu import test_labs as on_gpu

@@ -13,7 +13,7 @@ from labs.harness.filing.results import write_gzip
 from labs.harness.spec import Variant
 from labs.multi_lora.facts import Marks, TenantLeaks, adapter_cost, tenant_leaks, tenant_memory
 from loadtests.workload import Adapters
-from serving.adapters import mark_of
+from serving.weights.adapters import mark_of
 from tests.unit.builders import make_lab, make_record, make_workload
 from tests.unit.judged import ABOUT, Values, context, judged_run, played
 

@@ -20,17 +20,20 @@ from labs.harness.running.resolve import with_engines_here
 from labs.harness.spec import NotApplicable, Point, Variant
 from loadtests.plan import PlannedRequest, body, in_dialect
 from loadtests.workload import Asked, Request
-from serving import gpus, llama_server, metrics, models, to_gguf, transformers_server
+from serving import metrics
 from serving.engines import ENGINES
 from serving.engines.base import EngineError, FlagValue
 from serving.engines.llama_cpp import LlamaCpp
 from serving.engines.transformers import Transformers
 from serving.engines.vllm import Vllm
-from serving.guard import Guard
-from serving.machine import Machine
-from serving.making import MakerError
+from serving.hardware import gpus
+from serving.hardware.machine import Machine
+from serving.inside import llama_server, transformers_server
+from serving.inside.guard import Guard
 from serving.metrics import Snapshot
-from serving.models import Model
+from serving.weights import models, to_gguf
+from serving.weights.making import MakerError
+from serving.weights.models import Model
 from tests.unit.builders import (
     SHAPE,
     make_engine,

@@ -13,7 +13,7 @@ from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.spec import Lab, Point, RequestLengths, factors
 from labs.paged_kv.facts import Allocations, HeadsCompared, facts
 from labs.paged_kv.lab import admitted, held_tokens, kept_free_blocks, replay, replayed
-from serving import gpus
+from serving.hardware import gpus
 from tests.unit.builders import CEILINGS, SHAPE, make_point
 from tests.unit.judged import context, judged, judged_run, told_of
 

@@ -6,7 +6,14 @@ import socket
 
 import pytest
 
-from serving.ports import LOOPBACK, MOST_HELD, PortTaken, free_port, require_free, require_port
+from serving.processes.ports import (
+    LOOPBACK,
+    MOST_HELD,
+    PortTaken,
+    free_port,
+    require_free,
+    require_port,
+)
 
 ELSEWHERE = "192.0.2.1"  # of no machine: RFC 5737
 

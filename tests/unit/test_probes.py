@@ -21,10 +21,10 @@ from labs.harness.spec import Variant
 from labs.multi_lora.facts import Marks, marks
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Fixed
-from serving.adapters import mark_of, marks_in
 from serving.engines.base import EngineError, Server
 from serving.engines.vllm import Vllm
 from serving.metrics import GENERATION_TOKENS, PREFIX_HITS, PREFIX_QUERIES, REQUESTS
+from serving.weights.adapters import mark_of, marks_in
 from tests.unit.builders import make_lab, make_workload
 
 TENANTS = 3

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from labs import LABS
 from loadtests import plan
 from loadtests.prompts import CountTokens, Messages, Writer, counter
-from serving.models import BUNDLED, CACHE
+from serving.weights.models import BUNDLED, CACHE
 
 MODEL = CACHE / "models" / BUNDLED
 

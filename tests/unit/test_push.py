@@ -19,7 +19,7 @@ from dashboards import boards, push
 from dashboards.push import GrafanaError, Region
 from labs.harness.commands.annotations import regions
 from labs.harness.filing.results import RunFolder
-from serving.ports import free_port
+from serving.processes.ports import free_port
 from tests.unit.builders import write_run
 
 TOKEN = "glsa_of_a_test"

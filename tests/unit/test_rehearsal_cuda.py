@@ -14,10 +14,10 @@ from safetensors import safe_open
 
 from labs import LABS
 from serving import install
-from serving.gpus import CLASSES, DATASHEETS, class_of
+from serving.hardware.gpus import CLASSES, DATASHEETS, class_of
+from serving.hardware.machine import Machine
 from serving.install import SetupError
 from serving.lean import LEAN, Lean
-from serving.machine import Machine
 from tests.default_models import config_of
 from tests.rehearsal.cards import CARDS, VARIABLE, Card, rehearsed
 from tests.rehearsal.cuda import __main__ as rehearsal

@@ -22,8 +22,8 @@ from labs.harness.judging.judge import Interval
 from labs.harness.running import reproduce
 from labs.harness.running.resolve import RunRequest, lab_of
 from labs.harness.spec import NOT_FILED, LabError
-from serving.machine import Environment, engine_variables
-from serving.models import file_hashes, files_sha256
+from serving.hardware.machine import Environment, engine_variables
+from serving.weights.models import file_hashes, files_sha256
 from tests.cases import each
 from tests.unit.builders import make_lab, plain_manifest, write_run, write_slowed
 
@@ -343,7 +343,7 @@ def test_the_engines_environment_is_kept_without_its_secrets() -> None:
 def test_files_are_hashed_and_a_cached_blobs_name_is_its_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.models.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("serving.weights.models.CACHE", tmp_path / "cache")
     model, blob = tmp_path / "model", tmp_path / ("a" * 64)
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -359,7 +359,7 @@ def test_files_are_hashed_and_a_cached_blobs_name_is_its_hash(
 def test_a_derived_models_hash_is_that_of_its_weights_and_not_of_how_long_it_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.models.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("serving.weights.models.CACHE", tmp_path / "cache")
     made = [tmp_path / name for name in ("one", "same", "other")]
     for seconds, folder in enumerate(made):
         folder.mkdir()

@@ -19,13 +19,13 @@ from labs.harness.running.harness import CUT_SHORT, NO_ROOM, NOT_TIMED
 from labs.harness.running.trials import Trials
 from labs.harness.spec import Lab
 from labs.harness.telling.method import lines
-from serving import dummy
 from serving.engines.base import EngineError
 from serving.engines.vllm import CONTEXT_BYTES, GRAPHS_BYTES, Vllm
-from serving.gpus import DATASHEETS
-from serving.machine import Machine
-from serving.models import Model, scale_of, shape_of
-from serving.reference_step import START_S, ReferenceStep
+from serving.hardware.gpus import DATASHEETS
+from serving.hardware.machine import Machine
+from serving.hardware.reference_step import START_S, ReferenceStep
+from serving.weights import dummy
+from serving.weights.models import Model, scale_of, shape_of
 from tests.unit.builders import SHAPE, write_run
 from tests.unit.test_turns import Noted, set_lab
 

@@ -34,9 +34,9 @@ from labs.harness.spec import Arm, LabError, Prediction, digest_of
 from labs.harness.telling.summary import all_problems, summarise, unlike
 from loadtests import records
 from serving import metrics
-from serving.machine import Environment
+from serving.hardware.machine import Environment
 from serving.metrics import Histogram, Snapshot
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.unit.builders import make_claim, write_run
 
 RECORDS = "trials/on/short/concurrent-2/1/requests.jsonl.gz"

@@ -15,7 +15,7 @@ from labs.harness.judging.judge import Caveat
 from labs.harness.telling import roofline
 from labs.harness.telling.dials import cards, shipped_shape
 from labs.harness.telling.summary import summarise
-from serving import dummy, models
+from serving.weights import dummy, models
 from tests.unit.builders import plain_manifest, write_run
 
 

@@ -46,7 +46,7 @@ from loadtests.prompts import Messages, Writer
 from loadtests.workload import Chat, Fixed, Samples
 from serving import metrics
 from serving.forecasting.traffic import Delays, Prompt, Traffic, play
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.cases import each
 from tests.unit.builders import (
     CEILINGS,

@@ -18,7 +18,7 @@ from labs.harness.running.resolve import RunRequest
 from labs.harness.running.resume import CannotResume
 from labs.harness.spec import LabError, NotApplicable
 from serving import whole
-from serving.machine import detect
+from serving.hardware.machine import detect
 
 FIRST, SECOND, THIRD = LABS = ("single-stream", "multi-lora", "overload")
 Play = Callable[[str], None]

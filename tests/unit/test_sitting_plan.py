@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from labs import FIRST, LABS
 from labs.harness.running.sitting_plan import plan
-from serving.models import ROOT
+from serving.weights.models import ROOT
 
 START_S = 45.0
 CORES = 16  # as a rented machine with such a GPU has

@@ -32,12 +32,13 @@ from labs.harness.running.resolve import RunRequest, require_harmless, resolve
 from labs.harness.spec import Lab, LabError, digest_of
 from labs.harness.telling import site
 from labs.harness.telling.document import FOLD_END, FOLDED
-from serving import models, unbundle
+from serving import unbundle
 from serving.engines.base import EngineError
 from serving.engines.vllm import Vllm
 from serving.engines.vllm_harmless import refusal
-from serving.models import ModelError
 from serving.unbundle import UnbundleError
+from serving.weights import models
+from serving.weights.models import ModelError
 from tests.cases import each
 from tests.shards import write_shard
 from tests.unit.builders import write_run, write_slowed

@@ -43,10 +43,10 @@ from loadtests.structures import (
     spec,
 )
 from loadtests.workload import Asked, Fixed
-from serving import masks
 from serving.engines.vllm_harmless import refusal
 from serving.forecasting.step import mask_threads
-from serving.making import MakerError
+from serving.weights import masks
+from serving.weights.making import MakerError
 from tests.unit.builders import CEILINGS, SHAPE, make_record, make_trial, make_workload
 from tests.unit.judged import context
 

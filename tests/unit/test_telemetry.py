@@ -17,9 +17,9 @@ from labs.harness.judging.checks.expected import Expected
 from labs.harness.judging.measure import Trial
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.validity import caveats_of
-from serving import telemetry
-from serving.ports import free_port
-from serving.telemetry import Gpus, Sample, Telemetry
+from serving.hardware import telemetry
+from serving.hardware.telemetry import Gpus, Sample, Telemetry
+from serving.processes.ports import free_port
 from tests.fake.nvml import make_nvml, unsupported
 from tests.unit.builders import make_record, make_trial
 

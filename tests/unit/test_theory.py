@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from labs.harness import theory
-from serving.machine import Ceilings
-from serving.models import Shape
+from serving.hardware.machine import Ceilings
+from serving.weights.models import Shape
 from tests.unit.builders import CEILINGS, SHAPE
 
 BIG = Shape(

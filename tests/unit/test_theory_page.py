@@ -16,8 +16,8 @@ import pytest
 from labs.harness import theory
 from labs.harness.telling.dials import cards, shipped_shape
 from labs.harness.telling.pages import WEB
-from serving.machine import Ceilings
-from serving.models import Shape
+from serving.hardware.machine import Ceilings
+from serving.weights.models import Shape
 
 DENO = shutil.which("deno", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 SHAPES = ("llama-1b", "llama-8b", "moe-30b")

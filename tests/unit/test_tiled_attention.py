@@ -34,9 +34,9 @@ from labs.tiled_attention.lab import (
     step_ratio,
     ttft_ratio,
 )
-from serving import attention, gpus
-from serving.attention import AttentionTimes, Kernel, KernelTimes
 from serving.engines.vllm_harmless import refusal
+from serving.hardware import attention, gpus
+from serving.hardware.attention import AttentionTimes, Kernel, KernelTimes
 from tests.unit.builders import CEILINGS, MACHINE, SHAPE
 from tests.unit.judged import context, judged_run, told_of, with_facts
 

@@ -41,9 +41,9 @@ from loadtests.generator import GeneratorError
 from loadtests.plan import TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.structures import Structure
-from serving import guard
 from serving.engines.base import EngineError
-from serving.reference_step import ReferenceStep
+from serving.hardware.reference_step import ReferenceStep
+from serving.inside import guard
 from tests.unit.builders import make_engine, make_record, make_summary, write_run
 
 ANSWERED = make_record([(11.0, 1), (12.0, 3)])

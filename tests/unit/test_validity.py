@@ -31,9 +31,9 @@ from labs.harness.telling.summary import computed
 from loadtests.records import Chunks, RequestRecord
 from loadtests.workload import Asked, Chat, Fixed, Intruder, Prefix
 from serving import metrics
-from serving.machine import Environment
+from serving.hardware.machine import Environment
+from serving.hardware.telemetry import Sample
 from serving.metrics import Histogram, Snapshot
-from serving.telemetry import Sample
 from tests.cases import each
 from tests.unit.builders import (
     make_claim,

@@ -16,8 +16,8 @@ import pytest
 from serving.engines import vllm_harmless
 from serving.engines.base import EngineError, FlagValue
 from serving.engines.vllm import SEVERAL_SERVERS, Vllm, VllmFlags, arguments, resolved
-from serving.machine import Machine
-from serving.models import Model, files_sha256
+from serving.hardware.machine import Machine
+from serving.weights.models import Model, files_sha256
 from tests.unit.builders import SHAPE
 
 SAID = (  # by vLLM 0.32, cut
@@ -50,7 +50,8 @@ def test_what_a_server_was_given_is_read_without_addresses_and_paths() -> None:
     line = (
         "(APIServer pid=7) INFO [utils.py:286] non-default args: {'lora_modules':"
         " [LoRAModulePath(name='tenant-0', path='/a/b', base_model_name=None)], 'host':"
-        " '127.0.0.1', 'port': 45505, 'middleware': ['serving.guard.Guard'], 'model': '/a/b',"
+        " '127.0.0.1', 'port': 45505, 'middleware': ['serving.inside.guard.Guard'],"
+        " 'model': '/a/b',"
         " 'enforce_eager': True, 'max_num_seqs': 16, 'scheduling_policy': 'priority',"
         " 'watermark': 0.05, 'async_scheduling': False, 'attention_backend': 'TRITON_ATTN',"
         " 'speculative_config': {'method': 'ngram'}}"

@@ -17,9 +17,9 @@ from labs.harness.running import step_timing
 from labs.harness.spec import Variant
 from labs.weight_pruning.facts import EIGHT_BITS, Sparsities, effort, facts, sparsities
 from labs.weight_pruning.lab import SAME_SPEED, bytes_ratio, energy_gone, energy_gone_2_4
-from serving import gpus
-from serving.models import Model
-from serving.prune import METHODS, Method
+from serving.hardware import gpus
+from serving.weights.models import Model
+from serving.weights.prune import METHODS, Method
 from tests.unit.builders import CEILINGS, SHAPE
 from tests.unit.judged import Values, context, judged, judged_run, told_of
 

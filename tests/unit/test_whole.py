@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from serving import whole
-from serving.models import ROOT
+from serving.weights.models import ROOT
 
 
 def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from serving import adapters
-from serving.adapters import MARKS, make, mark_of, marks_in
-from serving.making import MakerError, read_prompts
+from serving.weights import adapters
+from serving.weights.adapters import MARKS, make, mark_of, marks_in
+from serving.weights.making import MakerError, read_prompts
 from tests.unit.builders import write_tiny_llama
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from serving import attention
-from serving.attention import AttentionPlan
+from serving.hardware import attention
+from serving.hardware.attention import AttentionPlan
 from tests.weights import needs_torch, torch
 
 pytestmark = needs_torch

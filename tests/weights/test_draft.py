@@ -10,10 +10,10 @@ import pytest
 
 from labs import LABS
 from labs.speculative_decoding.lab import accepted, copies_accepted, guessed, tpot_ratio
-from serving import draft
-from serving.draft import TargetAnswer, lookup, make
 from serving.engines.vllm import VllmFlags
-from serving.making import MakerError
+from serving.weights import draft
+from serving.weights.draft import TargetAnswer, lookup, make
+from serving.weights.making import MakerError
 from tests.unit.builders import CEILINGS, SHAPE, write_tiny_llama
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from serving import models, prune
-from serving.kv_heads import converted, main, make
-from serving.making import MakerError
+from serving.weights import models, prune
+from serving.weights.kv_heads import converted, main, make
+from serving.weights.making import MakerError
 from tests.unit.builders import write_tiny_llama
 from tests.weights import needs_torch, torch
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from serving import making
+from serving.weights import making
 from tests.unit.builders import write_tiny_llama
 from tests.weights import needs_torch, torch
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from serving import making, outliers, prune, sparsity
-from serving.making import MakerError
-from serving.outliers import linears
-from serving.prune import Method, Zeros, dropped
+from serving.weights import making, outliers, prune, sparsity
+from serving.weights.making import MakerError
+from serving.weights.outliers import linears
+from serving.weights.prune import Method, Zeros, dropped
 from tests.unit.builders import write_tiny_llama
 from tests.weights import needs_torch, torch
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from labs.mixture_of_experts.lab import experts_needed
-from serving import random_weights
 from serving.engines.vllm import Vllm
+from serving.inside import random_weights
 from tests.weights import needs_torch, torch
 
 pytestmark = needs_torch

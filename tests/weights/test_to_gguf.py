@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving import to_gguf
+from serving.weights import to_gguf
 from tests.unit.builders import write_tiny_llama
 
 gguf = pytest.importorskip("gguf")

@@ -32,8 +32,8 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _stop)
-    from serving.gpus import BY_BUS, ORDER
-    from serving.models import CACHE
+    from serving.hardware.gpus import BY_BUS, ORDER
+    from serving.weights.models import CACHE
 
     os.environ.setdefault(ORDER, BY_BUS)
     # Matplotlib's list of fonts is kept here, whatever HOME is

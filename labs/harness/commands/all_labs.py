@@ -21,12 +21,12 @@ from labs.harness.filing.results import RESULTS, RunFolder, read_json, write_jso
 from labs.harness.running.clock import Clock
 from labs.harness.running.resolve import RunRequest
 from labs.harness.spec import LabError
-from serving import machine as machines
 from serving.engines import ENGINES
 from serving.engines.base import Flags
 from serving.engines.vllm import Vllm
-from serving.machine import Machine
-from serving.models import CACHE, ROOT, scale_of
+from serving.hardware import machine as machines
+from serving.hardware.machine import Machine
+from serving.weights.models import CACHE, ROOT, scale_of
 
 FOLDER = CACHE
 PROGRESS = {"begun", "failed", "in_vain", "on_file", "starts_s", "preparations_s", "done"}

@@ -103,13 +103,15 @@ from labs.harness.spec import Lab, LabError, NotApplicable, Variant
 from labs.harness.telling import forecasts, markdown, report, residuals
 from labs.harness.telling.document import Paragraph, Section, bullets, section, table_of
 from loadtests.trace import MOST_ROWS, TraceRow
-from serving import bundle, machine, models, whole
+from serving import bundle, whole
 from serving.engines import ENGINES
 from serving.engines.base import with_places
 from serving.engines.vllm import Vllm
-from serving.gpus import short_names
-from serving.masking import holds_secret, masked, recordable, tellable
-from serving.ports import require_port
+from serving.hardware import machine
+from serving.hardware.gpus import short_names
+from serving.processes.masking import holds_secret, masked, recordable, tellable
+from serving.processes.ports import require_port
+from serving.weights import models
 
 HELP = "Ask a question about LLM inference serving; answer it by measuring this machine."
 

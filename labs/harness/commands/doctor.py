@@ -42,16 +42,18 @@ from labs.harness.running.resolve import (
 )
 from labs.harness.running.sitting_plan import plan, table
 from labs.harness.spec import Lab, LabError, NotApplicable
-from serving import gpus, install, models, quantize, telemetry
-from serving import machine as machines
+from serving import install
 from serving.engines.base import EngineError
 from serving.engines.vllm import MEMORY_SHARE
-from serving.gpus import GpuError
-from serving.host_memory import available_bytes
-from serving.machine import GIB, Machine
-from serving.models import ROOT, Model, ModelError
+from serving.hardware import gpus, telemetry
+from serving.hardware import machine as machines
+from serving.hardware.gpus import GpuError
+from serving.hardware.host_memory import available_bytes
+from serving.hardware.machine import GIB, Machine
 from serving.platforms import PLATFORMS, platform_of
-from serving.ports import PortTaken, require_port
+from serving.processes.ports import PortTaken, require_port
+from serving.weights import models, quantize
+from serving.weights.models import ROOT, Model, ModelError
 
 PORTS = {"make serve": (PORT, "PORT"), "make locust": (WEB_PORT, "WEB_PORT")}
 START_S = 45.0  # of an engine on a GPU, assumed

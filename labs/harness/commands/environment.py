@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Set
 
-from serving.models import ROOT
+from serving.weights.models import ROOT
 
 PREFIX = "LABS_"
 LISTED = re.compile(r"^SETTINGS :=((?:.*\\\n)*.*)$", re.M)  # in the Makefile, over several lines

@@ -15,11 +15,12 @@ from labs.harness.running.resolve import is_dummy, model_for
 from labs.harness.spec import Lab, LabError
 from loadtests import generator, plan
 from loadtests.arrivals import Concurrent
-from serving import machine as machines
-from serving import masking, models
 from serving.engines.endpoint import Endpoint
-from serving.ports import free_port
-from serving.process import Process
+from serving.hardware import machine as machines
+from serving.processes import masking
+from serving.processes.ports import free_port
+from serving.processes.process import Process
+from serving.weights import models
 
 PORT, WEB_PORT = 8000, 8089  # defaults of `labs serve` and `labs locust`
 

@@ -13,7 +13,7 @@ from labs.harness.spec import LabError
 from loadtests import load_workers
 from loadtests.event_lines import events_of
 from loadtests.generator import worker_argv
-from serving.process import Process
+from serving.processes.process import Process
 
 REACH_TIMEOUT_S = 10.0
 

@@ -20,8 +20,8 @@ from labs.harness.running import backfill
 from labs.harness.running.run import run_lock
 from labs.harness.spec import LabError
 from labs.harness.telling import pages
-from serving import machine
-from serving.ports import require_port
+from serving.hardware import machine
+from serving.processes.ports import require_port
 
 app = typer.Typer()
 GRAFANA_PORT = 3000

@@ -18,7 +18,7 @@ from labs.harness.spec import SLO, LabError
 from loadtests.records import LONGEST_S
 from loadtests.trace import MOST_PLANNED_ROWS, Tell, TraceRow, read_trace
 from serving.forecasting.fleet import ROUTERS
-from serving.gpus import short_names
+from serving.hardware.gpus import short_names
 
 ALL = "all"  # routers, one after another
 LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]

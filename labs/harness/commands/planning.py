@@ -38,8 +38,8 @@ from labs.harness.telling import capacity_plans, markdown
 from labs.harness.telling.capacity_plans import Demand
 from loadtests.trace import Tell
 from serving import whole
-from serving.dummy import SHAPES
-from serving.gpus import short_names
+from serving.hardware.gpus import short_names
+from serving.weights.dummy import SHAPES
 
 app = typer.Typer()
 

@@ -25,7 +25,7 @@ from labs.harness.telling import pages, report
 from labs.harness.telling.document import bullets, section, table_of
 from labs.harness.telling.site import write_lesson, write_site
 from labs.harness.telling.summary import all_problems, summarise
-from serving.models import ROOT
+from serving.weights.models import ROOT
 
 app = typer.Typer()
 TWO = "The folder of a run, optionally with `:variant` behind it, or a machine's folder of results."

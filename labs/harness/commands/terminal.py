@@ -25,10 +25,10 @@ from labs.harness.telling.terminal import PlainConsole
 from loadtests.generator import GeneratorError
 from serving.bundle import BundleError
 from serving.engines.base import EngineError
-from serving.gpus import GpuError
-from serving.masking import tellable
-from serving.models import ModelError
-from serving.ports import PortTaken
+from serving.hardware.gpus import GpuError
+from serving.processes.masking import tellable
+from serving.processes.ports import PortTaken
+from serving.weights.models import ModelError
 
 console = PlainConsole(width=None if sys.stdout.isatty() else 120)
 errors = PlainConsole(stderr=True, soft_wrap=True)

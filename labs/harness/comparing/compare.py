@@ -59,8 +59,8 @@ from labs.harness.judging.metrics import METRICS, by_repeat, compared_metrics
 from labs.harness.judging.text import counted
 from labs.harness.spec import LabError, Point
 from labs.harness.telling.summary import checked
-from serving.guard import HERE
-from serving.models import ROOT
+from serving.inside.guard import HERE
+from serving.weights.models import ROOT
 
 SENT = (  # the knobs of a lab that say what is sent and what is measured of it
     "workloads", "requests", "warmup_s", "window_s", "timeout_s", "load_processes", "seed", "slo",

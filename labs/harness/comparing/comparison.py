@@ -18,7 +18,7 @@ from labs.harness.judging.judge import Caveat, Contrast, Interval
 from labs.harness.judging.machine_speed import Part
 from labs.harness.judging.metrics import METRICS
 from labs.harness.spec import MARGIN
-from serving.machine import Machine
+from serving.hardware.machine import Machine
 
 NO_VERDICT = ("not valid", "missing")
 UNDECIDED = ("inconclusive", *NO_VERDICT)

@@ -63,7 +63,7 @@ from labs.harness.telling.document import (
 )
 from labs.harness.telling.words import told_by
 from serving import whole
-from serving.models import ROOT
+from serving.weights.models import ROOT
 
 READING_FINDINGS = (
     "In parentheses: the 95% interval of one sitting, the prediction, and whether it *held*, is"

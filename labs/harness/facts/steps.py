@@ -15,7 +15,7 @@ from labs.harness.facts.context import Context
 from labs.harness.judging.quantity import Quantity
 from labs.harness.spec import Point
 from serving.forecasting.step import Piece, Step, StepTimes
-from serving.machine import Ceilings
+from serving.hardware.machine import Ceilings
 
 Ceiling = Literal["bandwidth", "arithmetic"]
 Limit = Literal["bandwidth", "arithmetic", "neither", "none"]

@@ -17,7 +17,8 @@ import tarfile
 from pathlib import Path
 
 from labs.harness.filing import results
-from serving import machine, whole
+from serving import whole
+from serving.hardware import machine
 
 MOST_BYTES = 15 * 10**6  # of an archive
 HEADER_BYTES = 2048  # of a file in a tar, and what ends one

@@ -13,7 +13,7 @@ from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.results import UNREADABLE, RunFolder, first_line, readable
 from labs.harness.filing.tracked import tracked_names
 from labs.harness.spec import digest_of
-from serving import masking
+from serving.processes import masking
 
 MOST_BYTES = 10 * 2**20  # of a run, since a collection is cloned as a whole
 SECRET = re.compile(masking.PATTERN.encode())

@@ -76,13 +76,14 @@ from labs.harness.spec import (
 from loadtests import records
 from loadtests.plan import TrialSummary
 from loadtests.workload import Name
-from serving import metrics, telemetry, whole
-from serving.attention import AttentionTimes
+from serving import metrics, whole
 from serving.engines.base import FlagValue
-from serving.machine import Ceilings, Environment, Machine
+from serving.hardware import telemetry
+from serving.hardware.attention import AttentionTimes
+from serving.hardware.machine import Ceilings, Environment, Machine
+from serving.hardware.reference_step import ReferenceStep
 from serving.metrics import Histogram, KvUse, Snapshot
-from serving.models import ROOT, Shape
-from serving.reference_step import ReferenceStep
+from serving.weights.models import ROOT, Shape
 
 M = TypeVar("M", bound=BaseModel)
 RESULTS = Path(os.environ.get("LABS_RESULTS") or ROOT / "results").resolve()

@@ -33,7 +33,7 @@ from uuid import uuid4
 import requests
 from pydantic import BaseModel
 
-from serving import guard
+from serving.inside import guard
 
 TEXTS = Path(__file__).parent / "texts"
 TOP = 20  # the most that vLLM's --max-logprobs allows by default

@@ -1,8 +1,8 @@
 """Judge whether engines that are loaded and idle leave a GPU as fast as it was before them.
 
 Engines that share a GPU are compared with one another, so those that wait must not slow down the
-one under load. The reference step (`serving/reference_step.py`) is timed several times before any
-of them is loaded, and again once all are loaded and none has work.
+one under load. The reference step (`serving/hardware/reference_step.py`) is timed several times
+before any of them is loaded, and again once all are loaded and none has work.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 
 from labs.harness.judging.machine_speed import PARTS, Part, part_s
-from serving.reference_step import ReferenceStep
+from serving.hardware.reference_step import ReferenceStep
 
 STEPS = 10  # reference steps on each side
 PROOF_S = 8.0  # for both sides, about

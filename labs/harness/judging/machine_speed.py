@@ -1,7 +1,7 @@
 """Compute how fast the machine was during a run, from the reference steps around its trials.
 
-A reference step is the same work each time (`serving/reference_step.py`), so a longer one means a
-slower machine. One is timed before and one after each trial.
+A reference step is the same work each time (`serving/hardware/reference_step.py`), so a longer one
+means a slower machine. One is timed before and one after each trial.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel
 
-from serving.reference_step import ReferenceStep, middle
+from serving.hardware.reference_step import ReferenceStep, middle
 
 MOST_CHANGED = 0.25
 """The least change of a step's time, up or down, that counts as a jump. It is 3.5 standard

@@ -39,9 +39,10 @@ from loadtests.latencies import TPOT, Latency
 from loadtests.plan import LEAST_COUNTED, TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Asked
-from serving import metrics, telemetry
+from serving import metrics
+from serving.hardware import telemetry
+from serving.hardware.telemetry import Sample
 from serving.metrics import Snapshot
-from serving.telemetry import Sample
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import get_args
 
 from labs.harness.judging.judge import Interval, Judgement, PredictionOutcome, tally
 from labs.harness.spec import Lab, Prediction
-from serving.machine import Ceilings
+from serving.hardware.machine import Ceilings
 
 ADMISSION_BY_CLIENT = (
     "this vLLM has no limit on its queue, so the load generator holds the limits and turns requests"

@@ -16,10 +16,10 @@ from labs.harness.filing.results import RunFolder, write_gzip
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.resolve import Setup
 from labs.harness.running.side_process import ask
-from serving import machine as machines
-from serving.attention import AttentionPlan, AttentionTimes
+from serving.hardware import machine as machines
+from serving.hardware.attention import AttentionPlan, AttentionTimes
 
-ARGV = (sys.executable, "-m", "serving.attention")
+ARGV = (sys.executable, "-m", "serving.hardware.attention")
 LIMIT_S = 300
 
 

@@ -33,7 +33,7 @@ from loadtests import exporter, records
 from loadtests.exporter import Exporter
 from loadtests.plan import Progress, TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
-from serving.models import CACHE
+from serving.weights.models import CACHE
 
 SCRAPES_LATE_S = 2.0  # a trial's last scrape comes up to so long before its end
 ROUNDED_S = 0.01  # times are written to the millisecond

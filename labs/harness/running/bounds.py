@@ -13,11 +13,11 @@ import shutil
 from collections.abc import Iterator
 
 from labs.harness.spec import Lab, LabError
-from serving import models
 from serving.engines import ENGINES
-from serving.host_memory import available_bytes
-from serving.machine import Machine
-from serving.models import Shape
+from serving.hardware.host_memory import available_bytes
+from serving.hardware.machine import Machine
+from serving.weights import models
+from serving.weights.models import Shape
 
 PROCESSES_EACH_CORE = 8
 LOAD_PROCESS_BYTES = 64 * 2**20  # beside the prompts; one with 4 users had 10 MiB of its own

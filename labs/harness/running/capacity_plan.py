@@ -40,7 +40,6 @@ from labs.harness.telling.capacity_plans import (
     over,
 )
 from loadtests.arrivals import Poisson
-from serving import dummy, models
 from serving.engines.base import FlagValue
 from serving.engines.vllm import CPU_KV_BYTES, PROCESS_BYTES, Vllm, VllmFlags, usable_bytes
 from serving.forecasting.datasheet import ENDS, reason_against_sharing, step_times
@@ -54,10 +53,11 @@ from serving.forecasting.plan import (
 )
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Traffic
-from serving.gpus import Datasheet
-from serving.host_memory import available_bytes
-from serving.machine import Machine
-from serving.models import Model, ModelError, Shape
+from serving.hardware.gpus import Datasheet
+from serving.hardware.host_memory import available_bytes
+from serving.hardware.machine import Machine
+from serving.weights import dummy, models
+from serving.weights.models import Model, ModelError, Shape
 
 PRECISIONS = ("bf16", "fp8", "w8a8", "w4a16-gptq")
 DEFAULT_SHAPE = "llama-8b"

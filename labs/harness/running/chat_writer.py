@@ -5,7 +5,7 @@ from __future__ import annotations
 from jinja2 import TemplateError
 
 from loadtests.prompts import Writer
-from serving import models
+from serving.weights import models
 
 
 def writer_of(model: models.Model) -> Writer:

@@ -15,7 +15,7 @@ from loadtests.records import RequestRecord
 from serving import metrics
 from serving.engines.base import Server
 from serving.metrics import Snapshot
-from serving.ports import LOOPBACK
+from serving.processes.ports import LOOPBACK
 
 REQUESTS, OUTPUT_TOKENS = "requests", "output tokens"
 ENGINE_METRICS = {REQUESTS: metrics.REQUESTS, OUTPUT_TOKENS: metrics.GENERATION_TOKENS}

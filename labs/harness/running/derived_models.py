@@ -28,9 +28,9 @@ from labs.harness.spec import LabError, NotApplicable
 from loadtests.arrivals import Concurrent
 from loadtests.structures import FORMS, example, spec
 from loadtests.workload import Fixed, Workload
-from serving import dummy, models, prune, quantize
-from serving.models import Model, ModelError, Shape
-from serving.process import Process
+from serving.processes.process import Process
+from serving.weights import dummy, models, prune, quantize
+from serving.weights.models import Model, ModelError, Shape
 
 SEED = 2**31 - 1  # of the prompts that models are trained on: no trial draws from it
 
@@ -75,58 +75,60 @@ def _pruned(method: prune.Method) -> Recipe:
     percent = f"{method.share:.0%} of the weights"
     zeros = "two of each four weights" if method.pattern == "2-4" else percent
     what = f"the served model with {zeros} set to zero, chosen by {method.by}"
-    return Recipe(what, "serving.prune", 0.3, method=str(method), text="calibration.txt")
+    return Recipe(what, "serving.weights.prune", 0.3, method=str(method), text="calibration.txt")
 
 
 def _quantized(
     method: str, minutes: float, text: str = "calibration.txt", note: str = ""
 ) -> Recipe:
     what = f"{quantize.METHODS[method].what}{note}"
-    return Recipe(what, "serving.quantize", minutes, method=method, text=text)
+    return Recipe(what, "serving.weights.quantize", minutes, method=method, text=text)
 
 
 RECIPES: dict[str, Recipe] = {
     "draft": Recipe(
         "a small draft model, distilled from the served one",
-        "serving.draft",
+        "serving.weights.draft",
         4,
         prompts=(_kind("story", 64, task="story"), _kind("quote", 128, task="quote")),
         quick_share=0.15,
     ),
     "adapters": Recipe(
         "a LoRA adapter for each of eight tenants, each with its own mark",
-        "serving.adapters",
+        "serving.weights.adapters",
         3,
         prompts=(_kind("short", 48), _kind("long", 96)),
     ),
     "outliers": Recipe(
         "a study of outlying activations under 8-bit rounding",
-        "serving.outliers",
+        "serving.weights.outliers",
         1,
         text="held_out.txt",
     ),
     "masks": Recipe(
         "a study of how long the backends of structured outputs take",
-        "serving.masks",
+        "serving.weights.masks",
         1,
         structures=4,
     ),
     "mha": Recipe(
         "the served model with a KV head for each query head, copied",
-        "serving.kv_heads",
+        "serving.weights.kv_heads",
         1,
         method="mha",
     ),
     "mqa": Recipe(
         "the served model with one KV head for all query heads, their mean",
-        "serving.kv_heads",
+        "serving.weights.kv_heads",
         1,
         method="mqa",
     ),
-    "gguf": Recipe("the served model as a GGUF file, for llama.cpp", "serving.to_gguf", 0.5),
+    "gguf": Recipe(
+        "the served model as a GGUF file, for llama.cpp", "serving.weights.to_gguf", 0.5
+    ),
     "sparsity": Recipe(
         "a study of what zeros in the weights cost, at every sparsity",
-        "serving.sparsity",
+        "serving.weights.sparsity",
         2,
         scores=True,
         quick_share=0.25,

@@ -16,12 +16,12 @@ from dashboards.prometheus import Prometheus
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.resolve import Setup
 from labs.harness.spec import Lab, Variant
-from serving import machine as machines
 from serving.engines import ENGINES
 from serving.engines.base import Engine, Server, with_places
-from serving.host_memory import available_bytes
-from serving.machine import Machine
-from serving.models import Model
+from serving.hardware import machine as machines
+from serving.hardware.host_memory import available_bytes
+from serving.hardware.machine import Machine
+from serving.weights.models import Model
 
 MOST_OF_GPU = 0.9
 """Of a GPU's memory, for all engines together: the process that times the machine has some, too."""

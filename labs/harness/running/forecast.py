@@ -43,11 +43,11 @@ from labs.harness.running.step_timing import (
 from labs.harness.running.virtual_trials import NO_CAPACITIES, PointPlays, VirtualTrials
 from labs.harness.spec import Lab, Point, Variant
 from loadtests.arrivals import OfCapacity
-from serving import models
 from serving.engines import ENGINES
 from serving.engines.base import with_places
 from serving.engines.vllm import Vllm, VllmFlags
 from serving.metrics import KvUse
+from serving.weights import models
 
 
 def forecast(

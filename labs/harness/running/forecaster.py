@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from labs.harness.running.side_process import guarded, last_line
 from labs.harness.spec import LabError
-from serving import reference_step
 from serving.forecasting.copying import Copying, CopyingPlan
 from serving.forecasting.plan import (
     ForecastPlan,
@@ -22,7 +21,8 @@ from serving.forecasting.plan import (
 )
 from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import TimingPlan
-from serving.process import Process
+from serving.hardware import reference_step
+from serving.processes.process import Process
 
 TIMING_LIMIT_S = 300
 FORECASTER_ARGV: Sequence[str] = (sys.executable, "-m", "serving.forecasting")

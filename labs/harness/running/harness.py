@@ -38,11 +38,11 @@ from labs.harness.running.trials import Trials, interleave, played_together, wri
 from labs.harness.spec import Point, Variant
 from labs.harness.telling import pages
 from labs.harness.telling.summary import summarise
-from serving import gpus, reference_step, telemetry
 from serving.engines.base import EngineError
-from serving.masking import tellable
-from serving.ports import LOOPBACK, free_port
-from serving.reference_step import ReferenceTimer
+from serving.hardware import gpus, reference_step, telemetry
+from serving.hardware.reference_step import ReferenceTimer
+from serving.processes.masking import tellable
+from serving.processes.ports import LOOPBACK, free_port
 
 # an answer that is not as it should be costs its probe alone
 PROBE_ERRORS = (

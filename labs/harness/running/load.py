@@ -14,10 +14,10 @@ from loadtests import load_workers
 from loadtests.generator import START_TIMEOUT_S, Generator, GeneratorError, argv
 from loadtests.load_workers import EVERY_ADDRESS, LOOPBACK, LoadWorkers
 from loadtests.plan import TrialPlan, TrialSummary
-from serving import guard
-from serving import machine as machines
-from serving.ports import free_port
-from serving.process import Process
+from serving.hardware import machine as machines
+from serving.inside import guard
+from serving.processes.ports import free_port
+from serving.processes.process import Process
 
 JOIN_TIMEOUT_S = 900.0  # in which somebody starts the load workers on other machines
 

@@ -13,7 +13,7 @@ import math
 
 from labs.harness.spec import Lab
 from loadtests.arrivals import Waves
-from serving import machine as machines
+from serving.hardware import machine as machines
 
 USERS_EACH = 64
 CORES_BESIDE_A_GPU = 2  # that an engine keeps busy: with its API server, and with its scheduler

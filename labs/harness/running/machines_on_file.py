@@ -15,12 +15,12 @@ from pathlib import Path
 from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder, readable
 from labs.harness.spec import Lab, LabError, Point
-from serving import dummy, models
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.vllm import VllmFlags
 from serving.forecasting.step import StepTimes
-from serving.machine import Ceilings, Machine
-from serving.models import Model, ModelError, Shape, as_served
+from serving.hardware.machine import Ceilings, Machine
+from serving.weights import dummy, models
+from serving.weights.models import Model, ModelError, Shape, as_served
 
 DEFAULT_BUDGET_TOKENS = 2048  # of vLLM 0.32 on a CPU; larger steps are extrapolated
 MOST_EXTRAPOLATED = 2

@@ -28,9 +28,10 @@ from labs.harness.spec import Lab, Variant
 from loadtests.prompts import Messages, Writer
 from loadtests.structures import FORMS, Form, Spec, instruction, spec
 from loadtests.workload import Fixed
-from serving import guard, metrics
+from serving import metrics
 from serving.engines.base import EngineError, Server
-from serving.masking import tellable
+from serving.inside import guard
+from serving.processes.masking import tellable
 
 
 @dataclass(frozen=True)

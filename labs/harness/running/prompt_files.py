@@ -19,7 +19,7 @@ from labs.harness.spec import Lab, LabError
 from loadtests.prompts import Writer
 from loadtests.workload import Workload
 from loadtests.writing import Done, Order, write
-from serving.process import Process
+from serving.processes.process import Process
 
 START_S = 3.0  # of a process, until its tokenizer is loaded
 Written = Callable[[Order], None]

@@ -18,10 +18,10 @@ from labs.harness.judging.diagnosis import Reading
 from labs.harness.running.diagnosing import between
 from labs.harness.spec import LabError
 from serving import metrics
-from serving.answers import ask
 from serving.engines import ENGINES
 from serving.engines.endpoint import base_address
 from serving.metrics import Snapshot
+from serving.processes.answers import ask
 
 WITHIN_S, MOST_BYTES = 30.0, 64 * 2**20
 MODEL_LABEL = "model_name"  # of vLLM's metrics

@@ -17,9 +17,9 @@ from labs.harness.filing.manifest import Fact
 from labs.harness.filing.results import Run, lab_from_resolved
 from labs.harness.running.resolve import RunRequest, engine_environment, model_for, require_harmless
 from labs.harness.spec import Lab, LabError
-from serving import machine as machines
-from serving import models
-from serving.dummy import SUFFIX
+from serving.hardware import machine as machines
+from serving.weights import models
+from serving.weights.dummy import SUFFIX
 
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # on Hugging Face
 

@@ -27,16 +27,16 @@ from labs.harness.spec import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplic
 from loadtests.load_workers import LOOPBACK, LoadWorkers, address_of, require_key
 from loadtests.prompts import Writer
 from loadtests.trace import TraceRow
-from serving import dummy, models
-from serving import machine as machines
 from serving.engines import ENGINES
 from serving.engines.base import EngineError, Unsupported
 from serving.engines.endpoint import Endpoint
 from serving.forecasting.datasheet import reason_against_sharing
-from serving.gpus import DATASHEETS, Datasheet
-from serving.guard import HERE
-from serving.machine import IN_FLOAT32, SLOW_BF16, Ceilings, Environment, Machine
-from serving.ports import free_port, require_free
+from serving.hardware import machine as machines
+from serving.hardware.gpus import DATASHEETS, Datasheet
+from serving.hardware.machine import IN_FLOAT32, SLOW_BF16, Ceilings, Environment, Machine
+from serving.inside.guard import HERE
+from serving.processes.ports import free_port, require_free
+from serving.weights import dummy, models
 
 
 @dataclass(frozen=True)

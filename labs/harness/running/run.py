@@ -56,10 +56,11 @@ from labs.harness.telling.forecasts import on_two_engines
 from labs.harness.telling.summary import summarise
 from loadtests.plan import sent_sha256
 from loadtests.trace import MOST_ROWS
-from serving import models, whole
+from serving import whole
 from serving.engines import ENGINES
 from serving.install import scratch_of
-from serving.masking import recordable
+from serving.processes.masking import recordable
+from serving.weights import models
 
 PROMPTS_TOOK = "Writing the prompts took {} s"  # said where a call is bounded
 # What a run needs on disk while it lasts, and the lock that keeps a second one out.

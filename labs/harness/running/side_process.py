@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from serving.process import Process
+from serving.processes.process import Process
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from labs.harness.running.derived_models import NEED_NO_WEIGHTS
 from labs.harness.running.prompt_files import lab_takes_s
 from labs.harness.running.trials import MOST_AGAIN, PER_TRIAL_S
 from labs.harness.spec import LabError
-from serving.dummy import DERIVED
+from serving.weights.dummy import DERIVED
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,16 @@ from labs.harness.running.forecaster import Forecaster
 from labs.harness.running.machines_on_file import MachineOnFile, largest_step
 from labs.harness.running.resolve import Setup
 from labs.harness.spec import Point, Variant
-from serving import machine as machines
-from serving import models
 from serving.engines.base import FlagValue, with_places
 from serving.engines.vllm import Vllm, VllmFlags
 from serving.forecasting import datasheet
 from serving.forecasting.datasheet import Efficiency
 from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import PASSES, QUICK_PASSES, TimingPlan
-from serving.gpus import Datasheet
-from serving.machine import Machine
+from serving.hardware import machine as machines
+from serving.hardware.gpus import Datasheet
+from serving.hardware.machine import Machine
+from serving.weights import models
 
 LEAST_OF_STAND_IN, MOST_OF_STAND_IN = 0.90, 1.18
 """The ends of a band: the engine's own step may take this many times as long as the stand-in step.

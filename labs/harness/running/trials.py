@@ -55,11 +55,14 @@ from loadtests.plan import TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Workload
 from loadtests.writing import Order
-from serving import guard, masking, metrics, models, whole
+from serving import metrics, whole
 from serving.engines.base import EngineError, Server
+from serving.hardware.reference_step import ReferenceStep, ReferenceTimer
+from serving.hardware.telemetry import Telemetry
+from serving.inside import guard
 from serving.metrics import Snapshot
-from serving.reference_step import ReferenceStep, ReferenceTimer
-from serving.telemetry import Telemetry
+from serving.processes import masking
+from serving.weights import models
 
 BESIDE = "of a trial beside it: "  # how a reason begins that is another trial's
 MOST_AGAIN = 2  # how often a disturbed trial is measured again

@@ -37,9 +37,9 @@ from serving.forecasting.plan import (
     PlannedTrial,
 )
 from serving.forecasting.traffic import Delays, Play, Traffic
-from serving.machine import Machine
+from serving.hardware.machine import Machine
 from serving.metrics import KvUse, Snapshot
-from serving.models import Shape
+from serving.weights.models import Shape
 
 PLAYS_OF_CHANCE = 9  # at least, where long prompts meet streams that are all alike
 MOST_DRAWN = 1000  # requests of a trial whose copied text is drawn

@@ -20,13 +20,13 @@ from labs.harness.telling.dials import shipped_shape
 from labs.harness.telling.document import Code, Inline
 from labs.harness.telling.planner import BLOCK_TOKENS, kv_room_tokens
 from labs.harness.telling.tables import with_band
-from serving import dummy, models
-from serving.dummy import SHAPES
 from serving.engines.vllm import MEMORY_SHARE, usable_bytes
 from serving.forecasting.datasheet import ENDS, EXPECTED, step_times
 from serving.forecasting.step import Piece, Step
-from serving.gpus import DATASHEETS, PCIE_4_BYTES_PER_S, Datasheet
-from serving.models import Shape
+from serving.hardware.gpus import DATASHEETS, PCIE_4_BYTES_PER_S, Datasheet
+from serving.weights import dummy, models
+from serving.weights.dummy import SHAPES
+from serving.weights.models import Shape
 
 CARD = "NVIDIA H100 80GB HBM3"  # of every example
 

@@ -23,10 +23,11 @@ from labs.harness.judging.text import ceilings_text
 from labs.harness.spec import Claim, Forecast, Lab, LabError, Point
 from labs.harness.telling.document import parse, plain_text
 from loadtests.workload import BLOCK
-from serving import dummy, gpus, models
-from serving.dummy import HOME, SHAPES
-from serving.machine import Ceilings
-from serving.models import Shape
+from serving.hardware import gpus
+from serving.hardware.machine import Ceilings
+from serving.weights import dummy, models
+from serving.weights.dummy import HOME, SHAPES
+from serving.weights.models import Shape
 
 FACTORS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)
 REQUESTS = BLOCK  # whose lengths are drawn for a card: any number of blocks has the same mean

@@ -20,7 +20,7 @@ from labs.harness.telling.document import (
     section,
     table,
 )
-from serving.machine import Machine
+from serving.hardware.machine import Machine
 
 SCHEDULER = "vLLM's own scheduler played every load point in virtual time, over steps"
 ON_TWO_ENGINES = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from labs.harness.telling.document import Section, parse, section, table
-from serving.models import ROOT
+from serving.weights.models import ROOT
 
 PAGE = ROOT / "docs" / "glossary.md"
 HEADING = re.compile(r"^## ", re.MULTILINE)

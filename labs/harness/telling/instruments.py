@@ -26,7 +26,7 @@ from labs.harness.telling.document import (
     parse,
     table,
 )
-from serving.machine import Machine
+from serving.hardware.machine import Machine
 
 FILE = "bench.json"
 QUIET = 0.05  # share of the CPU time that others may take before the page says so

@@ -17,9 +17,9 @@ from labs.harness.judging.judge import (
 from labs.harness.judging.text import ONE_SITTING, ceilings_text, counted
 from labs.harness.spec import Lab
 from labs.harness.telling.document import Code, Inline
-from serving.dummy import SUFFIX
 from serving.engines.vllm import SHARE_FLAG
-from serving.machine import VLLM
+from serving.hardware.machine import VLLM
+from serving.weights.dummy import SUFFIX
 
 CLOCKS_DIFFER_S = 5.0  # of a session's length and of its begin and end, in whole seconds
 

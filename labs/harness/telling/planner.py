@@ -16,11 +16,11 @@ from labs.harness.filing.results import Run
 from labs.harness.judging.text import number
 from labs.harness.telling.dials import Hardware, cards, shipped_shape
 from labs.harness.telling.document import Table, table
-from serving import gpus
-from serving.dummy import SHAPES
 from serving.engines.vllm import ACTIVATION_BYTES, MEMORY_SHARE, usable_bytes
 from serving.forecasting.datasheet import ENDS
-from serving.models import Shape
+from serving.hardware import gpus
+from serving.weights.dummy import SHAPES
+from serving.weights.models import Shape
 
 BLOCK_TOKENS = 16  # of the KV cache on CUDA
 SHOWN_CONTEXT = 8192  # tokens, in the table of what fits

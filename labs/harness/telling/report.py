@@ -69,7 +69,7 @@ from labs.harness.telling.forecasts import on_two_engines
 from labs.harness.telling.residuals import median_distance
 from labs.harness.telling.words import Told, ToldFinding, told
 from serving import whole
-from serving.gpus import admits_one_process
+from serving.hardware.gpus import admits_one_process
 
 THEIRS = "Published by others, for their models on their hardware; no verdict depends on it:"
 VERDICTS = parse(

@@ -18,9 +18,9 @@ from labs.harness.filing.results import Run, Summary
 from labs.harness.judging.text import number, point_label
 from labs.harness.telling.dials import Hardware, cards, shipped_shape
 from labs.harness.telling.document import Table, table
-from serving import dummy, models
-from serving.machine import Ceilings
-from serving.models import Shape
+from serving.hardware.machine import Ceilings
+from serving.weights import dummy, models
+from serving.weights.models import Shape
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CONTEXTS = (128, 1024, 8192)  # tokens of each sequence

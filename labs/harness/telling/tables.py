@@ -36,8 +36,8 @@ from labs.harness.judging.text import (
 )
 from labs.harness.spec import MARGIN, OF_FORECASTS, Lab, Point
 from labs.harness.telling.document import Code, Inline, Table, parse, table
-from serving.gpus import DATASHEETS
-from serving.machine import Ceilings, Machine
+from serving.hardware.gpus import DATASHEETS
+from serving.hardware.machine import Ceilings, Machine
 from serving.metrics import KvUse
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.engines.vllm import PLUGINS
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.golden.plays import figures
 from tests.rehearsal.cards import CARDS, VARIABLE
 from tests.rehearsal.cuda import checks

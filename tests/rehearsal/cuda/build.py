@@ -30,7 +30,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from serving import machine as machines
+from serving.hardware import machine as machines
 from tests.rehearsal.cuda import configure
 from tests.rehearsal.cuda.checks import Check, last_line, write
 from tests.rehearsal.cuda.quantizations import kind_of, unexpected

@@ -22,8 +22,8 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.selector import get_attn_backend
 
-from serving import machine as machines
 from serving.engines.vllm import SINCE
+from serving.hardware import machine as machines
 from tests.rehearsal.cuda.checks import Check, last_line, write
 from tests.rehearsal.cuda.starts import Refused, starts
 

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 
 from serving.bundle import normal
 from serving.lean import LEAN, Lean
-from serving.models import ROOT
+from serving.weights.models import ROOT
 from tests.rehearsal.cuda.checks import Check, last_line, write
 
 WHAT = "with the lean packages hidden"
@@ -36,7 +36,8 @@ MODULES = (
     "vllm.model_executor.models.llama", "vllm.model_executor.models.qwen3",
     "vllm.model_executor.models.qwen3_moe", "vllm.v1.attention.backends.flash_attn",
     "vllm.v1.attention.backends.triton_attn", "vllm.vllm_flash_attn",
-    "vllm.model_executor.model_loader.dummy_loader", "serving.vllm_worker", "serving.guard",
+    "vllm.model_executor.model_loader.dummy_loader", "serving.inside.vllm_worker",
+    "serving.inside.guard",
     # quantized weights, adapters, drafts, offloading
     "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
     "vllm.lora.worker_manager", "vllm.lora.punica_wrapper.punica_gpu",
@@ -136,7 +137,7 @@ def imports(modules: Iterable[str]) -> Iterator[Check]:
 
 def checks(home: Path) -> Iterator[Check]:
     """Import what an engine of the labs imports, then make and build what a lean bundle serves."""
-    from serving.lm_format_enforcer import offer_moved_classes
+    from serving.inside.lm_format_enforcer import offer_moved_classes
 
     lean = LEAN["hopper"]
     packages = left_out(lean, roots())

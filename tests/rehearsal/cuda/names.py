@@ -28,11 +28,13 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from serving import machine as machines
-from serving import metrics, models, random_weights
+from serving import metrics
 from serving.engines import vllm as engine
 from serving.engines.base import EngineError, Flags
 from serving.engines.vllm import Vllm
+from serving.hardware import machine as machines
+from serving.inside import random_weights
+from serving.weights import models
 from tests.rehearsal.cuda import starts
 from tests.rehearsal.cuda.checks import Check, last_line, write
 

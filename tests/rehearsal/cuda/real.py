@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from serving import dummy, models
-from serving.kv_heads import kv_heads_of
-from serving.models import Model, shape_of
+from serving.weights import dummy, models
+from serving.weights.kv_heads import kv_heads_of
+from serving.weights.models import Model, shape_of
 from tests.default_models import config_of
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}

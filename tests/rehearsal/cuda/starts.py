@@ -20,11 +20,11 @@ from labs.harness.running.resolve import (
     require_sizes,
 )
 from labs.harness.spec import LabError
-from serving import dummy, models
 from serving.engines.base import EngineError, with_places
 from serving.engines.vllm import Vllm
-from serving.machine import Machine
-from serving.models import Model, ModelError
+from serving.hardware.machine import Machine
+from serving.weights import dummy, models
+from serving.weights.models import Model, ModelError
 from tests.rehearsal.cuda import real
 
 PORT = 8000  # nothing listens

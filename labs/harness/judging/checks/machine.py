@@ -6,8 +6,8 @@ import math
 
 from labs.harness.judging.checks.expected import Expected, Found
 from labs.harness.judging.measure import Trial
-from serving import telemetry
-from serving.telemetry import POWER_CAP, SLOWDOWNS, Sample
+from serving.hardware import telemetry
+from serving.hardware.telemetry import POWER_CAP, SLOWDOWNS, Sample
 
 MOST_SLOWED = 0.01  # share of the window; one sample can be a change of load
 MOST_CAPPED = 0.5

@@ -16,8 +16,9 @@ from labs.harness.judging.measure import Trial, counter_increase, expected_piece
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import counted, literal, number
 from labs.harness.spec import Evidence
-from serving import metrics, random_weights
+from serving import metrics
 from serving.engines import DEFAULT_ENGINE
+from serving.inside import random_weights
 
 ECHOED = {  # flag -> the info metric and the label under which the engine says it again
     "enable-prefix-caching": (metrics.CACHE_CONFIG, "enable_prefix_caching"),

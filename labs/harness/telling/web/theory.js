@@ -1,6 +1,6 @@
 // The closed forms of labs/harness/theory.py and the step of serving/forecasting/datasheet.py, for pages that
 // have no Python. tests/unit/test_theory_page.py compares each with the original on a grid.
-// A shape has the fields of serving.models.Shape; ceilings are {bytes_per_s, flops_per_s}.
+// A shape has the fields of serving.weights.models.Shape; ceilings are {bytes_per_s, flops_per_s}.
 // deno-lint-ignore-file no-unused-vars -- the script that follows in the same page uses them
 "use strict";
 

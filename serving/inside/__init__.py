@@ -1,0 +1,1 @@
+"""What runs inside the processes of engines: the guard, their start, vLLM's extensions."""

@@ -1,0 +1,83 @@
+"""Ask a server that may answer anything: every answer is bounded in time and size."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+from serving.inside import guard
+
+BLOCK_BYTES = 8192
+
+
+class EndlessAnswer(requests.RequestException):
+    """An answer took longer, or has more bytes, than what was asked for can need."""
+
+
+@dataclass(frozen=True)
+class BoundedResponse:
+    """A whole answer; a redirect is one, too."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def text(self) -> str:
+        return self.body.decode(errors="replace")
+
+    def json(self) -> Any:
+        """Parse the body. Raises ValueError where it is no JSON, or too deep."""
+        try:
+            return json.loads(self.body)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+
+
+def ask(
+    method: str, url: str, *, within_s: float, most_bytes: int, **request: Any
+) -> BoundedResponse:
+    """Send a request and read the whole answer, no longer than `within_s` in all.
+
+    It shows the key that an engine asks for, unless other `headers` are given. Raises
+    requests.RequestException.
+    """
+    answer: Future[BoundedResponse] = Future()
+
+    def read() -> None:
+        try:
+            answer.set_result(_answer(method, url, within_s, most_bytes, request))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # Its own time limits are for each read, so that a server that drips would never meet them.
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        return answer.result(within_s)
+    except TimeoutError as error:
+        raise EndlessAnswer(f"the answer has no end within {within_s:.0f} s") from error
+
+
+def _answer(
+    method: str, url: str, within_s: float, most_bytes: int, request: Mapping[str, Any]
+) -> BoundedResponse:
+    body = bytearray()
+    with requests.request(
+        method, url, timeout=within_s, stream=True, allow_redirects=False,
+        **{"headers": guard.headers(), **request},
+    ) as response:  # fmt: skip
+        for block in response.iter_content(BLOCK_BYTES):
+            body += block
+            if len(body) > most_bytes:
+                raise EndlessAnswer(f"the answer has more than {most_bytes} bytes")
+        return BoundedResponse(response.status_code, response.headers, bytes(body))

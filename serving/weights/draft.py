@@ -1,0 +1,263 @@
+"""A draft model for speculative decoding: a few layers of the target, trained to write like it.
+
+`python -m serving.weights.draft TARGET_FOLDER OUT_FOLDER PROMPTS_JSONL` writes a model folder that
+vLLM's `--speculative-config '{"method": "draft_model", ..}'` loads. A line of the prompts is
+`{"messages": [..]}`, with an optional `"kind"` by which acceptance is also told apart.
+
+Leviathan et al. (2023) let a cheap model guess and the target check. Under greedy decoding a guess
+is accepted when it is the target's own next token, so the acceptance rate is how often the two
+agree on the target's text: it is measured here on prompts that were not trained on.
+
+The draft keeps the target's tokenizer, embeddings and output matrix, its first layers and the last
+one. Without training it almost never agrees with the target. Distillation (Hinton et al. 2015)
+trains it on how probable each token was to the target, not only on which one the target chose, with
+texts that the target wrote itself (Kim and Rush 2016), of the kind that will be served (Zhou et al.
+2024, DistillSpec). The target's distribution is stored as its last hidden state, a vector of the
+width: target and draft share the output matrix that turns it into a distribution.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+from serving.weights import making
+from serving.weights.lookup import looked_up
+from serving.weights.making import MakerError
+
+ANSWER_TOKENS = 64  # of the target's, to each prompt
+ANSWER_BATCH, BATCH = 64, 8
+LEARNING_RATE, WARMUP = 2e-3, 0.1
+OTHER_TOKENS = 2048  # of the vocabulary, besides those that the target wrote
+LEAST_PROMPTS, MOST_HELD_OUT = 12, 64  # a third held out, but not more than these
+WITHIN_TOKENS = (8, 16, 32, ANSWER_TOKENS)  # of an answer, over which acceptance is told apart
+LOOKUP_GUESSES, LOOKUP_LEAST, LOOKUP_MOST = 3, 2, 4  # tokens guessed, and the n-gram's length
+
+
+@dataclass(frozen=True)
+class TargetAnswer:
+    """The target's greedy answer to a prompt, and its last hidden state before each token."""
+
+    kind: str
+    prompt: list[int]
+    tokens: list[int]
+    states: Any  # (tokens, width)
+
+
+class Progress:
+    """Prints how much of a stage is done, and about how long the rest takes."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Print one line; `done` is at least 1."""
+        left_s = (time.monotonic() - self.began) / done * (total - done)
+        print(f"{stage}: {done} of {total}; about {left_s:.0f} s left", flush=True)
+
+
+def answers(tokenizer: Any, model: Any, prompts: Sequence[dict[str, Any]]) -> list[TargetAnswer]:
+    """Let the target answer all prompts; those of similar length share a batch.
+
+    It goes on after its end token, as a server does that is asked to ignore it.
+    """
+    import torch
+
+    rows = [(p.get("kind", "text"), making.tokens_of(tokenizer, p["messages"])) for p in prompts]
+    rows.sort(key=lambda row: len(row[1]))
+    written, last, progress = list[TargetAnswer](), list[Any](), Progress()
+    hook = model.base_model.norm.register_forward_hook(lambda *a: last.append(a[2][:, -1]))
+    for start in range(0, len(rows), ANSWER_BATCH):
+        kinds, batch = zip(*rows[start : start + ANSWER_BATCH], strict=True)
+        tokens = making.answer(model, batch, ANSWER_TOKENS, eos_token_id=-1).tolist()
+        states = torch.stack(last, dim=1)
+        last.clear()
+        written += map(TargetAnswer, kinds, batch, tokens, states)
+        progress.show("prompts answered by the target", len(written), len(rows))
+    hook.remove()
+    return written
+
+
+def prune(model: Any, layers: int) -> None:
+    """Keep the first `layers` - 1 layers and the last one, with embeddings and output matrix."""
+    import torch
+
+    config, body = model.config, model.base_model
+    places = [*range(layers - 1), len(body.layers) - 1]
+    body.layers = torch.nn.ModuleList(body.layers[i] for i in places)
+    for place, layer in enumerate(body.layers):
+        layer.self_attn.layer_idx = place  # its place in the KV cache
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in places]
+
+
+def states(model: Any, batch: Sequence[TargetAnswer]) -> Any:
+    """Compute the draft's last hidden states on the target's answers: (all tokens, width)."""
+    return making.states(model, [a.prompt for a in batch], [a.tokens for a in batch])
+
+
+def acceptance(
+    model: Any, held_out: Sequence[TargetAnswer], first: int = ANSWER_TOKENS
+) -> dict[str, float]:
+    """Compute how often the draft's first guess is the target's token: by kind, and for `all`.
+
+    Only the `first` tokens of each answer count: answers begin more predictably than they go on.
+    """
+    import torch
+
+    right, matrix = dict[str, list[bool]](), model.get_output_embeddings().weight
+    for start in range(0, len(held_out), BATCH):
+        batch = [replace(a, tokens=a.tokens[:first]) for a in held_out[start : start + BATCH]]
+        with torch.no_grad():
+            guesses = (states(model, batch).to(matrix.dtype) @ matrix.T).argmax(-1).tolist()
+        tokens = [(a.kind, token) for a in batch for token in a.tokens]
+        for (kind, token), guess in zip(tokens, guesses, strict=True):
+            for group in {kind, "all"}:
+                right.setdefault(group, []).append(token == guess)
+    return {group: sum(hits) / len(hits) for group, hits in sorted(right.items())}
+
+
+class Lookup(TypedDict):
+    """How copying from the context did on answers of one kind; both are shares from 0 to 1."""
+
+    found: float  # of steps in which there was something to copy
+    accepted: float | None  # of guesses that were checked; None where nothing was ever found
+
+
+def lookup(held_out: Sequence[TargetAnswer], first: int = ANSWER_TOKENS) -> dict[str, Lookup]:
+    """Decode the answers' `first` tokens again, with lookup, and tell by kind how it did.
+
+    The first token of an answer comes with its prompt, and nothing is looked up for it. Guesses are
+    checked up to the first wrong one; the share of these that is right is the probability that a
+    forecast draws from.
+    """
+    right, checked, steps_with_guesses, steps = (Counter[str]() for _ in range(4))
+    for answer in held_out:
+        tokens, written = answer.tokens[:first], 1
+        while written < len(tokens):
+            context = [*answer.prompt, *tokens[:written]]
+            guesses = looked_up(context, LOOKUP_GUESSES, LOOKUP_LEAST, LOOKUP_MOST)
+            agreed = [g == t for g, t in zip(guesses, tokens[written:], strict=False)]
+            accepted = agreed.index(False) if False in agreed else len(agreed)
+            steps[answer.kind] += 1
+            steps_with_guesses[answer.kind] += bool(guesses)
+            right[answer.kind] += accepted
+            checked[answer.kind] += min(accepted + 1, len(agreed))
+            written += accepted + 1
+    return {
+        kind: Lookup(
+            found=steps_with_guesses[kind] / n,
+            accepted=right[kind] / checked[kind] if checked[kind] else None,
+        )
+        for kind, n in sorted(steps.items())
+    }
+
+
+def distil(
+    model: Any,
+    taught: Sequence[TargetAnswer],
+    held_out: Sequence[TargetAnswer],
+    epochs: int,
+    seed: int,
+) -> int:
+    """Train the layers towards the target's distribution (forward KL); return the steps taken.
+
+    The whole vocabulary would cost more than the layers. So the distribution covers the tokens that
+    the target wrote and, drawn again at each step, a sample of the other tokens (Jean et al. 2015).
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    rng, progress = random.Random(seed), Progress()
+    matrix = model.get_output_embeddings().weight
+    model.requires_grad_(False)
+    parts = (model.base_model.layers, model.base_model.norm)
+    weights = [p.requires_grad_() for part in parts for p in part.float().parameters()]
+    steps = epochs * -(-len(taught) // BATCH)
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=WARMUP
+    )
+    written = torch.tensor([token for answer in taught for token in answer.tokens])
+    for epoch in range(epochs):
+        order = rng.sample(taught, len(taught))
+        for start in range(0, len(order), BATCH):
+            batch = order[start : start + BATCH]
+            sampled = torch.randint(len(matrix), (OTHER_TOKENS,))
+            rows = matrix[torch.cat([written, sampled]).unique().to(matrix.device)]
+            target_logits = torch.cat([a.states for a in batch]) @ rows.T
+            draft_logits = states(model, batch).to(rows.dtype) @ rows.T
+            torch.nn.functional.kl_div(
+                draft_logits.float().log_softmax(-1),
+                target_logits.float().log_softmax(-1),
+                log_target=True,
+                reduction="batchmean",
+            ).backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        share = acceptance(model, held_out)["all"]
+        progress.show(f"{share:.0%} of held-out tokens guessed; epochs", epoch + 1, epochs)
+    return steps
+
+
+def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed: int) -> None:
+    """Write the draft's folder, complete or not at all. Raises MakerError."""
+    with making.folder(out) as half:
+        target_layers = making.read_config(target).get("num_hidden_layers", 0)
+        if not 0 < layers < target_layers:
+            raise MakerError(
+                f"--layers {layers} is not between 1 and {target_layers - 1}: the draft needs fewer"
+                f" layers than the target's {target_layers}"
+            )
+        chats, began = making.read_prompts(prompts, LEAST_PROMPTS), time.monotonic()
+        print("loading the target", flush=True)
+        tokenizer, model = making.load(target)
+        texts = answers(tokenizer, model, chats)
+        random.Random(seed).shuffle(texts)
+        cut = min(len(texts) // 3, MOST_HELD_OUT)
+        held_out, taught = texts[:cut], texts[cut:]
+        prune(model, layers)
+        untrained = acceptance(model, held_out)["all"]
+        print(f"before training it guesses {untrained:.0%} of the held-out tokens", flush=True)
+        steps = distil(model, taught, held_out, epochs, seed)
+        model = model.bfloat16()
+        within = {n: acceptance(model, held_out, n) for n in WITHIN_TOKENS}
+        model.save_pretrained(half)
+        tokenizer.save_pretrained(half)
+        about = {
+            "acceptance": within[ANSWER_TOKENS]["all"],
+            "acceptance_within": within,
+            "lookup_within": {n: lookup(held_out, n) for n in WITHIN_TOKENS},
+            "acceptance_untrained": untrained,
+            "layers": layers,
+            "params": model.num_parameters(),
+            "steps": steps,
+            "trained_on_tokens": sum(len(a.tokens) for a in taught),
+            "seconds": round(time.monotonic() - began, 1),
+            "seed": seed,
+        }
+        making.write_record(half, about)
+    print(f"{about['acceptance']:.0%} of held-out tokens are guessed", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m serving.weights.draft", description=__doc__)
+    for name in ("target", "out", "prompts"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=6, help="0: no training")
+    parser.add_argument("--seed", type=int, default=0)
+    making.run(make, parser, argv)
+
+
+if __name__ == "__main__":
+    main()
