@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent
-from loadtests.workload import Fixed, Prefix, Workload
+from labs.harness.ask import (
+    echoes,
+    falls,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    users,
+    variants,
+)
+from labs.harness.spec import SLO, Lab, Point, Prediction
+from labs.harness.theory import KWON, ROOFLINE
+from loadtests.workload import Fixed, Prefix
 from serving import metrics
 
-KWON = "Kwon et al., PagedAttention, SOSP 2023"
-ROOFLINE = "Williams et al., Roofline, 2009"
 MISTRAL = "Jiang et al., Mistral 7B, 2023"
 STREAMING = "Xiao et al., StreamingLLM, ICLR 2024"
 H2O = "Zhang et al., H2O, NeurIPS 2023"
@@ -104,20 +112,14 @@ def arithmetic(lab: Lab, point: Point) -> dict[str, Prediction]:
 # ------------------------------------------------------------------------------- on the engine
 
 
-def capacity_ratio(quantized: Point, plain: Point) -> Prediction:
-    return Prediction(
-        value=quantized.kv_room_tokens / plain.kv_room_tokens,
-        formula="tokens in whole blocks, 8 bits / 16 bits",
-        source=KWON,
-    )
+@predicts("tokens in whole blocks, 8 bits / 16 bits", source=KWON)
+def capacity_ratio(quantized: Point, plain: Point) -> float:
+    return quantized.kv_room_tokens / plain.kv_room_tokens
 
 
-def capacity(point: Point) -> Prediction:
-    return Prediction(
-        value=point.kv_room_tokens,
-        formula="floor(memory / (block x 2 layers KV-heads head-dim bytes)) block",
-        source=KWON,
-    )
+@predicts("floor(memory / (block x 2 layers KV-heads head-dim bytes)) block", source=KWON)
+def capacity(point: Point) -> float:
+    return point.kv_room_tokens
 
 
 def admitted(point: Point) -> float:
@@ -132,36 +134,32 @@ def admitted(point: Point) -> float:
     return min(point.load.users, (point.kv_room_tokens - block) / held)
 
 
-def admitted_ratio(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=admitted(treatment) / admitted(baseline),
-        formula="min(B, (C - b) / tokens held), treatment / baseline",
-        assumptions=(
-            "what the running requests hold together stays near its mean",
-            "prefill takes no time, so that whoever is admitted decodes",
-        ),
-        source=KWON,
-    )
+@predicts(
+    "min(B, (C - b) / tokens held), treatment / baseline",
+    "what the running requests hold together stays near its mean",
+    "prefill takes no time, so that whoever is admitted decodes",
+    source=KWON,
+)
+def admitted_ratio(treatment: Point, baseline: Point) -> float:
+    return admitted(treatment) / admitted(baseline)
 
 
 def step_s(point: Point) -> float:
-    kv_bytes = point.kv_bytes(point.flags.kv_value_bytes)
-    return theory.forward_s(point.shape, point.ceilings, point.load.users, kv_bytes)
+    return theory.forward_of(point, point.kv_bytes(point.flags.kv_value_bytes))
 
 
-def step_ratio(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=step_s(treatment) / step_s(baseline),
-        formula="(weight bytes + B min(N, W) KV bytes a token) treatment / baseline",
-        assumptions=("reading is all that a step does: widening 8 bits to 16 costs nothing",),
-        source=ROOFLINE,
-    )
+@predicts(
+    "(weight bytes + B min(N, W) KV bytes a token) treatment / baseline",
+    "reading is all that a step does: widening 8 bits to 16 costs nothing",
+    source=ROOFLINE,
+)
+def step_ratio(treatment: Point, baseline: Point) -> float:
+    return step_s(treatment) / step_s(baseline)
 
 
 # --------------------------------------------------------------------------------------- the lab
 
-FULL = Variant(name="full", flags={"kv-cache-dtype": "auto"})
-KV_FP8 = FULL.but("kv-fp8", {"kv-cache-dtype": "fp8_e4m3"})
+FULL, KV_FP8 = variants("kv-cache-dtype", full="auto", kv_fp8="fp8_e4m3")
 
 
 def reaching(tokens: int) -> dict[str, Any]:
@@ -180,21 +178,7 @@ SAVING = ("full", "kv-fp8", "window")  # the KV cache, in memory
 READING = ("full", "kv-fp8", "w8a8")  # the whole context, in each step
 
 
-def echoed(label: str, value: str, *variants: str) -> tuple[Evidence, ...]:
-    """Ask for what the engine's own configuration must say under a label."""
-    return tuple(Evidence.echo(name, metrics.CACHE_CONFIG, label, value) for name in variants)
-
-
-def shorter(name: str, treatment: str, baseline: str) -> Claim:
-    return Claim(
-        name=name,
-        metric="tpot_mean_s",
-        treatment=Arm(variant=treatment, workload="far"),
-        baseline=Arm(variant=baseline, workload="far"),
-        expect="falls",
-        predict=step_ratio,
-    )
-
+WINDOW = "--hf-overrides.sliding_window"  # of a variant's own flags
 
 LAB = Lab(
     name="context-retrieval",
@@ -210,56 +194,35 @@ LAB = Lab(
         "max-num-batched-tokens": 256,
     },
     workloads=(
-        Workload(
-            name="far",
-            prompt_tokens=Fixed(tokens=1024),
-            output_tokens=Fixed(tokens=16),
+        sends(
+            "far",
+            1024,
+            16,
+            *users(4),
             prefix=Prefix(tokens=960),
             primed=True,  # so that a trial is decode, and hardly any prefill
             # an engine with a window soon finds no long prefix in a small cache any more
             only=READING,
-            loads=(Concurrent(users=4),),
         ),
-        Workload(
-            name="tight",
-            prompt_tokens=Fixed(tokens=352),
-            output_tokens=Fixed(tokens=16),
-            only=SAVING,
-            loads=(Concurrent(users=5),),
-        ),
+        sends("tight", 352, 16, *users(5), only=SAVING),
     ),
     claims=(
-        Claim(
-            name="capacity",
-            metric="kv_capacity_tokens",
-            treatment=Arm(variant="kv-fp8", workload="far"),
-            baseline=Arm(variant="full", workload="far"),
-            expect="rises",
-            predict=capacity_ratio,
-        ),
-        *(
-            Claim(
-                name=f"batch-{name}",
-                metric="batch",
-                treatment=Arm(variant=name, workload="tight"),
-                baseline=Arm(variant="full", workload="tight"),
-                expect="rises",
-                predict=admitted_ratio,
-            )
-            for name in ("kv-fp8", "window")
-        ),
-        shorter("far-kv", "kv-fp8", "full"),
-        shorter("far-weights", "w8a8", "full"),
+        rises("capacity", "kv_capacity_tokens", "kv-fp8 / full", "far", by=capacity_ratio),
+        rises("batch-kv-fp8", "batch", "kv-fp8 / full", "tight", by=admitted_ratio),
+        rises("batch-window", "batch", "window / full", "tight", by=admitted_ratio),
+        falls("far-kv", "tpot_mean_s", "kv-fp8 / full", "far", by=step_ratio),
+        falls("far-weights", "tpot_mean_s", "w8a8 / full", "far", by=step_ratio),
     ),
-    forecasts=(
-        Forecast(
-            name="capacity", metric="kv_capacity_tokens", arm=Arm(workload="far"), predict=capacity
-        ),
-    ),
+    forecasts=(forecast("capacity", "kv_capacity_tokens", capacity, workload="far"),),
     evidence=(
-        *echoed("cache_dtype", "--kv-cache-dtype", *(v.name for v in VARIANTS)),
-        *echoed("sliding_window", "None", *(v.name for v in VARIANTS if v.name != "window")),
-        *echoed("sliding_window", "--hf-overrides.sliding_window", "window"),
+        *echoes(
+            metrics.CACHE_CONFIG, "cache_dtype", {v.name: "--kv-cache-dtype" for v in VARIANTS}
+        ),
+        *echoes(
+            metrics.CACHE_CONFIG,
+            "sliding_window",
+            {v.name: WINDOW if v.name == "window" else "None" for v in VARIANTS},
+        ),
     ),
     arithmetic=arithmetic,
     probes=("retrieval",),

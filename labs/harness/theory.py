@@ -9,9 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from serving.hardware.machine import Ceilings
 from serving.weights.models import Shape
+
+if TYPE_CHECKING:
+    from labs.harness.spec import Point
+
+KAPLAN = "Kaplan et al. 2020"
+KWON = "Kwon et al., PagedAttention, SOSP 2023"
+LEVIATHAN = "Leviathan, Kalman, Matias, ICML 2023"
+ROOFLINE = "Williams et al., Roofline, 2009"
+SARATHI = "Agrawal et al., Sarathi-Serve, OSDI 2024"
 
 KAPLAN = "Kaplan et al. 2020"
 KWON = "Kwon et al., PagedAttention, SOSP 2023"
@@ -164,6 +174,16 @@ def ridge_batch(shape: Shape, ceilings: Ceilings) -> float:
     return read_s * ceilings.flops_per_s / (2 * shape.matmul_params)
 
 
+def experts_needed(experts: int, per_token: int, tokens: float) -> float:
+    """Expected experts of a layer that a step over so many tokens needs: E (1 - (1 - k/E)^B).
+
+    An expert stays idle where none of the B tokens is sent to it. Routing is taken to be even, and
+    each token's independent of the others' (Shazeer et al. 2017).
+    """
+    idle: float = (1 - per_token / experts) ** tokens
+    return experts * (1 - idle)
+
+
 def static_batching_penalty(output_tokens: Sequence[int], batch: int) -> float:
     """E[max L] / E[L] over consecutive batches of a real sequence of output lengths.
 
@@ -268,3 +288,22 @@ def kv_tokens(shape: Shape, memory_bytes: float, bytes_per_value: float, block: 
     Source: PagedAttention (Kwon et al., SOSP 2023).
     """
     return memory_bytes // (block * shape.kv_bytes_per_token(bytes_per_value)) * block
+
+
+# what these say of a point, whose load is a number of requests that are always in flight
+
+
+def step_of(point: Point, context_tokens: float | None = None) -> float:
+    """Seconds of a decode step of a point's requests, at their mean context or another."""
+    context = point.context_tokens if context_tokens is None else context_tokens
+    return decode_step_s(point.shape, point.ceilings, point.load.users, context)
+
+
+def forward_of(point: Point, context_bytes: float) -> float:
+    """Seconds of a forward pass over a token of each of a point's requests."""
+    return forward_s(point.shape, point.ceilings, point.load.users, context_bytes)
+
+
+def prefill_of(point: Point) -> float:
+    """Seconds of a point's prompt at the measured rate of arithmetic alone."""
+    return prefill_s(point.shape, point.ceilings, point.prompt_tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -14,36 +13,34 @@ from labs.harness.judging.judge import Interval
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.judging.sampling import canonical, gain_over_tasks, over_tasks, pass_at, vote_at
 from labs.harness.spec import Point
+from labs.many_samples.lab import hit_rate
 from serving.weights import dummy, models
 from serving.weights.models import Shape
 
-BILLION = 1e9  # parameters
 STEPS = 4  # of a solution that is written step by step, as an example
 TASK_CONTEXT_TOKENS = 64  # of a task's prompt and half of its answer, about
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All but the cost are None, or empty, where no tasks were asked."""
-
-    sampling_cost: Costs | None
-    voting: Voting | None
+    sampling_cost: Costs
+    voting: Voting | None  # None, as what follows, where no tasks were asked
     task_kinds: tuple[Kind, ...]
     larger_model: LargerModel | None
     verifier: Verifier | None
 
 
 def facts(run: JudgedRun) -> Facts:
-    tasks = solved(probed(run))
-    vote = voting(probed(run), tasks)
+    if (probe := probed(run)) is None:
+        return Facts(costs(run), None, (), None, None)
+    point, tasks = run.points[0], solved(probe)
+    vote = voting(probe, tasks)
     return Facts(
-        sampling_cost=costs(run) if run.finds("sampling-cost") else None,
-        voting=vote if run.finds("voting") else None,
-        task_kinds=kinds(tasks, vote) if vote and run.finds("task-kinds") else (),
-        larger_model=larger_models(run.points[0], tasks, vote)
-        if vote and run.finds("larger-model")
-        else None,
-        verifier=verifier(run.points[0], tasks, vote) if vote and run.finds("verifier") else None,
+        costs(run),
+        vote,
+        kinds(tasks, vote.most.samples),
+        larger_models(point, tasks, vote),
+        verifier(point, tasks, vote),
     )
 
 
@@ -88,34 +85,35 @@ class Costs:
     @property
     def found(self) -> Literal["exactly", "not exactly", "unknown"]:
         """Whether the engine found the whole blocks of a prompt for each later sample."""
-        known = [
-            (c.hits.value, c.hits_by_blocks.value)
-            for c in self.all
-            if c.samples > 1 and c.hits.known and c.hits_by_blocks.known
-        ]
-        if not known:
+        hits = [(c.hits.value, c.hits_by_blocks.value) for c in self.all if c.samples > 1]
+        exact = [abs(a - b) < 1e-9 for a, b in hits if a is not None and b is not None]
+        if not exact:
             return "unknown"
-        exactly = all(abs((hits or 0) - (by_blocks or 0)) < 1e-9 for hits, by_blocks in known)
-        return "exactly" if exactly else "not exactly"
+        return "exactly" if all(exact) else "not exactly"
 
 
 def costs(run: JudgedRun) -> Costs:
-    every = tuple(cost(run, point) for point in run.points if point.workload.samples)
+    every = tuple(
+        cost(run, point, point.workload.samples.count)
+        for point in run.points
+        if point.workload.samples
+    )
     one = next((c for c in every if c.samples == 1 and c.until_all_s.known), None)
+    if one is None:
+        return Costs(every, Quantity.missing("one sample was not measured", "s"), ())
     several = [
         Beside(c.samples, c.requests, c.until_all_s / one.until_all_s)
         for c in every
-        if one and c.samples > 1 and c.until_all_s.known and c.variant == one.variant
+        if c.samples > 1 and c.until_all_s.known and c.variant == one.variant
     ]
-    one_s = one.until_all_s if one else Quantity.missing("one sample was not measured", "s")
-    return Costs(every, one_s, tuple(several))
+    return Costs(every, one.until_all_s, tuple(several))
 
 
-def cost(run: JudgedRun, point: Point) -> Cost:
-    assert point.workload.samples
-    samples, rate = point.workload.samples.count, run.quantity(point, "output_tokens_per_s")
+def cost(run: JudgedRun, point: Point, samples: int) -> Cost:
+    rate = run.quantity(point, "output_tokens_per_s")
     tokens = Quantity(point.sequences * point.output_tokens, "tok")
     until_all_s = (tokens / rate.brief).in_unit("s")
+    cached = Quantity(hit_rate(point).value, "share")
     return Cost(
         variant=point.variant.name,
         workload=point.workload.name,
@@ -126,16 +124,10 @@ def cost(run: JudgedRun, point: Point) -> Cost:
         tokens_per_s=rate,
         ttft_s=run.quantity(point, "ttft_mean_s"),
         hits=run.quantity(point, "prefix_hit_rate"),
-        hits_by_blocks=hits_by_blocks(point),
+        hits_by_blocks=cached
+        if point.flags.enable_prefix_caching
+        else Quantity.missing("no cache", "share"),
     )
-
-
-def hits_by_blocks(point: Point) -> Quantity:
-    """Compute the share of prompt tokens that all samples but the first find in the cache."""
-    if not point.flags.enable_prefix_caching or "block-size" not in point.flags:
-        return Quantity.missing("no cache", "share")
-    n, block, prompt = point.sequences, point.flags.block_size, int(point.prompt_tokens)
-    return Quantity((n - 1) * ((prompt - 1) // block * block) / (n * prompt), "share")
 
 
 # ---------------------------------------------------------------------------- what samples buy
@@ -203,17 +195,15 @@ class Voting:
     @property
     def beats(self) -> Literal["yes", "worse", "open"]:
         """Whether the largest vote beats one sample."""
-        if gains(self.most.gain):
+        gain = self.most.gain
+        if is_above_0(gain):
             return "yes"
-        return "worse" if self.most.gain.high is not None and self.most.gain.high < 0 else "open"
+        return "worse" if is_above_0(-1 * gain) else "open"
 
 
-def gains(gain: Quantity) -> bool:
+def is_above_0(gain: Quantity) -> bool:
+    """Whether the interval says so."""
     return gain.low is not None and gain.low > 0
-
-
-def share(measured: Interval) -> Quantity:
-    return Quantity.of(measured, "share")
 
 
 def in_points(gain: Interval) -> Quantity:
@@ -227,7 +217,7 @@ def probed(run: JudgedRun) -> Probe | None:
     return next((p for p in probes if p and p["tasks"]), None)
 
 
-def solved(probe: Probe | None) -> tuple[Solved, ...]:
+def solved(probe: Probe) -> tuple[Solved, ...]:
     return tuple(
         Solved(
             kind=task["kind"],
@@ -235,7 +225,7 @@ def solved(probe: Probe | None) -> tuple[Solved, ...]:
             greedy=canonical(task["greedy"]["texts"][0]),
             answers=tuple(canonical(text) for r in task["rounds"] for text in r["texts"]),
         )
-        for task in (probe["tasks"] if probe else ())
+        for task in probe["tasks"]
     )
 
 
@@ -243,18 +233,15 @@ def drawn_of(tasks: Sequence[Solved]) -> int:
     return min(len(t.answers) for t in tasks)
 
 
-def voting(probe: Probe | None, tasks: Sequence[Solved]) -> Voting | None:
-    if probe is None:
-        return None
-    asked, greedy = probe["tasks"], [t.greedy_right for t in tasks]
-    rows = tuple(bought(asked, tasks, place) for place in range(len(asked[0]["rounds"])))
+def voting(probe: Probe, tasks: Sequence[Solved]) -> Voting:
+    greedy, rows = [t.greedy_right for t in tasks], bought(probe["tasks"], tasks)
     one, most = rows[0], rows[-1]
     return Voting(
         temperature=probe["temperature"],
         tasks=len(tasks),
         drawn=drawn_of(tasks),
-        greedy=share(over_tasks(greedy)),
-        greedy_s=Quantity(fmean(task["greedy"]["took_s"] for task in asked), "s"),
+        greedy=Quantity.of(over_tasks(greedy), "share"),
+        greedy_s=Quantity(fmean(task["greedy"]["took_s"] for task in probe["tasks"]), "s"),
         rows=rows,
         over_greedy=in_points(gain_over_tasks(greedy, [t.votes(most.samples) for t in tasks])),
         times_seconds=most.seconds / one.seconds,
@@ -263,30 +250,31 @@ def voting(probe: Probe | None, tasks: Sequence[Solved]) -> Voting | None:
     )
 
 
-def bought(asked: Sequence[Probe], tasks: Sequence[Solved], place: int) -> Bought:
-    """Work out the round of samples at this place; the first is of one sample."""
-
-    def mean(place: int, field: str) -> float:
-        return fmean(task["rounds"][place][field] for task in asked)
-
-    n, seconds, tokens = (
-        asked[0]["rounds"][place]["n"],
-        mean(place, "took_s"),
-        mean(place, "tokens"),
-    )
-    voted = [t.votes(n) for t in tasks]
-    gain = in_points(gain_over_tasks([t.votes(1) for t in tasks], voted))
-    points = gain.brief if gains(gain) else Quantity.missing("no gain is shown")
-    return Bought(
-        samples=n,
-        seconds=Quantity(seconds, "s"),
-        tokens=tokens,
-        passed=share(over_tasks([t.passes(n) for t in tasks])),
-        voted=share(over_tasks(voted)),
-        gain=gain if n > 1 else Quantity.missing("it is one sample"),
-        point_s=Quantity(seconds - mean(0, "took_s"), "s") / points,
-        point_tokens=Quantity(tokens - mean(0, "tokens"), "tok") / points,
-    )
+def bought(asked: Sequence[Probe], tasks: Sequence[Solved]) -> tuple[Bought, ...]:
+    """Work out each round of samples; the first is of one sample."""
+    rows = list[Bought]()
+    alone = [t.votes(1) for t in tasks]
+    for rounds in zip(*(task["rounds"] for task in asked), strict=True):
+        n = rounds[0]["n"]
+        seconds = Quantity(fmean(r["took_s"] for r in rounds), "s")
+        tokens = fmean(r["tokens"] for r in rounds)
+        voted = [t.votes(n) for t in tasks]
+        gain = in_points(gain_over_tasks(alone, voted))
+        points = gain.brief if is_above_0(gain) else Quantity.missing("no gain is shown")
+        one_s, one_tokens = (rows[0].seconds, rows[0].tokens) if rows else (seconds, tokens)
+        rows.append(
+            Bought(
+                samples=n,
+                seconds=seconds,
+                tokens=tokens,
+                passed=Quantity.of(over_tasks([t.passes(n) for t in tasks]), "share"),
+                voted=Quantity.of(over_tasks(voted), "share"),
+                gain=gain if n > 1 else Quantity.missing("it is one sample"),
+                point_s=(seconds - one_s) / points,
+                point_tokens=Quantity(tokens - one_tokens, "tok") / points,
+            )
+        )
+    return tuple(rows)
 
 
 # --------------------------------------------------------------------------- by the kind of task
@@ -303,29 +291,31 @@ class Kind:
     one: Quantity
     voted: Quantity
     passed: Quantity
-    now_and_then: bool  # whether one sample solves some of them, and not nearly all
+
+    @property
+    def now_and_then(self) -> bool:
+        """Whether one sample solves some of them, and not nearly all."""
+        return 0.05 <= (self.one.value or 0) <= 0.95
 
 
-def kinds(tasks: Sequence[Solved], vote: Voting) -> tuple[Kind, ...]:
-    n = vote.most.samples
-
-    def kind(name: str) -> Kind:
-        def mean(of: Callable[[Solved], float]) -> Quantity:
-            return Quantity(fmean(of(t) for t in tasks if t.kind == name), "share")
-
-        one = mean(lambda t: t.passes(1))
-        return Kind(
+def kinds(tasks: Sequence[Solved], samples: int) -> tuple[Kind, ...]:
+    return tuple(
+        Kind(
             name=name,
-            tasks=sum(t.kind == name for t in tasks),
-            samples=n,
-            greedy=mean(lambda t: t.greedy_right),
-            one=one,
-            voted=mean(lambda t: t.votes(n)),
-            passed=mean(lambda t: t.passes(n)),
-            now_and_then=one.value is not None and 0.05 <= one.value <= 0.95,
+            tasks=len(mine),
+            samples=samples,
+            greedy=mean_share(mine, lambda t: t.greedy_right),
+            one=mean_share(mine, lambda t: t.passes(1)),
+            voted=mean_share(mine, lambda t: t.votes(samples)),
+            passed=mean_share(mine, lambda t: t.passes(samples)),
         )
+        for name in dict.fromkeys(t.kind for t in tasks)
+        for mine in [[t for t in tasks if t.kind == name]]
+    )
 
-    return tuple(kind(name) for name in dict.fromkeys(t.kind for t in tasks))
+
+def mean_share(tasks: Sequence[Solved], of: Callable[[Solved], float]) -> Quantity:
+    return Quantity(fmean(map(of, tasks)), "share")
 
 
 # ------------------------------------------------------------------- samples or a larger model
@@ -341,8 +331,7 @@ class Larger:
     alone: int  # samples for the same seconds where the engine does nothing else
     busy: int  # samples for the same FLOP, as the batch is full anyway
     drawn: int  # of each task
-    weighed: int  # samples for the same FLOP, or those drawn: the next two are of these
-    voted: Quantity
+    voted: Quantity  # of as many as for the same FLOP, or of those drawn
     passed: Quantity
 
     @property
@@ -370,53 +359,52 @@ def larger_models(point: Point, tasks: Sequence[Solved], vote: Voting) -> Larger
     if most is one:
         return None
     more_s = (most.seconds - one.seconds) / (most.samples - one.samples)
-    return LargerModel(
-        Quantity(point.shape.params / BILLION, "B"),
-        one.seconds,
-        more_s,
-        tuple(
-            weighed(name, shape, point, tasks, one.seconds, more_s)
-            for name, shape in known_shapes().items()
-            if shape.params > 2 * point.shape.params and not shape.experts
-        ),
-    )
+    rows = [
+        weighed(name, shape, point, tasks, one.seconds, more_s)
+        for name, shape in known_shapes().items()
+        if shape.params > 2 * point.shape.params and not shape.experts
+    ]
+    return LargerModel(in_billions(point.shape), one.seconds, more_s, tuple(rows))
 
 
 def known_shapes() -> dict[str, Shape]:
     """Read the shapes that ship with the lab, the smallest first."""
-    shapes = {
-        name: models.shape_of(json.loads((dummy.HOME / f"{name}.json").read_text()))
-        for name in dummy.SHAPES
-    }
+    shapes = {name: models.shape_of(dummy.config_of(name)) for name in dummy.SHAPES}
     return dict(sorted(shapes.items(), key=lambda item: item[1].params))
 
 
+def in_billions(shape: Shape) -> Quantity:
+    return Quantity(shape.params / 1e9, "B")
+
+
 def weighed(
-    name: str, shape: Shape, point: Point, tasks: Sequence[Solved], one_s: Quantity,
+    name: str,
+    shape: Shape,
+    point: Point,
+    tasks: Sequence[Solved],
+    one_s: Quantity,
     more_s: Quantity,
-) -> Larger:  # fmt: skip
+) -> Larger:
     """Work out how many samples one answer of a larger model costs, and what they solve."""
-    times, drawn = answer_s(shape, point) / answer_s(point.shape, point), drawn_of(tasks)
-    spare = ((times - 1) * one_s / more_s).value
+    drawn = drawn_of(tasks)
+    larger_s, here_s = (
+        theory.decode_step_s(s, point.ceilings, 1, TASK_CONTEXT_TOKENS)
+        for s in (shape, point.shape)
+    )
     flop, own_flop = (theory.decode_flops(s, 1, TASK_CONTEXT_TOKENS) for s in (shape, point.shape))
-    busy = max(1, round(flop / own_flop))
+    times, busy = larger_s / here_s, max(1, round(flop / own_flop))
+    spare = ((times - 1) * one_s / more_s).value
     n = min(busy, drawn)
     return Larger(
         name=name,
-        params=Quantity(shape.params / BILLION, "B"),
+        params=in_billions(shape),
         times=Quantity(times, RATIO),
         alone=drawn + 1 if spare is None or (more_s.value or 0) <= 0 else 1 + int(spare),
         busy=busy,
         drawn=drawn,
-        weighed=n,
-        voted=Quantity(fmean(t.votes(n) for t in tasks), "share"),
-        passed=Quantity(fmean(t.passes(n) for t in tasks), "share"),
+        voted=mean_share(tasks, lambda t: t.votes(n)),
+        passed=mean_share(tasks, lambda t: t.passes(n)),
     )
-
-
-def answer_s(shape: Shape, point: Point) -> float:
-    """Compute the seconds of a decode step of one sequence, on the machine's roofline."""
-    return theory.decode_step_s(shape, point.ceilings, 1, TASK_CONTEXT_TOKENS)
 
 
 # ------------------------------------------------------------------------------- a reward model
@@ -443,15 +431,15 @@ class Verifier:
 
 
 def verifier(point: Point, tasks: Sequence[Solved], vote: Voting) -> Verifier:
-    n, tokens = vote.most.samples, vote.most.tokens
+    most = vote.most
     kv_bytes = TASK_CONTEXT_TOKENS * point.shape.kv_bytes_per_token()
 
     def reader(passes: int) -> Reader:
-        pass_s = theory.forward_s(point.shape, point.ceilings, tokens / passes, kv_bytes)
+        pass_s = theory.forward_s(point.shape, point.ceilings, most.tokens / passes, kv_bytes)
         seconds = Quantity(passes * pass_s, "s")
-        return Reader(passes, seconds, (seconds / vote.most.seconds).in_unit("share"))
+        return Reader(passes, seconds, (seconds / most.seconds).in_unit("share"))
 
-    gap = gain_over_tasks([t.votes(n) for t in tasks], [t.passes(n) for t in tasks])
-    return Verifier(
-        samples=n, tokens=tokens, gap=in_points(gap), at_the_end=reader(1), by_step=reader(STEPS)
-    )
+    voted = [t.votes(most.samples) for t in tasks]
+    passed = [t.passes(most.samples) for t in tasks]
+    gap = in_points(gain_over_tasks(voted, passed))
+    return Verifier(most.samples, most.tokens, gap, reader(1), reader(STEPS))

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
+from labs.harness.ask import (
+    counter,
+    echoes,
+    falls,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    unchanged,
+    variants,
+)
+from labs.harness.spec import SLO, Lab, Point
+from labs.harness.theory import KWON, ROOFLINE
 from loadtests.arrivals import Waves
-from loadtests.workload import Fixed, Samples, Workload
+from loadtests.workload import Samples, Workload
 from serving import metrics
-
-BLOCKS_SOURCE = "Kwon et al., PagedAttention, SOSP 2023"
 
 
 def cached_tokens(point: Point) -> int:
@@ -37,74 +47,60 @@ def tokens_per_s(point: Point) -> float:
     return point.sequences * point.output_tokens / wave_s
 
 
-def throughput_ratio(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=tokens_per_s(treatment) / tokens_per_s(baseline),
-        formula="n L / (t_prefill(P) + (n - 1) t_prefill(P - found) + (L - 1) t(n)), and its ratio",
-        assumptions=(
-            "all samples of a prompt start and end together",
-            "prefill runs at the measured rate, decode on the roofline",
-            "sampling, tokenizing, scheduling and HTTP take no time",
-        ),
-        source=f"{BLOCKS_SOURCE}; Williams et al., Roofline, 2009",
-    )
+@predicts(
+    "n L / (t_prefill(P) + (n - 1) t_prefill(P - found) + (L - 1) t(n)), and its ratio",
+    "all samples of a prompt start and end together",
+    "prefill runs at the measured rate, decode on the roofline",
+    "sampling, tokenizing, scheduling and HTTP take no time",
+    source=f"{KWON}; {ROOFLINE}",
+)
+def throughput_ratio(treatment: Point, baseline: Point) -> float:
+    return tokens_per_s(treatment) / tokens_per_s(baseline)
 
 
-def first_token_ratio(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=prefill_s(treatment) / prefill_s(baseline),
-        formula="(FLOP(P) + (n - 1) FLOP(P - found)) / (n FLOP(P))",
-        assumptions=(
-            "all samples have their first token when all prompts are prefilled",
-            "tokenizing, scheduling and HTTP take no time",
-        ),
-        source=BLOCKS_SOURCE,
-    )
+@predicts(
+    "(FLOP(P) + (n - 1) FLOP(P - found)) / (n FLOP(P))",
+    "all samples have their first token when all prompts are prefilled",
+    "tokenizing, scheduling and HTTP take no time",
+    source=KWON,
+)
+def first_token_ratio(treatment: Point, baseline: Point) -> float:
+    return prefill_s(treatment) / prefill_s(baseline)
 
 
-def hit_rate(point: Point) -> Prediction:
+@predicts(
+    "(n - 1) floor((P - 1) / b) b / (n P)",
+    "no prompt finds more than its own samples computed: the chat template that all prompts share"
+    " is shorter than a block",
+    source=KWON,
+)
+def hit_rate(point: Point) -> float:
     n = point.sequences
-    return Prediction(
-        value=(n - 1) * cached_tokens(point) / (n * point.prompt_tokens),
-        formula="(n - 1) floor((P - 1) / b) b / (n P)",
-        assumptions=(
-            "no prompt finds more than its own samples computed: the chat template that all prompts"
-            " share is shorter than a block",
-        ),
-        source=BLOCKS_SOURCE,
-    )
+    return (n - 1) * cached_tokens(point) / (n * point.prompt_tokens)
 
 
-OFF = Variant(name="off", flags={"enable-prefix-caching": False})
-ON = OFF.but("on", {"enable-prefix-caching": True})
 FEW, MANY = 8, 32
 SAMPLED = {"one": 1, "apart": FEW, "together": FEW, "many": MANY, "many-together": MANY}
+SHARING = tuple(name for name, count in SAMPLED.items() if count > 1)  # find their prompt cached
 
 
-def workload(name: str, together: bool = False, only: tuple[str, ...] = ()) -> Workload:
+def samples(name: str, *only: str, together: bool = False) -> Workload:
     """Ask for the samples of one prompt after another: apart, or all in one request."""
     count = SAMPLED[name]
-    return Workload(
-        name=name,
-        prompt_tokens=Fixed(tokens=320),
-        output_tokens=Fixed(tokens=24),
-        samples=Samples(count=count, together=together),
-        only=only,
-        loads=(Waves(size=1 if together else count),),
-    )
+    asked = Samples(count=count, together=together)
+    return sends(name, 320, 24, Waves(size=1 if together else count), samples=asked, only=only)
 
 
-SHARING = tuple(name for name, count in SAMPLED.items() if count > 1)  # find their prompt cached
-# a load that one side names is the same on no other: each number of samples has its own
-EIGHT = Arm(variant="on", workload="apart", load=f"waves:{FEW}")
-THIRTY_TWO = Arm(variant="on", workload="many", load=f"waves:{MANY}")
+# a claim's second load is the baseline's alone: each number of samples has a load of its own
+OF_ONE, OF_EIGHT, OF_32 = (f" / waves:{n}" for n in (1, FEW, MANY))
 ANOTHER_WAVE = "the same samples take a wave of one request, or of as many requests"
 ANOTHER_NUMBER = "a wave holds all samples of one prompt, so it grows with their number"
+RATE = "output_tokens_per_s"
 
 LAB = Lab(
     name="many-samples",
     answers=("TT-1", "TT-2", "TT-3", "TT-4"),
-    variants=(OFF, ON),
+    variants=variants("enable-prefix-caching", off=False, on=True),
     flags={
         "max-model-len": 1024,
         "enforce-eager": True,
@@ -112,94 +108,61 @@ LAB = Lab(
         "kv-cache-memory-bytes": 512 * 2**20,
     },
     workloads=(
-        workload("one", only=("on",)),
-        workload("apart"),
-        workload("together", together=True),
-        workload("many", only=("on",)),
-        workload("many-together", together=True, only=("on",)),
+        samples("one", "on"),
+        samples("apart"),
+        samples("together", together=True),
+        samples("many", "on"),
+        samples("many-together", "on", together=True),
     ),
     claims=(
-        Claim(
-            name="shared",
-            metric="output_tokens_per_s",
-            treatment=Arm(variant="on", workload="apart"),
-            baseline=Arm(variant="off", workload="apart"),
-            expect="rises",
-            predict=throughput_ratio,
-        ),
-        Claim(
-            name="first-token",
-            metric="ttft_mean_s",
-            treatment=Arm(variant="on", workload="apart"),
-            baseline=Arm(variant="off", workload="apart"),
-            expect="falls",
-            predict=first_token_ratio,
-        ),
-        Claim(
-            name="together",
-            metric="output_tokens_per_s",
-            treatment=Arm(variant="on", workload="together"),
-            baseline=EIGHT,
-            expect="unchanged",
-            predict=throughput_ratio,
+        rises("shared", RATE, "on / off", "apart", by=throughput_ratio),
+        falls("first-token", "ttft_mean_s", "on / off", "apart", by=first_token_ratio),
+        unchanged(
+            "together",
+            RATE,
+            "on",
+            "together / apart",
+            OF_EIGHT,
+            by=throughput_ratio,
             coupled=ANOTHER_WAVE,
         ),
-        Claim(
-            name="many-together",
-            metric="output_tokens_per_s",
-            treatment=Arm(variant="on", workload="many-together"),
-            baseline=THIRTY_TWO,
-            expect="unchanged",
-            predict=throughput_ratio,
+        unchanged(
+            "many-together",
+            RATE,
+            "on",
+            "many-together / many",
+            OF_32,
+            by=throughput_ratio,
             coupled=ANOTHER_WAVE,
         ),
-        Claim(
-            name="together-shared",
-            metric="output_tokens_per_s",
-            treatment=Arm(variant="on", workload="together"),
-            baseline=Arm(variant="off", workload="together"),
-            expect="rises",
-            predict=throughput_ratio,
-        ),
-        Claim(
-            name="batch",
-            metric="output_tokens_per_s",
-            treatment=Arm(variant="on", workload="apart"),
-            baseline=Arm(variant="on", workload="one", load="waves:1"),
-            expect="rises",
-            predict=throughput_ratio,
+        rises("together-shared", RATE, "on / off", "together", by=throughput_ratio),
+        rises(
+            "batch",
+            RATE,
+            "on",
+            "apart / one",
+            OF_ONE,
+            by=throughput_ratio,
             coupled=ANOTHER_NUMBER,
         ),
-        Claim(
-            name="many",
-            metric="output_tokens_per_s",
-            treatment=Arm(variant="on", workload="many"),
-            baseline=EIGHT,
-            expect="rises",
-            predict=throughput_ratio,
+        rises(
+            "many",
+            RATE,
+            "on",
+            "many / apart",
+            OF_EIGHT,
+            by=throughput_ratio,
             coupled=ANOTHER_NUMBER,
         ),
     ),
     forecasts=tuple(
-        Forecast(
-            name=f"hit-rate-{name}",
-            metric="prefix_hit_rate",
-            arm=Arm(variant="on", workload=name),
-            predict=hit_rate,
-        )
-        for name in SHARING
+        forecast(f"hit-rate-{name}", "prefix_hit_rate", hit_rate, "on", name) for name in SHARING
     ),
     evidence=(
-        *(
-            Evidence.echo(name, metrics.CACHE_CONFIG, "enable_prefix_caching", str(name == "on"))
-            for name in ("off", "on")
-        ),
-        Evidence(arm=Arm(variant="off"), kind="stays", metric=metrics.PREFIX_HITS),
-        *(
-            Evidence(arm=Arm(variant="on", workload=name), kind="rises", metric=metrics.PREFIX_HITS)
-            for name in SHARING
-        ),
-        Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
+        *echoes(metrics.CACHE_CONFIG, "enable_prefix_caching", {"off": "False", "on": "True"}),
+        counter(metrics.PREFIX_HITS, "stays", "off"),
+        *(counter(metrics.PREFIX_HITS, "rises", "on", name) for name in SHARING),
+        counter(metrics.PREEMPTIONS, "stays"),
     ),
     probes=("votes",),
     probed=("on",),

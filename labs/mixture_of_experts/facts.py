@@ -9,7 +9,8 @@ from labs.harness.facts.context import JudgedRun
 from labs.harness.facts.sweep import concurrency_sweep
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.spec import Point
-from labs.mixture_of_experts.lab import ACTIVE, MIXTURE, TOTAL, experts_needed, step_s
+from labs.harness.theory import experts_needed, step_of
+from labs.mixture_of_experts.lab import ACTIVE, MIXTURE, TOTAL
 from serving.weights.models import Shape
 
 
@@ -98,34 +99,34 @@ def served(variant: str, shape: Shape) -> Served:
 
 def batches(run: JudgedRun) -> list[AtLoad]:
     """Set the three models side by side at each load of the sweep."""
-    return [
-        AtLoad(
-            users=users,
-            experts=shape.experts,
-            needed=Quantity(experts_needed(shape.experts, shape.experts_per_token, users)),
-            read_mb=Quantity(shape.step_bytes(users) / 1e6, "MB"),
-            tpots_s={
-                v.name: run.quantity(
-                    run.point(v.name, point.workload.name, str(point.load)), "tpot_mean_s"
-                ).brief
-                for v in run.lab.variants
-            },
-            total=beside(run, point, TOTAL),
-            active=beside(run, point, ACTIVE),
+    found = []
+    for point in concurrency_sweep(run.points):
+        shape, users = point.shape, point.load.users
+        if point.variant.name != MIXTURE.name or not shape.experts:
+            continue
+        others = {
+            v.name: run.point(v.name, point.workload.name, str(point.load))
+            for v in run.lab.variants
+        }
+        found.append(
+            AtLoad(
+                users=users,
+                experts=shape.experts,
+                needed=Quantity(experts_needed(shape.experts, shape.experts_per_token, users)),
+                read_mb=Quantity(shape.step_bytes(users) / 1e6, "MB"),
+                tpots_s={n: run.quantity(p, "tpot_mean_s").brief for n, p in others.items()},
+                total=beside(run, point, others.get(TOTAL)),
+                active=beside(run, point, others.get(ACTIVE)),
+            )
         )
-        for point in concurrency_sweep(run.points)
-        if point.variant.name == MIXTURE.name and point.shape.experts
-        for shape, users in [(point.shape, point.load.users)]
-    ]
+    return found
 
 
-def beside(run: JudgedRun, point: Point, dense: str) -> Beside | None:
-    other = run.point(dense, point.workload.name, str(point.load))
-    if other is None:
+def beside(run: JudgedRun, mixture: Point, dense: Point | None) -> Beside | None:
+    if dense is None:
         return None
-    effect = run.effect(point, other, "tpot_mean_s")
     return Beside(
-        Quantity.of(effect.ratio if effect else None, RATIO),
-        not run.withholds("tpot_mean_s", point, other),
-        Quantity(step_s(point) / step_s(other), RATIO),
+        run.measured_ratio(mixture, dense, "tpot_mean_s"),
+        not run.withholds("tpot_mean_s", mixture, dense),
+        Quantity(step_of(mixture) / step_of(dense), RATIO),
     )

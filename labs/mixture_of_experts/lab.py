@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from labs.harness import theory
-from labs.harness.spec import (
-    MARGIN,
-    SLO,
-    Arm,
-    Claim,
-    Evidence,
-    Forecast,
-    Lab,
-    Point,
-    Prediction,
-    Variant,
+from labs.harness.ask import (
+    counter,
+    echoes,
+    falls,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    unchanged,
+    users,
 )
-from loadtests.arrivals import Concurrent
-from loadtests.workload import Fixed, Workload
+from labs.harness.spec import SLO, Claim, Lab, Point, Variant
+from labs.harness.theory import ROOFLINE, step_of
 from serving import metrics
 
 SHAZEER = "Shazeer et al., Sparsely-Gated Mixture-of-Experts, 2017"
 NEARLY = 0.25
 """Two models read about as much where their ratio is 1 within this share; the page says why."""
-
-
-def experts_needed(experts: int, per_token: int, tokens: float) -> float:
-    """Return how many of a layer's experts a step over so many tokens is expected to need.
-
-    E (1 - (1 - k/E)^B): an expert stays idle where none of the B tokens is sent to it. Routing is
-    taken to be even, and each token's independent of the others'.
-    """
-    idle: float = (1 - per_token / experts) ** tokens
-    return experts * (1 - idle)
-
-
-def step_s(point: Point) -> float:
-    """Return the least seconds of a decode step with all requests in flight."""
-    return theory.decode_step_s(point.shape, point.ceilings, point.load.users, point.context_tokens)
 
 
 FORMULA = "max((weights read + KV bytes) / bandwidth, FLOP / rate)"
@@ -47,76 +30,43 @@ ASSUMPTIONS = (
 )
 
 
-def step_ratio(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=step_s(treatment) / step_s(baseline),
-        formula=f"{FORMULA}, treatment / baseline",
-        assumptions=ASSUMPTIONS,
-        source=SHAZEER,
-    )
+@predicts(f"{FORMULA}, treatment / baseline", *ASSUMPTIONS, source=SHAZEER)
+def step_ratio(treatment: Point, baseline: Point) -> float:
+    return step_of(treatment) / step_of(baseline)
 
 
-def floor(point: Point) -> Prediction:
-    return Prediction(
-        value=step_s(point),
-        kind="floor",
-        formula=FORMULA,
-        assumptions=ASSUMPTIONS,
-        source="Williams et al., Roofline, 2009",
-    )
+@predicts(FORMULA, *ASSUMPTIONS, source=ROOFLINE, kind="floor")
+def floor(point: Point) -> float:
+    return step_of(point)
 
-
-# -------------------------------------------------------------------------------------- the lab
 
 MIXTURE = Variant(name="mixture")
 TOTAL, ACTIVE = "dense-total", "dense-active"
-VARIANTS = (MIXTURE, MIXTURE.but(TOTAL, weights=TOTAL), MIXTURE.but(ACTIVE, weights=ACTIVE))
-
-
-def arm(variant: str, users: int) -> Arm:
-    return Arm(variant=variant, workload="decode", load=f"concurrent:{users}")
-
-
-def claim(name: str, treatment: Arm, baseline: Arm, expect: str, margin: float = MARGIN) -> Claim:
-    return Claim.model_validate(
-        {
-            "name": name,
-            "metric": "tpot_mean_s",
-            "treatment": treatment,
-            "baseline": baseline,
-            "expect": expect,
-            "predict": step_ratio,
-            "margin": margin,
-        }
-    )
+TO_TOTAL, TO_ACTIVE = (f"{MIXTURE.name} / {dense}" for dense in (TOTAL, ACTIVE))
+TPOT = "tpot_mean_s"
+DENSE = "Qwen3ForCausalLM"
 
 
 def claims(some: int) -> tuple[Claim, ...]:
     """State what is expected at one request, and at `some` in flight, which memory limits."""
+    one, many = users(1, some)
     return (
-        claim("one-total", arm("mixture", 1), arm(TOTAL, 1), "falls"),
-        claim("one-active", arm("mixture", 1), arm(ACTIVE, 1), "unchanged", NEARLY),
-        claim("batch", arm("mixture", some), arm(ACTIVE, some), "rises"),
+        falls("one-total", TPOT, TO_TOTAL, "decode", one, by=step_ratio),
+        unchanged("one-active", TPOT, TO_ACTIVE, "decode", one, by=step_ratio, margin=NEARLY),
+        rises("batch", TPOT, TO_ACTIVE, "decode", many, by=step_ratio),
     )
 
 
 def gain_lost(many: int) -> Claim:
     """State what is expected of so many in flight where memory limits the dense model as large."""
-    return claim("many-total", arm("mixture", many), arm(TOTAL, many), "unchanged", NEARLY)
+    (load,) = users(many)
+    return unchanged("many-total", TPOT, TO_TOTAL, "decode", load, by=step_ratio, margin=NEARLY)
 
-
-EVIDENCE = (
-    Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
-    Evidence.echo("mixture", metrics.ENGINE_CONFIG, "architecture", "Qwen3MoeForCausalLM"),
-    Evidence.echo("mixture", metrics.ENGINE_CONFIG, "routing", metrics.EVEN_ROUTING),
-    Evidence.echo(TOTAL, metrics.ENGINE_CONFIG, "architecture", "Qwen3ForCausalLM"),
-    Evidence.echo(ACTIVE, metrics.ENGINE_CONFIG, "architecture", "Qwen3ForCausalLM"),
-)
 
 LAB = Lab(
     name="mixture-of-experts",
     answers=("CO-4",),
-    variants=VARIANTS,
+    variants=(MIXTURE, *(MIXTURE.but(dense, weights=dense) for dense in (TOTAL, ACTIVE))),
     shape="moe-tiny",
     flags={
         "max-model-len": 1024,
@@ -124,19 +74,15 @@ LAB = Lab(
         "enforce-eager": True,
         "kv-cache-memory-bytes": 256 * 2**20,
     },
-    workloads=(
-        Workload(
-            name="decode",
-            prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=32),
-            loads=(Concurrent(users=1), Concurrent(users=4), Concurrent(users=16)),
-        ),
-    ),
+    workloads=(sends("decode", 32, 32, *users(1, 4, 16)),),
     claims=claims(4),
-    forecasts=(
-        Forecast(name="step", metric="tpot_mean_s", arm=Arm(workload="decode"), predict=floor),
+    forecasts=(forecast("step", TPOT, floor, workload="decode"),),
+    evidence=(
+        counter(metrics.PREEMPTIONS, "stays"),
+        *echoes(metrics.ENGINE_CONFIG, "architecture", {"mixture": "Qwen3MoeForCausalLM"}),
+        *echoes(metrics.ENGINE_CONFIG, "routing", {"mixture": metrics.EVEN_ROUTING}),
+        *echoes(metrics.ENGINE_CONFIG, "architecture", dict.fromkeys((TOTAL, ACTIVE), DENSE)),
     ),
-    evidence=EVIDENCE,
     findings=("shapes", "batches"),
     plots=("batches",),
     slo=SLO(ttft_s=1, tpot_s=0.1),

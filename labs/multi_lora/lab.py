@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent
-from loadtests.workload import Adapters, Fixed, Workload
+from labs.harness.ask import (
+    counter,
+    echoes,
+    falls,
+    predicts,
+    rises,
+    sends,
+    unchanged,
+    users,
+)
+from labs.harness.spec import SLO, Lab, Point, Variant
+from loadtests.workload import Adapters, Workload
 from serving import metrics
 
 TENANTS = 8
-USERS = 8
 
 
 def adapter_bytes(point: Point) -> float:
@@ -19,32 +27,26 @@ def adapter_bytes(point: Point) -> float:
     return 2 * float(about["params_per_adapter"]) * rank / float(about["rank"])
 
 
-RATE, TPOT = "output_tokens_per_s", "tpot_mean_s"
-
-
 def step_s(point: Point) -> float:
     """Predict a decode step: it reads weights, KV, and every adapter in the batch."""
     moved = point.kv_bytes()
     if point.workload.adapters:
         moved += adapter_bytes(point) * min(point.workload.adapters.count, point.load.users)
-    return theory.forward_s(point.shape, point.ceilings, point.load.users, moved)
+    return theory.forward_of(point, moved)
 
 
-def by_bytes(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=step_s(baseline) / step_s(treatment),
-        formula="(weights + KV + active adapters) bytes, baseline / treatment",
-        assumptions=("reading is all a step does: the launches to apply an adapter are free",),
-        source="Chen et al., Punica, MLSys 2024; Sheng et al., S-LoRA, MLSys 2024",
-    )
+ADAPTERS = "Chen et al., Punica, MLSys 2024; Sheng et al., S-LoRA, MLSys 2024"
+READING = "reading is all a step does: the launches to apply an adapter are free"
 
 
-def longer_by_bytes(treatment: Point, baseline: Point) -> Prediction:
-    faster = by_bytes(treatment, baseline)
-    return faster.model_copy(update={
-        "value": 1 / faster.value,
-        "formula": "(weights + KV + active adapters) bytes, treatment / baseline",
-    })  # fmt: skip
+@predicts("(weights + KV + active adapters) bytes, baseline / treatment", READING, source=ADAPTERS)
+def by_bytes(treatment: Point, baseline: Point) -> float:
+    return step_s(baseline) / step_s(treatment)
+
+
+@predicts("(weights + KV + active adapters) bytes, treatment / baseline", READING, source=ADAPTERS)
+def longer_by_bytes(treatment: Point, baseline: Point) -> float:
+    return 1 / by_bytes(treatment, baseline).value
 
 
 def running_share(point: Point) -> float:
@@ -65,22 +67,18 @@ def running_share(point: Point) -> float:
 
 def first_token_s(point: Point) -> float:
     """Predict TTFT: the wait for a slot (Little's law over the answers), a prefill and a step."""
-    share = running_share(point)
-    answer_s = point.output_tokens * step_s(point)
-    prefill_s = theory.prefill_s(point.shape, point.ceilings, point.prompt_tokens)
-    return (1 / share - 1) * answer_s + prefill_s + step_s(point)
+    waits_s = (1 / running_share(point) - 1) * (point.output_tokens * step_s(point))
+    return waits_s + theory.prefill_of(point) + step_s(point)
 
 
-def by_slots(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=first_token_s(treatment) / first_token_s(baseline),
-        formula="((1 / share running - 1) L t(B) + t_prefill + t(B)), treatment / baseline",
-        assumptions=(
-            "a request waits while both slots hold other adapters whose requests run",
-            "the copy into a slot itself takes no time worth counting",
-        ),
-        source="Little 1961; Sheng et al., S-LoRA, MLSys 2024",
-    )
+@predicts(
+    "((1 / share running - 1) L t(B) + t_prefill + t(B)), treatment / baseline",
+    "a request waits while both slots hold other adapters whose requests run",
+    "the copy into a slot itself takes no time worth counting",
+    source="Little 1961; Sheng et al., S-LoRA, MLSys 2024",
+)
+def by_slots(treatment: Point, baseline: Point) -> float:
+    return first_token_s(treatment) / first_token_s(baseline)
 
 
 def modules(suffix: str = "") -> list[str]:
@@ -99,24 +97,9 @@ LORA = Variant(
 )
 
 
-def workload(name: str, adapters: Adapters | None, *only: str, users: int = USERS) -> Workload:
-    return Workload(
-        name=name,
-        prompt_tokens=Fixed(tokens=32),
-        output_tokens=Fixed(tokens=16),
-        adapters=adapters,
-        keep_text=adapters is not None,
-        only=only,
-        loads=(Concurrent(users=users),),
-    )
-
-
-def claim(name: str, metric: str, of: Arm, against: Arm, expect: str, coupled: str = "") -> Claim:
-    predict = {RATE: by_bytes, TPOT: longer_by_bytes}.get(metric, by_slots)
-    return Claim.model_validate(
-        {"name": name, "metric": metric, "treatment": of, "baseline": against,
-         "expect": expect, "predict": predict, "coupled": coupled}
-    )  # fmt: skip
+def serves(name: str, adapters: Adapters | None, *only: str, in_flight: int = 8) -> Workload:
+    kept = adapters is not None  # an answer's text shows whose adapter wrote it
+    return sends(name, 32, 16, *users(in_flight), adapters=adapters, keep_text=kept, only=only)
 
 
 def on_random_weights(lab: Lab) -> Lab:
@@ -124,7 +107,7 @@ def on_random_weights(lab: Lab) -> Lab:
     return lab.model_copy(update={"answers": ("SA-2", "SA-3")})
 
 
-ONE, ALL = Arm(variant="lora", workload="one"), Arm(variant="lora", workload="uniform-8")
+RATE, TPOT, TTFT = "output_tokens_per_s", "tpot_mean_s", "ttft_mean_s"
 
 LAB = Lab(
     name="multi-lora",
@@ -143,35 +126,48 @@ LAB = Lab(
         "kv-cache-memory-bytes": 256 * 2**20,
     },
     workloads=(
-        workload("none", None, "base", "lora"),
-        workload("one", Adapters(count=1), "lora"),
-        workload("uniform-2", Adapters(count=2), "lora"),
-        workload("uniform-4", Adapters(count=4), "lora"),
-        workload("uniform-8", Adapters(count=8), "lora", "slots-2"),
-        workload("zipf-8", Adapters(count=8, mix="zipf"), "lora", "slots-2"),
-        workload("rank-8", Adapters(count=2), "lora", users=2),
-        workload("rank-64", Adapters(count=2, suffix="-rank-64"), "rank-64", users=2),
+        serves("none", None, "base", "lora"),
+        serves("one", Adapters(count=1), "lora"),
+        serves("uniform-2", Adapters(count=2), "lora"),
+        serves("uniform-4", Adapters(count=4), "lora"),
+        serves("uniform-8", Adapters(count=8), "lora", "slots-2"),
+        serves("zipf-8", Adapters(count=8, mix="zipf"), "lora", "slots-2"),
+        serves("rank-8", Adapters(count=2), "lora", in_flight=2),
+        serves("rank-64", Adapters(count=2, suffix="-rank-64"), "rank-64", in_flight=2),
     ),
     claims=(
-        claim("ready", TPOT, Arm(variant="lora", workload="none"),
-              Arm(variant="base", workload="none"), "unchanged",
-              "an engine that serves adapters is told of them by several flags"),
-        claim("one", RATE, ONE, Arm(variant="base", workload="none"), "falls",
-              "an adapter is asked for by its name, from an engine that was told of it"),
-        claim("eight", TPOT, ALL, ONE, "unchanged"),
-        claim("rank", TPOT, Arm(variant="rank-64", workload="rank-64"),
-              Arm(variant="lora", workload="rank-8"), "rises",
-              "adapters of another rank have other names, and the engine is told of the largest"),
-        claim("swap", "ttft_mean_s", Arm(variant="slots-2", workload="uniform-8"), ALL, "rises"),
-        claim("skew", "ttft_mean_s", Arm(variant="slots-2", workload="zipf-8"),
-              Arm(variant="slots-2", workload="uniform-8"), "falls"),
+        unchanged(
+            "ready",
+            TPOT,
+            "lora / base",
+            "none",
+            by=longer_by_bytes,
+            coupled="an engine that serves adapters is told of them by several flags",
+        ),
+        falls(
+            "one",
+            RATE,
+            "lora / base",
+            "one / none",
+            by=by_bytes,
+            coupled="an adapter is asked for by its name, from an engine that was told of it",
+        ),
+        unchanged("eight", TPOT, "lora", "uniform-8 / one", by=longer_by_bytes),
+        rises(
+            "rank",
+            TPOT,
+            "rank-64 / lora",
+            "rank-64 / rank-8",
+            by=longer_by_bytes,
+            coupled="adapters of another rank have other names, and the engine is told of the"
+            " largest",
+        ),
+        rises("swap", TTFT, "slots-2 / lora", "uniform-8", by=by_slots),
+        falls("skew", TTFT, "slots-2", "zipf-8 / uniform-8", by=by_slots),
     ),
     evidence=(
-        *(
-            Evidence.echo(name, metrics.LORA, "max_lora", slots)
-            for name, slots in (("lora", "8"), ("slots-2", "2"), ("rank-64", "8"))
-        ),
-        Evidence(arm=Arm(variant="base"), kind="absent", metric=metrics.LORA),
+        *echoes(metrics.LORA, "max_lora", {"lora": "8", "slots-2": "2", "rank-64": "8"}),
+        counter(metrics.LORA, "absent", "base"),
     ),
     probes=("tenants",),
     probed=("lora",),
@@ -183,4 +179,4 @@ LAB = Lab(
     warmup_s=0.8,
     window_s=2.5,
     dummy=on_random_weights,
-)  # fmt: skip
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from labs.harness.facts.context import Context, JudgedRun
+from labs.harness.facts.context import JudgedRun
 from labs.harness.facts.quality import Beside, Quality, beside, probe_evaluations, quality
 from labs.harness.facts.weights import KindsOfWeights, kinds_of_weights
 
@@ -31,11 +31,9 @@ class Pair:
     def better(self) -> str | None:
         """Name the variant of lower perplexity; None where the interval includes both."""
         ratio = self.quality.perplexity_ratio
-        if ratio.value is None or ratio.low is None or ratio.high is None:
-            return None
-        if ratio.low <= 1 <= ratio.high:
-            return None
-        return self.one if ratio.value < 1 else self.other
+        if ratio.high is not None and ratio.high < 1:
+            return self.one
+        return self.other if ratio.low is not None and ratio.low > 1 else None
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,7 @@ def facts(run: JudgedRun) -> Facts:
     return Facts(compared_tools(run), quality(run), kinds_of_weights(run))
 
 
-def compared_tools(run: Context) -> dict[str, Pair]:
-    if not run.finds("tools"):
-        return {}
+def compared_tools(run: JudgedRun) -> dict[str, Pair]:
     evaluations = {v.name: probe_evaluations(run, v.name) for v in run.lab.variants}
     return {
         name: Pair(one, other, beside(baseline[0], treatment[0]))

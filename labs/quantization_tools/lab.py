@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent
-from loadtests.workload import Fixed, Workload
+from labs.harness.ask import counter, predicts, sends, unchanged, users
+from labs.harness.spec import SLO, Lab, Point, Variant
 from serving import metrics
 
 
-def same_bytes(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=1.0,
-        formula="1: 4 bits a weight, one scale a group, the same kernel",
-        assumptions=("the formats differ in their headers, not in what a step reads",),
-        source="Frantar et al., GPTQ, 2022; Lin et al., AWQ, 2023",
-    )
-
-
-def claim(name: str, heir: str, original: str) -> Claim:
-    return Claim(
-        name=name,
-        metric="tpot_mean_s",
-        treatment=Arm(variant=heir),
-        baseline=Arm(variant=original),
-        expect="unchanged",
-        predict=same_bytes,
-    )
+@predicts(
+    "1: 4 bits a weight, one scale a group, the same kernel",
+    "the formats differ in their headers, not in what a step reads",
+    source="Frantar et al., GPTQ, 2022; Lin et al., AWQ, 2023",
+)
+def same_bytes(_treatment: Point, _baseline: Point) -> float:
+    return 1.0
 
 
 BASE = Variant(name="bf16")
@@ -43,20 +31,16 @@ LAB = Lab(
         "enforce-eager": True,
         "kv-cache-memory-bytes": 256 * 2**20,
     },
-    workloads=(
-        Workload(
-            name="decode",
-            prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=12),
-            loads=(Concurrent(users=1),),
-        ),
+    workloads=(sends("decode", 32, 12, *users(1)),),
+    claims=tuple(
+        unchanged(name, "tpot_mean_s", f"{heir} / {original}", by=same_bytes)
+        for name, heir, original in (
+            ("gptq-heir", "gptqmodel", "auto-gptq"),
+            ("gptq-vllm", "w4a16-gptq", "auto-gptq"),
+            ("awq-heir", "w4a16-awq", "autoawq"),
+        )
     ),
-    claims=(
-        claim("gptq-heir", "gptqmodel", "auto-gptq"),
-        claim("gptq-vllm", "w4a16-gptq", "auto-gptq"),
-        claim("awq-heir", "w4a16-awq", "autoawq"),
-    ),
-    evidence=(Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),),
+    evidence=(counter(metrics.PREEMPTIONS, "stays"),),
     made_here=True,  # weights that others publish have another calibration text
     probes=("quality",),
     findings=("tools", "quality", "weights"),

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent
-from loadtests.workload import Fixed, Workload
+from labs.harness.ask import (
+    counter,
+    echoes,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    unchanged,
+    users,
+)
+from labs.harness.spec import SLO, Lab, Point, Variant
+from labs.harness.theory import ROOFLINE
 from serving import metrics
 
 ORCA = "Yu et al., Orca, OSDI 2022"
-ROOFLINE = "Williams et al., Roofline, 2009"
-ONE, MANY = "concurrent:1", "concurrent:16"
-USERS = tuple(Concurrent(users=n) for n in (1, 4, 16))
+ONE, FOUR, MANY = users(1, 4, 16)
 
 
 def at_once(point: Point) -> int:
@@ -26,69 +33,65 @@ def at_once(point: Point) -> int:
             return flags.at_once(users)
 
 
-def throughput(point: Point) -> Prediction:
-    return Prediction(
-        value=theory.batch_throughput(
-            point.shape, point.ceilings, at_once(point), point.prompt_tokens, point.output_tokens
-        ),
-        kind="ceiling",
-        formula="L / ((L - 1) t(B) / B + t_prefill), B = requests that the engine has at once",
-        assumptions=("no launch, scheduling or sampling cost: the same bound for every engine",),
-        source=ROOFLINE,
+BARE = "no launch, scheduling or sampling cost: the same bound for every engine"
+
+
+@predicts(
+    "L / ((L - 1) t(B) / B + t_prefill), B = requests that the engine has at once",
+    BARE,
+    source=ROOFLINE,
+    kind="ceiling",
+)
+def throughput(point: Point) -> float:
+    return theory.batch_throughput(
+        point.shape, point.ceilings, at_once(point), point.prompt_tokens, point.output_tokens
     )
 
 
-def token_interval(point: Point) -> Prediction:
-    return Prediction(
-        value=theory.decode_step_s(
-            point.shape, point.ceilings, at_once(point), point.context_tokens
-        ),
-        kind="floor",
-        formula="t(B) = max(bytes / bandwidth, FLOP / rate)",
-        assumptions=("no launch, scheduling or sampling cost: the same bound for every engine",),
-        source=ROOFLINE,
-    )
+@predicts("t(B) = max(bytes / bandwidth, FLOP / rate)", BARE, source=ROOFLINE, kind="floor")
+def token_interval(point: Point) -> float:
+    return theory.decode_step_s(point.shape, point.ceilings, at_once(point), point.context_tokens)
 
 
-def turn_taking(point: Point) -> Prediction:
+@predicts(
+    "(users - 1) (t_prefill + (L - 1) t(1)) + t_prefill",
+    "each user sends the next request as soon as an answer has come",
+    source=ROOFLINE,
+    kind="floor",
+)
+def turn_taking(point: Point) -> float:
     """Bound the TTFT where requests are served one at a time: all others come first."""
-    prefill_s = theory.prefill_s(point.shape, point.ceilings, point.prompt_tokens)
+    prefill_s = theory.prefill_of(point)
     step_s = theory.decode_step_s(point.shape, point.ceilings, 1, point.context_tokens)
     each_s = prefill_s + (point.output_tokens - 1) * step_s
-    return Prediction(
-        value=(point.load.users - 1) * each_s + prefill_s,
-        kind="floor",
-        formula="(users - 1) (t_prefill + (L - 1) t(1)) + t_prefill",
-        assumptions=("each user sends the next request as soon as an answer has come",),
-        source=ROOFLINE,
-    )
+    return (point.load.users - 1) * each_s + prefill_s
 
 
-def batching_gain(many: Point, one: Point) -> Prediction:
-    return Prediction(
-        value=throughput(many).value / throughput(one).value,
-        formula="roofline throughput of the requests at once / of one",
-        assumptions=("the costs that the roofline leaves out do not grow with the batch",),
-        source=ORCA,
-    )
+@predicts(
+    "roofline throughput of the requests at once / of one",
+    "the costs that the roofline leaves out do not grow with the batch",
+    source=ORCA,
+)
+def batching_gain(many: Point, one: Point) -> float:
+    return throughput(many).value / throughput(one).value
 
 
-def same_step(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=token_interval(treatment).value / token_interval(baseline).value,
-        formula="1: every engine reads the same weights for a token",
-        assumptions=("reading them is all that a step does",),
-        source=ROOFLINE,
-    )
+@predicts(
+    "1: every engine reads the same weights for a token",
+    "reading them is all that a step does",
+    source=ROOFLINE,
+)
+def same_step(treatment: Point, baseline: Point) -> float:
+    return token_interval(treatment).value / token_interval(baseline).value
 
 
-def versus_turns(batching: Point, one_by_one: Point) -> Prediction:
-    return Prediction(
-        value=throughput(batching).value / throughput(one_by_one).value,
-        formula="roofline throughput of the engine that batches / of one request at a time",
-        assumptions=("the costs that the roofline leaves out are the same in both engines",),
-        source=ORCA,
-    )
+@predicts(
+    "roofline throughput of the engine that batches / of one request at a time",
+    "the costs that the roofline leaves out are the same in both engines",
+    source=ORCA,
+)
+def versus_turns(batching: Point, one_by_one: Point) -> float:
+    return throughput(batching).value / throughput(one_by_one).value
 
 
 VLLM = Variant(name="vllm")
@@ -118,6 +121,9 @@ def on_random_weights(lab: Lab) -> Lab:
     return alone.model_copy(update={"next_knobs": turned})
 
 
+MANY_TO_ONE = f"{MANY} / {ONE}"
+RATE, TPOT = "output_tokens_per_s", "tpot_mean_s"
+
 LAB = Lab(
     name="serving-engines",
     answers=("SO-7",),
@@ -129,69 +135,28 @@ LAB = Lab(
         "enforce-eager": True,
         "kv-cache-memory-bytes": 256 * 2**20,
     },
-    workloads=(
-        Workload(
-            name="chat",
-            prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=12),
-            keep_text=True,
-            loads=USERS,
-        ),
-    ),
+    workloads=(sends("chat", 32, 12, ONE, FOUR, MANY, keep_text=True),),
     claims=(
         *(
-            Claim(
-                name=f"batches-{variant.name}",
-                metric="output_tokens_per_s",
-                treatment=Arm(variant=variant.name, load=MANY),
-                baseline=Arm(variant=variant.name, load=ONE),
-                expect="rises",
-                predict=batching_gain,
-            )
-            for variant in (VLLM, BATCHES, LLAMA)
+            rises(f"batches-{v.name}", RATE, v.name, load=MANY_TO_ONE, by=batching_gain)
+            for v in (VLLM, BATCHES, LLAMA)
         ),
-        Claim(
-            name="turns",
-            metric="output_tokens_per_s",
-            treatment=Arm(variant="transformers", load=MANY),
-            baseline=Arm(variant="transformers", load=ONE),
-            expect="unchanged",
-            predict=batching_gain,
-        ),
-        Claim(
-            name="load",
-            metric="output_tokens_per_s",
-            treatment=Arm(variant="vllm", load=MANY),
-            baseline=Arm(variant="transformers", load=MANY),
-            expect="rises",
-            predict=versus_turns,
-        ),
+        unchanged("turns", RATE, "transformers", load=MANY_TO_ONE, by=batching_gain),
+        rises("load", RATE, "vllm / transformers", load=MANY, by=versus_turns),
         *(
-            Claim(
-                name=f"alone-{variant.name}",
-                metric="tpot_mean_s",
-                treatment=Arm(variant=variant.name, load=ONE),
-                baseline=Arm(variant="vllm", load=ONE),
-                expect="unchanged",
-                predict=same_step,
-            )
-            for variant in OTHERS
+            unchanged(f"alone-{v.name}", TPOT, f"{v.name} / vllm", load=ONE, by=same_step)
+            for v in OTHERS
         ),
     ),
     forecasts=(
-        Forecast(name="throughput", metric="output_tokens_per_s", arm=Arm(), predict=throughput),
-        Forecast(name="tpot", metric="tpot_mean_s", arm=Arm(), predict=token_interval),
-        Forecast(
-            name="turn-taking",
-            metric="ttft_mean_s",
-            arm=Arm(variant="transformers", load=MANY),
-            predict=turn_taking,
-        ),
+        forecast("throughput", RATE, throughput),
+        forecast("tpot", TPOT, token_interval),
+        forecast("turn-taking", "ttft_mean_s", turn_taking, "transformers", load=MANY),
     ),
     evidence=(
-        Evidence.echo("vllm", metrics.CACHE_CONFIG, "enable_prefix_caching", "False"),
-        Evidence(arm=Arm(variant="vllm"), kind="stays", metric=metrics.PREEMPTIONS),
-        Evidence(arm=Arm(variant="llama-cpp"), kind="rises", metric=metrics.GENERATION_TOKENS),
+        *echoes(metrics.CACHE_CONFIG, "enable_prefix_caching", {"vllm": "False"}),
+        counter(metrics.PREEMPTIONS, "stays", "vllm"),
+        counter(metrics.GENERATION_TOKENS, "rises", "llama-cpp"),
     ),
     findings=("curves", "same-words", "cannot"),
     needs_text=("same-words",),

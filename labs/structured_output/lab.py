@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
-from labs.harness import theory
-from labs.harness.spec import (
-    SLO,
-    Arm,
-    Claim,
-    Evidence,
-    Forecast,
-    Lab,
-    LabError,
-    Point,
-    Prediction,
-    Variant,
-)
-from loadtests.arrivals import Concurrent
+from labs.harness.ask import counter, echoes, forecast, predicts, rises, sends, unchanged, users
+from labs.harness.spec import SLO, Claim, Lab, LabError, Point, Variant
+from labs.harness.theory import prefill_of, step_of
 from loadtests.structures import Structure
-from loadtests.workload import Fixed, Workload
 from serving import metrics
 from serving.forecasting.step import Masking, mask_threads
 
@@ -64,50 +53,43 @@ def masks_s(point: Point) -> float:
 
 def step_s(point: Point) -> float:
     """Return a decode step's seconds: the roofline's, or those of the masks where they are more."""
-    forward_s = theory.decode_step_s(
-        point.shape, point.ceilings, point.load.users, point.context_tokens
-    )
-    return max(forward_s, masks_s(point))
+    return max(step_of(point), masks_s(point))
 
 
-def step_ratio(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=step_s(treatment) / step_s(baseline),
-        formula="(t + max(0, B t_mask / threads - t)) / t, t = max(bytes / bandwidth, FLOP / rate)",
-        assumptions=(
-            "masks are filled on the host while the device computes the step",
-            "up to 128 masks are filled one after another",
-            "applying a mask, and taking a token into the grammar, cost nothing",
-        ),
-        source=MASK_SOURCE,
-    )
+@predicts(
+    "(t + max(0, B t_mask / threads - t)) / t, t = max(bytes / bandwidth, FLOP / rate)",
+    "masks are filled on the host while the device computes the step",
+    "up to 128 masks are filled one after another",
+    "applying a mask, and taking a token into the grammar, cost nothing",
+    source=MASK_SOURCE,
+)
+def step_ratio(treatment: Point, baseline: Point) -> float:
+    return step_s(treatment) / step_s(baseline)
 
 
 def first_token_s(point: Point) -> float:
-    compile_s = timed.compile_s if (timed := masking(point)) else 0.0
-    return compile_s + theory.prefill_s(point.shape, point.ceilings, point.prompt_tokens)
+    timed = masking(point)
+    return (timed.compile_s if timed else 0.0) + prefill_of(point)
 
 
-def first_token_ratio(unseen: Point, seen: Point) -> Prediction:
-    return Prediction(
-        value=first_token_s(unseen) / first_token_s(seen),
-        formula="(t_prefill + t_compile) / (t_prefill + t_cached)",
-        assumptions=(
-            "a request waits for its own grammar alone, and no step is under way",
-            "prefill takes its FLOP at the measured rate",
-        ),
-        source=MASK_SOURCE,
-    )
+@predicts(
+    "(t_prefill + t_compile) / (t_prefill + t_cached)",
+    "a request waits for its own grammar alone, and no step is under way",
+    "prefill takes its FLOP at the measured rate",
+    source=MASK_SOURCE,
+)
+def first_token_ratio(unseen: Point, seen: Point) -> float:
+    return first_token_s(unseen) / first_token_s(seen)
 
 
-def first_token(point: Point) -> Prediction:
-    return Prediction(
-        value=first_token_s(point),
-        kind="floor",
-        formula="t_compile + FLOP / rate",
-        assumptions=("no launch, scheduling or sampling cost",),
-        source=MASK_SOURCE,
-    )
+@predicts(
+    "t_compile + FLOP / rate",
+    "no launch, scheduling or sampling cost",
+    source=MASK_SOURCE,
+    kind="floor",
+)
+def first_token(point: Point) -> float:
+    return first_token_s(point)
 
 
 def variant(backend: str, **more: Any) -> Variant:
@@ -120,68 +102,33 @@ def variant(backend: str, **more: Any) -> Variant:
 
 XGRAMMAR = variant("xgrammar", disable_any_whitespace=True)
 VARIANTS = (
-    XGRAMMAR, variant("guidance", disable_any_whitespace=True), variant("outlines"),
+    XGRAMMAR,
+    variant("guidance", disable_any_whitespace=True),
+    variant("outlines"),
     variant("lm-format-enforcer"),
-)  # fmt: skip
+)
 # the fourth backend is asked for one form alone: all forms of each would take too long
 ALL_FORMS = tuple(v.name for v in VARIANTS[:3])
-ONE, MANY = Concurrent(users=1), Concurrent(users=8)
-
-
-def workload(
-    name: str,
-    structure: Structure,
-    load: Concurrent = MANY,
-    prompt_tokens: int = 160,
-    output_tokens: int = 16,
-    only: tuple[str, ...] = (),
-) -> Workload:
-    return Workload(
-        name=name,
-        prompt_tokens=Fixed(tokens=prompt_tokens),
-        output_tokens=Fixed(tokens=output_tokens),
-        structure=structure,
-        keep_text=True,
-        only=only,
-        loads=(load,),
-    )
-
+ONE, MANY = users(1, 8)
 
 ASKED = Structure(form="record", imposed=False)
 IMPOSED = Structure(form="record")
 UNSEEN = Structure(form="record", unseen=True)
 
 
-def claim(
-    name: str,
-    treatment: tuple[str, str],
-    baseline: tuple[str, str],
-    expect: Literal["rises", "falls", "unchanged"] = "unchanged",
-) -> Claim:
-    """Claim something of one (variant, workload) beside another: TPOT, or TTFT of unseen ones."""
-    (variant_, workload_), (variant_0, workload_0) = treatment, baseline
-    cold = workload_ == "unseen"
-    return Claim(
-        name=name,
-        metric="ttft_mean_s" if cold else "tpot_mean_s",
-        treatment=Arm(variant=variant_, workload=workload_),
-        baseline=Arm(variant=variant_0, workload=workload_0),
-        expect=expect,
-        predict=first_token_ratio if cold else step_ratio,
-    )
-
-
+sends_kept = partial(sends, keep_text=True)  # what an answer begins with proves its structure
 WORKLOADS = (
-    workload("asked", ASKED, only=("xgrammar",)),
-    workload("imposed", IMPOSED),
-    workload("nested", Structure(form="nested"), prompt_tokens=288, only=ALL_FORMS),
-    workload("regex", Structure(form="regex"), prompt_tokens=96, only=ALL_FORMS),
+    sends_kept("asked", 160, 16, MANY, structure=ASKED, only=("xgrammar",)),
+    sends_kept("imposed", 160, 16, MANY, structure=IMPOSED),
+    sends_kept("nested", 288, 16, MANY, structure=Structure(form="nested"), only=ALL_FORMS),
+    sends_kept("regex", 96, 16, MANY, structure=Structure(form="regex"), only=ALL_FORMS),
     # few tokens: five answers to one user are to fit a window
-    workload("asked-alone", ASKED, ONE, output_tokens=8, only=("xgrammar",)),
-    workload("imposed-alone", IMPOSED, ONE, output_tokens=8, only=("xgrammar",)),
-    workload("seen", IMPOSED, ONE, prompt_tokens=256, output_tokens=1),
-    workload("unseen", UNSEEN, ONE, prompt_tokens=256, output_tokens=1),
+    sends_kept("asked-alone", 160, 8, ONE, structure=ASKED, only=("xgrammar",)),
+    sends_kept("imposed-alone", 160, 8, ONE, structure=IMPOSED, only=("xgrammar",)),
+    sends_kept("seen", 256, 1, ONE, structure=IMPOSED),
+    sends_kept("unseen", 256, 1, ONE, structure=UNSEEN),
 )
+TPOT, TTFT, BOTH = "tpot_mean_s", "ttft_mean_s", "unseen / seen"
 COLD = ("seen", "unseen")
 ON_CPU = tuple(
     w.model_copy(update={"only": ALL_FORMS}) if w.name in COLD else w
@@ -190,18 +137,23 @@ ON_CPU = tuple(
 )
 """For a CPU's little time: what no claim compares is left to the study of masks and to the probe of
 whole answers, and the fourth backend is not asked how long a first answer waits."""
+
+
+def beside_xgrammar(backend: str) -> Claim:
+    return unchanged(backend, TPOT, f"{backend} / xgrammar", "imposed", by=step_ratio)
+
+
 CLAIMS = (
-    claim("mask", ("xgrammar", "imposed"), ("xgrammar", "asked")),
-    claim("mask-alone", ("xgrammar", "imposed-alone"), ("xgrammar", "asked-alone")),
-    claim("guidance", ("guidance", "imposed"), ("xgrammar", "imposed")),
-    claim("outlines", ("outlines", "imposed"), ("xgrammar", "imposed")),
-    claim("lm-format-enforcer", ("lm-format-enforcer", "imposed"), ("xgrammar", "imposed")),
-    claim("unseen", ("xgrammar", "unseen"), ("xgrammar", "seen"), "rises"),
-    claim("unseen-guidance", ("guidance", "unseen"), ("guidance", "seen")),
-    claim("unseen-outlines", ("outlines", "unseen"), ("outlines", "seen"), "rises"),
-    claim("unseen-lm-format-enforcer", ("lm-format-enforcer", "unseen"),
-          ("lm-format-enforcer", "seen")),
-)  # fmt: skip
+    unchanged("mask", TPOT, "xgrammar", "imposed / asked", by=step_ratio),
+    unchanged("mask-alone", TPOT, "xgrammar", "imposed-alone / asked-alone", by=step_ratio),
+    beside_xgrammar("guidance"),
+    beside_xgrammar("outlines"),
+    beside_xgrammar("lm-format-enforcer"),
+    rises("unseen", TTFT, "xgrammar", BOTH, by=first_token_ratio),
+    unchanged("unseen-guidance", TTFT, "guidance", BOTH, by=first_token_ratio),
+    rises("unseen-outlines", TTFT, "outlines", BOTH, by=first_token_ratio),
+    unchanged("unseen-lm-format-enforcer", TTFT, "lm-format-enforcer", BOTH, by=first_token_ratio),
+)
 
 LAB = Lab(
     name="structured-output",
@@ -215,15 +167,11 @@ LAB = Lab(
     },
     workloads=WORKLOADS,
     claims=CLAIMS,
-    forecasts=(
-        Forecast(name="unseen", metric="ttft_mean_s", arm=Arm(workload="unseen"),
-                 predict=first_token),
-    ),
+    forecasts=(forecast("unseen", TTFT, first_token, workload="unseen"),),
     evidence=(
-        Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
-        *(
-            Evidence.echo(v.name, metrics.ENGINE_CONFIG, "structured_outputs_backend", v.name)
-            for v in VARIANTS
+        counter(metrics.PREEMPTIONS, "stays"),
+        *echoes(
+            metrics.ENGINE_CONFIG, "structured_outputs_backend", {v.name: v.name for v in VARIANTS}
         ),
     ),
     masking=masking,
@@ -243,4 +191,4 @@ LAB = Lab(
             "claims": tuple(c for c in CLAIMS if c.name != "unseen-lm-format-enforcer"),
         },
     },
-)  # fmt: skip
+)

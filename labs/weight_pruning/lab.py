@@ -6,36 +6,33 @@ from math import erf, exp, pi, sqrt
 from statistics import NormalDist
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent
-from loadtests.workload import Fixed, Workload
+from labs.harness.ask import counter, predicts, sends, unchanged, users
+from labs.harness.spec import SLO, Claim, Lab, Point, Variant
+from labs.harness.theory import ROOFLINE
 from serving import metrics
 
 SAME_SPEED = 0.15
 """The margin of equality in speed, which tells from any gain by leaving zeros out: see the page."""
 
 
-def same_step(pruned: Point, dense: Point) -> Prediction:
+STORED = predicts(
+    "max((weight + KV bytes) / bandwidth, FLOP / rate), pruned / dense",
+    "zeros are stored and read as other weights are",
+    "no kernel leaves out a product with zero",
+    source=ROOFLINE,
+)
+
+
+@STORED
+def same_step(pruned: Point, dense: Point) -> float:
     """Predict equality: a stored zero is read and multiplied as any other weight."""
-
-    def step_s(point: Point) -> float:
-        kv_bytes = point.kv_bytes()
-        return theory.forward_s(point.shape, point.ceilings, point.load.users, kv_bytes)
-
-    return Prediction(
-        value=step_s(pruned) / step_s(dense),
-        formula="max((weight + KV bytes) / bandwidth, FLOP / rate), pruned / dense",
-        assumptions=(
-            "zeros are stored and read as other weights are",
-            "no kernel leaves out a product with zero",
-        ),
-        source="Williams et al., Roofline, 2009",
-    )
+    step_s, dense_s = (theory.forward_of(p, p.kv_bytes()) for p in (pruned, dense))
+    return step_s / dense_s
 
 
-def same_rate(pruned: Point, dense: Point) -> Prediction:
-    slower = same_step(pruned, dense)
-    return slower.model_copy(update={"value": 1 / slower.value})
+@STORED
+def same_rate(pruned: Point, dense: Point) -> float:
+    return 1 / same_step(pruned, dense).value
 
 
 # --------------------------------------------------------------- what sparsity is, by arithmetic
@@ -86,18 +83,23 @@ def bytes_ratio(form: str, share: float, bits: int = 16) -> float:
 
 DENSE = Variant(name="dense")
 SERVED = ("wanda-50", "wanda-2-4")
-VARIANTS = (DENSE, *(DENSE.but(name, weights=name) for name in SERVED))
+ONE, MANY = users(1, 16)
 
 
-def claim(name: str, metric: str, variant: str, load: int) -> Claim:
-    arm = {"workload": "decode", "load": f"concurrent:{load}"}
-    return Claim(
-        name=name,
-        metric=metric,
-        treatment=Arm(variant=variant, **arm),
-        baseline=Arm(variant="dense", **arm),
-        expect="unchanged",
-        predict=same_step if metric == "tpot_mean_s" else same_rate,
+def same_tpot(name: str, variant: str) -> Claim:
+    return unchanged(
+        name, "tpot_mean_s", f"{variant} / dense", "decode", ONE, by=same_step, margin=SAME_SPEED
+    )
+
+
+def same_throughput(name: str, variant: str) -> Claim:
+    return unchanged(
+        name,
+        "output_tokens_per_s",
+        f"{variant} / dense",
+        "decode",
+        MANY,
+        by=same_rate,
         margin=SAME_SPEED,
     )
 
@@ -105,28 +107,21 @@ def claim(name: str, metric: str, variant: str, load: int) -> Claim:
 LAB = Lab(
     name="weight-pruning",
     answers=("CO-4", "CO-5", "CO-6", "CO-8"),
-    variants=VARIANTS,
+    variants=(DENSE, *(DENSE.but(name, weights=name) for name in SERVED)),
     flags={
         "max-model-len": 1024,
         "enable-prefix-caching": True,  # for the needles: what the loads send shares nothing
         "enforce-eager": True,
         "kv-cache-memory-bytes": 128 * 2**20,
     },
-    workloads=(
-        Workload(
-            name="decode",
-            prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=12),
-            loads=(Concurrent(users=1), Concurrent(users=16)),
-        ),
-    ),
+    workloads=(sends("decode", 32, 12, ONE, MANY),),
     claims=(
-        claim("half-one", "tpot_mean_s", "wanda-50", 1),
-        claim("pattern-one", "tpot_mean_s", "wanda-2-4", 1),
-        claim("half-many", "output_tokens_per_s", "wanda-50", 16),
-        claim("pattern-many", "output_tokens_per_s", "wanda-2-4", 16),
+        same_tpot("half-one", "wanda-50"),
+        same_tpot("pattern-one", "wanda-2-4"),
+        same_throughput("half-many", "wanda-50"),
+        same_throughput("pattern-many", "wanda-2-4"),
     ),
-    evidence=(Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),),
+    evidence=(counter(metrics.PREEMPTIONS, "stays"),),
     studies=("sparsity",),
     probes=("quality",),
     findings=("zeros", "sparsities", "kernels", "experts", "smaller", "quality"),

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent
-from loadtests.workload import Fixed, Workload
+from labs.harness.ask import counter, falls, predicts, rises, sends, unchanged, users
+from labs.harness.spec import SLO, Lab, Point, Prediction, Variant
+from labs.harness.theory import ROOFLINE
 from serving import metrics
 
 
 def step_s(point: Point) -> float:
-    return theory.forward_s(point.shape, point.ceilings, point.load.users, point.kv_bytes())
+    return theory.forward_of(point, point.kv_bytes())
 
 
-def by_bytes(quantized: Point, plain: Point) -> Prediction:
-    return Prediction(
-        value=step_s(quantized) / step_s(plain),
-        formula="max((weight + KV bytes) / bandwidth, FLOP / rate), quantized / not quantized",
-        assumptions=(
-            "unpacking weights is free",
-            "arithmetic takes as long as without quantizing, or hides",
-        ),
-        source="Williams et al., Roofline, 2009",
-    )
+BY_BYTES = predicts(
+    "max((weight + KV bytes) / bandwidth, FLOP / rate), quantized / not quantized",
+    "unpacking weights is free",
+    "arithmetic takes as long as without quantizing, or hides",
+    source=ROOFLINE,
+)
 
 
-def throughput_by_bytes(quantized: Point, plain: Point) -> Prediction:
-    slower = by_bytes(quantized, plain)
-    return slower.model_copy(update={"value": 1 / slower.value})
+@BY_BYTES
+def by_bytes(quantized: Point, plain: Point) -> float:
+    return step_s(quantized) / step_s(plain)
+
+
+@BY_BYTES
+def throughput_by_bytes(quantized: Point, plain: Point) -> float:
+    return 1 / by_bytes(quantized, plain).value
 
 
 def prefill_by_rate(quantized: Point, plain: Point) -> Prediction:
@@ -41,7 +42,7 @@ def prefill_by_rate(quantized: Point, plain: Point) -> Prediction:
                 "prefill is bound by compute",
                 "8-bit products run no faster than others",
             ),
-            source="Williams et al., Roofline, 2009",
+            source=ROOFLINE,
         )
     linear = 2 * (plain.shape.matmul_params - plain.shape.head_params) * plain.prompt_tokens
     share = linear / theory.prefill_flops(plain.shape, plain.prompt_tokens)
@@ -49,7 +50,7 @@ def prefill_by_rate(quantized: Point, plain: Point) -> Prediction:
         value=1 - share + share * plain.ceilings.flops_per_s / fp8,
         formula="(linear FLOP / FP8 rate + other FLOP / BF16 rate) / (FLOP / BF16 rate)",
         assumptions=("prefill is bound by compute", "scaling the activations is free"),
-        source="Williams et al., Roofline, 2009",
+        source=ROOFLINE,
     )
 
 
@@ -58,21 +59,8 @@ RECIPES = ("w8a8-rtn", "w8a8", "w4a16-gptq", "w4a16-awq")
 # no CPU has a fast kernel for FP8; a GPU without FP8 products widens the weights as it reads them
 FP8 = "fp8"
 KINDS = ("bf16", "w8a8", "w4a16-gptq", FP8)
-
-
-def claim(name: str, metric: str, variant: str, workload: str, load: int, expect: str) -> Claim:
-    predict = {"tpot_mean_s": by_bytes, "output_tokens_per_s": throughput_by_bytes}
-    arm = {"workload": workload, "load": f"concurrent:{load}"}
-    return Claim.model_validate(
-        {
-            "name": name,
-            "metric": metric,
-            "treatment": {"variant": variant, **arm},
-            "baseline": {"variant": "bf16", **arm},
-            "expect": expect,
-            "predict": predict.get(metric, prefill_by_rate),
-        }
-    )
+ONE, MANY = users(1, 16)
+TPOT, TTFT, RATE = "tpot_mean_s", "ttft_mean_s", "output_tokens_per_s"
 
 
 def on_random_weights(lab: Lab) -> Lab:
@@ -99,31 +87,20 @@ LAB = Lab(
         "kv-cache-memory-bytes": 256 * 2**20,
     },
     workloads=(
-        Workload(
-            name="decode",
-            prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=12),
-            loads=(Concurrent(users=1), Concurrent(users=16)),
-        ),
-        Workload(
-            name="prefill",
-            prompt_tokens=Fixed(tokens=192),
-            output_tokens=Fixed(tokens=1),
-            only=KINDS,  # the other recipes make the same shapes
-            loads=(Concurrent(users=1),),
-        ),
+        sends("decode", 32, 12, ONE, MANY),
+        sends("prefill", 192, 1, ONE, only=KINDS),  # the other recipes make the same shapes
     ),
     claims=(
-        claim("w8-one", "tpot_mean_s", "w8a8", "decode", 1, "falls"),
-        claim("w4-one", "tpot_mean_s", "w4a16-gptq", "decode", 1, "falls"),
-        claim("w8-many", "output_tokens_per_s", "w8a8", "decode", 16, "rises"),
-        claim("w4-many", "output_tokens_per_s", "w4a16-gptq", "decode", 16, "rises"),
-        claim("w4-prefill", "ttft_mean_s", "w4a16-gptq", "prefill", 1, "unchanged"),
-        claim("fp8-one", "tpot_mean_s", FP8, "decode", 1, "falls"),
-        claim("fp8-many", "output_tokens_per_s", FP8, "decode", 16, "rises"),
-        claim("fp8-prefill", "ttft_mean_s", FP8, "prefill", 1, "falls"),
+        falls("w8-one", TPOT, "w8a8 / bf16", "decode", ONE, by=by_bytes),
+        falls("w4-one", TPOT, "w4a16-gptq / bf16", "decode", ONE, by=by_bytes),
+        rises("w8-many", RATE, "w8a8 / bf16", "decode", MANY, by=throughput_by_bytes),
+        rises("w4-many", RATE, "w4a16-gptq / bf16", "decode", MANY, by=throughput_by_bytes),
+        unchanged("w4-prefill", TTFT, "w4a16-gptq / bf16", "prefill", ONE, by=prefill_by_rate),
+        falls("fp8-one", TPOT, "fp8 / bf16", "decode", ONE, by=by_bytes),
+        rises("fp8-many", RATE, "fp8 / bf16", "decode", MANY, by=throughput_by_bytes),
+        falls("fp8-prefill", TTFT, "fp8 / bf16", "prefill", ONE, by=prefill_by_rate),
     ),
-    evidence=(Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),),
+    evidence=(counter(metrics.PREEMPTIONS, "stays"),),
     studies=("outliers",),
     probes=("quality",),
     findings=("weights", "outliers", "quality", "needles"),

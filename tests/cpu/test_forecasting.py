@@ -21,7 +21,7 @@ from labs.harness.running.capacity_plan import Question, model_named
 from labs.harness.running.resolve import machine_of
 from labs.harness.spec import SLO
 from labs.harness.telling.capacity_plans import CapacityPlan, Demand
-from labs.mixture_of_experts.lab import experts_needed
+from labs.harness.theory import experts_needed
 from serving.forecasting.copying import Copied
 from serving.forecasting.fleet import ROUTERS, Handover
 from serving.forecasting.plan import (

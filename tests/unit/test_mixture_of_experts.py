@@ -20,15 +20,14 @@ from labs.harness.facts.parts import parts_of
 from labs.harness.judging.judge import ForecastAtPoint, is_within
 from labs.harness.spec import MARGIN, Claim, Lab
 from labs.harness.telling import dials
+from labs.harness.theory import experts_needed, step_of
 from labs.mixture_of_experts.facts import facts
 from labs.mixture_of_experts.lab import (
     ACTIVE,
     NEARLY,
     TOTAL,
-    experts_needed,
     gain_lost,
     step_ratio,
-    step_s,
 )
 from labs.mixture_of_experts.plots import PLOTS
 from serving.forecasting.datasheet import EXPECTED
@@ -160,7 +159,7 @@ def test_claims_expect_what_their_formula_says_on_every_card(card: dials.Hardwar
         if (point.variant.name, point.load.users) == (TOTAL, 64)
     )
     read_s = theory.decode_bytes(total.shape, 64, total.context_tokens)
-    assert step_s(total) == read_s / card.ceilings.memory_bandwidth_bytes_per_s  # memory limits it
+    assert step_of(total) == read_s / card.ceilings.memory_bandwidth_bytes_per_s  # memory limits it
 
 
 @pytest.mark.parametrize("scale", ["cpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)])
@@ -192,7 +191,7 @@ def test_requests_do_not_run_out_on_any_card(card: dials.Hardware) -> None:
     """There are more than each model could answer in a trial if a step took reading alone."""
     lab = LABS["mixture-of-experts"].at(card.scale, quick=False).model_copy(update={"repeats": 1})
     for point in lab.points(card.shape, card.ceilings, card.weights):
-        request_s = point.output_tokens * (step_s(point) + EXPECTED.step_s)
+        request_s = point.output_tokens * (step_of(point) + EXPECTED.step_s)
         sent = point.load.users * ((lab.warmup_s + lab.window_s) / request_s + 1)
         assert sent < lab.requests, point.key
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from labs.mixture_of_experts.lab import experts_needed
+from labs.harness.theory import experts_needed
 from serving.engines.vllm import Vllm
 from serving.inside import random_weights
 from tests.weights import needs_torch, torch

@@ -72,14 +72,19 @@ class Context:
         interval = self.interval(point, metric) if point else None
         return Quantity.of(interval, METRICS[metric].unit)
 
+    def measured_ratio(
+        self, treatment: Point | None, baseline: Point | None, metric: str
+    ) -> Quantity:
+        """Compares two points as a claim does, valid or not; missing without two points."""
+        both = treatment and baseline and treatment != baseline
+        effect = self.effect(treatment, baseline, metric) if both else None
+        return Quantity.of(effect.ratio if effect else None, RATIO)
+
     def ratio_of(self, treatment: Point | None, baseline: Point | None, metric: str) -> Quantity:
         """Compares two points as a claim does; missing without both, or where it is not valid."""
-        if not treatment or not baseline:
-            return Quantity.missing("this run has not both points", RATIO)
-        if self.withholds(metric, treatment, baseline):
+        if treatment and baseline and self.withholds(metric, treatment, baseline):
             return Quantity.missing("not valid", RATIO)
-        effect = self.effect(treatment, baseline, metric)
-        return Quantity.of(effect.ratio if effect else None, RATIO)
+        return self.measured_ratio(treatment, baseline, metric)
 
     def engine_mean(self, point: Point | None, histogram: str, unit: str) -> Quantity:
         """Returns the mean of what an engine counted in a histogram, over a point's trials."""

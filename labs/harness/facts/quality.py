@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from labs.harness.facts.context import Context
@@ -9,7 +10,8 @@ from labs.harness.judging.evaluation import Evaluation
 from labs.harness.judging.quality import GateResult, QualityFigure, compare, gate
 from labs.harness.judging.quantity import POINTS, RATIO, Quantity
 
-Figures = list[QualityFigure]
+Figures = Mapping[tuple[str, str], Quantity]
+"""By name and by side, or by the texts that they are of; those of all texts have no second name."""
 UNITS = {
     "perplexity_ratio": RATIO,
     "needle_retrieval_difference": POINTS,
@@ -67,25 +69,19 @@ class Quality:
 
 def quality(run: Context) -> Quality | None:
     """Compare what the quality probe asked; None where it did not run on the base and another."""
-    base, *treatments = (v.name for v in run.lab.variants)
-    if not run.finds("quality") or not (first := probe_evaluations(run, base)):
+    base = run.lab.variants[0].name
+    asked = {v.name: of for v in run.lab.variants if (of := probe_evaluations(run, v.name))}
+    plain = asked.pop(base, [])
+    if not plain or not asked:
         return None
-    compared = {
-        name: beside(first[0], answers[0])
-        for name in treatments
-        if (answers := probe_evaluations(run, name))
-    }
-    if not compared:
-        return None
-    plain = first[0]
     return Quality(
         base,
-        _levels(compare(plain, plain), "baseline"),
-        tokens=sum(len(p.logprobs) for p in plain.passages),
-        needles=len(plain.needles),
-        tasks=len(plain.tasks),
-        treatments=compared,
-        again=beside(*first[:2]) if len(first) > 1 else None,
+        _levels(_by_name(compare(plain[0], plain[0])), "baseline"),
+        tokens=sum(len(p.logprobs) for p in plain[0].passages),
+        needles=len(plain[0].needles),
+        tasks=len(plain[0].tasks),
+        treatments={name: beside(plain[0], answers[0]) for name, answers in asked.items()},
+        again=beside(*plain[:2]) if len(plain) > 1 else None,
     )
 
 
@@ -99,32 +95,32 @@ def beside(baseline: Evaluation, treatment: Evaluation) -> Beside:
     figures = compare(baseline, treatment)
     result, margins = gate(figures)
     gates = {of.figure.name: of.result for of in margins}
-    needles = "needle_retrieval_difference"
+    of = _by_name(figures)
+    needles, tasks = "needle_retrieval_difference", "task_accuracy_difference"
     return Beside(
-        _levels(figures, "treatment"),
-        perplexity_ratio=_quantity(figure_of(figures, "perplexity_ratio")),
-        top1_agreement=_quantity(figure_of(figures, "top1_agreement")),
-        kl_divergence=_quantity(figure_of(figures, "kl_divergence")),
-        needles_change=_quantity(figure_of(figures, needles)),
-        tasks_change=_quantity(figure_of(figures, "task_accuracy_difference")),
-        needles_at={f.where: _quantity(f) for f in figures if f.name == needles and f.where},
+        _levels(of, "treatment"),
+        perplexity_ratio=of["perplexity_ratio", ""],
+        top1_agreement=of["top1_agreement", ""],
+        kl_divergence=of["kl_divergence", ""],
+        needles_change=of[needles, ""],
+        tasks_change=of[tasks, ""],
+        needles_at={
+            where: change for (name, where), change in of.items() if name == needles and where
+        },
         perplexity_gate=gates["perplexity_ratio"],
         needles_gate=gates[needles],
-        tasks_gate=gates["task_accuracy_difference"],
+        tasks_gate=gates[tasks],
         gate=result,
     )
 
 
-def _levels(figures: Figures, where: str) -> Levels:
+def _by_name(figures: Sequence[QualityFigure]) -> Figures:
+    return {
+        (f.name, f.where): Quantity(f.value, UNITS.get(f.name, f.unit), f.low, f.high)
+        for f in figures
+    }
+
+
+def _levels(of: Figures, side: str) -> Levels:
     names = ("perplexity", "needle_retrieval", "task_accuracy")
-    return Levels(*(_quantity(figure_of(figures, name, where)) for name in names))
-
-
-def _quantity(figure: QualityFigure) -> Quantity:
-    unit = UNITS.get(figure.name, figure.unit)
-    return Quantity(figure.value, unit, figure.low, figure.high)
-
-
-def figure_of(figures: Figures, name: str, where: str = "") -> QualityFigure:
-    """Return the figure of that name, over all texts or those that `where` names."""
-    return next(f for f in figures if (f.name, f.where) == (name, where))
+    return Levels(*(of[name, side] for name in names))

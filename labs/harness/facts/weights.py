@@ -28,7 +28,6 @@ class Weights:
     tpot_s: Quantity  # at one stream
     speed_up: Quantity  # TPOT of the run's first point / this one's
     tokens_per_s: Quantity  # at the largest load
-    prefill_s: Quantity
     prefill_tokens_per_s: Quantity
     making: Making | None
 
@@ -62,41 +61,37 @@ class KindsOfWeights:
 def kinds_of_weights(run: Context) -> KindsOfWeights:
     plain = run.points[0]
     prefill = next((p for p in run.points if p.workload.name == "prefill"), None)
-    prompt_tokens = prefill.prompt_tokens if prefill else None
+    prompt_tokens = Quantity(
+        prefill.prompt_tokens if prefill else None, "tok/s", why="no prompt was sent alone"
+    )
     most = max((p.load.users for p in run.points if p.workload.name == "decode"), default=1)
     in_memory_bytes = {p.variant.name: p.shape.weight_bytes for p in run.points}
-
-    def weights(variant: str, made: str) -> Weights:
-        prefill_s = run.quantity(run.point(variant, "prefill", "concurrent:1"), "ttft_mean_s")
-        most_at_once = run.point(variant, "decode", f"concurrent:{most}")
-        return Weights(
-            variant,
-            in_memory_bytes[variant],
-            bytes_ratio=in_memory_bytes[variant] / plain.shape.weight_bytes,
-            tpot_s=run.quantity(run.point(variant, "decode", "concurrent:1"), "tpot_mean_s"),
-            speed_up=decode_speed_up(run, plain.variant.name, variant),
-            tokens_per_s=run.quantity(most_at_once, "output_tokens_per_s"),
-            prefill_s=prefill_s,
-            prefill_tokens_per_s=Quantity(prompt_tokens, "tok/s", why="no prompt was sent alone")
-            / prefill_s.in_unit("1"),
-            making=_making(run, made),
+    base = run.point(plain.variant.name, "decode", "concurrent:1")
+    kinds = []
+    for variant in run.lab.variants:
+        if variant.name not in in_memory_bytes:
+            continue
+        alone = run.point(variant.name, "decode", "concurrent:1")
+        loaded = run.point(variant.name, "decode", f"concurrent:{most}")
+        prefill_s = run.quantity(run.point(variant.name, "prefill", "concurrent:1"), "ttft_mean_s")
+        kinds.append(
+            Weights(
+                variant.name,
+                in_memory_bytes[variant.name],
+                bytes_ratio=in_memory_bytes[variant.name] / plain.shape.weight_bytes,
+                tpot_s=run.quantity(alone, "tpot_mean_s"),
+                speed_up=run.measured_ratio(base, alone, "tpot_mean_s"),
+                tokens_per_s=run.quantity(loaded, "output_tokens_per_s"),
+                prefill_tokens_per_s=prompt_tokens / prefill_s.in_unit("1"),
+                making=_making(run, variant.weights),
+            )
         )
-
-    kinds = (weights(v.name, v.weights) for v in run.lab.variants if v.name in in_memory_bytes)
-    return KindsOfWeights(tuple(kinds), most, prompt_tokens)
-
-
-def decode_speed_up(run: Context, plain: str, variant: str) -> Quantity:
-    """Divide TPOT of the plain weights at one stream by a variant's; missing for the plain ones."""
-    base, ours = (run.point(name, "decode", "concurrent:1") for name in (plain, variant))
-    gain = run.effect(base, ours, "tpot_mean_s") if base and ours and base != ours else None
-    return Quantity.of(gain.ratio if gain else None, RATIO)
+    return KindsOfWeights(tuple(kinds), most, prompt_tokens.value)
 
 
 def _making(run: Context, weights: str) -> Making | None:
     about = run.run.about.get(weights, {})
     if "tool" not in about:
         return None
-    calibration = about.get("calibration") or ""
     took_s = Quantity(about["seconds"], "s")
-    return Making(about["tool"], about["tool_version"], took_s, calibration)
+    return Making(about["tool"], about["tool_version"], took_s, about.get("calibration") or "")
