@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from labs.harness.facts.context import JudgedRun
+from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.quality import Beside, Quality, beside, probe_evaluations, quality
 from labs.harness.facts.weights import KindsOfWeights, kinds_of_weights
 
@@ -47,7 +47,7 @@ def facts(run: JudgedRun) -> Facts:
     return Facts(compared_tools(run), quality(run), kinds_of_weights(run))
 
 
-def compared_tools(run: JudgedRun) -> dict[str, Pair]:
+def compared_tools(run: Context) -> dict[str, Pair]:
     evaluations = {v.name: probe_evaluations(run, v.name) for v in run.lab.variants}
     return {
         name: Pair(one, other, beside(baseline[0], treatment[0]))

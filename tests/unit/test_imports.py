@@ -30,9 +30,16 @@ IN_LOCUST = {  # its processes alone: Locust and gevent patch the one that impor
     for module in ("connection", "load", "locustfile", "master", "streaming", "worker")
 }
 LAB_VOCABULARY = {
-    "labs.harness.spec", "labs.harness.theory", "loadtests.arrivals", "loadtests.prompts",
-    "loadtests.structures", "loadtests.workload", "serving.forecasting.step", "serving.metrics",
-}  # fmt: skip
+    "labs.harness.ask",
+    "labs.harness.spec",
+    "labs.harness.theory",
+    "loadtests.arrivals",
+    "loadtests.prompts",
+    "loadtests.structures",
+    "loadtests.workload",
+    "serving.forecasting.step",
+    "serving.metrics",
+}
 
 
 @functools.cache

@@ -76,8 +76,9 @@ class Context:
         self, treatment: Point | None, baseline: Point | None, metric: str
     ) -> Quantity:
         """Compares two points as a claim does, valid or not; missing without two points."""
-        both = treatment and baseline and treatment != baseline
-        effect = self.effect(treatment, baseline, metric) if both else None
+        effect = None
+        if treatment and baseline and treatment != baseline:
+            effect = self.effect(treatment, baseline, metric)
         return Quantity.of(effect.ratio if effect else None, RATIO)
 
     def ratio_of(self, treatment: Point | None, baseline: Point | None, metric: str) -> Quantity:
