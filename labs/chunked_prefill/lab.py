@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
+from labs.harness.ask import counter, falls, forecast, predicts, rises, sends, unchanged
+from labs.harness.spec import SLO, Lab, Point, Variant
+from labs.harness.theory import SARATHI
 from loadtests.arrivals import Contended
-from loadtests.workload import Exponential, Fixed, Intruder, Workload
+from loadtests.workload import Exponential, Intruder
 from serving import metrics
 
 
@@ -25,35 +29,9 @@ def context_tokens(point: Point) -> float:
     return sum(p + o / 2 for p, o in own) / len(own)
 
 
-def stall(point: Point) -> Prediction:
-    return Prediction(
-        value=theory.chunk_step_s(
-            point.shape,
-            point.ceilings,
-            point.load.users,
-            context_tokens(point),
-            long_prompt_tokens(point),
-            chunk_tokens(point),
-        ),
-        kind="floor",
-        formula="max(bytes / bandwidth, FLOP / rate) of B decoding and the prompt's last piece,"
-        " min(budget - B, prompt) tokens",
-        assumptions=("perfect overlap", "no launch, scheduling or sampling cost"),
-        source="Agrawal et al., Sarathi-Serve, OSDI 2024",
-    )
-
-
-def stall_ratio(chunked: Point, whole: Point) -> Prediction:
-    return Prediction(
-        value=stall(chunked).value / stall(whole).value,
-        formula="the longest step, max(bytes / bandwidth, FLOP / rate), with a piece / whole",
-        assumptions=("what the roofline leaves out is a small share of either",),
-        source="Agrawal et al., Sarathi-Serve, OSDI 2024",
-    )
-
-
-def long_ttft(point: Point) -> float:
-    return theory.chunked_prefill_s(
+def beside_streams(point: Point, seconds: Callable[..., float]) -> float:
+    """Compute the seconds of a long prompt that is prefilled in chunks beside the streams."""
+    return seconds(
         point.shape,
         point.ceilings,
         point.load.users,
@@ -63,13 +41,43 @@ def long_ttft(point: Point) -> float:
     )
 
 
-def long_ttft_ratio(chunked: Point, whole: Point) -> Prediction:
-    return Prediction(
-        value=long_ttft(chunked) / long_ttft(whole),
-        formula="sum over the pieces' steps of max(bytes / bandwidth, FLOP / rate), budget / whole",
-        assumptions=("a piece computes at the same rate as the whole",),
-        source="Agrawal et al., Sarathi-Serve, OSDI 2024",
-    )
+def stall_s(point: Point) -> float:
+    """Return the longest step, with the prompt's last piece."""
+    return beside_streams(point, theory.chunk_step_s)
+
+
+def long_ttft_s(point: Point) -> float:
+    return beside_streams(point, theory.chunked_prefill_s)
+
+
+@predicts(
+    "max(bytes / bandwidth, FLOP / rate) of B decoding and the prompt's last piece,"
+    " min(budget - B, prompt) tokens",
+    "perfect overlap",
+    "no launch, scheduling or sampling cost",
+    source=SARATHI,
+    kind="floor",
+)
+def stall(point: Point) -> float:
+    return stall_s(point)
+
+
+@predicts(
+    "the longest step, max(bytes / bandwidth, FLOP / rate), with a piece / whole",
+    "what the roofline leaves out is a small share of either",
+    source=SARATHI,
+)
+def stall_ratio(chunked: Point, whole: Point) -> float:
+    return stall_s(chunked) / stall_s(whole)
+
+
+@predicts(
+    "sum over the pieces' steps of max(bytes / bandwidth, FLOP / rate), budget / whole",
+    "a piece computes at the same rate as the whole",
+    source=SARATHI,
+)
+def long_ttft_ratio(chunked: Point, whole: Point) -> float:
+    return long_ttft_s(chunked) / long_ttft_s(whole)
 
 
 def stream_ttft_s(point: Point) -> float:
@@ -80,36 +88,27 @@ def stream_ttft_s(point: Point) -> float:
     T (n + 1) / 2 over all of them, shared by the n + (P - T) / t steps of a period P.
     """
     assert point.load.kind == "contended"
-    step_s = theory.decode_step_s(
-        point.shape, point.ceilings, point.load.users, context_tokens(point)
-    )
-    prefill_s, pieces = long_ttft(point), -(-long_prompt_tokens(point) // chunk_tokens(point))
+    step_s = theory.step_of(point, context_tokens(point))
+    prefill_s, pieces = long_ttft_s(point), -(-long_prompt_tokens(point) // chunk_tokens(point))
     steps = pieces + max(0.0, point.load.every_s - prefill_s) / step_s
     own_s = theory.prefill_left_s(point.shape, point.ceilings, point.lengths[0][0], 0)
     return own_s + prefill_s * (pieces + 1) / 2 / steps
 
 
-def stream_ttft_ratio(chunked: Point, whole: Point) -> Prediction:
-    return Prediction(
-        value=stream_ttft_s(chunked) / stream_ttft_s(whole),
-        formula="t_prefill + T (n + 1) / 2 / (n + (P - T) / t), n pieces in T seconds every P",
-        assumptions=(
-            "a stream's answer ends after any step with the same chance",
-            "a new prompt waits until the long one's last piece is computed",
-        ),
-        source="vLLM's scheduler, which serves running requests first",
-    )
-
-
-def budget(name: str, tokens: int) -> Variant:
-    return Variant(
-        name=name, flags={"enable-chunked-prefill": True, "max-num-batched-tokens": tokens}
-    )
-
-
-WHOLE = Variant(
-    name="whole", flags={"enable-chunked-prefill": False, "max-num-batched-tokens": 1024}
+@predicts(
+    "t_prefill + T (n + 1) / 2 / (n + (P - T) / t), n pieces in T seconds every P",
+    "a stream's answer ends after any step with the same chance",
+    "a new prompt waits until the long one's last piece is computed",
+    source="vLLM's scheduler, which serves running requests first",
 )
+def stream_ttft_ratio(chunked: Point, whole: Point) -> float:
+    return stream_ttft_s(chunked) / stream_ttft_s(whole)
+
+
+def budget(name: str, tokens: int, chunked: bool = True) -> Variant:
+    return Variant(
+        name=name, flags={"enable-chunked-prefill": chunked, "max-num-batched-tokens": tokens}
+    )
 
 
 COUPLED = "without chunks the engine wants a budget that holds a whole prompt"
@@ -122,7 +121,7 @@ LAB = Lab(
         budget("quarter", 192),
         budget("half", 384),
         budget("larger", 1024),
-        WHOLE,
+        budget("whole", 1024, chunked=False),
     ),
     flags={
         "max-model-len": 1024,
@@ -131,59 +130,38 @@ LAB = Lab(
         "kv-cache-memory-bytes": 256 * 2**20,
     },
     workloads=(
-        Workload(
-            name="contended",
-            prompt_tokens=Fixed(tokens=32),
+        sends(
+            "contended",
+            32,
             # equal ones would end together, and so would all wait for a long prompt, or none
-            output_tokens=Exponential(mean_tokens=24, max_tokens=96),
+            Exponential(mean_tokens=24, max_tokens=96),
+            Contended(users=4, every_s=1.5),
             intruder=Intruder(prompt_tokens=768),
-            loads=(Contended(users=4, every_s=1.5),),
         ),
     ),
     claims=(
         *(
-            Claim(
-                name=f"stall-{name}",
-                metric="stall_mean_s",
-                treatment=Arm(variant=name),
-                baseline=Arm(variant="whole"),
-                expect="falls",
-                predict=stall_ratio,
-                coupled=COUPLED,
+            falls(
+                f"stall-{name}", "stall_mean_s", f"{name} / whole", by=stall_ratio, coupled=COUPLED
             )
             for name in ("sixteenth", "quarter", "half")
         ),
-        Claim(
-            name="larger",
-            metric="stall_mean_s",
-            treatment=Arm(variant="larger"),
-            baseline=Arm(variant="whole"),
-            expect="unchanged",
-            predict=stall_ratio,
+        unchanged("larger", "stall_mean_s", "larger / whole", by=stall_ratio),
+        rises(
+            "ttft", "intruder_ttft_mean_s", "sixteenth / whole", by=long_ttft_ratio, coupled=COUPLED
         ),
-        Claim(
-            name="ttft",
-            metric="intruder_ttft_mean_s",
-            treatment=Arm(variant="sixteenth"),
-            baseline=Arm(variant="whole"),
-            expect="rises",
-            predict=long_ttft_ratio,
-            coupled=COUPLED,
-        ),
-        Claim(
-            name="streams-ttft",
-            metric="ttft_mean_s",
-            treatment=Arm(variant="sixteenth"),
-            baseline=Arm(variant="whole"),
-            expect="rises",
-            predict=stream_ttft_ratio,
+        rises(
+            "streams-ttft",
+            "ttft_mean_s",
+            "sixteenth / whole",
+            by=stream_ttft_ratio,
             coupled=COUPLED,
         ),
     ),
-    forecasts=(Forecast(name="stall", metric="stall_mean_s", arm=Arm(), predict=stall),),
+    forecasts=(forecast("stall", "stall_mean_s", stall),),
     evidence=(
-        Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
-        Evidence(arm=Arm(), kind="pieces", metric="prefill_pieces"),
+        counter(metrics.PREEMPTIONS, "stays"),
+        counter("prefill_pieces", "pieces"),
     ),
     findings=("token-budget",),
     plots=("stall", "timeline"),

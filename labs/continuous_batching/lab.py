@@ -3,84 +3,74 @@
 from __future__ import annotations
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent, Poisson, Waves
-from loadtests.workload import Exponential, Fixed, Workload
+from labs.harness.ask import (
+    ANY,
+    counter,
+    echoes,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    unchanged,
+    users,
+)
+from labs.harness.spec import SLO, Lab, Point, Variant
+from labs.harness.theory import ROOFLINE
+from loadtests.arrivals import Poisson, Waves
+from loadtests.workload import Exponential
 from serving import metrics
 
+OVERLAPS = "reading and computing overlap perfectly within a step"
+IN_TURN = "prefill and decode take turns on the device"
+NO_COST = "no launch, scheduling or sampling cost"
+NO_GROWTH = "the costs the roofline leaves out do not grow with B"
 
-def static_penalty(continuous: Point, static: Point) -> Prediction:
+
+@predicts(
+    "E[max L over a batch] / E[L]",
+    "a decode step takes as long with empty places as with full ones",
+    "prefill is short beside decode",
+    source="Yu et al., Orca, OSDI 2022",
+)
+def static_penalty(continuous: Point, static: Point) -> float:
     lengths = [output for _, output in static.lengths]
-    return Prediction(
-        value=theory.static_batching_penalty(lengths, static.load.users),
-        formula="E[max L over a batch] / E[L]",
-        assumptions=(
-            "a decode step takes as long with empty places as with full ones",
-            "prefill is short beside decode",
-        ),
-        source="Yu et al., Orca, OSDI 2022",
-    )
+    return theory.static_batching_penalty(lengths, static.load.users)
 
 
-def throughput(point: Point) -> Prediction:
-    return Prediction(
-        value=theory.batch_throughput(
-            point.shape,
-            point.ceilings,
-            point.load.users,
-            point.prompt_tokens,
-            point.output_tokens,
-        ),
-        kind="ceiling",
-        formula="L / ((L - 1) t(B) / B + t_prefill), t(B) = max(bytes / bandwidth, FLOP / rate)",
-        assumptions=(
-            "reading and computing overlap perfectly within a step",
-            "prefill and decode take turns on the device",
-            "no launch, scheduling or sampling cost",
-        ),
-        source="Williams et al., Roofline, 2009",
-    )
+@predicts(
+    "L / ((L - 1) t(B) / B + t_prefill), t(B) = max(bytes / bandwidth, FLOP / rate)",
+    OVERLAPS,
+    IN_TURN,
+    NO_COST,
+    source=ROOFLINE,
+    kind="ceiling",
+)
+def throughput(point: Point) -> float:
+    return theory.throughput_of(point)
 
 
-def throughput_gain(many: Point, one: Point) -> Prediction:
-    return Prediction(
-        value=throughput(many).value / throughput(one).value,
-        formula="roofline throughput at B / at 1",
-        assumptions=("the costs the roofline leaves out do not grow with B",),
-        source="Williams et al., Roofline, 2009",
-    )
+@predicts("roofline throughput at B / at 1", NO_GROWTH, source=ROOFLINE)
+def throughput_gain(many: Point, one: Point) -> float:
+    return theory.throughput_of(many) / theory.throughput_of(one)
 
 
-def token_interval(point: Point) -> Prediction:
-    """Predict TPOT: a step, and the prefills of others that come between two tokens of a user."""
-    step_s = theory.decode_step_s(
-        point.shape, point.ceilings, point.load.users, point.context_tokens
-    )
+def interval_s(point: Point) -> float:
+    """Return TPOT: a step, and the prefills of others that come between two tokens of a user."""
     prefills_per_step = (point.load.users - 1) / point.output_tokens
-    return Prediction(
-        value=step_s
-        + prefills_per_step * theory.prefill_s(point.shape, point.ceilings, point.prompt_tokens),
-        kind="floor",
-        formula="t(B) + (B - 1) / L t_prefill",
-        assumptions=(
-            "reading and computing overlap perfectly within a step",
-            "prefill and decode take turns on the device",
-            "no launch, scheduling or sampling cost",
-        ),
-        source="Williams et al., Roofline, 2009",
-    )
+    return theory.step_of(point) + prefills_per_step * theory.prefill_of(point)
 
 
-def step_growth(many: Point, one: Point) -> Prediction:
-    return Prediction(
-        value=token_interval(many).value / token_interval(one).value,
-        formula="roofline TPOT at B / at 1",
-        assumptions=("the costs the roofline leaves out do not grow with B",),
-        source="Williams et al., Roofline, 2009",
-    )
+@predicts("t(B) + (B - 1) / L t_prefill", OVERLAPS, IN_TURN, NO_COST, source=ROOFLINE, kind="floor")
+def token_interval(point: Point) -> float:
+    return interval_s(point)
 
 
-SWEEP = tuple(Concurrent(users=n) for n in (1, 2, 4, 8, 16))
+@predicts("roofline TPOT at B / at 1", NO_GROWTH, source=ROOFLINE)
+def step_growth(many: Point, one: Point) -> float:
+    return interval_s(many) / interval_s(one)
+
+
+STATIC, MANY, CLOSED = "concurrent:8 / waves:8", "concurrent:16 / concurrent:1", "concurrent"
 
 LAB = Lab(
     name="continuous-batching",
@@ -93,76 +83,29 @@ LAB = Lab(
         "kv-cache-memory-bytes": 2**30,
     },
     workloads=(
-        Workload(
-            name="exponential",
-            prompt_tokens=Fixed(tokens=32),
-            output_tokens=Exponential(mean_tokens=24, max_tokens=96),
-            loads=(*SWEEP, Waves(size=8), Poisson(rate_per_s=2)),
+        sends(
+            "exponential",
+            32,
+            Exponential(mean_tokens=24, max_tokens=96),
+            *users(1, 2, 4, 8, 16),
+            Waves(size=8),
+            Poisson(rate_per_s=2),
         ),
-        Workload(
-            name="fixed",
-            prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=24),
-            loads=(Concurrent(users=8), Waves(size=8)),
-        ),
+        sends("fixed", 32, 24, *users(8), Waves(size=8)),
     ),
     claims=(
-        Claim(
-            name="static",
-            metric="output_tokens_per_s",
-            treatment=Arm(workload="exponential", load="concurrent:8"),
-            baseline=Arm(workload="exponential", load="waves:8"),
-            expect="rises",
-            predict=static_penalty,
-        ),
-        Claim(
-            name="static-fixed",
-            metric="output_tokens_per_s",
-            treatment=Arm(workload="fixed", load="concurrent:8"),
-            baseline=Arm(workload="fixed", load="waves:8"),
-            expect="unchanged",
-            predict=static_penalty,
-        ),
-        Claim(
-            name="throughput",
-            metric="output_tokens_per_s",
-            treatment=Arm(workload="exponential", load="concurrent:16"),
-            baseline=Arm(workload="exponential", load="concurrent:1"),
-            expect="rises",
-            predict=throughput_gain,
-        ),
-        Claim(
-            name="tpot",
-            metric="tpot_mean_s",
-            treatment=Arm(workload="exponential", load="concurrent:16"),
-            baseline=Arm(workload="exponential", load="concurrent:1"),
-            expect="rises",
-            predict=step_growth,
-        ),
+        rises("static", "output_tokens_per_s", ANY, "exponential", STATIC, by=static_penalty),
+        unchanged("static-fixed", "output_tokens_per_s", ANY, "fixed", STATIC, by=static_penalty),
+        rises("throughput", "output_tokens_per_s", ANY, "exponential", MANY, by=throughput_gain),
+        rises("tpot", "tpot_mean_s", ANY, "exponential", MANY, by=step_growth),
     ),
     forecasts=(
-        Forecast(
-            name="throughput",
-            metric="output_tokens_per_s",
-            arm=Arm(workload="exponential", kind="concurrent"),
-            predict=throughput,
-        ),
-        Forecast(
-            name="tpot",
-            metric="tpot_mean_s",
-            arm=Arm(workload="exponential", kind="concurrent"),
-            predict=token_interval,
-        ),
+        forecast("throughput", "output_tokens_per_s", throughput, ANY, "exponential", CLOSED),
+        forecast("tpot", "tpot_mean_s", token_interval, ANY, "exponential", CLOSED),
     ),
     evidence=(
-        Evidence(
-            arm=Arm(),
-            kind="echoes",
-            metric=metrics.CACHE_CONFIG,
-            label="enable_prefix_caching",
-            value="False",
-        ),
-        Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
+        *echoes(metrics.CACHE_CONFIG, "enable_prefix_caching", {"": "False"}),
+        counter(metrics.PREEMPTIONS, "stays"),
     ),
     findings=("steps",),
     plots=("sweep", "pareto", "static", "roofline"),

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import mean
 from typing import Literal
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent, Contended, Waves
-from loadtests.workload import Exponential, Fixed, Intruder, Prefix, Workload
+from labs.harness.ask import ANY, counter, falls, predicts, rises, sends, unchanged, users
+from labs.harness.spec import SLO, Lab, Point, Variant
+from labs.harness.theory import KWON, PYTORCH_2, ROOFLINE, SARATHI
+from loadtests.arrivals import AnyArrival, Contended, Waves
+from loadtests.workload import Exponential, Intruder, Prefix, Workload
 from serving import metrics
-
-KWON = "Kwon et al., PagedAttention, SOSP 2023"
-SARATHI = "Agrawal et al., Sarathi-Serve, OSDI 2024"
-ROOFLINE = "Williams et al., Roofline, 2009"
 
 INJECTED: dict[tuple[str, str], str] = {
     ("healthy", "usual"): "healthy",
@@ -34,39 +33,36 @@ Figure = Literal[
     "TTFT", "Queue", "Prefill", "TPOT", "Long gaps", "Hit rate", "Preemptions", "Longest prompt"
 ]
 Direction = Literal["rises", "falls", "stays"]
+STEADY: dict[Figure, Direction] = {
+    "Hit rate": "stays",
+    "Preemptions": "stays",
+    "Longest prompt": "stays",
+}
 SIGNATURES: dict[str, dict[Figure, Direction]] = {
     "healthy": {
-        "TTFT": "stays", "Queue": "stays", "Prefill": "stays", "TPOT": "stays",
-        "Long gaps": "stays", "Hit rate": "stays", "Preemptions": "stays",
+        "TTFT": "stays",
+        "Queue": "stays",
+        "Prefill": "stays",
+        "TPOT": "stays",
+        "Long gaps": "stays",
+        "Hit rate": "stays",
+        "Preemptions": "stays",
         "Longest prompt": "stays",
     },
-    "burst": {
-        "TTFT": "rises", "Queue": "rises", "Hit rate": "stays", "Preemptions": "stays",
-        "Longest prompt": "stays",
-    },
-    "cold cache": {
-        "TTFT": "rises", "Prefill": "rises", "Hit rate": "falls", "Preemptions": "stays",
-        "Longest prompt": "stays",
-    },
-    "long neighbour": {
-        "TTFT": "rises", "Preemptions": "stays", "Longest prompt": "rises",
-    },
+    "burst": {"TTFT": "rises", "Queue": "rises", **STEADY},
+    "cold cache": {"TTFT": "rises", "Prefill": "rises", **STEADY, "Hit rate": "falls"},
+    "long neighbour": {"TTFT": "rises", "Preemptions": "stays", "Longest prompt": "rises"},
     "long context": {
-        "Prefill": "rises", "TPOT": "rises", "Preemptions": "stays", "Longest prompt": "rises",
+        "Prefill": "rises",
+        "TPOT": "rises",
+        "Preemptions": "stays",
+        "Longest prompt": "rises",
     },
     "preemption": {"TTFT": "rises", "Preemptions": "rises", "Longest prompt": "stays"},
-    "large budget": {
-        "Long gaps": "rises", "Hit rate": "stays", "Preemptions": "stays",
-        "Longest prompt": "stays",
-    },
-    "speculation": {
-        "TTFT": "rises", "Hit rate": "stays", "Preemptions": "stays", "Longest prompt": "stays",
-    },
-    "slow step": {
-        "Prefill": "rises", "TPOT": "rises", "Hit rate": "stays", "Preemptions": "stays",
-        "Longest prompt": "stays",
-    },
-}  # fmt: skip
+    "large budget": {"Long gaps": "rises", **STEADY},
+    "speculation": {"TTFT": "rises", **STEADY},
+    "slow step": {"Prefill": "rises", "TPOT": "rises", **STEADY},
+}
 """Which of the engine's figures moves in which direction, predicted beforehand; others may move."""
 
 # ------------------------------------------------------------------------------ the closed forms
@@ -106,9 +102,18 @@ def chunk_tokens(point: Point) -> int:
 def prefill_s(point: Point, tokens: int) -> float:
     """Return the time to prefill so many tokens in pieces, each in a step with the others."""
     return theory.chunked_prefill_s(
-        point.shape, point.ceilings, batch(point) - 1, context_tokens(point), tokens,
+        point.shape,
+        point.ceilings,
+        batch(point) - 1,
+        context_tokens(point),
+        tokens,
         chunk_tokens(point),
-    )  # fmt: skip
+    )
+
+
+def prompt_s(point: Point) -> float:
+    """Return the time to prefill what is not cached of a stream's prompt."""
+    return prefill_s(point, new_tokens(point))
 
 
 def step_s(point: Point) -> float:
@@ -117,57 +122,56 @@ def step_s(point: Point) -> float:
 
 def round_s(point: Point) -> float:
     """Return how long a full batch takes: all its prefills in turn, and the steps of an answer."""
-    return batch(point) * prefill_s(point, new_tokens(point)) + answer_tokens(point) * step_s(point)
+    return batch(point) * prompt_s(point) + answer_tokens(point) * step_s(point)
 
 
-def waited(burst: Point, usual: Point) -> Prediction:
+@predicts(
+    "(t_prefill (S + 1) / 2 + (W / S - 1) / 2 rounds) / t_prefill",
+    "a round is all prefills of a batch, then all of its steps",
+    source=SARATHI,
+)
+def waited(burst: Point, usual: Point) -> float:
     """Predict TTFT in waves of W against a loop: W / S rounds of a batch S, one after another."""
     rounds = burst.load.users / burst.flags.max_num_seqs
     wait_s = max(0.0, rounds - 1) / 2 * round_s(burst)
-    first_s = prefill_s(usual, new_tokens(usual))
+    first_s = prompt_s(usual)
     ahead_s = (batch(burst) - 1) / 2 * first_s  # of one's own round, which all begin together
-    return Prediction(
-        value=(first_s + ahead_s + wait_s) / first_s,
-        formula="(t_prefill (S + 1) / 2 + (W / S - 1) / 2 rounds) / t_prefill",
-        assumptions=("a round is all prefills of a batch, then all of its steps",),
-        source=SARATHI,
-    )
+    return (first_s + ahead_s + wait_s) / first_s
 
 
-def recomputed(cold: Point, usual: Point) -> Prediction:
-    return Prediction(
-        value=prefill_s(cold, new_tokens(cold)) / prefill_s(usual, new_tokens(usual)),
-        formula="t_prefill of the whole prompt / of what the cache does not hold, in pieces",
-        assumptions=("no prompt waits for another's prefill",),
-        source=SARATHI,
-    )
+@predicts(
+    "t_prefill of the whole prompt / of what the cache does not hold, in pieces",
+    "no prompt waits for another's prefill",
+    source=SARATHI,
+)
+def recomputed(cold: Point, usual: Point) -> float:
+    return prompt_s(cold) / prompt_s(usual)
 
 
-def beside_the_long(contended: Point, usual: Point) -> Prediction:
+@predicts(
+    "(t_prefill + T / P T / 2) / t_prefill, T the long prompt's prefill every P",
+    "a stream's prompt comes at any time with the same chance",
+    "it waits until the long one's last piece is computed",
+    source=SARATHI,
+)
+def beside_the_long(contended: Point, usual: Point) -> float:
     """Predict the streams' TTFT beside a long prompt that takes every step's budget for T of P."""
     assert contended.workload.intruder
     assert contended.load.kind == "contended"
     long_s = prefill_s(
         contended, contended.workload.intruder.prompt_tokens - shared_tokens(contended)
     )
-    own_s = prefill_s(usual, new_tokens(usual))
     share = min(1.0, long_s / contended.load.every_s)
-    return Prediction(
-        value=(own_s + share * long_s / 2) / own_s,
-        formula="(t_prefill + T / P T / 2) / t_prefill, T the long prompt's prefill every P",
-        assumptions=("a stream's prompt comes at any time with the same chance",
-                     "it waits until the long one's last piece is computed"),
-        source=SARATHI,
-    )  # fmt: skip
+    return (prompt_s(usual) + share * long_s / 2) / prompt_s(usual)
 
 
-def longer_read(far: Point, near: Point) -> Prediction:
-    return Prediction(
-        value=step_s(far) / step_s(near),
-        formula="(weight bytes + B C KV bytes) of the long context / of the usual",
-        assumptions=("reading is all that a step does",),
-        source=ROOFLINE,
-    )
+@predicts(
+    "(weight bytes + B C KV bytes) of the long context / of the usual",
+    "reading is all that a step does",
+    source=ROOFLINE,
+)
+def longer_read(far: Point, near: Point) -> float:
+    return step_s(far) / step_s(near)
 
 
 def running(small: Point) -> float:
@@ -185,28 +189,28 @@ def running(small: Point) -> float:
     return min(batch(small), room / (held - shared))
 
 
-def fewer_at_once(small: Point, usual: Point) -> Prediction:
+@predicts(
+    "(t_prefill + (B / r - 1) (t_prefill + L t)) / t_prefill,"
+    " r = (C - shared) / (mean tokens held - shared)",
+    "a step takes as long for fewer",
+    "what is computed twice is not counted",
+    source=KWON,
+)
+def fewer_at_once(small: Point, usual: Point) -> float:
     """Predict TTFT where only some requests fit at once: the others wait for their answers."""
-    first_s = prefill_s(usual, new_tokens(usual))
+    first_s = prompt_s(usual)
     answer_s = first_s + answer_tokens(usual) * step_s(usual)
     waiting = batch(usual) / running(small) - 1  # for each that runs
-    return Prediction(
-        value=(first_s + waiting * answer_s) / first_s,
-        formula="(t_prefill + (B / r - 1) (t_prefill + L t)) / t_prefill,"
-        " r = (C - shared) / (mean tokens held - shared)",
-        assumptions=("a step takes as long for fewer", "what is computed twice is not counted"),
-        source=KWON,
-    )
+    return (first_s + waiting * answer_s) / first_s
 
 
-def fewer_pieces(large: Point, small: Point) -> Prediction:
-    first_s, cut_s = (prefill_s(point, new_tokens(point)) for point in (large, small))
-    return Prediction(
-        value=first_s / cut_s,
-        formula="t_prefill in pieces of the large budget / in pieces of the small one",
-        assumptions=("no prompt waits for another's",),
-        source=SARATHI,
-    )
+@predicts(
+    "t_prefill in pieces of the large budget / in pieces of the small one",
+    "no prompt waits for another's",
+    source=SARATHI,
+)
+def fewer_pieces(large: Point, small: Point) -> float:
+    return prompt_s(large) / prompt_s(small)
 
 
 ACCEPTED = 0.1
@@ -217,50 +221,52 @@ def accepted(point: Point) -> float:
     return ACCEPTED
 
 
-def budget_taken(guessing: Point, usual: Point) -> Prediction:
+@predicts(
+    "t_prefill in pieces of budget - (B - 1) (g + 1) tokens / of budget - (B - 1)",
+    "every request has g guesses in every step",
+    "no prompt waits for another's",
+    source=SARATHI,
+)
+def budget_taken(guessing: Point, usual: Point) -> float:
     """Predict TTFT where guesses take their part of each step's token budget first."""
     guesses = guessing.flags.speculative_config["num_speculative_tokens"]
     left = max(1, chunk_tokens(guessing) - (batch(guessing) - 1) * guesses)
     first_s = theory.chunked_prefill_s(
-        guessing.shape, guessing.ceilings, (batch(guessing) - 1) * (1 + guesses),
+        guessing.shape,
+        guessing.ceilings,
+        (batch(guessing) - 1) * (1 + guesses),
         # the tokens of a request that are verified together read its context once
-        context_tokens(guessing) / (1 + guesses), new_tokens(guessing), left,
-    )  # fmt: skip
-    return Prediction(
-        value=first_s / prefill_s(usual, new_tokens(usual)),
-        formula="t_prefill in pieces of budget - (B - 1) (g + 1) tokens / of budget - (B - 1)",
-        assumptions=("every request has g guesses in every step", "no prompt waits for another's"),
-        source=SARATHI,
+        context_tokens(guessing) / (1 + guesses),
+        new_tokens(guessing),
+        left,
     )
+    return first_s / prompt_s(usual)
 
 
 OPERATIONS, LAUNCH_S = 10, 10e-6  # of a layer, and to launch one from Python
 
 
-def launched_eagerly(slow: Point, usual: Point) -> Prediction:
-    launching_s = usual.shape.layers * OPERATIONS * LAUNCH_S
-    return Prediction(
-        value=1 + launching_s / step_s(usual),
-        formula=f"(t + {OPERATIONS} operations a layer of {1e6 * LAUNCH_S:g} us) / t",
-        assumptions=("no launch hides behind an operation", "nothing is added to t by default"),
-        source="Ansel et al., PyTorch 2, ASPLOS 2024",
-    )
+@predicts(
+    f"(t + {OPERATIONS} operations a layer of {1e6 * LAUNCH_S:g} us) / t",
+    "no launch hides behind an operation",
+    "nothing is added to t by default",
+    source=PYTORCH_2,
+)
+def launched_eagerly(slow: Point, usual: Point) -> float:
+    return 1 + usual.shape.layers * OPERATIONS * LAUNCH_S / step_s(usual)
 
 
-def as_before(usual: Point, reference: Point) -> Prediction:
-    return Prediction(
-        value=1.0,
-        formula="1: the same requests in other words",
-        source="A/A tests: Kohavi et al., Data Mining and Knowledge Discovery, 2009",
-    )
+@predicts(
+    "1: the same requests in other words",
+    source="A/A tests: Kohavi et al., Data Mining and Knowledge Discovery, 2009",
+)
+def as_before(usual: Point, reference: Point) -> float:
+    return 1.0
 
 
 # ---------------------------------------------------------------------------------------- the lab
 
 HEALTHY = Variant(name="healthy")
-FOUR = Concurrent(users=4)
-BURST = Waves(size=12)
-BESIDE = Contended(users=3, every_s=2)
 VARIANTS = (
     HEALTHY,
     HEALTHY.but("small-kv", {"num-gpu-blocks-override": 27, "max-model-len": 640}),
@@ -269,104 +275,99 @@ VARIANTS = (
         "guessing",
         {
             "speculative-config": {
-                "method": "ngram", "num_speculative_tokens": 16, "prompt_lookup_max": 1,
+                "method": "ngram",
+                "num_speculative_tokens": 16,
+                "prompt_lookup_max": 1,
                 "prompt_lookup_min": 1,
             }
         },
     ),
-)  # fmt: skip
-ON_A_GPU = (*VARIANTS, HEALTHY.but("slow-step", {"enforce-eager": True}))
+)
+SLOW_STEP = HEALTHY.but("slow-step", {"enforce-eager": True})
+FOUR = users(4)[0]
+BURST = Waves(size=12)
+BESIDE = Contended(users=3, every_s=2)
 
 
-def workload(
+def disturbed(
     name: str,
-    *only: str,
     prompt_tokens: int = 384,
-    prefix: Prefix | None = None,
-    load: Concurrent | Contended | Waves = FOUR,
-    intruder: Intruder | None = None,
+    shared_tokens: int = 192,
+    load: AnyArrival = FOUR,
+    groups: int = 1,
     primed: bool = True,
+    intruder: Intruder | None = None,
+    only: Sequence[str] = ("healthy",),
 ) -> Workload:
-    return Workload(
-        name=name,
-        prompt_tokens=Fixed(tokens=prompt_tokens),
+    return sends(
+        name,
+        prompt_tokens,
         # equal ones would end together, and one large step would hold all of the next prompts
-        output_tokens=Exponential(mean_tokens=16, max_tokens=48),
-        prefix=prefix or Prefix(tokens=192),
+        Exponential(mean_tokens=16, max_tokens=48),
+        load,
+        prefix=Prefix(tokens=shared_tokens, groups=groups),
         primed=primed,
         intruder=intruder,
-        only=only or ("healthy",),
-        loads=(load,),
+        only=tuple(only),
     )
-
-
-def claim(
-    name: str, metric: str, treatment: tuple[str, str], expect: str, predict: object,
-    load: Contended | Waves | None = None, coupled: str = "",
-) -> Claim:  # fmt: skip
-    """State what a disturbance does to a figure, against the usual load of a healthy engine.
-
-    `load` is the disturbance's own, where it has one.
-    """
-    variant, sent = treatment
-    loads = ({"load": str(load)}, {"load": str(FOUR)}) if load else ({}, {})
-    return Claim.model_validate(
-        {
-            "name": name,
-            "metric": metric,
-            "treatment": {"variant": variant, "workload": sent, **loads[0]},
-            "baseline": {"variant": "healthy", "workload": "usual", **loads[1]},
-            "expect": expect,
-            "predict": predict,
-            "coupled": coupled,
-        }
-    )
-
-
-def stays(arm: Arm, metric: str) -> Evidence:
-    return Evidence(arm=arm, kind="stays", metric=metric)
-
-
-EVIDENCE = (
-    Evidence(arm=Arm(variant="small-kv"), kind="rises", metric=metrics.PREEMPTIONS),
-    *(
-        stays(Arm(variant=v.name), metrics.PREEMPTIONS)
-        for v in VARIANTS
-        if v.name != "small-kv"
-    ),
-    Evidence(arm=Arm(workload="usual"), kind="rises", metric=metrics.PREFIX_HITS),
-    stays(Arm(workload="cold"), metrics.PREFIX_HITS),
-    Evidence(arm=Arm(variant="guessing"), kind="rises", metric=metrics.SPEC_DRAFTED),
-    Evidence(arm=Arm(variant="healthy"), kind="absent", metric=metrics.SPEC_DRAFTS),
-)  # fmt: skip
-
-
-def lengths(*prompts: int, output: int) -> tuple[tuple[float, int, int], ...]:
-    """Write a trace of prompts of these lengths, which are sent in turn."""
-    return tuple((0.0, prompt, output) for prompt in prompts)
 
 
 CLAIMS = (
-    Claim(
-        name="steady",
-        metric="tpot_mean_s",
-        treatment=Arm(variant="healthy", workload="usual"),
-        baseline=Arm(variant="healthy", workload="reference"),
-        expect="unchanged",
-        predict=as_before,
+    unchanged("steady", "tpot_mean_s", "healthy", "usual / reference", by=as_before),
+    rises(
+        "burst",
+        "ttft_mean_s",
+        "healthy",
+        "burst / usual",
+        f"{BURST} / {FOUR}",
+        by=waited,
+        coupled="waves are another load, and the workload carries it",
     ),
-    claim("burst", "ttft_mean_s", ("healthy", "burst"), "rises", waited, BURST,
-          "waves are another load, and the workload carries it"),
-    claim("cold", "ttft_mean_s", ("healthy", "cold"), "rises", recomputed),
-    claim("neighbour", "ttft_mean_s", ("healthy", "neighbour"), "rises", beside_the_long, BESIDE,
-          "the long prompts come at times of their own, and the workload carries them"),
-    claim("preemption", "ttft_mean_s", ("small-kv", "usual"), "rises", fewer_at_once,
-          coupled="the engine wants memory for one request of max-model-len"),
-    claim("context", "tpot_mean_s", ("healthy", "context"), "rises", longer_read),
-    claim("budget", "ttft_mean_s", ("large-budget", "usual"), "falls", fewer_pieces),
-    claim("guessing", "ttft_mean_s", ("guessing", "usual"), "rises", budget_taken),
-)  # fmt: skip
-SLOW_STEP = claim("slow-step", "tpot_mean_s", ("slow-step", "usual"), "rises", launched_eagerly)
+    rises("cold", "ttft_mean_s", "healthy", "cold / usual", by=recomputed),
+    rises(
+        "neighbour",
+        "ttft_mean_s",
+        "healthy",
+        "neighbour / usual",
+        f"{BESIDE} / {FOUR}",
+        by=beside_the_long,
+        coupled="the long prompts come at times of their own, and the workload carries them",
+    ),
+    rises(
+        "preemption",
+        "ttft_mean_s",
+        "small-kv / healthy",
+        "usual",
+        by=fewer_at_once,
+        coupled="the engine wants memory for one request of max-model-len",
+    ),
+    rises("context", "tpot_mean_s", "healthy", "context / usual", by=longer_read),
+    falls("budget", "ttft_mean_s", "large-budget / healthy", "usual", by=fewer_pieces),
+    rises("guessing", "ttft_mean_s", "guessing / healthy", "usual", by=budget_taken),
+)
+COLD = counter(metrics.PREFIX_HITS, "stays", ANY, "cold")
+EVIDENCE = (
+    counter(metrics.PREEMPTIONS, "rises", "small-kv"),
+    counter(metrics.PREEMPTIONS, "stays", "healthy"),
+    counter(metrics.PREEMPTIONS, "stays", "large-budget"),
+    counter(metrics.PREEMPTIONS, "stays", "guessing"),
+    counter(metrics.PREFIX_HITS, "rises", ANY, "usual"),
+    COLD,
+    counter(metrics.SPEC_DRAFTED, "rises", "guessing"),
+    counter(metrics.SPEC_DRAFTS, "absent", "healthy"),
+)
+ON_A_GPU = {
+    "variants": [v.model_dump() for v in (*VARIANTS, SLOW_STEP)],
+    "claims": (
+        *CLAIMS,
+        rises("slow-step", "tpot_mean_s", "slow-step / healthy", "usual", by=launched_eagerly),
+    ),
+    "evidence": (
+        # a chat template of more than a block is a prefix that all prompts share
+        *(evidence for evidence in EVIDENCE if evidence != COLD),
+        counter(metrics.PREEMPTIONS, "stays", "slow-step"),
+    ),
+}
 
 
 def on_random_weights(lab: Lab) -> Lab:
@@ -389,23 +390,19 @@ LAB = Lab(
         "kv-cache-memory-bytes": 192 * 2**20,
     },
     workloads=(
-        workload("reference"),
-        workload("usual", *(v.name for v in VARIANTS)),
-        workload("burst", load=BURST),
-        workload("cold", prefix=Prefix(tokens=192, groups=192), primed=False),
-        workload(
-            "neighbour",
-            load=BESIDE,
-            intruder=Intruder(prompt_tokens=1024),
-        ),
-        workload("context", prompt_tokens=1536, prefix=Prefix(tokens=1344)),
-        Workload(
-            name="alone",
-            prompt_tokens=Fixed(tokens=1024),
-            output_tokens=Fixed(tokens=8),
-            trace=lengths(320, 64, 1024, 160, 640, output=8),
+        disturbed("reference"),
+        disturbed("usual", only=[v.name for v in VARIANTS]),
+        disturbed("burst", load=BURST),
+        disturbed("cold", groups=192, primed=False),
+        disturbed("neighbour", load=BESIDE, intruder=Intruder(prompt_tokens=1024)),
+        disturbed("context", 1536, 1344),
+        sends(
+            "alone",
+            1024,
+            8,
+            *users(1),
+            trace=tuple((0.0, prompt, 8) for prompt in (320, 64, 1024, 160, 640)),  # in turn
             only=("large-budget",),
-            loads=(Concurrent(users=1),),
         ),
     ),
     claims=CLAIMS,
@@ -417,16 +414,6 @@ LAB = Lab(
     warmup_s=1,
     window_s=4,
     repeats=4,
-    scales={
-        "gpu": {
-            "variants": [v.model_dump() for v in ON_A_GPU],
-            "claims": (*CLAIMS, SLOW_STEP),
-            "evidence": (
-                # a chat template of more than a block is a prefix that all prompts share
-                *(e for e in EVIDENCE if e.arm.workload != "cold"),
-                stays(Arm(variant="slow-step"), metrics.PREEMPTIONS),
-            ),
-        }
-    },
+    scales={"gpu": ON_A_GPU},
     dummy=on_random_weights,
-)  # fmt: skip
+)

@@ -26,6 +26,7 @@ from loadtests.arrivals import AnyArrival, Concurrent
 from loadtests.workload import Exponential, Fixed, Workload
 from serving.engines.base import FlagValue
 
+ANY = ""  # variant, workload or load
 OVER = " / "  # between what a claim's treatment has and what its baseline has
 Load = str | AnyArrival
 Points = ParamSpec("Points")

@@ -17,15 +17,11 @@ from serving.weights.models import Shape
 if TYPE_CHECKING:
     from labs.harness.spec import Point
 
+DAO = "Dao et al., FlashAttention, 2022"
 KAPLAN = "Kaplan et al. 2020"
 KWON = "Kwon et al., PagedAttention, SOSP 2023"
 LEVIATHAN = "Leviathan, Kalman, Matias, ICML 2023"
-ROOFLINE = "Williams et al., Roofline, 2009"
-SARATHI = "Agrawal et al., Sarathi-Serve, OSDI 2024"
-
-KAPLAN = "Kaplan et al. 2020"
-KWON = "Kwon et al., PagedAttention, SOSP 2023"
-LEVIATHAN = "Leviathan, Kalman, Matias, ICML 2023"
+PYTORCH_2 = "Ansel et al., PyTorch 2, ASPLOS 2024"
 ROOFLINE = "Williams et al., Roofline, 2009"
 SARATHI = "Agrawal et al., Sarathi-Serve, OSDI 2024"
 
@@ -293,6 +289,11 @@ def kv_tokens(shape: Shape, memory_bytes: float, bytes_per_value: float, block: 
 # what these say of a point, whose load is a number of requests that are always in flight
 
 
+def first_token_of(point: Point, cached_tokens: float = 0) -> float:
+    """Seconds to prefill what is not cached of a point's prompt, which is alone."""
+    return prefill_left_s(point.shape, point.ceilings, point.prompt_tokens, cached_tokens)
+
+
 def step_of(point: Point, context_tokens: float | None = None) -> float:
     """Seconds of a decode step of a point's requests, at their mean context or another."""
     context = point.context_tokens if context_tokens is None else context_tokens
@@ -307,3 +308,11 @@ def forward_of(point: Point, context_bytes: float) -> float:
 def prefill_of(point: Point) -> float:
     """Seconds of a point's prompt at the measured rate of arithmetic alone."""
     return prefill_s(point.shape, point.ceilings, point.prompt_tokens)
+
+
+def throughput_of(point: Point, batch: float | None = None) -> float:
+    """Output tokens/s of a point's requests, all in flight at once or so many."""
+    at_once = point.load.users if batch is None else batch
+    return batch_throughput(
+        point.shape, point.ceilings, at_once, point.prompt_tokens, point.output_tokens
+    )

@@ -3,58 +3,61 @@
 from __future__ import annotations
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent
-from loadtests.workload import Fixed, Prefix, Workload
+from labs.harness.ask import (
+    ANY,
+    counter,
+    echoes,
+    falls,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    unchanged,
+    users,
+)
+from labs.harness.spec import SLO, Lab, Point, Prediction, Variant
+from labs.harness.theory import KAPLAN, KWON, ROOFLINE
+from loadtests.workload import Prefix, Workload
 from serving import metrics
 
 
-def value_bytes(point: Point) -> float:
-    return point.flags.kv_value_bytes
+@predicts("floor(memory / (block x 2 layers KV-heads head-dim bytes)) block", source=KWON)
+def capacity(point: Point) -> float:
+    return point.kv_room_tokens
 
 
-def capacity(point: Point) -> Prediction:
-    return Prediction(
-        value=point.kv_room_tokens,
-        formula="floor(memory / (block x 2 layers KV-heads head-dim bytes)) block",
-        source="Kwon et al., PagedAttention, SOSP 2023",
-    )
-
-
-def capacity_gain(quantized: Point, plain: Point) -> Prediction:
-    return Prediction(
-        value=quantized.kv_room_tokens / plain.kv_room_tokens,
-        formula="tokens in whole blocks, 8 bits / 16 bits",
-        source="Kwon et al., PagedAttention, SOSP 2023",
-    )
+@predicts("tokens in whole blocks, 8 bits / 16 bits", source=KWON)
+def capacity_gain(quantized: Point, plain: Point) -> float:
+    return quantized.kv_room_tokens / plain.kv_room_tokens
 
 
 def step_s(point: Point) -> float:
-    kv_bytes = point.kv_bytes(value_bytes(point))
+    kv_bytes = point.kv_bytes(point.flags.kv_value_bytes)
     return theory.forward_s(point.shape, point.ceilings, point.load.users, kv_bytes)
 
 
-def step_ratio(quantized: Point, plain: Point) -> Prediction:
-    return Prediction(
-        value=step_s(quantized) / step_s(plain),
-        formula="(weight bytes + B context KV bytes) 8 bits / 16 bits",
-        assumptions=("reading is all a step does: widening 8 bits to 16 costs nothing",),
-        source="Williams et al., Roofline, 2009",
-    )
+@predicts(
+    "(weight bytes + B context KV bytes) 8 bits / 16 bits",
+    "reading is all a step does: widening 8 bits to 16 costs nothing",
+    source=ROOFLINE,
+)
+def step_ratio(quantized: Point, plain: Point) -> float:
+    return step_s(quantized) / step_s(plain)
 
 
-def batch_gain(quantized: Point, plain: Point) -> Prediction:
+@predicts(
+    "min(B, capacity / mean context), 8 bits / 16 bits",
+    "requests are spread evenly over their lives",
+    "blocks waste nothing",
+    source=KWON,
+)
+def batch_gain(quantized: Point, plain: Point) -> float:
     """Predict the gain by how many of the requests in flight fit at their mean length."""
 
     def running(point: Point) -> float:
         return min(point.load.users, point.kv_room_tokens / point.context_tokens)
 
-    return Prediction(
-        value=running(quantized) / running(plain),
-        formula="min(B, capacity / mean context), 8 bits / 16 bits",
-        assumptions=("requests are spread evenly over their lives", "blocks waste nothing"),
-        source="Kwon et al., PagedAttention, SOSP 2023",
-    )
+    return running(quantized) / running(plain)
 
 
 def returning_s(point: Point) -> float:
@@ -64,7 +67,7 @@ def returning_s(point: Point) -> float:
     and by the host's memory where the engine has any.
     """
     prefix, flags = point.workload.prefix, point.flags
-    value = value_bytes(point)
+    value = flags.kv_value_bytes
     each_bytes = (point.prompt_tokens + point.output_tokens) * point.shape.kv_bytes_per_token(value)
     groups, shared = (prefix.groups, prefix.tokens) if prefix else (1, 0)
     kept, copy_s = shared // flags.block_size * flags.block_size, 0.0
@@ -72,7 +75,7 @@ def returning_s(point: Point) -> float:
         if groups * each_bytes > flags.kv_offloading_bytes:
             kept = 0
         copy_s = theory.kv_copy_s(point.shape, kept, point.ceilings.link_bytes_per_s, value)
-    return copy_s + theory.prefill_left_s(point.shape, point.ceilings, point.prompt_tokens, kept)
+    return copy_s + theory.first_token_of(point, kept)
 
 
 def copied_back(offloading: Point, recomputing: Point) -> Prediction:
@@ -85,116 +88,39 @@ def copied_back(offloading: Point, recomputing: Point) -> Prediction:
             "copying reaches that rate, and is over before the rest of the prompt is computed",
             "prefill runs at the measured rate",
         ),
-        source="FLOP: Kaplan et al. 2020; vLLM, KV offloading connector",
+        source=f"FLOP: {KAPLAN}; vLLM, KV offloading connector",
     )
 
 
 PLAIN = Variant(name="bf16", flags={"kv-cache-dtype": "auto"})
 FP8 = PLAIN.but("fp8", {"kv-cache-dtype": "fp8_e4m3"})
+TIGHT = {"kv-cache-memory-bytes": 12 * 2**20, "max-model-len": 512}
 # A GPU's: prompts in turn, more of them than the KV cache holds, and the host's memory beside it
 RECOMPUTE = PLAIN.but("recompute", {"max-model-len": 8192})
 OFFLOAD = RECOMPUTE.but("offload", {"kv-offloading-size": 8.0})
-TIGHT = {"kv-cache-memory-bytes": 12 * 2**20, "max-model-len": 512}
+
+
+FEW, MANY = users(4, 12)
 
 
 def near_or_far(name: str, context_tokens: int, *only: str) -> Workload:
     """Make a workload that decodes over one shared context, which is prefilled once."""
-    return Workload(
-        name=name,
-        prompt_tokens=Fixed(tokens=context_tokens),
-        output_tokens=Fixed(tokens=16),
-        prefix=Prefix(tokens=context_tokens - 64),
-        primed=True,
-        only=only,
-        loads=(Concurrent(users=4),),
-    )
+    prefix = Prefix(tokens=context_tokens - 64)
+    return sends(name, context_tokens, 16, FEW, prefix=prefix, primed=True, only=only)
 
 
-DTYPES = {"bf16": "auto", "fp8": "fp8_e4m3", "e5m2": "fp8_e5m2", "bf16-tight": "auto",
-          "fp8-tight": "fp8_e4m3"}  # fmt: skip
-VARIANTS = (
-    PLAIN,
-    FP8,
-    PLAIN.but("e5m2", {"kv-cache-dtype": "fp8_e5m2"}),
-    PLAIN.but("bf16-tight", TIGHT),
-    FP8.but("fp8-tight", TIGHT),
-    RECOMPUTE,
-    OFFLOAD,
-)
-EVIDENCE = (
-    *(
-        Evidence.echo(name, metrics.CACHE_CONFIG, "cache_dtype", dtype)
-        for name, dtype in DTYPES.items()
-    ),
-    Evidence(arm=Arm(variant=OFFLOAD.name), kind="rises", metric=metrics.KV_LOADED_BYTES),
-    Evidence(arm=Arm(variant=RECOMPUTE.name), kind="absent", metric=metrics.KV_LOADED_BYTES),
-)
-WORKLOADS = (
-    near_or_far("near", 128, "bf16", "fp8", "e5m2"),
-    near_or_far("far", 2048, "bf16", "fp8"),
-    Workload(
-        name="growing",
-        prompt_tokens=Fixed(tokens=72),
-        output_tokens=Fixed(tokens=32),  # a fourth block for the last of them
-        only=("bf16-tight", "fp8-tight"),
-        loads=tuple(Concurrent(users=n) for n in (4, 12)),
-    ),
-    Workload(
-        name="returning",
-        prompt_tokens=Fixed(tokens=8000),
-        output_tokens=Fixed(tokens=8),
-        prefix=Prefix(tokens=7936, groups=6),
-        primed=True,  # so that each prompt is one that returns
-        only=(RECOMPUTE.name, OFFLOAD.name),
-        loads=(Concurrent(users=1),),
-    ),
-)
-CLAIMS = (
-    Claim(
-        name="capacity",
-        metric="kv_capacity_tokens",
-        treatment=Arm(variant="fp8", workload="near"),
-        baseline=Arm(variant="bf16", workload="near"),
-        expect="rises",
-        predict=capacity_gain,
-    ),
-    Claim(
-        name="batch",
-        metric="batch",
-        treatment=Arm(variant="fp8-tight", workload="growing", load="concurrent:12"),
-        baseline=Arm(variant="bf16-tight", workload="growing", load="concurrent:12"),
-        expect="rises",
-        predict=batch_gain,
-    ),
-    Claim(
-        name="near",
-        metric="tpot_mean_s",
-        treatment=Arm(variant="fp8", workload="near"),
-        baseline=Arm(variant="bf16", workload="near"),
-        expect="unchanged",
-        predict=step_ratio,
-    ),
-    Claim(
-        name="far",
-        metric="tpot_mean_s",
-        treatment=Arm(variant="fp8", workload="far"),
-        baseline=Arm(variant="bf16", workload="far"),
-        expect="falls",
-        predict=step_ratio,
-    ),
-    Claim(
-        name="returning",
-        metric="ttft_mean_s",
-        treatment=Arm(variant=OFFLOAD.name, workload="returning"),
-        baseline=Arm(variant=RECOMPUTE.name, workload="returning"),
-        expect="falls",
-        predict=copied_back,
-    ),
-)
 LAB = Lab(
     name="kv-quantization",
     answers=("KV-1", "KV-2", "KV-6", "KV-7"),
-    variants=VARIANTS,
+    variants=(
+        PLAIN,
+        FP8,
+        PLAIN.but("e5m2", {"kv-cache-dtype": "fp8_e5m2"}),
+        PLAIN.but("bf16-tight", TIGHT),
+        FP8.but("fp8-tight", TIGHT),
+        RECOMPUTE,
+        OFFLOAD,
+    ),
     flags={
         "max-model-len": 2304,
         "enable-prefix-caching": True,
@@ -204,14 +130,46 @@ LAB = Lab(
         # later pieces of a prompt read what earlier ones left in the cache, quantized
         "max-num-batched-tokens": 256,
     },
-    workloads=WORKLOADS,
-    claims=CLAIMS,
-    forecasts=(
-        Forecast(
-            name="capacity", metric="kv_capacity_tokens", arm=Arm(workload="near"), predict=capacity
+    workloads=(
+        near_or_far("near", 128, "bf16", "fp8", "e5m2"),
+        near_or_far("far", 2048, "bf16", "fp8"),
+        # a fourth block for the last of the tokens
+        sends("growing", 72, 32, FEW, MANY, only=("bf16-tight", "fp8-tight")),
+        sends(
+            "returning",
+            8000,
+            8,
+            *users(1),
+            prefix=Prefix(tokens=7936, groups=6),
+            primed=True,  # so that each prompt is one that returns
+            only=("recompute", "offload"),
         ),
     ),
-    evidence=EVIDENCE,
+    claims=(
+        rises("capacity", "kv_capacity_tokens", "fp8 / bf16", "near", by=capacity_gain),
+        rises(
+            "batch", "batch", "fp8-tight / bf16-tight", "growing", "concurrent:12", by=batch_gain
+        ),
+        unchanged("near", "tpot_mean_s", "fp8 / bf16", "near", by=step_ratio),
+        falls("far", "tpot_mean_s", "fp8 / bf16", "far", by=step_ratio),
+        falls("returning", "ttft_mean_s", "offload / recompute", "returning", by=copied_back),
+    ),
+    forecasts=(forecast("capacity", "kv_capacity_tokens", capacity, ANY, "near"),),
+    evidence=(
+        *echoes(
+            metrics.CACHE_CONFIG,
+            "cache_dtype",
+            {
+                "bf16": "auto",
+                "fp8": "fp8_e4m3",
+                "e5m2": "fp8_e5m2",
+                "bf16-tight": "auto",
+                "fp8-tight": "fp8_e4m3",
+            },
+        ),
+        counter(metrics.KV_LOADED_BYTES, "rises", "offload"),
+        counter(metrics.KV_LOADED_BYTES, "absent", "recompute"),
+    ),
     probes=("quality",),
     probed=("bf16", "fp8", "e5m2"),
     findings=("preemption", "context-slope", "quality", "memory-ladder"),

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent, Offered, Ramp
-from loadtests.workload import Fixed, Workload
+from labs.harness.ask import counter, falls, predicts, rises, sends, unchanged, users
+from labs.harness.spec import SLO, Lab, Point, Variant
+from labs.harness.theory import ROOFLINE
+from loadtests.arrivals import Offered, Ramp
 from serving import metrics
 
 FLUID = (
@@ -56,66 +57,53 @@ def fluid_goodput(point: Point) -> float:
     return urgent + ordinary * served_in_time(point, ordinary / (1 - urgent))
 
 
-def goodput_ratio(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=fluid_goodput(treatment) / fluid_goodput(baseline),
-        formula="min(lambda, mu) with a limit / lambda times the share sent before"
-        " t* = SLO mu / (lambda - mu) without",
-        assumptions=FLUID,
-        source=QUEUEING,
-    )
+@predicts(
+    "min(lambda, mu) with a limit / lambda times the share sent before"
+    " t* = SLO mu / (lambda - mu) without",
+    *FLUID,
+    source=QUEUEING,
+)
+def goodput_ratio(treatment: Point, baseline: Point) -> float:
+    return fluid_goodput(treatment) / fluid_goodput(baseline)
 
 
-def priority_ratio(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=fluid_goodput(treatment) / fluid_goodput(baseline),
-        formula="(lambda_urgent + those of the others that are sent before their own t*, at"
-        " mu - lambda_urgent) / lambda times the share sent before t* = SLO mu / (lambda - mu)",
-        assumptions=FLUID,
-        source=QUEUEING,
-    )
+@predicts(
+    "(lambda_urgent + those of the others that are sent before their own t*, at"
+    " mu - lambda_urgent) / lambda times the share sent before t* = SLO mu / (lambda - mu)",
+    *FLUID,
+    source=QUEUEING,
+)
+def priority_ratio(treatment: Point, baseline: Point) -> float:
+    return fluid_goodput(treatment) / fluid_goodput(baseline)
 
 
-def as_much(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=1.0,
-        formula="mu / mu",
-        assumptions=("the batch is full with a limit and without",),
-        source=QUEUEING,
-    )
+@predicts("mu / mu", "the batch is full with a limit and without", source=QUEUEING)
+def as_much(treatment: Point, baseline: Point) -> float:
+    return 1.0
 
 
-def as_good(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=1.0,
-        formula="min(lambda, mu) / min(lambda, mu)",
-        assumptions=("either limit lets so many wait as are served within the SLO",),
-        source=QUEUEING,
-    )
+@predicts(
+    "min(lambda, mu) / min(lambda, mu)",
+    "either limit lets so many wait as are served within the SLO",
+    source=QUEUEING,
+)
+def as_good(treatment: Point, baseline: Point) -> float:
+    return 1.0
 
 
 def completed_per_s(point: Point) -> float:
     """Compute the requests/s of a full batch of `max-num-seqs` on the roofline."""
-    tokens_per_s = theory.batch_throughput(
-        point.shape,
-        point.ceilings,
-        point.flags.max_num_seqs,
-        point.prompt_tokens,
-        point.output_tokens,
-    )
-    return tokens_per_s / point.output_tokens
+    return theory.throughput_of(point, point.flags.max_num_seqs) / point.output_tokens
 
 
-def batch_ratio(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=completed_per_s(treatment) / completed_per_s(baseline),
-        formula="roofline throughput of a batch of max-num-seqs / of the other",
-        assumptions=(
-            "both batches are full",
-            "the costs the roofline leaves out do not grow with the batch",
-        ),
-        source="Williams et al., Roofline, 2009",
-    )
+@predicts(
+    "roofline throughput of a batch of max-num-seqs / of the other",
+    "both batches are full",
+    "the costs the roofline leaves out do not grow with the batch",
+    source=ROOFLINE,
+)
+def batch_ratio(treatment: Point, baseline: Point) -> float:
+    return completed_per_s(treatment) / completed_per_s(baseline)
 
 
 IN_ENGINE = (1.0, 1.25, 1.5)  # limits on requests, in multiples of the batch: 1 lets nobody wait
@@ -137,15 +125,20 @@ def searched(points: Sequence[Point]) -> list[Point]:
     base = next(iter(measured.values()))
     batches = [2**i for i in range(largest.bit_length()) if smallest <= 2**i <= largest]
     grid = dict.fromkeys((b, math.ceil(times * b)) for b in batches for times in IN_ENGINE)
-    return [
-        replace(base, variant=base.variant.but(
-            f"batch-{b}-limit-{limit}", {"max-num-seqs": b, "max-num-queued-reqs": limit}
-        ))
-        for b, limit in grid
-        if (b, limit) not in measured
-    ]  # fmt: skip
+
+    def limited(batch: int, limit: int) -> Variant:
+        flags = {"max-num-seqs": batch, "max-num-queued-reqs": limit}
+        return base.variant.but(f"batch-{batch}-limit-{limit}", flags)
+
+    return [replace(base, variant=limited(*at)) for at in grid if at not in measured]
 
 
+def times(multiple: float) -> Offered:
+    """Offer a multiple of the capacity."""
+    return Offered(times=multiple)
+
+
+LIMITED = "capped / unbounded"
 UNBOUNDED = Variant(name="unbounded")
 CAPPED = UNBOUNDED.but("capped", {"max-num-queued-reqs": 11})
 
@@ -169,132 +162,77 @@ LAB = Lab(
         "kv-cache-memory-bytes": 256 * 2**20,
     },
     workloads=(
-        Workload(
-            name="saturated",
-            prompt_tokens=Fixed(tokens=24),
-            output_tokens=Fixed(tokens=12),
-            only=("unbounded",),
-            loads=(Concurrent(users=12),),  # four always wait, so that the batch is full
-        ),
-        Workload(
-            name="mixed",
-            prompt_tokens=Fixed(tokens=24),
-            output_tokens=Fixed(tokens=12),
-            only=("unbounded", "capped"),
-            loads=tuple(Offered(times=x) for x in (0.7, 1, 1.3, 2)),
-        ),
-        Workload(
-            name="classes",
-            prompt_tokens=Fixed(tokens=24),
-            output_tokens=Fixed(tokens=12),
+        sends("saturated", 24, 12, *users(12), only=("unbounded",)),  # four wait: the batch is full
+        sends("mixed", 24, 12, *map(times, (0.7, 1, 1.3, 2)), only=("unbounded", "capped")),
+        sends(
+            "classes",
+            24,
+            12,
+            times(2),
             priorities=(0, *[1] * (URGENT_EVERY - 1)),  # lower is served first
             only=("priority",),
-            loads=(Offered(times=2),),
         ),
-        Workload(
-            name="flood",
-            prompt_tokens=Fixed(tokens=24),
-            output_tokens=Fixed(tokens=12),
+        sends(
+            "flood",
+            24,
+            12,
+            times(4),  # more than any of them serves
             only=("capped", "capped-tokens", "narrow", "wide"),
-            loads=(Offered(times=4),),  # more than any of them serves
         ),
-        Workload(
-            name="rising",
-            prompt_tokens=Fixed(tokens=24),
-            output_tokens=Fixed(tokens=12),
-            only=("unbounded",),
-            loads=(Ramp(first=0.5, last=2.5),),
-        ),
+        sends("rising", 24, 12, Ramp(first=0.5, last=2.5), only=("unbounded",)),
     ),
     claims=(
-        Claim(
-            name="overload",
-            metric="goodput_per_s",
-            treatment=Arm(variant="capped", workload="mixed", load="capacity:2"),
-            baseline=Arm(variant="unbounded", workload="mixed", load="capacity:2"),
-            expect="rises",
-            predict=goodput_ratio,
+        rises("overload", "goodput_per_s", LIMITED, "mixed", times(2), by=goodput_ratio),
+        rises("slight", "goodput_per_s", LIMITED, "mixed", times(1.3), by=goodput_ratio),
+        unchanged(
+            "below", "goodput_per_s", LIMITED, "mixed", times(0.7), by=goodput_ratio, margin=0.1
         ),
-        Claim(
-            name="slight",
-            metric="goodput_per_s",
-            treatment=Arm(variant="capped", workload="mixed", load="capacity:1.3"),
-            baseline=Arm(variant="unbounded", workload="mixed", load="capacity:1.3"),
-            expect="rises",
-            predict=goodput_ratio,
-        ),
-        Claim(
-            name="below",
-            metric="goodput_per_s",
-            treatment=Arm(variant="capped", workload="mixed", load="capacity:0.7"),
-            baseline=Arm(variant="unbounded", workload="mixed", load="capacity:0.7"),
-            expect="unchanged",
-            predict=goodput_ratio,
-            margin=0.1,
-        ),
-        Claim(
-            name="work",
-            metric="output_tokens_per_s",
-            treatment=Arm(variant="capped", workload="mixed", load="capacity:2"),
-            baseline=Arm(variant="unbounded", workload="mixed", load="capacity:2"),
-            expect="unchanged",
-            predict=as_much,
-        ),
-        Claim(
-            name="priority",
-            metric="goodput_per_s",
-            treatment=Arm(variant="priority", workload="classes", load="capacity:2"),
-            baseline=Arm(variant="unbounded", workload="mixed", load="capacity:2"),
-            expect="rises",
-            predict=priority_ratio,
+        unchanged("work", "output_tokens_per_s", LIMITED, "mixed", times(2), by=as_much),
+        rises(
+            "priority",
+            "goodput_per_s",
+            "priority / unbounded",
+            "classes / mixed",
+            times(2),
+            by=priority_ratio,
             coupled="an engine without this policy refuses a request that names a priority",
         ),
-        Claim(
-            name="tokens",
-            metric="goodput_per_s",
-            treatment=Arm(variant="capped-tokens", workload="flood"),
-            baseline=Arm(variant="capped", workload="flood"),
-            expect="unchanged",
-            predict=as_good,
+        unchanged(
+            "tokens",
+            "goodput_per_s",
+            "capped-tokens / capped",
+            "flood",
+            by=as_good,
             margin=0.1,
             coupled="each limit has a flag of its own",
         ),
-        Claim(
-            name="wide",
-            metric="goodput_per_s",
-            treatment=Arm(variant="wide", workload="flood"),
-            baseline=Arm(variant="capped", workload="flood"),
-            expect="rises",
-            predict=batch_ratio,
+        rises(
+            "wide",
+            "goodput_per_s",
+            "wide / capped",
+            "flood",
+            by=batch_ratio,
             coupled="the limit on requests counts those in the batch, so it grows with the batch",
         ),
-        Claim(
-            name="narrow",
-            metric="output_tokens_per_s",
-            treatment=Arm(variant="narrow", workload="flood"),
-            baseline=Arm(variant="capped", workload="flood"),
-            expect="falls",
-            predict=batch_ratio,
+        falls(
+            "narrow",
+            "output_tokens_per_s",
+            "narrow / capped",
+            "flood",
+            by=batch_ratio,
             coupled="the limit on requests counts those in the batch, so it shrinks with the batch",
         ),
     ),
     evidence=(
-        *(
-            Evidence(
-                arm=Arm(variant=name, workload=workload, load=load),
-                kind="rises",
-                metric=metrics.TURNED_AWAY,
-            )
-            for name, workload, load in (
-                ("capped", "mixed", "capacity:2"), ("capped", "flood", None),
-                ("capped-tokens", "flood", None), ("narrow", "flood", None),
-            )
-        ),
+        counter(metrics.TURNED_AWAY, "rises", "capped", "mixed", times(2)),
+        counter(metrics.TURNED_AWAY, "rises", "capped", "flood"),
+        counter(metrics.TURNED_AWAY, "rises", "capped-tokens", "flood"),
+        counter(metrics.TURNED_AWAY, "rises", "narrow", "flood"),
         # the wide batch may serve all of the flood, so that its limit has nothing to turn away
-        Evidence(arm=Arm(variant="wide"), kind="stays", metric=metrics.PREEMPTIONS),
-        Evidence(arm=Arm(variant="unbounded"), kind="stays", metric=metrics.TURNED_AWAY),
-        Evidence(arm=Arm(variant="priority"), kind="stays", metric=metrics.TURNED_AWAY),
-        Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
+        counter(metrics.PREEMPTIONS, "stays", "wide"),
+        counter(metrics.TURNED_AWAY, "stays", "unbounded"),
+        counter(metrics.TURNED_AWAY, "stays", "priority"),
+        counter(metrics.PREEMPTIONS, "stays"),
     ),
     searched=searched,
     findings=("admission", "classes", "best-flags", "signals", "alarms"),
@@ -304,4 +242,4 @@ LAB = Lab(
     warmup_s=0.3,
     window_s=3.2,
     repeats=4,
-)  # fmt: skip
+)

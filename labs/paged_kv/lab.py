@@ -9,12 +9,12 @@ from functools import lru_cache
 from typing import Any
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent
-from loadtests.workload import Exponential, Fixed, Prefix, Workload
+from labs.harness.ask import ANY, counter, echoes, falls, forecast, predicts, rises, sends, users
+from labs.harness.spec import SLO, Evidence, Lab, Point, Variant
+from labs.harness.theory import KWON, ROOFLINE
+from loadtests.workload import Exponential, Prefix
 from serving import metrics
 
-KWON = "Kwon et al., PagedAttention, SOSP 2023"
 AINSLIE = "Ainslie et al., GQA, EMNLP 2023"
 MOST_REPLAYED = 1024  # requests
 Lengths = Sequence[tuple[int, int]]  # (prompt, output) tokens of each request
@@ -50,30 +50,24 @@ def admitted(point: Point) -> float:
     return min(point.flags.at_once(point.load.users), held)
 
 
-def admitted_ratio(treatment: Point, baseline: Point) -> Prediction:
-    return Prediction(
-        value=admitted(treatment) / admitted(baseline),
-        formula="min(B, max-num-seqs, (C - b) / mean tokens held), treatment / baseline",
-        assumptions=(
-            "what the running requests hold together stays near its mean",
-            "a request that waits or is preempted is not in decode",
-        ),
-        source=KWON,
-    )
+@predicts(
+    "min(B, max-num-seqs, (C - b) / mean tokens held), treatment / baseline",
+    "what the running requests hold together stays near its mean",
+    "a request that waits or is preempted is not in decode",
+    source=KWON,
+)
+def admitted_ratio(treatment: Point, baseline: Point) -> float:
+    return admitted(treatment) / admitted(baseline)
 
 
-def throughput_ratio(treatment: Point, baseline: Point) -> Prediction:
-    def tokens_per_s(point: Point) -> float:
-        return theory.batch_throughput(
-            point.shape, point.ceilings, admitted(point), point.prompt_tokens, point.output_tokens
-        )
-
-    return Prediction(
-        value=tokens_per_s(treatment) / tokens_per_s(baseline),
-        formula="roofline throughput of the requests that run at once, treatment / baseline",
-        assumptions=("the costs that the roofline leaves out do not grow with the batch",),
-        source=KWON,
-    )
+@predicts(
+    "roofline throughput of the requests that run at once, treatment / baseline",
+    "the costs that the roofline leaves out do not grow with the batch",
+    source=KWON,
+)
+def throughput_ratio(treatment: Point, baseline: Point) -> float:
+    treated, untreated = (theory.throughput_of(p, admitted(p)) for p in (treatment, baseline))
+    return treated / untreated
 
 
 def kept_free_blocks(watermark: float, blocks: float) -> int:
@@ -173,47 +167,39 @@ def replayed(point: Point, watermark: float | None = None) -> Replayed | None:
     )
 
 
-def preempted_ratio(treatment: Point, baseline: Point) -> Prediction:
+@predicts(
+    "preemptions in a replay of the blocks, treatment / baseline, and 1/2 on both sides"
+    " so that a ratio exists",
+    "a step is a token of each running request",
+    "prefill takes no time",
+    source=KWON,
+)
+def preempted_ratio(treatment: Point, baseline: Point) -> float:
     def preempted(point: Point) -> float:
         return (done.preempted if (done := replayed(point)) else 0) + 0.5
 
-    return Prediction(
-        value=preempted(treatment) / preempted(baseline),
-        formula="preemptions in a replay of the blocks, treatment / baseline, and 1/2 on both sides"
-        " so that a ratio exists",
-        assumptions=("a step is a token of each running request", "prefill takes no time"),
-        source=KWON,
-    )
+    return preempted(treatment) / preempted(baseline)
 
 
-def capacity(point: Point) -> Prediction:
-    return Prediction(
-        value=point.kv_room_tokens,
-        formula="blocks x block size, or floor(memory / (b x 2 layers KV-heads head-dim bytes)) b",
-        source=KWON,
-    )
+@predicts(
+    "blocks x block size, or floor(memory / (b x 2 layers KV-heads head-dim bytes)) b", source=KWON
+)
+def capacity(point: Point) -> float:
+    return point.kv_room_tokens
 
 
-def capacity_ratio(fewer: Point, more: Point) -> Prediction:
-    return Prediction(
-        value=fewer.kv_room_tokens / more.kv_room_tokens,
-        formula="KV heads, baseline / treatment, in whole blocks",
-        source=AINSLIE,
-    )
+@predicts("KV heads, baseline / treatment, in whole blocks", source=AINSLIE)
+def capacity_ratio(fewer: Point, more: Point) -> float:
+    return fewer.kv_room_tokens / more.kv_room_tokens
 
 
-def step_ratio(grouped: Point, every: Point) -> Prediction:
-    def step_s(point: Point) -> float:
-        return theory.decode_step_s(
-            point.shape, point.ceilings, point.load.users, point.context_tokens
-        )
-
-    return Prediction(
-        value=step_s(grouped) / step_s(every),
-        formula="(weight bytes + context x KV bytes a token) grouped / one KV head a query head",
-        assumptions=("reading is all that a step does",),
-        source="Williams et al., Roofline, 2009",
-    )
+@predicts(
+    "(weight bytes + context x KV bytes a token) grouped / one KV head a query head",
+    "reading is all that a step does",
+    source=ROOFLINE,
+)
+def step_ratio(grouped: Point, every: Point) -> float:
+    return theory.step_of(grouped) / theory.step_of(every)
 
 
 PAGED = Variant(name="paged", flags={"block-size": 32, "num-gpu-blocks-override": 48})
@@ -231,88 +217,44 @@ VARIANTS = (
 )
 
 
-def echoed(label: str, flag: str, *variants: str) -> tuple[Evidence, ...]:
-    """Ask for each variant's own value of a flag under a label of the engine's configuration."""
-    return tuple(Evidence.echo(name, metrics.CACHE_CONFIG, label, f"--{flag}") for name in variants)
+def own_value(label: str, flag: str, variants: Sequence[Variant]) -> tuple[Evidence, ...]:
+    """Ask for each variant's own value of a flag under a label of the cache's configuration."""
+    return echoes(metrics.CACHE_CONFIG, label, {v.name: f"--{flag}" for v in variants})
 
 
 CLAIMS = (
-    Claim(
-        name="admitted",
-        metric="batch",
-        treatment=Arm(variant="paged", workload="mixed"),
-        baseline=Arm(variant="contiguous", workload="mixed"),
-        expect="rises",
-        predict=admitted_ratio,
-    ),
-    Claim(
-        name="throughput",
-        metric="output_tokens_per_s",
-        treatment=Arm(variant="paged", workload="mixed"),
-        baseline=Arm(variant="contiguous", workload="mixed"),
-        expect="rises",
-        predict=throughput_ratio,
-    ),
-    Claim(
-        name="blocks",
-        metric="batch",
-        treatment=Arm(variant="paged", workload="mixed"),
-        baseline=Arm(variant="large-blocks", workload="mixed"),
-        expect="rises",
-        predict=admitted_ratio,
+    rises("admitted", "batch", "paged / contiguous", "mixed", by=admitted_ratio),
+    rises("throughput", "output_tokens_per_s", "paged / contiguous", "mixed", by=throughput_ratio),
+    rises(
+        "blocks",
+        "batch",
+        "paged / large-blocks",
+        "mixed",
+        by=admitted_ratio,
         coupled="the same memory has fewer blocks where they are larger",
     ),
-    Claim(
-        name="watermark",
-        metric="preemptions",
-        treatment=Arm(variant="watermark", workload="growing"),
-        baseline=Arm(variant="paged", workload="growing"),
-        expect="falls",
-        predict=preempted_ratio,
-    ),
-    Claim(
-        name="heads",
-        metric="kv_capacity_tokens",
-        treatment=Arm(variant="gqa", workload="near"),
-        baseline=Arm(variant="mha", workload="near"),
-        expect="rises",
-        predict=capacity_ratio,
-    ),
-    Claim(
-        name="context",
-        metric="tpot_mean_s",
-        treatment=Arm(variant="gqa", workload="far"),
-        baseline=Arm(variant="mha", workload="far"),
-        expect="falls",
-        predict=step_ratio,
-    ),
+    falls("watermark", "preemptions", "watermark / paged", "growing", by=preempted_ratio),
+    rises("heads", "kv_capacity_tokens", "gqa / mha", "near", by=capacity_ratio),
+    falls("context", "tpot_mean_s", "gqa / mha", "far", by=step_ratio),
 )
 EVIDENCE = (
-    *echoed("block_size", "block-size", *(v.name for v in VARIANTS)),
-    *echoed("num_gpu_blocks", "num-gpu-blocks-override", *(v.name for v in VARIANTS[:4])),
-    Evidence.echo("watermark", metrics.ENGINE_CONFIG, "watermark", "--watermark"),
-    Evidence(arm=Arm(variant="paged", workload="growing"), kind="rises",
-             metric=metrics.PREEMPTIONS),
-    Evidence(arm=Arm(variant="contiguous"), kind="stays", metric=metrics.PREEMPTIONS),
-    Evidence(arm=Arm(workload="near"), kind="stays", metric=metrics.PREEMPTIONS),
-    Evidence(arm=Arm(workload="far"), kind="stays", metric=metrics.PREEMPTIONS),
-)  # fmt: skip
+    *own_value("block_size", "block-size", VARIANTS),
+    *own_value("num_gpu_blocks", "num-gpu-blocks-override", VARIANTS[:4]),
+    *echoes(metrics.ENGINE_CONFIG, "watermark", {"watermark": "--watermark"}),
+    counter(metrics.PREEMPTIONS, "rises", "paged", "growing"),
+    counter(metrics.PREEMPTIONS, "stays", "contiguous"),
+    counter(metrics.PREEMPTIONS, "stays", ANY, "near"),
+    counter(metrics.PREEMPTIONS, "stays", ANY, "far"),
+)
 # A GPU's: on a CPU a seventh engine does not fit beside six in 24 GiB
 MQA = GQA.but("mqa", weights="mqa")
-ONE_HEAD = Claim(
-    name="one-head",
-    metric="kv_capacity_tokens",
-    treatment=Arm(variant="mqa", workload="near"),
-    baseline=Arm(variant="gqa", workload="near"),
-    expect="rises",
-    predict=capacity_ratio,
-)
-
-
 WITH_ONE_HEAD: dict[str, Any] = {
     "variants": [v.model_dump() for v in (*VARIANTS, MQA)],
-    "evidence": (*EVIDENCE, *echoed("block_size", "block-size", MQA.name)),
-    "claims": (*CLAIMS, ONE_HEAD),
+    "evidence": (*EVIDENCE, *own_value("block_size", "block-size", [MQA])),
+    "claims": (
+        *CLAIMS,
+        rises("one-head", "kv_capacity_tokens", "mqa / gqa", "near", by=capacity_ratio),
+    ),
 }
 
 LAB = Lab(
@@ -326,42 +268,33 @@ LAB = Lab(
         "kv-cache-memory-bytes": 160 * 2**20,
     },
     workloads=(
-        Workload(
-            name="mixed",
-            prompt_tokens=Fixed(tokens=40),
-            output_tokens=Exponential(mean_tokens=16, max_tokens=64),
+        sends(
+            "mixed",
+            40,
+            Exponential(mean_tokens=16, max_tokens=64),
+            *users(16),
             only=("paged", "large-blocks", "contiguous"),
-            loads=(Concurrent(users=16),),
         ),
-        Workload(
-            name="growing",  # more than fit once they have grown
-            prompt_tokens=Fixed(tokens=30),
-            output_tokens=Exponential(mean_tokens=20, max_tokens=48),
+        sends(
+            "growing",  # more than fit once they have grown
+            30,
+            Exponential(mean_tokens=20, max_tokens=48),
+            *users(28),
             only=("paged", "watermark"),
-            loads=(Concurrent(users=28),),
         ),
-        Workload(
-            name="near",
-            prompt_tokens=Fixed(tokens=128),
-            output_tokens=Fixed(tokens=16),
-            only=("gqa", "mha"),
-            loads=(Concurrent(users=1),),
-        ),
-        Workload(
-            name="far",
-            prompt_tokens=Fixed(tokens=2048),
-            output_tokens=Fixed(tokens=16),
+        sends("near", 128, 16, *users(1), only=("gqa", "mha")),
+        sends(
+            "far",
+            2048,
+            16,
+            *users(1),
             prefix=Prefix(tokens=1984),
             primed=True,  # so that a trial is decode, and hardly any prefill
             only=("gqa", "mha"),
-            loads=(Concurrent(users=1),),
         ),
     ),
     claims=CLAIMS,
-    forecasts=(
-        Forecast(name="capacity", metric="kv_capacity_tokens",
-                 arm=Arm(workload="near"), predict=capacity),
-    ),
+    forecasts=(forecast("capacity", "kv_capacity_tokens", capacity, workload="near"),),
     evidence=EVIDENCE,
     findings=("allocator", "watermark", "heads", "tiles-and-pages"),
     plots=("allocator",),
@@ -370,4 +303,4 @@ LAB = Lab(
     warmup_s=0.6,
     window_s=3,
     scales={"gpu": WITH_ONE_HEAD},
-)  # fmt: skip
+)

@@ -58,9 +58,7 @@ def shuffled_tokens(prefix: Prefix, fits: int, block: int) -> float:
 
 
 def first_token_s(point: Point) -> float:
-    return theory.prefill_left_s(
-        point.shape, point.ceilings, point.prompt_tokens, cached_tokens(point)
-    )
+    return theory.first_token_of(point, cached_tokens(point))
 
 
 @predicts(
@@ -82,9 +80,7 @@ def ttft_left(on: Point, off: Point) -> float:
 def throughput_gain(on: Point, off: Point) -> float:
     def request_s(point: Point) -> float:
         """Return the time of one of B requests in flight: its prefill, and its share of steps."""
-        step_s = theory.decode_step_s(
-            point.shape, point.ceilings, point.load.users, point.prompt_tokens
-        )
+        step_s = theory.step_of(point, point.prompt_tokens)
         return first_token_s(point) + point.output_tokens * step_s / point.load.users
 
     return request_s(off) / request_s(on)

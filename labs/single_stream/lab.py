@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent
-from loadtests.workload import Fixed, Workload
+from labs.harness.ask import (
+    counter,
+    echoes,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    unchanged,
+    users,
+    variants,
+)
+from labs.harness.spec import SLO, Lab, Point, PredictEffect
+from labs.harness.theory import PYTORCH_2, ROOFLINE
 from serving import metrics
 
 # of a layer: norm, QKV, rotary, cache write, attention, output, norm, gate and up, gating, down
@@ -19,42 +29,36 @@ SCHEDULING_S = 1e-3  # of a step: choosing requests and preparing their inputs, 
 
 def least_s(point: Point) -> float:
     """Return the least time of a decode step, or of the prefill where one token is asked for."""
-    if point.output_tokens == 1:
-        return theory.prefill_left_s(point.shape, point.ceilings, point.prompt_tokens, 0)
-    return theory.decode_step_s(point.shape, point.ceilings, point.load.users, point.context_tokens)
+    return theory.first_token_of(point) if point.output_tokens == 1 else theory.step_of(point)
 
 
-def floor(point: Point) -> Prediction:
-    return Prediction(
-        value=least_s(point),
-        kind="floor",
-        formula="max(bytes / bandwidth, FLOP / rate)",
-        assumptions=(
-            "reading and computing overlap perfectly",
-            "no launch, scheduling or sampling cost",
-        ),
-        source="Williams et al., Roofline, 2009",
-    )
+@predicts(
+    "max(bytes / bandwidth, FLOP / rate)",
+    "reading and computing overlap perfectly",
+    "no launch, scheduling or sampling cost",
+    source=ROOFLINE,
+    kind="floor",
+)
+def floor(point: Point) -> float:
+    return least_s(point)
 
 
-def longer_by(
-    added_s: Callable[[Point], float], formula: str, assumption: str
-) -> Callable[[Point, Point], Prediction]:
+def longer_by(added_s: Callable[[Point], float], formula: str, assumption: str) -> PredictEffect:
     """Predict (the roofline's time + what a variant adds) / the roofline's time."""
 
-    def predict(without: Point, default: Point) -> Prediction:
-        share = added_s(default) / least_s(default)
-        return Prediction(
-            value=1 + share,
-            formula=f"(t + {formula}) / t, t = max(bytes / bandwidth, FLOP / rate)",
-            assumptions=(assumption, "with the defaults nothing is added to t"),
-            source="Ansel et al., PyTorch 2, ASPLOS 2024",
-        )
+    @predicts(
+        f"(t + {formula}) / t, t = max(bytes / bandwidth, FLOP / rate)",
+        assumption,
+        "with the defaults nothing is added to t",
+        source=PYTORCH_2,
+    )
+    def predict(without: Point, default: Point) -> float:
+        return 1 + added_s(default) / least_s(default)
 
     return predict
 
 
-def launching(operations: int, each_s: float, how: str) -> Callable[[Point, Point], Prediction]:
+def launching(operations: int, each_s: float, how: str) -> PredictEffect:
     each = f"{1e6 * each_s:g} us"
     return longer_by(
         lambda point: point.shape.layers * operations * each_s,
@@ -75,82 +79,48 @@ nothing_added = longer_by(
     lambda _: 0, "0", "at one short context attention reads little, whatever its kernel"
 )
 
-
-DEFAULT = Variant(name="default", flags={"enforce-eager": False})
-VARIANTS = (
-    DEFAULT,
-    Variant(name="eager", flags={"enforce-eager": True}),
-    DEFAULT.but("no-graphs", {"compilation-config": {"cudagraph_mode": "NONE"}}),
-    DEFAULT.but(
-        "no-fusion", {"compilation-config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
-    ),
-    DEFAULT.but("in-turn", {"async-scheduling": False}),
-    DEFAULT.but("triton", {"attention-backend": "TRITON_ATTN"}),
-)
-
-
-def claim(
-    name: str,
-    expect: str,
-    predict: Callable[[Point, Point], Prediction],
-    variant: str = "",
-    workload: str = "decode",
-) -> Claim:
-    return Claim.model_validate(
-        {
-            "name": name,
-            "metric": "tpot_mean_s" if workload == "decode" else "ttft_mean_s",
-            "treatment": {"variant": variant or name, "workload": workload},
-            "baseline": {"variant": "default", "workload": workload},
-            "expect": expect,
-            "predict": predict,
-        }
-    )
-
+default, eager = variants("enforce-eager", default=False, eager=True)
+ONE = users(1)
 
 LAB = Lab(
     name="single-stream",
     answers=("IP-1", "KO-2"),
-    variants=VARIANTS,
+    variants=(
+        default,
+        eager,
+        default.but("no-graphs", {"compilation-config": {"cudagraph_mode": "NONE"}}),
+        default.but(
+            "no-fusion", {"compilation-config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+        ),
+        default.but("in-turn", {"async-scheduling": False}),
+        default.but("triton", {"attention-backend": "TRITON_ATTN"}),
+    ),
     flags={
         "max-model-len": 1024,
         "enable-prefix-caching": False,
         "kv-cache-memory-bytes": 256 * 2**20,
     },
-    workloads=(
-        Workload(
-            name="decode",
-            prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=48),
-            loads=(Concurrent(users=1),),
-        ),
-        Workload(
-            name="prefill",
-            prompt_tokens=Fixed(tokens=896),
-            output_tokens=Fixed(tokens=1),
-            loads=(Concurrent(users=1),),
-        ),
-    ),
+    workloads=(sends("decode", 32, 48, *ONE), sends("prefill", 896, 1, *ONE)),
     claims=(
-        claim("eager", "rises", launched_eagerly),
-        claim("eager-prefill", "unchanged", launched_eagerly, "eager", "prefill"),
-        claim("no-graphs", "rises", launched_singly),
-        claim("no-fusion", "unchanged", unfused),
-        claim("in-turn", "rises", scheduled_in_turn),
-        claim("triton", "unchanged", nothing_added),
+        rises("eager", "tpot_mean_s", "eager / default", "decode", by=launched_eagerly),
+        unchanged(
+            "eager-prefill", "ttft_mean_s", "eager / default", "prefill", by=launched_eagerly
+        ),
+        rises("no-graphs", "tpot_mean_s", "no-graphs / default", "decode", by=launched_singly),
+        unchanged("no-fusion", "tpot_mean_s", "no-fusion / default", "decode", by=unfused),
+        rises("in-turn", "tpot_mean_s", "in-turn / default", "decode", by=scheduled_in_turn),
+        unchanged("triton", "tpot_mean_s", "triton / default", "decode", by=nothing_added),
     ),
     forecasts=(
-        Forecast(name="tpot", metric="tpot_mean_s", arm=Arm(workload="decode"), predict=floor),
-        Forecast(name="ttft", metric="ttft_mean_s", arm=Arm(workload="prefill"), predict=floor),
+        forecast("tpot", "tpot_mean_s", floor, workload="decode"),
+        forecast("ttft", "ttft_mean_s", floor, workload="prefill"),
     ),
     evidence=(
-        Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
-        Evidence.echo("default", metrics.ENGINE_CONFIG, "enforce_eager", "False"),
-        Evidence.echo("eager", metrics.ENGINE_CONFIG, "enforce_eager", "True"),
-        Evidence.echo("no-graphs", metrics.ENGINE_CONFIG, "cudagraph_mode", "NONE"),
-        Evidence.echo("no-fusion", metrics.ENGINE_CONFIG, "compilation_mode", "NONE"),
-        Evidence.echo("in-turn", metrics.ENGINE_CONFIG, "enforce_eager", "False"),
-        Evidence.echo("triton", metrics.ENGINE_CONFIG, "enforce_eager", "False"),
+        counter(metrics.PREEMPTIONS, "stays"),
+        *echoes(metrics.ENGINE_CONFIG, "enforce_eager", {"default": "False", "eager": "True"}),
+        *echoes(metrics.ENGINE_CONFIG, "cudagraph_mode", {"no-graphs": "NONE"}),
+        *echoes(metrics.ENGINE_CONFIG, "compilation_mode", {"no-fusion": "NONE"}),
+        *echoes(metrics.ENGINE_CONFIG, "enforce_eager", {"in-turn": "False", "triton": "False"}),
     ),
     findings=("phases", "flags"),
     plots=("variants",),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent
+from labs.harness.ask import claim, counter, falls, rises, sends, unchanged, users
+from labs.harness.spec import SLO, Claim, Lab, Point, PredictEffect, Prediction, Variant
+from labs.harness.theory import LEVIATHAN
 from loadtests.prompts import Task
-from loadtests.workload import Fixed, Workload
+from loadtests.workload import Workload
 from serving import metrics
 
 
@@ -42,7 +43,7 @@ def draft_cost(point: Point) -> float:
 
 def tpot_ratio(
     acceptance: Callable[[Point], float], lookup_share: Callable[[Point], float] | None = None
-) -> Callable[[Point, Point], Prediction]:
+) -> PredictEffect:
     """Return the predictor of TPOT with guesses / without.
 
     `lookup_share` gives the share of steps that have guesses at all; None: all of them.
@@ -63,7 +64,7 @@ def tpot_ratio(
                 f"{share}a = {a:.2f}, c = {c:.2f} by bytes, v = {v:.2f} on the roofline",
                 "each token is accepted with the same probability, whatever came before",
             ),
-            source="Leviathan, Kalman, Matias, ICML 2023",
+            source=LEVIATHAN,
         )
 
     return predict
@@ -117,10 +118,13 @@ def copies_accepted(point: Point) -> float:
     return _copies(point)[1]
 
 
+by_draft = tpot_ratio(drafts_accepted)
+by_copying = tpot_ratio(copies_accepted, copies_found)
+
+
 def further(far: Point, near: Point) -> Prediction:
     """Predict the ratio of the formula at both draft lengths, at the load of both."""
-    alone = tpot_ratio(drafts_accepted)
-    farther, nearer = alone(far, far), alone(near, near)
+    farther, nearer = by_draft(far, far), by_draft(near, near)
     return farther.model_copy(update={"value": farther.value / nearer.value})
 
 
@@ -131,43 +135,16 @@ def speculating(name: str, method: str, tokens: int, **more: Any) -> Variant:
     )
 
 
+ONE = users(1)[0]
 GUESSING = ("ngram", "draft-2", "draft-5")
 
 
-def workload(
-    task: Task,
-    prompt_tokens: int,
-    *loads: int,
-    output_tokens: int = 12,
-    guessing: tuple[str, ...] = GUESSING,
+def asks(
+    task: Task, prompt_tokens: int, output_tokens: int, guessing: Sequence[str], *loads: int
 ) -> Workload:
-    return Workload(
-        name=task,
-        prompt_tokens=Fixed(tokens=prompt_tokens),
-        output_tokens=Fixed(tokens=output_tokens),
-        task=task,
-        keep_text=True,
-        only=("none", *guessing),
-        loads=tuple(Concurrent(users=n) for n in loads),
-    )
-
-
-def claim(
-    name: str, variant: str, task: Task, load: int, expect: str,
-    acceptance: Callable[[Point], float], lookup_share: Callable[[Point], float] | None = None,
-    title: str = "",
-) -> Claim:  # fmt: skip
-    arm = {"workload": task, "load": f"concurrent:{load}"}
-    return Claim.model_validate(
-        {
-            "name": name,
-            "title": title,
-            "metric": "tpot_mean_s",
-            "treatment": {"variant": variant, **arm},
-            "baseline": {"variant": "none", **arm},
-            "expect": expect,
-            "predict": tpot_ratio(acceptance, lookup_share),
-        }
+    only = ("none", *guessing)
+    return sends(
+        task, prompt_tokens, output_tokens, *users(*loads), task=task, keep_text=True, only=only
     )
 
 
@@ -182,8 +159,8 @@ def accepted(point: Point) -> float:
     """Return the share that is accepted from what guesses at this point."""
     if point.variant.name in CHOSEN:
         return chosen(point)
-    by_copying = config(point)["method"] == "ngram"
-    return copies_accepted(point) if by_copying else drafts_accepted(point)
+    copies = config(point)["method"] == "ngram"
+    return copies_accepted(point) if copies else drafts_accepted(point)
 
 
 def guessed(point: Point) -> float:
@@ -196,37 +173,42 @@ def on_random_weights(lab: Lab) -> Lab:
     guesses, many = 3, max(load.seats for load in lab.workloads[0].loads)
     variants = tuple(
         speculating(
-            name, "draft_model", guesses, model="<draft>", rejection_sample_method="synthetic",
+            name,
+            "draft_model",
+            guesses,
+            model="<draft>",
+            rejection_sample_method="synthetic",
             # of each position: that it and all before it are accepted
             synthetic_acceptance_rates=[round(a**i, 4) for i in range(1, guesses + 1)],
         )
         for name, a in CHOSEN.items()
-    )  # fmt: skip
+    )
     workloads = {w.name: w for w in lab.workloads if w.task not in ASSUMED}
     workloads["story"] = workloads["story"].model_copy(update={"only": ("none", *CHOSEN)})
     kept = [v for v in lab.variants if v.name in ("none", "draft-alone")]
 
-    def at(name: str, load: int, expect: str) -> Claim:
+    def at(load: int, name: str, expect: Literal["rises", "falls"]) -> Claim:
         gain = "shortens TPOT" if expect == "falls" else "costs more than it yields"
         title = f"With {name.removeprefix('accepts-')}% accepted a draft {gain}, {load} in flight"
-        return claim(f"{name}-at-{load}", name, "story", load, expect, chosen, title=title)
+        asked = f"{name} / none", "story", f"concurrent:{load}"
+        made = claim(expect, f"{name}-at-{load}", "tpot_mean_s", *asked, by=tpot_ratio(chosen))
+        return made.model_copy(update={"title": title})
 
     return lab.model_copy(
         update={
             "variants": (kept[0], *variants, *kept[1:]),
             "workloads": tuple(workloads.values()),
             "claims": (
-                at("accepts-30", 1, "rises"),
-                *(at(name, 1, "falls") for name in ("accepts-60", "accepts-80", "accepts-95")),
-                at("accepts-30", many, "rises"),
-                at("accepts-95", many, "falls"),
+                at(1, "accepts-30", "rises"),
+                at(1, "accepts-60", "falls"),
+                at(1, "accepts-80", "falls"),
+                at(1, "accepts-95", "falls"),
+                at(many, "accepts-30", "rises"),
+                at(many, "accepts-95", "falls"),
             ),
             "evidence": (
-                *(
-                    Evidence(arm=Arm(variant=name), kind="rises", metric=metrics.SPEC_ACCEPTED)
-                    for name in CHOSEN
-                ),
-                Evidence(arm=Arm(variant="none"), kind="absent", metric=metrics.SPEC_DRAFTS),
+                *(counter(metrics.SPEC_ACCEPTED, "rises", name) for name in CHOSEN),
+                counter(metrics.SPEC_DRAFTS, "absent", "none"),
             ),
             "left_out": (*lab.left_out, "ngram and the texts to copy: there is nothing to copy"),
             "next_knobs": lab.next_knobs[-1:],  # the others turn variants that are not here
@@ -253,59 +235,34 @@ LAB = Lab(
         "kv-cache-memory-bytes": 512 * 2**20,
     },
     workloads=(
-        workload("story", 64, 1, 4, 8),
-        workload("quote", 128, 1),
+        asks("story", 64, 12, GUESSING, 1, 4, 8),
+        asks("quote", 128, 12, GUESSING, 1),
         # what is edited begins to differ after some words; no draft was trained on it
-        workload("edit", 128, 1, output_tokens=24, guessing=("ngram",)),
-        workload("code", 128, 1, output_tokens=24, guessing=("ngram",)),
-        Workload(
-            name="alone",
-            prompt_tokens=Fixed(tokens=64),
-            output_tokens=Fixed(tokens=12),
-            only=("draft-alone",),
-            loads=(Concurrent(users=1),),
-        ),
-        Workload(
-            name="crowd",
-            prompt_tokens=Fixed(tokens=32),
-            output_tokens=Fixed(tokens=12),
-            only=("none",),
-            warmup_s=2,
-            loads=(Concurrent(users=24), Concurrent(users=48)),
-        ),
+        asks("edit", 128, 24, ["ngram"], 1),
+        asks("code", 128, 24, ["ngram"], 1),
+        sends("alone", 64, 12, *users(1), only=("draft-alone",)),
+        sends("crowd", 32, 12, *users(24, 48), only=("none",), warmup_s=2),
     ),
     claims=(
-        claim("ngram-quote", "ngram", "quote", 1, "falls", copies_accepted, copies_found),
-        claim("ngram-edit", "ngram", "edit", 1, "falls", copies_accepted, copies_found),
-        claim("ngram-code", "ngram", "code", 1, "falls", copies_accepted, copies_found),
-        claim("ngram-story", "ngram", "story", 1, "unchanged", copies_accepted, copies_found),
-        claim("draft-story", "draft-2", "story", 1, "falls", drafts_accepted),
-        Claim(
-            name="draft-far",
-            metric="tpot_mean_s",
-            treatment=Arm(variant="draft-5", workload="story", load="concurrent:1"),
-            baseline=Arm(variant="draft-2", workload="story", load="concurrent:1"),
-            expect="rises",
-            predict=further,
-        ),
-        claim("draft-crowd", "draft-5", "story", 8, "rises", drafts_accepted),
+        falls("ngram-quote", "tpot_mean_s", "ngram / none", "quote", ONE, by=by_copying),
+        falls("ngram-edit", "tpot_mean_s", "ngram / none", "edit", ONE, by=by_copying),
+        falls("ngram-code", "tpot_mean_s", "ngram / none", "code", ONE, by=by_copying),
+        unchanged("ngram-story", "tpot_mean_s", "ngram / none", "story", ONE, by=by_copying),
+        falls("draft-story", "tpot_mean_s", "draft-2 / none", "story", ONE, by=by_draft),
+        rises("draft-far", "tpot_mean_s", "draft-5 / draft-2", "story", ONE, by=further),
+        rises("draft-crowd", "tpot_mean_s", "draft-5 / none", "story", "concurrent:8", by=by_draft),
     ),
     evidence=(
         *(
-            Evidence(arm=Arm(variant=name, workload=task), kind="rises", metric=metric)
+            counter(metric, "rises", name, task)
             for name in ("draft-2", "draft-5")
             for task in ("story", "quote")
             for metric in (metrics.SPEC_DRAFTS, metrics.SPEC_ACCEPTED)
         ),
-        Evidence(
-            arm=Arm(variant="ngram", workload="quote"), kind="rises", metric=metrics.SPEC_ACCEPTED
-        ),
-        *(
-            Evidence(arm=Arm(variant="ngram", workload=task), kind="rises",
-                     metric=metrics.SPEC_DRAFTS)
-            for task in ("edit", "code")
-        ),
-        Evidence(arm=Arm(variant="none"), kind="absent", metric=metrics.SPEC_DRAFTS),
+        counter(metrics.SPEC_ACCEPTED, "rises", "ngram", "quote"),
+        counter(metrics.SPEC_DRAFTS, "rises", "ngram", "edit"),
+        counter(metrics.SPEC_DRAFTS, "rises", "ngram", "code"),
+        counter(metrics.SPEC_DRAFTS, "absent", "none"),
     ),
     findings=("acceptance", "speed-up", "same-text"),
     plots=("speculation", "variants"),
@@ -315,4 +272,4 @@ LAB = Lab(
     warmup_s=0.5,
     window_s=2,
     dummy=on_random_weights,
-)  # fmt: skip
+)

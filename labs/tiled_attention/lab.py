@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from labs.harness import theory
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Forecast, Lab, Point, Prediction, Variant
-from loadtests.arrivals import Concurrent
+from labs.harness.ask import (
+    counter,
+    echoes,
+    falls,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    unchanged,
+    users,
+)
+from labs.harness.spec import SLO, Lab, Point, Prediction, Variant
+from labs.harness.theory import DAO, KAPLAN, ROOFLINE
 from loadtests.workload import Fixed, Prefix, Workload
 from serving import metrics
 
-DAO = "Dao et al., FlashAttention, 2022"
 FLASH_DECODING = "Dao et al., Flash-Decoding, 2023"
-ROOFLINE = "Williams et al., Roofline, 2009"
 POWERS = {
     ("memory", "untiled"): 2,
     ("memory", "tiled"): 1,
@@ -56,7 +65,7 @@ def arithmetic(lab: Lab, point: Point) -> dict[str, Prediction]:
             value=theory.quadratic_share(shape, tokens),
             formula="2 L d heads N^2 / (2 P N + 2 L d heads N^2)",
             assumptions=("every operation runs at the same rate",),
-            source="Kaplan et al. 2020, table 1",
+            source=f"{KAPLAN}, table 1",
         )
     predictions["TPOT for each token of context"] = Prediction(
         value=shape.kv_bytes_per_token() / ceilings.memory_bandwidth_bytes_per_s,
@@ -71,154 +80,100 @@ def arithmetic(lab: Lab, point: Point) -> dict[str, Prediction]:
 # ------------------------------------------------------------------------- on the engine
 
 
-def ttft_ratio(longer: Point, shorter: Point) -> Prediction:
-    def prefill_s(point: Point) -> float:
-        return theory.prefill_left_s(point.shape, point.ceilings, point.prompt_tokens, 0)
-
-    return Prediction(
-        value=prefill_s(longer) / prefill_s(shorter),
-        formula="max(FLOP / rate, bytes / bandwidth), FLOP = 2 P N + 2 L d heads N^2",
-        assumptions=("attention runs at the same rate as all other arithmetic",),
-        source="Kaplan et al. 2020, table 1",
-    )
+@predicts(
+    "max(FLOP / rate, bytes / bandwidth), FLOP = 2 P N + 2 L d heads N^2",
+    "attention runs at the same rate as all other arithmetic",
+    source=f"{KAPLAN}, table 1",
+)
+def ttft_ratio(longer: Point, shorter: Point) -> float:
+    return theory.first_token_of(longer) / theory.first_token_of(shorter)
 
 
-def step_ratio(far: Point, near: Point) -> Prediction:
-    def step_s(point: Point) -> float:
-        return theory.decode_step_s(
-            point.shape, point.ceilings, point.load.users, point.context_tokens
-        )
-
-    return Prediction(
-        value=step_s(far) / step_s(near),
-        formula="(weight bytes + context x KV bytes a token), far / near",
-        assumptions=("reading is all that a step does",),
-        source=ROOFLINE,
-    )
+@predicts(
+    "(weight bytes + context x KV bytes a token), far / near",
+    "reading is all that a step does",
+    source=ROOFLINE,
+)
+def step_ratio(far: Point, near: Point) -> float:
+    return theory.step_of(far) / theory.step_of(near)
 
 
-def same_step(split: Point, unsplit: Point) -> Prediction:
-    return Prediction(
-        value=1.0,
-        formula="1: one piece holds all of a short context",
-        assumptions=("choosing the number of splits takes no time",),
-        source=FLASH_DECODING,
-    )
+@predicts(
+    "1: one piece holds all of a short context",
+    "choosing the number of splits takes no time",
+    source=FLASH_DECODING,
+)
+def same_step(split: Point, unsplit: Point) -> float:
+    return 1.0
 
 
-def split_ratio(split: Point, unsplit: Point) -> Prediction:
-    """Predict how long a step is where only KV heads' own processors read, beside all of them.
+PROCESSORS = 132  # streaming multiprocessors of an H100 and an H200, SXM
 
-    A processor is taken to read an equal share of the bandwidth, and a card to have 132 of them.
-    """
+
+@predicts(
+    "(weights + KV) / (weights + KV x processors / KV heads)",
+    f"the GPU has {PROCESSORS} processors, and each reads an equal share of the bandwidth",
+    source=FLASH_DECODING,
+    kind="floor",
+)
+def split_ratio(split: Point, unsplit: Point) -> float:
+    """Predict how long a step is where only KV heads' own processors read, beside all of them."""
 
     def step_s(point: Point, share: float) -> float:
         bandwidth = point.ceilings.memory_bandwidth_bytes_per_s
         return (point.shape.weight_bytes + point.kv_bytes() / share) / bandwidth
 
     share = min(1.0, unsplit.shape.kv_heads / PROCESSORS)
-    return Prediction(
-        value=step_s(split, 1.0) / step_s(unsplit, share),
-        kind="floor",
-        formula="(weights + KV) / (weights + KV x processors / KV heads)",
-        assumptions=(
-            f"the GPU has {PROCESSORS} processors, and each reads an equal share of the bandwidth",
-        ),
-        source=FLASH_DECODING,
-    )
+    return step_s(split, 1.0) / step_s(unsplit, share)
 
 
-def first_token(point: Point) -> Prediction:
-    return Prediction(
-        value=theory.prefill_left_s(point.shape, point.ceilings, point.prompt_tokens, 0),
-        kind="floor",
-        formula="max(FLOP / rate, bytes / bandwidth)",
-        assumptions=("no launch, scheduling or sampling cost",),
-        source=ROOFLINE,
-    )
+@predicts(
+    "max(FLOP / rate, bytes / bandwidth)",
+    "no launch, scheduling or sampling cost",
+    source=ROOFLINE,
+    kind="floor",
+)
+def first_token(point: Point) -> float:
+    return theory.first_token_of(point)
 
-
-PROCESSORS = 132  # streaming multiprocessors of an H100 and an H200, SXM
 
 DEFAULT = Variant(name="default")
 UNSPLIT = DEFAULT.but(
     "unsplit", {"attention-config": {"flash_attn_max_num_splits_for_cuda_graph": 1}}
 )
-ONE = (Concurrent(users=1),)
 
 
-def prompt(name: str, tokens: int, output_tokens: int = 1) -> Workload:
-    return Workload(
-        name=name,
-        prompt_tokens=Fixed(tokens=tokens),
-        output_tokens=Fixed(tokens=output_tokens),
-        only=("default",),
-        loads=ONE,
-    )
+def prompt(name: str, tokens: int) -> Workload:
+    return sends(name, tokens, 1, *users(1), only=("default",))
 
 
-def context(name: str, tokens: int, output_tokens: int = 16) -> Workload:
+def context(name: str, tokens: int) -> Workload:
     """Decode behind so many tokens; all but the last 64 are in the cache before a trial begins."""
-    return Workload(
-        name=name,
-        prompt_tokens=Fixed(tokens=tokens),
-        output_tokens=Fixed(tokens=output_tokens),
-        prefix=Prefix(tokens=tokens - 64),
-        primed=True,
-        loads=ONE,
-    )
+    return sends(name, tokens, 16, *users(1), prefix=Prefix(tokens=tokens - 64), primed=True)
 
 
 CLAIMS = (
-    Claim(
-        name="prompt",
-        metric="ttft_mean_s",
-        treatment=Arm(variant="default", workload="longest"),
-        baseline=Arm(variant="default", workload="short"),
-        expect="rises",
-        predict=ttft_ratio,
-    ),
-    Claim(
-        name="context",
-        metric="tpot_mean_s",
-        treatment=Arm(variant="default", workload="far"),
-        baseline=Arm(variant="default", workload="near"),
-        expect="rises",
-        predict=step_ratio,
-    ),
-)
-SPLIT_CLAIMS = (
-    Claim(
-        name="split",
-        metric="tpot_mean_s",
-        treatment=Arm(variant="default", workload="far"),
-        baseline=Arm(variant="unsplit", workload="far"),
-        expect="falls",
-        predict=split_ratio,
-    ),
-    Claim(
-        name="split-near",
-        metric="tpot_mean_s",
-        treatment=Arm(variant="default", workload="near"),
-        baseline=Arm(variant="unsplit", workload="near"),
-        expect="unchanged",
-        predict=same_step,
-    ),
+    rises("prompt", "ttft_mean_s", "default", "longest / short", by=ttft_ratio),
+    rises("context", "tpot_mean_s", "default", "far / near", by=step_ratio),
 )
 EVIDENCE = (
-    Evidence(arm=Arm(), kind="stays", metric=metrics.PREEMPTIONS),
-    Evidence(arm=Arm(workload="far"), kind="rises", metric=metrics.PREFIX_HITS),
+    counter(metrics.PREEMPTIONS, "stays"),
+    counter(metrics.PREFIX_HITS, "rises", workload="far"),
 )
 SPLITTING = {
     "variants": [DEFAULT.model_dump(), UNSPLIT.model_dump()],
-    "claims": (*CLAIMS, *SPLIT_CLAIMS),
+    "claims": (
+        *CLAIMS,
+        falls("split", "tpot_mean_s", "default / unsplit", "far", by=split_ratio),
+        unchanged("split-near", "tpot_mean_s", "default / unsplit", "near", by=same_step),
+    ),
     "evidence": (
         *EVIDENCE,
         # splits are limited in CUDA graphs alone
-        Evidence.echo("default", metrics.ENGINE_CONFIG, "enforce_eager", "False"),
-        Evidence.echo("unsplit", metrics.ENGINE_CONFIG, "max_num_splits", "1"),
+        *echoes(metrics.ENGINE_CONFIG, "enforce_eager", {"default": "False"}),
+        *echoes(metrics.ENGINE_CONFIG, "max_num_splits", {"unsplit": "1"}),
         # and passed to this version alone
-        Evidence.echo("unsplit", metrics.ENGINE_CONFIG, "flash_attention", "3"),
+        *echoes(metrics.ENGINE_CONFIG, "flash_attention", {"unsplit": "3"}),
     ),
 }
 """On the classes of memory with GPUs whose kernels take the number of splits from vLLM.
@@ -245,10 +200,7 @@ LAB = Lab(
         context("far", 1536),
     ),
     claims=CLAIMS,
-    forecasts=(
-        Forecast(name="ttft", metric="ttft_mean_s", arm=Arm(workload="longest"),
-                 predict=first_token),
-    ),
+    forecasts=(forecast("ttft", "ttft_mean_s", first_token, workload="longest"),),
     evidence=EVIDENCE,
     attention_tokens=(1024, 2048, 4096, 8192, 16384),
     arithmetic=arithmetic,
@@ -260,4 +212,4 @@ LAB = Lab(
     warmup_s=1,
     window_s=4,
     scales={"gpu-80": SPLITTING, "gpu-141": SPLITTING},
-)  # fmt: skip
+)

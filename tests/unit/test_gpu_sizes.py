@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 
 from labs import FIRST, LABS
-from labs.chunked_prefill.lab import long_ttft
+from labs.chunked_prefill.lab import long_ttft_s
 from labs.harness import theory
 from labs.harness.spec import Lab, Point, factors
 from labs.prefix_caching.lab import cached_tokens
@@ -87,7 +87,7 @@ def test_a_long_prompt_is_prefilled_well_before_the_next_one(
     lab = lab_on("chunked-prefill", card, random, quick)
     for point in points_on(lab, card, random):
         assert point.load.kind == "contended"
-        assert long_ttft(point) < 0.35 * point.load.every_s, point.key
+        assert long_ttft_s(point) < 0.35 * point.load.every_s, point.key
         assert lab.window_s > LEAST_COUNTED * point.load.every_s
 
 
