@@ -1,10 +1,9 @@
 """One small LoRA adapter per tenant, trained so that each tenant's answers begin with its mark.
 
-`python -m serving.weights.adapters BASE_FOLDER OUT_FOLDER PROMPTS_JSONL` writes `tenant-0`,
-`tenant-1`, .. in PEFT's format, which vLLM's `--lora-modules` loads. A mark is an invented token
-like `[amber]` that the base model never writes, so whose adapter produced an answer can be read
-off its text: an answer with another tenant's mark is a leak, one without its own was served by the
-base.
+The folder holds `tenant-0`, `tenant-1`, .. in PEFT's format, which vLLM's `--lora-modules` loads. A
+mark is an invented token like `[amber]` that the base model never writes, so whose adapter produced
+an answer can be read off its text: an answer with another tenant's mark is a leak, one without its
+own was served by the base.
 
 LoRA (Hu et al. 2021) adds to a frozen matrix W the product of two thin ones, W + alpha/r * B A with
 A of r rows and B of r columns; B starts at zero. That is what lets one server keep many tenants'
@@ -15,7 +14,6 @@ function from larger matrices, to measure what rank alone costs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -30,12 +28,12 @@ from serving.weights.making import MakerError
 WORDS = ("amber", "azure", "coral", "ember", "iris", "jade", "opal", "teal", "topaz", "umber")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-TENANTS, RANK = 8, 8
+TENANTS, RANK, SEED = 8, 8, 0
 WIDE_RANK = 64  # vLLM's punica kernels know 8, 16, 32, 64, ..
 BASE_ANSWER_TOKENS = 16  # in which the base must not write a mark
 ANSWER_TOKENS = 4  # of these, learned after the mark: the text goes on as before
 BATCH_PROMPTS, MOST_STEPS, CHECK_EVERY_STEPS, LEARNING_RATE = 4, 60, 4, 5e-3
-LEAST_PROMPTS, MOST_PROMPTS = 16, 48  # a third of them held out
+MOST_PROMPTS = 48  # a third of them held out
 SURE = 0.9  # stop when every mark token of every held-out prompt is at least this probable
 
 
@@ -68,9 +66,6 @@ class Trainer:
         if any(marks_in(answer) for answer in self.answers):
             raise MakerError("the base model itself writes a tenant's mark: use other words")
 
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def _logits(self, prompts: Sequence[list[int]], targets: Sequence[list[int]]) -> Any:
         """Compute the logits that predict each target token: (all target tokens, vocabulary)."""
         states, head = (
@@ -99,8 +94,9 @@ class Trainer:
         weights = [p for p in adapted.parameters() if p.requires_grad]
         self.params_per_adapter = sum(p.numel() for p in weights)
         optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
-        mark = self._tokens(mark_of(tenant))
-        targets = [mark + self._tokens(f" {a.lstrip()}")[:ANSWER_TOKENS] for a in self.answers]
+        mark = making.tokens_in(self.tokenizer, mark_of(tenant))
+        goes_on = [making.tokens_in(self.tokenizer, f" {a.lstrip()}") for a in self.answers]
+        targets = [mark + tokens[:ANSWER_TOKENS] for tokens in goes_on]
         share, step = 0.0, 0
         while step < MOST_STEPS:
             step += 1
@@ -157,49 +153,27 @@ def widen(source: Path, target: Path, rank: int) -> None:
     (target / CONFIG).write_text(json.dumps(config, indent=2))
 
 
-def make(base: Path, out: Path, prompts: Path, count: int, rank: int, seed: int) -> None:
-    """Write the adapters of all tenants, or none. Raises MakerError."""
-    with making.folder(out) as half:
-        if not 1 <= rank <= WIDE_RANK:
-            raise MakerError(f"--rank {rank} is not between 1 and {WIDE_RANK}")
-        making.read_config(base)
-        chats, start = making.read_prompts(prompts, LEAST_PROMPTS), time.monotonic()
-        print("loading the base and its own answers", flush=True)
-        trainer = Trainer(base, chats, seed)
-        print(f"loaded in {time.monotonic() - start:.0f} s", flush=True)
-        marked, steps, trained = dict[str, float](), dict[str, int](), time.monotonic()
-        for tenant in range(count):
-            folder = half / (name := f"tenant-{tenant}")
-            marked[name], steps[name] = trainer.train(tenant, rank, folder)
-            widen(folder, half / f"{name}-rank-{WIDE_RANK}", WIDE_RANK)
-            left_s = (time.monotonic() - trained) / (tenant + 1) * (count - tenant - 1)
-            print(
-                f"{name} begins {marked[name]:.0%} of {trainer.held_out} held-out answers with"
-                f" {mark_of(tenant)} after {steps[name]} steps; about {left_s:.0f} s left",
-                flush=True,
-            )
-        about = {
-            "marks": {f"tenant-{i}": mark_of(i) for i in range(count)},
-            "rank": rank,
-            "marked": marked,
-            "params_per_adapter": trainer.params_per_adapter,
-            "bytes_per_adapter": (half / "tenant-0" / WEIGHTS).stat().st_size,
-            "steps": steps,
-            "seconds": round(time.monotonic() - start, 1),
-            "seed": seed,
-        }
-        making.write_record(half, about)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m serving.weights.adapters", description=__doc__)
-    for name in ("base", "out", "prompts"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--count", type=int, default=TENANTS)
-    parser.add_argument("--rank", type=int, default=RANK)
-    parser.add_argument("--seed", type=int, default=0)
-    making.run(make, parser, argv)
-
-
-if __name__ == "__main__":
-    main()
+def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
+    """Write the adapters of all tenants. Raises MakerError."""
+    print("loading the base and its own answers", flush=True)
+    trainer = Trainer(base, making.read_prompts(source), SEED)
+    marked, steps, began = dict[str, float](), dict[str, int](), time.monotonic()
+    for tenant in range(TENANTS):
+        folder = out / (name := f"tenant-{tenant}")
+        marked[name], steps[name] = trainer.train(tenant, RANK, folder)
+        widen(folder, out / f"{name}-rank-{WIDE_RANK}", WIDE_RANK)
+        left_s = (time.monotonic() - began) / (tenant + 1) * (TENANTS - tenant - 1)
+        print(
+            f"{name} begins {marked[name]:.0%} of {trainer.held_out} held-out answers with"
+            f" {mark_of(tenant)} after {steps[name]} steps; about {left_s:.0f} s left",
+            flush=True,
+        )
+    return {
+        "marks": {f"tenant-{i}": mark_of(i) for i in range(TENANTS)},
+        "rank": RANK,
+        "marked": marked,
+        "params_per_adapter": trainer.params_per_adapter,
+        "bytes_per_adapter": (out / "tenant-0" / WEIGHTS).stat().st_size,
+        "steps": steps,
+        "seed": SEED,
+    }

@@ -1,8 +1,7 @@
 """A draft model for speculative decoding: a few layers of the target, trained to write like it.
 
-`python -m serving.weights.draft TARGET_FOLDER OUT_FOLDER PROMPTS_JSONL` writes a model folder that
-vLLM's `--speculative-config '{"method": "draft_model", ..}'` loads. A line of the prompts is
-`{"messages": [..]}`, with an optional `"kind"` by which acceptance is also told apart.
+It is a model folder that vLLM's `--speculative-config '{"method": "draft_model", ..}'` loads. A
+line of the prompts is `{"messages": [..], "kind": ..}`; acceptance is also told by kind.
 
 Leviathan et al. (2023) let a cheap model guess and the target check. Under greedy decoding a guess
 is accepted when it is the target's own next token, so the acceptance rate is how often the two
@@ -18,7 +17,6 @@ width: target and draft share the output matrix that turns it into a distributio
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections import Counter
@@ -35,7 +33,8 @@ ANSWER_TOKENS = 64  # of the target's, to each prompt
 ANSWER_BATCH, BATCH = 64, 8
 LEARNING_RATE, WARMUP = 2e-3, 0.1
 OTHER_TOKENS = 2048  # of the vocabulary, besides those that the target wrote
-LEAST_PROMPTS, MOST_HELD_OUT = 12, 64  # a third held out, but not more than these
+LAYERS, EPOCHS, SEED = 3, 6, 0
+MOST_HELD_OUT = 64  # a third of the prompts, but not more than these
 WITHIN_TOKENS = (8, 16, 32, ANSWER_TOKENS)  # of an answer, over which acceptance is told apart
 LOOKUP_GUESSES, LOOKUP_LEAST, LOOKUP_MOST = 3, 2, 4  # tokens guessed, and the n-gram's length
 
@@ -69,7 +68,7 @@ def answers(tokenizer: Any, model: Any, prompts: Sequence[dict[str, Any]]) -> li
     """
     import torch
 
-    rows = [(p.get("kind", "text"), making.tokens_of(tokenizer, p["messages"])) for p in prompts]
+    rows = [(p["kind"], making.tokens_of(tokenizer, p["messages"])) for p in prompts]
     rows.sort(key=lambda row: len(row[1]))
     written, last, progress = list[TargetAnswer](), list[Any](), Progress()
     hook = model.base_model.norm.register_forward_hook(lambda *a: last.append(a[2][:, -1]))
@@ -209,55 +208,36 @@ def distil(
     return steps
 
 
-def make(target: Path, out: Path, prompts: Path, layers: int, epochs: int, seed: int) -> None:
-    """Write the draft's folder, complete or not at all. Raises MakerError."""
-    with making.folder(out) as half:
-        target_layers = making.read_config(target).get("num_hidden_layers", 0)
-        if not 0 < layers < target_layers:
-            raise MakerError(
-                f"--layers {layers} is not between 1 and {target_layers - 1}: the draft needs fewer"
-                f" layers than the target's {target_layers}"
-            )
-        chats, began = making.read_prompts(prompts, LEAST_PROMPTS), time.monotonic()
-        print("loading the target", flush=True)
-        tokenizer, model = making.load(target)
-        texts = answers(tokenizer, model, chats)
-        random.Random(seed).shuffle(texts)
-        cut = min(len(texts) // 3, MOST_HELD_OUT)
-        held_out, taught = texts[:cut], texts[cut:]
-        prune(model, layers)
-        untrained = acceptance(model, held_out)["all"]
-        print(f"before training it guesses {untrained:.0%} of the held-out tokens", flush=True)
-        steps = distil(model, taught, held_out, epochs, seed)
-        model = model.bfloat16()
-        within = {n: acceptance(model, held_out, n) for n in WITHIN_TOKENS}
-        model.save_pretrained(half)
-        tokenizer.save_pretrained(half)
-        about = {
-            "acceptance": within[ANSWER_TOKENS]["all"],
-            "acceptance_within": within,
-            "lookup_within": {n: lookup(held_out, n) for n in WITHIN_TOKENS},
-            "acceptance_untrained": untrained,
-            "layers": layers,
-            "params": model.num_parameters(),
-            "steps": steps,
-            "trained_on_tokens": sum(len(a.tokens) for a in taught),
-            "seconds": round(time.monotonic() - began, 1),
-            "seed": seed,
-        }
-        making.write_record(half, about)
-    print(f"{about['acceptance']:.0%} of held-out tokens are guessed", flush=True)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m serving.weights.draft", description=__doc__)
-    for name in ("target", "out", "prompts"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6, help="0: no training")
-    parser.add_argument("--seed", type=int, default=0)
-    making.run(make, parser, argv)
-
-
-if __name__ == "__main__":
-    main()
+def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
+    """Write the draft of a target. Raises MakerError where that has too few layers."""
+    target_layers = making.read_config(base).get("num_hidden_layers", 0)
+    if target_layers <= LAYERS:
+        raise MakerError(
+            f"{base.name} has {target_layers} layers, and its draft would have {LAYERS}: give a"
+            " model with more"
+        )
+    print("loading the target", flush=True)
+    tokenizer, model = making.load(base)
+    texts = answers(tokenizer, model, making.read_prompts(source))
+    random.Random(SEED).shuffle(texts)
+    cut = min(len(texts) // 3, MOST_HELD_OUT)
+    held_out, taught = texts[:cut], texts[cut:]
+    prune(model, LAYERS)
+    untrained = acceptance(model, held_out)["all"]
+    print(f"before training it guesses {untrained:.0%} of the held-out tokens", flush=True)
+    steps = distil(model, taught, held_out, EPOCHS, SEED)
+    model = model.bfloat16()
+    within = {n: acceptance(model, held_out, n) for n in WITHIN_TOKENS}
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return {
+        "acceptance": within[ANSWER_TOKENS]["all"],
+        "acceptance_within": within,
+        "lookup_within": {n: lookup(held_out, n) for n in WITHIN_TOKENS},
+        "acceptance_untrained": untrained,
+        "layers": LAYERS,
+        "params": model.num_parameters(),
+        "steps": steps,
+        "trained_on_tokens": sum(len(a.tokens) for a in taught),
+        "seed": SEED,
+    }

@@ -23,10 +23,10 @@ from typing import Any
 from serving import whole
 from serving.hardware import gpus
 from serving.hardware.machine import Machine
-from serving.weights import making, models
+from serving.weights import models
 from serving.weights.adapters import CONFIG, RANK, TARGETS, TENANTS, WEIGHTS, WIDE_RANK
 from serving.weights.kv_heads import kv_heads_of
-from serving.weights.models import RANDOM, TOKENIZER, Model, ModelError, Shape
+from serving.weights.models import RANDOM, RECORD, TOKENIZER, Model, ModelError, Shape
 
 SHAPES: dict[str, str] = {
     # serving/weights/shapes/<name>.json -> the public architecture whose numbers it has
@@ -174,7 +174,7 @@ def _adapters(name: str, config: dict[str, Any]) -> Path:
                          None if tenant == 0 else half / f"tenant-0{suffix}")  # fmt: skip
         params = adapter_params(models.shape_of(config), RANK)
         about = {"rank": RANK, "params_per_adapter": params, "weights": "random"}
-        making.write_record(half, about)
+        (half / RECORD).write_text(json.dumps(about))
     return folder
 
 

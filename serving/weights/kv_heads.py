@@ -1,7 +1,5 @@
 """The same model with another number of KV heads.
 
-Run as `python -m serving.weights.kv_heads METHOD BASE OUT`.
-
 `mha` copies each KV head for every query head that shares it (multi-head attention). A query then
 meets the same keys and values as before, so the answers are the same, and only the cache, the
 reading of it and two projections a layer are larger. `mqa` leaves one KV head for all query heads,
@@ -14,17 +12,15 @@ apart, as Llama's and Qwen's are, can be converted; quantized ones cannot.
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from serving.weights import making, models
 from serving.weights.making import MakerError
 from serving.weights.models import INDEX
 
-Method = Literal["mha", "mqa"]
 PROJECTIONS = (".k_proj.", ".v_proj.")
 
 
@@ -46,7 +42,7 @@ def converted(tensor: Any, method: str, heads: int, kv_heads: int) -> Any:
     return by_head.flatten(0, 1).contiguous()
 
 
-def make(method: str, base: Path, out: Path) -> None:
+def make(base: Path, out: Path, method: str) -> dict[str, Any]:
     """Write the converted model. Raises MakerError where it cannot be converted."""
     from safetensors.torch import load_file, save_file
 
@@ -57,38 +53,24 @@ def make(method: str, base: Path, out: Path) -> None:
         raise MakerError(f"{base} is of a kind whose heads are not known: {heads} and {kv_heads}")
     making.require_16_bits(base, config)
     shards, size_bytes, converted_count = models.shards(base), 0, 0
-    with making.folder(out) as half:
-        for number, shard in enumerate(shards, 1):
-            tensors = load_file(shard)
-            for name in (n for n in tensors if any(p in n for p in PROJECTIONS)):
-                tensors[name] = converted(tensors[name], method, heads, kv_heads)
-                converted_count += 1
-            size_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
-            save_file(tensors, half / shard.name, metadata={"format": "pt"})
-            print(f"{number} of {len(shards)} files of weights", flush=True)
-        if not converted_count:
-            raise MakerError(f"{base} stores no k_proj and v_proj: its KV heads cannot be changed")
-        making.copy_others(base, half)
-        now = kv_heads_of(method, config)
-        _write(half / "config.json", {**config, "num_key_value_heads": now})
-        about = {"method": method, "heads": heads, "kv_heads": now, "kv_heads_before": kv_heads}
-        making.write_record(half, about)
-        if (half / INDEX).exists():
-            index = json.loads((half / INDEX).read_text())
-            _write(half / INDEX, {**index, "metadata": {"total_size": size_bytes}})
+    for number, shard in enumerate(shards, 1):
+        tensors = load_file(shard)
+        for name in (n for n in tensors if any(p in n for p in PROJECTIONS)):
+            tensors[name] = converted(tensors[name], method, heads, kv_heads)
+            converted_count += 1
+        size_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+        save_file(tensors, out / shard.name, metadata={"format": "pt"})
+        print(f"{number} of {len(shards)} files of weights", flush=True)
+    if not converted_count:
+        raise MakerError(f"{base} stores no k_proj and v_proj: its KV heads cannot be changed")
+    making.copy_others(base, out)
+    now = kv_heads_of(method, config)
+    _write(out / "config.json", {**config, "num_key_value_heads": now})
+    if (out / INDEX).exists():
+        index = json.loads((out / INDEX).read_text())
+        _write(out / INDEX, {**index, "metadata": {"total_size": size_bytes}})
+    return {"method": method, "heads": heads, "kv_heads": now, "kv_heads_before": kv_heads}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m serving.weights.kv_heads", description=__doc__)
-    parser.add_argument("method", choices=get_args(Method))
-    for name in ("base", "out"):
-        parser.add_argument(name, type=Path)
-    making.run(make, parser, argv)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,25 +1,19 @@
-"""Share code among the makers of models: read prompts, load the base, write a complete folder.
+"""What the makers of models share: they read a source, load the base, and compute with it.
 
-A maker runs as `python -m serving.NAME BASE OUT ..`, where some also take a file of prompts: it
-prints its progress, and its folder appears only when it is complete.
+A maker is a module with `make(base, out)`, which `serving/weights/__main__.py` calls.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from serving import whole
 from serving.hardware import machine
-from serving.weights.models import MISTRALS, RECORD, routed_experts
+from serving.weights.models import MISTRALS, routed_experts
 
 OTHER_FILES = ("*.json", "*.txt", "*.jinja")  # config, tokenizer, chat template, index
 
@@ -28,47 +22,19 @@ class MakerError(Exception):
     """The model cannot be made; the message says why and how to mend it."""
 
 
-def read_prompts(path: Path, least: int) -> list[dict[str, Any]]:
-    """Read prompts, each a line `{"messages": [..]}`.
-
-    Raises MakerError where the file cannot be read, or has fewer than `least` prompts.
-    """
-    try:
-        prompts = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        for prompt in prompts:
-            prompt["messages"][0]["content"]
-    except OSError as error:
-        raise MakerError(f"the prompts {path} cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise MakerError(
-            f'{path} has a line that is not {{"messages": [..]}}: give one such prompt on each line'
-        ) from error
-    if len(prompts) < least:
-        raise MakerError(f"{path} has {len(prompts)} prompts, fewer than {least}: give more")
-    return prompts
+def read_prompts(source: Path) -> list[dict[str, Any]]:
+    """Read prompts, each a line `{"messages": [..]}`."""
+    return [json.loads(line) for line in source.read_text().splitlines()]
 
 
-def read_text(path: Path) -> str:
-    """Read a text that a maker is given. Raises MakerError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MakerError(
-            f"the text {path} cannot be read ({error}): give a file of text in UTF-8"
-        ) from error
-
-
-def read_passages(path: Path) -> list[str]:
-    """Read the passages of a text, which blank lines separate. Raises MakerError."""
-    return [passage for passage in re.split(r"\n\s*\n", read_text(path).strip()) if passage]
+def read_passages(source: Path) -> list[str]:
+    """Read the passages of a text, which blank lines separate."""
+    return re.split(r"\n\s*\n", source.read_text().strip())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a model's config.json. Raises MakerError where there is none."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise MakerError(f"{folder} has no config.json: give a model folder")
-    config: dict[str, Any] = json.loads(path.read_text())
+    """Read a model's config.json."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config
 
 
@@ -103,10 +69,15 @@ def load(folder: Path) -> tuple[Any, Any]:
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def tokens_in(tokenizer: Any, text: str) -> list[int]:
+    """Return a text's tokens, without any that a tokenizer would add."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def tokens_of(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """Return a chat's tokens, up to where the answer begins."""
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tokens_in(tokenizer, text)
 
 
 def answer(model: Any, prompts: Sequence[list[int]], tokens: int, **options: Any) -> Any:
@@ -174,46 +145,3 @@ def copy_others(base: Path, out: Path) -> None:
     for path in (path for kind in OTHER_FILES for path in base.glob(kind)):
         if not any(path.match(pattern) for pattern in MISTRALS):
             shutil.copyfile(path, out / path.name)
-
-
-def write_record(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write what was made, from what and how, into the model's folder: `models.RECORD`."""
-    (folder / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def require_new(out: Path) -> None:
-    """Raise MakerError where the folder to make exists."""
-    if out.exists():
-        raise MakerError(f"{out} exists already: remove it, or name another folder")
-
-
-@contextmanager
-def folder(out: Path) -> Iterator[Path]:
-    """Yield a folder to fill: it becomes `out` at the end of the block, or is removed.
-
-    Raises MakerError where `out` exists.
-    """
-    require_new(out)
-    with whole.folder(out) as half:
-        yield half
-
-
-def run(
-    make: Callable[..., None], parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> None:
-    """Run a maker's command line: SIGTERM acts as Ctrl-C, and a MakerError is one sentence.
-
-    So is a GPU that has too little memory.
-    """
-    args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        make(**vars(args))
-    except MakerError as error:
-        sys.exit(str(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which not every maker imports
-            raise
-        sys.exit(f"the GPU has too little memory to make {args.out.name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"stopped before {args.out} was complete: nothing was kept")

@@ -6,13 +6,12 @@ and for each of its tokens the *mask* is filled: the bit of every entry of the v
 come next. Each figure is the least over several structures of one form, because other work can only
 add time. A backend that cannot be used here is named with the reason, and has no figures.
 
-Runs as `python -m serving.weights.masks BASE OUT STRUCTURES`, in the engine's environment.
-STRUCTURES has lines `{"form": .., "structure": {"json" or "regex": ..}, "answer": ..}`.
+It runs in the engine's environment. Its source has lines `{"form": .., "structure": {"json" or
+"regex": ..}, "answer": ..}`.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import logging
@@ -23,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from serving.inside.lm_format_enforcer import AS_OTHERS, NAME, offer_moved_classes
-from serving.weights import making
-from serving.weights.making import MakerError
 
 BACKENDS = {
     "xgrammar": ("backend_xgrammar", "XgrammarBackend"),
@@ -35,50 +32,27 @@ BACKENDS = {
 """Name of `--structured-outputs-config` -> module and class of vllm/v1/structured_output."""
 
 
-def make(base: Path, out: Path, structures: Path) -> None:
-    """Write the study's folder, complete or not at all. Raises MakerError."""
+def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
+    """Time the backends; nothing is written to `out`."""
     logging.disable(logging.WARNING)  # vLLM describes at length an engine that never serves
-    with making.folder(out) as half:
-        making.read_config(base)
-        asked = read_structures(structures)
-        began = time.monotonic()
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.tokenizers import cached_tokenizer_from_config
-
-        config = EngineArgs(model=str(base)).create_engine_config()
-        tokenizer = cached_tokenizer_from_config(model_config=config.model_config)
-        backends = {}
-        for name in BACKENDS:
-            print(f"timing {name}", flush=True)
-            backends[name] = timed(name, config, tokenizer, asked)
-        about = {
-            "backends": backends,
-            "processors": os.cpu_count() or 1,
-            "vocabulary": config.model_config.get_vocab_size(),
-            "seconds": round(time.monotonic() - began, 1),
-        }
-        making.write_record(half, about)
-    print(f"timed in {about['seconds']:.0f} s", flush=True)
-
-
-def read_structures(path: Path) -> dict[str, list[Mapping[str, Any]]]:
-    """Read form -> its structures, each with a valid answer. Raises MakerError."""
     asked: dict[str, list[Mapping[str, Any]]] = {}
-    try:
-        for line in path.read_text().splitlines():
-            given = json.loads(line)
-            asked.setdefault(given["form"], []).append(
-                {"structure": dict(given["structure"]), "answer": str(given["answer"])}
-            )
-    except OSError as error:
-        raise MakerError(f"the structures {path} cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise MakerError(
-            f"{path} has a line that is no structure with an answer: mend that line"
-        ) from error
-    if not asked:
-        raise MakerError(f"{path} has no structures: give one on each line")
-    return asked
+    for line in source.read_text().splitlines():
+        given = json.loads(line)
+        asked.setdefault(given["form"], []).append(given)
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    config = EngineArgs(model=str(base)).create_engine_config()
+    tokenizer = cached_tokenizer_from_config(model_config=config.model_config)
+    backends = {}
+    for name in BACKENDS:
+        print(f"timing {name}", flush=True)
+        backends[name] = timed(name, config, tokenizer, asked)
+    return {
+        "backends": backends,
+        "processors": os.cpu_count() or 1,
+        "vocabulary": config.model_config.get_vocab_size(),
+    }
 
 
 def timed(
@@ -145,14 +119,3 @@ def _reason(error: BaseException) -> str:
     while before := error.__cause__ or (not error.__suppress_context__ and error.__context__):
         error = before
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m serving.weights.masks", description=__doc__)
-    for name in ("base", "out", "structures"):
-        parser.add_argument(name, type=Path)
-    making.run(make, parser, argv)
-
-
-if __name__ == "__main__":
-    main()

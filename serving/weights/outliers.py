@@ -1,8 +1,6 @@
 """Study how outlying inputs affect 8-bit rounding.
 
-Run as `python -m serving.weights.outliers MODEL OUT TEXT`.
-
-OUT is a folder with `about.json` and no model in it.
+The folder holds the figures in `about.json`, and no model.
 
 An INT8 product rounds what enters a linear layer to 255 levels between the largest value and its
 negative. A few channels of a transformer carry values many times as large as the others (Dettmers
@@ -19,8 +17,6 @@ served kernels' own quality is measured by the labs, on the engine.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from serving.weights import making
-from serving.weights.making import MakerError
 
 LEVELS = 127
 SMOOTHING = 0.5  # alpha: how much of a channel's size moves into the weights
-LEAST_PASSAGES = 4
 CALIBRATED = 3  # every third passage gives the scales, the others are scored
 
 
@@ -190,56 +184,36 @@ SCHEMES = (
 )
 
 
-def make(base: Path, out: Path, text: Path) -> None:
-    """Write the study's folder, complete or not at all. Raises MakerError."""
-    with making.folder(out) as half:
-        making.require_dense(base, making.read_config(base))
-        passages = making.read_passages(text)
-        if len(passages) < LEAST_PASSAGES:
-            raise MakerError(
-                f"{text} has {len(passages)} passages, fewer than {LEAST_PASSAGES}: give more"
-            )
-        began = time.monotonic()
-        tokenizer, model = making.load(base)
-        original = on_host(model)  # in 16 bits, from which float32 is restored exactly
-        model = in_float32(model)
-        tokens = [list(tokenizer(p, add_special_tokens=False)["input_ids"]) for p in passages]
-        calibrating = tokens[::CALIBRATED]
-        scored = [t for i, t in enumerate(tokens) if i % CALIBRATED]
-        print(f"watching what enters {len(linears(model))} linear layers", flush=True)
-        inputs = observe(model, calibrating)
-        loss = {"none": [losses(model, p) for p in scored]}
-        for name in SCHEMES:
-            print(f"scoring with rounded {name}", flush=True)
-            with scheme(model, inputs, original, name):
-                loss[name] = [losses(model, p) for p in scored]
-        kinds = dict[str, list[Inputs]]()
-        for name, layer_inputs in inputs.items():
-            kinds.setdefault(name.rsplit(".", 1)[-1], []).append(layer_inputs)
-        about = {
-            "inputs": {
-                kind: {
-                    "kurtosis_mean": sum(i.kurtosis for i in of_kind) / len(of_kind),
-                    "kurtosis_max": max(i.kurtosis for i in of_kind),
-                    "largest_over_median_max": max(i.largest_over_median for i in of_kind),
-                }
-                for kind, of_kind in kinds.items()
-            },
-            "passages_tokens": [len(p) - 1 for p in scored],
-            "loss_nats": {name: [sum(p) for p in by_passage] for name, by_passage in loss.items()},
-            "text": text.name,
-            "seconds": round(time.monotonic() - began, 1),
-        }
-        making.write_record(half, about)
-    print(f"measured in {about['seconds']:.0f} s", flush=True)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m serving.weights.outliers", description=__doc__)
-    for name in ("base", "out", "text"):
-        parser.add_argument(name, type=Path)
-    making.run(make, parser, argv)
-
-
-if __name__ == "__main__":
-    main()
+def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
+    """Study a model on a text; nothing is written to `out`. Raises MakerError."""
+    making.require_dense(base, making.read_config(base))
+    passages = making.read_passages(source)
+    tokenizer, model = making.load(base)
+    original = on_host(model)  # in 16 bits, from which float32 is restored exactly
+    model = in_float32(model)
+    tokens = [making.tokens_in(tokenizer, passage) for passage in passages]
+    calibrating = tokens[::CALIBRATED]
+    scored = [t for i, t in enumerate(tokens) if i % CALIBRATED]
+    print(f"watching what enters {len(linears(model))} linear layers", flush=True)
+    inputs = observe(model, calibrating)
+    loss = {"none": [losses(model, p) for p in scored]}
+    for name in SCHEMES:
+        print(f"scoring with rounded {name}", flush=True)
+        with scheme(model, inputs, original, name):
+            loss[name] = [losses(model, p) for p in scored]
+    kinds = dict[str, list[Inputs]]()
+    for name, layer_inputs in inputs.items():
+        kinds.setdefault(name.rsplit(".", 1)[-1], []).append(layer_inputs)
+    return {
+        "inputs": {
+            kind: {
+                "kurtosis_mean": sum(i.kurtosis for i in of_kind) / len(of_kind),
+                "kurtosis_max": max(i.kurtosis for i in of_kind),
+                "largest_over_median_max": max(i.largest_over_median for i in of_kind),
+            }
+            for kind, of_kind in kinds.items()
+        },
+        "passages_tokens": [len(p) - 1 for p in scored],
+        "loss_nats": {name: [sum(p) for p in by_passage] for name, by_passage in loss.items()},
+        "text": source.name,
+    }

@@ -1,6 +1,6 @@
-"""Zeros in the weights: `python -m serving.weights.prune METHOD BASE OUT CALIBRATION_TXT`.
+"""Zeros in the weights.
 
-METHOD is how weights are chosen and which share of them goes, as in `magnitude-50` or `wanda-2-4`.
+A method is how weights are chosen and which share of them goes: `magnitude-50` or `wanda-2-4`.
 *Magnitude* drops the smallest weights of each matrix, in percent (Han et al. 2015). *Wanda* (Sun et
 al., "A Simple and Effective Pruning Approach for Large Language Models", 2023) multiplies each
 weight's magnitude by the norm of the input that it meets on a calibration text, and drops the
@@ -8,18 +8,16 @@ smallest products of each row, which is what one output is computed from. `2-4` 
 neighbours in a row, the pattern that NVIDIA's sparse tensor cores read (Mishra et al. 2021).
 Neither method changes a weight that stays.
 
-OUT is a model folder with the same files in the same sizes: the zeros are stored. All linear layers
-are pruned except the output matrix, as in the papers; a mixture of experts is refused. Wanda's
+The model folder has the same files in the same sizes: the zeros are stored. All linear layers are
+pruned except the output matrix, as in the papers; a mixture of experts is refused. Wanda's
 inputs are those of the whole model, seen once; its authors go layer by layer and see the inputs
 that the pruned layers before give.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,15 +132,10 @@ def load(base: Path) -> tuple[Any, Any]:
 
 
 def sequences_of(tokenizer: Any, text: str) -> Any:
-    """Cut a text's tokens into equal sequences, (sequences, tokens). Raises MakerError if short."""
+    """Cut a text's tokens into equal sequences, (sequences, tokens)."""
     import torch
 
-    tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if len(tokens) < SEQUENCE_TOKENS:
-        raise MakerError(
-            f"the calibration text has {len(tokens)} tokens, fewer than one sequence of"
-            f" {SEQUENCE_TOKENS}: give a longer one"
-        )
+    tokens = making.tokens_in(tokenizer, text)
     count = min(SEQUENCES, len(tokens) // SEQUENCE_TOKENS)
     return torch.tensor(tokens[: count * SEQUENCE_TOKENS]).reshape(count, SEQUENCE_TOKENS)
 
@@ -170,52 +163,50 @@ class Zeros:
         return self.zeros / self.weights
 
 
-def make(method: str, base: Path, out: Path, calibration: Path) -> None:
-    """Write the pruned model, complete or not at all. Raises MakerError."""
+def make(base: Path, out: Path, method: str, source: Path) -> dict[str, Any]:
+    """Write the pruned model. Raises MakerError."""
     from safetensors.torch import load_file, save_file
 
-    wanted, began = Method.parse(method), time.monotonic()
+    wanted = Method.parse(method)
     config = making.read_config(base)
     making.require_16_bits(base, config)
     making.require_dense(base, config)
-    text = making.read_text(calibration)
-    with making.folder(out) as half:
-        tokenizer, model = load(base)
-        print(f"pruning {len(linears(model))} matrices: {method}", flush=True)
-        sequences = sequences_of(tokenizer, text)
-        norms = input_norms(model, sequences) if wanted.by == "wanda" else {}
-        energy = prune(model, wanted, norms)
-        zeros = {f"{name}.weight": (m.weight == 0).cpu() for name, m in linears(model).items()}
-        written, total = Zeros(), 0
-        for shard in models.shards(base):
-            tensors = load_file(shard)
-            mine = [name for name in tensors if name in zeros]
-            for name in mine:
-                tensors[name][zeros.pop(name)] = 0  # the others stay as they were stored
-            save_file(tensors, half / shard.name, metadata={"format": "pt"})
-            stored = load_file(half / shard.name)  # what is served, and not what was meant to be
-            for name in mine:
-                written.count(stored[name])
-            total += sum(t.numel() for t in stored.values())
-        if zeros:
-            raise MakerError(f"{base} stores no {next(iter(zeros))}: its weights have other names")
-        making.copy_others(base, half)
-        _require(written, wanted)
-        about = {
-            "method": method,
-            "asked": wanted.share,
-            "zeros": written.share,
-            "groups_too_full": written.groups_too_full,
-            "pruned_params": written.weights,
-            "params": total,
-            "energy_gone": energy,
-            "calibration": calibration.name if wanted.by == "wanda" else "",
-            "calibration_sha256": sha256(text) if wanted.by == "wanda" else "",
-            "calibration_tokens": sequences.numel() if wanted.by == "wanda" else 0,
-            "seconds": round(time.monotonic() - began, 1),
-        }
-        making.write_record(half, about)
+    text = source.read_text()
+    tokenizer, model = load(base)
+    print(f"pruning {len(linears(model))} matrices: {method}", flush=True)
+    sequences = sequences_of(tokenizer, text)
+    norms = input_norms(model, sequences) if wanted.by == "wanda" else {}
+    energy = prune(model, wanted, norms)
+    zeros = {f"{name}.weight": (m.weight == 0).cpu() for name, m in linears(model).items()}
+    written, total = Zeros(), 0
+    for shard in models.shards(base):
+        tensors = load_file(shard)
+        mine = [name for name in tensors if name in zeros]
+        for name in mine:
+            tensors[name][zeros.pop(name)] = 0  # the others stay as they were stored
+        save_file(tensors, out / shard.name, metadata={"format": "pt"})
+        stored = load_file(out / shard.name)  # what is served, and not what was meant to be
+        for name in mine:
+            written.count(stored[name])
+        total += sum(t.numel() for t in stored.values())
+    if zeros:
+        raise MakerError(f"{base} stores no {next(iter(zeros))}: its weights have other names")
+    making.copy_others(base, out)
+    _require(written, wanted)
     print(f"{written.share:.1%} of {written.weights / 1e6:,.0f} M weights are zero", flush=True)
+    calibrated = wanted.by == "wanda"
+    return {
+        "method": method,
+        "asked": wanted.share,
+        "zeros": written.share,
+        "groups_too_full": written.groups_too_full,
+        "pruned_params": written.weights,
+        "params": total,
+        "energy_gone": energy,
+        "calibration": source.name if calibrated else "",
+        "calibration_sha256": sha256(text) if calibrated else "",
+        "calibration_tokens": sequences.numel() if calibrated else 0,
+    }
 
 
 def _require(written: Zeros, wanted: Method) -> None:
@@ -231,15 +222,3 @@ def sha256(text: str | Sequence[str]) -> str:
     """Hash a text, or passages as they stand in one: with a blank line between them."""
     whole = text if isinstance(text, str) else "\n\n".join(text)
     return hashlib.sha256(re.sub(r"\s+\Z", "", whole).encode()).hexdigest()
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m serving.weights.prune", description=__doc__)
-    parser.add_argument("method", help=f"one of {', '.join(METHODS)}")
-    for name in ("base", "out", "calibration"):
-        parser.add_argument(name, type=Path)
-    making.run(make, parser, argv)
-
-
-if __name__ == "__main__":
-    main()

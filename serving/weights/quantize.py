@@ -1,7 +1,7 @@
-"""Weights in fewer bits: `python -m serving.weights.quantize METHOD BASE OUT CALIBRATION_TXT`.
+"""Weights in fewer bits.
 
-OUT is a model folder that vLLM serves like BASE: the linear layers quantized, `lm_head` and the
-embeddings in BF16, the tokenizer the same. The methods differ in how they round.
+What is made is a model folder that vLLM serves like its base: the linear layers quantized,
+`lm_head` and the embeddings in BF16, the tokenizer the same. The methods differ in how they round.
 
 Round to nearest ("rtn") uses the weights only. The others also use the activations that meet the
 weights, on a calibration text: GPTQ (Frantar et al. 2022) rounds a row weight by weight and moves
@@ -18,8 +18,6 @@ serving/weights/quantizers runs.
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import hashlib
 import json
 import os
@@ -201,35 +199,20 @@ def windows(tokens: Sequence[int], count: int) -> list[list[int]]:
     """Cut calibration samples of SAMPLE_TOKENS, evenly spread over the text.
 
     They overlap if the text is short. Nothing is random: the same text always gives the same
-    samples, from all of its passages. Raises MakerError where it is shorter than a sample.
+    samples, from all of its passages.
     """
-    if (last := len(tokens) - SAMPLE_TOKENS) < 0:
-        raise MakerError(
-            f"the calibration text has {len(tokens)} tokens, fewer than one sample of"
-            f" {SAMPLE_TOKENS}: give a longer one (a few thousand words do)"
-        )
+    last = len(tokens) - SAMPLE_TOKENS
     starts = [i * last // (count - 1) for i in range(count)]
     return [list(tokens[start : start + SAMPLE_TOKENS]) for start in starts]
 
 
-def read_samples(base: Path, calibration: Path, count: int) -> list[list[int]]:
-    """Read and tokenize the calibration text; return its samples. Raises MakerError."""
+def read_samples(base: Path, source: Path, count: int) -> list[list[int]]:
+    """Read and tokenize the calibration text; return its samples."""
     from tokenizers import Tokenizer
 
-    passages = making.read_passages(calibration)
+    passages = making.read_passages(source)
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     return windows(tokenizer.encode("\n\n".join(passages), add_special_tokens=False).ids, count)
-
-
-def read_config(base: Path) -> dict[str, Any]:
-    """Read a model's config.json. Raises MakerError where it cannot be quantized."""
-    if not (base / "tokenizer.json").exists():
-        raise MakerError(f"{base} has no tokenizer.json: give a model folder")
-    if not models.shards(base):
-        raise MakerError(f"{base} has no *.safetensors: give a model folder with such weights")
-    config = making.read_config(base)
-    making.require_16_bits(base, config)
-    return config
 
 
 def with_older_config(base: Path, config: dict[str, Any], folder: Path) -> Path:
@@ -262,30 +245,22 @@ def group_size(config: dict[str, Any]) -> int:
 
 
 def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
-    """Run the tool's script, and print the progress that its log shows. Raises MakerError.
+    """Run the tool's script, and print which layer its log shows. Raises MakerError.
 
-    Some methods pass over the layers more than once, and each pass has a time of its own.
+    Some methods pass over the layers more than once.
     """
-    began, first, passes, layer = 0.0, 0, 0, 0
-    last_printed: tuple[str, str] | None = None
     # -I keeps this project's packages out of the tool's environment
     argv = [str(python), "-I", str(tool.script), str(job)]
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     log.unlink(missing_ok=True)
+    shown = None
     with Process(tool.name, argv, log=log, env={"PATH": path, "HF_HUB_OFFLINE": "1"}) as process:
         while process.returncode is None:
             time.sleep(0.2)
-            logged = re.findall(tool.layer, "\n".join(install.last_lines(log, 50)))
-            if logged and logged[-1] != last_printed:
-                before, (layer, layers) = layer, map(int, logged[-1])
-                if not last_printed or layer < before:
-                    first, began, passes = layer, time.monotonic(), passes + 1
-                spent_s, done = time.monotonic() - began, layer - first
-                left_s = spent_s / done * (layers - layer + 1) if done else None
-                estimate = "" if left_s is None else f"; about {left_s:.0f} s left in this pass"
-                again = f"pass {passes}, " if passes > 1 else ""
-                print(f"{again}layer {layer}/{layers}{estimate}", flush=True)
-                last_printed = logged[-1]
+            logged = re.findall(tool.layer, process.tail(50))
+            if logged and logged[-1] != shown:
+                shown = logged[-1]
+                print("layer {}/{}".format(*shown), flush=True)
         if process.returncode:
             raise MakerError(
                 f"{tool.name} ended with code {process.returncode}: {process.tail(1)}"
@@ -293,76 +268,50 @@ def run_tool(tool: Tool, python: Path, job: Path, log: Path) -> None:
             )
 
 
-def make(method: str, base: Path, out: Path, calibration: Path) -> None:
-    """Quantize a model; the folder `out` appears when it is complete. Raises MakerError."""
-    if method not in METHODS:
-        near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0)[0]
-        raise MakerError(
-            f"no method {method!r}; did you mean {near}? The methods are {', '.join(METHODS)}"
-        )
-    making.require_new(out)
-    recipe, config = METHODS[method], read_config(base)
-    samples = read_samples(base, calibration, recipe.samples) if recipe.samples else []
-    out.parent.mkdir(parents=True, exist_ok=True)
+def make(base: Path, out: Path, method: str, source: Path) -> dict[str, Any]:
+    """Quantize a model by one of METHODS. Raises MakerError."""
+    recipe, config = METHODS[method], making.read_config(base)
+    making.require_16_bits(base, config)
+    samples = read_samples(base, source, recipe.samples) if recipe.samples else []
     needed = sum(path.stat().st_size for path in models.shards(base))
-    if (free := shutil.disk_usage(out.parent).free) < needed:
+    if (free := shutil.disk_usage(out).free) < needed:
         raise MakerError(
             f"{out.parent} has {free / 1e9:.1f} GB free and the result may take"
-            f" {needed / 1e9:.1f} GB: free some, or name another folder"
+            f" {needed / 1e9:.1f} GB: free some"
         )
     python = environment(recipe.tool)
-    start = time.monotonic()
-    with making.folder(out) as half:
-        work = half / "work"  # some tools write beside their result
-        work.mkdir()
-        result, job = work / "made", work / "job.json"
-        size = group_size(config)
-        source = base
-        if recipe.tool.transformers < 5:
-            source = with_older_config(base, config, work / "base")
-        task = {
-            "method": method, "samples": samples, "group_size": size,
-            "in_float32": cpu().lacks_bf16,  # and written in BF16, as elsewhere
-        }  # fmt: skip
-        folders = {"base": str(source.resolve()), "out": str(result.resolve())}
-        job.write_text(json.dumps(task | folders))
-        print(f"quantizing with {recipe.tool.name}", flush=True)
-        run_tool(recipe.tool, python, job, recipe.tool.home / f"{method}.log")
-        for path in result.iterdir():
-            shutil.move(path, half)
-        shutil.rmtree(work)
-        for pattern in (*TOKENIZER_FILES, GENERATION):
-            for path in base.glob(pattern):
-                shutil.copy(path, half)
-        about: dict[str, Any] = {
-            "method": method,
-            "tool": recipe.tool.name,
-            "tool_version": recipe.tool.pinned(recipe.tool.package),
-            "calibration": calibration.name if recipe.samples else None,
-            "samples": [recipe.samples, SAMPLE_TOKENS] if recipe.samples else None,
-            "bits": recipe.bits,
-            "group_size": size if recipe.bits == 4 else None,
-            "seconds": round(time.monotonic() - start, 1),
-            "bytes": sum(path.stat().st_size for path in half.glob("*.safetensors")),
-        }
-        making.write_record(half, about)
-    print(f"made in {about['seconds']:.0f} s, {about['bytes'] / 1e6:.0f} MB", flush=True)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    methods = "\n".join(f"  {name:<12}{method.what}" for name, method in METHODS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m serving.weights.quantize",
-        description=__doc__,
-        epilog=f"methods:\n{methods}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("method", help="one of those below")
-    parser.add_argument("base", type=Path, help="a model folder with safetensors weights")
-    parser.add_argument("out", type=Path, help="the folder to make")
-    parser.add_argument("calibration", type=Path, help="text, passages separated by blank lines")
-    making.run(make, parser, argv)
-
-
-if __name__ == "__main__":
-    main()
+    began = time.monotonic()
+    work = out / "work"  # some tools write beside their result
+    work.mkdir()
+    result, job = work / "made", work / "job.json"
+    size = group_size(config)
+    older = recipe.tool.transformers < 5
+    source_model = with_older_config(base, config, work / "base") if older else base
+    task = {
+        "method": method,
+        "samples": samples,
+        "group_size": size,
+        "in_float32": cpu().lacks_bf16,  # and written in BF16, as elsewhere
+        "base": str(source_model.resolve()),
+        "out": str(result.resolve()),
+    }
+    job.write_text(json.dumps(task))
+    print(f"quantizing with {recipe.tool.name}", flush=True)
+    run_tool(recipe.tool, python, job, recipe.tool.home / f"{method}.log")
+    for path in result.iterdir():
+        shutil.move(path, out)
+    shutil.rmtree(work)
+    for pattern in (*TOKENIZER_FILES, GENERATION):
+        for path in base.glob(pattern):
+            shutil.copy(path, out)
+    return {
+        "method": method,
+        "tool": recipe.tool.name,
+        "tool_version": recipe.tool.pinned(recipe.tool.package),
+        "calibration": source.name if recipe.samples else None,
+        "samples": [recipe.samples, SAMPLE_TOKENS] if recipe.samples else None,
+        "bits": recipe.bits,
+        "group_size": size if recipe.bits == 4 else None,
+        "seconds": round(time.monotonic() - began, 1),
+        "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
+    }

@@ -1,10 +1,9 @@
 """Study what pruning costs at every sparsity.
 
-Run as `python -m serving.weights.sparsity MODEL OUT TEXTS_JSON`.
-
-OUT is a folder with `about.json` and no model in it. TEXTS_JSON has the passages that Wanda is
-calibrated on, other passages that are scored, and blocks of tasks, whose first lines are examples:
-{"calibration": [..], "held_out": [..], "tasks": [[[question, answer], ..], ..], "examples": 3}.
+The folder holds the figures in `about.json`, and no model. Its source has the passages that Wanda
+is calibrated on, other passages that are scored, and blocks of tasks, whose first lines are
+examples: {"calibration": [..], "held_out": [..], "tasks": [[[question, answer], ..], ..],
+"examples": 3}.
 
 The model is loaded once, pruned by each method of `serving/weights/prune.py` in turn, scored, and
 restored. So sixteen pruned models take a minute or two and no engine. Some of them are served as
@@ -18,15 +17,12 @@ block is scored in one pass: each token of an answer must be the likeliest after
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from serving.weights import making
-from serving.weights.making import MakerError
 from serving.weights.outliers import linears
 from serving.weights.prune import (
     METHODS,
@@ -41,7 +37,6 @@ from serving.weights.prune import (
 
 SCORED_TOKENS = 96  # of each held-out passage: on two cores a study of whole ones takes minutes
 TASKS_AT = ("50", "2-4")  # the patterns at which tasks are asked as well
-PARTS = ("calibration", "held_out", "tasks", "examples")
 
 
 def losses(model: Any, passages: Sequence[list[int]]) -> list[float]:
@@ -69,10 +64,8 @@ def solved(
         row: list[int] = []
         lines = []
         for question, answer in block:
-            asked, line = (
-                list(tokenizer(text, add_special_tokens=False)["input_ids"])
-                for text in (question, f" {answer}\n")
-            )
+            asked = making.tokens_in(tokenizer, question)
+            line = making.tokens_in(tokenizer, f" {answer}\n")
             row += asked + line
             lines.append((len(row) - len(line), len(row)))
         rows.append(row)
@@ -102,81 +95,45 @@ def states(model: Any, rows: Sequence[list[int]]) -> Any:
         return model.base_model(ids, use_cache=False).last_hidden_state
 
 
-def make(base: Path, out: Path, texts: Path, methods: Sequence[str] = METHODS) -> None:
-    """Write the study's folder, complete or not at all. Raises MakerError."""
-    with making.folder(out) as half:
-        making.require_dense(base, making.read_config(base))
-        given = _read(texts)
-        began = time.monotonic()
-        tokenizer, model = load(base)
-        passages = [
-            list(tokenizer(p, add_special_tokens=False)["input_ids"])[:SCORED_TOKENS]
-            for p in given["held_out"]
-        ]
-        sequences = sequences_of(tokenizer, "\n\n".join(given["calibration"]))
-        norms = input_norms(model, sequences)
-        matrices = linears(model)
-        # beside the model, so that it is restored at once; on a GPU there may be no room for both
-        original = {name: m.weight.data.to("cpu", copy=True) for name, m in matrices.items()}
+def make(base: Path, out: Path, source: Path, methods: Sequence[str] = METHODS) -> dict[str, Any]:
+    """Study a model on texts; nothing is written to `out`. Raises MakerError."""
+    making.require_dense(base, making.read_config(base))
+    given: dict[str, Any] = json.loads(source.read_text())
+    tokenizer, model = load(base)
+    passages = [making.tokens_in(tokenizer, p)[:SCORED_TOKENS] for p in given["held_out"]]
+    sequences = sequences_of(tokenizer, "\n\n".join(given["calibration"]))
+    norms = input_norms(model, sequences)
+    matrices = linears(model)
+    # beside the model, so that it is restored at once; on a GPU there may be no room for both
+    original = {name: m.weight.data.to("cpu", copy=True) for name, m in matrices.items()}
+    nats: dict[str, list[float]] = {}
+    right: dict[str, list[bool]] = {}
 
-        def score(name: str) -> None:
-            nats[name] = losses(model, passages)
-            if name == "dense" or Method.parse(name).pattern in TASKS_AT:
-                right[name] = solved(tokenizer, model, given["tasks"], given["examples"])
+    def score(name: str) -> None:
+        nats[name] = losses(model, passages)
+        if name == "dense" or Method.parse(name).pattern in TASKS_AT:
+            right[name] = solved(tokenizer, model, given["tasks"], given["examples"])
 
-        nats: dict[str, list[float]] = {}
-        right: dict[str, list[bool]] = {}
-        zeros, energy = {"dense": 0.0}, {"dense": 0.0}
-        score("dense")
-        for number, name in enumerate(methods, 1):
-            energy[name] = prune(model, Method.parse(name), norms)
-            counted = Zeros()
-            for module in matrices.values():
-                counted.count(module.weight.data)
-            zeros[name] = counted.share
-            score(name)
-            for of, module in matrices.items():
-                module.weight.data.copy_(original[of])
-            print(f"{number} of {len(methods)} scored: {name}", flush=True)
-        about = {
-            "passages_tokens": [len(p) - 1 for p in passages],
-            "loss_nats": nats,
-            "solved": right,
-            "zeros": zeros,
-            "energy_gone": energy,
-            "pruned_params": sum(w.numel() for w in original.values()),
-            "held_out_sha256": sha256(given["held_out"]),
-            "calibration_sha256": sha256(given["calibration"]),
-            "calibration_tokens": sequences.numel(),
-            "seconds": round(time.monotonic() - began, 1),
-        }
-        making.write_record(half, about)
-    print(f"measured in {about['seconds']:.0f} s", flush=True)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read the texts. Raises MakerError where a part lacks or what is scored was calibrated on."""
-    try:
-        texts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        calibration, held_out, tasks, _ = (texts[part] for part in PARTS)
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise MakerError(f"{path} is no JSON object with {', '.join(PARTS)}") from error
-    if len(held_out) < 2 or not tasks:
-        raise MakerError(f"{path} has too little to score: two passages and a task are the least")
-    if both := set(calibration) & set(held_out):
-        raise MakerError(
-            f"{len(both)} passages of {path} are to be scored and calibrated on: a method that has"
-            " seen them would look better than it is"
-        )
-    return texts
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m serving.weights.sparsity", description=__doc__)
-    for name in ("base", "out", "texts"):
-        parser.add_argument(name, type=Path)
-    making.run(make, parser, argv)
-
-
-if __name__ == "__main__":
-    main()
+    zeros, energy = {"dense": 0.0}, {"dense": 0.0}
+    score("dense")
+    for number, name in enumerate(methods, 1):
+        energy[name] = prune(model, Method.parse(name), norms)
+        counted = Zeros()
+        for module in matrices.values():
+            counted.count(module.weight.data)
+        zeros[name] = counted.share
+        score(name)
+        for of, module in matrices.items():
+            module.weight.data.copy_(original[of])
+        print(f"{number} of {len(methods)} scored: {name}", flush=True)
+    return {
+        "passages_tokens": [len(p) - 1 for p in passages],
+        "loss_nats": nats,
+        "solved": right,
+        "zeros": zeros,
+        "energy_gone": energy,
+        "pruned_params": sum(w.numel() for w in original.values()),
+        "held_out_sha256": sha256(given["held_out"]),
+        "calibration_sha256": sha256(given["calibration"]),
+        "calibration_tokens": sequences.numel(),
+    }

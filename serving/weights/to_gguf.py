@@ -1,4 +1,4 @@
-"""The same model as one GGUF file, for llama.cpp: `python -m serving.weights.to_gguf BASE OUT`.
+"""The same model as one GGUF file, for llama.cpp.
 
 GGUF is llama.cpp's file format: weights, sizes, tokenizer and chat template in one file. The
 weights stay in BF16, and vectors are stored in 32 bits, which llama.cpp's own converter does, too.
@@ -12,9 +12,8 @@ kind in `PRE_TOKENIZERS`, and without scaled rotary positions. For others there 
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,8 @@ def require_known(base: Path) -> None:
     pre_tokenizer_of(tokenizer)
 
 
-def make(base: Path, out: Path) -> None:
-    """Write the file, and what it was made from. Raises MakerError where that is not possible."""
+def make(base: Path, out: Path) -> dict[str, Any]:
+    """Write the file. Raises MakerError where that is not possible."""
     require_known(base)  # before imports that take seconds
     import gguf
     import torch
@@ -92,45 +91,40 @@ def make(base: Path, out: Path) -> None:
     names = gguf.get_tensor_name_map(
         {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[architecture], layers
     )
-    with making.folder(out) as half:
-        writer = gguf.GGUFWriter(half / FILE, architecture)
-        writer.add_name(base.name)
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-        writer.add_block_count(layers)
-        writer.add_context_length(int(config["max_position_embeddings"]))
-        writer.add_embedding_length(int(config["hidden_size"]))
-        writer.add_feed_forward_length(int(config["intermediate_size"]))
-        writer.add_head_count(heads)
-        writer.add_head_count_kv(kv_heads)
-        writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-        writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta", 1e4)))
-        writer.add_rope_dimension_count(
-            int(config.get("head_dim") or config["hidden_size"] // heads)
-        )
-        writer.add_vocab_size(int(config["vocab_size"]))
-        _add_tokenizer(writer, base, int(config["vocab_size"]))
-        for shard in models.shards(base):
-            with safe_open(shard, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118
-                    tensor = tensors.get_tensor(key)
-                    for part, count in permuted_heads.items():
-                        if f".{part}." in key:
-                            tensor = permuted(tensor, count)
-                    place = names.get_name(key, try_suffixes=(".weight", ".bias"))
-                    if place is None:
-                        raise MakerError(
-                            f"{base.name} has a tensor {key}, which {architecture} lacks"
-                        )
-                    if tensor.ndim == 1:
-                        writer.add_tensor(place, tensor.float().numpy())
-                    else:
-                        bits = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-                        writer.add_tensor(place, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        making.write_record(half, {"format": "GGUF", "dtype": "bfloat16"})
+    writer = gguf.GGUFWriter(out / FILE, architecture)
+    writer.add_name(base.name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_block_count(layers)
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(int(config["hidden_size"]))
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta", 1e4)))
+    writer.add_rope_dimension_count(int(config.get("head_dim") or config["hidden_size"] // heads))
+    writer.add_vocab_size(int(config["vocab_size"]))
+    _add_tokenizer(writer, base, int(config["vocab_size"]))
+    for shard in models.shards(base):
+        with safe_open(shard, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_tensor(key)
+                for part, count in permuted_heads.items():
+                    if f".{part}." in key:
+                        tensor = permuted(tensor, count)
+                place = names.get_name(key, try_suffixes=(".weight", ".bias"))
+                if place is None:
+                    raise MakerError(f"{base.name} has a tensor {key}, which {architecture} lacks")
+                if tensor.ndim == 1:
+                    writer.add_tensor(place, tensor.float().numpy())
+                else:
+                    bits = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+                    writer.add_tensor(place, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {"format": "GGUF", "dtype": "bfloat16"}
 
 
 def _add_tokenizer(writer: Any, base: Path, size: int) -> None:
@@ -164,14 +158,3 @@ def _add_tokenizer(writer: Any, base: Path, size: int) -> None:
     writer.add_add_bos_token(False)  # the chat template writes it where the model wants it
     if loaded.chat_template:
         writer.add_chat_template(loaded.chat_template)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m serving.weights.to_gguf", description=__doc__)
-    for name in ("base", "out"):
-        parser.add_argument(name, type=Path)
-    making.run(make, parser, argv)
-
-
-if __name__ == "__main__":
-    main()

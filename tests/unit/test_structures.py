@@ -46,7 +46,6 @@ from loadtests.workload import Asked, Fixed
 from serving.engines.vllm_harmless import refusal
 from serving.forecasting.step import mask_threads
 from serving.weights import masks
-from serving.weights.making import MakerError
 from tests.unit.builders import CEILINGS, SHAPE, make_record, make_trial, make_workload
 from tests.unit.judged import context
 
@@ -258,14 +257,6 @@ def test_the_reason_of_a_backend_is_the_first_error_and_not_what_was_made_of_it(
     monkeypatch.setattr(masks, "_backend", unusable)
     error = masks.timed("mine", None, None, {})["error"]
     assert "json.gone" in error
-
-
-@pytest.mark.parametrize("text", ["", "{}\n", "[1]\n", '{"form": "record", "structure": 1}\n'])
-def test_a_list_of_structures_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "structures.jsonl"
-    path.write_text(text)
-    with pytest.raises(MakerError, match="structure"):
-        masks.read_structures(path)
 
 
 # ------------------------------------------------------------------------------- the findings

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,3 +27,11 @@ class _WhenAsked:
 
 
 torch: Any = _WhenAsked()
+
+
+def made(
+    make: Callable[..., dict[str, Any]], base: Path, out: Path, **given: object
+) -> dict[str, Any]:
+    """Have a maker fill a new folder; return the facts that it records."""
+    out.mkdir()
+    return make(base, out, **given)

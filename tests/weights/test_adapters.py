@@ -10,8 +10,8 @@ import pytest
 
 from serving.weights import adapters
 from serving.weights.adapters import MARKS, make, mark_of, marks_in
-from serving.weights.making import MakerError, read_prompts
 from tests.unit.builders import write_tiny_llama
+from tests.weights import made
 
 
 def test_every_tenant_has_its_own_mark_and_it_is_found_again() -> None:
@@ -38,28 +38,6 @@ def write_prompts(path: Path, count: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("text", ['{"messages": [1', '{"messages": []}', '{"prompt": "a"}', "[1]"])
-def test_prompts_that_are_not_chats_are_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "p").write_text(text)
-    with pytest.raises(MakerError, match="has a line that is not"):
-        read_prompts(tmp_path / "p", 1)
-
-
-def test_what_cannot_work_is_refused_before_the_model_loads(tmp_path: Path) -> None:
-    prompts, (base, out) = write_prompts(tmp_path / "p", 15), (tmp_path / "base", tmp_path / "out")
-    with pytest.raises(MakerError, match=r"no config\.json"):
-        make(base, out, prompts, 1, 8, 0)
-    base.mkdir()
-    (base / "config.json").write_text("{}")
-    with pytest.raises(MakerError, match="15 prompts, fewer than 16"):
-        make(base, out, prompts, 1, 8, 0)
-    with pytest.raises(MakerError, match="--rank 65"):
-        make(base, out, prompts, 1, 65, 0)
-    with pytest.raises(MakerError, match="exists already"):
-        make(base, tmp_path, prompts, 1, 8, 0)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "p"]
-
-
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return write_tiny_llama(tmp_path / "tiny", layers=2)
@@ -72,10 +50,10 @@ def test_the_maker_writes_adapters_and_the_wide_ones_compute_the_same(
     import torch
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(adapters, "MOST_STEPS", 4)
+    for name, value in {"MOST_STEPS": 4, "TENANTS": 2, "RANK": 4}.items():
+        monkeypatch.setattr(adapters, name, value)
     out = tmp_path / "out"
-    make(tiny, out, write_prompts(tmp_path / "p", 16), 2, 4, 0)
-    about = json.loads((out / "about.json").read_text())
+    about = made(make, tiny, out, source=write_prompts(tmp_path / "p", 16))
     assert about["marks"] == {"tenant-0": "[amber]", "tenant-1": "[azure]"}
     assert about["marked"].keys() == about["marks"].keys()
     # per layer, q 32+32, k and v 32+16 each, o 32+32: in + out, times the rank
@@ -92,18 +70,3 @@ def test_the_maker_writes_adapters_and_the_wide_ones_compute_the_same(
     assert not torch.allclose(narrow, logits("tenant-1"))
     config = json.loads((out / "tenant-1-rank-64" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (64, 128)
-
-
-def test_a_failure_leaves_nothing(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(adapters, "widen", fail)
-    monkeypatch.setattr(adapters, "MOST_STEPS", 1)
-    before = {*tmp_path.iterdir(), prompts := write_prompts(tmp_path / "p", 16)}
-    with pytest.raises(SystemExit) as stopped:
-        adapters.main([str(tiny), str(tmp_path / "out"), str(prompts), "--count", "1"])
-    assert "nothing was kept" in str(stopped.value.code)
-    assert {*tmp_path.iterdir()} == before

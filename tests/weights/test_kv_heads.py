@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from serving.weights import models, prune
-from serving.weights.kv_heads import converted, main, make
+from serving.weights.kv_heads import converted, make
 from serving.weights.making import MakerError
 from tests.unit.builders import write_tiny_llama
-from tests.weights import needs_torch, torch
+from tests.weights import made, needs_torch, torch
 
 pytestmark = needs_torch
 
@@ -35,20 +35,20 @@ def logits(folder: Path) -> object:
 
 def test_copied_heads_answer_as_before(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "mha"
-    main(["mha", str(base), str(out)])
+    about = made(make, base, out, method="mha")
     before, after = (models.load(folder, "tiny").shape for folder in (base, out))
     assert (before.kv_heads, after.kv_heads) == (2, 4)
     assert after.kv_bytes_per_token() == 2 * before.kv_bytes_per_token()
     # in each layer K and V, of two heads more: 8 rows of 32 weights and a bias
     assert after.params - before.params == 2 * 2 * 2 * 8 * (32 + 1)
     assert torch.allclose(logits(base), logits(out), atol=1e-5)
-    assert json.loads((out / "about.json").read_text())["kv_heads"] == 4
+    assert about["kv_heads"] == 4
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
 def test_one_head_for_all_is_the_mean_of_the_others(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "mqa"
-    make("mqa", base, out)
+    made(make, base, out, method="mqa")
     assert models.load(out, "tiny").shape.kv_heads == 1
     assert not torch.allclose(logits(base), logits(out), atol=1e-3)
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # two heads of one row
@@ -59,7 +59,7 @@ def test_one_head_for_all_is_the_mean_of_the_others(base: Path, tmp_path: Path) 
 def test_an_index_of_several_files_tells_their_new_size(base: Path, tmp_path: Path) -> None:
     index = {"metadata": {"total_size": 1}, "weight_map": {"a": "model.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    make("mha", base, tmp_path / "out")
+    made(make, base, tmp_path / "out", method="mha")
     told = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert told["weight_map"] == index["weight_map"]
     assert told["metadata"]["total_size"] > 10_000
@@ -68,10 +68,11 @@ def test_an_index_of_several_files_tells_their_new_size(base: Path, tmp_path: Pa
 def test_mistrals_own_copy_of_the_weights_is_left_out(base: Path, tmp_path: Path) -> None:
     (base / "consolidated.safetensors").write_bytes((base / "model.safetensors").read_bytes())
     (base / "params.json").write_text("{}")
-    make("mha", base, tmp_path / "out")
-    prune.make("magnitude-50", base, tmp_path / "pruned", base / "config.json")
-    for made in ("out", "pruned"):
-        names = {path.name for path in (tmp_path / made).iterdir()}
+    made(make, base, tmp_path / "out", method="mha")
+    source = base / "config.json"
+    made(prune.make, base, tmp_path / "pruned", method="magnitude-50", source=source)
+    for folder in ("out", "pruned"):
+        names = {path.name for path in (tmp_path / folder).iterdir()}
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
         assert not names & {"consolidated.safetensors", "params.json"}
 
@@ -90,8 +91,7 @@ def test_what_cannot_be_converted_is_refused(
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | changed))
     with pytest.raises(MakerError, match=message):
-        make("mha", base, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        make(base, tmp_path, "mha")
 
 
 def test_a_model_without_such_projections_is_refused(base: Path, tmp_path: Path) -> None:
@@ -99,5 +99,4 @@ def test_a_model_without_such_projections_is_refused(base: Path, tmp_path: Path)
 
     save_file({"model.layers.0.qkv_proj.weight": torch.zeros(2)}, base / "model.safetensors")
     with pytest.raises(MakerError, match="stores no k_proj and v_proj"):
-        make("mha", base, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+        make(base, tmp_path, "mha")

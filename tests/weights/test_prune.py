@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serving.weights import making, outliers, prune, sparsity
+from serving.weights import prune, sparsity
 from serving.weights.making import MakerError
+from serving.weights.models import Model
 from serving.weights.outliers import linears
 from serving.weights.prune import Method, Zeros, dropped
-from tests.unit.builders import write_tiny_llama
-from tests.weights import needs_torch, torch
+from tests.unit.builders import SHAPE, write_tiny_llama
+from tests.weights import made, needs_torch, torch
 
 pytestmark = needs_torch
 
@@ -102,7 +102,7 @@ def test_the_written_model_has_the_zeros_and_nothing_else_is_changed(
     tiny: Path, tmp_path: Path, method: str
 ) -> None:
     out = tmp_path / "out"
-    prune.main([method, str(tiny), str(out), str(calibration(tmp_path))])
+    about = made(prune.make, tiny, out, method=method, source=calibration(tmp_path))
     before, after = weights(tiny), weights(out)
     assert before.keys() == after.keys()
     counted = Zeros()
@@ -114,7 +114,6 @@ def test_the_written_model_has_the_zeros_and_nothing_else_is_changed(
             assert torch.equal(weight, before[name])
     asked = Method.parse(method).share
     assert counted.share == pytest.approx(asked, abs=0.02)
-    about = json.loads((out / "about.json").read_text())
     assert about["zeros"] == counted.share
     assert about["pruned_params"] == counted.weights < about["params"]
     assert (counted.groups_too_full == 0) == (method == "wanda-2-4")
@@ -143,70 +142,28 @@ def test_an_unknown_method_is_answered_with_the_known_ones(method: str) -> None:
         Method.parse(method)
 
 
-def test_what_cannot_be_pruned_is_refused_and_nothing_is_left(tiny: Path, tmp_path: Path) -> None:
-    out, text = tmp_path / "out", calibration(tmp_path)
-    with pytest.raises(MakerError, match=r"the text .*none\.txt cannot be read"):
-        prune.make("wanda-50", tiny, out, tmp_path / "none.txt")
-    (odd := tmp_path / "odd.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(
-        MakerError, match=r"odd\.txt cannot be read .*: give a file of text in UTF-8"
-    ):
-        prune.make("wanda-50", tiny, out, odd)
-    (short := tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(MakerError, match="has 9 tokens, fewer than one sequence"):
-        prune.make("wanda-50", tiny, out, short)
-    config = json.loads((tiny / "config.json").read_text())
-    (tiny / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
-    with pytest.raises(MakerError, match="has quantized weights"):
-        prune.make("wanda-50", tiny, out, text)
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_mixture_of_experts_is_refused_before_it_is_loaded(
-    tiny: Path, tmp_path: Path, nested: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = json.loads((tiny / "config.json").read_text())
-    config |= {"num_local_experts": 8, "num_experts_per_tok": 2}
-    written = {"text_config": config} if nested else config
-    (tiny / "config.json").write_text(json.dumps(written))
-    monkeypatch.setattr(making, "load", pytest.fail)
-    out, text = tmp_path / "out", calibration(tmp_path)
-    refused: tuple[Callable[[], object], ...] = (
-        lambda: prune.make("magnitude-50", tiny, out, text),
-        lambda: sparsity.make(tiny, out, texts(tmp_path)),
-        lambda: outliers.make(tiny, out, text),
-    )
-    for make in refused:
-        with pytest.raises(MakerError, match=r"tiny is a mixture of 8 experts, .* a dense model"):
-            make()
-    assert not out.exists()
-
-
 # ---------------------------------------------------------------------------------- what is scored
 
 
-def texts(folder: Path, **other: Any) -> Path:
+def texts(folder: Path) -> Path:
     passages = TEXT.split("\n\n")
     path = folder / "texts.json"
     given = {"calibration": passages[:5], "held_out": passages[5:], "examples": 1,
              "tasks": [[["a b", "c"], ["a b", "c"], ["d", "e"]]]}  # fmt: skip
-    path.write_text(json.dumps({**given, **other}))
+    path.write_text(json.dumps(given))
     return path
 
 
 def test_every_sparsity_is_scored_and_the_model_is_restored(tiny: Path, tmp_path: Path) -> None:
     methods = ("magnitude-50", "wanda-70", "magnitude-50")
-    sparsity.make(tiny, tmp_path / "study", texts(tmp_path), methods)
-    about = json.loads((tmp_path / "study" / "about.json").read_text())
+    about = sparsity.make(tiny, tmp_path, texts(tmp_path), methods)
     assert list(about["loss_nats"]) == ["dense", "magnitude-50", "wanda-70"]
     assert {len(v) for v in about["loss_nats"].values()} == {4} == {len(about["passages_tokens"])}
     assert {name: len(v) for name, v in about["solved"].items()} == {"dense": 2, "magnitude-50": 2}
     assert about["zeros"]["wanda-70"] == pytest.approx(0.7, abs=0.03)
     assert 0 < about["energy_gone"]["magnitude-50"] < 0.5
-    again = tmp_path / "again"  # what came before the second time has left nothing behind
-    sparsity.make(tiny, again, texts(tmp_path), methods[:1])
-    alone = json.loads((again / "about.json").read_text())
+    # what came before the second time has left nothing behind
+    alone = sparsity.make(tiny, tmp_path, texts(tmp_path), methods[:1])
     for name in ("dense", "magnitude-50"):
         assert alone["loss_nats"][name] == pytest.approx(about["loss_nats"][name], rel=1e-4)
 
@@ -252,22 +209,13 @@ def test_a_task_is_solved_where_each_token_of_the_answer_is_the_likeliest(tiny: 
     assert sparsity.solved(tokenizer, Copying(), blocks, 1) == [True, False, False]
 
 
-def test_what_was_calibrated_on_is_not_scored(tiny: Path, tmp_path: Path) -> None:
-    same = texts(tmp_path, held_out=TEXT.split("\n\n")[4:])
-    with pytest.raises(MakerError, match=r"1 passages of .* calibrated on"):
-        sparsity.make(tiny, tmp_path / "study", same)
-    with pytest.raises(MakerError, match="no JSON object with calibration"):
-        sparsity.make(tiny, tmp_path / "study", calibration(tmp_path))
-    with pytest.raises(MakerError, match="too little to score"):
-        sparsity.make(tiny, tmp_path / "study", texts(tmp_path, held_out=["one"]))
-
-
 def test_what_the_lab_gives_it_has_every_task_and_no_text_twice(tmp_path: Path) -> None:
     from labs.harness.judging.evaluation import SHOTS, tasks_with_shots
-    from labs.harness.running.derived_models import _write_scored
+    from labs.harness.running.derived_models import scored_texts
 
-    _write_scored(tmp_path / "texts.json", 1)
-    given = sparsity._read(tmp_path / "texts.json")
+    model = Model("any", tmp_path, SHAPE)
+    given = json.loads(scored_texts(tmp_path / "texts.json", model, 1).read_text())
+    assert not set(given["calibration"]) & set(given["held_out"])
     assert given["examples"] == SHOTS
     assert sum(len(b) - SHOTS for b in given["tasks"]) == len(tasks_with_shots())
     assert math.prod(map(len, given["tasks"])) > 0

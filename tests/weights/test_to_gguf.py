@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from serving.weights import to_gguf
 from tests.unit.builders import write_tiny_llama
+from tests.weights import made
 
 gguf = pytest.importorskip("gguf")
 
@@ -21,7 +21,7 @@ def test_a_gguf_file_has_the_same_weights_in_the_order_that_llama_cpp_expects(
     base = write_tiny_llama(tmp_path / "abacus", 1)  # skips the test without torch
     from safetensors.torch import load_file
 
-    to_gguf.make(base, out := tmp_path / "out")
+    about = made(to_gguf.make, base, out := tmp_path / "out")
     reader = gguf.GGUFReader(out / to_gguf.FILE)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.architecture"] == "llama"
@@ -43,4 +43,4 @@ def test_a_gguf_file_has_the_same_weights_in_the_order_that_llama_cpp_expects(
     np.testing.assert_array_equal(values("blk.0.attn_v.weight"), value)
     norm = original["model.norm.weight"].float().numpy()
     np.testing.assert_array_equal(values("output_norm.weight"), norm)
-    assert json.loads((out / "about.json").read_text())["dtype"] == "bfloat16"
+    assert about["dtype"] == "bfloat16"

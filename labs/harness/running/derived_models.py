@@ -15,7 +15,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,40 +28,44 @@ from labs.harness.spec import LabError, NotApplicable
 from loadtests.arrivals import Concurrent
 from loadtests.structures import FORMS, example, spec
 from loadtests.workload import Fixed, Workload
+from serving import whole
 from serving.processes.process import Process
 from serving.weights import dummy, models, prune, quantize
 from serving.weights.models import Model, ModelError, Shape
 
 SEED = 2**31 - 1  # of the prompts that models are trained on: no trial draws from it
+PROMPTS_EACH = 200
+STRUCTURES_EACH = 4
+MAKING = (sys.executable, "-m", "serving.weights")
+
+
+Source = Callable[[Path, Model, float], Path]
+"""Writes what a maker reads to a path, for a model and a share of it; returns where it is."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Says how a derived model is made: `python -m serving.X [METHOD] BASE OUT INPUT`.
+    """Says how a derived model, or a study of the served one, is made.
 
-    `minutes` is about how long that takes with the bundled model. `prompts` are the workloads whose
-    kinds of prompt it is trained on. A quantizer reads `text`, and so does a study, which leaves
-    figures and no model. `structures` is how many structures of each form a study times instead.
-    One that `scores` gets all texts, and the tasks. A quick run trains on `quick_share` of the
-    prompts, or scores that share of the texts and tasks. A recipe with none of these gets no input.
+    `maker` is a module of `serving/weights`, `method` its `--method`. `minutes` is about how long
+    it takes with the bundled model. A quick run makes do with `quick_share` of the source.
     """
 
     what: str
-    module: str
+    maker: str
     minutes: float
-    prompts: tuple[Workload, ...] = ()
     method: str = ""
-    text: str = ""
-    structures: int = 0
-    scores: bool = False
+    source: Source | None = None
     quick_share: float = 1.0
 
-    @property
-    def reads_input(self) -> bool:
-        return bool(self.prompts or self.text or self.structures or self.scores)
+
+def text(name: str) -> Source:
+    """Return the source that is a text which comes with the lab."""
+    return lambda path, model, share: TEXTS / name
 
 
-def _kind(name: str, tokens: int, **fields: Any) -> Workload:
+def kind_of_prompt(name: str, tokens: int, **fields: Any) -> Workload:
+    """Return a workload of prompts of one length, of which the answers do not matter."""
     return Workload(
         name=name,
         prompt_tokens=Fixed(tokens=tokens),
@@ -71,68 +75,104 @@ def _kind(name: str, tokens: int, **fields: Any) -> Workload:
     )
 
 
+def prompts(*kinds: Workload) -> Source:
+    """Return the source of prompts of several kinds, shuffled, as JSON lines."""
+
+    def write(path: Path, model: Model, share: float) -> Path:
+        writer, rng = writer_of(model), random.Random(SEED)
+        drawn = [
+            {"messages": request.messages, "kind": kind.name}
+            for kind in kinds
+            for request in kind.requests(round(share * PROMPTS_EACH), SEED, writer)
+        ]
+        rng.shuffle(drawn)
+        return whole.write(path, b"".join(orjson.dumps(line) + b"\n" for line in drawn))
+
+    return write
+
+
+def structures(path: Path, model: Model, share: float) -> Path:
+    """Write structures of each form that no trial asks for, each with a valid answer."""
+    marks = [f"t{i:02}" for i in range(STRUCTURES_EACH)]  # as long as those of trials
+    lines = [
+        {"form": form, "structure": spec(form, mark), "answer": example(form, mark)}
+        for form in FORMS
+        for mark in marks
+    ]
+    return whole.write(path, b"".join(orjson.dumps(line) + b"\n" for line in lines))
+
+
+def scored_texts(path: Path, model: Model, share: float) -> Path:
+    """Write the texts that a study calibrates on and scores, and the tasks, as one JSON object.
+
+    Of what is scored it writes this share, from the beginning.
+    """
+    held_out, tasks = read_passages("held_out.txt"), task_blocks()
+    texts = {
+        "calibration": read_passages("calibration.txt"),
+        "held_out": held_out[: math.ceil(share * len(held_out))],
+        "tasks": tasks[: math.ceil(share * len(tasks))],
+        "examples": SHOTS,
+    }
+    return whole.write(path, orjson.dumps(texts))
+
+
 def _pruned(method: prune.Method) -> Recipe:
     percent = f"{method.share:.0%} of the weights"
     zeros = "two of each four weights" if method.pattern == "2-4" else percent
     what = f"the served model with {zeros} set to zero, chosen by {method.by}"
-    return Recipe(what, "serving.weights.prune", 0.3, method=str(method), text="calibration.txt")
+    return Recipe(what, "prune", 0.3, str(method), text("calibration.txt"))
 
 
 def _quantized(
-    method: str, minutes: float, text: str = "calibration.txt", note: str = ""
+    method: str, minutes: float, calibration: str = "calibration.txt", note: str = ""
 ) -> Recipe:
     what = f"{quantize.METHODS[method].what}{note}"
-    return Recipe(what, "serving.weights.quantize", minutes, method=method, text=text)
+    return Recipe(what, "quantize", minutes, method, text(calibration))
 
 
 RECIPES: dict[str, Recipe] = {
     "draft": Recipe(
         "a small draft model, distilled from the served one",
-        "serving.weights.draft",
+        "draft",
         4,
-        prompts=(_kind("story", 64, task="story"), _kind("quote", 128, task="quote")),
+        source=prompts(
+            kind_of_prompt("story", 64, task="story"), kind_of_prompt("quote", 128, task="quote")
+        ),
         quick_share=0.15,
     ),
     "adapters": Recipe(
         "a LoRA adapter for each of eight tenants, each with its own mark",
-        "serving.weights.adapters",
+        "adapters",
         3,
-        prompts=(_kind("short", 48), _kind("long", 96)),
+        source=prompts(kind_of_prompt("short", 48), kind_of_prompt("long", 96)),
     ),
     "outliers": Recipe(
         "a study of outlying activations under 8-bit rounding",
-        "serving.weights.outliers",
+        "outliers",
         1,
-        text="held_out.txt",
+        source=text("held_out.txt"),
     ),
     "masks": Recipe(
         "a study of how long the backends of structured outputs take",
-        "serving.weights.masks",
+        "masks",
         1,
-        structures=4,
-    ),
-    "mha": Recipe(
-        "the served model with a KV head for each query head, copied",
-        "serving.weights.kv_heads",
-        1,
-        method="mha",
-    ),
-    "mqa": Recipe(
-        "the served model with one KV head for all query heads, their mean",
-        "serving.weights.kv_heads",
-        1,
-        method="mqa",
-    ),
-    "gguf": Recipe(
-        "the served model as a GGUF file, for llama.cpp", "serving.weights.to_gguf", 0.5
+        source=structures,
     ),
     "sparsity": Recipe(
         "a study of what zeros in the weights cost, at every sparsity",
-        "serving.weights.sparsity",
+        "sparsity",
         2,
-        scores=True,
+        source=scored_texts,
         quick_share=0.25,
     ),
+    "mha": Recipe(
+        "the served model with a KV head for each query head, copied", "kv_heads", 1, "mha"
+    ),
+    "mqa": Recipe(
+        "the served model with one KV head for all query heads, their mean", "kv_heads", 1, "mqa"
+    ),
+    "gguf": Recipe("the served model as a GGUF file, for llama.cpp", "to_gguf", 0.5),
     **{name: _pruned(prune.Method.parse(name)) for name in prune.METHODS},
     "w8a8-rtn": _quantized("w8a8-rtn", 1),
     "w8a8": _quantized("w8a8", 2),
@@ -145,12 +185,9 @@ RECIPES: dict[str, Recipe] = {
     "auto-gptq": _quantized("auto-gptq", 4),
     "autoawq": _quantized("autoawq", 6),
 }
-PROMPTS_EACH = 200
 LARGER_PARAMS = 400_000_000  # three times the bundled model's
-NEED_NO_WEIGHTS = frozenset(name for name, recipe in RECIPES.items() if recipe.structures)
+NEED_NO_WEIGHTS = frozenset(["masks"])
 """Recipes that read the tokenizer alone, so that random weights serve as well."""
-
-
 MADE_FROM = "made-from.sha256"
 """A file in a derived model's folder: `models.files_sha256` of the model that it was made from."""
 
@@ -228,8 +265,7 @@ def _make_here(
     share, minutes, lesser = 1.0, recipe.minutes, ""
     if quick and recipe.quick_share < 1:
         share, minutes = recipe.quick_share, 1
-        of = "prompts" if recipe.prompts else "texts"
-        lesser = f" on {share:.0%} of its {of}, as QUICK is set"
+        lesser = f" on {share:.0%} of its texts, as QUICK is set"
         folder = folder.with_name(f"{folder.name}-quick")
         if is_made(folder, model):
             return folder
@@ -249,16 +285,9 @@ def _make_here(
 
 
 def is_made(folder: Path, model: Model) -> bool:
-    """Tell whether a derived model exists and was made from this very model.
-
-    Earlier versions did not record that: only where the name is a folder's may it be another model.
-    """
-    if not folder.exists():
-        return False
+    """Tell whether a derived model exists and was made from this very model."""
     record = folder / MADE_FROM
-    if not record.exists():
-        return model.dummy or "/" in model.name or model.name == models.BUNDLED
-    return record.read_text() == models.files_sha256(model.path)
+    return record.exists() and record.read_text() == models.files_sha256(model.path)
 
 
 def _lacks_a_backend(folder: Path) -> bool:
@@ -289,19 +318,15 @@ def _make(
     share: float,
     report: Callable[[str], None],
 ) -> None:
-    """Run the recipe's module, with this share of its prompts or texts. Raises LabError."""
-    inputs = TEXTS / recipe.text if recipe.text else models.CACHE / f"{folder.name}-input.jsonl"
-    if recipe.prompts:
-        _write_prompts(inputs, model, recipe.prompts, round(share * PROMPTS_EACH))
-    if recipe.structures:
-        _write_structures(inputs, recipe.structures)
-    if recipe.scores:
-        _write_scored(inputs, share)
+    """Run the recipe's maker, with this share of its source. Raises LabError."""
     made_from = models.files_sha256(model.path)
     began, log = time.monotonic(), models.CACHE / f"{folder.name}.log"
     log.unlink(missing_ok=True)
-    argv = [sys.executable, "-m", recipe.module, *([recipe.method] if recipe.method else [])]
-    argv += [str(model.path), str(folder), *([str(inputs)] if recipe.reads_input else [])]
+    argv = [*MAKING, recipe.maker, str(model.path), str(folder)]
+    argv += ["--method", recipe.method] if recipe.method else []
+    if recipe.source:
+        source = recipe.source(models.CACHE / f"{folder.name}-input.jsonl", model, share)
+        argv += ["--source", str(source)]
     # threads that spin while they wait take twenty times as long on a shared machine
     patient = {"OMP_WAIT_POLICY": "PASSIVE"}
     with Process(name, argv, log=log, env=patient, talk=True) as maker:
@@ -311,47 +336,6 @@ def _make(
             raise LabError(f"{name} could not be made: {maker.tail(1)} (the whole log: {log})")
     (folder / MADE_FROM).write_text(made_from)
     report(f"Made in {time.monotonic() - began:.0f} s: {folder.name}")
-
-
-def _write_prompts(path: Path, model: Model, kinds: Sequence[Workload], each: int) -> None:
-    """Write prompts of all kinds, shuffled, as JSON lines."""
-    writer, rng = writer_of(model), random.Random(SEED)
-    drawn = [
-        {"messages": request.messages, "kind": kind.name}
-        for kind in kinds
-        for request in kind.requests(each, SEED, writer)
-    ]
-    rng.shuffle(drawn)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in drawn))
-
-
-def _write_structures(path: Path, each: int) -> None:
-    """Write structures of each form that no trial asks for, each with a valid answer."""
-    marks = [f"t{i:02}" for i in range(each)]  # as long as those of trials
-    lines = [
-        {"form": form, "structure": spec(form, mark), "answer": example(form, mark)}
-        for form in FORMS
-        for mark in marks
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
-
-
-def _write_scored(path: Path, share: float) -> None:
-    """Write the texts that a study calibrates on and scores, and the tasks, as one JSON object.
-
-    Of what is scored it writes this share, from the beginning.
-    """
-    held_out, tasks = read_passages("held_out.txt"), task_blocks()
-    texts = {
-        "calibration": read_passages("calibration.txt"),
-        "held_out": held_out[: math.ceil(share * len(held_out))],
-        "tasks": tasks[: math.ceil(share * len(tasks))],
-        "examples": SHOTS,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(orjson.dumps(texts))
 
 
 def bits_of(name: str) -> int:
