@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from labs.context_retrieval.lab import EVICTED_SHARE, FORMULAS, SHARING_LAYERS, longest_prompt
+from labs.context_retrieval.lab import (
+    EVICTED_SHARE,
+    FORMULAS,
+    KEPT_BEYOND,
+    KEPT_IN_8_BITS,
+    KEPT_WITHIN,
+    LOST_TOGETHER,
+    SHARING_LAYERS,
+    longest_prompt,
+)
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.offloading import CopyOrCompute
 from labs.harness.filing.results import AT
@@ -19,7 +28,7 @@ from labs.harness.judging.judge import (
     prediction_outcome,
 )
 from labs.harness.judging.quality import paired_difference
-from labs.harness.judging.quantity import POINTS, RATIO, Quantity
+from labs.harness.judging.quantity import POINTS, Quantity
 from labs.harness.judging.retrieval import Changes, Needle, adds_up, by_text, margin_change, share
 from labs.harness.spec import Prediction
 
@@ -59,11 +68,14 @@ class Found:
     asked: int
 
 
+What = Literal["all", "within", "beyond", "sum"]
+
+
 @dataclass(frozen=True)
 class Held:
     """A forecast beside what came, and what became of it."""
 
-    what: Literal["all", "within", "beyond", "sum"]
+    what: What
     kind: Literal["point", "ceiling", "floor"]
     forecast: Quantity
     measured: Quantity
@@ -116,8 +128,6 @@ class Losses:
 class Way:
     """A way to a smaller KV cache: what a sequence takes, and what was measured with it."""
 
-    method: str
-    sequence_bytes: float
     sequence: Quantity
     ratio: float  # to all tokens in 16 bits
     formula: str
@@ -158,7 +168,7 @@ class Facts:
 
 
 def facts(run: JudgedRun) -> Facts:
-    variants = asked(run) if run.finds("retrieval") else {}
+    variants = asked(run)
     lost = losses(run, variants)
     return Facts(tuple(found(of) for of in variants.values()), lost, ways(run, lost))
 
@@ -268,51 +278,44 @@ def forecasts_held(
     predicted: Mapping[str, Prediction],
     changes: Mapping[str, Changes],
 ) -> tuple[Held, ...]:
-    pairs = list(zip(base.needles, treated.needles, strict=True))
+    """Hold against its forecast what a treatment kept of what the base found, and what it lost."""
+    kept = [t for b, t in zip(base.needles, treated.needles, strict=True) if b.correct]
     if treated.window is None:
-        of_all = kept("all", "needles kept, 8 bits", pairs, predicted)
-        held = [of_all, sums_up(treated.variant, predicted, changes)]
+        held = (
+            kept_of(kept, "all", predicted.get(KEPT_IN_8_BITS)),
+            sums_up(treated.variant, changes, predicted.get(LOST_TOGETHER)),
+        )
     else:
-        near = [(b, t) for b, t in pairs if treated.reaches(t)]
-        far = [(b, t) for b, t in pairs if not treated.reaches(t)]
-        held = [
-            kept("within", "needles kept, window, within its reach", near, predicted),
-            kept("beyond", "needles kept, window, beyond its reach", far, predicted),
-        ]
+        near = [t for t in kept if treated.reaches(t)]
+        far = [t for t in kept if not treated.reaches(t)]
+        held = (
+            kept_of(near, "within", predicted.get(KEPT_WITHIN)),
+            kept_of(far, "beyond", predicted.get(KEPT_BEYOND)),
+        )
     return tuple(of for of in held if of)
 
 
-def kept(
-    what: Literal["all", "within", "beyond"],
-    name: str,
-    pairs: Sequence[tuple[Needle, Needle]],
-    predicted: Mapping[str, Prediction],
-) -> Held | None:
-    """Hold the share of the base's needles that was kept against its forecast."""
-    had = [t for b, t in pairs if b.correct]
-    if name not in predicted or not had:
+def kept_of(needles: Sequence[Needle], what: What, prediction: Prediction | None) -> Held | None:
+    """Hold the share that is found against its forecast."""
+    if prediction is None or not needles:
         return None
-    shares = [share(*_count(had), confidence) for confidence in (CONFIDENCE, TWO_ONE_SIDED)]
-    return held_against(what, predicted[name], *shares)
+    shares = [share(*_count(needles), confidence) for confidence in (CONFIDENCE, TWO_ONE_SIDED)]
+    return held_against(what, prediction, *shares)
 
 
 def sums_up(
-    variant: str, predicted: Mapping[str, Prediction], changes: Mapping[str, Changes]
+    variant: str, changes: Mapping[str, Changes], prediction: Prediction | None
 ) -> Held | None:
     """Hold the margin lost under two treatments at once against the sum of each alone."""
-    name = "margin lost, both / the sum of each"
-    if variant != BOTH or name not in predicted or not changes.keys() >= {*PARTS_OF_BOTH}:
+    if prediction is None or variant != BOTH or not changes.keys() >= {*PARTS_OF_BOTH}:
         return None
     parts = [changes[part] for part in PARTS_OF_BOTH]
     sums = [adds_up(changes[BOTH], parts, c) for c in (CONFIDENCE, TWO_ONE_SIDED)]
-    return held_against("sum", predicted[name], *sums)
+    return held_against("sum", prediction, *sums)
 
 
 def held_against(
-    what: Literal["all", "within", "beyond", "sum"],
-    prediction: Prediction,
-    measured: Interval | None,
-    narrow: Interval | None,
+    what: What, prediction: Prediction, measured: Interval | None, narrow: Interval | None
 ) -> Held:
     return Held(
         what,
@@ -329,16 +332,12 @@ def held_against(
 def ways(run: Context, lost: Losses | None) -> Ways | None:
     """Read the bytes that were written down beforehand, and what each way that was run showed."""
     tokens = longest_prompt(run.lab)
-    predicted = {
-        method: prediction
-        for method in FORMULAS
-        if (prediction := run.predictions.arithmetic.get(
-            f"KV bytes of a sequence, {method}{AT}{tokens}"))
-    }  # fmt: skip
-    windows = [w for p in run.points if (w := p.flags.sliding_window)]
+    told = run.predictions.arithmetic
+    of_method = {name: told.get(f"KV bytes of a sequence, {name}{AT}{tokens}") for name in FORMULAS}
+    predicted = {name: prediction for name, prediction in of_method.items() if prediction}
     if not predicted or not run.points:
         return None
-    window = windows[0] if windows else None
+    window = next((w for p in run.points if (w := p.flags.sliding_window)), None)
     full_bytes = predicted["full"].value
     return Ways(
         tokens,
@@ -358,8 +357,6 @@ def way(
     of = lost.of(variant) if lost else None
     of_base = lost.found if lost and lost.base == variant else None
     return Way(
-        method,
-        prediction.value,
         Quantity(prediction.value / 2**20, "MiB"),
         prediction.value / full_bytes,
         prediction.formula,
@@ -376,7 +373,4 @@ def beside_base(run: Context, variant: str | None, workload: str, metric: str) -
     """Divide a variant's figure on a workload by the base's; missing for the base itself."""
     at = {p.variant.name: p for p in run.points if p.workload.name == workload}
     base = run.lab.variants[0].name
-    if variant is None or variant == base or not {variant, base} <= at.keys():
-        return Quantity.missing("not run", RATIO)
-    measured = run.effect(at[variant], at[base], metric)
-    return Quantity.of(measured.ratio if measured else None, RATIO)
+    return run.measured_ratio(at.get(variant or ""), at.get(base), metric)

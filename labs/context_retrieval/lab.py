@@ -61,6 +61,12 @@ FORMULAS = {
 }
 
 
+KEPT_IN_8_BITS = "needles kept, 8 bits"
+KEPT_WITHIN = "needles kept, window, within its reach"
+KEPT_BEYOND = "needles kept, window, beyond its reach"
+LOST_TOGETHER = "margin lost, both / the sum of each"
+
+
 def longest_prompt(lab: Lab) -> int:
     """Return the length of the longest context that is sent, in tokens."""
     prompts = [w.prompt_tokens for w in lab.workloads]
@@ -80,26 +86,26 @@ def arithmetic(lab: Lab, point: Point) -> dict[str, Prediction]:
         for method, (formula, source) in FORMULAS.items()
         if windows or "window" not in method
     }
-    predictions["needles kept, 8 bits"] = Prediction(
+    predictions[KEPT_IN_8_BITS] = Prediction(
         value=0.992,
         formula="1 - 0.008, which 8 bits cost on long contexts on average",
         assumptions=("a small model loses no more than the published ones of 7 to 72 B",),
         source=LONG_QUANTIZED,
     )
-    predictions["margin lost, both / the sum of each"] = Prediction(
+    predictions[LOST_TOGETHER] = Prediction(
         value=1.0,
         formula="1: the errors of weights and of keys and values are small, and add up",
         assumptions=("a small error moves the margin in proportion",),
         source="first-order Taylor expansion",
     )
     if windows:
-        predictions["needles kept, window, within its reach"] = Prediction(
+        predictions[KEPT_WITHIN] = Prediction(
             value=1.0,
             formula="1: what lies within W tokens is attended to in full precision",
             assumptions=("the model does without the first tokens, on which attention rests",),
             source=MISTRAL,
         )
-        predictions["needles kept, window, beyond its reach"] = Prediction(
+        predictions[KEPT_BEYOND] = Prediction(
             value=BY_CHANCE,
             kind="ceiling",
             formula="1 / 5: nothing but one of five numbers drawn blindly",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import scipy
 
@@ -16,7 +16,7 @@ from serving.weights.adapters import mark_of, marks_in
 
 LEAST_ANSWERS = 2000
 TENANTS = (1, 8, 32, 100, 1000)
-Answers = Sequence[tuple[int, str]]  # (the tenant who asked, what it was answered)
+Answers = Sequence[tuple[int, str]]  # the tenant who asked, and what it was answered
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,13 @@ class TenantMemory:
 
 @dataclass(frozen=True)
 class Facts:
-    tenant_leaks: TenantLeaks | None
+    tenant_leaks: TenantLeaks
     adapter_cost: tuple[AdapterCost, ...]
     tenant_memory: TenantMemory | None  # None where no point has an adapter
 
 
 def facts(run: JudgedRun) -> Facts:
-    return Facts(
-        tenant_leaks(run) if run.finds("tenant-leaks") else None,
-        tuple(adapter_cost(run)),
-        tenant_memory(run),
-    )
+    return Facts(tenant_leaks(run), tuple(adapter_cost(run)), tenant_memory(run))
 
 
 # ------------------------------------------------------------------------- whose adapter answered
@@ -131,12 +127,11 @@ def facts(run: JudgedRun) -> Facts:
 
 def marks(answers: Answers) -> Marks:
     foreign = sum(bool(marks_in(text) - {tenant}) for tenant, text in answers)
-    return Marks(
-        len(answers), foreign, sum(mark_of(tenant) not in text for tenant, text in answers)
-    )
+    bare = sum(mark_of(tenant) not in text for tenant, text in answers)
+    return Marks(len(answers), foreign, bare)
 
 
-def answers_in_trials(run: JudgedRun) -> list[tuple[int, str]]:
+def answers_in_trials(run: JudgedRun) -> Answers:
     found = []
     points = [point for point in run.points if point.workload.adapters]
     for point, result, trial in run.folder.trials(points, run.lab):
@@ -151,29 +146,30 @@ def answers_in_trials(run: JudgedRun) -> list[tuple[int, str]]:
 
 def tenant_leaks(run: JudgedRun) -> TenantLeaks:
     answers = answers_in_trials(run)
-    in_trials, probed = marks(answers), None
     results = (run.folder.probe_result("tenants", v.name) for v in run.lab.variants)
-    if probe := next(filter(None, results), None):
-        asked = [(int(tenant), str(text)) for tenant, text in probe["answers"]]
-        loaded_at = len(asked) - probe["visits"]
-        answers += asked
-        misrouted = marks([(int(tenant), str(text)) for tenant, text in probe["misrouted"]])
-        probed = TenantProbe(
-            shared=marks(asked[:loaded_at]),
-            loaded=marks(asked[loaded_at:]),
-            misrouted=misrouted.answers,
-            caught=misrouted.foreign,
-            base_asked=len(probe["base"]),
-            base_marked=sum(bool(marks_in(text)) for text in probe["base"]),
-            cached_share=Quantity(probe.get("cached_share"), "share", why="not counted"),
-            refused=probe["refused"],
-        )
-    of_all = marks(answers)
+    probe = next(filter(None, results), None)
+    of_all = marks([*answers, *(probe["answers"] if probe else ())])
     one_in = Quantity.missing("no answer was checked")
-    if answers:
+    if of_all.answers:
         exact = scipy.stats.binomtest(of_all.foreign, of_all.answers).proportion_ci(method="exact")
         one_in = Quantity(1 / float(exact.high))
-    return TenantLeaks(in_trials, of_all, one_in, probed)
+    return TenantLeaks(marks(answers), of_all, one_in, probed(probe) if probe else None)
+
+
+def probed(probe: Mapping[str, Any]) -> TenantProbe:
+    """Read what the probe asked; the last `visits` answers are of an adapter that came late."""
+    loaded_at = len(probe["answers"]) - probe["visits"]
+    misrouted = marks(probe["misrouted"])
+    return TenantProbe(
+        shared=marks(probe["answers"][:loaded_at]),
+        loaded=marks(probe["answers"][loaded_at:]),
+        misrouted=misrouted.answers,
+        caught=misrouted.foreign,
+        base_asked=len(probe["base"]),
+        base_marked=sum(bool(marks_in(text)) for text in probe["base"]),
+        cached_share=Quantity(probe.get("cached_share"), "share", why="not counted"),
+        refused=probe["refused"],
+    )
 
 
 # ----------------------------------------------------------------------- what adapters cost, save
@@ -182,6 +178,13 @@ def tenant_leaks(run: JudgedRun) -> TenantLeaks:
 def base_of(run: JudgedRun) -> Point | None:
     """The first point of the engine without adapters."""
     return next((p for p in run.points if p.variant.name == "base"), None)
+
+
+def active_bytes(point: Point) -> float:
+    """Bytes of the adapters that a step reads."""
+    adapters = point.workload.adapters
+    active = min(adapters.count, point.flags.max_loras) if adapters else 0
+    return active * adapter_bytes(point) if active else 0.0
 
 
 def adapter_cost(run: JudgedRun) -> list[AdapterCost]:
@@ -194,8 +197,6 @@ def adapter_cost(run: JudgedRun) -> list[AdapterCost]:
             continue
         if base and point.load != base.load:
             over_base = Quantity.missing("another load", CHANGE)
-        active = min(adapters.count, point.flags.max_loras) if adapters else 0
-        moved_bytes = active * adapter_bytes(point) if active else 0.0
         costs.append(
             AdapterCost(
                 point=point.key,
@@ -203,7 +204,7 @@ def adapter_cost(run: JudgedRun) -> list[AdapterCost]:
                 mix=adapters.mix if adapters else "none",
                 tpot_s=tpot_s,
                 over_base=over_base,
-                bytes_share=Quantity(moved_bytes / point.shape.weight_bytes, "share"),
+                bytes_share=Quantity(active_bytes(point) / point.shape.weight_bytes, "share"),
                 ttft_s=run.quantity(point, "ttft_mean_s").brief,
             )
         )

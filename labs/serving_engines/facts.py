@@ -69,7 +69,7 @@ class Lacking:
 @dataclass(frozen=True)
 class Facts:
     curves: tuple[At, ...]
-    same_words: tuple[SameWords, ...] | None
+    same_words: tuple[SameWords, ...]
     cannot: tuple[Lacking, ...]
     most_metrics: int  # that an engine may show
     ranked: Ranked | None  # None without two engines, or a load that all of them had
@@ -77,7 +77,7 @@ class Facts:
     @property
     def compared(self) -> list[SameWords]:
         """The engines whose words were compared with vLLM's."""
-        return [words for words in self.same_words or () if words.compared]
+        return [words for words in self.same_words if words.compared]
 
 
 def facts(run: JudgedRun) -> Facts:
@@ -85,7 +85,7 @@ def facts(run: JudgedRun) -> Facts:
     measured = curves(run)
     return Facts(
         measured,
-        same_words(run) if run.finds("same-words") else None,
+        same_words(run),
         tuple(lacking(run, name) for name in engines),
         len(ENGINES[DEFAULT_ENGINE].shown_metrics()),
         ranked(measured),
@@ -110,15 +110,12 @@ def curves(run: JudgedRun) -> tuple[At, ...]:
     return tuple(read)
 
 
-def of(curves: Sequence[At], variant: str) -> list[At]:
-    return sorted((at for at in curves if at.variant == variant), key=lambda at: at.users)
-
-
 def ranked(curves: Sequence[At]) -> Ranked | None:
     """Rank the engines by their valid figures; those that are not valid come last."""
-    names = dict.fromkeys(at.variant for at in curves)
-    users = [{at.users for at in of(curves, name)} for name in names]
-    if len(names) < 2 or not (shared := set.intersection(*users)):
+    users = dict[str, set[int]]()
+    for at in curves:
+        users.setdefault(at.variant, set()).add(at.users)
+    if len(users) < 2 or not (shared := set.intersection(*users.values())):
         return None
     few, many = min(shared), max(shared)
     alone, loaded = ([at for at in curves if at.users == n] for n in (few, many))

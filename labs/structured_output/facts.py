@@ -25,26 +25,14 @@ How = Literal["free", "asked", "imposed"]
 # --------------------------------------------------------------------------------- validity
 
 
-def is_valid(text: str, structure: Spec) -> bool:
-    """Tell whether the whole text has the structure, and nothing stands around it."""
+def is_valid(text: str, structure: Spec, *, strict: bool = True) -> bool:
+    """Tell whether the whole text has the structure, and nothing stands around it.
+
+    Without `strict`, strings may hold control characters that are not escaped, which JSON forbids
+    (RFC 8259, section 7).
+    """
     if "regex" in structure:
         return re.fullmatch(structure["regex"], text) is not None
-    return _is_of_schema(text, structure, strict=True)
-
-
-def breaks_by_control_characters(text: str, structure: Spec) -> bool:
-    """Tell whether unescaped control characters in strings, which JSON forbids, are all its fault.
-
-    JSON: RFC 8259, section 7.
-    """
-    return (
-        "json" in structure
-        and not is_valid(text, structure)
-        and _is_of_schema(text, structure, strict=False)
-    )
-
-
-def _is_of_schema(text: str, structure: Spec, *, strict: bool) -> bool:
     try:
         value = json.loads(text, strict=strict)
         jsonschema.Draft202012Validator(structure["json"]).validate(value)
@@ -88,31 +76,30 @@ class Validity:
 
     groups: tuple[AnswerCounts, ...]
 
+    def of(self, how: How) -> list[AnswerCounts]:
+        return [group for group in self.groups if group.how == how]
+
     @property
     def kept(self) -> list[Kept]:
         """The answers by how they were asked for."""
-        by_how = {how: [g for g in self.groups if g.how == how] for how in get_args(How)}
-        return [
-            _kept(how, sum(g.valid for g in groups), sum(g.asked for g in groups))
-            for how, groups in by_how.items()
-            if groups
-        ]
+        return [kept(how, groups) for how in get_args(How) if (groups := self.of(how))]
 
     @property
     def with_control_characters(self) -> list[AnswerCounts]:
         """The imposed answers that these alone broke."""
-        return [g for g in self.groups if g.how == "imposed" and g.control_characters]
+        return [group for group in self.of("imposed") if group.control_characters]
 
     @property
     def passed(self) -> bool | None:
         """Whether no whole answer broke an imposed structure; None where none was valid."""
-        imposed = [g for g in self.groups if g.how == "imposed"]
+        imposed = self.of("imposed")
         if any(g.broken for g in imposed):
             return False
         return True if any(g.valid for g in imposed) else None
 
 
-def _kept(how: How, valid: int, asked: int) -> Kept:
+def kept(how: How, groups: Sequence[AnswerCounts]) -> Kept:
+    valid, asked = sum(g.valid for g in groups), sum(g.asked for g in groups)
     low = scipy.stats.binomtest(valid, asked).proportion_ci(method="exact").low
     return Kept(how, valid, asked, Quantity(float(low), "share"))
 
@@ -124,28 +111,25 @@ def validity(run: Context) -> Validity:
         for answer in probe["answers"]:
             backend = variant.name if answer["how"] == "imposed" else None
             groups.setdefault((answer["form"], answer["how"], backend), []).append(answer)
-    counts = [_counted(*group, answers) for group, answers in groups.items()]
+    counts = [counted(*group, answers) for group, answers in groups.items()]
     order = get_args(How)
     counts.sort(key=lambda of: (FORMS.index(of.form), order.index(of.how)))
     return Validity(tuple(counts))
 
 
-def _counted(
+def counted(
     form: str, how: How, backend: str | None, answers: Sequence[Mapping[str, Any]]
 ) -> AnswerCounts:
-    valid = [is_valid(a["text"], a["structure"]) for a in answers]
-    cut_off = [a["finish"] == "length" for a in answers]
+    odd = [a for a in answers if not is_valid(a["text"], a["structure"])]
     return AnswerCounts(
         form,
         how,
         backend,
         asked=len(answers),
-        valid=sum(valid),
-        cut_off=sum(cut and not is_whole for cut, is_whole in zip(cut_off, valid, strict=True)),
+        valid=len(answers) - len(odd),
+        cut_off=sum(a["finish"] == "length" for a in odd),
         tokens=Quantity(fmean(a["tokens"] for a in answers)),
-        control_characters=sum(
-            breaks_by_control_characters(a["text"], a["structure"]) for a in answers
-        ),
+        control_characters=sum(is_valid(a["text"], a["structure"], strict=False) for a in odd),
     )
 
 
@@ -198,40 +182,47 @@ class Overhead:
         return not all(step.without_s.known for step in self.steps)
 
 
-def batch_masks_s(run: Context, point: Point) -> Quantity:
-    """Compute the seconds of a batch's masks from the study."""
-    study, structure = run.run.about.get("masks", {}), point.workload.structure
-    timed = study.get("backends", {}).get(point.variant.name)
-    if structure is None or not timed or structure.form not in timed["forms"]:
-        return _seconds(None)
-    users, each_s = point.load.users, timed["forms"][structure.form]["mask_s"]
-    return _seconds(users * each_s / mask_threads(users, study["processors"]))
-
-
-def _seconds(value: float | None) -> Quantity:
+def seconds(value: float | None) -> Quantity:
     return Quantity.missing("not timed", "s") if value is None else Quantity(float(value), "s")
 
 
+def timed_forms(run: Context) -> Mapping[str, Mapping[str, Any]]:
+    """What the study of masks timed of each form, by backend."""
+    backends = run.run.about.get("masks", {}).get("backends", {})
+    return {backend: timed["forms"] for backend, timed in backends.items()}
+
+
+def batch_masks_s(run: Context, point: Point, form: str) -> Quantity:
+    """Compute the seconds of a batch's masks from the study."""
+    timed = timed_forms(run).get(point.variant.name, {}).get(form)
+    if not timed:
+        return seconds(None)
+    users, processors = point.load.users, run.run.about["masks"]["processors"]
+    return seconds(users * timed["mask_s"] / mask_threads(users, processors))
+
+
 def overhead(run: Context) -> Overhead:
-    asked = {
-        p.workload.name: p
-        for p in run.points
-        if p.workload.structure and not p.workload.structure.imposed
-    }
-    return Overhead(
-        tuple(
+    asked, imposed = dict[str, Point](), list[tuple[Point, str]]()
+    for point in run.points:
+        structure = point.workload.structure
+        if structure and not structure.imposed:
+            asked[point.workload.name] = point
+        elif structure and point.output_tokens > 1:
+            imposed.append((point, structure.form))
+    steps = []
+    for point, form in imposed:
+        without = asked.get(point.workload.name.replace("imposed", "asked"))
+        steps.append(
             Step(
-                p.variant.name,
-                p.workload.name,
-                p.load.users,
-                run.quantity(p, "tpot_mean_s"),
-                run.quantity(asked.get(p.workload.name.replace("imposed", "asked")), "tpot_mean_s"),
-                batch_masks_s(run, p),
+                point.variant.name,
+                point.workload.name,
+                point.load.users,
+                tpot_s=run.quantity(point, "tpot_mean_s"),
+                without_s=run.quantity(without, "tpot_mean_s"),
+                masks_s=batch_masks_s(run, point, form),
             )
-            for p in run.points
-            if p.workload.structure and p.workload.structure.imposed and p.output_tokens > 1
         )
-    )
+    return Overhead(tuple(steps))
 
 
 # ------------------------------------------------------------------------------ the first token
@@ -263,11 +254,11 @@ class FirstTokens:
     @property
     def longest(self) -> FirstToken | None:
         """The longest wait."""
-        return max(self.rows, key=_later_s, default=None)
+        return max(self.rows, key=lambda row: row.later_s.value or 0.0, default=None)
 
     @property
     def shortest(self) -> FirstToken | None:
-        return min(self.rows, key=_later_s, default=None)
+        return min(self.rows, key=lambda row: row.later_s.value or 0.0, default=None)
 
     @property
     def timed(self) -> int | None:
@@ -275,26 +266,21 @@ class FirstTokens:
         return min((row.timed for row in self.rows), default=None)
 
 
-def _later_s(row: FirstToken) -> float:
-    return row.later_s.value or 0.0
-
-
 def first_token(run: Context) -> FirstTokens:
-    study = run.run.about.get("masks", {}).get("backends", {})
-    rows = []
+    rows, study = [], timed_forms(run)
     for variant in run.lab.variants:
         probe = run.folder.probe_result("structures", variant.name) or {"took": []}
         for form in FORMS:
             if took := [t for t in probe["took"] if t["form"] == form]:
-                timed = study.get(variant.name, {}).get("forms", {}).get(form)
+                beforehand = study.get(variant.name, {}).get(form, {})
                 rows.append(
                     FirstToken(
                         variant.name,
                         form,
                         len(took),
-                        _seconds(np.median([t["unseen_s"] for t in took])),
-                        _seconds(np.median([t["seen_s"] for t in took])),
-                        _seconds(timed and timed["compile_s"]),
+                        unseen_s=seconds(np.median([t["unseen_s"] for t in took])),
+                        seen_s=seconds(np.median([t["seen_s"] for t in took])),
+                        compile_s=seconds(beforehand.get("compile_s")),
                     )
                 )
     return FirstTokens(tuple(sorted(rows, key=lambda row: FORMS.index(row.form))))
@@ -326,25 +312,23 @@ class Masks:
 
 def masks(run: Context) -> Masks:
     study = run.run.about.get("masks", {})
-    backends = study.get("backends", {})
     alone = next((p for p in run.points if p.workload.name == "asked-alone"), None)
     one_s = run.quantity(alone, "tpot_mean_s").value
-    return Masks(
-        tuple(
-            TimedForm(
-                backend,
-                form,
-                _seconds(timed["compile_s"]),
-                _seconds(timed["again_s"]),
-                _seconds(timed["mask_s"]),
-                most_hidden=int(one_s / timed["mask_s"]) if one_s else None,
-            )
-            for backend, result in backends.items()
-            for form, timed in result["forms"].items()
-        ),
-        {name: result["error"] for name, result in backends.items() if result["error"]},
-        study.get("vocabulary"),
-    )
+    forms = [
+        TimedForm(
+            backend,
+            form,
+            seconds(timed["compile_s"]),
+            seconds(timed["again_s"]),
+            seconds(timed["mask_s"]),
+            most_hidden=int(one_s / timed["mask_s"]) if one_s else None,
+        )
+        for backend, of_backend in timed_forms(run).items()
+        for form, timed in of_backend.items()
+    ]
+    errors = {name: timed["error"] for name, timed in study.get("backends", {}).items()}
+    unusable = {name: error for name, error in errors.items() if error}
+    return Masks(tuple(forms), unusable, study.get("vocabulary"))
 
 
 # ------------------------------------------------------------------------------------ all of them
@@ -352,18 +336,13 @@ def masks(run: Context) -> Masks:
 
 @dataclass(frozen=True)
 class Facts:
-    validity: Validity | None
-    overhead: Overhead | None
-    first_token: FirstTokens | None
-    masks: Masks | None
+    validity: Validity
+    overhead: Overhead
+    first_token: FirstTokens
+    masks: Masks
     is_forecast: bool  # what the plot shows
 
 
 def facts(run: JudgedRun) -> Facts:
-    return Facts(
-        validity(run) if run.finds("validity") else None,
-        overhead(run) if run.finds("overhead") else None,
-        first_token(run) if run.finds("first-token") else None,
-        masks(run) if run.finds("masks") else None,
-        bool(run.summary.in_virtual_time),
-    )
+    is_forecast = bool(run.summary.in_virtual_time)
+    return Facts(validity(run), overhead(run), first_token(run), masks(run), is_forecast)

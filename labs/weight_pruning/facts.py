@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from labs.harness import theory
 from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.quality import Quality, quality
-from labs.harness.judging.quality import over_clusters
+from labs.harness.facts.quality import Quality, perplexity, perplexity_ratio, quality
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.spec import Point
 from labs.weight_pruning.lab import bytes_ratio, energy_gone, energy_gone_2_4
@@ -90,7 +89,7 @@ class Sparsities:
     held_out_sha256: str  # its beginning
     calibration_sha256: str  # its beginning
     calibration_tokens: int
-    pruned_params: int
+    pruned_params: int  # by any pattern
 
     @property
     def curve(self) -> list[Step]:
@@ -115,16 +114,17 @@ class Sparsities:
     @property
     def knees(self) -> dict[Selection, Knee | None]:
         """Where each method has its knee; None where it has none."""
-        return {by: self._knee(by) for by in get_args(Selection)}
+        return {by: knee(self.curve, by) for by in get_args(Selection)}
 
     def at(self, pattern: str) -> Step | None:
         return next((step for step in self.steps if step.pattern == pattern), None)
 
-    def _knee(self, by: Selection) -> Knee | None:
-        for before, beyond in pairwise(self.curve):
-            if beyond.by[by].perplexity > KNEE_FACTOR * before.by[by].perplexity:
-                return Knee(before, beyond)
-        return None
+
+def knee(curve: Sequence[Step], by: Selection) -> Knee | None:
+    for before, beyond in pairwise(curve):
+        if beyond.by[by].perplexity > KNEE_FACTOR * before.by[by].perplexity:
+            return Knee(before, beyond)
+    return None
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Facts:
-    zeros: Zeros | None
+    zeros: Zeros
     sparsities: Sparsities | None  # None: not studied
     kernels: Kernels | None  # None: nothing was pruned
     experts: Experts
@@ -230,9 +230,9 @@ class Facts:
 
 
 def facts(run: JudgedRun) -> Facts:
-    studied = sparsities(run.run.about.get("sparsity", {})) if run.finds("sparsities") else None
+    studied = sparsities(run.run.about.get("sparsity", {}))
     return Facts(
-        zeros(run) if run.finds("zeros") else None,
+        zeros(run),
         studied,
         kernels(run),
         experts(),
@@ -274,8 +274,7 @@ def beside_dense(run: Context, variant: str, users: int, metric: str) -> Quantit
     """Divide a variant's figure by the dense model's, valid or not; none of that by itself."""
     names = (variant, run.points[0].variant.name)
     ours, dense = (run.point(name, "decode", f"concurrent:{users}") for name in names)
-    effect = run.effect(ours, dense, metric) if ours and dense and ours != dense else None
-    return Quantity.of(effect.ratio if effect else None, RATIO)
+    return run.measured_ratio(ours, dense, metric)
 
 
 # ------------------------------------------------------------------------ every sparsity, scored
@@ -308,16 +307,10 @@ def step(about: Mapping[str, Any], pattern: str) -> Step:
 
 
 def scored(about: Mapping[str, Any], name: str) -> Scored:
-    """Compare the loss of each passage, in nats, with the dense model's."""
-    nats, plain, sizes = (
-        about["loss_nats"][name],
-        about["loss_nats"]["dense"],
-        about["passages_tokens"],
-    )
-    lost = over_clusters([n - p for n, p in zip(nats, plain, strict=True)], sizes)
-    ratio = Quantity.of(lost.mapped(math.exp), RATIO)
+    nats, sizes = about["loss_nats"], about["passages_tokens"]
+    ratio = perplexity_ratio(nats[name], nats["dense"], sizes)
     return Scored(
-        perplexity=math.exp(sum(nats) / sum(sizes)),
+        perplexity=perplexity(nats[name], sizes),
         ratio=ratio.brief if name == "dense" else ratio,
         solved=sum(about["solved"][name]) if name in about["solved"] else None,
         energy_gone=Quantity(about["energy_gone"][name], "share"),
@@ -366,11 +359,11 @@ def experts() -> Experts:
 
 
 def routed(shape: Shape, tokens: int) -> Routed:
-    idle = (1 - shape.experts_per_token / shape.experts) ** tokens
+    needed = theory.experts_needed(shape.experts, shape.experts_per_token, tokens)
     read = shape.step_bytes(tokens)
     return Routed(
         tokens,
-        needed=Quantity(shape.experts * (1 - idle)),
+        needed=Quantity(needed),
         read=Quantity(read / 1e9, "GB"),
         share=Quantity(read / shape.weight_bytes, "share"),
     )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.quality import Quality, quality
+from labs.harness.facts.quality import Quality, perplexity, perplexity_ratio, quality
 from labs.harness.facts.weights import KindsOfWeights, kinds_of_weights
 from labs.harness.judging.judge import is_within
-from labs.harness.judging.quality import over_clusters
-from labs.harness.judging.quantity import RATIO, Quantity
+from labs.harness.judging.quantity import Quantity
 from labs.harness.spec import MARGIN
 
 BASE = "bf16"
@@ -58,7 +56,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class AtLoad:
-    """What was measured at a load, the fastest first."""
+    """What was measured at a load, the fastest first; what is not valid comes last."""
 
     users: int
     gains: tuple[Gain, ...]
@@ -77,18 +75,6 @@ class InPhases:
     def is_valid(self) -> bool:
         return self.decode.known and self.prefill.known
 
-    @property
-    def gains_in_decode(self) -> bool:
-        return _shows_gain(self.decode)
-
-    @property
-    def gains_in_prefill(self) -> bool:
-        return _shows_gain(self.prefill)
-
-    @property
-    def is_settled(self) -> bool:
-        return _is_decided(self.decode) and _is_decided(self.prefill)
-
 
 Explained = Literal["both", "decode", "prefill", "neither", "open", "not valid"]
 
@@ -100,24 +86,40 @@ class Phases:
     variants: tuple[InPhases, ...]
 
     @property
+    def valid(self) -> list[InPhases]:
+        return [of for of in self.variants if of.is_valid]
+
+    @property
     def not_in_decode(self) -> list[str]:
-        return [of.variant for of in self.variants if of.is_valid and not of.gains_in_decode]
+        return [of.variant for of in self.valid if not is_faster(of.decode)]
 
     @property
     def in_prefill_too(self) -> list[str]:
-        return [of.variant for of in self.variants if of.is_valid and of.gains_in_prefill]
+        return [of.variant for of in self.valid if is_faster(of.prefill)]
 
     @property
     def explained(self) -> Explained:
         """Of which phases the bytes alone explain the time."""
-        valid = [of for of in self.variants if of.is_valid]
-        if not valid:
+        if not self.valid:
             return "not valid"
-        if not all(of.is_settled for of in valid):
+        if not all(is_settled(of.decode) and is_settled(of.prefill) for of in self.valid):
             return "open"
         if self.not_in_decode:
             return "neither" if self.in_prefill_too else "prefill"
         return "decode" if self.in_prefill_too else "both"
+
+
+def is_settled(times: Quantity) -> bool:
+    """Whether the interval of a ratio of times says that it differs from 1, or that it does not."""
+    if times.low is None or times.high is None:
+        return False
+    beside = not times.low < 1 < times.high
+    return beside or (is_within(times.low, MARGIN) and is_within(times.high, MARGIN))
+
+
+def is_faster(times: Quantity) -> bool:
+    """Whether the interval of a ratio of times shows a gain."""
+    return times.high is not None and times.high < 1
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,10 @@ class Facts:
 
 
 def facts(run: JudgedRun) -> Facts:
-    variants = [v.name for v in run.lab.variants]
-    alone = {name: run.point(name, "decode", "concurrent:1") for name in variants}
+    alone = {v.name: run.point(v.name, "decode", "concurrent:1") for v in run.lab.variants}
     return Facts(
         kinds_of_weights(run),
-        outliers(run) if run.finds("outliers") else None,
+        outliers(run),
         quality(run),
         throughput(run),
         phases(run),
@@ -151,75 +152,56 @@ def outliers(run: Context) -> Outliers | None:
     if "loss_nats" not in about:
         return None
     sizes, plain = about["passages_tokens"], about["loss_nats"]["none"]
-    roundings = {how: rounding(how, nats, plain, sizes) for how, nats in about["loss_nats"].items()}
-    tensor, smoothed, token = (
-        roundings[f"activations by {scales}, weights by channel"].ratio
-        for scales in ("tensor", "tensor, smoothed", "token")
-    )
-    inputs = tuple(
+    ratios = {how: perplexity_ratio(nats, plain, sizes) for how, nats in about["loss_nats"].items()}
+    roundings = [
+        Rounding(how, perplexity(nats, sizes), ratios[how].brief if how == "none" else ratios[how])
+        for how, nats in about["loss_nats"].items()
+    ]
+    inputs = [
         Inputs(kind, of["largest_over_median_max"], of["kurtosis_mean"], of["kurtosis_max"])
         for kind in get_args(InputKind)
         if (of := about["inputs"].get(kind))
+    ]
+    by = "activations by {}, weights by channel"
+    return Outliers(
+        tuple(roundings),
+        tuple(inputs),
+        by_tensor=ratios[by.format("tensor")],
+        smoothed=ratios[by.format("tensor, smoothed")],
+        by_token=ratios[by.format("token")],
     )
-    return Outliers(tuple(roundings.values()), inputs, tensor, smoothed, token)
-
-
-def rounding(how: str, nats: list[float], plain: list[float], sizes: list[int]) -> Rounding:
-    """Compare the loss of each passage, in nats, with that of nothing rounded."""
-    lost = over_clusters([n - p for n, p in zip(nats, plain, strict=True)], sizes)
-    ratio = Quantity.of(lost.mapped(math.exp), RATIO)
-    return Rounding(how, math.exp(sum(nats) / sum(sizes)), ratio.brief if how == "none" else ratio)
 
 
 def throughput(run: Context) -> tuple[AtLoad, ...]:
     """Compare the variants' throughput with the base's, load by load."""
     loads = next((w.loads for w in run.lab.workloads if w.name == "decode"), ())
-    at_loads = (AtLoad(load.users, tuple(gains(run, load.users))) for load in loads)
-    return tuple(at_load for at_load in at_loads if at_load.gains)
-
-
-def gains(run: Context, users: int) -> list[Gain]:
-    """Rank what was measured; what is not valid comes last."""
-    measured = [
-        Gain(v.name, ratio)
-        for v in run.lab.variants
-        if (ratio := beside_base(run, v.name, "decode", users, "output_tokens_per_s"))
-    ]
-    return sorted(measured, key=lambda gain: -(gain.ratio.value or 0))
+    at_loads = []
+    for load in loads:
+        ratios = beside_base(run, "decode", load.users, "output_tokens_per_s")
+        gains = [Gain(variant, ratio) for variant, ratio in ratios.items()]
+        gains.sort(key=lambda gain: -(gain.ratio.value or 0))
+        if gains:
+            at_loads.append(AtLoad(load.users, tuple(gains)))
+    return tuple(at_loads)
 
 
 def phases(run: Context) -> Phases | None:
     in_memory_bytes = {p.variant.name: p.shape.weight_bytes for p in run.points}
+    decode = beside_base(run, "decode", 1, "tpot_mean_s")
+    prefill = beside_base(run, "prefill", 1, "ttft_mean_s")
     measured = tuple(
-        InPhases(v.name, in_memory_bytes[v.name] / in_memory_bytes[BASE], decode, prefill)
-        for v in run.lab.variants[1:]
-        if (decode := beside_base(run, v.name, "decode", 1, "tpot_mean_s"))
-        and (prefill := beside_base(run, v.name, "prefill", 1, "ttft_mean_s"))
+        InPhases(name, in_memory_bytes[name] / in_memory_bytes[BASE], decode[name], prefill[name])
+        for name in decode
+        if name in prefill
     )
     return Phases(measured) if measured else None
 
 
-def beside_base(
-    run: Context, variant: str, workload: str, users: int, metric: str
-) -> Quantity | None:
-    """Divide a variant's figure at a load by the base's, where it is valid.
-
-    None where it was not measured, and for the base itself.
-    """
-    ours, base = (run.point(name, workload, f"concurrent:{users}") for name in (variant, BASE))
-    if ours is None or base is None or variant == BASE or not run.effect(ours, base, metric):
-        return None
-    return run.ratio_of(ours, base, metric)
-
-
-def _is_decided(times: Quantity) -> bool:
-    """Whether the interval of a ratio of times says that it differs from 1, or that it does not."""
-    if times.low is None or times.high is None:
-        return False
-    beside = not times.low < 1 < times.high
-    return beside or (is_within(times.low, MARGIN) and is_within(times.high, MARGIN))
-
-
-def _shows_gain(times: Quantity) -> bool:
-    """Whether the interval of a ratio of times shows a gain."""
-    return times.high is not None and times.high < 1
+def beside_base(run: Context, workload: str, users: int, metric: str) -> dict[str, Quantity]:
+    """Divide each other variant's figure at a load by the base's, where both were measured."""
+    at = {v.name: run.point(v.name, workload, f"concurrent:{users}") for v in run.lab.variants}
+    return {
+        name: run.ratio_of(point, at.get(BASE), metric)
+        for name, point in at.items()
+        if run.measured_ratio(point, at.get(BASE), metric).known
+    }

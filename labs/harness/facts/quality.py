@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from labs.harness.facts.context import Context
 from labs.harness.judging.evaluation import Evaluation
-from labs.harness.judging.quality import GateResult, QualityFigure, compare, gate
+from labs.harness.judging.quality import GateResult, QualityFigure, compare, gate, over_clusters
 from labs.harness.judging.quantity import POINTS, RATIO, Quantity
 
 Figures = Mapping[tuple[str, str], Quantity]
@@ -124,3 +125,16 @@ def _by_name(figures: Sequence[QualityFigure]) -> Figures:
 def _levels(of: Figures, side: str) -> Levels:
     names = ("perplexity", "needle_retrieval", "task_accuracy")
     return Levels(*(of[name, side] for name in names))
+
+
+def perplexity(nats: Sequence[float], sizes: Sequence[int]) -> float:
+    """Compute it from the loss of each passage, in nats, and its number of tokens."""
+    return math.exp(sum(nats) / sum(sizes))
+
+
+def perplexity_ratio(
+    nats: Sequence[float], plain_nats: Sequence[float], sizes: Sequence[int]
+) -> Quantity:
+    """Compare the loss of each passage with that of the plain model, in pairs."""
+    lost = over_clusters([n - p for n, p in zip(nats, plain_nats, strict=True)], sizes)
+    return Quantity.of(lost.mapped(math.exp), RATIO)
