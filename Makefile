@@ -43,7 +43,7 @@ or_help = $(if $(value LABS_$1),,--help)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan diagnose score-forecasts labs-all draft adapters outliers sparsity quantize serve locust load-worker report words site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse rehearse-cuda check bench locks clean distclean
+.PHONY: help setup labs forecast plan diagnose labs-all draft adapters outliers sparsity quantize serve locust load-worker report words site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse rehearse-cuda check bench locks clean distclean
 
 help: ## List the targets
 	@echo "Labs, in the order of the course (what is missing is installed first):"
@@ -72,9 +72,6 @@ forecast: setup ## Forecast labs without running them: LAB=..[,..]|all [MACHINE=
 
 plan: setup ## Plan capacity without a GPU: MACHINE=h100 [MODEL=..] [TP=..] [RATE=..|TRACE=..] [SLO=..] [REPLICAS=..]
 	@$(LABS) plan $(call or_help,MACHINE)
-
-score-forecasts: setup ## Show how near the forecasts of recorded runs came to what was measured
-	@$(LABS) score-forecasts
 
 labs-all: setup ## Run every lab in order, continuing where it stopped: [ONLY=a,b] [SECONDS=530] [ARCHIVE=x.tar.gz] [FRESH=1]
 	@$(LABS) all

@@ -26,7 +26,6 @@ from serving.forecasting.plan import (
     SyntheticRequest,
 )
 from serving.forecasting.traffic import Traffic
-from serving.weights import models
 
 CARD, MODEL = "h100", "llama-8b"
 PROMPT_TOKENS, OUTPUT_TOKENS = 1000, 200  # the latter a mean; as `make plan` has them by default
@@ -136,7 +135,7 @@ def _plan(case: Case, requests: Path) -> ForecastPlan:
         trials=(trial,),
     )
     delays = serial_delays(case.replicas)
-    return ForecastPlan(tokenizer=models.bundled(), delays=delays, engines=(engine,))
+    return ForecastPlan(delays=delays, engines=(engine,))
 
 
 def _drawn(case: Case) -> list[SyntheticRequest]:

@@ -120,6 +120,11 @@ class Writer:
         tokenize = tokenizer(model_path)
         return cls(lambda messages: len(tokenize(messages)), tokenize)
 
+    def tokens(self, messages: Messages) -> Sequence[int | str]:
+        """Return the tokens of messages, with the chat template and the generation prompt."""
+        assert self._tokenize, "a writer of a model folder"
+        return self._tokenize(messages)
+
     @property
     def head_tokens(self) -> int:
         """The tokens that all messages begin with, whatever their text; what follows it is not."""

@@ -7,20 +7,19 @@ step of `TimingPlans` gives its `StepTimes`, a `CopyingPlan` its `Copying`, and 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
 from itertools import cycle, islice
-from typing import IO, TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
-from serving.forecasting.copying import Copied, CopyingPlan, copying
+from serving.forecasting.copying import CopyingPlan, copying
 from serving.forecasting.fleet import ROUTERS, Fleet, Split
 from serving.forecasting.plan import (
     ForecastPlan,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
 Plan = ForecastPlan | TimingPlans | CopyingPlan
 PLANS: TypeAdapter[Plan] = TypeAdapter(Plan)
+REQUESTS: TypeAdapter[Prompt | SyntheticRequest] = TypeAdapter(Prompt | SyntheticRequest)
 
 
 def main() -> None:
@@ -101,7 +101,6 @@ class Engines:
 
 def _play(plan: ForecastPlan, engines: Engines, out: IO[str]) -> None:
     """Play the trials of a plan, and print each play."""
-    tokenize = _tokenizer(str(plan.tokenizer))
     for engine in plan.engines:
         replicas = engines.replicas(engine)
         for trial in engine.trials:
@@ -111,30 +110,32 @@ def _play(plan: ForecastPlan, engines: Engines, out: IO[str]) -> None:
                 replica.clock.guessed = trial.guessed
                 replica.clock.masking = trial.masking
                 replica.clock.pace = trial.pace
-            one = len(replicas) == 1
             server = _server(engine, trial, replicas)
-            _prime(server, islice(_prompts(trial, tokenize, None, 0.0), trial.primed))
+            _prime(server, islice(_read(trial.requests), trial.primed))
             for replica in replicas:
                 replica.read_counters()
             start_s = server.now_s
-            compile_s = trial.masking.compile_s if trial.masking else 0.0
             played = play(
                 server,
                 trial.traffic,
-                _prompts(trial, tokenize, False, compile_s),
-                _prompts(trial, tokenize, True, compile_s),
+                _prompts(trial, intruders=False),
+                _prompts(trial, intruders=True),
                 plan.delays,
                 trial.ends_only,
             )
-            window_s = [start_s + s for s in played.window_s]
             # both are read before counts start anew
-            kv_use = replicas[0].kv_use(*window_s) if one else None
-            found_tokens = replicas[0].found_tokens if one else []
+            only = replicas[0] if len(replicas) == 1 else None
+            window_s = [start_s + at_s for at_s in played.window_s]
+            kv_use = only.kv_use(*window_s) if only else None
+            found_tokens = only.found_tokens if only else []
+            counters = Counter[str]()
+            for replica in replicas:
+                counters.update(replica.read_counters())
             forecast_play = ForecastPlay(
                 key=trial.key,
                 repeat=trial.repeat,
                 play=played,
-                counters=_sum_of(replica.read_counters() for replica in replicas),
+                counters=counters,
                 kv_capacity_tokens=sum(replica.kv_capacity_tokens for replica in replicas),
                 kv_use=kv_use,
                 found_tokens=found_tokens,
@@ -160,62 +161,25 @@ def _prime(server: VirtualServer, prompts: Iterable[Prompt]) -> None:
             server.step()
 
 
-def _sum_of(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    """Add up what several replicas counted."""
-    total: Counter[str] = Counter()
-    for counted in counts:
-        total.update(counted)
-    return dict(total)
-
-
-def _prompts(
-    trial: PlannedTrial, tokenize: Any, intruders: bool | None, compile_s: float
-) -> Iterator[Prompt]:
-    """Yield the prompts in the order they are sent, tokenized one by one as they are needed.
-
-    `intruders` selects the intruders or all other requests; None selects both. What is copied in
-    the answers that are known stands for all others, in turn.
-    """
-    answers: Iterator[Copied] = cycle(trial.copied or ((),))
-    with trial.requests.open() as lines:
+def _read(requests: Path) -> Iterator[Prompt]:
+    """Yield the prompts in the order they are sent, read one by one as they are needed."""
+    with requests.open() as lines:
         for line in lines:
-            planned = json.loads(line)
-            if "body" not in planned:
-                request = SyntheticRequest.model_validate(planned)
-                if intruders is not True:
-                    yield Prompt(
-                        index=request.index,
-                        token_ids=request.token_ids,
-                        output_tokens=request.output_tokens,
-                    )
-            elif intruders in (None, bool(planned.get("intruder"))):
-                known = () if planned.get("intruder") else next(answers)
-                yield Prompt(
-                    index=planned["index"],
-                    token_ids=tokenize(planned["body"]),
-                    output_tokens=planned["output_tokens"],
-                    adapter=planned.get("adapter"),
-                    priority=json.loads(planned["body"]).get("priority", 0),
-                    compile_s=compile_s,
-                    choices=planned.get("choices", 1),
-                    copied=known,
-                )
+            request = REQUESTS.validate_json(line)
+            yield request if isinstance(request, Prompt) else request.prompt
 
 
-@cache
-def _tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
+def _prompts(trial: PlannedTrial, intruders: bool) -> Iterator[Prompt]:
+    """Yield the intruders, or all other prompts, with what is known of their answers.
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    @cache
-    def tokenize(body: str) -> tuple[int, ...]:
-        token_ids = tokenizer.apply_chat_template(
-            json.loads(body)["messages"], add_generation_prompt=True, return_dict=False
-        )
-        return tuple(token_ids)
-
-    return tokenize
+    What is copied in the answers that are known stands for all others, in turn.
+    """
+    copied = cycle(trial.copied or ((),))
+    compile_s = trial.masking.compile_s if trial.masking else 0.0
+    for prompt in _read(trial.requests):
+        if prompt.intruder == intruders:
+            known = () if intruders else next(copied)
+            yield prompt.model_copy(update={"copied": known, "compile_s": compile_s})
 
 
 if __name__ == "__main__":

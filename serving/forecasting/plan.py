@@ -10,7 +10,7 @@ from serving.forecasting.copying import Copied
 from serving.forecasting.fleet import Handover
 from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.timing import TimingPlan
-from serving.forecasting.traffic import Delays, Play, Traffic
+from serving.forecasting.traffic import Delays, Play, Prompt, Traffic
 from serving.metrics import KvUse
 
 
@@ -25,7 +25,7 @@ class PlannedTrial(BaseModel, frozen=True, extra="forbid"):
 
     key: str
     repeat: int
-    requests: Path  # JSON lines: planned requests with a chat `body`, or a `SyntheticRequest` each
+    requests: Path  # JSON lines: a `Prompt`, or a `SyntheticRequest`, each
     acceptance: float = 0.0  # probability that a draft token is accepted, each by itself
     guessed: float = 1.0  # probability that a step has drafts at all, each request by itself
     copied: tuple[Copied, ...] = ()  # in the answers to the first requests, in their place if any
@@ -50,15 +50,16 @@ class SyntheticRequest(BaseModel, frozen=True, extra="forbid"):
     document_tokens: int = 0
 
     @property
-    def token_ids(self) -> tuple[int, ...]:
-        """Tokens that agree with another request's exactly where both share a document.
+    def prompt(self) -> Prompt:
+        """A prompt whose tokens agree with another's exactly where both share a document.
 
         A token that tells a document, or a request, apart is enough: what follows it never matches,
         since a cached block is found by all tokens up to its end.
         """
         document = (1 + self.document, *[0] * (self.document_tokens - 1))[: self.document_tokens]
         own = self.prompt_tokens - self.document_tokens
-        return (*document, *(FIRST_OWN + self.index, *[0] * (own - 1))[:own])
+        token_ids = (*document, *(FIRST_OWN + self.index, *[0] * (own - 1))[:own])
+        return Prompt(index=self.index, token_ids=token_ids, output_tokens=self.output_tokens)
 
 
 class PlannedEngine(BaseModel, frozen=True, extra="forbid"):
@@ -76,7 +77,6 @@ class PlannedEngine(BaseModel, frozen=True, extra="forbid"):
 class ForecastPlan(BaseModel, frozen=True, extra="forbid"):
     """All that one forecaster plays, engine by engine."""
 
-    tokenizer: Path  # the model's folder
     delays: Delays = Delays()
     engines: tuple[PlannedEngine, ...]
 

@@ -11,15 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-from labs.harness.commands.cli import _fleet_size
-from labs.harness.running import capacity_plan, fleets
 from labs.harness.running.fleets import (
     FleetSize,
     forecast_fleets,
     require_open_loads,
     write_lengths,
 )
+
+from labs.harness.commands.cli import _fleet_size
+from labs.harness.running import capacity_plan, fleets
 from labs.harness.running.trials import requests_file
 from labs.harness.spec import LabError
 from labs.harness.telling import forecasts, markdown

@@ -85,7 +85,7 @@ from labs.harness.filing.results import RunFolder, open_run
 from labs.harness.questions import QUESTIONS
 from labs.harness.running import derived_models, reproduce
 from labs.harness.running.clock import Clock, TimeUsedUp
-from labs.harness.running.fleets import FleetSize
+from labs.harness.running.forecast import FleetSize
 from labs.harness.running.resolve import (
     RunRequest,
     Setup,
@@ -100,7 +100,7 @@ from labs.harness.running.resume import CannotResume
 from labs.harness.running.run import forecast_alone, forecast_fleets_alone
 from labs.harness.running.run import run as run_lab
 from labs.harness.spec import Lab, LabError, NotApplicable, Variant
-from labs.harness.telling import forecasts, markdown, report, residuals
+from labs.harness.telling import forecasts, markdown, report
 from labs.harness.telling.document import Paragraph, Section, bullets, section, table_of
 from loadtests.trace import MOST_ROWS, TraceRow
 from serving import bundle, whole
@@ -523,30 +523,14 @@ def _forecast_page(
     """Forecast a lab, or its engines as fleets, and tell it."""
     if size:
         setup, fleets = forecast_fleets_alone(request, size, progress)
-        return forecasts.page_of_fleets(
-            setup.lab, setup.model.name, setup.machine, size.replicas, fleets.points,
-            fleets.without, setup.datasheet is not None, _name_of_run(setup),
-        )  # fmt: skip
+        return forecasts.page_of_fleets(_basis(setup), size.replicas, fleets.points, fleets.without)
     setup, predictions = forecast_alone(request, progress)
-    return forecasts.page(
-        setup.lab, setup.model.name, setup.machine, predictions, setup.datasheet is not None,
-        _name_of_run(setup),
-    )  # fmt: skip
+    return forecasts.page(_basis(setup), predictions)
 
 
-def _name_of_run(setup: Setup) -> str:
-    return setup.on_file.run if setup.on_file else ""
-
-
-@app.command("score-forecasts")
-def score_forecasts() -> None:
-    """Show how near the forecasts of recorded runs came to what was measured, lab by lab."""
-    with reported_errors():
-        runs = residuals.full_runs(committed=False)
-        reported_residuals, kept_residuals = residuals.of_runs(runs), residuals.kept_of_runs(runs)
-        apart = residuals.of_runs(residuals.runs_apart(committed=False))
-        link = residuals.to_reports(Path.cwd())
-        show(residuals.page(reported_residuals, link, kept_residuals, apart))
+def _basis(setup: Setup) -> forecasts.Basis:
+    run = setup.on_file.run if setup.on_file else ""
+    return forecasts.Basis(setup.lab, setup.model.name, setup.machine, not setup.elsewhere, run)
 
 
 @app.command()

@@ -11,50 +11,33 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from labs.harness import theory
 from labs.harness.filing.results import Band
-from labs.harness.judging.measure import in_time, percentile
-from labs.harness.running.forecaster import Forecaster, play_all, side_by_side
+from labs.harness.running.forecaster import Forecaster, side_by_side
+from labs.harness.running.loads_played import forecast_loads, processes
 from labs.harness.running.machines_on_file import DEFAULT_BUDGET_TOKENS, MachineOnFile
 from labs.harness.running.progress import ProgressDisplay
-from labs.harness.running.prompt_files import usable_cores
 from labs.harness.running.resolve import machine_of
 from labs.harness.running.step_timing import ends_of_band, is_eight_bit
-from labs.harness.running.virtual_trials import as_one_gpu, defaults_on_a_gpu, records
+from labs.harness.running.virtual_trials import as_one_gpu, defaults_on_a_gpu
 from labs.harness.spec import SLO, LabError
-from labs.harness.telling.capacity_plans import (
-    Alone,
-    CapacityPlan,
-    Demand,
-    Fit,
-    FleetForecast,
-    Latencies,
-    Price,
-    RateForecast,
-    over,
-)
+from labs.harness.telling.capacity_plans import Alone, CapacityPlan, Demand, Fit, Price
+from labs.harness.telling.forecasts import LoadForecast, over
 from loadtests.arrivals import Poisson
 from serving.engines.base import FlagValue
 from serving.engines.vllm import CPU_KV_BYTES, PROCESS_BYTES, Vllm, VllmFlags, usable_bytes
 from serving.forecasting.datasheet import ENDS, reason_against_sharing, step_times
 from serving.forecasting.fleet import serial_delays
-from serving.forecasting.plan import (
-    ForecastPlan,
-    ForecastPlay,
-    PlannedEngine,
-    PlannedTrial,
-    SyntheticRequest,
-)
+from serving.forecasting.plan import ForecastPlan, PlannedEngine, PlannedTrial, SyntheticRequest
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Traffic
 from serving.hardware.gpus import Datasheet
-from serving.hardware.host_memory import available_bytes
 from serving.hardware.machine import Machine
 from serving.weights import dummy, models
 from serving.weights.models import Model, ModelError, Shape
@@ -68,9 +51,7 @@ the first."""
 FEWEST = 500  # requests that count in a play
 MOST_REPLICAS = 64
 LONGEST_OUTPUT = 4  # drawn outputs are cut at so many times their mean
-MOST_PROCESSES = 16  # that play loads side by side
-FORECASTER_BYTES = 1.5e9  # of memory for each of them, and for every request of its longest play
-REQUEST_BYTES = 4e3
+Name = TypeVar("Name")  # of a load: its rate, or its router
 
 
 @dataclass(frozen=True)
@@ -149,14 +130,16 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
             " MACHINE or MODEL"
         )
     answer = replace(answer, alone=_request_alone(served, question.demand))
-    with side_by_side(processes(len(question.demand.trace))) as forecasters:
-        player = _Player(served, question, forecasters, progress)
-        rates = tuple(_rates(player))
+    with (
+        side_by_side(processes(len(question.demand.trace))) as forecasters,
+        TemporaryDirectory(prefix="lab-plan-") as folder,
+    ):
+        player = _Player(served, question, forecasters, progress, Path(folder))
+        rates = _rates(player)
         answer = replace(answer, rates=rates, capacity_per_s=_capacity(rates))
         needed = _needed(answer, question)
         if needed and question.routers and question.demand.rate_per_s:
-            fleets = tuple(_fleets(player, needed))
-            answer = replace(answer, replicas=needed, fleets=fleets)
+            answer = replace(answer, replicas=needed, fleets=_fleets(player, needed))
     return replace(answer, price=_price(question, answer))
 
 
@@ -308,48 +291,29 @@ def _estimate_per_s(served: Served, question: Question) -> float:
 # -------------------------------------------------------------------------------------- forecasts
 
 
-def _rates(player: _Player) -> Iterator[RateForecast]:
+def _rates(player: _Player) -> dict[float, LoadForecast]:
     """Forecast one replica at rates on both sides of its capacity, if they are found."""
     middle = _estimate_per_s(player.served, player.question)
+    tried: dict[float, LoadForecast] = {}
     for grid in GRIDS:
         rates = [float(f"{middle * factor:.2g}") for factor in grid]
-        tried = list(_rate_forecasts(player, rates))
-        yield from tried
-        if tried[-1].within.high < SHARE:
-            return
+        drawn = {rate: _drawn(player.question, rate, player.served.most_tokens) for rate in rates}
+        loads = {rate: player.plans(load) for rate, load in drawn.items()}
+        tried |= player.forecast(loads, "one replica")
+        if tried[rates[-1]].within.high < SHARE:
+            break
+    return tried
 
 
-def _rate_forecasts(player: _Player, rates: Sequence[float]) -> Iterator[RateForecast]:
-    """Forecast one replica at these rates, as expected, with a faster and with a slower step."""
-    jobs = [
-        _Job(load, end)
-        for load in (_drawn(player.question, rate, player.served.most_tokens) for rate in rates)
-        for end in range(len(ENDS))
-    ]
-    plays = player.play(jobs, "one replica")
-    for rate, (expected, *ends) in zip(rates, by_load(plays), strict=True):
-        yield RateForecast(rate, expected, over([p.within for p in (expected, *ends)]))
-
-
-def by_load(plays: Sequence[Latencies]) -> list[Sequence[Latencies]]:
-    """Group plays of which each load has one at each end of the band."""
-    return [plays[first : first + len(ENDS)] for first in range(0, len(plays), len(ENDS))]
-
-
-def _capacity(rates: Sequence[RateForecast]) -> Band | None:
+def _capacity(rates: Mapping[float, LoadForecast]) -> Band | None:
     """Find the largest rate that meets the objective; None where the lowest tried does not.
 
     Between two tried rates the share is interpolated. The ends of the band are those of a faster
     and a slower step.
     """
-    expected, slower, faster = (
-        _crossing([(r.rate_per_s, share) for r, share in zip(rates, shares, strict=True)])
-        for shares in (
-            [r.expected.within for r in rates],
-            [r.within.low for r in rates],
-            [r.within.high for r in rates],
-        )
-    )
+    expected = _crossing([(rate, load.expected.within) for rate, load in rates.items()])
+    slower = _crossing([(rate, load.within.low) for rate, load in rates.items()])
+    faster = _crossing([(rate, load.within.high) for rate, load in rates.items()])
     if not expected:
         return None
     return Band(value=expected, low=slower or 0.0, high=faster or expected)
@@ -376,30 +340,15 @@ def _needed(answer: CapacityPlan, question: Question) -> int | None:
     return needed if needed <= MOST_REPLICAS else None
 
 
-def _fleets(player: _Player, replicas: int) -> Iterator[FleetForecast]:
+def _fleets(player: _Player, replicas: int) -> dict[str, LoadForecast]:
     """Forecast the demand on a fleet, with each router."""
     question, demand = player.question, player.question.demand
     if demand.trace:
         load = _replayed(demand)
     else:
         load = _drawn(question, demand.rate_per_s, player.served.most_tokens)
-    jobs = [
-        _Job(load, end, replicas, router) for router in question.routers for end in range(len(ENDS))
-    ]
-    plays = player.play(jobs, f"{replicas} replicas")
-    for router, of_router in zip(question.routers, by_load(plays), strict=True):
-        yield fleet_forecast(router, of_router)
-
-
-def fleet_forecast(router: str, plays: Sequence[Latencies]) -> FleetForecast:
-    """Gather a router's plays: as expected, with a faster and with a slower step."""
-    ttft_p99_s = [p.ttft_p99_s for p in plays if p.ttft_p99_s is not None]
-    return FleetForecast(
-        router,
-        plays[0],
-        over([p.within for p in plays]),
-        over(ttft_p99_s) if len(ttft_p99_s) == len(plays) else None,
-    )
+    loads = {router: player.plans(load, replicas, router) for router in question.routers}
+    return player.forecast(loads, f"{replicas} replicas")
 
 
 @dataclass(frozen=True)
@@ -407,27 +356,6 @@ class _Load:
     requests: Sequence[SyntheticRequest]
     schedule_s: tuple[float, ...]
     counted_from_s: float
-
-    @property
-    def output_tokens(self) -> int:
-        """The tokens of all answers, by which the time goes that a play takes."""
-        return sum(request.output_tokens for request in self.requests)
-
-    def write(self, path: Path) -> Path:
-        """Write the requests as JSON lines; return the path."""
-        with path.open("w") as file:
-            file.writelines(request.model_dump_json() + "\n" for request in self.requests)
-        return path
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Describes one play: a load, on a number of replicas, at one end of the band."""
-
-    load: _Load
-    end: int
-    replicas: int = 1
-    router: str = "round-robin"
 
 
 def _drawn(question: Question, rate_per_s: float, most_tokens: int) -> _Load:
@@ -481,66 +409,58 @@ def _longest_output(demand: Demand, most_tokens: int) -> float:
     return min(LONGEST_OUTPUT * demand.output_tokens, most_tokens - int(demand.prompt_tokens))
 
 
-def processes(requests: int = 0) -> int:
-    """Count the forecasters that this machine has cores and memory for.
-
-    `requests` are those of the longest play.
-    """
-    room = int(available_bytes() / (FORECASTER_BYTES + requests * REQUEST_BYTES))
-    return max(1, min(usable_cores(), MOST_PROCESSES, room))
-
-
-def in_order(
-    forecasters: Sequence[Forecaster],
-    plans: Sequence[ForecastPlan],
-    slo: SLO,
-    progress: ProgressDisplay,
-    where: str,
-) -> list[Latencies]:
-    """Play plans of one trial each; return what the clients of each would observe, in order."""
-    played: dict[int, Latencies] = {}
-    progress.waiting(f"loading vLLM's scheduler, for {where}")
-    for number, play in play_all(forecasters, plans):
-        played[number] = latencies(play, slo)
-        progress.waiting(
-            f"playing {where} in virtual time: {len(played)} of {len(plans)} loads done"
-        )
-    return [played[number] for number in range(len(plans))]
-
-
 @dataclass(frozen=True)
 class _Player:
-    """Plays loads in virtual time, on a model as it is served, in processes side by side."""
+    """Plays loads in virtual time, on a model as it is served."""
 
     served: Served
     question: Question
     forecasters: Sequence[Forecaster]
     progress: ProgressDisplay
+    folder: Path  # for the requests
 
-    def play(self, jobs: Sequence[_Job], where: str) -> list[Latencies]:
-        """Play every job; return what the clients of each would observe, in order."""
-        longest_first = sorted(range(len(jobs)), key=lambda n: -jobs[n].load.output_tokens)
-        with TemporaryDirectory(prefix="lab-plan-") as folder:
-            written = dict[int, Path]()  # by load, which several jobs may share
-            for load in (job.load for job in jobs):
-                if id(load) not in written:
-                    written[id(load)] = load.write(Path(folder) / f"{len(written)}.jsonl")
-            plans = [self._plan(jobs[n], written[id(jobs[n].load)]) for n in longest_first]
-            slo = self.question.slo
-            played = in_order(self.forecasters, plans, slo, self.progress, where)
-        return [of for _, of in sorted(zip(longest_first, played, strict=True), key=itemgetter(0))]
-
-    def _plan(self, job: _Job, requests: Path) -> ForecastPlan:
-        """Plan a job's only trial, whose requests are in a file."""
-        engine = PlannedEngine(
-            argv=self.served.argv(self._longest_tokens + 1),
-            step_times=self.served.steps[job.end],
-            replicas=job.replicas,
-            on_cuda=self.served.on_cuda,
-            trials=(_trial(job, requests),),
+    def plans(
+        self, load: _Load, replicas: int = 1, router: str = "round-robin"
+    ) -> list[ForecastPlan]:
+        """Write the requests of a load, and plan its plays at each end of the band."""
+        file = self.folder / f"{len([*self.folder.iterdir()])}.jsonl"
+        with file.open("w") as lines:
+            lines.writelines(f"{request.model_dump_json()}\n" for request in load.requests)
+        trial = PlannedTrial(
+            key="",
+            repeat=1,
+            requests=file,
+            ends_only=True,
+            router=router,
+            traffic=Traffic(
+                kind="open",
+                schedule_s=load.schedule_s,
+                warmup_s=load.counted_from_s,
+                window_s=max(1e-9, load.schedule_s[-1] - load.counted_from_s),
+            ),
         )
-        delays = serial_delays(job.replicas)
-        return ForecastPlan(tokenizer=models.bundled(), delays=delays, engines=(engine,))
+        argv = self.served.argv(self._longest_tokens + 1)
+        return [
+            ForecastPlan(
+                delays=serial_delays(replicas),
+                engines=(
+                    PlannedEngine(
+                        argv=argv,
+                        step_times=step_times,
+                        replicas=replicas,
+                        on_cuda=self.served.on_cuda,
+                        trials=(trial,),
+                    ),
+                ),
+            )
+            for step_times in self.served.steps
+        ]
+
+    def forecast(
+        self, loads: Mapping[Name, Sequence[ForecastPlan]], where: str
+    ) -> dict[Name, LoadForecast]:
+        """Play the plans of these loads. Raises ForecastError."""
+        return forecast_loads(loads, self.forecasters, self.question.slo, self.progress, where)
 
     @property
     def _longest_tokens(self) -> int:
@@ -551,43 +471,6 @@ class _Player:
         return int(demand.prompt_tokens) + math.ceil(
             _longest_output(demand, self.served.most_tokens)
         )
-
-
-def _trial(job: _Job, requests: Path) -> PlannedTrial:
-    return PlannedTrial(
-        key="",
-        repeat=1,
-        requests=requests,
-        ends_only=True,
-        router=job.router,
-        traffic=Traffic(
-            kind="open",
-            schedule_s=job.load.schedule_s,
-            warmup_s=job.load.counted_from_s,
-            window_s=max(1e-9, job.load.schedule_s[-1] - job.load.counted_from_s),
-        ),
-    )
-
-
-def latencies(play: ForecastPlay, slo: SLO) -> Latencies:
-    """Measure what the clients of a play would observe, over the requests that count."""
-    requests, in_slo, ttft_s, tpot_s = 0, 0, list[float](), list[float]()
-    for record in (r for r in records(play.play) if r.in_window):
-        requests += 1
-        in_slo += in_time(record, slo)
-        ttft_s += () if record.ttft_s is None else (record.ttft_s,)
-        tpot_s += () if record.tpot_s is None else (record.tpot_s,)
-    looked_up = play.counters.get("prefix_queries", 0)
-    return Latencies(
-        requests=requests,
-        within=in_slo / requests,
-        ttft_p50_s=percentile(ttft_s, 50),
-        ttft_p99_s=percentile(ttft_s, 99),
-        tpot_p50_s=percentile(tpot_s, 50),
-        tpot_p99_s=percentile(tpot_s, 99),
-        hit_rate=play.counters.get("prefix_hits", 0) / looked_up if looked_up else None,
-        preemptions=play.counters["preemptions"],
-    )
 
 
 # ------------------------------------------------------------------------------------------ money

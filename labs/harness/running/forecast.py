@@ -9,9 +9,10 @@ measurement are the same figure by the same function.
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +28,8 @@ from labs.harness.filing.results import (
 from labs.harness.judging.machine_speed import MachineSpeed, usual_spread
 from labs.harness.judging.metrics import METRICS
 from labs.harness.running.copied_text import Copies, read_answers, share_copied
-from labs.harness.running.forecaster import Forecaster, ForecastError, started
+from labs.harness.running.forecaster import Forecaster, ForecastError, side_by_side, started
+from labs.harness.running.loads_played import forecast_loads, processes
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.resolve import Setup
 from labs.harness.running.step_timing import (
@@ -40,12 +42,21 @@ from labs.harness.running.step_timing import (
     steps_by_datasheet,
     steps_on_file,
 )
-from labs.harness.running.virtual_trials import NO_CAPACITIES, PointPlays, VirtualTrials
-from labs.harness.spec import Lab, Point, Variant
+from labs.harness.running.trials import requests_file
+from labs.harness.running.virtual_trials import (
+    NO_CAPACITIES,
+    PointPlays,
+    VirtualTrials,
+    write_prompts,
+)
+from labs.harness.spec import Lab, LabError, Point, Variant
+from labs.harness.telling.forecasts import LoadForecast
 from loadtests.arrivals import OfCapacity
+from loadtests.trace import MOST_ROWS
 from serving.engines import ENGINES
 from serving.engines.base import with_places
 from serving.engines.vllm import Vllm, VllmFlags
+from serving.forecasting.plan import SyntheticRequest
 from serving.metrics import KvUse
 from serving.weights import models
 
@@ -62,13 +73,8 @@ def forecast(
     points = [p for p in setup.points if p.variant.name not in without]
     if not points:
         return PointForecasts(points={}, without=without)
-    speeds = [] if setup.elsewhere else earlier_speeds(setup.machine)
-    spread = setup.on_file.spread if setup.on_file else usual_spread(speeds, setup.lab.repeats)
-    with started() as forecaster:
-        steps = steps_of(setup, points, speeds, forecaster, progress)
-        copies = read_answers(setup, points, requests, forecaster, progress)
+    with _trials(setup, points, requests, progress) as trials:
         progress.waiting("playing every load on vLLM's scheduler in virtual time")
-        trials = VirtualTrials(setup, requests, steps, copies, spread, forecaster)
         capacities = NO_CAPACITIES
         if setup.lab.finds_capacity and points[0] is setup.points[0]:
             capacities = trials.capacities_per_s(points[0])
@@ -83,16 +89,102 @@ def forecast(
         without=without,
         trial_s={plays.point.key: plays.trial_s for plays in all_plays},
         least_found={p.point.key: found for p in all_plays if (found := p.least_found)},
-        copied=_shares_copied(all_plays, copies, random.Random(setup.lab.seed)),
+        copied=_shares_copied(all_plays, trials.copies, random.Random(setup.lab.seed)),
         watches={plays.point.key: plays.watches for plays in all_plays if plays.watches},
         timelines={plays.point.key: line for plays in all_plays if (line := plays.timeline)},
         kv_use=KvUse.over_trials({p.point.key: p.kv_uses for p in all_plays if p.kv_uses}),
         kv_bands={p.point.key: bands for p in all_plays if (bands := p.kv_bands(setup.lab))},
         on_two=on_two,
-        step_times=described(steps.values()),
-        machine_spread=spread,
+        step_times=described(trials.steps.values()),
+        machine_spread=trials.spread,
         searched=searched,
     )
+
+
+@contextlib.contextmanager
+def _trials(
+    setup: Setup,
+    points: Sequence[Point],
+    requests: Mapping[str, Sequence[Path]],
+    progress: ProgressDisplay,
+) -> Iterator[VirtualTrials]:
+    """Find the steps of these points, and what their engines copy; end with the forecaster."""
+    speeds = [] if setup.elsewhere else earlier_speeds(setup.machine)
+    spread = setup.on_file.spread if setup.on_file else usual_spread(speeds, setup.lab.repeats)
+    with started() as forecaster:
+        steps = steps_of(setup, points, speeds, forecaster, progress)
+        long = any(len(p.workload.trace) > MOST_ROWS for p in points)  # without a text
+        copies = {} if long else read_answers(setup, points, requests, forecaster, progress)
+        prompts = requests if long else write_prompts(requests, setup.writer)
+        yield VirtualTrials(setup, prompts, steps, copies, spread, forecaster)
+
+
+@dataclass(frozen=True)
+class FleetSize:
+    """Says how many replicas serve together, and which routers are tried."""
+
+    replicas: int
+    routers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FleetForecasts:
+    """Holds a forecast for each open load of each engine, one a router."""
+
+    size: FleetSize
+    points: Mapping[tuple[str, str], LoadForecast]  # by a point's key and the router
+    without: Mapping[str, str]  # variant -> why it has no forecast
+
+
+def require_open_loads(setup: Setup) -> None:
+    """Check that a router would change anything. Raises LabError."""
+    if not _open_points(setup):
+        raise LabError(
+            f"{setup.lab.name} has no load whose requests come at times of their own, which several"
+            " engines could share: its clients wait for answers, or its rates are multiples of one"
+            " engine's capacity. Give traffic with TRACE=, or leave REPLICAS and ROUTER out"
+        )
+
+
+def _open_points(setup: Setup) -> list[Point]:
+    return [p for p in setup.points if p.load.open_loop and not isinstance(p.load, OfCapacity)]
+
+
+def write_lengths(setup: Setup, work: Path) -> None:
+    """Write the requests of traces without a text: nothing reads one where nothing is sent."""
+    for workload in setup.lab.workloads:
+        path = requests_file(work, workload, 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            for index, (_, prompt, output) in enumerate(workload.trace):
+                request = SyntheticRequest(index=index, prompt_tokens=prompt, output_tokens=output)
+                file.write(request.model_dump_json() + "\n")
+
+
+def forecast_fleets(
+    setup: Setup,
+    requests: Mapping[str, Sequence[Path]],
+    size: FleetSize,
+    progress: ProgressDisplay,
+) -> FleetForecasts:
+    """Forecast every open load of every engine whose step is known, behind each router.
+
+    Raises ForecastError where the step cannot be timed, or vLLM's scheduler cannot be driven.
+    """
+    without = reasons_against(setup)
+    points = [p for p in _open_points(setup) if p.variant.name not in without]
+    if not points:
+        return FleetForecasts(size, {}, without)
+    with _trials(setup, points, requests, progress) as trials:
+        loads = {
+            (point.key, router): trials.of_a_fleet(point, size.replicas, router)
+            for point in points
+            for router in size.routers
+        }
+    with side_by_side(processes(max(len(p.lengths) for p in points))) as forecasters:
+        where = f"{size.replicas} replicas"
+        found = forecast_loads(loads, forecasters, setup.lab.slo, progress, where)
+    return FleetForecasts(size, found, without)
 
 
 Found = TypeVar("Found")

@@ -29,14 +29,14 @@ from labs.harness.judging.checks.expected import Served
 from labs.harness.running import backfill, engine_series
 from labs.harness.running.attention import time_attention
 from labs.harness.running.engines import resident_groups
-from labs.harness.running.fleets import (
+from labs.harness.running.forecast import (
     FleetForecasts,
     FleetSize,
+    forecast,
     forecast_fleets,
     require_open_loads,
     write_lengths,
 )
-from labs.harness.running.forecast import forecast
 from labs.harness.running.forecaster import ForecastError
 from labs.harness.running.harness import open_harness
 from labs.harness.running.progress import ProgressDisplay

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
@@ -24,7 +25,8 @@ from labs.harness.running.step_timing import LEAST_OF_STAND_IN, Steps, served_fo
 from labs.harness.spec import Lab, Point
 from loadtests.admission import QueueLimits
 from loadtests.arrivals import Contended, Replay, Waves, send_times
-from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s
+from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s, read_requests
+from loadtests.prompts import Writer
 from loadtests.records import TURNED_AWAY, Chunks, RequestRecord
 from serving import metrics
 from serving.engines.base import FlagValue, with_places
@@ -36,7 +38,7 @@ from serving.forecasting.plan import (
     PlannedEngine,
     PlannedTrial,
 )
-from serving.forecasting.traffic import Delays, Play, Traffic
+from serving.forecasting.traffic import Delays, Play, Prompt, Traffic
 from serving.hardware.machine import Machine
 from serving.metrics import KvUse, Snapshot
 from serving.weights.models import Shape
@@ -51,12 +53,35 @@ FIRST = [(1, 1.0)]  # the only play at an end of the band, or at all: the first 
 ROUTER = "least-loaded"  # of requests to two engines that both do all
 
 
+def write_prompts(requests: Mapping[str, Sequence[Path]], writer: Writer) -> dict[str, list[Path]]:
+    """Write what is sent as the tokens that a scheduler takes, a file beside each of `requests`."""
+    prompts: dict[str, list[Path]] = {}
+    for workload, files in requests.items():
+        for file in files:
+            of_file = file.with_suffix(".prompts")
+            with of_file.open("w") as lines:
+                for request in read_requests(file):
+                    body = json.loads(request.body)
+                    prompt = Prompt(
+                        index=request.index,
+                        token_ids=tuple(map(int, writer.tokens(body["messages"]))),
+                        output_tokens=request.output_tokens,
+                        adapter=request.adapter,
+                        priority=body.get("priority", 0),
+                        intruder=request.intruder,
+                        choices=request.choices,
+                    )
+                    lines.write(f"{prompt.model_dump_json()}\n")
+            prompts.setdefault(workload, []).append(of_file)
+    return prompts
+
+
 @dataclass(frozen=True)
 class VirtualTrials:
     """Plays the trials of a lab on virtual engines, and measures what their clients saw."""
 
     setup: Setup
-    requests: Mapping[str, Sequence[Path]]  # workload -> the file of each repeat
+    prompts: Mapping[str, Sequence[Path]]  # workload -> what is sent in each repeat, as `Prompt`s
     steps: Steps
     copies: Copies
     spread: float  # the usual one of the machine's speed, a factor of 1 or more
@@ -72,21 +97,15 @@ class VirtualTrials:
 
         Raises ForecastError.
         """
-        self.forecaster.send(
-            ForecastPlan(
-                tokenizer=self.setup.model.path,
-                engines=tuple(self._engine(p, 0, FIRST, [capacity_per_s]) for p in points),
-            )
-        )
-        lab, plays = self.setup.lab, self.forecaster.plays()
-        return [measure(_trial(lab, p, play)) for p, play in zip(points, plays, strict=True)]
+        engines = [self._engine(p, 0, FIRST, [capacity_per_s]) for p in points]
+        plays = self._play(engines, Delays())
+        return [measure(self._trial(p, play)) for p, play in zip(points, plays, strict=True)]
 
     def played(self, points: Sequence[Point], capacities: Capacities) -> list[PointPlays]:
-        """Play all trials of these points; return the plays of each. Raises ForecastError.
+        """Play all repeats of these points at the expected step, and the first at both ends.
 
-        Loads may be multiples of the capacities.
+        Loads may be multiples of the capacities. Raises ForecastError.
         """
-        self.forecaster.send(self._plan(points, capacities))
         known = {p.key: p for p in points}
         lab, outcomes = self.setup.lab, {key: list[Outcome]() for key in known}
         parts = parts_of(lab.name) if lab.findings or lab.plots else ReportParts()
@@ -94,58 +113,43 @@ class VirtualTrials:
             {p.key for p in of(points)} for of in (parts.over_time, parts.watched)
         )
         timelines: dict[str, Timeline] = {}  # of each point's first play
-        for play in self.forecaster.plays():
-            trial = _trial(lab, known[play.key], play)
+        engines = [
+            *(self._engine(p, 0, self._repeats(p), capacities) for p in points),
+            *(self._engine(p, end, FIRST, capacities) for end in (1, 2) for p in points),
+        ]
+        for play in self._play(engines, Delays()):
+            trial = self._trial(known[play.key], play)
             if play.key in over_time - timelines.keys():
                 timelines[play.key] = timeline(trial.point, trial.records)
-            found_tokens = play.found_tokens if dose.by_chance(trial) else ()
-            outcomes[play.key].append(
-                Outcome.of(trial, play.kv_use, play.key in watched, found_tokens)
-            )
-        # the last two of a point are those at the ends of the band
-        return [
-            PointPlays(p, of[:-2], of[-2:], timelines.get(p.key))
-            for p in points
-            for of in [outcomes[p.key]]
-        ]
+            outcomes[play.key].append(Outcome.of(trial, play, play.key in watched))
+        return [PointPlays.of(p, outcomes[p.key], timelines.get(p.key)) for p in points]
 
-    def _plan(self, points: Sequence[Point], capacities: Capacities) -> ForecastPlan:
-        """Plan all repeats at the expected step, then the first at a faster and a slower one."""
-        return ForecastPlan(
-            tokenizer=self.setup.model.path,
-            engines=(
-                *(self._engine(p, 0, self._repeats(p), capacities) for p in points),
-                *(self._engine(p, end, FIRST, capacities) for end in (1, 2) for p in points),
-            ),
-        )
-
-    def of_a_fleet(self, point: Point, end: int, replicas: int, router: str) -> PlannedEngine:
-        """Plan the first trial of a point on several of its engines behind a router.
+    def of_a_fleet(self, point: Point, replicas: int, router: str) -> list[ForecastPlan]:
+        """Plan the first trial of a point on several of its engines, at each end of the band.
 
         Of each answer only both ends are kept, as there may be a hundred thousand.
         """
-        engine = self._engine(point, end, FIRST, NO_CAPACITIES)
-        return _behind_a_router(engine, replicas, router, ends_only=True)
+        engines = [self._engine(point, end, FIRST, NO_CAPACITIES) for end in (0, 1, 2)]
+        return [
+            ForecastPlan(
+                delays=serial_delays(replicas),
+                engines=(_behind_a_router(engine, replicas, router, ends_only=True),),
+            )
+            for engine in engines
+        ]
 
     def on_two_engines(self, pairs: Sequence[Pair]) -> tuple[OnTwoEngines, ...]:
         """Play the loads of points on two engines each. Raises ForecastError.
 
         The second engine is on a machine as fast as the first.
         """
-        lab, forecasts = self.setup.lab, []
+        forecasts = []
         for pair in pairs:
-            self.forecaster.send(
-                ForecastPlan(
-                    tokenizer=self.setup.model.path,
-                    # every request of a split pair comes to its first engine
-                    delays=serial_delays(2) if pair.link_gbit_per_s is None else Delays(),
-                    engines=tuple(self._pair(pair, end) for end in (0, 1, 2)),
-                )
-            )
-            outcomes = [
-                Outcome.of(_trial(lab, pair.point, play), None) for play in self.forecaster.plays()
-            ]
-            bands = PointPlays(pair.point, outcomes[:-2], outcomes[-2:], None).bands(lab)
+            # every request of a split pair comes to its first engine
+            delays = serial_delays(2) if pair.link_gbit_per_s is None else Delays()
+            plays = self._play([self._pair(pair, end) for end in (0, 1, 2)], delays)
+            outcomes = [Outcome.of(self._trial(pair.point, play), play) for play in plays]
+            bands = PointPlays.of(pair.point, outcomes).bands(self.setup.lab)
             forecasts.append(
                 OnTwoEngines(
                     point=pair.point.key,
@@ -154,6 +158,15 @@ class VirtualTrials:
                 )
             )
         return tuple(forecasts)
+
+    def _play(self, engines: Sequence[PlannedEngine], delays: Delays) -> Iterator[ForecastPlay]:
+        self.forecaster.send(ForecastPlan(delays=delays, engines=tuple(engines)))
+        return self.forecaster.plays()
+
+    def _trial(self, point: Point, play: ForecastPlay) -> Trial:
+        """Present a play as a finished trial, so that the same functions measure it."""
+        slo, observed = self.setup.lab.slo, list(records(play.play))
+        return Trial(point, play.repeat, slo, observed, _summary(play.play), _snapshot(play))
 
     def _pair(self, pair: Pair, end: int) -> PlannedEngine:
         """Plan two engines at this end of the band: a split pair, or both behind a router."""
@@ -216,7 +229,7 @@ class VirtualTrials:
         return PlannedTrial(
             key=key,
             repeat=repeat,
-            requests=self.requests[point.workload.name][repeat - 1],
+            requests=self.prompts[point.workload.name][repeat - 1],
             acceptance=lab.acceptance(point) if lab.acceptance and speculates else 0.0,
             guessed=lab.guessed(point) if lab.guessed and speculates else 1.0,
             copied=tuple(self.copies[key][repeat - 1]) if key in self.copies else (),
@@ -236,31 +249,17 @@ def _behind_a_router(
     does not know which engine has a request: all together may have as many as the limits of so many
     engines add up to.
     """
-    return engine.model_copy(
-        update={
-            "replicas": replicas,
-            "trials": tuple(
-                trial.model_copy(
-                    update={
-                        "router": router,
-                        "ends_only": ends_only,
-                        "traffic": _with_limits(trial.traffic, replicas),
-                    }
-                )
-                for trial in engine.trials
-            ),
+    trials = []
+    for trial in engine.trials:
+        most, most_tokens = trial.traffic.most_requests, trial.traffic.most_prompt_tokens
+        limits = {
+            "most_requests": most and replicas * most,
+            "most_prompt_tokens": most_tokens and replicas * most_tokens,
         }
-    )
-
-
-def _with_limits(traffic: Traffic, times: int) -> Traffic:
-    most, most_tokens = traffic.most_requests, traffic.most_prompt_tokens
-    return traffic.model_copy(
-        update={
-            "most_requests": most and times * most,
-            "most_prompt_tokens": most_tokens and times * most_tokens,
-        }
-    )
+        traffic = trial.traffic.model_copy(update=limits)
+        changes = {"router": router, "ends_only": ends_only, "traffic": traffic}
+        trials.append(trial.model_copy(update=changes))
+    return engine.model_copy(update={"replicas": replicas, "trials": tuple(trials)})
 
 
 def paces(plays: int, spread: float) -> list[float]:
@@ -339,19 +338,6 @@ def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) 
     )
 
 
-def _trial(lab: Lab, point: Point, forecast_play: ForecastPlay) -> Trial:
-    """Present a play as a finished trial, so that the same functions measure it."""
-    play = forecast_play.play
-    return Trial(
-        point,
-        forecast_play.repeat,
-        lab.slo,
-        list(records(play)),
-        _summary(play),
-        _snapshot(forecast_play),
-    )
-
-
 def records(play: Play) -> Iterator[RequestRecord]:
     """Present what the clients of a play observed as the records of a trial."""
     for a in play.answers:
@@ -418,20 +404,14 @@ class Outcome:
     found_tokens: Sequence[int]
 
     @classmethod
-    def of(
-        cls,
-        trial: Trial,
-        kv_use: KvUse | None,
-        watched: bool = False,
-        found_tokens: Sequence[int] = (),
-    ) -> Outcome:
+    def of(cls, trial: Trial, play: ForecastPlay, watched: bool = False) -> Outcome:
         return cls(
             figures=measure(trial),
             lasts_s=max((r.end_s or 0.0 for r in trial.records), default=0.0),
             sent=len(trial.records),
             watch=watch(trial) if watched else None,
-            kv_use=kv_use,
-            found_tokens=found_tokens,
+            kv_use=play.kv_use,
+            found_tokens=play.found_tokens if dose.by_chance(trial) else (),
         )
 
 
@@ -443,6 +423,13 @@ class PointPlays:
     as_timed: Sequence[Outcome]  # at the expected step
     shifted: Sequence[Outcome]  # the first, at the two ends of the band of its step
     timeline: Timeline | None  # of the first, where the lab's plots show it
+
+    @classmethod
+    def of(
+        cls, point: Point, plays: Sequence[Outcome], of_first: Timeline | None = None
+    ) -> PointPlays:
+        """Gather the plays of a point, of which the last two are at the ends of the band."""
+        return cls(point, plays[:-2], plays[-2:], of_first)
 
     @property
     def trial_s(self) -> float:
@@ -471,22 +458,25 @@ class PointPlays:
 
     def bands(self, lab: Lab) -> dict[str, Band]:
         """Return the band of each metric in which the mean of the lab's trials is expected."""
-        as_timed, shifted = (
-            [play.figures for play in plays] for plays in (self.as_timed, self.shifted)
-        )
-        names = (name for name, metric in METRICS.items() if metric.forecast)
-        return _bands(as_timed, shifted, self._repeats(lab), names)
+        names = [name for name, metric in METRICS.items() if metric.forecast]
+        return self._bands(lab, names, lambda play: play.figures)
 
     def kv_bands(self, lab: Lab) -> dict[str, Band]:
         """Return the bands of the mean and the peak share of the KV cache in use, if it is known.
 
         What a faster and a slower step, and chance, change is found as for any other figure.
         """
-        as_timed, shifted = (
-            [play.kv_use.model_dump() if play.kv_use else {} for play in plays]
-            for plays in (self.as_timed, self.shifted)
-        )
-        return _bands(as_timed, shifted, self._repeats(lab), KvUse.model_fields)
+        names = [*KvUse.model_fields]
+        return self._bands(lab, names, lambda p: p.kv_use.model_dump() if p.kv_use else {})
+
+    def _bands(
+        self,
+        lab: Lab,
+        names: Iterable[str],
+        figures: Callable[[Outcome], Mapping[str, float | None]],
+    ) -> dict[str, Band]:
+        as_timed, shifted = [*map(figures, self.as_timed)], [*map(figures, self.shifted)]
+        return _bands(as_timed, shifted, self._repeats(lab), names)
 
     def _repeats(self, lab: Lab) -> int:
         """Count the trials that are independent: those beside long prompts share their speed."""

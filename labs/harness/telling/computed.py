@@ -15,9 +15,10 @@ from labs.harness import theory
 from labs.harness.facts.parts import parts_of
 from labs.harness.judging.text import number
 from labs.harness.questions import QUESTIONS
-from labs.harness.telling.capacity_plans import break_even_millions, over
+from labs.harness.telling.capacity_plans import break_even_millions
 from labs.harness.telling.dials import shipped_shape
 from labs.harness.telling.document import Code, Inline
+from labs.harness.telling.forecasts import over
 from labs.harness.telling.planner import BLOCK_TOKENS, kv_room_tokens
 from labs.harness.telling.tables import with_band
 from serving.engines.vllm import MEMORY_SHARE, usable_bytes

@@ -1,142 +1,148 @@
-"""Build the pages of a lab that was forecast and not run."""
+"""Build the pages of what was forecast and not run, and the table of what clients would see."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from labs.harness.filing.results import PointForecasts, Predictions
+from labs.harness.filing.results import Band, PointForecasts, Predictions
 from labs.harness.judging.text import number, point_label
 from labs.harness.spec import Lab
 from labs.harness.telling import tables
-from labs.harness.telling.capacity_plans import FLEET, FleetForecast, fleet_note, fleet_row
-from labs.harness.telling.document import (
-    Block,
-    Code,
-    Inline,
-    Paragraph,
-    Section,
-    Strong,
-    bullets,
-    section,
-    table,
-)
+from labs.harness.telling.document import Code, Inline, Table, section, table
+from labs.harness.telling.filled import filled
+from labs.harness.telling.markdown import Markdown
+from labs.harness.telling.tables import with_band
 from serving.hardware.machine import Machine
 
-SCHEDULER = "vLLM's own scheduler played every load point in virtual time, over steps"
-ON_TWO_ENGINES = (
-    " No run has two engines. The second one is taken to be on a machine as fast as the first."
-    " Where one prefills, keys and values go over the link prompt by prompt, and the other computes"
-    " the prompt's last token again and writes the whole answer. Left out: the work of sending and"
-    " receiving, whatever else uses the link, blocks that are sent whole though they are not full,"
-    " and the memory that both engines hold while a prompt is on its way. Two machines are compared"
-    " with one here: the rows that share the requests say what a second one gains without a split."
-)
-RUN_WITH_THESE = "The folder of a run with these settings ends in "
-LIMITS_OF_ALL = (
-    "The load generator holds the limits on the queue, and not each engine its own: there is one"
-    " limit on all replicas together, the sum of theirs."
-)
+
+@dataclass(frozen=True)
+class Latencies:
+    """Holds what the clients of one play in virtual time would observe."""
+
+    requests: int
+    within: float  # the share of requests that meet the objective
+    ttft_p50_s: float | None
+    ttft_p99_s: float | None
+    tpot_p50_s: float | None
+    tpot_p99_s: float | None
+    hit_rate: float | None
+    preemptions: int
 
 
-def on_two_engines(lab: Lab, forecasts: PointForecasts) -> Section:
+@dataclass(frozen=True)
+class LoadForecast:
+    """Holds what clients would observe of a load; bands span a faster and a slower step."""
+
+    expected: Latencies
+    within: Band
+    ttft_p99_s: Band | None
+
+    @classmethod
+    def of(cls, plays: Sequence[Latencies]) -> LoadForecast:
+        """Gather a load's plays: as expected, with a faster and with a slower step."""
+        ttft_p99_s = [p.ttft_p99_s for p in plays if p.ttft_p99_s is not None]
+        return cls(
+            plays[0],
+            over([p.within for p in plays]),
+            over(ttft_p99_s) if len(ttft_p99_s) == len(plays) else None,
+        )
+
+
+def over(values: Sequence[float]) -> Band:
+    """Gather a figure as expected, the first, and those with a faster and a slower step."""
+    return Band(value=values[0], low=min(values), high=max(values))
+
+
+Place = tuple[str, ...]  # a cell for each of the first columns
+SEEN = ("Within the objective", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "Prefix hits",
+        "Preemptions")  # fmt: skip
+
+
+def loads(places: Sequence[str], forecasts: Mapping[Place, LoadForecast]) -> Table:
+    """Tabulate what clients would see of each load; `places` head the columns that name it."""
+    rows: list[list[Inline]] = []
+    for place, load in forecasts.items():
+        seen = load.expected
+        rows.append(
+            [
+                *place,
+                with_band(load.within, "share"),
+                number(seen.ttft_p50_s, "s"),
+                with_band(load.ttft_p99_s, "s"),
+                number(seen.tpot_p50_s, "s"),
+                number(seen.tpot_p99_s, "s"),
+                number(seen.hit_rate, "share"),
+                f"{seen.preemptions:,}",
+            ]
+        )
+    return table((*places, *SEEN), rows)
+
+
+def on_two_engines(lab: Lab, forecasts: PointForecasts) -> Markdown:
     """Show what two engines are forecast to do, and what that leaves out; empty without any."""
+    of_two = tables.on_two_engines(lab, forecasts)
     return section(
         "Forecast on two engines, not measured",
-        tables.on_two_engines(lab, forecasts),
-        Paragraph((Strong("Forecast alone."), ON_TWO_ENGINES)) if forecasts.on_two else None,
+        filled("two_engines", table=of_two) if of_two else None,
     )
 
 
-def page(
-    lab: Lab,
-    model: str,
-    machine: Machine,
-    predictions: Predictions,
-    by_datasheet: bool,
-    run_on_file: str = "",
-) -> Section:
-    """Build the page: claims, points with their bands, and what has no forecast.
+@dataclass(frozen=True)
+class Basis:
+    """Says what a forecast rests on."""
 
-    `by_datasheet` says that the machine is not here, so that its steps were computed; `run_on_file`
-    names the run that timed them where it is another that is on file.
-    """
-    forecasts = predictions.in_virtual_time
+    lab: Lab
+    model: str
+    machine: Machine
+    here: bool  # its steps were timed on this machine; else they follow from a datasheet, or
+    run: str = ""  # they were timed before this run, on another that is on file
+
+    def page(self, without: Mapping[str, str], **known: Any) -> Markdown:
+        """Build a page of forecasts; `without` says why there are none of some variants."""
+        return filled(
+            "forecast", lab=self.lab, model=self.model, machine=self.machine, here=self.here,
+            run=self.run and Code(self.run), without=[(Code(v), why) for v, why in without.items()],
+            **known,
+        )  # fmt: skip
+
+
+def page(basis: Basis, predictions: Predictions) -> Markdown:
+    """Build the page of a lab: claims, points with their bands, and what has no forecast."""
+    forecasts, lab = predictions.in_virtual_time, basis.lab
     assert forecasts, "a page of forecasts is made of forecasts"
-    return section(
-        f"{lab.title}: forecast for {machine.model}",
-        _basis(lab, model, machine, by_datasheet, run_on_file, "Goodput counts requests"),
-        Paragraph((RUN_WITH_THESE, Code(lab.digest()), ".")),
-        section("Claims", tables.predictions(lab, predictions)),
-        section(
-            "Load points",
-            tables.in_virtual_time(lab, forecasts, also=("goodput_per_s",)),
-            _without(forecasts.without),
-        ),
-        section("Other settings, one play each", tables.searched(forecasts)),
-        on_two_engines(lab, forecasts),
+    return basis.page(
+        forecasts.without,
+        several=False,
+        claims=tables.predictions(lab, predictions),
+        points=tables.in_virtual_time(lab, forecasts, also=("goodput_per_s",)),
+        searched=tables.searched(forecasts),
+        table=tables.on_two_engines(lab, forecasts),
     )
 
 
 def page_of_fleets(
-    lab: Lab,
-    model: str,
-    machine: Machine,
+    basis: Basis,
     replicas: int,
-    points: Mapping[str, Sequence[FleetForecast]],
+    fleets: Mapping[tuple[str, str], LoadForecast],
     without: Mapping[str, str],
-    by_datasheet: bool,
-    run_on_file: str = "",
-) -> Section:
-    """Build the page of engines behind a router, `points` by load; the rest is as for `page`."""
-    fleets = [fleet for of in points.values() for fleet in of]
-    rows = [[point_label(key, lab), *fleet_row(f)] for key, of in points.items() for f in of]
-    header: list[Inline] = ["Point", *FLEET]
-    several = replicas > 1
-    if not several:  # no router has a choice
-        header, rows = (
-            [header[0], *header[2:]],
-            [[point, *figures] for point, _, *figures in rows],
-        )
-    of_each = f"{replicas} replicas of each engine, " if several else ""
-    return section(
-        f"{lab.title}: {of_each}forecast for {machine.model}",
-        _basis(lab, model, machine, by_datasheet, run_on_file, "The objective is met by requests"),
-        section(
-            "Open loads",
-            table(header, rows),
-            fleet_note(fleets, several) if fleets else None,
-            Paragraph(LIMITS_OF_ALL) if several and _held_by_client(lab) else None,
-            _without(without),
-        ),
+) -> Markdown:
+    """Build the page of engines behind a router; `fleets` are by a point's key and the router."""
+    lab, several = basis.lab, replicas > 1
+    # of a single engine no router has a choice
+    told: dict[Place, LoadForecast] = {
+        (point_label(key, lab), router) if several else (point_label(key, lab),): fleet
+        for (key, router), fleet in fleets.items()
+    }
+    limited = lab.admission_by_client and any(flags.turns_away for flags in lab.all_flags)
+    return basis.page(
+        without,
+        replicas=replicas,
+        several=several,
+        limited=limited,
+        fleets=loads(("Point", "Router") if several else ("Point",), told),
+        requests=next((fleet.expected.requests for fleet in fleets.values()), 0),
+        searched=None,
+        table=None,
     )
-
-
-def _held_by_client(lab: Lab) -> bool:
-    return lab.admission_by_client and any(flags.turns_away for flags in lab.all_flags)
-
-
-def _basis(
-    lab: Lab, model: str, machine: Machine, by_datasheet: bool, run_on_file: str, good: str
-) -> Paragraph:
-    """Say what a forecast rests on, and what is `good` within the objective."""
-    origin: Inline = " of the model's shape that were timed on this machine"
-    if run_on_file:
-        origin = (" that were timed on such a machine before the run ", Code(run_on_file))
-    elif by_datasheet:
-        origin = (
-            " computed from the GPU's datasheet and from published efficiencies, which ",
-            Code("serving/forecasting/datasheet.py"),
-            " names",
-        )
-    basis: Inline = (
-        Strong("Forecast; nothing was measured."),
-        f" {model} on {machine.describe()}. {SCHEDULER}",
-        origin,
-        f". A band spans a faster and a slower step. {good} with a TTFT of at most"
-        f" {number(lab.slo.ttft_s, 's')} and a TPOT of at most {number(lab.slo.tpot_s, 's')}.",
-    )
-    return Paragraph(basis)
-
-
-def _without(reasons: Mapping[str, str]) -> Block | None:
-    return bullets((Code(name), f" has no forecast: {why}") for name, why in reasons.items())
