@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -27,7 +26,6 @@ from labs.harness.telling.words import NOTHING, told_by
 from loadtests import plan
 from serving.engines import ENGINES
 from serving.engines.base import EngineError
-from serving.forecasting.__main__ import _tokenizer
 from serving.hardware import machine
 from serving.weights import models
 from serving.weights.models import ROOT
@@ -251,7 +249,6 @@ def check_prompts(folder: RunFolder, model: models.Model) -> None:
     """The forecaster's prompts have as many tokens as the engine counted."""
     lab, points = folder.run().rebuilt_lab(), folder.run().points()
     writer, first = writer_of(model), {p.workload.name: p for p in reversed(points)}
-    tokenize = _tokenizer(str(model.path))
     for workload in lab.workloads:
         (request,) = workload.requests(1, lab.draw_seed(1), writer)
         point = first[workload.name]
@@ -260,7 +257,8 @@ def check_prompts(folder: RunFolder, model: models.Model) -> None:
         trial = folder.trial(point, result, lab)
         assert trial
         counted = {r.prompt_tokens for r in trial.records if r.index == 0 and not r.turned_away}
-        assert counted <= {len(tokenize(json.dumps(plan.body(request, model.name))))}
+        messages = plan.body(request, model.name)["messages"]
+        assert counted <= {len(writer.tokens(messages))}
         assert counted or trial.turned_away
 
 

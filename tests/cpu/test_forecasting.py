@@ -22,6 +22,7 @@ from labs.harness.running.resolve import machine_of
 from labs.harness.spec import SLO
 from labs.harness.telling.capacity_plans import CapacityPlan, Demand
 from labs.harness.theory import experts_needed
+from loadtests.prompts import tokenizer
 from serving.forecasting.copying import Copied
 from serving.forecasting.fleet import ROUTERS, Handover
 from serving.forecasting.plan import (
@@ -34,7 +35,7 @@ from serving.forecasting.plan import (
 )
 from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.timing import TimingPlan
-from serving.forecasting.traffic import Delays, Traffic
+from serving.forecasting.traffic import Delays, Prompt, Traffic
 from serving.hardware import machine
 from serving.weights import dummy, models
 from tests.unit.test_capacity_plan import SilentProgress
@@ -215,16 +216,16 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
         "three": [("hello", 4)] * 3,
     }
     classes = {"three": (0, 1, 0)}
+    tokens_of = tokenizer(str(model))
     for name, requests in sent.items():
         (folder / name).write_text("".join(
-            json.dumps({
-                "index": index, "output_tokens": output_tokens, "intruder": False,
-                "adapter": f"tenant-{index}" if name == "tenants" else None,
-                "body": json.dumps({
-                    "messages": [{"role": "user", "content": text}],
-                    "priority": classes.get(name, (0,) * len(requests))[index],
-                }),
-            }) + "\n"
+            Prompt(
+                index=index,
+                token_ids=tuple(map(int, tokens_of([{"role": "user", "content": text}]))),
+                output_tokens=output_tokens,
+                adapter=f"tenant-{index}" if name == "tenants" else None,
+                priority=classes.get(name, (0,) * len(requests))[index],
+            ).model_dump_json() + "\n"
             for index, (text, output_tokens) in enumerate(requests)
         ))  # fmt: skip
 
@@ -277,7 +278,6 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
     slot = ("--enable-lora", "--max-loras", "1", "--lora-modules", "tenant-0=a", "tenant-1=b")
     ngram = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'
     return ForecastPlan(
-        tokenizer=model,
         delays=Delays(request_s=0, serial_s=0, response_s=0, client_s=0),
         engines=(
             engine("one slot", "tenants", *kv, *slot),
@@ -520,7 +520,7 @@ def test_a_plan_is_the_same_by_one_process_and_by_two(monkeypatch: pytest.Monkey
     monkeypatch.setattr(capacity_plan, "GRIDS", ((0.6, 0.9, 1.25),))
     one, two = (plan_on(question, processes, monkeypatch) for processes in (1, 2))
     assert len(one.rates) == len(capacity_plan.GRIDS[0])
-    assert len({fleet.expected for fleet in one.fleets}) == len(ROUTERS)
+    assert len({fleet.expected for fleet in one.fleets.values()}) == len(ROUTERS)
     assert one == two
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from loadtests.prompts import tokenizer
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -16,7 +17,7 @@ from serving.forecasting.plan import (
     SyntheticRequest,
 )
 from serving.forecasting.step import StepTimes
-from serving.forecasting.traffic import Traffic
+from serving.forecasting.traffic import Prompt, Traffic
 from serving.weights import models
 
 STEP = StepTimes(
@@ -47,12 +48,14 @@ def plan(folder: Path) -> ForecastPlan:
         (folder / name).write_text("".join(f"{line}\n" for line in lines))
         return folder / name
 
+    tokens_of = tokenizer(str(model))
+
     def chat(index: int, words: int, adapter: str | None = None, intruder: bool = False) -> str:
-        body = {"messages": [{"role": "user", "content": "street " * words}], "priority": index % 3}
-        return json.dumps({
-            "index": index, "output_tokens": 8 + index % 5, "intruder": intruder,
-            "adapter": adapter, "body": json.dumps(body),
-        })  # fmt: skip
+        token_ids = tokens_of([{"role": "user", "content": "street " * words}])
+        return Prompt(
+            index=index, token_ids=tuple(map(int, token_ids)), output_tokens=8 + index % 5,
+            intruder=intruder, adapter=adapter, priority=index % 3,
+        ).model_dump_json()  # fmt: skip
 
     mixed = synthetic("mixed", *(
         SyntheticRequest(index=i, prompt_tokens=prompt, output_tokens=output)
@@ -97,7 +100,6 @@ def plan(folder: Path) -> ForecastPlan:
 
     draft = json.dumps({"method": "draft_model", "model": str(model), "num_speculative_tokens": 3})
     return ForecastPlan(
-        tokenizer=model,
         engines=(
             engine("batches", mixed),
             engine("batches, synchronous", mixed, "--no-async-scheduling"),

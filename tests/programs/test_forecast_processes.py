@@ -34,7 +34,6 @@ TRIAL = PlannedTrial(
     traffic=Traffic(kind="waves", warmup_s=0, window_s=1),
 )  # fmt: skip
 ONE_TRIAL = ForecastPlan(
-    tokenizer=Path("nowhere"),
     engines=(PlannedEngine(argv=(), step_times=STEP, trials=(TRIAL,)),),
 )
 
@@ -153,7 +152,6 @@ for line in sys.stdin:
     keys = ["long", "a", "b", "c"]
     plans = [
         ForecastPlan(
-            tokenizer=Path("nowhere"),
             engines=(
                 PlannedEngine(
                     argv=(), step_times=STEP, trials=(TRIAL.model_copy(update={"key": key}),)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +15,14 @@ import pytest
 from typer.testing import CliRunner
 
 from labs.harness.commands.cli import app
-from labs.harness.running import capacity_plan
+from labs.harness.running import capacity_plan, loads_played
 from labs.harness.running.capacity_plan import Question, plan
 from labs.harness.running.resolve import machine_of
 from labs.harness.spec import SLO, LabError
 from labs.harness.telling import capacity_plans, markdown
-from labs.harness.telling.capacity_plans import Demand, Latencies
+from labs.harness.telling.capacity_plans import Demand
 from labs.harness.telling.document import Block
+from labs.harness.telling.forecasts import Latencies, LoadForecast
 from loadtests.trace import TraceRow
 from serving.engines.vllm import ACTIVATION_BYTES
 from serving.forecasting.plan import ForecastPlan
@@ -48,22 +48,31 @@ def latencies(within: float) -> Latencies:
     return Latencies(500, within, 0.1, 0.2, 0.01, 0.02, 0.5, 0)
 
 
-@pytest.fixture
-def capacity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each GPU serves 20 requests/s as expected, 25 with a faster step and 10 with a slower one."""
+def without_playing(monkeypatch: pytest.MonkeyPatch) -> list[ForecastPlan]:
+    """Each GPU serves 20 requests/s as expected, 25 with a faster step and 10 with a slower one.
 
-    def rate(job: Any) -> float:
-        return len(job.load.schedule_s) / float(job.load.schedule_s[-1])
+    Returns what is played.
+    """
+    played: list[ForecastPlan] = []
 
-    def played(player: Any, jobs: Sequence[Any], where: str) -> list[Latencies]:
-        limits = {0: 20.0, 1: 25.0, 2: 10.0}
-        return [
-            latencies(1.0 if rate(job) <= limits[job.end] * job.replicas else 0.5) for job in jobs
-        ]
+    def forecast_loads(loads: Any, *_: Any) -> dict[Any, LoadForecast]:
+        played.extend(planned for plans in loads.values() for planned in plans)
+        found = {}
+        for name, (expected, *_) in loads.items():
+            (engine,) = expected.engines
+            at_s = engine.trials[0].traffic.schedule_s
+            shares = [float(len(at_s) / at_s[-1] <= most * engine.replicas) for most in LIMITS]
+            found[name] = LoadForecast.of([latencies(max(0.5, share)) for share in shares])
+        return found
 
-    monkeypatch.setattr(capacity_plan._Player, "play", played)
+    monkeypatch.setattr(capacity_plan, "forecast_loads", forecast_loads)
     monkeypatch.setattr(capacity_plan, "side_by_side", lambda _: nullcontext([]))
     monkeypatch.setattr(capacity_plan, "_estimate_per_s", lambda *_: 20.0)
+    return played
+
+
+LIMITS = 20.0, 25.0, 10.0
+capacity = pytest.fixture(without_playing, name="capacity")
 
 
 def question(name: str = "llama-8b", **more: Any) -> Question:
@@ -97,7 +106,7 @@ def test_the_capacity_lies_between_the_rates_that_meet_the_objective_and_do_not(
     assert 8 <= low < value < high
     assert 15 <= value <= 21
     assert answer.replicas == -(-70 // value)
-    assert [fleet.router for fleet in answer.fleets] == ["round-robin", "least-loaded"]
+    assert [*answer.fleets] == ["round-robin", "least-loaded"]
     text = markdown.document(capacity_plans.page(answer))
     assert "Break-even" in text
     assert "| 173 |" in text  # 24 h x 3.6 USD/h / 0.5 USD
@@ -150,71 +159,59 @@ def test_no_request_is_longer_than_the_cache_and_the_positions() -> None:
              SilentProgress())  # fmt: skip
 
 
-@pytest.fixture
-def player() -> capacity_plan._Player:
-    asked = question()
-    machine, sheet = machine_of("h100")
-    assert sheet
-    served = capacity_plan.Served.of(asked.model, "bf16", machine, sheet)
-    return capacity_plan._Player(served, asked, [], SilentProgress())
-
-
-def test_the_servers_of_a_fleet_prepare_requests_side_by_side(
-    player: capacity_plan._Player, tmp_path: Path
+def test_engines_are_built_for_the_longest_request_and_serve_side_by_side(
+    capacity: list[ForecastPlan],
 ) -> None:
-    load = capacity_plan._drawn(player.question, 100.0, player.served.most_tokens)
-    plans = [
-        player._plan(capacity_plan._Job(load, 0, replicas), tmp_path / "requests.jsonl")
-        for replicas in (1, 8)
-    ]
-    assert [p.delays.serial_s for p in plans] == [0.002, 0.002 / 8]
+    """The same engines play one GPU and a fleet, whose servers prepare requests side by side."""
+    plan(question(replicas=8), SilentProgress())
+    engines = [engine for planned in capacity for engine in planned.engines]
+    assert len({engine.argv for engine in engines}) == 1
+    assert engines[0].argv[engines[0].argv.index("--max-model-len") + 1] == "1401"  # 1000 + 4 x 100
+    assert {engine.replicas for engine in engines} == {1, 8}
+    assert {of.engines[0].replicas: of.delays.serial_s for of in capacity} == {
+        1: 0.002, 8: 0.002 / 8,
+    }  # fmt: skip
+    capacity.clear()
+    long = (*trace(9), (9.0, 700, 900))
+    plan(question(demand=Demand(500, 100, 1.0, trace=long)), SilentProgress())
+    assert "1601" in capacity[0].engines[0].argv
 
 
-def test_the_longest_plays_begin_first_and_all_come_back_in_order(
-    player: capacity_plan._Player, monkeypatch: pytest.MonkeyPatch
+def test_the_last_loads_are_played_first_and_all_come_back_in_order(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """So that the last ones to end are short, whatever the number of processes."""
-    begun = list[int]()
+    begun = list[Any]()
 
-    def noted(_: Any, plans: Sequence[ForecastPlan]) -> Iterator[tuple[int, Any]]:
-        begun.extend(len(p.engines[0].trials[0].traffic.schedule_s) for p in plans)
-        return reversed([*enumerate(begun)])  # as they end
+    def play_all(_: Any, plans: Any) -> Iterator[tuple[int, Any]]:
+        begun.extend(plans)
+        yield from reversed([*enumerate(plans)])  # as they end
 
-    monkeypatch.setattr(capacity_plan, "play_all", noted)
-    monkeypatch.setattr(capacity_plan, "latencies", lambda play, slo: play)
-    loads = [capacity_plan._drawn(player.question, rate, 8000) for rate in (100.0, 300.0, 200.0)]
-    played: list[Any] = [*player.play([capacity_plan._Job(load, 0) for load in loads], "here")]
-    assert played == [len(load.schedule_s) for load in loads]
-    assert begun == sorted(begun, reverse=True)
-
-
-def test_engines_are_built_for_the_longest_request_of_any_load(
-    player: capacity_plan._Player,
-) -> None:
-    """The same engines then play one GPU and a fleet."""
-    loads = [capacity_plan._drawn(player.question, rate, 8000) for rate in (1.0, 50.0)]
-    longest = max(r.prompt_tokens + r.output_tokens for load in loads for r in load.requests)
-    assert longest <= player._longest_tokens == 1000 + 4 * 100
-    asked = question(demand=Demand(500, 100, 1.0, trace=(*trace(9), (9.0, 700, 900))))
-    assert replace(player, question=asked)._longest_tokens == 1600
+    monkeypatch.setattr(loads_played, "play_all", play_all)
+    monkeypatch.setattr(loads_played, "latencies", lambda play, _: latencies(play))
+    loads: Any = {"short": (0.3, 0.2, 0.4), "long": (0.6, 0.5, 0.7)}
+    played = loads_played.forecast_loads(loads, [], question().slo, SilentProgress(), "here")
+    assert begun == [0.7, 0.5, 0.6, 0.4, 0.2, 0.3]
+    assert [(name, of.within.value, of.within.low) for name, of in played.items()] == [
+        ("short", 0.3, 0.2), ("long", 0.6, 0.5),
+    ]  # fmt: skip
 
 
 def test_there_are_no_more_processes_than_cores_and_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def processes(cores: int, memory_bytes: float, requests: int = 0) -> int:
+    def processes(cores: int, forecasters: float, requests: int = 0) -> int:
+        """With memory for so many forecasters."""
+        memory = SimpleNamespace(available=forecasters * loads_played.FORECASTER_BYTES)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-        monkeypatch.setattr(
-            psutil, "virtual_memory", lambda: SimpleNamespace(available=memory_bytes)
-        )
-        return capacity_plan.processes(requests)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+        return loads_played.processes(requests)
 
-    assert processes(2, 1e12) == 2
-    assert processes(256, 1e12) == capacity_plan.MOST_PROCESSES
-    assert processes(256, 3.9 * capacity_plan.FORECASTER_BYTES) == 3
+    assert processes(2, 99) == 2
+    assert processes(256, 99) == loads_played.MOST_PROCESSES
+    assert processes(256, 3.9) == 3
     assert processes(256, 0) == 1
-    most = round(capacity_plan.FORECASTER_BYTES / capacity_plan.REQUEST_BYTES)
-    assert processes(256, 4 * capacity_plan.FORECASTER_BYTES, most) == 2
+    most = round(loads_played.FORECASTER_BYTES / loads_played.REQUEST_BYTES)
+    assert processes(256, 4, most) == 2
 
 
 def test_a_mixture_of_experts_is_planned_with_what_can_be_derived() -> None:

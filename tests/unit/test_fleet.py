@@ -41,11 +41,10 @@ class Replica:
 
 
 def prompt(index: int, output_tokens: int, document: int = 0) -> Prompt:
-    request = SyntheticRequest(
+    return SyntheticRequest(
         index=index, prompt_tokens=100, output_tokens=output_tokens, document=document,
         document_tokens=80 if document else 0,
-    )  # fmt: skip
-    return Prompt(index=index, token_ids=request.token_ids, output_tokens=output_tokens)
+    ).prompt  # fmt: skip
 
 
 def played(fleet: Fleet | Split, at_s: list[float], prompts: list[Prompt]) -> Play:
@@ -129,7 +128,7 @@ def test_synthetic_prompts_agree_in_their_document_and_nowhere_else(document_tok
         return SyntheticRequest(
             index=index, prompt_tokens=100, output_tokens=1, document=document,
             document_tokens=document_tokens,
-        ).token_ids  # fmt: skip
+        ).prompt.token_ids  # fmt: skip
 
     def agreeing(one: tuple[int, ...], other: tuple[int, ...]) -> int:
         return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), 100)

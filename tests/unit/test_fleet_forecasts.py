@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from labs.harness.running.fleets import (
+
+from labs.harness.commands.cli import _fleet_size
+from labs.harness.running import forecast
+from labs.harness.running.forecast import (
+    FleetForecasts,
     FleetSize,
     forecast_fleets,
     require_open_loads,
     write_lengths,
 )
-
-from labs.harness.commands.cli import _fleet_size
-from labs.harness.running import capacity_plan, fleets
 from labs.harness.running.trials import requests_file
 from labs.harness.spec import LabError
 from labs.harness.telling import forecasts, markdown
+from labs.harness.telling.forecasts import LoadForecast
 from loadtests.trace import MOST_ROWS
 from serving.forecasting.plan import ForecastPlan, SyntheticRequest
 from tests.unit.builders import make_lab, make_workload
@@ -37,39 +38,40 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[ForecastPlan]:
     """The plans that are played; each play has half of its requests within the objective."""
     plans: list[ForecastPlan] = []
 
-    def play_all(_: Any, given: Sequence[ForecastPlan]) -> Iterator[tuple[int, Any]]:
-        plans.extend(given)
-        return reversed([*enumerate(given)])  # the last ends first
+    def forecast_loads(loads: Any, *_: Any) -> dict[Any, LoadForecast]:
+        plans.extend(plan for of_load in loads.values() for plan in of_load)
+        return {load: LoadForecast.of([latencies(0.5)] * 3) for load in loads}
 
-    monkeypatch.setattr(fleets, "started", lambda: nullcontext(None))
-    monkeypatch.setattr(fleets, "side_by_side", lambda _: nullcontext([]))
-    monkeypatch.setattr(fleets, "steps_of", lambda setup, points, *_: steps_of(points))
-    monkeypatch.setattr(fleets, "reasons_against", lambda _: {})
-    monkeypatch.setattr(capacity_plan, "play_all", play_all)
-    monkeypatch.setattr(capacity_plan, "latencies", lambda *_: latencies(0.5))
+    monkeypatch.setattr(forecast, "started", lambda: nullcontext(None))
+    monkeypatch.setattr(forecast, "side_by_side", lambda _: nullcontext([]))
+    monkeypatch.setattr(forecast, "steps_of", lambda setup, points, *_: steps_of(points))
+    monkeypatch.setattr(forecast, "reasons_against", lambda _: {})
+    monkeypatch.setattr(forecast, "earlier_speeds", lambda _: [])
+    monkeypatch.setattr(forecast, "write_prompts", lambda requests, _: requests)
+    monkeypatch.setattr(forecast, "forecast_loads", forecast_loads)
     return plans
 
 
-def found_of(setup: Any, size: FleetSize) -> fleets.FleetForecasts:
+def found_of(setup: Any, size: FleetSize) -> FleetForecasts:
     files = {w.name: [Path("requests.jsonl")] for w in setup.lab.workloads}
     return forecast_fleets(setup, files, size, SilentProgress())
 
 
-def told(setup: Any, found: fleets.FleetForecasts, replicas: int, **without: str) -> str:
+def told(setup: Any, found: FleetForecasts, replicas: int, **without: str) -> str:
     """The page of these forecasts."""
     machine: Any = SimpleNamespace(model="Abacus", describe=lambda: "an abacus")
-    page = forecasts.page_of_fleets(
-        setup.lab, "abacus-1", machine, replicas, found.points, without, by_datasheet=False
-    )
-    return markdown.document(page)
+    basis = forecasts.Basis(setup.lab, "abacus-1", machine, here=True)
+    return markdown.document(forecasts.page_of_fleets(basis, replicas, found.points, without))
 
 
 def test_every_engine_plays_the_trace_behind_every_router(played: list[ForecastPlan]) -> None:
     setup = make_setup(make_lab().replaying(TRACE))
     found = found_of(setup, FleetSize(3, ("round-robin", "least-loaded")))
-    assert {key: [f.router for f in of] for key, of in found.points.items()} == {
-        f"{variant}/trace/replay-1": ["round-robin", "least-loaded"] for variant in ("off", "on")
-    }
+    assert [*found.points] == [
+        (f"{variant}/trace/replay-1", router)
+        for variant in ("off", "on")
+        for router in ("round-robin", "least-loaded")
+    ]
     assert len(played) == 2 * 2 * 3  # engines, routers, and a step as expected, faster, slower
     for plan in played:
         (engine,) = plan.engines
@@ -108,7 +110,7 @@ def test_a_limit_that_clients_hold_is_told_to_be_one_on_all_replicas(
 def test_of_a_labs_own_loads_the_open_ones_are_shared(played: list[ForecastPlan]) -> None:
     lab = make_lab(workloads=(make_workload("concurrent:2", "poisson:2"),), claims=(), evidence=())
     found = found_of(make_setup(lab), FleetSize(2, ("round-robin",)))
-    assert set(found.points) == {"off/short/poisson-2", "on/short/poisson-2"}
+    assert {key for key, _ in found.points} == {"off/short/poisson-2", "on/short/poisson-2"}
 
 
 def test_what_waits_for_answers_has_nothing_to_route() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from serving.forecasting.step import StepTimes
 from serving.hardware.machine import Machine
 from serving.weights.models import BUNDLED, bundled, load
 from tests.unit.builders import CEILINGS, MACHINE, SHAPE, write_run
-from tests.unit.test_capacity_plan import SilentProgress, latencies
+from tests.unit.test_capacity_plan import SilentProgress, without_playing
 from tests.unit.test_forecasting import TIMES
 
 CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=8 * 2**30)
@@ -216,20 +215,14 @@ def asked(measured: MachineOnFile, **more: Any) -> Question:
 def test_a_plan_for_it_rests_on_what_was_measured(
     measured: MachineOnFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned: list[Any] = []
-
-    def played(player: Any, jobs: Any, where: str) -> list[Any]:
-        planned.extend(player._plan(job, Path("requests.jsonl")).engines[0] for job in jobs)
-        return [latencies(0.5) for _ in jobs]
-
-    monkeypatch.setattr(capacity_plan._Player, "play", played)
-    monkeypatch.setattr(capacity_plan, "side_by_side", lambda _: nullcontext([]))
+    played = without_playing(monkeypatch)
     answer = plan(asked(measured), SilentProgress())
     assert answer.alone
     assert answer.alone.tokens_per_s.value == pytest.approx(10)  # a tenth of a second for a token
     assert answer.alone.prompt_s.low == pytest.approx(0.9 * 10)
-    assert {engine.on_cuda for engine in planned} == {False}
-    assert all("--enforce-eager" in engine.argv for engine in planned)
+    engines = [engine for planned in played for engine in planned.engines]
+    assert {engine.on_cuda for engine in engines} == {False}
+    assert all("--enforce-eager" in engine.argv for engine in engines)
     (fit,) = answer.fits
     assert fit.usable_bytes - fit.weight_bytes == pytest.approx(4 * 2**30)
     text = markdown.document(capacity_plans.page(answer))

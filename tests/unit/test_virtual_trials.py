@@ -66,7 +66,7 @@ class Playing:
 def make_setup(lab: Lab) -> Any:
     return SimpleNamespace(
         lab=lab, points=lab.points(SHAPE, CEILINGS), places={}, weights={}, datasheet=None,
-        on_file=None, elsewhere=False,
+        on_file=None, elsewhere=False, writer=None,
         model=SimpleNamespace(path=Path("model"), dummy=False),
         machine=SimpleNamespace(kind="cpu", slug="abacus"),
     )  # fmt: skip
@@ -93,11 +93,12 @@ def forecast_of(
         yield forecaster
 
     monkeypatch.setattr(forecast, "started", started)
+    monkeypatch.setattr(forecast, "write_prompts", lambda requests, _: requests)
     monkeypatch.setattr(forecast, "reason_against", lambda _, variant: reasons.get(variant.name))
     monkeypatch.setattr(forecast, "earlier_speeds", lambda _: [])
     monkeypatch.setattr(forecast, "steps_as_timed", lambda _, points, *__: steps_of(points))
     setup = make_setup(lab)
-    files = make_trials(setup, forecaster).requests
+    files = make_trials(setup, forecaster).prompts
     quiet: Any = SimpleNamespace(waiting=lambda text: None)
     return forecast.forecast(setup, files, quiet)
 
@@ -237,7 +238,7 @@ def test_limits_of_the_client_on_a_fleet_are_those_of_all_its_engines(by_client:
     trials = make_trials(setup, Playing())
     of_all = {}
     for point in setup.points:
-        engine = trials.of_a_fleet(point, 0, 4, "round-robin")
+        (engine,) = trials.of_a_fleet(point, 4, "round-robin")[0].engines
         (trial,) = engine.trials
         limits = (trial.traffic.most_requests, trial.traffic.most_prompt_tokens)
         of_all[point.variant.name] = limits
