@@ -37,7 +37,7 @@ from labs.harness.running.diagnosing import ReadingFile, between
 from labs.harness.spec import LabError, Point
 from labs.harness.telling import diagnoses, markdown
 from labs.harness.telling.document import plain_text
-from labs.harness.telling.words import MISSING, shared
+from labs.harness.telling.templates import MISSING, filled
 from serving import metrics
 from serving.metrics import Histogram, Snapshot, together
 from tests.unit import hostile
@@ -183,7 +183,7 @@ def test_every_mark_is_told_with_its_figures() -> None:
     marks = [mark for diagnosis in found for mark in diagnosis.marks]
     assert {mark.cause for mark in marks} == set(diagnoses.MEANINGS)
     for mark in marks:
-        told = plain_text(shared("mark.md", mark=mark))
+        told = plain_text(filled("mark.md", mark=mark))
         assert told.endswith("."), mark
         assert MISSING not in told, mark
         assert all(str(of) in told for of in mark.figures.values() if of.known), mark

@@ -19,20 +19,18 @@ from labs.harness.telling.document import (
     Emphasis,
     Figure,
     Link,
-    Notes,
     Paragraph,
     Strong,
     bullets,
     joined,
     parse,
     plain_text,
-    read,
     section,
     table,
-    without_constant_columns,
-    without_empty_columns,
 )
-from labs.harness.telling.markdown import Inline, Markdown, inline
+from labs.harness.telling.markdown import Inline, Markdown, escaped, inline
+from labs.harness.telling.tables import varying, without_empty_columns
+from labs.harness.telling.templates import filled_text
 from tests.cases import each
 
 FROM_OUTSIDE = [
@@ -74,6 +72,10 @@ def written_on(console: Console) -> str:
     return console.file.getvalue()
 
 
+def note(text: str) -> Markdown:
+    return Markdown(f"> **{escaped(text).strip()}**")
+
+
 def words(text: str) -> str:
     return " ".join(text.split())
 
@@ -85,6 +87,10 @@ def test_text_from_outside_is_never_markup(text: str) -> None:
     seen = read_back(bullets([text, ("of ", Strong("x"), text)]))
     assert words(seen.text) == words(f"{text} of x{text}")
     assert seen.tags == {"ul", "li", "strong"}
+    filled, _ = filled_text("{{ text }}\n\n- {{ text }} of *it*\n", {"text": text})
+    seen = read_back(filled)
+    assert words(seen.text) == words(f"{text} {text} of it")
+    assert seen.tags == {"p", "ul", "li", "em"}
     seen = read_back(section(text, table([text, "b"], [[text, Code(text)]])))
     assert words(seen.text) == words(f"{text} {text} b {text} {text}")
     assert seen.tags == {"h1", "table", "thead", "tbody", "tr", "th", "td", "code"}
@@ -94,7 +100,7 @@ def test_text_from_outside_is_never_markup(text: str) -> None:
 def test_html_has_the_same_text_and_no_tag_of_its_own(text: str) -> None:
     document = section(
         "Title",
-        Notes((text,)),
+        note(text),
         Paragraph((text, Link(text, "x.md"))),
         section(text, bullets([Code(text), Emphasis(text)]), table([text], [[text]])),
     )
@@ -177,14 +183,13 @@ def test_the_notation_has_three_marks_and_a_backslash(notation: str, content: In
 def test_blocks_as_markdown() -> None:
     document = section(
         ("On ", Emphasis("x")),
-        Notes(("first", ("a ", Code("b")))),
         Paragraph(joined(["one", "two"], "\n")),
         section("Inner", bullets([("see ", Link("it", "a b.md"))]), Figure("x.svg", "A plot.")),
         section("Empty", bullets([]), table(["a"], []), None),
         section("Numbers", table(["a", "b"], [["x|y", Code("|")]])),
     )
     assert markdown.document(document) == (
-        "# On *x*\n\n> **first**\n> **a `b`**\n\none\ntwo\n\n## Inner\n\n- see [it](<a b.md>)\n\n"
+        "# On *x*\n\none\ntwo\n\n## Inner\n\n- see [it](<a b.md>)\n\n"
         "![A plot.](x.svg)\n\nA plot.\n\n## Numbers\n\n| a | b |\n| --- | --- |\n"
         "| x\\|y | `\\|` |\n"
     )
@@ -205,7 +210,7 @@ def test_a_terminal_shows_styles_and_no_markup_of_its_own() -> None:
         console,
         section(
             "Title",
-            Notes(("[red]note",)),
+            note("[red]note"),
             bullets([("a ", Strong("bold"), " [b] ", Emphasis("c"), Link(" link", "x.md"))]),
             table(["Name", "Figure"], [["[dim]x", "1"], ["y", Strong("22")], ["", "3"]]),
             Figure("x.svg", "A plot."),
@@ -232,7 +237,7 @@ def test_text_from_outside_moves_no_cursor_and_clears_no_screen() -> None:
         console,
         section(
             hostile,
-            Notes((hostile,)),
+            note(hostile),
             bullets([hostile, Code(hostile)]),
             table([hostile, "x"], [[hostile, "1"]]),
         ),
@@ -253,12 +258,12 @@ def test_columns_that_say_the_same_everywhere_are_said_once() -> None:
     of = table(
         ("Point", "Errors", "TTFT", "Cost"), [("a", "0%", "1 s", "–"), ("b", "0%", "2 s", "–")]
     )
-    shown, same = without_constant_columns(of)
+    shown, same = varying(of)
     assert shown == table(("Point", "TTFT"), [("a", "1 s"), ("b", "2 s")])
-    assert same == Paragraph("The same in every row, so left out: Errors = 0%.")
-    assert without_constant_columns(of, keep=("Errors",))[1] is None
+    assert same == [("Errors", "0%")]
+    assert varying(of, keep=("Errors",))[1] == []
     alone = table(("Point", "Errors"), [("a", "0%")])
-    assert without_constant_columns(alone) == (alone, None)
+    assert varying(alone) == (alone, [])
 
 
 def test_columns_of_dashes_are_left_out() -> None:
@@ -267,12 +272,19 @@ def test_columns_of_dashes_are_left_out() -> None:
     assert without_empty_columns(table(("Point",), [])) == table(("Point",), [])
 
 
-def test_a_folded_section_opens_on_a_page_and_is_whole_on_a_terminal() -> None:
+def test_what_is_folded_opens_on_a_page_and_is_left_out_on_a_terminal() -> None:
     folded = section("Trust", Paragraph("All is well."), folded=True)
-    assert folded == ("# Trust\n\n<details>\n<summary>Show</summary>\n\nAll is well.\n\n</details>")
+    assert folded == "# Trust\n\n<details>\n<summary>Show</summary>\n\nAll is well.\n\n</details>"
     console = Console(file=io.StringIO(), width=80)
-    terminal.show(console, folded)
-    assert "All is well." in written_on(console)
-    fold = "<details>\n<summary>More</summary>\n\nIn depth.\n\n</details>"
-    terminal.show(console, section("More", *read(fold), folded))
-    assert "In depth." not in written_on(console)
+    terminal.show(console, section("More", Paragraph("In brief."), folded))
+    assert "In brief." in written_on(console)
+    assert "All is well." not in written_on(console)
+
+
+def test_of_what_is_empty_neither_fold_nor_heading_stays() -> None:
+    """The blocks of a list are one list, whatever they were filled from."""
+    page = (
+        "# A\n\n## B\n\n<details>\n<summary>C</summary>\n\n{{ lost }}\n\n</details>\n\n"
+        "## D\n\n- one\n\n- two\n  lines\n\n### E\n\n## F\n"
+    )
+    assert filled_text(page, {"lost": None}).text == "# A\n\n## D\n\n- one\n- two lines"

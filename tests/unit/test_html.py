@@ -15,9 +15,8 @@ from plotly.offline import get_plotlyjs
 from labs import LABS
 from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder, TrialResult, write_json
-from labs.harness.judging.judge import Caveat
 from labs.harness.telling import chart_data, html, pages, report, site, tables
-from labs.harness.telling.document import Figure, plain_text, without_empty_columns
+from labs.harness.telling.document import Figure, plain_text
 from labs.harness.telling.summary import summarise
 from loadtests import records
 from tests.unit.builders import make_record, make_summary, write_run
@@ -100,7 +99,8 @@ def hostile_run(folder: RunFolder) -> None:
 def test_a_page_says_what_the_report_says(folder: RunFolder) -> None:
     seen, summary = written(folder), folder.summary()
     for table in (
-        without_empty_columns(tables.claims(folder.run().rebuilt_lab(), summary)),
+        tables.claims(folder.run().rebuilt_lab(), summary),
+        tables.compared(folder.run().rebuilt_lab(), summary),
         tables.points(folder.run().points(), folder.run().rebuilt_lab(), summary),
     ):
         for cell in (c for row in (table.header, *table.rows) for c in row):
@@ -113,22 +113,10 @@ def test_a_page_says_what_the_report_says(folder: RunFolder) -> None:
     assert set(targets) <= set(ids)
 
 
-def test_instruments_are_folded_and_what_weakens_a_run_is_not(folder: RunFolder) -> None:
-    def folded() -> list[str]:
-        document = report.document(report.Facts.of(folder), ())
-        parts = html.sections(document, html.embedded(folder.path))
-        page = pages.page(folder)
-        assert page.count("<details>") == sum(part.folded for part in parts)
-        return [part.id for part in parts if part.folded]
-
-    write_json(folder.path / "summary.json", folder.summary().model_copy(update={"caveats": []}))
-    agreement = "do-client-and-server-agree"
-    assert folded() == ["validity", agreement, "how-it-was-measured"]
-    weak = Caveat(name="errors", text="3 of 9", blocks=True)
-    write_json(
-        folder.path / "summary.json", folder.summary().model_copy(update={"caveats": [weak]})
-    )
-    assert folded() == [agreement, "how-it-was-measured"]
+def test_all_but_the_answer_validity_and_the_claims_is_folded(folder: RunFolder) -> None:
+    document = report.document(report.Facts.of(folder), ())
+    shown = [s.id for s in html.sections(document, html.embedded(folder.path)) if not s.folded]
+    assert shown == ["the-answer", "validity", "claim-by-claim"]
 
 
 def test_nothing_is_loaded_from_anywhere(folder: RunFolder) -> None:

@@ -12,7 +12,7 @@ from labs import LABS
 from labs.harness.facts.parts import own_plots
 from labs.harness.judging.quantity import CHANGE, POINTS, Quantity
 from labs.harness.page import ANSWERS, FINDINGS, PLOTS, PageError, page_of, read
-from labs.harness.telling.words import SHARED, _Filling
+from labs.harness.telling.templates import SHARED, filled_text
 
 PAGES = {name: page for name in LABS if (page := page_of(name))}
 NO_PROSE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}|`[^`]*`|95%", re.S)
@@ -113,20 +113,19 @@ KNOWN = {
 
 
 def test_what_lacks_a_quantity_is_left_out_and_says_why() -> None:
-    fill = _Filling(read(PAGE), KNOWN)
-    text, _ = fill(ANSWERS, "SO-4")
+    answers = read(PAGE)[ANSWERS].parts
+    text, _ = filled_text(answers["SO-4"].text, KNOWN)
     assert text.startswith("It helps: 2.00x (1.50 to 2.50).")
-    assert text.count("\n- ") == 1
+    assert text.count("- With") == 1
     assert "| two | 500 ms |\n| three | – |" in text
-    text, why = fill(ANSWERS, "SO-5")
+    text, why = filled_text(answers["SO-5"].text, KNOWN)
     assert text == ""
     assert why == r"no \`bead\`"
 
 
 def test_nothing_from_outside_is_markup() -> None:
-    page = read("# A\n\nB?\n\n## Answers\n\n### SO-4\n\n{{ name }} and {{ name }}\n")
     hostile = "# *a* | <b> [c](d)\n\n- `e` \ue000f\ue001"
-    text, _ = _Filling(page, {"name": hostile})(ANSWERS, "SO-4")
+    text, _ = filled_text("{{ name }} and {{ name }}", {"name": hostile})
     assert text.count("\n") == 0
     assert r"\*a\*" in text
     assert r"\|" in text

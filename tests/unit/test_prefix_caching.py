@@ -77,7 +77,7 @@ def test_a_claim_that_was_not_valid_is_no_answer(tmp_path: Path) -> None:
     assert "SO-4" not in told.answers
     assert "no points" in told.unanswered["SO-4"]
     both = [judged("ttft-share-90", 0.5), judged("thrash", 1.0), judged("cost", 0.99)]
-    answer, fold, listed, _ = told_of(judged_run(found, both)).answers["SO-4"]
-    assert "0.50x (0.45 to 0.55)" in answer
-    assert fold.startswith("<details>")
-    assert len(listed.splitlines()) == 1  # the other claims have no points here
+    answer = told_of(judged_run(found, both)).answers["SO-4"]
+    assert "0.50x (0.45 to 0.55)" in answer.brief
+    assert answer.depth.startswith("<details>")
+    assert answer.depth.count("\n- ") == 1  # the other claims have no points here

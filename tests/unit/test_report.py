@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from labs import LABS
 from labs.harness.comparing import leaderboards
 from labs.harness.facts.context import JudgedRun
 from labs.harness.filing import results
@@ -42,17 +44,9 @@ from labs.harness.judging.text import (
     with_ends,
 )
 from labs.harness.judging.validity import SERVER_BUSY
-from labs.harness.spec import Prediction
-from labs.harness.telling import markdown, method, plots, report, tables
-from labs.harness.telling.document import (
-    Emphasis,
-    Paragraph,
-    Strong,
-    bullets,
-    parts,
-    plain_text,
-    section,
-)
+from labs.harness.spec import Claim, Prediction
+from labs.harness.telling import method, plots, report, tables
+from labs.harness.telling.document import parts
 from labs.harness.telling.summary import summarise
 from labs.harness.telling.words import told_by
 from loadtests.arrivals import Waves
@@ -95,7 +89,7 @@ def test_number(value: float | None, unit: str, text: str) -> None:
 def test_interval_has_both_bounds_or_is_a_dash() -> None:
     found = Interval(value=0.5, low=0.4, high=0.6, n=3)
     assert interval(found, "s") == "400 to 600 ms"
-    assert interval(None) == "–"
+    assert interval(None) == interval(Interval(value=1, low=None, high=None, n=1)) == "–"
     assert between(0.9, 1.2, "s") == "900 ms to 1.2 s"
     assert between(0.1, 0.2, "share") == "10% to 20%"
     assert between(1, 2000) == "1 to 2,000"
@@ -115,10 +109,6 @@ def test_a_figure_and_its_ends_name_the_unit_once(
     ends: tuple[float, float, float], unit: str, text: str
 ) -> None:
     assert with_ends(*ends, unit) == text
-
-
-def test_an_interval_without_an_end_is_a_dash() -> None:
-    assert interval(Interval(value=1, low=None, high=None, n=1)) == "–"
 
 
 @pytest.mark.parametrize(
@@ -175,23 +165,32 @@ def test_a_ratio_of_arithmetic_means_is_said_to_be_one() -> None:
         points = {side: f"{side}/short/concurrent-1" for side in ("treatment", "baseline")}
         judged = judgement("helps", True, effect).model_copy(update=points)
         summary = Summary.model_construct(judgements=[judged])
-        ((name, *_),) = tables.claims(make_lab(), summary).rows
-        return plain_text(name)
+        return str(tables.compared(make_lab(), summary))
 
-    assert "; of the arithmetic means, as a repeat had 0)" in where(of_means=True)
+    assert "; of the arithmetic means, as a repeat had 0 |" in where(of_means=True)
     assert "arithmetic" not in where(of_means=False)
-    assert (
-        "of_means" not in Effect(ratio=Interval(value=1, low=1, high=1, n=2), spread=0).model_dump()
-    )
 
 
-def test_caveats_are_told_once_each_with_where_and_whether_they_block() -> None:
-    points = ("on/short/concurrent-1", "on/short/concurrent-2")
-    found = [Caveat(name="errors", text="3 of 9", blocks=True, point=p) for p in points]
-    told = markdown.fragment([report.validity(found, make_lab())])
-    where = "on, 1 user; on, 2 users"
-    assert told == f"- **errors** (no verdict there; {where}): 3 of 9"
-    assert "Every check passed" in markdown.fragment([report.validity([], make_lab())])
+SEVEN = [f"v{n}/w/l" for n in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("points", "caveat", "told"),
+    [
+        (("on/short/concurrent-1", "on/short/concurrent-2"), {"blocks": True},
+         "- **errors** (no verdict there; on, 1 user; on, 2 users): 3 of 9"),
+        ((None,), {"blocks": True, "metrics": ("tpot_mean_s",)},
+         "- **errors** (no verdict on times between tokens there; the run): 3 of 9"),
+        (SEVEN, {}, "- **errors** (caveat; 7 points): 3 of 9"),
+        (SEVEN, {"blocks": True},
+         f"- **errors** (no verdict there; {'; '.join(f'v{n}, l' for n in range(7))}): 3 of 9"),
+    ],
+)  # fmt: skip
+def test_caveats_are_told_once_each_with_where_and_whether_they_block(
+    points: Sequence[str | None], caveat: dict[str, Any], told: str
+) -> None:
+    found = [Caveat(name="errors", text="3 of 9", point=p, **caveat) for p in points]
+    assert report.validity(found, make_lab()) == told
 
 
 def test_report_is_the_same_bytes_from_the_same_files(folder: RunFolder) -> None:
@@ -207,79 +206,82 @@ def test_report_is_the_same_bytes_from_the_same_files(folder: RunFolder) -> None
 
 def test_report_shows_the_verdict_beside_the_prediction(folder: RunFolder) -> None:
     text = report.write(folder).read_text()
-    (row,) = (line for line in text.splitlines() if "on, 2 users / off, 2 users" in line)
+    row = next(
+        line for line in text.splitlines() if line.startswith("| On is faster (on, 2 users)")
+    )
     assert [cell.strip() for cell in row.split("|")][2:-1] == [
-        "2.97x", "2.84 to 3.10", "2.00x", "refuted", "helps (as claimed)",
+        "2.97x", "2.84 to 3.10", "2.00x", "refuted", "helps",
     ]  # fmt: skip
     assert "Claims decided: 2 of 2. Predictions: 2 refuted." in text
+    assert "treatment / baseline: `by hand`" in text
+
+
+def test_a_figure_that_is_not_valid_is_shown_and_marked(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page_says(monkeypatch, '## Answers\n\n### SO-4\n\nIt is {{ claim("faster") }}.\n')
+    assert told_by(folder).answers["SO-4"].brief.startswith("It is 2.9")
+    summary = folder.summary()
+    spoilt = [
+        j.model_copy(update={"outcome": "not valid", "why": "errors"}) for j in summary.judgements
+    ]
+    write_json(folder.path / "summary.json", summary.model_copy(update={"judgements": spoilt}))
+    assert not told_by(folder).answers  # the results pages count it as unanswered
+    facts = report.Facts.of(folder)
+    for told in (report.document(facts, ()), report.digest(facts)):
+        assert "*Not valid here, and shown all the same:* It is 2.9" in told
+        assert re.search(r"\| 2\.97x, not valid \|.* not valid \|", told)
 
 
 def test_a_margin_of_a_claims_own_stands_beside_it(tmp_path: Path) -> None:
     text = report.write(write_run(tmp_path, claims=(make_claim(margin=0.1),))).read_text()
-    assert "on, 2 users / off, 2 users; equal within 10%)" in text
+    assert "on, 2 users / off, 2 users; equal within 10% |" in text
 
 
 def test_report_begins_with_the_questions_and_what_the_run_says_to_them(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = "- **When does prefix caching help most?** (SO-4) "
+
+    def told(facts: report.Facts) -> str:
+        return report.document(facts, ()).partition("## Validity")[0]
+
     facts = report.Facts.of(folder)
-    unknown = markdown.fragment([report.answer(facts)])
-    assert unknown.endswith(
-        "(SO-4) This run lacks valid figures that would answer it: see *Validity*."
-    )
+    assert f"{asked}This run has no valid figures that would answer it:" in told(facts)
     less = {"absent": ("on",), "left_out": ("on: vLLM has no kernel for it here",)}
     cannot = replace(facts, lab=facts.lab.model_copy(update=less))
-    assert markdown.fragment([report.answer(cannot)]).endswith(
-        "(SO-4) This run does not answer it. Left out: on: vLLM has no kernel for it here."
-    )
+    assert f"{asked}This run does not answer it. Left out: on: vLLM has no" in told(cannot)
     page_says(monkeypatch, "## Answers\n\n### SO-4\n\nWhere much is *shared*.\n")
     known = replace(facts, residency=None)
-    assert report.answer(known) == section(
-        "The answer",
-        bullets(
-            [
-                (
-                    Strong("When does prefix caching help most?"),
-                    " (SO-4) ",
-                    ("Where much is ", Emphasis("shared"), "."),
-                )
-            ]
-        ),
-    )
+    assert f"{asked}Where much is *shared*.\n" in told(known)
     twins = replace(known, lab=facts.lab.model_copy(update={"aa": True}))
-    assert report.answer(twins) == ""
-    first = re.findall("^## (.*)$", report.write(folder).read_text(), re.MULTILINE)[:2]
-    assert first == ["The answer", "Claim by claim"]
+    assert "The answer" not in told(twins)
+    headings = re.findall("^## (.*)$", report.write(folder).read_text(), re.MULTILINE)
+    assert headings[:3] == ["The answer", "Validity", "Claim by claim"]
 
 
-def test_each_formula_is_told_once_with_what_one_claim_alone_assumes() -> None:
+def test_each_formula_is_told_once_with_what_it_predicts_and_what_one_claim_alone_assumes() -> None:
     def predicts(*assumptions: str) -> dict[str, Prediction]:
         made = Prediction(value=1, formula="2 x", source="Euclid", assumptions=assumptions)
-        return {"a|b": made}
+        return {"a/b/c|d/e/f": made}
 
-    lab = make_lab(claims=(make_claim(), make_claim(name="more", title="On is more")))
-    effects = {"faster": predicts("flat", "a = 1"), "more": predicts("flat", "a = 2")}
-    formulas = report.formulas(lab, Predictions(effects=effects, forecasts={}))
-    assert markdown.fragment([bullets(formulas)]) == (
+    more = make_claim(name="more", title="On is more")
+    sooner = make_claim(name="sooner", metric="ttft_p50_s")
+
+    def told(*claims: Claim, **effects: dict[str, Prediction]) -> str:
+        lab, before = make_lab(claims=claims), Predictions(effects=effects, forecasts={})
+        return report.predicted(lab, before, []).rpartition("\n")[2]
+
+    assert told(
+        make_claim(), more, faster=predicts("flat", "a = 1"), more=predicts("flat", "a = 2")
+    ) == (
         "- Output throughput, treatment / baseline: `2 x` (Euclid); assumes: flat;"
         " for *On is faster* a = 1; for *On is more* a = 2"
     )
-
-
-def test_a_formula_of_several_figures_names_them_in_one_line() -> None:
-    made = Prediction(value=1, formula="2 x", source="Euclid", assumptions=("flat",))
-    claims = (make_claim(), make_claim(name="sooner", metric="ttft_p50_s"))
-    effects = {claim.name: {"a|b": made} for claim in claims}
-    lab = make_lab(claims=claims)
-    formulas = report.formulas(lab, Predictions(effects=effects, forecasts={}))
-    assert markdown.fragment([bullets(formulas)]) == (
+    assert told(make_claim(), sooner, faster=predicts("flat"), sooner=predicts("flat")) == (
         "- Output throughput, treatment / baseline; TTFT, p50, treatment / baseline: `2 x`"
         " (Euclid); assumes: flat"
     )
-
-
-def test_a_report_without_forecasts_has_its_formulas_all_the_same(folder: RunFolder) -> None:
-    assert "treatment / baseline: `by hand`" in report.write(folder).read_text()
 
 
 @pytest.mark.parametrize(
@@ -306,10 +308,9 @@ def test_what_is_trivial_is_told_and_counted_apart() -> None:
     undecided = trivial.model_copy(update={"expected": None, "prediction_outcome": "open"})
     assert claim_outcome(trivial) == "held, trivial"
     found = [held, open_, open_, trivial, undecided]
-    assert decided_text(found) == "4 of 5"
+    assert (decided_text(found), decided_text([])) == ("4 of 5", "–")
     assert predictions_text(found) == "1 held, 2 open; trivial: 1 held, 1 open"
-    assert predictions_text([trivial]) == "trivial: 1 held"
-    assert (decided_text([]), predictions_text([])) == ("–", "–")
+    assert (predictions_text([trivial]), predictions_text([])) == ("trivial: 1 held", "–")
 
 
 def test_plots_know_what_is_not_valid(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,18 +327,25 @@ def test_plots_know_what_is_not_valid(folder: RunFolder, monkeypatch: pytest.Mon
     assert known == [["off/short/concurrent-1"]]
 
 
-def test_a_claim_without_points_is_named_and_not_lost(folder: RunFolder) -> None:
+NOTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {"judgements": []}, "Claims for which this run has no points: faster."),
+    ({"lab": {"admission_by_client": True}}, {}, "The limits are the client's: this vLLM has no"),
+    ({"lab": {"load_processes": 4}}, {}, "Load processes on this machine: 4."),
+    ({"endpoint": "http://there"}, {}, "Measured on the endpoint http://there, which this lab"),
+    ({"changes": {"a": "*1*"}}, {}, r"Ad hoc run (a=\*1\*): it stays out of summary tables."),
+    ({"quick": True}, {"missing": 2}, "Trials not played: 2. This run is not complete."),
+]
+
+
+@pytest.mark.parametrize(("of_run", "of_summary", "said"), NOTED)
+def test_what_sets_a_run_apart_stands_before_its_first_figure(
+    folder: RunFolder, of_run: dict[str, Any], of_summary: dict[str, Any], said: str
+) -> None:
     run, summary = folder.run(), folder.summary()
-    assert report.notes(run, summary) == []
-    (note,) = report.notes(run, summary.model_copy(update={"judgements": []}))
-    assert note == "Claims for which this run has no points: faster."
-
-
-def test_a_run_whose_limits_the_client_held_says_so(folder: RunFolder) -> None:
-    run = folder.run()
-    held = run.model_copy(update={"lab": {**run.lab, "admission_by_client": True}})
-    (note,) = report.notes(held, folder.summary())
-    assert str(note).startswith("The limits are the client's: this vLLM has no limit on its queue")
+    assert report.notes(run, summary) == ""
+    of_run = of_run | ({"lab": run.lab | of_run["lab"]} if "lab" in of_run else {})
+    changed = run.model_copy(update=of_run), summary.model_copy(update=of_summary)
+    assert f"> **{said}" in report.notes(*changed)
 
 
 def test_a_run_held_against_the_ceilings_of_another_machine_says_so(
@@ -347,17 +355,11 @@ def test_a_run_held_against_the_ceilings_of_another_machine_says_so(
     run, summary = folder.run(), folder.summary()
     own = results.MachineFile(machine=run.machine, ceilings=run.ceilings)
     results.write_json(tmp_path / run.machine.slug / "machine.json", own)
-    assert report.notes(run, summary) == []
     other = run.machine.model_copy(update={"caches_bytes": {"L1": 48 * 2**10, "L1i": 2**16}})
     older = run.model_copy(update={"machine": other})
-    (note,) = report.notes(older, summary)
-    assert str(note).endswith(f"another CPU that bears the same name: {run.machine.describe()}.")
-
-
-def test_a_run_says_how_many_processes_sent_its_load(folder: RunFolder) -> None:
-    run = folder.run()
-    shared = run.model_copy(update={"lab": {**run.lab, "load_processes": 4}})
-    assert report.notes(shared, folder.summary()) == ["Load processes on this machine: 4."]
+    assert f"another CPU of the same name: {run.machine.describe()}.**" in report.notes(
+        older, summary
+    )
 
 
 def test_a_run_in_float32_says_so_beside_its_model(folder: RunFolder) -> None:
@@ -451,7 +453,7 @@ def test_every_answer_from_a_gpu_says_where_the_api_server_was_at_its_limit(
     ours = run.model_copy(update={"machine": machine, "environment": asked})
     write_json(folder.path / "run.json", ours)
     summarise(folder)
-    assert told_by(folder).answers == {"SO-4": (Paragraph("Often."),)}
+    assert told_by(folder).answers["SO-4"].whole == "Often."
     for point in run.points()[1:]:
         result = folder.trial_result(point, 1)
         assert result
@@ -459,7 +461,7 @@ def test_every_answer_from_a_gpu_says_where_the_api_server_was_at_its_limit(
         write_json(folder.trial_folder(point, 1) / "trial.json", busy)
     summary = summarise(folder)
     limited = "But at 3 of 4 points vLLM's API server was at its limit: "
-    assert (limited in str(told_by(folder).answers["SO-4"])) is told
+    assert (limited in told_by(folder).answers["SO-4"].depth) is told
     assert [c.blocks for c in summary.caveats if c.name == SERVER_BUSY] == [False] * 3
     assert [j.outcome for j in summary.judgements] == ["helps"] * 2  # it withholds no verdict
 
@@ -548,19 +550,20 @@ def test_the_times_of_a_resumed_run_are_said_to_be_the_last_sessions(
 @pytest.mark.parametrize(
     ("played", "most_repeats", "said"),
     [
-        ((2, 2), 0, "2 repeats"),
-        ((2, 2), 8, "2 repeats (undecided claims get up to 8, where these can begin within 420 s)"),
-        ((2, 7), 8, "2 to 7 repeats (undecided claims get up to 8, "),
+        ((2, 2), 0, ("2 repeats", 0)),
+        ((2, 2), 8, ("2 repeats", 8)),
+        ((2, 7), 8, ("2 to 7 repeats", 8)),
     ],
 )
 def test_it_is_said_how_often_points_were_measured(
-    folder: RunFolder, played: tuple[int, int], most_repeats: int, said: str
+    folder: RunFolder, played: tuple[int, int], most_repeats: int, said: tuple[str, int]
 ) -> None:
     measured: dict[str, Any] = {
         f"point {n}": {r: {} for r in range(times)} for n, times in enumerate(played)
     }
     summary = folder.summary().model_copy(update={"measurements": measured})
-    assert method.repeats(make_lab(most_repeats=most_repeats), summary).startswith(said)
+    known = method.repeats(make_lab(most_repeats=most_repeats), summary)
+    assert (known["text"], known["most"]) == said
 
 
 @pytest.mark.parametrize(
@@ -576,30 +579,23 @@ def test_the_width_of_a_band_is_explained(folder: RunFolder, spread: float, said
     assert said in report.write(folder).read_text().partition("The band spans")[2]
 
 
-def test_a_caveat_about_times_between_tokens_withholds_only_verdicts_on_them() -> None:
-    found = Caveat(name="several", text="80%", blocks=True, metrics=("tpot_mean_s",))
-    line = markdown.fragment([report.validity([found], make_lab())])
-    assert "(no verdict on times between tokens there; the run)" in line
-
-
-def test_a_caveat_at_many_points_counts_them() -> None:
-    found = [Caveat(name="noise", text=f"{n}%", blocks=False, point=f"v{n}/w/l") for n in range(7)]
-    line = markdown.fragment([report.validity(found, make_lab())])
-    assert "(caveat; 7 points): for example, 0%" in line
-    blocking = [caveat.model_copy(update={"blocks": True}) for caveat in found]
-    assert "v0, l; v1, l; v2, l" in markdown.fragment([report.validity(blocking, make_lab())])
-
-
-def test_a_terminal_shows_the_answer_the_claims_and_what_weakens_them(folder: RunFolder) -> None:
+def test_a_terminal_ends_with_the_answer_its_doubt_and_what_to_try_next(folder: RunFolder) -> None:
     run = folder.run().model_copy(update={"quick": True})
-    digest = report.digest(replace(report.Facts.of(folder), run=run))
+    facts = replace(report.Facts.of(folder), run=run)
+    knobs = ('SET="a=1" tells more', 'SET="b=1" tells less')
+    names = [*LABS]
+    lab = facts.lab.model_copy(update={"name": names[0], "next_knobs": knobs})
+    digest = report.digest(replace(facts, lab=lab))
     _, notes, sections = parts(digest)
     assert notes.startswith("> **QUICK run")
     titles = [parts(section)[0] for section in sections]
-    assert titles == ["Every point", "The answer", "Claim by claim", "Validity"]
-    assert "- On is faster: **helps (as claimed)**, Output throughput 2.97x (2.84 to 3.10)" in (
-        markdown.fragment(sections)
-    )
+    assert titles == ["Every point", "Claim by claim", "Validity", "The answer"]
+    last = sections[-1].splitlines()
+    assert [line.partition(":**")[0] for line in last[-3:]] == [
+        "- **Doubt", "- **Try next", "- **Next lab"
+    ]  # fmt: skip
+    assert f'`make lab-{names[0]} SET="a=1"` tells more' in last[-2]
+    assert f"`make lab-{names[1]}`" in last[-1]
 
 
 @pytest.mark.parametrize(

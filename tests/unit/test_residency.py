@@ -18,7 +18,8 @@ from labs.harness.running.engines import Engines, resident_groups, shares_of_gpu
 from labs.harness.running.harness import CUT_SHORT, NO_ROOM, NOT_TIMED
 from labs.harness.running.trials import Trials
 from labs.harness.spec import Lab
-from labs.harness.telling.method import lines
+from labs.harness.telling import method
+from labs.harness.telling.templates import filled
 from serving.engines.base import EngineError
 from serving.engines.vllm import CONTEXT_BYTES, GRAPHS_BYTES, Vllm
 from serving.hardware.gpus import DATASHEETS
@@ -373,13 +374,15 @@ def test_an_engine_that_shares_the_gpu_is_told_its_share_and_one_alone_is_not(
 def test_a_report_says_how_the_gpu_was_shared(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     run, lab, summary = folder.run(), folder.run().rebuilt_lab(), folder.summary()
+    repeats = method.repeats(lab, summary)
 
     def said(**fields: Any) -> str:
         shared = Residency(shares={"off": 0.4, "on": 0.35}, **fields)
-        return "\n".join(map(str, lines(run, lab, None, summary, shared)))
+        known = method.known(run, lab, None, shared)
+        return filled("method.md", run=run, lab=lab, repeats=repeats, **known)
 
     assert "residency" not in said()
     shared = said(alone=steps(0.2), beside=steps(0.3))
-    for figure in ("off 0.4, on 0.35", "reading 1.50 times", "computing 1.00 times"):
+    for figure in ("off 0.4, on 0.35", "reading took 1.50 times", "computing 1.00 times as long"):
         assert figure in shared
     assert "too slow" in said(in_turn="too slow")

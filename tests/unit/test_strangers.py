@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import tracemalloc
@@ -31,7 +32,7 @@ from labs.harness.running.chat_writer import writer_of
 from labs.harness.running.resolve import RunRequest, require_harmless, resolve
 from labs.harness.spec import Lab, LabError, digest_of
 from labs.harness.telling import site
-from labs.harness.telling.document import FOLD_END, FOLDED
+from labs.harness.telling.markdown import FOLD_END
 from serving import unbundle
 from serving.engines.base import EngineError
 from serving.engines.vllm import Vllm
@@ -718,8 +719,9 @@ def test_text_from_outside_is_no_markup_in_a_report(folder: RunFolder) -> None:
     shown = (folder.path / "report.md").read_text()
     tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(shown)
     every = [t for token in tokens for t in [token, *(token.children or [])]]
-    own = {FOLDED, FOLD_END}  # with which a report folds its instruments
-    assert {t.content.strip() for t in every if t.type.startswith("html")} <= own
+    html = {t.content.strip() for t in every if t.type.startswith("html")} - {FOLD_END}
+    assert html  # a report's own folds, whose titles are its own
+    assert all(re.fullmatch(r"<details>\n<summary>[\w ,-:]+</summary>", fold) for fold in html)
     links = [t.attrs["href"] for t in every if "href" in t.attrs]
     assert not any("e.vil" in str(link) for link in links)
     assert "onerror" in shown

@@ -51,7 +51,6 @@ from labs.harness.running.resume import unfinished
 from labs.harness.running.trials import requests_file, write_requests
 from labs.harness.spec import LabError
 from labs.harness.telling import pages, report, tables
-from labs.harness.telling.document import bullets, section
 from labs.harness.telling.forecasts import on_two_engines
 from labs.harness.telling.summary import summarise
 from loadtests.plan import sent_sha256
@@ -112,13 +111,15 @@ def _write_and_show_predictions(
         predictions = predict(setup, in_virtual_time(setup, work, progress))
         write_json(folder.path / "predictions.json", predictions)
     forecasts = predictions.in_virtual_time
-    predicted = section(
-        "Predicted, before any engine starts",
-        tables.in_virtual_time(setup.lab, _for_terminal(forecasts)) if forecasts else None,
-        tables.searched(forecasts) if forecasts else None,
-        on_two_engines(setup.lab, forecasts) if forecasts else None,
-        tables.predictions(setup.lab, predictions),
-        bullets(report.formulas(setup.lab, predictions)),
+    predicted = report.predicted(
+        setup.lab,
+        predictions,
+        [
+            tables.in_virtual_time(setup.lab, _for_terminal(forecasts)) if forecasts else None,
+            tables.searched(forecasts) if forecasts else None,
+            on_two_engines(setup.lab, forecasts) if forecasts else None,
+            tables.predictions(setup.lab, predictions),
+        ],
     )
     if predicted:
         progress.show(predicted)

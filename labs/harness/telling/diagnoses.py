@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from labs.harness.judging.diagnosis import Diagnosis, Reading
 from labs.harness.judging.text import between, number
-from labs.harness.telling.document import (
-    Inline,
-    Paragraph,
-    Section,
-    Strong,
-    bullets,
-    section,
-    table,
-)
-from labs.harness.telling.words import shared
+from labs.harness.telling.document import Table
+from labs.harness.telling.markdown import Markdown
+from labs.harness.telling.templates import filled
 
 MEANINGS = {
     "preemption": "The KV cache is too small for what runs at once. Give it more memory, or lower"
@@ -37,67 +29,28 @@ MEANINGS = {
     "slow step": "Look at the engine and the machine: eager mode, CUDA graphs, number types,"
     " kernels, clocks, other work.",
 }
-NOT_WITHOUT = (
-    "Without a healthy reading (BASELINE=) a cold cache, a longer context, a larger token budget,"
-    " more requests at once and a slower step cannot be told: there is nothing to compare them"
-    " with."
-)
 
 
 def page(
     model: str, seconds: float, now: Reading, healthy: Reading | None, diagnosis: Diagnosis
-) -> Section:
+) -> Markdown:
     """Say what the metrics point to, with the evidence, and show the figures."""
-    return section(
-        f"Diagnosis of {model}, {now.requests:.0f} requests in {seconds:.0f} s",
-        Paragraph(_foremost(diagnosis, healthy)),
-        bullets(
-            (Strong(mark.cause), ": ", shared("mark.md", mark=mark), f" {MEANINGS[mark.cause]}")
-            for mark in diagnosis.marks
+    readings = {"Now": now} | ({"Healthy": healthy} if healthy else {})
+    columns = [_figures(reading) for reading in readings.values()]
+    return filled(
+        "marks.md",
+        model=model,
+        requests=f"{now.requests:.0f}",
+        seconds=f"{seconds:.0f}",
+        healthy=healthy is not None,
+        diagnosis=diagnosis,
+        several=len(diagnosis.marks) > 1,
+        meanings=MEANINGS,
+        figures=Table(
+            ("Figure", *readings),
+            ([name, *(figures[name] for figures in columns)] for name in columns[0]),
         ),
-        Paragraph(NOT_WITHOUT) if healthy is None else None,
-        Paragraph(_lacking(diagnosis, healthy)) if diagnosis.lacking else None,
-        section("The figures", table(_header(healthy), _rows(now, healthy))),
     )
-
-
-def _foremost(diagnosis: Diagnosis, healthy: Reading | None) -> Inline:
-    worse = f"Beside the healthy reading {' and '.join(diagnosis.symptoms)}. " * bool(
-        diagnosis.symptoms
-    )
-    if diagnosis.marks:
-        more = ", and to what follows it below" if len(diagnosis.marks) > 1 else ""
-        return (f"{worse}The metrics point to ", Strong(diagnosis.cause), f"{more}.")
-    if diagnosis.symptoms:
-        return f"{worse}No mark of a cause that the rule knows was found."
-    if diagnosis.cause == "cannot be told":
-        return (
-            "Whether something is wrong cannot be told, as figures are missing. Of the others"
-            + (
-                " none is beyond its threshold."
-                if healthy is None
-                else " none is worse than healthy."
-            )
-        )
-    if healthy is None:
-        return "Nothing is wrong by the thresholds that need no comparison."
-    return "Nothing is wrong: neither first tokens, tokens nor gaps are worse than healthy."
-
-
-def _lacking(diagnosis: Diagnosis, healthy: Reading | None) -> str:
-    names = ", ".join(diagnosis.lacking)
-    if healthy is None:
-        return f"Not judged, because the reading lacks them: {names}."
-    return f"Not compared, because one of the readings lacks them: {names}."
-
-
-def _header(healthy: Reading | None) -> Sequence[Inline]:
-    return ("Figure", "Now", *(("Healthy",) if healthy else ()))
-
-
-def _rows(now: Reading, healthy: Reading | None) -> list[Sequence[Inline]]:
-    columns = [_figures(r) for r in (now, healthy) if r]
-    return [(name, *(figures[name] for figures in columns)) for name in columns[0]]
 
 
 def _figures(reading: Reading) -> dict[str, str]:

@@ -14,8 +14,16 @@ from markdown_it.token import Token
 from markupsafe import Markup, escape
 
 from labs.harness.telling import markdown
-from labs.harness.telling.document import FOLD_END, FOLD_START, FOLDED, parts
-from labs.harness.telling.markdown import READER, Inline, Markdown, plain_text
+from labs.harness.telling.document import parts
+from labs.harness.telling.markdown import (
+    FOLD_END,
+    FOLD_START,
+    FOLDED,
+    READER,
+    Inline,
+    Markdown,
+    plain_text,
+)
 from labs.harness.telling.pictures import as_address
 
 Picture = Callable[[str, str, Markup], Markup]  # of a file, with its words and its caption

@@ -39,8 +39,18 @@ BLOCK_START = re.compile(
 READER = MarkdownIt("commonmark").enable("table")
 
 
+FOLDED = "<details>\n<summary>Show</summary>"  # of a section of which all is folded
+FOLD_START = re.compile(r"<details>\n<summary>(.*)</summary>")
+FOLD_END = "</details>"
+FOLD = re.compile(r"<details>\n<summary>.*?</details>", re.S)
+
+
 class Markdown(str):
     """Text that is Markdown already; what is made of it by `+` or in an f-string is plain again."""
+
+    def __html__(self) -> str:
+        """Templates of Markdown take it as it is."""
+        return self
 
 
 Inline: TypeAlias = "str | tuple[Inline, ...]"
@@ -91,7 +101,7 @@ def cell(content: Inline) -> Markdown:
 
 def escaped(text: str) -> str:
     """Text from outside on one line of a page: nothing in it is markup, whatever it begins with."""
-    own_line = _no_block(line(text)).replace("|", "\\|")
+    own_line = _no_block(cell(text))
     return f"{' ' * text.startswith(' ')}{own_line}{' ' * text.endswith(' ')}"
 
 
@@ -110,6 +120,64 @@ def target(address: str) -> str:
     if not re.search(r"[\s()<>\\&]", address):
         return address
     return "<" + re.sub(r"[<>\\&]", r"\\\g<0>", address) + ">"
+
+
+# -------------------------------------------------------------------------------- within a line
+
+
+def code(text: str) -> Markdown:
+    """Write it within as many backticks as no run of them inside has."""
+    text = " ".join(re.split(r"\s*\n\s*", visible(text)))
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    padding = " " if text[:1] == "`" or text[-1:] == "`" else ""
+    return Markdown(f"{fence}{padding}{text}{padding}{fence}")
+
+
+def emphasis(content: Inline) -> Markdown:
+    return Markdown(f"*{inline(content).strip()}*")
+
+
+def strong(content: Inline) -> Markdown:
+    return Markdown(f"**{inline(content).strip()}**")
+
+
+def link(content: Inline, address: str) -> Markdown:
+    """A link to an address relative to where the document lies."""
+    return Markdown(f"[{inline(content)}]({target(address)})")
+
+
+NOTATION = re.compile(
+    r"\\(?P<literal>[!-/:-@\[-`{-~])"
+    r"|`(?P<code>[^`]+)`"
+    r"|\*\*(?P<strong>\S|\S.*?\S)\*\*(?!\*)"
+    r"|(?<!\w)\*(?P<emphasis>[^\s*]|[^\s*][^*]*[^\s*])\*(?!\w)"
+)
+
+
+def parse(notation: str) -> Markdown:
+    r"""Read a sentence with `code`, *emphasis*, **strong**; a backslash makes a mark text.
+
+    There is no other markup: no link, no HTML. A mark that opens or closes nothing is text.
+    `labs.harness.judging.text.literal` writes text from outside so that it is read back as it is.
+    """
+    parts: list[Inline] = []
+    end = 0
+    for mark in NOTATION.finditer(notation):
+        parts.append(notation[end : mark.start()])
+        end = mark.end()
+        if (literal := mark["literal"]) is not None:
+            parts.append(literal)
+        elif mark["code"] is not None:
+            parts.append(code(mark["code"]))
+        elif mark["strong"] is not None:
+            parts.append(strong(parse(mark["strong"])))
+        else:
+            parts.append(emphasis(parse(mark["emphasis"])))
+    return inline((*parts, notation[end:]))
+
+
+# --------------------------------------------------------------------------------------- reading
 
 
 def tokens_of(text: str) -> list[Token]:

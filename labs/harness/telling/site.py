@@ -591,9 +591,9 @@ class Course:
     def answers(self, id: str, of: Lesson) -> list[RunAnswer]:
         """Give the answers of a lesson's runs to a question, each from its own run."""
         return [
-            RunAnswer(html.fragment(blocks, html.embedded(Path())), of, e)
+            RunAnswer(html.fragment([answer.whole], html.embedded(Path())), of, e)
             for e in of.entries
-            if (blocks := e.told.answers.get(id))
+            if (answer := e.told.answers.get(id))
         ]
 
     def topics(self) -> list[tuple[str, list[Asked]]]:

@@ -1,9 +1,12 @@
-"""Build the tables of a report from the typed files of a run."""
+"""The tables of a report: the columns of each, by title, attribute and unit, over rows of a run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Generic, TypeVar
 
 from labs.harness.facts.parts import published_of
 from labs.harness.filing.results import (
@@ -16,7 +19,7 @@ from labs.harness.filing.results import (
     pair_of,
     points_of,
 )
-from labs.harness.judging.judge import Judgement
+from labs.harness.judging.judge import ForecastAtPoint, Judgement
 from labs.harness.judging.machine_speed import MachineSpeed
 from labs.harness.judging.metrics import METRICS, columns
 from labs.harness.judging.text import (
@@ -35,187 +38,344 @@ from labs.harness.judging.text import (
     yes_or_no,
 )
 from labs.harness.spec import MARGIN, OF_FORECASTS, Lab, Point
-from labs.harness.telling.document import Code, Inline, Table, parse, table
+from labs.harness.telling.document import Table
+from labs.harness.telling.markdown import Inline, code, parse, plain_text
 from serving.hardware.gpus import DATASHEETS
 from serving.hardware.machine import Ceilings, Machine
 from serving.metrics import KvUse
 
-
-def ceilings(machine: Machine, measured: Ceilings) -> Table:
-    """Tabulate measured ceilings beside the vendor's; empty for a GPU without known figures."""
-    rows: list[list[Inline]] = []
-    stated = DATASHEETS.get(machine.model)
-    for title, field, scale, unit in (
-        ("Memory bandwidth", "memory_bandwidth_bytes_per_s", 1e9, "GB/s"),
-        ("BF16", "bf16_flops_per_s", 1e12, "TFLOP/s"),
-        ("FP8", "fp8_flops_per_s", 1e12, "TFLOP/s"),
-    ):
-        here, datasheet = getattr(measured, field), stated and getattr(stated, field)
-        if datasheet:
-            share = f"{here / datasheet:.0%}" if here else "–"
-            value = number(here and here / scale, unit)
-            rows.append([title, value, number(datasheet / scale, unit), share])
-    return table(("Ceiling", "Measured", "Datasheet", "Share"), rows)
+Row = TypeVar("Row")
 
 
-def predictions(lab: Lab, predicted_before: Predictions) -> Table:
-    """Tabulate every figure that was predicted before an engine started, and what predicted it."""
-    rows: list[list[Inline]] = []
-    for claim in lab.claims:
-        for pair, prediction in predicted_before.effects[claim.name].items():
-            treatment, baseline = points_of(pair)
-            where = f"{point_label(treatment, lab)} / {point_label(baseline, lab)}"
-            by = "forecast" if prediction.source == OF_FORECASTS else "formula"
-            ratio = f"{ratio_number(prediction.value)}x"
-            rows.append([METRICS[claim.metric].title, where, ratio, by])
-    for forecast in lab.forecasts:
-        metric = METRICS[forecast.metric]
-        for key, prediction in predicted_before.forecasts[forecast.name].items():
-            predicted = prediction_text(prediction, metric.unit)
-            rows.append([metric.title, point_label(key, lab), predicted, "formula"])
-    return table(("Figure", "Where", "Predicted", "By"), rows)
+@dataclass(frozen=True)
+class Column(Generic[Row]):
+    """A column: its title, and the cell of a row."""
+
+    title: Inline
+    cell: Callable[[Row], Inline]
+
+
+def figure(title: str, attribute: str, unit: str = "1", scale: float = 1) -> Column[Any]:
+    """A column of figures: an attribute of each row in its unit, a dash where it is None."""
+    value = attrgetter(attribute)
+
+    def cell(row: Any) -> str:
+        of_row = value(row)
+        return number(None if of_row is None else of_row / scale, unit)
+
+    return Column(title, cell)
+
+
+def of_point(lab: Lab, title: str = "Point") -> Column[Any]:
+    """A column that names the point of each row in words."""
+    return Column(title, lambda row: point_label(row.point, lab))
+
+
+def tabulated(rows: Iterable[Row], *shown: Column[Row]) -> Table:
+    return Table([c.title for c in shown], ([c.cell(row) for c in shown] for row in rows))
+
+
+def without_empty_columns(of: Table) -> Table:
+    """The table without the columns that have nothing but dashes."""
+    return _with_columns(of, [not set(cells) <= {"–", ""} for _, cells in of.columns()])
+
+
+def varying(of: Table, keep: Collection[str] = ()) -> tuple[Table, list[tuple[str, str]]]:
+    """The table without the columns that say the same in every row, and what those say.
+
+    Columns with a heading to `keep` stay.
+    """
+    if len(of.rows) < 2:
+        return of, []
+    varies = [len(set(cells)) > 1 or title in keep for title, cells in of.columns()]
+    same = [
+        (plain_text(title), plain_text(cells[0]))
+        for (title, cells), kept in zip(of.columns(), varies, strict=True)
+        if not kept and cells[0] not in ("–", "")
+    ]
+    return _with_columns(of, varies), same
+
+
+def _with_columns(of: Table, kept: Sequence[bool]) -> Table:
+    if not of.rows:
+        return of
+    header, *rows = [
+        [cell for cell, is_kept in zip(row, kept, strict=True) if is_kept]
+        for row in (of.header, *of.rows)
+    ]
+    return Table(header, rows)
+
+
+# ------------------------------------------------------------------------------------ of claims
 
 
 def claims(lab: Lab, summary: Summary) -> Table:
-    """Tabulate the judgements: what was claimed, measured, predicted and published; the verdict."""
-    return table(
-        ("Claim", "Measured", "95% interval", "Predicted", "Did it hold?", "Published", "Verdict"),
-        (_claim(lab, judgement) for judgement in summary.judgements),
+    """What was claimed, measured and predicted, and the verdict; a figure that is not valid too."""
+    judged = summary.judgements
+    several = {j.claim for j in judged if sum(of.claim == j.claim for of in judged) > 1}
+
+    def title(j: Judgement) -> Inline:
+        where = f" ({point_label(j.treatment, lab)})" if j.claim in several else ""
+        return parse(j.title), where
+
+    return tabulated(
+        judged,
+        Column("Claim", title),
+        Column("Measured", lambda j: f"{ratio_text(j)}{', not valid' * (j.outcome == NOT_VALID)}"),
+        Column("95% interval", ratio_interval),
+        Column("Predicted", lambda j: f"{ratio_number(j.prediction.value)}x"),
+        Column("Did it hold?", claim_outcome),
+        Column("Verdict", lambda j: j.outcome),
     )
 
 
-def _claim(lab: Lab, j: Judgement) -> list[Inline]:
-    pair = f"{point_label(j.treatment, lab)} / {point_label(j.baseline, lab)}"
-    own_margin = "" if j.margin == MARGIN else f"; equal within {100 * j.margin:g}%"
-    of_means = "; of the arithmetic means, as a repeat had 0" if _is_of_means(j) else ""
-    where = f" ({METRICS[j.metric].title}: {pair}{own_margin}{of_means})"
-    figures = [p.figure for p in published_of(lab.name, "claims", j.claim)]
-    return [
-        (parse(j.title), where),
-        ratio_text(j),
-        ratio_interval(j),
-        f"{ratio_number(j.prediction.value)}x",
-        claim_outcome(j),
-        "; ".join(figures) or "–",
-        parse(verdict_text(j)),
-    ]
+NOT_VALID = "not valid"
+
+
+def compared(lab: Lab, summary: Summary) -> Table:
+    """What each claim compares, what others published, and the verdict with its reason."""
+
+    def where(j: Judgement) -> str:
+        own_margin = "" if j.margin == MARGIN else f"; equal within {100 * j.margin:g}%"
+        of_means = "; of the arithmetic means, as a repeat had 0" if _is_of_means(j) else ""
+        return f"{_pair(j, lab)}{own_margin}{of_means}"
+
+    def published(j: Judgement) -> str:
+        return "; ".join(p.figure for p in published_of(lab.name, "claims", j.claim)) or "–"
+
+    return without_empty_columns(
+        tabulated(
+            summary.judgements,
+            Column("Claim", lambda j: parse(j.title)),
+            Column("Figure", lambda j: METRICS[j.metric].title),
+            Column("Treatment / baseline", where),
+            Column("Published", published),
+            Column("Verdict", lambda j: parse(verdict_text(j))),
+        )
+    )
+
+
+def _pair(j: Judgement, lab: Lab) -> str:
+    return f"{point_label(j.treatment, lab)} / {point_label(j.baseline, lab)}"
 
 
 def _is_of_means(judgement: Judgement) -> bool:
     return judgement.effect is not None and judgement.effect.of_means
 
 
-def points(
-    listed_points: Sequence[Point], lab: Lab, summary: Summary, among: Sequence[str] | None = None
-) -> Table:
-    """Tabulate means over repeats, and percentiles of the samples of all repeats together.
+def closed_forms(lab: Lab, summary: Summary, before: Predictions) -> Table:
+    """The lab's own formula for claims that forecasts predict."""
+    rows = [
+        (j, closed)
+        for j in summary.judgements
+        if (closed := before.closed_forms.get(j.claim, {}).get(pair_of(j.treatment, j.baseline)))
+        and closed.formula != j.prediction.formula
+    ]
 
-    A metric `among` these (all columns unless given) that no point has is left out.
-    """
-    among = columns() if among is None else among
-    metrics = [c for c in among if any(summary.value(p.key, c) is not None for p in listed_points)]
-    return table(
-        ("Point", *(METRICS[metric].title for metric in metrics)),
-        (
-            [
-                point_label(point.key, lab),
-                *(number(summary.value(point.key, m), METRICS[m].unit) for m in metrics),
-            ]
-            for point in listed_points
+    return tabulated(
+        rows,
+        Column("Claim", lambda row: (parse(row[0].title), f" ({_pair(row[0], lab)})")),
+        Column("Measured", lambda row: ratio_text(row[0])),
+        Column("Forecast", lambda row: f"{ratio_number(row[0].prediction.value)}x"),
+        Column("Closed form", lambda row: f"{ratio_number(row[1].value)}x"),
+        Column(
+            "Its formula",
+            lambda row: (code(row[1].formula), f" ({row[1].source})" if row[1].source else ""),
         ),
     )
 
 
+# ------------------------------------------------------------------------------------ of points
+
+
+def points(
+    listed_points: Sequence[Point], lab: Lab, summary: Summary, among: Sequence[str] | None = None
+) -> Table:
+    """Means over repeats, and percentiles of the samples of all repeats together.
+
+    A metric `among` these (all columns unless given) that no point has is left out.
+    """
+
+    def of_metric(name: str) -> Column[Point]:
+        metric = METRICS[name]
+        return Column(metric.title, lambda p: number(summary.value(p.key, name), metric.unit))
+
+    measured = [
+        name
+        for name in (columns() if among is None else among)
+        if any(summary.value(point.key, name) is not None for point in listed_points)
+    ]
+    return tabulated(
+        listed_points,
+        Column("Point", lambda point: point_label(point.key, lab)),
+        *map(of_metric, measured),
+    )
+
+
+def ttft_at_both_ends(listed_points: Sequence[Point], lab: Lab, summary: Summary) -> Table:
+    """TTFT from the send on both sides, which transport and tokenizing set apart."""
+    sides = ("client_ttft_mean_s", "engine_ttft_mean_s")
+    rows = [
+        (point, client_s, engine_s)
+        for point in listed_points
+        for client_s, engine_s in [[summary.value(point.key, side) for side in sides]]
+        if client_s is not None and engine_s is not None
+    ]
+    return tabulated(
+        rows,
+        Column("Point", lambda row: point_label(row[0].key, lab)),
+        Column("Client's mean", lambda row: number(row[1], "s")),
+        Column("Engine's mean", lambda row: number(row[2], "s")),
+        Column("Difference", lambda row: number(row[1] - row[2], "s")),
+    )
+
+
+# -------------------------------------------------------------------------------- of predictions
+
+
+def predictions(lab: Lab, predicted_before: Predictions) -> Table:
+    """Every figure that was predicted before an engine started, and what predicted it."""
+    rows = []
+    for claim in lab.claims:
+        for pair, prediction in predicted_before.effects[claim.name].items():
+            treatment, baseline = points_of(pair)
+            where = f"{point_label(treatment, lab)} / {point_label(baseline, lab)}"
+            by = "forecast" if prediction.source == OF_FORECASTS else "formula"
+            rows.append((claim.metric, where, f"{ratio_number(prediction.value)}x", by))
+    for forecast in lab.forecasts:
+        for key, prediction in predicted_before.forecasts[forecast.name].items():
+            predicted = prediction_text(prediction, METRICS[forecast.metric].unit)
+            rows.append((forecast.metric, point_label(key, lab), predicted, "formula"))
+    return tabulated(
+        rows,
+        Column("Figure", lambda row: METRICS[row[0]].title),
+        Column("Where", lambda row: row[1]),
+        Column("Predicted", lambda row: row[2]),
+        Column("By", lambda row: row[3]),
+    )
+
+
+def _metric(f: Any) -> str:
+    return METRICS[f.metric].title
+
+
 def forecasts(lab: Lab, summary: Summary) -> Table:
-    """Tabulate every forecast beside what was measured there."""
-    rows: list[list[Inline]] = []
-    for f in summary.forecasts:
-        unit = METRICS[f.metric].unit
-        rows.append(
-            [
-                METRICS[f.metric].title,
-                point_label(f.point, lab),
-                number(f.measured.value if f.measured else None, unit),
-                interval(f.measured, unit),
-                prediction_text(f.prediction, unit),
-                f"{f.share.value:.0%}" if f.share else "–",
-                outcome_text(f.outcome, f.prediction, f.measured),
-            ]
-        )
-    header = (
-        "Figure", "Where", "Measured", "95% interval", "Predicted", "Measured / predicted",
-        "Did it hold?",
-    )  # fmt: skip
-    return table(header, rows)
+    """Every forecast beside what was measured there."""
+    return tabulated(
+        summary.forecasts,
+        Column("Figure", _metric),
+        of_point(lab, "Where"),
+        Column("Measured", lambda f: number(f.measured and f.measured.value, _unit(f))),
+        Column("95% interval", lambda f: interval(f.measured, _unit(f))),
+        Column("Predicted", lambda f: prediction_text(f.prediction, _unit(f))),
+        Column("Measured / predicted", lambda f: f"{f.share.value:.0%}" if f.share else "–"),
+        Column("Did it hold?", lambda f: outcome_text(f.outcome, f.prediction, f.measured)),
+    )
+
+
+def _unit(f: Any) -> str:
+    return METRICS[f.metric].unit
+
+
+def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
+    """Every forecast figure, its band, what was measured, and their ratio."""
+
+    def ratio(f: ForecastAtPoint) -> str:
+        return "–" if f.share is None or math.isinf(f.share) else f"{f.share:.2f}x"
+
+    return tabulated(
+        [
+            f
+            for f in summary.in_virtual_time
+            if METRICS[f.metric].forecast == "shown" and (f.high or (f.measured or f).value)
+        ],
+        of_point(lab),
+        Column("Figure", _metric),
+        Column("Forecast", lambda f: number(f.value, _unit(f))),
+        Column("Band", lambda f: between(f.low, f.high, _unit(f))),
+        Column("Measured", lambda f: number(f.measured and f.measured.value, _unit(f))),
+        Column("Measured / forecast", ratio),
+        Column("In band", lambda f: yes_or_no(f.within)),
+    )
 
 
 def in_virtual_time(lab: Lab, forecasts: PointForecasts, also: Collection[str] = ()) -> Table:
-    """Tabulate every point as vLLM's scheduler plays it in virtual time, each figure with its band.
+    """Every point as vLLM's scheduler plays it in virtual time, each figure with its band.
 
     A figure that is 0 everywhere, such as preemptions where memory is ample, is left out. `also`
     names metrics that are shown beside those that always are.
     """
-    metrics = _forecast_columns(forecasts.points.values(), also)
-    return table(
-        (
-            "Point",
-            *(METRICS[metric].title for metric in metrics),
-            *(("KV cache in use, mean", "KV cache in use, peak") if forecasts.kv_use else ()),
+    use = [
+        Column(f"KV cache in use, {which}", _use_of(forecasts, which))
+        for which in ("mean", "peak")
+        if forecasts.kv_use
+    ]
+    return tabulated(
+        list(forecasts.points),
+        Column("Point", lambda key: point_label(key, lab)),
+        *(
+            Column(METRICS[metric].title, _band_of(forecasts.points, metric))
+            for metric in _forecast_columns(forecasts.points.values(), also)
         ),
-        (
-            [
-                point_label(key, lab),
-                *(with_band(bands.get(metric), METRICS[metric].unit) for metric in metrics),
-                *_shares(forecasts, key),
-            ]
-            for key, bands in forecasts.points.items()
-        ),
+        *use,
     )
+
+
+def _band_of(points: Mapping[str, Mapping[str, Band]], metric: str) -> Callable[[str], str]:
+    return lambda key: with_band(points[key].get(metric), METRICS[metric].unit)
+
+
+def _use_of(forecasts: PointForecasts, which: str) -> Callable[[str], str]:
+    """Write the mean or the peak of a point's KV cache, with its band where it has one."""
+
+    def text(key: str) -> str:
+        use, bands = forecasts.kv_use.get(key), forecasts.kv_bands.get(key, {})
+        if which in bands:
+            return with_band(bands[which], "share")
+        return number(getattr(use, which) if use else None, "share")
+
+    return text
 
 
 OF_SEARCH = ("goodput_per_s", "output_tokens_per_s", "tpot_mean_s")
 
 
 def searched(forecasts: PointForecasts) -> Table | None:
-    """Tabulate the settings that are only forecast by what differs among them; None without any."""
-    points = forecasts.searched
+    """The settings that are only forecast, by what differs among them; None without any."""
     flags = [
         flag
-        for flag in dict.fromkeys(flag for point in points for flag in point.flags)
-        if len({str(point.flags.get(flag)) for point in points}) > 1
+        for flag in dict.fromkeys(flag for point in forecasts.searched for flag in point.flags)
+        if len({str(point.flags.get(flag)) for point in forecasts.searched}) > 1
     ]
     if not flags:
         return None
-    return table(
+    return Table(
         (*flags, *(METRICS[metric].title for metric in OF_SEARCH)),
         (
             [
                 *(str(point.flags.get(flag, "–")) for flag in flags),
                 *(number(point.figures.get(m), METRICS[m].unit) for m in OF_SEARCH),
             ]
-            for point in points
+            for point in forecasts.searched
         ),
     )
 
 
 def on_two_engines(lab: Lab, forecasts: PointForecasts) -> Table:
-    """Tabulate what was forecast on two engines, below the same points on one; all is forecast.
+    """What was forecast on two engines, below the same points on one; all is forecast.
 
     Empty where nothing was forecast on two.
     """
-    metrics = _forecast_columns([two.bands for two in forecasts.on_two])
-    rows = [
-        (f"one, {point_label(key, lab)}", forecasts.points[key])
-        for key in dict.fromkeys(two.point for two in forecasts.on_two)
-    ] + [(engines_text(two, lab), two.bands) for two in forecasts.on_two]
-    return table(
-        ("Engines", *(f"{METRICS[metric].title}, forecast" for metric in metrics)),
-        (
-            [engines, *(with_band(bands.get(metric), METRICS[metric].unit) for metric in metrics)]
-            for engines, bands in rows
-        )
-        if forecasts.on_two
-        else (),
+    shown = _forecast_columns([two.bands for two in forecasts.on_two])
+    alone = dict.fromkeys(two.point for two in forecasts.on_two)
+    rows: dict[str, Mapping[str, Band]] = {
+        f"one, {point_label(key, lab)}": forecasts.points[key] for key in alone
+    }
+    rows |= {engines_text(two, lab): two.bands for two in forecasts.on_two}
+    return tabulated(
+        list(rows),
+        Column("Engines", str.strip),
+        *(Column(f"{METRICS[m].title}, forecast", _band_of(rows, m)) for m in shown),
     )
 
 
@@ -238,128 +398,68 @@ def engines_text(two: OnTwoEngines, lab: Lab) -> str:
     return f"two, one prefills and one decodes, {two.link_gbit_per_s:g} Gbit/s between them"
 
 
-def _shares(forecasts: PointForecasts, point: str) -> list[str]:
-    """Write the mean and the peak, with bands where there are; nothing without any of a point."""
-    if not forecasts.kv_use:
-        return []
-    use, bands = forecasts.kv_use.get(point), forecasts.kv_bands.get(point, {})
-    shares = {"mean": use.mean if use else None, "peak": use.peak if use else None}
-    return [
-        with_band(bands[which], "share") if which in bands else number(share, "share")
-        for which, share in shares.items()
-    ]
-
-
 def with_band(band: Band | None, unit: str) -> str:
     """Write a forecast with its band as `50 (43.3 to 55) tok/s`, or a dash where there is none."""
     return with_ends(band.value, band.low, band.high, unit) if band else "–"
 
 
-def forecast_beside_measured(lab: Lab, summary: Summary) -> Table:
-    """Tabulate every forecast figure, its band, what was measured, and their ratio."""
-    rows: list[list[Inline]] = []
-    for f in summary.in_virtual_time:
-        unit = METRICS[f.metric].unit
-        if METRICS[f.metric].forecast != "shown" or not (f.high or (f.measured or f).value):
-            continue
-        rows.append(
-            [
-                point_label(f.point, lab),
-                METRICS[f.metric].title,
-                number(f.value, unit),
-                between(f.low, f.high, unit),
-                number(f.measured.value if f.measured else None, unit),
-                "–" if f.share is None or math.isinf(f.share) else f"{f.share:.2f}x",
-                yes_or_no(f.within),
-            ]
-        )
-    header = ("Point", "Figure", "Forecast", "Band", "Measured", "Measured / forecast", "In band")
-    return table(header, rows)
-
-
 def kv_use(lab: Lab, forecasts: PointForecasts, measured: Mapping[str, KvUse]) -> Table:
-    """Tabulate how much of the KV cache was in use at each point; empty without forecasts."""
-    rows: list[list[Inline]] = []
-    for point in forecasts.kv_use:
-        came = measured.get(point)
-        mean, peak = _shares(forecasts, point)
-        rows.append(
-            [
-                point_label(point, lab),
-                mean,
-                number(came.mean if came else None, "share"),
-                peak,
-                number(came.peak if came else None, "share"),
-            ]
-        )
-    header = (
-        "Point", "KV cache in use, mean: forecast", "Measured", "Peak: forecast", "Peak: measured",
-    )  # fmt: skip
-    return table(header, rows)
+    """How much of the KV cache was in use at each point; empty without forecasts."""
+
+    def came(which: str) -> Callable[[str], str]:
+        return lambda key: number(getattr(measured.get(key), which, None), "share")
+
+    return tabulated(
+        list(forecasts.kv_use),
+        Column("Point", lambda key: point_label(key, lab)),
+        Column("KV cache in use, mean: forecast", _use_of(forecasts, "mean")),
+        Column("Measured", came("mean")),
+        Column("Peak: forecast", _use_of(forecasts, "peak")),
+        Column("Peak: measured", came("peak")),
+    )
 
 
-def closed_forms(lab: Lab, summary: Summary, before: Predictions) -> Table:
-    """Tabulate the lab's own formula for claims that forecasts predict."""
-    rows: list[list[Inline]] = [
-        [
-            (
-                parse(j.title),
-                f" ({point_label(j.treatment, lab)} / {point_label(j.baseline, lab)})",
-            ),
-            ratio_text(j),
-            f"{ratio_number(j.prediction.value)}x",
-            f"{ratio_number(closed.value)}x",
-            (Code(closed.formula), f" ({closed.source})" if closed.source else ""),
-        ]
-        for j in summary.judgements
-        if (closed := before.closed_forms.get(j.claim, {}).get(pair_of(j.treatment, j.baseline)))
-        and closed.formula != j.prediction.formula
-    ]
-    return table(("Claim", "Measured", "Forecast", "Closed form", "Its formula"), rows)
+# ------------------------------------------------------------------- of the machine and the counts
+
+
+def ceilings(machine: Machine, measured: Ceilings) -> Table:
+    """Measured ceilings beside the vendor's; empty for a GPU without known figures."""
+    stated = DATASHEETS.get(machine.model)
+    rows = []
+    for title, field, scale, unit in (
+        ("Memory bandwidth", "memory_bandwidth_bytes_per_s", 1e9, "GB/s"),
+        ("BF16", "bf16_flops_per_s", 1e12, "TFLOP/s"),
+        ("FP8", "fp8_flops_per_s", 1e12, "TFLOP/s"),
+    ):
+        here, datasheet = getattr(measured, field), stated and getattr(stated, field)
+        if datasheet:
+            share = f"{here / datasheet:.0%}" if here else "–"
+            value = number(here and here / scale, unit)
+            rows.append([title, value, number(datasheet / scale, unit), share])
+    return Table(("Ceiling", "Measured", "Datasheet", "Share"), rows)
 
 
 def machine_speed(speed: MachineSpeed) -> Table:
-    """Tabulate the times of the two parts of the reference step over a run."""
-    return table(
-        ("Reference step", "Median", "80% of the times", "Trend"),
-        (
-            [
-                title,
-                number(part.median_s, "s"),
-                between(part.low_s, part.high_s, "s"),
-                "–" if part.trend is None else f"{part.trend:+.0%}",
-            ]
-            for title, part in (("Reading", speed.reading), ("Computing", speed.computing))
-        ),
+    """The times of the two parts of the reference step over a run."""
+    return tabulated(
+        [("Reading", speed.reading), ("Computing", speed.computing)],
+        Column("Reference step", lambda row: row[0]),
+        Column("Median", lambda row: number(row[1].median_s, "s")),
+        Column("80% of the times", lambda row: between(row[1].low_s, row[1].high_s, "s")),
+        Column("Trend", lambda row: "–" if row[1].trend is None else f"{row[1].trend:+.0%}"),
     )
 
 
 def agreement(session: Session | None) -> Table:
-    """Tabulate the requests and tokens that records, Prometheus and the engine each counted."""
-    return table(
-        ("Counted", "Records", "Prometheus", "Engine"),
-        (
-            [
-                counted.what,
-                f"{counted.records:,}",
-                "–" if counted.prometheus is None else f"{counted.prometheus:,}",
-                "–" if counted.engine is None else f"{counted.engine:,}",
-            ]
-            for counted in (session.agreement if session else ())
-        ),
+    """The requests and tokens that records, Prometheus and the engine each counted."""
+
+    def count(side: str) -> Callable[[Any], str]:
+        return lambda of: "–" if getattr(of, side) is None else f"{getattr(of, side):,}"
+
+    return tabulated(
+        session.agreement if session else (),
+        Column("Counted", lambda of: of.what),
+        Column("Records", count("records")),
+        Column("Prometheus", count("prometheus")),
+        Column("Engine", count("engine")),
     )
-
-
-def ttft_at_both_ends(listed_points: Sequence[Point], lab: Lab, summary: Summary) -> Table:
-    """Tabulate TTFT from the send on both sides, which transport and tokenizing set apart."""
-    rows: list[list[Inline]] = []
-    for point in listed_points:
-        client_s, engine_s = (
-            summary.value(point.key, f"{side}_ttft_mean_s") for side in ("client", "engine")
-        )
-        if client_s is not None and engine_s is not None:
-            gap = number(client_s - engine_s, "s")
-            rows.append(
-                [point_label(point.key, lab), number(client_s, "s"), number(engine_s, "s"), gap]
-            )
-    return table(("Point", "Client's mean", "Engine's mean", "Difference"), rows)

@@ -15,8 +15,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from labs.harness.telling import markdown
-from labs.harness.telling.document import FOLD, FOLDED
-from labs.harness.telling.markdown import Markdown
+from labs.harness.telling.markdown import FOLD, Markdown
 from labs.harness.telling.visible import visible
 
 INDENT = "  "
@@ -54,7 +53,7 @@ def show(console: Console, block: Markdown) -> None:
     """Print a block with all that stands under it; pictures and folds are for pages alone."""
     within: list[str] = []
     rows: list[list[Text]] = []
-    for token in markdown.tokens_of(_without_folds(block)):
+    for token in markdown.tokens_of(FOLD.sub("", block)):
         if token.nesting == 1:
             within.append(token.tag)
         elif token.nesting == -1:
@@ -69,11 +68,6 @@ def show(console: Console, block: Markdown) -> None:
             rows[-1].append(_text(token.children or ()))
         elif token.type == "inline":
             _show_text(console, within, _text(token.children or ()))
-
-
-def _without_folds(block: Markdown) -> str:
-    """A section that pages show folded stays whole."""
-    return FOLD.sub(lambda fold: fold[0] if fold[0].startswith(FOLDED) else "", block)
 
 
 def _show_text(console: Console, within: Sequence[str], text: Text) -> None:
