@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import scipy
-from numpy.typing import NDArray
-
 from labs.diagnosis.lab import ALONE, INJECTED, REFERENCE, SIGNATURES, Direction, Figure
 from labs.harness.facts.context import Context, JudgedRun
+from labs.harness.facts.fits import polynomial
 from labs.harness.judging.diagnosis import (
     BUDGET_CLAIM,
     HITS_LOST,
@@ -29,7 +26,6 @@ from labs.harness.judging.diagnosis import (
 )
 from labs.harness.judging.quantity import CHANGE, RATIO, Quantity
 from labs.harness.spec import Point
-from loadtests.records import RequestRecord
 from serving import metrics
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Delays
@@ -40,24 +36,24 @@ def point_of(run: Context, variant: str, workload: str) -> Point | None:
     return next(named, None)
 
 
-def _readings(run: Context, variant: str, workload: str) -> list[tuple[int, Reading]]:
+def readings(run: Context, variant: str, workload: str) -> dict[int, Reading]:
     """Read what the engine counted in each trial of a point, by its repeat."""
     point = point_of(run, variant, workload)
-    return [
-        (result.repeat, Reading(trial.engine))
+    return {
+        result.repeat: Reading(trial.engine)
         for _, result, trial in run.folder.trials([point] if point else [], run.lab)
         if trial and trial.engine
-    ]
+    }
 
 
-def _pooled(readings: Iterable[tuple[int, Reading]]) -> Reading | None:
-    counted = [reading.counted for _, reading in readings]
+def pooled(of_trials: Mapping[int, Reading]) -> Reading | None:
+    counted = [reading.counted for reading in of_trials.values()]
     return Reading(metrics.together(counted)) if counted else None
 
 
-def _healthy(run: Context) -> Reading | None:
+def healthy(run: Context) -> Reading | None:
     """Pool the trials of the reference; they are diagnosed against, and never diagnosed."""
-    return _pooled(_readings(run, *REFERENCE))
+    return pooled(readings(run, *REFERENCE))
 
 
 # ------------------------------------------------------------------------- each trial, blind
@@ -115,39 +111,27 @@ class ToldApart:
 
 def told_apart(run: Context) -> ToldApart:
     """Diagnose every trial but those of the reference, each beside the pooled reference."""
-    if (reference := run.once(_healthy)) is None:
+    if (reference := run.once(healthy)) is None:
         return ToldApart(())
-    named = [
-        named
-        for (variant, workload), injected in INJECTED.items()
-        for named in _named(injected, _readings(run, variant, workload), reference)
-    ]
+    named: list[Named] = []
+    for (variant, workload), injected in INJECTED.items():
+        found = {
+            repeat: diagnosis(reading, reference)
+            for repeat, reading in readings(run, variant, workload).items()
+        }
+        names = {repeat: of.cause if of else "too little" for repeat, of in found.items()}
+        for name in dict.fromkeys(names.values()):
+            repeats = tuple(repeat for repeat, given in names.items() if given == name)
+            first = found[repeats[0]]
+            symptoms, marks = (first.symptoms, first.marks) if first else ((), ())
+            mark = marks[0] if marks else None
+            named.append(Named(injected, name, repeats, len(found), symptoms, mark))
     name, metric = BUDGET_CLAIM
     changed_later = any(c.name == name and c.metric != metric for c in run.lab.claims)
     return ToldApart(tuple(named), changed_later)
 
 
-def _named(
-    injected: str, readings: Sequence[tuple[int, Reading]], reference: Reading
-) -> list[Named]:
-    found = {repeat: _diagnosis(reading, reference) for repeat, reading in readings}
-    by_name: dict[str, list[int]] = {}
-    for repeat, diagnosis in found.items():
-        by_name.setdefault(diagnosis.cause if diagnosis else "too little", []).append(repeat)
-    return [
-        _first_named(injected, name, repeats, len(found), found[repeats[0]])
-        for name, repeats in by_name.items()
-    ]
-
-
-def _first_named(
-    injected: str, name: str, repeats: Sequence[int], trials: int, first: Diagnosis | None
-) -> Named:
-    symptoms, marks = (first.symptoms, first.marks) if first else ((), ())
-    return Named(injected, name, tuple(repeats), trials, symptoms, marks[0] if marks else None)
-
-
-def _diagnosis(reading: Reading, reference: Reading) -> Diagnosis | None:
+def diagnosis(reading: Reading, reference: Reading) -> Diagnosis | None:
     try:
         return diagnose(reading, reference)
     except TooLittle:
@@ -234,111 +218,104 @@ class Signatures:
 
 
 def signatures(run: Context) -> Signatures:
-    if (reference := run.once(_healthy)) is None:
+    if (reference := run.once(healthy)) is None:
         return Signatures({}, ())
-    pooled = {
-        injected: _pooled(_readings(run, variant, workload))
+    rows = [
+        Signature(injected, {name: moved(name, injected, now, reference) for name in FIGURES})
         for (variant, workload), injected in INJECTED.items()
-    }
-    rows = (_signature(injected, now, reference) for injected, now in pooled.items() if now)
-    return Signatures(_levels(reference), tuple(rows))
+        if (now := pooled(readings(run, variant, workload)))
+    ]
+    return Signatures({name: of.level(reference) for name, of in FIGURES.items()}, tuple(rows))
 
 
-def _levels(reading: Reading) -> dict[Figure, Level]:
-    return {
-        "TTFT": _level(reading.ttft_s, "s"),
-        "Queue": _level(reading.queue_s, "s"),
-        "Prefill": _level(reading.prefill_s, "s"),
-        "TPOT": _level(reading.tpot_s, "s"),
-        "Long gaps": _level(reading.long_gap_s, "s"),  # p99, at most
-        "Hit rate": _level(reading.hit_rate, "share"),
-        "Preemptions": _level(reading.preemptions, "1"),
-        "Longest prompt": _bucket(reading.longest_prompt_tokens),
-    }
+def moved(name: Figure, injected: str, now: Reading, reference: Reading) -> Moved | None:
+    found = FIGURES[name].moved(now, reference)
+    return Moved(*found, SIGNATURES[injected].get(name)) if found else None
 
 
-def _level(value: float | None, unit: str) -> Level:
-    return Level(Quantity(value, unit, why="" if value is not None else "not counted"))
+Found = tuple[Level, Direction] | None
+"""What a figure is and how it moved; None where it, or the healthy one, lacks it."""
 
 
-def _bucket(bounds: tuple[float, float] | None) -> Level:
-    if bounds is None:
-        return _level(None, "1")
-    low, high = bounds
-    missing = Quantity.missing("the last bucket has no end")
-    return Level(Quantity(low), missing if math.isinf(high) else Quantity(high))
+def level(value: float | None, unit: str) -> Level:
+    return Level(Quantity.given(value, unit, "not counted"))
 
 
-def _signature(injected: str, now: Reading, reference: Reading) -> Signature:
-    moved: dict[Figure, Moved | None] = {}
-    for name, compare in FIGURES.items():
-        found = compare(now, reference)
-        moved[name] = Moved(*found, SIGNATURES[injected].get(name)) if found else None
-    return Signature(injected, moved)
+def direction(of: float, more: float, less: float) -> Direction:
+    """Say which of two bounds a figure is beyond."""
+    return "rises" if of > more else "falls" if of < less else "stays"
 
 
-Compare = Callable[[Reading, Reading], tuple[Level, Direction] | None]
-"""Says what a figure is and how it moved, now and healthy; None where either lacks it."""
+def step(more: float, least: float) -> Direction:
+    return "rises" if more >= least else "falls" if more <= -least else "stays"
 
 
-def _as_multiple(of: Callable[[Reading], float | None]) -> Compare:
-    def compare(now: Reading, healthy: Reading) -> tuple[Level, Direction] | None:
-        after, before = of(now), of(healthy)
-        if after is None or not before:
-            return None
-        return _level(after / before, RATIO), _direction(after / before)
+@dataclass(frozen=True)
+class Counted:
+    """A figure that moves by a factor, or by a `least` step where that is given."""
 
-    return compare
+    of: Callable[[Reading], float | None]
+    unit: str
+    least: float | None = None
 
+    def level(self, reading: Reading) -> Level:
+        return level(self.of(reading), self.unit)
 
-def _direction(ratio: float) -> Direction:
-    return "rises" if ratio > SLOWER_TOKEN else "falls" if ratio < 1 / SLOWER_TOKEN else "stays"
-
-
-def _queue(now: Reading, healthy: Reading) -> tuple[Level, Direction] | None:
-    """Compare a queue with the healthy TTFT: any is many times as long as next to none."""
-    if now.queue_s is None or healthy.queue_s is None:
-        return None
-    share = (now.queue_s - healthy.queue_s) / (healthy.ttft_s or math.inf)
-    return _level(now.queue_s, "s"), _direction(1 + share if share >= 0 else 1 / (1 - share))
-
-
-def _long_gaps(now: Reading, healthy: Reading) -> tuple[Level, Direction] | None:
-    more = more_long_gaps(now, healthy)
-    return None if more is None else (_level(more, CHANGE), _step(more, MORE_LONG_GAPS))
-
-
-def _as_is(of: Callable[[Reading], float | None], unit: str, step: float) -> Compare:
-    def compare(now: Reading, healthy: Reading) -> tuple[Level, Direction] | None:
-        after, before = of(now), of(healthy)
+    def moved(self, now: Reading, healthy: Reading) -> Found:
+        after, before = self.of(now), self.of(healthy)
         if after is None or before is None:
             return None
-        return _level(after, unit), _step(after - before, step)
-
-    return compare
-
-
-def _step(more: float, step: float) -> Direction:
-    return "rises" if more >= step else "falls" if more <= -step else "stays"
-
-
-def _longest_prompt(now: Reading, healthy: Reading) -> tuple[Level, Direction] | None:
-    longest, usual = now.longest_prompt_tokens, healthy.longest_prompt_tokens
-    if longest is None or usual is None:
-        return None
-    higher, lower = longest[0] >= usual[1], longest[1] <= usual[0]
-    return _bucket(longest), "rises" if higher else "falls" if lower else "stays"
+        if self.least is not None:
+            return level(after, self.unit), step(after - before, self.least)
+        if not before:
+            return None
+        ratio = after / before
+        return level(ratio, RATIO), direction(ratio, SLOWER_TOKEN, 1 / SLOWER_TOKEN)
 
 
-FIGURES: Mapping[Figure, Compare] = {
-    "TTFT": _as_multiple(lambda reading: reading.ttft_s),
-    "Queue": _queue,
-    "Prefill": _as_multiple(lambda reading: reading.prefill_s),
-    "TPOT": _as_multiple(lambda reading: reading.tpot_s),
-    "Long gaps": _long_gaps,
-    "Hit rate": _as_is(lambda reading: reading.hit_rate, "share", HITS_LOST),
-    "Preemptions": _as_is(lambda reading: reading.preemptions, "1", PREEMPTED),
-    "Longest prompt": _longest_prompt,
+class Queue(Counted):
+    """Its step is beside the healthy TTFT: any queue is many times as long as next to none."""
+
+    def moved(self, now: Reading, healthy: Reading) -> Found:
+        if now.queue_s is None or healthy.queue_s is None:
+            return None
+        share = (now.queue_s - healthy.queue_s) / (healthy.ttft_s or math.inf)
+        return level(now.queue_s, "s"), direction(share, SLOWER_TOKEN - 1, 1 - SLOWER_TOKEN)
+
+
+class LongGaps(Counted):
+    def moved(self, now: Reading, healthy: Reading) -> Found:
+        more = more_long_gaps(now, healthy)
+        return None if more is None else (level(more, CHANGE), step(more, MORE_LONG_GAPS))
+
+
+class LongestPrompt:
+    """The bucket in which the longest prompt lies."""
+
+    def level(self, reading: Reading) -> Level:
+        if reading.longest_prompt_tokens is None:
+            return level(None, "1")
+        low, high = reading.longest_prompt_tokens
+        missing = Quantity.missing("the last bucket has no end")
+        return Level(Quantity(low), missing if math.isinf(high) else Quantity(high))
+
+    def moved(self, now: Reading, healthy: Reading) -> Found:
+        longest, usual = now.longest_prompt_tokens, healthy.longest_prompt_tokens
+        if longest is None or usual is None:
+            return None
+        higher, lower = longest[0] >= usual[1], longest[1] <= usual[0]
+        return self.level(now), "rises" if higher else "falls" if lower else "stays"
+
+
+FIGURES: Mapping[Figure, Counted | LongestPrompt] = {
+    "TTFT": Counted(lambda reading: reading.ttft_s, "s"),
+    "Queue": Queue(lambda reading: reading.queue_s, "s"),
+    "Prefill": Counted(lambda reading: reading.prefill_s, "s"),
+    "TPOT": Counted(lambda reading: reading.tpot_s, "s"),
+    "Long gaps": LongGaps(lambda reading: reading.long_gap_s, "s"),  # p99, at most
+    "Hit rate": Counted(lambda reading: reading.hit_rate, "share", HITS_LOST),
+    "Preemptions": Counted(lambda reading: reading.preemptions, "1", PREEMPTED),
+    "Longest prompt": LongestPrompt(),
 }
 
 # ------------------------------------------------------------- what TTFT and ITL are made of
@@ -416,86 +393,58 @@ def coefficients(run: Context) -> Coefficients:
     """Fit TTFT = a + b N + c N^2 and ITL = a + b C to the requests that were alone."""
     times = run.once(alone)
     return Coefficients(
-        _fit(times.ttft, 2, times.forecast_ttft), _fit(times.itl, 1, times.forecast_itl)
+        fit(times.ttft, 2, times.forecast_ttft), fit(times.itl, 1, times.forecast_itl)
     )
 
 
 def alone(run: Context) -> AloneTimes:
     """Read the requests that were alone. Each is one point, its ITL the mean over its tokens."""
-    point = point_of(run, *ALONE)
-    trials = run.folder.trials([point] if point else [], run.lab)
-    requests = [r for _, _, trial in trials if trial for r in trial.measured_requests]
-    ttft = [(float(r.prompt_tokens), r.ttft_s) for r in requests if r.prompt_tokens and r.ttft_s]
-    itl = [(_context(r), r.tpot_s) for r in requests if r.prompt_tokens and r.tpot_s]
-    step = _forecast_step(run)
+    requests = [r for t in run.trials(point_of(run, *ALONE)) for r in t.measured_requests]
+    delays_s = Delays().request_s + Delays().response_s
+    first = [(float(r.prompt_tokens), r.ttft_s) for r in requests if r.prompt_tokens and r.ttft_s]
+    later = [
+        (r.prompt_tokens + (r.output_tokens or 0) / 2, r.tpot_s)
+        for r in requests
+        if r.prompt_tokens and r.tpot_s
+    ]
     return AloneTimes(
-        ttft,
-        itl,
-        [(tokens, _first_token_s(step, tokens)) for tokens, _ in ttft] if step else (),
-        [(tokens, _token_s(step, tokens)) for tokens, _ in itl] if step else (),
+        first,
+        later,
+        stepped(run, [(n, Piece(round(n), 0)) for n, _ in first], outside_s=delays_s),
+        stepped(run, [(n, Piece(1, round(n))) for n, _ in later]),
     )
 
 
-def _context(request: RequestRecord) -> float:
-    return (request.prompt_tokens or 0) + (request.output_tokens or 0) / 2
-
-
-def _forecast_step(run: Context) -> StepTimes | None:
-    """Read the stand-in step that was timed before any engine started."""
+def stepped(run: Context, pieces: Sequence[tuple[float, Piece]], outside_s: float = 0) -> Times:
+    """Time the stand-in step that was timed before any engine started, of one piece each."""
     forecasts = run.predictions.in_virtual_time
-    plain = next(iter(forecasts.step_times), None) if forecasts else None
-    return StepTimes.model_validate(plain) if plain else None
+    if not forecasts or not forecasts.step_times:
+        return ()
+    times = StepTimes.model_validate(forecasts.step_times[0])
+    return [(n, times.seconds(Step((piece,), rows=1)) + outside_s) for n, piece in pieces]
 
 
-def _first_token_s(step: StepTimes, tokens: float) -> float:
-    delays = Delays()
-    outside_s = delays.request_s + delays.response_s
-    return step.seconds(Step((Piece(round(tokens), 0),), rows=1)) + outside_s
-
-
-def _token_s(step: StepTimes, tokens: float) -> float:
-    return step.seconds(Step((Piece(1, round(tokens)),), rows=1))
-
-
-def _fit(measured: Times, degree: int, forecast: Times) -> Fit | None:
+def fit(measured: Times, degree: int, forecast: Times) -> Fit | None:
     """Fit a polynomial; None with fewer than two points more than it has coefficients.
 
     The spread grows with the time, so the fit weighs each by the inverse of its own.
     """
     if len({tokens for tokens, _ in measured}) < degree + 3:
         return None
-    estimates, covariance = _least_squares(measured, degree)
-    quantile = float(scipy.stats.t.ppf(0.975, len(measured) - degree - 1))
-    reach = quantile * np.sqrt(np.diag(covariance))
-    expected = _least_squares(forecast, degree)[0] if forecast else None
-    coefficients = tuple(
-        Coefficient(
-            Quantity(
-                float(estimates[i]) / seconds,
-                unit,
-                float(estimates[i] - reach[i]) / seconds,
-                float(estimates[i] + reach[i]) / seconds,
-            ),
-            Quantity.missing("no step was timed", unit)
-            if expected is None
-            else Quantity(float(expected[i]) / seconds, unit),
+    estimates = polynomial(measured, degree)
+    expected = polynomial(forecast, degree) if forecast else None
+    if estimates is None:
+        return None
+    coefficients = []
+    for power, (unit, seconds) in enumerate(UNITS[: degree + 1]):
+        foreseen = expected[power].value / seconds if expected else None
+        coefficients.append(
+            Coefficient(
+                estimates[power].times(1 / seconds).quantity(unit),
+                Quantity.given(foreseen, unit, "no step was timed"),
+            )
         )
-        for i, (unit, seconds) in enumerate(UNITS[: degree + 1])
-    )
-    return Fit(coefficients, max(tokens for tokens, _ in measured))
-
-
-def _least_squares(points: Times, degree: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the coefficients, the constant first, and their covariance."""
-    x, y = (np.array(column, float) for column in zip(*points, strict=True))
-    scale = float(x.max()) or 1.0  # so that powers of thousands do not lose digits
-    design = np.vander(x / scale, degree + 1, increasing=True) / y[:, None]
-    estimates, *_ = np.linalg.lstsq(design, np.ones(len(y)), rcond=None)
-    rest = 1 - design @ estimates
-    variance = float(rest @ rest) / max(1, len(y) - degree - 1)
-    covariance = variance * np.linalg.pinv(design.T @ design)
-    powers = scale ** np.arange(degree + 1)
-    return estimates / powers, covariance / np.outer(powers, powers)
+    return Fit(tuple(coefficients), max(tokens for tokens, _ in measured))
 
 
 # ------------------------------------------------------------------------------------ all of them

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
 from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.judging.measure import Trial, in_time
+from labs.harness.filing.results import Searched
+from labs.harness.judging.measure import in_time
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.quantity import Quantity
 from labs.harness.judging.signals import (
@@ -70,82 +71,59 @@ class Admission:
     @property
     def without(self) -> Offer | None:
         """The heaviest load without a limit."""
-        return self._heaviest(limited=False)
+        return next((o for o in self.heaviest if o.limited_by == "nobody"), None)
 
     @property
     def limited(self) -> Offer | None:
         """The heaviest load with a limit."""
-        return self._heaviest(limited=True)
+        return next((o for o in self.heaviest if o.limited_by != "nobody"), None)
 
-    def _heaviest(self, limited: bool) -> Offer | None:
-        wanted = (self.most, limited)
-        return next((o for o in self.offers if (o.times, o.limited_by != "nobody") == wanted), None)
+    @property
+    def heaviest(self) -> list[Offer]:
+        return [offer for offer in self.offers if offer.times == self.most]
 
 
 def admission(run: JudgedRun) -> Admission:
     """Measure each load of the variants that were sent all of them."""
     first, *_ = run.points
     capacity_per_s = run.values.get(first.key, {}).get(1, {}).get("requests_per_s")
-    several = {p.workload.name for p in run.points if len(p.workload.loads) > 1}
-    offers = (_offer(run, p) for p in run.points if p.workload.name in several)
+    offers = (offer(run, p) for p in run.points if len(p.workload.loads) > 1)
     return Admission(
-        _given(capacity_per_s, "req/s"),
-        forecast(run, first, "requests_per_s"),
+        Quantity.given(capacity_per_s, "req/s"),
+        run.foreseen(first, "requests_per_s"),
         Quantity(run.lab.slo.ttft_s, "s"),
         Quantity(run.lab.slo.tpot_s, "s"),
-        tuple(offer for offer in offers if offer),
+        tuple(of for of in offers if of),
     )
 
 
-def forecast(run: JudgedRun, point: Point, metric: str) -> Quantity:
-    """Return what was forecast of a point before any engine started, without its band."""
-    known = run.forecast(point, metric)
-    return _given(known.value if known else None, METRICS[metric].unit, "not forecast")
+def mean(values: Sequence[float], unit: str, why: str) -> Quantity:
+    return Quantity.given(fmean(values) if values else None, unit, why)
 
 
-def _given(value: float | None, unit: str, why: str = "not measured") -> Quantity:
-    return Quantity(value, unit, why="" if value is not None else why)
-
-
-def _mean(values: Sequence[float], unit: str, why: str) -> Quantity:
-    return _given(fmean(values) if values else None, unit, why)
-
-
-def _offer(run: JudgedRun, point: Point) -> Offer | None:
-    goodput_per_s, trials = run.quantity(point, "goodput_per_s"), [*_trials(run, point)]
+def offer(run: JudgedRun, point: Point) -> Offer | None:
+    goodput_per_s, trials = run.quantity(point, "goodput_per_s"), [*run.trials(point)]
     if not goodput_per_s.known or not trials or not isinstance(point.load, Offered):
         return None
     times, limited = point.load.times, point.flags.turns_away
+    same_load = (p for p in run.points if (p.workload, p.load) == (point.workload, point.load))
+    unlimited = next((p for p in same_load if not p.flags.turns_away), None)
+    sent_per_s = [sum(r.in_window for r in t.records) / t.window_length_s for t in trials]
     late_s = [s for trial in trials if (s := late_from_s(trial)) is not None]
     t_star_s = run.lab.slo.ttft_s / (times - 1) if times > 1 and not limited else None
     return Offer(
         point.variant.name,
         ("client" if point.admission_by_client else "engine") if limited else "nobody",
         times,
-        offered_per_s=Quantity(fmean(_sent_per_s(trial) for trial in trials), "req/s"),
+        offered_per_s=Quantity(fmean(sent_per_s), "req/s"),
         goodput_per_s=goodput_per_s,
-        gain=run.ratio_of(point, _unlimited(run, point) if limited else None, "goodput_per_s"),
-        forecast_per_s=forecast(run, point, "goodput_per_s"),
+        gain=run.ratio_of(point, unlimited if limited else None, "goodput_per_s"),
+        forecast_per_s=run.foreseen(point, "goodput_per_s"),
         ttft_p50_s=run.quantity(point, "ttft_p50_s"),
         turned_away=run.quantity(point, "turned_away_rate"),
-        late_from_s=_mean(late_s, "s", "nothing came too late"),
-        fluid_late_from_s=_given(t_star_s, "s", "the queue does not grow on and on"),
+        late_from_s=mean(late_s, "s", "nothing came too late"),
+        fluid_late_from_s=Quantity.given(t_star_s, "s", "the queue does not grow on and on"),
     )
-
-
-def _unlimited(run: Context, point: Point) -> Point | None:
-    """Find the same load of a variant that turns nobody away."""
-    load = (point.workload, point.load)
-    alike = (p for p in run.points if (p.workload, p.load) == load and not p.flags.turns_away)
-    return next(alike, None)
-
-
-def _trials(run: Context, point: Point | None) -> Iterator[Trial]:
-    return (t for _, _, t in run.folder.trials([point] if point else [], run.lab) if t)
-
-
-def _sent_per_s(trial: Trial) -> float:
-    return sum(r.in_window for r in trial.records) / trial.window_length_s
 
 
 # -------------------------------------------------------------------------- two classes of requests
@@ -173,21 +151,22 @@ class Classes:
 def classes(run: JudgedRun) -> Classes:
     """Split the trials with priorities by class, and set the same load without them beside."""
     split = [p for p in run.points if p.workload.priorities and isinstance(p.load, Offered)]
-    loads = {str(p.load) for p in split}
-    asked: list[tuple[Point, int | None]] = [
-        (p, priority) for p in split for priority in sorted(set(p.workload.priorities))
+    loads = [p.load for p in split]
+    alike = [
+        p
+        for p in run.points
+        if p.load in loads and not p.workload.priorities and not p.flags.turns_away
     ]
-    asked += [
-        (p, None) for p in run.points
-        if not p.workload.priorities and not p.flags.turns_away and str(p.load) in loads
-    ]  # fmt: skip
-    served = (_class_served(run, point, priority) for point, priority in asked)
-    times = [p.load.times for p in split if isinstance(p.load, Offered)]
+    served = [
+        *(class_served(run, p, n) for p in split for n in sorted(set(p.workload.priorities))),
+        *(class_served(run, p, None) for p in alike),
+    ]
+    times = [load.times for load in loads if isinstance(load, Offered)]
     return Classes(times[0] if times else None, tuple(of for of in served if of))
 
 
-def _class_served(run: JudgedRun, point: Point, priority: int | None) -> ClassServed | None:
-    trials = [*_trials(run, point)]
+def class_served(run: JudgedRun, point: Point, priority: int | None) -> ClassServed | None:
+    trials = [*run.trials(point)]
     sent = [
         (r, in_time(r, trial.slo))
         for trial in trials
@@ -202,7 +181,7 @@ def _class_served(run: JudgedRun, point: Point, priority: int | None) -> ClassSe
         priority,
         Quantity(len(sent) / sum(trial.window_length_s for trial in trials), "req/s"),
         Quantity(fmean(is_in_time for _, is_in_time in sent), "share"),
-        _mean(ttft_s, "s", "no request was answered"),
+        mean(ttft_s, "s", "no request was answered"),
     )
 
 
@@ -245,6 +224,9 @@ class Setting:
     tpot: Figure  # s, mean
     usd_per_million_tokens: Quantity  # where a price was given
 
+    def figure(self, rate: Rate) -> Figure:
+        return self.goodput if rate == "goodput" else self.throughput
+
 
 @dataclass(frozen=True)
 class Best:
@@ -266,11 +248,7 @@ class Best:
     @property
     def is_nothing(self) -> bool:
         """Whether even the best has none of it."""
-        return self.measured is not None and not figure(self.rate, self.measured).measured.value
-
-
-def figure(rate: Rate, setting: Setting) -> Figure:
-    return setting.goodput if rate == "goodput" else setting.throughput
+        return self.measured is not None and not self.measured.figure(self.rate).measured.value
 
 
 @dataclass(frozen=True)
@@ -293,80 +271,65 @@ class BestFlags:
 
     @property
     def goodput(self) -> Best:
-        return self._best("goodput")
+        return self.best("goodput")
 
     @property
     def throughput(self) -> Best:
-        return self._best("throughput")
+        return self.best("throughput")
 
-    def _best(self, rate: Rate) -> Best:
+    def best(self, rate: Rate) -> Best:
+        def most(settings: Sequence[Setting], kind: Literal["valid", "forecast"]) -> Setting | None:
+            known = [(of, s) for s in settings if (of := getattr(s.figure(rate), kind)).known]
+            best = max(known, key=lambda at: (at[0].value, at[1].variant or ""), default=None)
+            return best[1] if best else None
+
         return Best(
             rate,
-            all(figure(rate, setting).is_valid for setting in self.tried),
-            _most(self.tried, lambda setting: figure(rate, setting).valid),
-            _most(self.tried, lambda setting: figure(rate, setting).forecast),
-            _most(self.searched, lambda setting: figure(rate, setting).forecast),
+            all(setting.figure(rate).is_valid for setting in self.tried),
+            measured=most(self.tried, "valid"),
+            forecast=most(self.tried, "forecast"),
+            searched=most(self.searched, "forecast"),
         )
-
-
-def _most(settings: Sequence[Setting], of: Callable[[Setting], Quantity]) -> Setting | None:
-    """Pick the setting of which this is most; None where none has it."""
-    known = [setting for setting in settings if of(setting).known]
-    return max(known, key=lambda s: (of(s).value or 0.0, s.variant or ""), default=None)
 
 
 def best_flags(run: JudgedRun) -> BestFlags:
-    """Read the points of the heaviest offered load."""
+    """Read the points of the heaviest offered load, and what was forecast beside them."""
     loads = {p.key: p.load.times for p in run.points if isinstance(p.load, Offered)}
     most = max(loads.values(), default=None)
-    flood = [p for p in run.points if p.key in loads and loads[p.key] == most]
+    tried = tuple(tried_setting(run, p) for p in run.points if loads.get(p.key, 0) == most)
     played = run.predictions.in_virtual_time
-    searched = [
-        _searched(VllmFlags(point.flags), point.figures)
-        for point in (played.searched if played else ())
-    ]
-    return BestFlags(most, tuple(_tried(run, p) for p in flood), tuple(searched))
+    return BestFlags(most, tried, tuple(map(searched_setting, played.searched if played else ())))
 
 
-def _tried(run: JudgedRun, point: Point) -> Setting:
-    def figure(metric: str) -> Figure:
-        return Figure(
-            run.quantity(point, metric),
-            forecast(run, point, metric),
-            not run.withholds(metric, point),
-        )
+RATES = ("goodput_per_s", "output_tokens_per_s", "tpot_mean_s")  # of a setting
 
-    return Setting(
-        point.variant.name,
-        point.flags.max_num_seqs,
-        _limit(point.flags, point.admission_by_client),
-        figure("goodput_per_s"),
-        figure("output_tokens_per_s"),
-        figure("tpot_mean_s"),
-        run.quantity(point, "usd_per_million_tokens"),
+
+def tried_setting(run: JudgedRun, point: Point) -> Setting:
+    goodput, throughput, tpot = (
+        Figure(run.quantity(point, m), run.foreseen(point, m), not run.withholds(m, point))
+        for m in RATES
     )
+    limit = limit_of(point.flags, point.admission_by_client)
+    price = run.quantity(point, "usd_per_million_tokens")
+    batch = point.flags.max_num_seqs
+    return Setting(point.variant.name, batch, limit, goodput, throughput, tpot, price)
 
 
-def _searched(flags: VllmFlags, figures: Mapping[str, float]) -> Setting:
-    def figure(metric: str) -> Figure:
-        unit = METRICS[metric].unit
-        return Figure(
-            Quantity.missing("forecast alone", unit),
-            _given(figures.get(metric), unit, "not forecast"),
+def searched_setting(searched: Searched) -> Setting:
+    flags, alone = VllmFlags(searched.flags), "forecast alone"
+    goodput, throughput, tpot = (
+        Figure(
+            Quantity.missing(alone, METRICS[m].unit),
+            Quantity.given(searched.figures.get(m), METRICS[m].unit, "not forecast"),
         )
-
-    return Setting(
-        None,
-        flags.max_num_seqs,
-        _limit(flags, by_client=False),
-        figure("goodput_per_s"),
-        figure("output_tokens_per_s"),
-        figure("tpot_mean_s"),
-        Quantity.missing("forecast alone", "USD"),
+        for m in RATES
     )
+    price = Quantity.missing(alone, "USD")
+    limit = limit_of(flags)
+    return Setting(None, flags.max_num_seqs, limit, goodput, throughput, tpot, price)
 
 
-def _limit(flags: VllmFlags, by_client: bool) -> Limit:
+def limit_of(flags: VllmFlags, by_client: bool = False) -> Limit:
     if flags.max_num_queued_reqs is not None:
         return Limit("requests", flags.max_num_queued_reqs, by_client)
     if flags.max_num_queued_tokens is not None:
@@ -421,24 +384,22 @@ def signals(run: JudgedRun) -> Signals:
     was chosen by what the ramp showed.
     """
     ramp = ramp_of(run)
-    steady = {
-        p.load.times: p
-        for p in reversed(run.points)
+    steady = [
+        (p.load.times, p)
+        for p in run.points
         if ramp and p.variant.name == ramp.variant.name and isinstance(p.load, Offered)
-    }
-    lightest = min(steady, default=None)
-    calm = [series(t) for t in _trials(run, steady[lightest] if lightest else None)]
-    rising = [(series(t), late_from_s(t)) for t in _trials(run, ramp)]
-    broken = [(readings, at) for readings, at in rising if at is not None]
+    ]
+    times, lightest = min(steady, key=lambda at: at[0], default=(None, None))
+    calm = [series(trial) for trial in run.trials(lightest)]
+    rising = [(series(trial), late_from_s(trial)) for trial in run.trials(ramp)]
+    breaches_s = [at for _, at in rising if at is not None]
     return Signals(
-        lightest,
+        times,
         ramp.key if ramp else None,
-        len(broken),
-        _mean([at for _, at in broken], "s", "nothing came too late"),
-        _given(_saturated_s(run, ramp), "s", "the load does not pass the capacity"),
-        tuple(_signal(name, calm, [s for s, _ in rising], broken) for name in SIGNALS)
-        if calm and rising
-        else (),
+        len(breaches_s),
+        mean(breaches_s, "s", "nothing came too late"),
+        saturated_s(run, ramp),
+        tuple(signal(name, calm, rising) for name in SIGNALS) if calm and rising else (),
     )
 
 
@@ -446,31 +407,29 @@ def ramp_of(run: Context) -> Point | None:
     return next((p for p in run.points if isinstance(p.load, Ramp)), None)
 
 
-def _saturated_s(run: Context, ramp: Point | None) -> float | None:
+def saturated_s(run: Context, ramp: Point | None) -> Quantity:
+    """Return when a ramp passes the capacity, by its plan."""
     if ramp is None or not isinstance(ramp.load, Ramp) or not ramp.load.first < 1 < ramp.load.last:
-        return None
+        return Quantity.missing("the load does not pass the capacity", "s")
     length_s = run.lab.warmup_s + run.lab.window_s
-    return (1 - ramp.load.first) / (ramp.load.last - ramp.load.first) * length_s
+    return Quantity((1 - ramp.load.first) / (ramp.load.last - ramp.load.first) * length_s, "s")
 
 
-def _signal(
-    name: str,
-    calm: Sequence[Series],
-    rising: Sequence[Series],
-    broken: Sequence[tuple[Series, float]],
+def signal(
+    name: str, calm: Sequence[Series], rising: Sequence[tuple[Series, float | None]]
 ) -> Signal:
-    """Compare a signal on the ramp with the steady load; `broken` holds when the SLO was too."""
+    """Compare a signal on the ramp, in each trial with its breach, with the steady load."""
     highest_steady = max(max(readings[name]) for readings in calm)
     leads_s = []
-    for readings, breach_s in broken:
+    for readings, breach_s in rising:
         alarm = next((i for i, v in enumerate(readings[name]) if v > highest_steady), None)
-        if alarm is not None and alarm * GRID_S < breach_s:
+        if alarm is not None and breach_s is not None and alarm * GRID_S < breach_s:
             leads_s.append(breach_s - alarm * GRID_S)
     return Signal(
         name,
         Quantity(highest_steady, UNITS[name]),
-        Quantity(max(max(readings[name]) for readings in rising), UNITS[name]),
-        _mean(leads_s, "s", "no alarm before the breach"),
+        Quantity(max(max(readings[name]) for readings, _ in rising), UNITS[name]),
+        mean(leads_s, "s", "no alarm before the breach"),
         len(leads_s),
     )
 
@@ -530,44 +489,42 @@ class Alarms:
 
 def alarms(run: JudgedRun) -> tuple[Alarms, ...]:
     """Watch each load whose rate changes, in its trials and in those in virtual time."""
-    return tuple(of for point in watched(run.points) if (of := _alarms(run, point)))
+    found = []
+    played = run.predictions.in_virtual_time
+    for point in watched(run.points):
+        if trials := [*run.trials(point)]:
+            came = [watch(trial) for trial in trials]
+            foreseen = played.watches.get(point.key, ()) if played else ()
+            limits = thresholds(trials[0])
+            said = tuple(
+                Alarm(
+                    name,
+                    Quantity(limits[name], UNITS[name]),
+                    said_by(name, came),
+                    said_by(name, foreseen),
+                )
+                for name in SIGNALS
+            )
+            length_s = Quantity(trials[0].summary.window_s[1], "s")
+            found.append(Alarms(point.key, length_s, breaches(came), breaches(foreseen), said))
+    return tuple(found)
 
 
 def watched(points: Sequence[Point]) -> Sequence[Point]:
     return [p for p in points if is_watched(p.load)]
 
 
-def _alarms(run: JudgedRun, point: Point) -> Alarms | None:
-    trials = [*_trials(run, point)]
-    if not trials:
-        return None
-    played, limits = run.predictions.in_virtual_time, thresholds(trials[0])
-    came = [watch(trial) for trial in trials]
-    foreseen = played.watches.get(point.key, ()) if played else ()
-    return Alarms(
-        point.key,
-        Quantity(trials[0].summary.window_s[1], "s"),
-        _breaches(came),
-        _breaches(foreseen),
-        tuple(
-            Alarm(name, Quantity(limits[name], UNITS[name]), _said(name, came),
-                  _said(name, foreseen))
-            for name in SIGNALS
-        ),
-    )  # fmt: skip
-
-
-def _breaches(watches: Sequence[Watch]) -> Breaches:
+def breaches(watches: Sequence[Watch]) -> Breaches:
     breaches_s = [w.breach_s for w in watches if w.breach_s is not None]
-    return Breaches(len(watches), len(breaches_s), _mean(breaches_s, "s", "the SLO was kept"))
+    return Breaches(len(watches), len(breaches_s), mean(breaches_s, "s", "the SLO was kept"))
 
 
-def _said(name: str, watches: Sequence[Watch]) -> Said:
+def said_by(name: str, watches: Sequence[Watch]) -> Said:
     said = [w.signals[name] for w in watches]
     leads_s = [of.lead_s for of in said if of.lead_s is not None]
     return Said(
-        _mean([of.crossed_s for of in said if of.crossed_s is not None], "s", "no alarm in time"),
-        _mean(leads_s, "s", "no alarm in time"),
+        mean([of.crossed_s for of in said if of.crossed_s is not None], "s", "no alarm in time"),
+        mean(leads_s, "s", "no alarm in time"),
         len(leads_s),
         sum(of.false_alarms for of in said) if said else None,
     )

@@ -79,11 +79,7 @@ class Allocations:
     @property
     def served(self) -> tuple[Allocation, ...]:
         """The paged ones that an engine was started with, from the smallest block."""
-        return served(self.all)
-
-
-def served(allocated: tuple[Allocation, ...]) -> tuple[Allocation, ...]:
-    return tuple(sorted((a for a in allocated if a.block and a.variant), key=lambda a: a.block))
+        return tuple(a for a in reversed(self.all) if a.block and a.variant)
 
 
 def allocations(run: JudgedRun) -> Allocations | None:
@@ -104,20 +100,22 @@ def allocations(run: JudgedRun) -> Allocations | None:
         by_block[0] = whole
     blocks = (0, *sorted({*BLOCKS, *by_block} - {0}, reverse=True))
     found = (allocation(run, base, capacity, block, by_block.get(block)) for block in blocks)
-    allocated = tuple(a for a in found if a)
-    first = {a.block: a for a in allocated}
-    above, below = next(iter(served(allocated)), None), first.get(0)
-    at_once, in_decode = (Quantity.missing("both were not allocated", RATIO),) * 2
-    if above and below:
-        at_once = Quantity(above.running / below.running, RATIO)
-        in_decode = above.in_decode / below.in_decode
-    return Allocations(
+    at_once = Quantity.missing("both were not allocated", RATIO)
+    allocated = Allocations(
         users=base.load.users,
         capacity_tokens=capacity,
         stretch_tokens=base.flags.max_model_len,
-        all=allocated,
+        all=tuple(a for a in found if a),
         gain_replayed=at_once,
-        gain_measured=in_decode,
+        gain_measured=at_once,
+    )
+    if not allocated.served or not (whole_stretch := allocated.contiguous):
+        return allocated
+    smallest = allocated.served[0]
+    return replace(
+        allocated,
+        gain_replayed=Quantity(smallest.running / whole_stretch.running, RATIO),
+        gain_measured=smallest.in_decode / whole_stretch.in_decode,
     )
 
 
@@ -148,19 +146,6 @@ def allocation(
 
 
 @dataclass(frozen=True)
-class Served:
-    """What an engine made of a watermark: means over repeats, and the forecast."""
-
-    preempted: Quantity  # share of the gaps between tokens
-    preemptions_forecast: Quantity
-    preemptions: Quantity  # of a trial
-    throughput: Quantity
-    tpot_s: Quantity
-    itl_p99_s: Quantity
-    ttft_s: Quantity
-
-
-@dataclass(frozen=True)
 class KeptFree:
     """A watermark in the replay, and what an engine that has it served."""
 
@@ -169,7 +154,22 @@ class KeptFree:
     running: Quantity  # requests at once, replayed
     preempted: Quantity  # share of the tokens, replayed
     variant: str | None
-    served: Served
+    served: dict[str, Quantity]  # means over repeats, the forecast, preempted of the gaps
+
+
+SERVED = {
+    "preemptions": "preemptions",  # of a trial
+    "throughput": "output_tokens_per_s",
+    "tpot_s": "tpot_mean_s",
+    "itl_p99_s": "itl_p99_s",
+    "ttft_s": "ttft_mean_s",
+}
+CHANGED = {
+    "preemptions": "preemptions",
+    "itl_p99": "itl_p99_s",
+    "throughput": "output_tokens_per_s",
+    "ttft": "ttft_mean_s",
+}
 
 
 @dataclass(frozen=True)
@@ -200,69 +200,40 @@ def watermarks(run: JudgedRun) -> Watermarks | None:
     base, blocks = at[0], at[0].kv_room_tokens / at[0].flags.block_size
     shares = sorted({*WATERMARKS, *at})
     kept = {share: kept_free(run, base, share, blocks, at.get(share)) for share in shares}
-    treated = next((share for share in at if share), None)
-    return Watermarks(
-        int(blocks),
-        base.load.users,
-        tuple(kept.values()),
-        changed(run, (kept[treated], kept[0]), (at[treated], base)) if treated else None,
-    )
-
-
-def changed(
-    run: JudgedRun, pair: tuple[KeptFree, KeptFree], points: tuple[Point, Point]
-) -> Changed:
-    return Changed(
-        *pair,
-        preemptions=run.ratio_of(*points, "preemptions"),
-        itl_p99=run.ratio_of(*points, "itl_p99_s"),
-        throughput=run.ratio_of(*points, "output_tokens_per_s"),
-        ttft=run.ratio_of(*points, "ttft_mean_s"),
-    )
+    changed = None
+    if treated := next((share for share in at if share), None):
+        ratios = {name: run.ratio_of(at[treated], base, metric) for name, metric in CHANGED.items()}
+        changed = Changed(kept[treated], kept[0], **ratios)
+    return Watermarks(int(blocks), base.load.users, tuple(kept.values()), changed)
 
 
 def kept_free(
     run: JudgedRun, base: Point, share: float, blocks: float, point: Point | None
 ) -> KeptFree:
     done, none_waits = replayed(base, share), "no request ever waits"
+    preempted_share = done.preempted / done.tokens if done else None
     return KeptFree(
         watermark=share,
         blocks=kept_free_blocks(share, blocks),
-        running=Quantity(done.running) if done else Quantity.missing(none_waits),
-        preempted=Quantity(done.preempted / done.tokens if done else None, "share", why=none_waits),
+        running=Quantity.given(done.running if done else None, why=none_waits),
+        preempted=Quantity.given(preempted_share, "share", none_waits),
         variant=point.variant.name if point else None,
-        served=served_by(run, point),
+        served={
+            "preempted": preempted(run, point),
+            "preemptions_forecast": run.foreseen(point, "preemptions"),
+            **{name: run.quantity(point, metric) for name, metric in SERVED.items()},
+        },
     )
-
-
-def served_by(run: JudgedRun, point: Point | None) -> Served:
-    return Served(
-        preempted=preempted(run, point),
-        preemptions_forecast=forecast(run, point, "preemptions"),
-        preemptions=run.quantity(point, "preemptions"),
-        throughput=run.quantity(point, "output_tokens_per_s"),
-        tpot_s=run.quantity(point, "tpot_mean_s"),
-        itl_p99_s=run.quantity(point, "itl_p99_s"),
-        ttft_s=run.quantity(point, "ttft_mean_s"),
-    )
-
-
-def forecast(run: JudgedRun, point: Point | None, metric: str) -> Quantity:
-    """Read what was forecast of a point, which may be none of this run's."""
-    played = run.predictions.in_virtual_time
-    band = played.points.get(point.key, {}).get(metric) if played and point else None
-    return Quantity(band.value if band else None, why="not forecast")
 
 
 def preempted(run: JudgedRun, point: Point | None) -> Quantity:
     """Count the preemptions of a point's trials for each gap between two tokens."""
     gaps = preemptions = 0.0
-    for _, _, trial in run.folder.trials([point] if point else [], run.lab):
-        counted = counter_increase(trial, PREEMPTIONS) if trial else None
-        if trial and counted is not None:
+    for trial in run.trials(point):
+        if (counted := counter_increase(trial, PREEMPTIONS)) is not None:
             preemptions += counted
             gaps += sum(max(0, output_tokens(r) - 1) for r in trial.streams)
-    return Quantity(preemptions / gaps if gaps else None, "share", why="not measured")
+    return Quantity.given(preemptions / gaps if gaps else None, "share")
 
 
 # ---------------------------------------------------------------------------------- KV heads
@@ -319,13 +290,17 @@ def heads_compared(run: JudgedRun) -> HeadsCompared | None:
     more_tokens = far.context_tokens - near.context_tokens
     served = {p.shape.kv_heads: n for n in ("mqa", "mha", "gqa") if (p := at.get((n, "near")))}
 
-    def of(count: int) -> Heads:
-        variant = served.get(count, "")
-        here, there = at.get((variant, "near")), at.get((variant, "far"))
-        return heads(run, count, near, here, there, more_tokens)
-
     counts = sorted({shape.heads, shape.kv_heads, 1}, reverse=True)
-    compared = tuple(map(of, counts))
+    compared = tuple(
+        heads(
+            run,
+            replace(near, shape=replace(shape, kv_heads=count)),
+            at.get((served.get(count, ""), "near")),
+            at.get((served.get(count, ""), "far")),
+            more_tokens,
+        )
+        for count in counts
+    )
     of_model = compared[counts.index(shape.kv_heads)]
     return HeadsCompared(
         query_heads=shape.heads,
@@ -338,25 +313,18 @@ def heads_compared(run: JudgedRun) -> HeadsCompared | None:
 
 
 def heads(
-    run: JudgedRun,
-    count: int,
-    model: Point,
-    near: Point | None,
-    far: Point | None,
-    more_tokens: float,
+    run: JudgedRun, with_heads: Point, near: Point | None, far: Point | None, more_tokens: float
 ) -> Heads:
-    """Say what so many KV heads cost, served at two contexts or else by arithmetic."""
-    shape, flags = replace(model.shape, kv_heads=count), model.flags
+    """Say what a model's KV heads cost, served at two contexts or else by arithmetic."""
+    shape, flags = with_heads.shape, with_heads.flags
+    count, value_bytes, memory = shape.kv_heads, flags.kv_value_bytes, flags.kv_cache_memory_bytes
     measured = run.mean(near, "kv_capacity_tokens") if near else None
     near_s, far_s = (run.quantity(point, "tpot_mean_s") for point in (near, far))
     return Heads(
         kind="multi-head" if count == shape.heads else "multi-query" if count == 1 else "grouped",
         kv_heads=count,
-        kv_bytes_per_token=shape.kv_bytes_per_token(flags.kv_value_bytes),
-        capacity_tokens=measured
-        or theory.kv_tokens(
-            shape, flags.kv_cache_memory_bytes, flags.kv_value_bytes, flags.block_size
-        ),
+        kv_bytes_per_token=shape.kv_bytes_per_token(value_bytes),
+        capacity_tokens=measured or theory.kv_tokens(shape, memory, value_bytes, flags.block_size),
         is_measured=measured is not None,
         near_s=near_s,
         far_s=far_s,

@@ -177,11 +177,7 @@ def speculations(run: JudgedRun) -> list[tuple[Point, dict[str, Any]]]:
 
 def accepted_at(run: JudgedRun, point: Point) -> list[float]:
     """Return the share of drafts accepted at each position, all repeats together."""
-    engines = [
-        trial.engine.values
-        for _, _, trial in run.folder.trials([point], run.lab)
-        if trial and trial.engine
-    ]
+    engines = [trial.engine.values for trial in run.trials(point) if trial.engine]
     drafts = sum(values.get(metrics.SPEC_DRAFTS, 0.0) for values in engines)
     shares: list[float] = []
     while drafts and any(metrics.position(len(shares)) in values for values in engines):
@@ -284,8 +280,8 @@ def tokens_a_step(run: JudgedRun, point: Point) -> Quantity:
     tokens would say too much: it takes in those that an answer's end cuts off its last draft.
     """
     tokens = steps = 0.0
-    for _, _, trial in run.folder.trials([point], run.lab):
-        if trial and trial.engine and metrics.ITL in trial.engine.histograms:
+    for trial in run.trials(point):
+        if trial.engine and metrics.ITL in trial.engine.histograms:
             first = trial.engine.histograms[metrics.TTFT].count
             tokens += trial.engine.values[metrics.GENERATION_TOKENS] - first
             steps += trial.engine.histograms[metrics.ITL].count

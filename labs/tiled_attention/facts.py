@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +12,8 @@ import scipy
 
 from labs.harness import theory
 from labs.harness.facts.context import JudgedRun
+from labs.harness.facts.fits import Estimate, polynomial
 from labs.harness.judging.judge import (
-    CONFIDENCE,
     TWO_ONE_SIDED,
     Effect,
     Interval,
@@ -26,6 +26,7 @@ from labs.harness.spec import Point, Prediction
 from serving.hardware.attention import AttentionTimes, Kernel, KernelTimes
 
 MB, GB_PER_S = 1e6, 1e9  # bytes, and bytes a second
+KERNELS: tuple[Kernel, ...] = ("untiled", "tiled")
 
 
 @dataclass(frozen=True)
@@ -54,58 +55,7 @@ def predicted(prediction: Prediction | None, unit: str = "1", scale: float = 1) 
     return Quantity(prediction.value / scale, unit)
 
 
-# ------------------------------------------------------------------------------------- the fits
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Holds a fitted figure with its standard error; the error is None where none is left over."""
-
-    value: float
-    error: float | None
-    freedom: int
-
-    def interval(self, confidence: float = CONFIDENCE) -> Interval:
-        n = max(1, self.freedom)
-        if self.error is None:
-            return Interval(value=self.value, low=None, high=None, n=n)
-        half = float(scipy.stats.t.ppf(0.5 + confidence / 2, self.freedom)) * self.error
-        return Interval(value=self.value, low=self.value - half, high=self.value + half, n=n)
-
-    def times(self, factor: float) -> Estimate:
-        """Multiplies the figure, and its error, by a positive factor."""
-        error = None if self.error is None else factor * self.error
-        return Estimate(factor * self.value, error, self.freedom)
-
-    def quantity(self, unit: str = "1") -> Quantity:
-        return Quantity.of(self.interval(), unit)
-
-    def outcome(self, prediction: Prediction | None) -> PredictionOutcome | None:
-        return outcome(prediction, self.interval(TWO_ONE_SIDED))
-
-
-def least_squares(
-    columns: Sequence[Sequence[float]], values: Sequence[float]
-) -> list[Estimate] | None:
-    """Fits values as a sum of columns, each times a coefficient, by their relative errors.
-
-    None where fewer different rows than coefficients are given.
-    """
-    given, y = np.array(columns).T, np.array(values)
-    if len(y) == 0 or np.linalg.matrix_rank(given) < len(columns):
-        return None
-    x, ones = given / y[:, None], np.ones(len(y))
-    scale = np.abs(x).max(axis=0)  # columns of very different sizes
-    coefficients, *_ = np.linalg.lstsq(x / scale, ones, rcond=None)
-    freedom = len(y) - len(columns)
-    errors: Sequence[float | None] = [None] * len(columns)
-    if freedom:
-        variance = float(np.sum((ones - x / scale @ coefficients) ** 2)) / freedom
-        errors = np.sqrt(variance * np.diag(np.linalg.inv((x / scale).T @ (x / scale)))).tolist()
-    return [
-        Estimate(float(c / s), None if e is None else e / float(s), freedom)
-        for c, e, s in zip(coefficients, errors, scale, strict=True)
-    ]
+# ---------------------------------------------------------------------- with and without tiles
 
 
 def power_of_memory(tokens: Sequence[int], peaks: Sequence[int]) -> Estimate | None:
@@ -142,9 +92,6 @@ def power_of_time(tokens: Sequence[int], times_s: Sequence[Sequence[float]]) -> 
     return Estimate(float(fit.slope), float(fit.stderr) if freedom else None, freedom)
 
 
-# ---------------------------------------------------------------------- with and without tiles
-
-
 @dataclass(frozen=True)
 class Growth:
     """With which power of N a figure of a kernel grows."""
@@ -152,12 +99,6 @@ class Growth:
     power: Quantity
     predicted: Quantity
     outcome: PredictionOutcome | None
-
-
-@dataclass(frozen=True)
-class Growths:
-    untiled: Growth
-    tiled: Growth
 
 
 @dataclass(frozen=True)
@@ -205,8 +146,8 @@ class Tiling:
     head_dim: int
     on: Literal["a core", "cores", "a GPU"]
     threads: int
-    memory: Growths
-    time: Growths
+    memory: dict[Kernel, Growth]
+    time: dict[Kernel, Growth]
     lengths: tuple[Length, ...]
     longest: Longest | None
     left_out: tuple[LeftOut, ...]
@@ -218,69 +159,61 @@ def tiling(run: JudgedRun) -> Tiling | None:
         return None
     on_cores: Literal["a core", "cores"] = "a core" if times.threads == 1 else "cores"
     untiled, tiled = times.at("untiled"), times.at("tiled")
+    lengths = {
+        tokens: length(run, times, tokens) for tokens in sorted(untiled.keys() | tiled.keys())
+    }
     both = max(untiled.keys() & tiled.keys(), default=None)
+    memory_growth, time_growth = dict[Kernel, Growth](), dict[Kernel, Growth]()
+    for kernel in KERNELS:
+        at = times.at(kernel)
+        of_memory = power_of_memory([*at], [t.peak_bytes for t in at.values()])
+        of_time = power_of_time([*at], [t.times_s for t in at.values()])
+        memory_growth[kernel] = growth(run, of_memory, f"memory, {kernel}")
+        time_growth[kernel] = growth(run, of_time, f"time, {kernel}")
     return Tiling(
         heads=times.heads,
         head_dim=times.head_dim,
         on="a GPU" if times.device == "cuda" else on_cores,
         threads=times.threads,
-        memory=growths(run, times, "memory"),
-        time=growths(run, times, "time"),
-        lengths=tuple(
-            length(run, times, tokens) for tokens in sorted(untiled.keys() | tiled.keys())
-        ),
-        longest=longest(run, length(run, times, both), untiled[both], tiled[both])
-        if both
-        else None,
+        memory=memory_growth,
+        time=time_growth,
+        lengths=tuple(lengths.values()),
+        longest=longest(run, lengths[both], untiled[both], tiled[both]) if both else None,
         left_out=tuple(left_out(key, why) for key, why in times.left_out.items()),
     )
 
 
-def growths(run: JudgedRun, times: AttentionTimes, figure: Literal["memory", "time"]) -> Growths:
-    def growth(kernel: Kernel) -> Growth:
-        at = times.at(kernel)
-        power = (
-            power_of_memory([*at], [t.peak_bytes for t in at.values()])
-            if figure == "memory"
-            else power_of_time([*at], [t.times_s for t in at.values()])
-        )
-        prediction = run.predictions.arithmetic.get(f"growth of {figure}, {kernel}")
-        if power is None:
-            return Growth(Quantity.missing("too few lengths"), predicted(prediction), None)
-        return Growth(power.quantity(), predicted(prediction), power.outcome(prediction))
-
-    return Growths(growth("untiled"), growth("tiled"))
+def growth(run: JudgedRun, power: Estimate | None, of: str) -> Growth:
+    prediction = run.predictions.arithmetic.get(f"growth of {of}")
+    if power is None:
+        return Growth(Quantity.missing("too few lengths"), predicted(prediction), None)
+    return Growth(power.quantity(), predicted(prediction), power.outcome(prediction))
 
 
 def length(run: JudgedRun, times: AttentionTimes, tokens: int) -> Length:
     untiled, tiled = (times.at(kernel).get(tokens) for kernel in ("untiled", "tiled"))
+    ratio = compared(untiled, tiled) if untiled and tiled else None
+    formula = run.predictions.arithmetic.get(f"memory, untiled at {tokens}")
     untiled_traffic, tiled_traffic = traffic(run.points[0], times.cache_bytes, tokens)
     return Length(
         tokens=tokens,
         untiled_memory=memory(untiled),
-        formula_memory=predicted(
-            run.predictions.arithmetic.get(f"memory, untiled at {tokens}"), "MB", MB
-        ),
+        formula_memory=predicted(formula, "MB", MB),
         tiled_memory=memory(tiled),
         untiled_s=least_time(untiled),
         tiled_s=least_time(tiled),
-        times_ratio=times_ratio(untiled, tiled),
+        times_ratio=Quantity.of(ratio.ratio if ratio else None, RATIO, "left out"),
         untiled_traffic=untiled_traffic,
         tiled_traffic=tiled_traffic,
     )
 
 
 def memory(times: KernelTimes | None) -> Quantity:
-    return Quantity(times.peak_bytes / MB, "MB") if times else Quantity.missing("left out", "MB")
+    return Quantity.given(times.peak_bytes / MB if times else None, "MB", "left out")
 
 
 def least_time(times: KernelTimes | None) -> Quantity:
-    return Quantity(min(times.times_s), "s") if times else Quantity.missing("left out", "s")
-
-
-def times_ratio(untiled: KernelTimes | None, tiled: KernelTimes | None) -> Quantity:
-    measured = compared(untiled, tiled) if untiled and tiled else None
-    return Quantity.of(measured.ratio if measured else None, RATIO, "left out")
+    return Quantity.given(min(times.times_s) if times else None, "s", "left out")
 
 
 def compared(untiled: KernelTimes, tiled: KernelTimes) -> Effect | None:
@@ -402,8 +335,7 @@ class Prompts:
 
 def quadratic(at: Sequence[tuple[float, float]]) -> Quadratic | None:
     """Fits (tokens, seconds); None for fewer than three different lengths."""
-    tokens, seconds = [n for n, _ in at], [s for _, s in at]
-    coefficients = least_squares([[1.0] * len(at), tokens, [n**2 for n in tokens]], seconds)
+    coefficients = polynomial(at, 2)
     return Quadratic(*coefficients) if coefficients else None
 
 
@@ -413,47 +345,38 @@ def is_of_prompts(point: Point) -> bool:
 
 
 def prompts(run: JudgedRun) -> Prompts | None:
-    arithmetic, forecasts = run.predictions.arithmetic, ttft_forecasts(run)
     points = sorted(filter(is_of_prompts, run.points), key=lambda p: p.prompt_tokens)
     measured = [p for p in points if run.quantity(p, "ttft_mean_s").known]
     if not measured:
         return None
     fit = quadratic(samples(run, points, "ttft_mean_s", lambda p: p.prompt_tokens))
-    known = [(p.prompt_tokens, f) for p in points if (f := forecasts.get(p.key)) is not None]
-    forecast, tokens = quadratic(known), measured[-1].prompt_tokens
-    flop = {p.key: arithmetic.get(of_squares(p.prompt_tokens)) for p in measured}
+    known = [(p.prompt_tokens, run.foreseen(p, "ttft_mean_s").value) for p in points]
+    forecast = quadratic([(tokens, ttft_s) for tokens, ttft_s in known if ttft_s is not None])
+    tokens = measured[-1].prompt_tokens
     return Prompts(
-        lengths=tuple(
-            prompt_length(run, p, fit, flop[p.key], forecasts.get(p.key)) for p in measured
-        ),
+        lengths=tuple(prompt_length(run, p, fit) for p in measured),
         fit=fit,
         forecast=forecast,
         forecast_share=share(forecast, tokens),
-        flop_outcome=fit.share(tokens).outcome(flop[measured[-1].key]) if fit else None,
+        flop_outcome=fit.share(tokens).outcome(flop_share(run, tokens)) if fit else None,
         even_tokens=even_tokens(fit),
     )
 
 
-def of_squares(tokens: float) -> str:
-    """Name the prediction of how much of TTFT grows as N^2."""
-    return f"share of TTFT that grows as N^2 at {tokens:.0f}"
+def flop_share(run: JudgedRun, tokens: float) -> Prediction | None:
+    """Read the prediction of how much of TTFT grows as N^2."""
+    return run.predictions.arithmetic.get(f"share of TTFT that grows as N^2 at {tokens:.0f}")
 
 
-def prompt_length(
-    run: JudgedRun,
-    point: Point,
-    fit: Quadratic | None,
-    flop: Prediction | None,
-    forecast_s: float | None,
-) -> PromptLength:
+def prompt_length(run: JudgedRun, point: Point, fit: Quadratic | None) -> PromptLength:
     tokens, ttft_s = point.prompt_tokens, run.quantity(point, "ttft_mean_s")
     return PromptLength(
         tokens=tokens,
         ttft_s=ttft_s,
         each_token_s=ttft_s.brief / tokens,
         squared_share=share(fit, tokens),
-        flop_share=predicted(flop, "share"),
-        forecast_s=Quantity(forecast_s, "s", why="" if forecast_s else "not forecast"),
+        flop_share=predicted(flop_share(run, tokens), "share"),
+        forecast_s=run.foreseen(point, "ttft_mean_s"),
     )
 
 
@@ -469,13 +392,6 @@ def even_tokens(fit: Quadratic | None) -> Quantity:
     if fit is None or fit.even_tokens is None or low is None or low <= 0:
         return Quantity.missing("no part surely grows as N^2")
     return Quantity(fit.even_tokens)
-
-
-def ttft_forecasts(run: JudgedRun) -> Mapping[str, float]:
-    """Read the forecast mean TTFT of each point, in seconds."""
-    forecasts = run.predictions.in_virtual_time
-    points = forecasts.points if forecasts else {}
-    return {key: of["ttft_mean_s"].value for key, of in points.items() if "ttft_mean_s" in of}
 
 
 def samples(
@@ -531,7 +447,7 @@ def contexts_of(run: JudgedRun, variant: str) -> Contexts:
     points = [p for p in run.points if p.variant.name == variant and not is_of_prompts(p)]
     measured = [p for p in points if run.quantity(p, "tpot_mean_s").known]
     at = samples(run, points, "tpot_mean_s", lambda p: p.context_tokens)
-    fit = least_squares([[1.0] * len(at), [n for n, _ in at]], [s for _, s in at])
+    fit = polynomial(at, 1)
     line = Line(*fit) if fit else None
     floor = run.predictions.arithmetic.get("TPOT for each token of context")
     slope = line.each.quantity("s") if line else Quantity.missing("too few contexts", "s")

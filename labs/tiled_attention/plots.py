@@ -20,7 +20,8 @@ from labs.harness.facts.drawing import (
 from labs.harness.facts.parts import OwnPlot
 from labs.harness.judging.judge import Interval
 from labs.harness.judging.quantity import Quantity
-from labs.tiled_attention.facts import Contexts, Facts, Growths, Prompts, is_of_prompts
+from labs.tiled_attention.facts import Contexts, Facts, Growth, Prompts, is_of_prompts
+from serving.hardware.attention import Kernel
 
 
 def growth(run: JudgedRun, facts: Facts) -> bool:
@@ -50,12 +51,12 @@ def growth(run: JudgedRun, facts: Facts) -> bool:
 
 
 def _kernels(
-    ax: Axes, tokens: Sequence[int], growths: Growths, untiled: Sequence[Quantity],
+    ax: Axes, tokens: Sequence[int], growths: Mapping[Kernel, Growth], untiled: Sequence[Quantity],
     tiled: Sequence[Quantity],
 ) -> None:  # fmt: skip
     for name, grows, at, colour, marker in (
-        ("without tiles", growths.untiled, untiled, ORANGE, "o"),
-        ("with tiles", growths.tiled, tiled, BLUE, "s"),
+        ("without tiles", growths["untiled"], untiled, ORANGE, "o"),
+        ("with tiles", growths["tiled"], tiled, BLUE, "s"),
     ):
         known = [(n, q.value) for n, q in zip(tokens, at, strict=True) if q.known]
         power = "" if grows.power.value is None else f", N^{grows.power.value:.2f}"

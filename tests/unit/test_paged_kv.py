@@ -262,10 +262,10 @@ def test_a_watermark_is_replayed_and_measured(tmp_path: Path) -> None:
     assert {k.watermark: k.blocks for k in of.all} == {0: 0, 0.02: 0, 0.05: 2, 0.1: 4, 0.2: 9}
     none, rounded_down = of.all[:2]
     assert rounded_down.preempted == none.preempted
-    assert not rounded_down.served.preemptions.known
+    assert not rounded_down.served["preemptions"].known
     treated, untreated = of.changed.treated, of.changed.untreated
     assert (treated.variant, untreated.variant) == ("watermark", "paged")
-    assert (treated.served.preemptions.value, untreated.served.preemptions.value) == (20, 40)
+    assert (treated.served["preemptions"].value, untreated.served["preemptions"].value) == (20, 40)
     assert [of.changed.preemptions.value, of.changed.itl_p99.value] == pytest.approx([0.5, 1])
     assert of.changed.ttft.value == pytest.approx(2)
     assert not of.changed.throughput.known

@@ -13,6 +13,7 @@ import pytest
 from labs import LABS
 from labs.harness import theory
 from labs.harness.facts.context import JudgedRun
+from labs.harness.facts.fits import Estimate, least_squares
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.results import Predictions, RunFolder, write_gzip, write_json
 from labs.harness.running.attention import time_attention
@@ -20,10 +21,8 @@ from labs.harness.spec import Point
 from labs.harness.telling.plots import plots_of
 from labs.harness.telling.report import formulas
 from labs.tiled_attention.facts import (
-    Estimate,
     Tiling,
     facts,
-    least_squares,
     power_of_memory,
     power_of_time,
     quadratic,
@@ -244,7 +243,12 @@ def test_what_tiling_saves_is_held_against_what_was_predicted(tmp_path: Path) ->
     run = measured(tmp_path, {}, times_of({"untiled/16384": "its scores would take 10 GB"}))
     found = tiling_of(run)
     assert [n.tokens for n in found.lengths] == [*LENGTHS]
-    grown = [found.memory.untiled, found.memory.tiled, found.time.untiled, found.time.tiled]
+    grown = [
+        found.memory["untiled"],
+        found.memory["tiled"],
+        found.time["untiled"],
+        found.time["tiled"],
+    ]
     assert [g.power.value for g in grown] == pytest.approx([2, 1, 2, 2], abs=0.01)
     assert {g.outcome for g in grown} == {"held"}
     assert found.longest
@@ -266,7 +270,7 @@ def test_the_longest_length_is_one_of_both_kernels(tmp_path: Path) -> None:
     assert found.longest
     assert found.longest.at.tokens == 4096
     assert not found.lengths[-1].times_ratio.known
-    assert not found.memory.untiled.power.known  # of three lengths
+    assert not found.memory["untiled"].power.known  # of three lengths
 
 
 def test_a_run_in_which_it_was_not_timed_has_no_answer(tmp_path: Path) -> None:

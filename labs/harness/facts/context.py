@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from labs.harness.judging.judge import (
     Sampling,
     over_repeats,
 )
+from labs.harness.judging.measure import Trial
 from labs.harness.judging.metrics import METRICS, Repeats
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.judging.timeline import Timeline
@@ -91,13 +92,24 @@ class Context:
         """Returns the mean of what an engine counted in a histogram, over a point's trials."""
         histograms = [
             trial.engine.histograms[histogram]
-            for _, _, trial in self.folder.trials([point] if point else [], self.lab)
-            if trial and trial.engine and histogram in trial.engine.histograms
+            for trial in self.trials(point)
+            if trial.engine and histogram in trial.engine.histograms
         ]
         count = sum(h.count for h in histograms)
         if not count:
             return Quantity.missing("the engine did not count it", unit)
         return Quantity(sum(h.sum for h in histograms) / count, unit)
+
+    def foreseen(self, point: Point | None, metric: str) -> Quantity:
+        """Returns what was forecast of a point before any engine started, without its band."""
+        played = self.predictions.in_virtual_time
+        band = played.points.get(point.key, {}).get(metric) if played and point else None
+        return Quantity.given(band.value if band else None, METRICS[metric].unit, "not forecast")
+
+    def trials(self, *points: Point | None) -> Iterator[Trial]:
+        """Reads the trials of points, one after another, that did not fail."""
+        there = [point for point in points if point]
+        return (trial for _, _, trial in self.folder.trials(there, self.lab) if trial)
 
     def rows(self, point: Point) -> Collection[Mapping[str, float | None]]:
         """Returns the measurements of a point, one mapping a repeat."""

@@ -38,6 +38,11 @@ class Quantity:
     def missing(cls, why: str, unit: str = "1") -> Quantity:
         return cls(None, unit, why=why)
 
+    @classmethod
+    def given(cls, value: float | None, unit: str = "1", why: str = "not measured") -> Quantity:
+        """Take over a value; None gives a missing quantity."""
+        return cls.missing(why, unit) if value is None else cls(value, unit)
+
     @property
     def known(self) -> bool:
         """Whether there is a value."""
