@@ -8,22 +8,20 @@ from matplotlib.axes import Axes
 
 from dashboards.palette import BLUE, BOUND, VARIANTS
 from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, legend_above, plt
+from labs.harness.facts.drawing import GREY, draw_measured, legend_above, plt
 from labs.harness.facts.parts import OwnPlot
-from labs.harness.judging.quantity import Quantity
 from labs.many_samples.facts import Cost, Facts, Voting
 
 
 def sampling(run: JudgedRun, facts: Facts) -> bool:
     """Draw the seconds of a prompt's samples, and beside them what the samples solve."""
-    costs = (
-        [c for c in facts.sampling_cost.all if c.until_all_s.known] if facts.sampling_cost else []
-    )
+    costs = [c for c in facts.sampling_cost.all if c.until_all_s.known]
     if not costs:
         return False
+    costs.sort(key=lambda c: (c.samples, c.requests > 1, c.variant))
     columns, width = (2, 8) if facts.voting else (1, 5)
     _, axes = plt.subplots(1, columns, figsize=(width, 3.6), squeeze=False)
-    _costs(axes[0][0], run, sorted(costs, key=lambda c: (c.samples, c.requests > 1, c.variant)))
+    _costs(axes[0][0], run, costs)
     if facts.voting:
         _solved(axes[0][1], facts.voting)
     return True
@@ -31,22 +29,21 @@ def sampling(run: JudgedRun, facts: Facts) -> bool:
 
 def _costs(ax: Axes, run: JudgedRun, costs: list[Cost]) -> None:
     """Draw the seconds of each way to ask, and its forecast."""
-    by_name = {(p.variant.name, p.workload.name): p for p in run.points}
-    colours = dict(zip([v.name for v in run.lab.variants], VARIANTS, strict=False))
-    labelled: set[str] = set()
-    highest_s = 0.0
-    for x, cost in enumerate(costs):
-        seconds = cost.until_all_s.value or 0
-        label = None if cost.variant in labelled else f"prefix cache {cost.variant}"
-        labelled.add(cost.variant)
-        ax.bar(x, seconds, 0.7, color=colours[cost.variant], label=label)
-        highest_s = max(highest_s, seconds)
-        point = by_name[cost.variant, cost.workload]
+    points = {(p.variant.name, p.workload.name): p for p in run.points}
+    seconds = [c.until_all_s.value or 0 for c in costs]
+    colours = {v.name: colour for v, colour in zip(run.lab.variants, VARIANTS, strict=False)}
+    for variant in dict.fromkeys(cost.variant for cost in costs):
+        x = [x for x, cost in enumerate(costs) if cost.variant == variant]
+        heights, label = [seconds[i] for i in x], f"prefix cache {variant}"
+        ax.bar(x, heights, 0.7, color=colours[variant], label=label)
+    highest_s = max(seconds)
+    for place, cost in enumerate(costs):
+        point = points[cost.variant, cost.workload]
         rate = run.forecast(point, "output_tokens_per_s")
         if rate and rate.value and rate.low and rate.high:
             tokens = point.sequences * point.output_tokens
-            ax.vlines(x, tokens / rate.high, tokens / rate.low, color=GREY, alpha=0.4, lw=9)
-            ax.plot(x, tokens / rate.value, "_", color=GREY, ms=13, mew=2)
+            ax.vlines(place, tokens / rate.high, tokens / rate.low, color=GREY, alpha=0.4, lw=9)
+            ax.plot(place, tokens / rate.value, "_", color=GREY, ms=13, mew=2)
             highest_s = max(highest_s, tokens / rate.low)
     ax.set_xticks(range(len(costs)), [_asked(cost) for cost in costs])
     ax.set_xlabel("samples of a prompt")
@@ -67,24 +64,15 @@ def _solved(ax: Axes, voting: Voting) -> None:
         ([b.passed for b in voting.rows], VARIANTS[2], "pass@n: one is right"),
         ([b.voted for b in voting.rows], BLUE, "vote"),
     ):
-        ends = [_percent(share) for share in shares]
-        bars = [[y - low for low, y, _ in ends], [high - y for _, y, high in ends]]
-        y = [y for _, y, _ in ends]
-        ax.errorbar(x, y, yerr=bars, fmt="o-", capsize=4, color=colour, label=label)
-    ax.axhline(_percent(voting.greedy)[1], ls="--", lw=1, color=BOUND, label="one greedy answer")
+        draw_measured(ax, x, shares, colour, label, 100, fmt="o-", capsize=4)
+    greedy = 100 * (voting.greedy.value or 0)
+    ax.axhline(greedy, ls="--", lw=1, color=BOUND, label="one greedy answer")
     ax.set_xscale("log", base=2)
     ax.set_xticks(x, [str(n) for n in x])
     ax.set_ylim(0, 100)
     ax.set_xlabel("samples of a task")
     ax.set_ylabel("tasks solved (%)")
     ax.legend(frameon=False, fontsize=8, loc="upper left")
-
-
-def _percent(share: Quantity) -> tuple[float, float, float]:
-    """Return a share between its ends, or itself where it has none."""
-    value = 100 * (share.value or 0)
-    low, high = (value if end is None else 100 * end for end in (share.low, share.high))
-    return low, value, high
 
 
 PLOTS: Mapping[str, OwnPlot] = {"sampling": sampling}

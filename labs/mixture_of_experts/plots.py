@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +11,14 @@ from matplotlib.axes import Axes
 from dashboards.palette import VARIANTS
 from labs.harness import theory
 from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, aside, draw_forecasts, legend_above, plt, reach
+from labs.harness.facts.drawing import (
+    GREY,
+    aside,
+    draw_forecasts,
+    draw_measured,
+    legend_above,
+    plt,
+)
 from labs.harness.facts.parts import OwnPlot
 from labs.harness.facts.sweep import concurrency_sweep
 from labs.harness.spec import Point
@@ -27,21 +34,26 @@ def batches(run: JudgedRun, facts: Facts) -> bool:
         return False
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
     colours = dict(zip([v.name for v in run.lab.variants], VARIANTS, strict=False))
-    forecast = False
+    sweep = concurrency_sweep(run.points)
+    points = {name: [p for p in sweep if p.variant.name == name] for name in colours}
+    forecast_label = "forecast, with its band"
     for place, (name, colour) in enumerate(colours.items()):
-        forecast |= _draw_tpots(left, run, name, colour, aside(place, len(colours)), forecast)
-    left.set_ylabel("TPOT (ms); dotted: at least, by bytes and FLOP")
-    left.set_ylim(bottom=0)
+        moved = aside(place, len(colours))
+        if _draw_tpots(left, run, name, points[name], colour, moved, forecast_label):
+            forecast_label = ""  # the legend explains it once
     for place, dense in enumerate((TOTAL, ACTIVE)):
         if dense in colours:
-            _draw_ratios(right, run, facts, dense, colours[dense], aside(place, 2))
+            moved = aside(place, 2)
+            _draw_ratios(right, run, facts, dense, points, colours[dense], moved)
+    left.set_ylabel("TPOT (ms); dotted: at least, by bytes and FLOP")
+    left.set_ylim(bottom=0)
+    right.set_ylabel("TPOT, mixture / dense; lines: by bytes")
     right.axhline(1, color=GREY, lw=0.8)
     right.set_yscale("log")
     low, high = right.get_ylim()
     ticks = [ratio for ratio in RATIOS if low <= ratio <= high]
     right.set_yticks(ticks, [f"{ratio:g}" for ratio in ticks])
     right.minorticks_off()
-    right.set_ylabel("TPOT, mixture / dense; lines: by bytes")
     users = [at.users for at in facts.batches]
     for ax in (left, right):
         ax.set_xscale("log", base=2)
@@ -52,26 +64,20 @@ def batches(run: JudgedRun, facts: Facts) -> bool:
 
 
 def _draw_tpots(
-    ax: Axes, run: JudgedRun, variant: str, colour: str, moved: float, labelled: bool
+    ax: Axes,
+    run: JudgedRun,
+    variant: str,
+    points: Sequence[Point],
+    colour: str,
+    moved: float,
+    forecast_label: str,
 ) -> bool:
-    """Draw one model's TPOT, as forecast and as measured; tell whether any was forecast.
-
-    `labelled`: the legend explains what a forecast looks like already.
-    """
-    points = [p for p in concurrency_sweep(run.points) if p.variant.name == variant]
-    forecast = draw_forecasts(
-        ax,
-        [moved * p.load.users for p in points],
-        [run.forecast(p, "tpot_mean_s") for p in points],
-        1000,
-        label="" if labelled else "forecast, with its band",
-    )
-    known = [(p, i) for p in points if (i := run.interval(p, "tpot_mean_s"))]
-    if known:
-        users = [moved * p.load.users for p, _ in known]
-        values = [1000 * i.value for _, i in known]
-        ax.errorbar(users, values, yerr=reach([i for _, i in known], 1000), fmt="o-", ms=4,
-                    color=colour, capsize=3, label=variant)  # fmt: skip
+    """Draw one model's TPOT, as forecast and as measured; tell whether any was forecast."""
+    x = [moved * p.load.users for p in points]
+    forecasts = [run.forecast(p, "tpot_mean_s") for p in points]
+    forecast = draw_forecasts(ax, x, forecasts, 1000, label=forecast_label)
+    measured = [run.interval(p, "tpot_mean_s") for p in points]
+    draw_measured(ax, x, measured, colour, variant, 1000, fmt="o-", ms=4, capsize=3)
     if points:
         batch = _between(points)
         least_ms = [1000 * _step_s(points[0], b) for b in batch]
@@ -80,29 +86,31 @@ def _draw_tpots(
 
 
 def _draw_ratios(
-    ax: Axes, run: JudgedRun, facts: Facts, dense: str, colour: str, moved: float
+    ax: Axes,
+    run: JudgedRun,
+    facts: Facts,
+    dense: str,
+    points: Mapping[str, Sequence[Point]],
+    colour: str,
+    moved: float,
 ) -> None:
-    sides = [(at.users, at.total if dense == TOTAL else at.active) for at in facts.batches]
-    known = [(users, of.measured) for users, of in sides if of and of.measured.known]
-    if known:
-        ratios = [ratio for _, ratio in known]
-        values = [float(ratio.value or 0) for ratio in ratios]
-        ax.errorbar([moved * users for users, _ in known], values,
-                    yerr=reach(ratios), fmt="o", ms=4, color=colour, capsize=3,
-                    label=f"mixture / {dense}")  # fmt: skip
-    sweep = concurrency_sweep(run.points)
-    ours, theirs = ([p for p in sweep if p.variant.name == v] for v in (MIXTURE.name, dense))
+    """Draw the mixture's TPOT beside a dense model's: measured, forecast, and by bytes."""
+    sides = [at.total if dense == TOTAL else at.active for at in facts.batches]
+    x = [moved * at.users for at in facts.batches]
+    ratios = [of.measured if of else None for of in sides]
+    draw_measured(ax, x, ratios, colour, f"mixture / {dense}", fmt="o", ms=4, capsize=3)
+    ours, theirs = points[MIXTURE.name], points[dense]
     for mine, other in itertools.product(ours, theirs):
         forecast = run.forecast_ratio(mine, other, "tpot_mean_s")
         if forecast and mine.load == other.load:
             ax.plot(moved * mine.load.users, forecast, "_", color=GREY, ms=13, mew=2, zorder=3)
     if ours and theirs:
         batch = _between(ours)
-        ax.plot(batch, [_step_s(ours[0], b) / _step_s(theirs[0], b) for b in batch],
-                "-", lw=1, color=colour)  # fmt: skip
+        by_bytes = [_step_s(ours[0], b) / _step_s(theirs[0], b) for b in batch]
+        ax.plot(batch, by_bytes, "-", lw=1, color=colour)
 
 
-def _between(points: list[Point]) -> list[float]:
+def _between(points: Sequence[Point]) -> list[float]:
     """List batches from the lightest to the heaviest load, evenly on a logarithmic axis."""
     users = [p.load.users for p in points]
     return [float(b) for b in np.geomspace(min(users), max(users), 40)]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from dashboards.palette import BLUE, BOUND
 from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, draw_forecasts, plt, reach
+from labs.harness.facts.drawing import GREY, draw_forecasts, draw_measured, plt
 from labs.harness.facts.parts import OwnPlot
 from labs.multi_lora.facts import Facts, base_of
 from labs.multi_lora.lab import adapter_bytes
@@ -24,21 +22,19 @@ def adapters(run: JudgedRun, facts: Facts) -> bool:
         and (p.workload.adapters is None or p.workload.adapters.mix == "uniform")
     ]
     counted.sort(key=lambda pair: pair[0])
-    intervals = [run.interval(p, "output_tokens_per_s") for _, p in counted]
-    if not any(intervals):
+    measured = [run.interval(p, "output_tokens_per_s") for _, p in counted]
+    if not any(measured):
         return False
     _, ax = plt.subplots(figsize=(6, 3.6))
     x = range(len(counted))
-    heights = [i.value if i else np.nan for i in intervals]
-    ax.errorbar(x, heights, yerr=reach(intervals), fmt="o-", capsize=4, color=BLUE,
-                label="measured, 95% interval")  # fmt: skip
+    draw_measured(ax, x, measured, BLUE, "measured, 95% interval", fmt="o-", capsize=4)
     draw_forecasts(ax, x, [run.forecast(p, "output_tokens_per_s") for _, p in counted])
     base = base_of(run)
     level = run.interval(base, "output_tokens_per_s") if base else None
     if level:
         shares = [1 + n * adapter_bytes(p) / p.shape.weight_bytes if n else 1.0 for n, p in counted]
-        ax.plot(x, [level.value / s for s in shares], "--", color=BOUND,
-                label="base / bytes of the active adapters")  # fmt: skip
+        by_bytes = [level.value / share for share in shares]
+        ax.plot(x, by_bytes, "--", color=BOUND, label="base / bytes of the active adapters")
         ax.plot([-0.35], [level.value], "D", color=GREY, label="engine without LoRA")
     ax.set_xticks(x, ["base only" if n == 0 else str(n) for n, _ in counted])
     ax.set_xlabel("adapters in the batch")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from matplotlib.axes import Axes
 
@@ -14,7 +14,7 @@ from labs.harness.facts.drawing import GREY, plt, write_plainly
 from labs.harness.facts.parts import OwnPlot
 from labs.harness.facts.quality import Quality
 from labs.harness.judging.quantity import Quantity
-from labs.weight_pruning.facts import PATTERN, Facts, Selection, Sparsities
+from labs.weight_pruning.facts import PATTERN, Facts, Selection, Sparsities, Step
 from labs.weight_pruning.lab import energy_gone
 
 
@@ -40,40 +40,43 @@ def cliff(run: JudgedRun, facts: Facts) -> bool:
 
 
 def _draw_perplexity(ax: Axes, of: Sparsities, by: Selection, colour: str) -> None:
-    zeros = [100 * drawn(step.zeros) for step in of.curve]
-    ratios = [drawn(step.by[by].ratio) for step in of.curve]
-    ax.plot(zeros, ratios, "o-", color=colour, ms=4, label=by.capitalize())
+    name = by.capitalize()
+    ratios = [step.by[by].ratio for step in of.curve]
+    ax.plot(percent(of.curve), values(ratios), "o-", color=colour, ms=4, label=name)
     if pattern := of.at(PATTERN):
-        ax.plot(100 * drawn(pattern.zeros), drawn(pattern.by[by].ratio), "s", color=colour,
-                mfc="white", ms=7, label=f"{by.capitalize()}, 2:4")  # fmt: skip
+        zeros, ratio = percent([pattern]), values([pattern.by[by].ratio])
+        ax.plot(zeros, ratio, "s", color=colour, mfc="white", ms=7, label=f"{name}, 2:4")
     if knee := of.knees[by]:
-        ax.axvline(100 * drawn(knee.before.zeros), color=colour, ls=":", lw=1)
+        ax.axvline(percent([knee.before])[0], color=colour, ls=":", lw=1)
 
 
 def _draw_served(ax: Axes, run: JudgedRun, of: Sparsities, quality: Quality) -> None:
     """Draw the perplexity that the quality probe found on the engines."""
-    weights = {v.name: v.weights for v in run.lab.variants}
-    label = "on the engine"
+    patterns = {v.name: v.weights.partition("-")[2] for v in run.lab.variants}
+    label, style = "on the engine", dict[str, Any](color=BOUND, ms=5, zorder=4, mfc="none")
     for name, beside in quality.treatments.items():
-        if step := of.at(weights[name].partition("-")[2]):
-            ax.plot(100 * drawn(step.zeros), drawn(beside.perplexity_ratio), "D", color=BOUND, ms=5,
-                    zorder=4, mfc="none", label=label)  # fmt: skip
+        if step := of.at(patterns[name]):
+            ratio = values([beside.perplexity_ratio])
+            ax.plot(percent([step]), ratio, "D", label=label, **style)
             label = ""
 
 
 def _draw_energy(ax: Axes, of: Sparsities) -> None:
     """Draw the energy that goes by magnitude beside its forecast."""
     shares = [i / 100 for i in range(5, 76)]
-    ax.plot([100 * s for s in shares], [100 * energy_gone(s) for s in shares], color=GREY,
-            label="forecast: normal weights")  # fmt: skip
-    zeros = [100 * drawn(step.zeros) for step in of.curve[1:]]
-    gone = [100 * drawn(step.by["magnitude"].energy_gone) for step in of.curve[1:]]
-    ax.plot(zeros, gone, "o", color=BLUE, ms=4, label="measured, by magnitude")
+    forecast = [100 * energy_gone(share) for share in shares]
+    ax.plot([100 * s for s in shares], forecast, color=GREY, label="forecast: normal weights")
+    gone = values([100 * step.by["magnitude"].energy_gone for step in of.curve[1:]])
+    ax.plot(percent(of.curve[1:]), gone, "o", color=BLUE, ms=4, label="measured, by magnitude")
 
 
-def drawn(figure: Quantity) -> float:
-    """Return the value; what is missing is not drawn."""
-    return math.nan if figure.value is None else figure.value
+def percent(steps: Sequence[Step]) -> list[float]:
+    return values([100 * step.zeros for step in steps])
+
+
+def values(figures: Sequence[Quantity]) -> list[float]:
+    """List the values; what is missing is not drawn."""
+    return [math.nan if figure.value is None else figure.value for figure in figures]
 
 
 PLOTS: Mapping[str, OwnPlot] = {"cliff": cliff}

@@ -38,9 +38,21 @@ mpl.rcParams.update(
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 __all__ = [
-    "BANDS", "GREY", "PLAYED", "aside", "draw_forecasts", "draw_forecasts_of_two",
-    "draw_logarithmic", "draw_parts", "legend_above", "legend_of_all", "plt", "reach", "thinned",
-]  # fmt: skip
+    "BANDS",
+    "GREY",
+    "PLAYED",
+    "aside",
+    "draw_forecasts",
+    "draw_forecasts_of_two",
+    "draw_logarithmic",
+    "draw_measured",
+    "draw_parts",
+    "legend_above",
+    "legend_of_all",
+    "plt",
+    "reach",
+    "thinned",
+]
 
 GREY = "#666666"
 BANDS = " Grey is what was forecast before any engine started, with its band."  # for captions
@@ -112,6 +124,30 @@ def reach(intervals: Sequence[Interval | Quantity | None], scale: float = 1) -> 
     below = [scale * (value - low) if low is not None else 0.0 for value, low, _ in ends]
     above = [scale * (high - value) if high is not None else 0.0 for value, _, high in ends]
     return [below, above]
+
+
+def draw_measured(
+    ax: Axes,
+    x: Sequence[float],
+    figures: Sequence[Interval | Quantity | None],
+    colour: str,
+    label: str,
+    scale: float = 1,
+    **style: Any,
+) -> None:
+    """Draw figures with their intervals, each at its place x; what is missing is left out.
+
+    `scale` multiplies the figures into the unit of the axis; `style` is matplotlib's of error bars.
+    """
+    known = [
+        (at, scale * f.value, f)
+        for at, f in zip(x, figures, strict=True)
+        if f and f.value is not None
+    ]
+    if known:
+        places, heights, drawn = zip(*known, strict=True)
+        bars = reach(drawn, scale) if any(f.low is not None for f in drawn) else None
+        ax.errorbar(places, heights, yerr=bars, color=colour, label=label, **style)
 
 
 def aside(place: int, series: int) -> float:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from dashboards.palette import VARIANTS
 from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, plt
+from labs.harness.facts.drawing import GREY, draw_measured, plt
 from labs.harness.facts.quality import Quality
 from labs.harness.facts.weights import KindsOfWeights
 from labs.harness.judging.quality import MARGINS
@@ -34,20 +34,18 @@ def tradeoff(run: JudgedRun, facts: OfWeights) -> bool:
     _, ax = plt.subplots(figsize=(6.5, 4))
     forecast_label = "speed-up forecast before the run"
     for colour, name in zip(VARIANTS, [base, *quality.treatments], strict=False):
-        ratio, gain = Quantity(1.0), Quantity(1.0)
+        gain = ratio = Quantity(1.0)
         if name != base:
             gain = facts.weights[name].speed_up if name in at else Quantity.missing("not served")
             ratio = quality.treatments[name].perplexity_ratio
-        x, y = gain.value, ratio.value
-        if x is None or y is None:
+        if gain.value is None or ratio.value is None:
             continue
         foreseen = run.forecast_ratio(at[base], at[name], "tpot_mean_s")
         if foreseen and name != base:
-            ax.plot(foreseen, y, "|", color=GREY, ms=14, mew=2, label=forecast_label)
+            ax.plot(foreseen, ratio.value, "|", color=GREY, ms=14, mew=2, label=forecast_label)
             forecast_label = "_nolegend_"
-        reach = [[abs(end - y)] for end in (ratio.low, ratio.high) if end is not None] or None
-        ax.errorbar(x, y, yerr=reach, fmt="o", color=colour, capsize=4, ms=8,
-                    label=f"{name}, {facts.weights[name].in_memory}")  # fmt: skip
+        label = f"{name}, {facts.weights[name].in_memory}"
+        draw_measured(ax, [gain.value], [ratio], colour, label, fmt="o", capsize=4, ms=8)
     most = next(m.at_most for m in MARGINS if m.figure == "perplexity_ratio")
     ax.axhline(most, color=GREY, ls=":", label=f"gate: {most - 1:.0%} more perplexity")
     ax.set_xlabel("decode speed-up, one stream")
