@@ -5,11 +5,11 @@ SHELL := /bin/bash
 # LABS_QUICK, as it was typed: make expands nothing in it, and it is never part of a shell's text.
 # LABS_QUICK in the environment holds for every call; QUICK there is not read, and make says so.
 SETTINGS := A AA AGAIN API_PRICE ARCHIVE AS B BASELINE DISTURBED DOCUMENTS DP ENDPOINT \
-	ENDPOINT_METRICS ENGINE_COMMAND FOR FORCE FRESH FROM GRAFANA_PORT GRAFANA_URL HAVE HELP JSON LAB LEAN LENGTHS \
+	ENDPOINT_METRICS ENGINE_COMMAND FORCE FRESH FROM GRAFANA_PORT GRAFANA_URL HAVE HELP JSON LAB LEAN LENGTHS \
 	KEY LISTEN LOAD_WORKERS MACHINE MASTER METHOD MODEL ONLY OUT PART PLATFORM PORT PP PRECISION PREVIEW_PORT PRICE_PER_HOUR \
 	PROFILING PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL PYTHON PYTHON_VERSION QUICK RATE \
 	REPLICAS RESULTS RESUME ROUTER RUN SCRATCH SECONDS SEED SET SLO TESTS THRESHOLDS TO TP TRACE UNSAFE_FLAGS VARIANT \
-	VLLM WEB_PORT WEIGHTS WITHOUT WITH_TREE WORKLOAD
+	VLLM WEB_PORT WEIGHTS WITH_TREE WORKLOAD
 SECRETS := GRAFANA_PASSWORD GRAFANA_TOKEN HF_TOKEN  # have one name, here as in the environment
 # The names in $2 that come from $1: "command" (line) or "environment".
 from = $(strip $(foreach name,$2,$(if $(filter $1,$(firstword $(origin $(name)))),$(name))))
@@ -43,7 +43,7 @@ or_help = $(if $(value LABS_$1),,--help)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan diagnose labs-all draft adapters outliers sparsity quantize serve locust load-worker report words site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse rehearse-cuda check bench locks clean distclean
+.PHONY: help setup labs forecast plan diagnose labs-all draft adapters outliers sparsity quantize serve locust load-worker report words site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench locks clean distclean
 
 help: ## List the targets
 	@echo "Labs, in the order of the course (what is missing is installed first):"
@@ -57,9 +57,8 @@ help: ## List the targets
 setup: ## Install what this machine needs, without running anything
 	@$(INSTALL)
 
-doctor: ## Check what this machine has and lacks, how to mend it, and which labs can run
-	@if $(INSTALL); then $(LABS) doctor; \
-	else $(INSTALL) --check; exit 1; fi
+doctor: setup ## Check what this machine has and lacks, how to mend it, and which labs can run
+	@$(LABS) doctor
 
 labs: setup ## List the labs with the questions they answer
 	@$(LABS) list
@@ -163,10 +162,10 @@ preview: $(COMPONENTS) ## Draw the dashboards in a browser without Grafana: [PRO
 preview-check: setup $(COMPONENTS) ## Draw the dashboards from a run, and check that no panel is empty
 	@$(BIN)/pytest tests/fake/test_preview.py
 
-bundle: setup ## Gather what a GPU machine without internet needs: FOR=cuda [HAVE=list] [WITH_TREE=64M] [LEAN=hopper] ..
+bundle: setup ## Gather what a GPU machine without internet needs: [PYTHON_VERSION=3.12] [HAVE=pip-list.txt] [WITH_TREE=64M] [LEAN=1]
 	@$(LABS) bundle
 
-unbundle: ## On that machine: check and install a bundle: FROM=bundle TO=folder
+unbundle: ## On that machine: check and unpack a bundle: FROM=bundle TO=folder
 	@$(PYTHON_HERE) -m serving.unbundle --from "$${LABS_FROM:-bundle}" "$$LABS_TO"
 
 # The tests of one file stay in one process, in the order of tests/conftest.py: two processes begin
@@ -182,11 +181,8 @@ SIDE_BY_SIDE := $(if $(filter-out $(FOLDERS) $(FOLDERS:/=),$(CHOSEN)),,-n $(if $
 test: setup ## Run the tests (unit, programs, weights, committed runs, fake engine, real vLLM on CPU, GPU if there is one): [TESTS=tests/unit]
 	@PYTHONDONTWRITEBYTECODE= PYTEST_ADDOPTS="$$PYTEST_ADDOPTS$(if $(SIDE_BY_SIDE),, $$LABS_TESTS)" $(BIN)/pytest $(SIDE_BY_SIDE)
 
-rehearse: setup ## Rehearse a short session on a locked-down GPU machine without having one: [SECONDS=530] [ONLY=..]
+rehearse: setup ## Hold vLLM's CUDA build against the labs without a GPU (4 GB to download): [MACHINE=h100|l4|..|all]
 	@$(BIN)/python -m tests.rehearsal
-
-rehearse-cuda: setup ## Hold vLLM's CUDA build against the labs without a GPU (4 GB to download): [MACHINE=h100|l4|..|all] [PYTHON=python3.12]
-	@$(BIN)/python -m tests.rehearsal.cuda
 
 check: setup ## Lint, check formatting and types, and check the generated pages and results
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

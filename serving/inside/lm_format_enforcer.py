@@ -5,7 +5,7 @@ a module that vLLM has no more, and `PreTrainedTokenizerBase` from one that tran
 other names alone. Both classes are elsewhere in the same packages. Without them vLLM's own backend
 of that name fails at its first import, although all that it needs the classes for is to ask what
 kind of tokenizer it has. Where mistral-common is not installed, as with a lean bundle
-(`serving/lean.py`), there is no `MistralTokenizer` anywhere, and no tokenizer is of that kind: an
+(`serving/bundle.py`), there is no `MistralTokenizer` anywhere, and no tokenizer is of that kind: an
 empty class then answers.
 """
 

@@ -184,10 +184,10 @@ def _fill(tool: Tool, step: install.Step) -> None:
     torch = install.pin(listed.pop("torch"))
     first = {name: listed[name] for name in install.TORCH_NEEDS}  # and what packages are built with
     install.install_files(tool.home, step, tool.lock, first, "--no-compile")
-    if PLATFORMS[platform].torch_build:
+    if PLATFORMS[platform].torch_index:
         install.install_torch(tool.home, platform, tool.torch_lock, step, names=("torch",))
-    elif not install.pip(tool.home, step, "install", "--no-compile", torch):  # with CUDA's packages
-        raise install.failure(tool.home, "pip could not install torch")
+    elif not install.uv(tool.home, step, "--no-compile", torch):  # with CUDA's packages
+        raise install.failure(tool.home, "uv could not install torch")
     exactly = ("--no-compile", "--no-build-isolation")
     install.install_files(tool.home, step, tool.lock, listed, *exactly)
 

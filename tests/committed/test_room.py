@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,9 @@ def test_without_results_the_checkout_leaves_room_for_a_part(
     assert (copy / "docs" / "offline.md").exists()
     assert not (copy / "results").exists()
     assert git("-C", str(copy), "status", "--porcelain") == ""
-    parts = bundle.Parts(tmp_path, 10**9)
-    bundle.write_tar(parts, [], [], {})
-    parts.close()
-    names = subprocess.check_output(["tar", "tf", str(tmp_path / "lab.tar.000")], text=True)
-    assert {"pyproject.toml", "labs/harness/spec.py", "serving/go.sh"} <= set(names.splitlines())
+    archive = tmp_path / "lab.tar.xz"
+    bundle.pack(archive, {})
+    with tarfile.open(archive) as packed:
+        names = set(packed.getnames())
+    assert {"pyproject.toml", "labs/harness/spec.py", "serving/unbundle.py"} <= names
+    assert not any(name.startswith("results/") for name in names)

@@ -18,7 +18,7 @@ from labs.harness.running import engines, run
 from serving.hardware import gpus, reference_step
 from serving.hardware.reference_step import ReferenceStep, ReferenceTimer
 from tests.fake import bare
-from tests.rehearsal.__main__ import STAND_IN
+from tests.rehearsal import NVML
 
 HOST_BYTES = 64 * 2**30
 
@@ -43,7 +43,7 @@ def app(factor: float) -> None:
         yield DisturbedTimer(factor)
 
     os.environ.pop(gpus.VARIABLE, None)
-    sys.path.insert(0, str(STAND_IN))
+    sys.path.insert(0, str(NVML))
     run.in_virtual_time = lambda *_: None
     bare.with_a_constant_reference_step = lambda: None
     reference_step.started = started

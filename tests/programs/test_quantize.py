@@ -50,7 +50,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with one tool's lock; what pip is asked for goes to pip.log, and works."""
+    """A checkout with one tool's lock; what uv is asked for goes to uv.log, and works."""
     monkeypatch.setattr(quantize, "ROOT", tmp_path)
     monkeypatch.setenv("LABS_PLATFORM", "cpu")
     (tmp_path / "serving" / "locks").mkdir(parents=True)
@@ -62,13 +62,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         python.parent.mkdir(parents=True)
         python.symlink_to("/bin/sh")
 
-    def pip(home: Path, _: object, *arguments: str) -> bool:
-        with (tmp_path / "pip.log").open("a") as log:
+    def uv(home: Path, _: object, *arguments: str) -> bool:
+        with (tmp_path / "uv.log").open("a") as log:
             log.write(" ".join(arguments) + "\n")
         return True
 
     monkeypatch.setattr(install, "make_venv", make_venv)
-    monkeypatch.setattr(install, "pip", pip)
+    monkeypatch.setattr(install, "uv", uv)
     return tmp_path
 
 
@@ -158,38 +158,29 @@ def test_a_lock_has_the_tool_and_the_platforms_torch(tool: Tool) -> None:
 
 def test_an_environment_is_made_once_and_again_when_its_lock_changes(root: Path) -> None:
     python = environment(TOOL)
-    first, torch, rest = (root / "pip.log").read_text().splitlines()
+    first, torch, rest = (root / "uv.log").read_text().splitlines()
     assert python == root / ".tools" / "quantize-llm-compressor" / ".venv" / "bin" / "python"
     assert "--require-hashes" in first
     assert "torch==2.0+cpu" in torch
     assert {"--no-deps", "--require-hashes", "--no-build-isolation"} <= set(rest.split())
     environment(TOOL)
-    assert len((root / "pip.log").read_text().splitlines()) == 3
+    assert len((root / "uv.log").read_text().splitlines()) == 3
     write_lock("2.1")
     environment(TOOL)
-    assert len((root / "pip.log").read_text().splitlines()) == 6
+    assert len((root / "uv.log").read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
-    [
-        ("ERROR: No matching distribution found for torch==2.0+cpu", "no CPU build"),
-        ("ERROR: No matching distribution found for setuptools", "pip could not"),
-    ],
+    ("fails", "reason"), [("torch", "torch's build for the cpu"), ("setuptools", "uv could not")]
 )
 def test_a_set_up_that_fails_leaves_nothing_and_says_how_to_mend_it(
-    root: Path, monkeypatch: pytest.MonkeyPatch, said: str, reason: str
+    root: Path, monkeypatch: pytest.MonkeyPatch, fails: str, reason: str
 ) -> None:
-    def fail(*_: object, lock: Path) -> None:
-        raise install.SetupError("no CPU build")
+    def uv(home: Path, _: object, *arguments: str, index: str = "") -> bool:
+        (home / ".venv" / "install.log").write_text("no")
+        return f"{fails}==" not in f"{arguments} {(home / '.venv' / 'locked.txt').read_text()}"
 
-    def pip(home: Path, _: object, *arguments: str) -> bool:
-        (home / ".venv" / "install.log").write_text(said)
-        needs_torch = "torch==" in (home / ".venv" / "locked.txt").read_text()
-        return not (needs_torch or "--no-index" in arguments or "setuptools" in said)
-
-    monkeypatch.setattr(install, "pip", pip)
-    monkeypatch.setattr(install, "install_with_torch_index", fail)
+    monkeypatch.setattr(install, "uv", uv)
     with pytest.raises(MakerError, match=f"again: {reason}"):
         environment(TOOL)
     assert not TOOL.home.exists()
@@ -199,7 +190,7 @@ def test_an_interrupted_set_up_leaves_nothing(root: Path, monkeypatch: pytest.Mo
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(install, "pip", interrupt)
+    monkeypatch.setattr(install, "uv", interrupt)
     with pytest.raises(KeyboardInterrupt):
         environment(TOOL)
     assert not TOOL.home.exists()

@@ -1,14 +1,14 @@
-"""A short session on a locked-down GPU box, rehearsed without one: `make rehearse`.
+"""The CUDA build of vLLM, held against the labs on a machine without a GPU: `make rehearse`.
 
-What a reader would do there is done here, by the clock: the parts of a bundle come one by one, with
-the time that a transfer takes; `bash bundle/go.sh` is called again and again; a call that has not
-ended by its limit is killed outright, and every second one earlier, in the middle of what it does.
-NVML is a stand-in for an H100, and the engines are the fake one with an H100's law, its starts
-included; every model is the one that the box would serve. First the plan is printed: what each lab
-will take, and at most. It takes as long as the session would, so it is no part of the tests that
-run by themselves; `SECONDS=` sets how long a call may last.
+`environment` installs the lock for CUDA. In it every process has a stand-in for one GPU (`device`
+for `torch.cuda`, `stand_in` for NVML, a libcuda whose calls fail) and runs a module of checks:
 
-What it cannot show: that vLLM starts there, and how fast it is. A client with fewer cores than the
-box has sends less than an H100 would serve, so disturbed trials are kept. The last lines say what
-else is kinder than the box.
+    names       what the lab reads of vLLM by name: routes, metrics, lines of the log, hooks
+    configure   vLLM's configuration of every engine that the labs would start
+    build       each distinct model on PyTorch's meta device, and what computes its layers
 """
+
+from pathlib import Path
+
+NVML = Path(__file__).parent / "stand_in"
+"""The folder that stands in for NVML, for PYTHONPATH."""

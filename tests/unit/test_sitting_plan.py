@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from labs import FIRST, LABS
-from labs.harness.running.sitting_plan import plan
+from labs.harness.running.sitting_plan import plan, table
+from labs.harness.running.trials import MOST_AGAIN, PER_TRIAL_S
 from serving.weights.models import ROOT
 
 START_S = 45.0
@@ -26,3 +29,12 @@ def test_the_page_on_gpus_tells_the_plan() -> None:
     said = "five labs done in 30 minutes, six in 31, eight in 40 and all 17 in 112"
     assert len(planned) == 17
     assert said in (ROOT / "docs/gpu.md").read_text()
+
+
+def test_the_plan_says_when_a_lab_ends_at_the_latest() -> None:
+    first, second = plan(["single-stream", "kv-quantization"], "gpu-80", START_S)
+    again_s = MOST_AGAIN * (first.load_s + first.trials * PER_TRIAL_S)
+    assert first.latest_s == pytest.approx(first.ends_s + again_s)
+    assert second.latest_s - first.latest_s > second.takes_s
+    assert table([first]).splitlines()[1].split()[-4:-2] == [f"{first.ends_s / 60:.1f}", "min"]
+    assert table([first]).endswith(f"{first.latest_s / 60:.1f} min")

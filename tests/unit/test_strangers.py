@@ -33,11 +33,9 @@ from labs.harness.running.resolve import RunRequest, require_harmless, resolve
 from labs.harness.spec import Lab, LabError, digest_of
 from labs.harness.telling import site
 from labs.harness.telling.markdown import FOLD_END
-from serving import unbundle
 from serving.engines.base import EngineError
 from serving.engines.vllm import Vllm
 from serving.engines.vllm_harmless import refusal
-from serving.unbundle import UnbundleError
 from serving.weights import models
 from serving.weights.models import ModelError
 from tests.cases import each
@@ -645,58 +643,6 @@ def test_a_template_without_chats_is_one_sentence(
     monkeypatch.setattr("loadtests.prompts.tokenizer", lambda _: refuse)
     with pytest.raises(ModelError, match=r"template of m refuses .* \(this model answers no chats"):
         writer_of(models.load(model_at(tmp_path / "model"), "m"))
-
-
-MANIFEST: dict[str, Any] = {
-    "python": "3.12", "machine": "x86_64", "expected": {"torch": "2"}, "packages": {},
-    "requires": {"vllm 1": ["torch==2"]},
-    "parts": [{"name": "part-1", "bytes": 1, "sha256": "0"}],
-}  # fmt: skip
-
-
-WRONG: list[dict[str, Any]] = [
-    {"python": 3}, {"expected": []}, {"expected": {"torch": None}}, {"parts": {}},
-    {"requires": []}, {"requires": {"vllm 1": "torch"}}, {"requires": {"vllm 1": [2]}},
-    {"packages": {"vllm": 1}},
-    {"parts": [1]}, {"parts": [{"name": "part-1"}]},
-    {"parts": [{"name": "../part", "bytes": 1, "sha256": "0"}]},
-    {"parts": [{"name": "part", "bytes": "1", "sha256": "0"}]},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "manifest",
-    ["[]", "{}", "[" * 10**5, *(json.dumps(MANIFEST | fields) for fields in WRONG)],
-)  # fmt: skip
-def test_a_bundle_whose_manifest_is_damaged_is_one_sentence(manifest: str, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
-    assert unbundle.read_manifest(tmp_path) == MANIFEST
-    (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(UnbundleError, match="copy that file again"):
-        unbundle.read_manifest(tmp_path)
-
-
-def test_what_is_no_file_is_not_read_as_a_bundle(tmp_path: Path) -> None:
-    """Whoever opens a pipe waits for ever, and /dev/zero has no end."""
-    path, part = tmp_path / "manifest.json", MANIFEST["parts"][0]
-    os.mkfifo(path)
-    with pytest.raises(UnbundleError, match="is not a regular file of at most 16 MiB"):
-        unbundle.read_manifest(tmp_path)
-    for target in ("/dev/zero", "large"):
-        path.unlink()
-        path.symlink_to(target)
-        with (tmp_path / "large").open("wb") as file:
-            file.truncate(16 * 2**20 + 1)
-        with pytest.raises(UnbundleError, match="is not a regular file of at most 16 MiB"):
-            unbundle.read_manifest(tmp_path)
-    path.unlink()
-    path.write_text(json.dumps(MANIFEST | {"parts": [part | {"bytes": 0}]}))
-    manifest = unbundle.read_manifest(tmp_path)
-    os.mkfifo(tmp_path / "part-1")
-    with pytest.raises(UnbundleError, match=r"of 1 parts in .* are damaged: part-1"):
-        unbundle.check_parts(tmp_path, manifest)
-    with pytest.raises(UnbundleError, match="part-1 is damaged: copy it again"):
-        unbundle.collect(tmp_path, tmp_path / "target", manifest)
 
 
 # --------------------------------------------------------------------------------------- markup

@@ -103,8 +103,8 @@ def test_git_ignores_what_a_killed_process_leaves(tmp_path: Path) -> None:
 @pytest.mark.parametrize("house", ["labs", "serving", "dashboards", "bench", "loadtests"])
 def test_only_one_place_renames_what_it_has_written(house: str) -> None:
     """`unbundle.py` runs alone on a machine without the rest, and `records.py` knows nothing of
-    serving; a part of a bundle whose content is there already is left as it is."""
-    apart = {"whole.py", "unbundle.py", "records.py", "bundle.py"}
+    serving."""
+    apart = {"whole.py", "unbundle.py", "records.py"}
     calls = {
         path.name
         for path in (ROOT / house).rglob("*.py")

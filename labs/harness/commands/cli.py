@@ -770,9 +770,6 @@ def examine(model: ModelOption = "", weights: WeightsOption = "") -> None:
 
 @app.command("bundle")
 def make_bundle(
-    platform: Annotated[
-        str, typer.Option("--for", envvar="LABS_FOR", help="The other machine's platform: cuda.")
-    ] = "cuda",
     python_version: Annotated[
         str,
         typer.Option(
@@ -785,12 +782,6 @@ def make_bundle(
             envvar="LABS_HAVE", help="A file with the output of `pip list` on the other machine."
         ),
     ] = None,
-    without: Annotated[
-        str,
-        typer.Option(
-            envvar="LABS_WITHOUT", help="Packages to leave out, with what only they need."
-        ),
-    ] = "",
     vllm: Annotated[
         str,
         typer.Option(
@@ -810,34 +801,26 @@ def make_bundle(
         ),
     ] = "",
     lean: Annotated[
-        str,
+        bool,
         typer.Option(
-            envvar="LABS_LEAN",
-            help="`hopper`: only what serves random weights on an H100 or H200.",
+            "--lean", envvar="LABS_LEAN", help="Only what serves random weights on an H100 or H200."
         ),
-    ] = "",
+    ] = False,
     out: Annotated[Path, typer.Option(envvar="LABS_OUT", help="The folder for the parts.")] = Path(
         "bundle"
     ),
 ) -> None:
     """Gather all that a GPU machine without internet needs, in parts with checksums."""
     with reported_errors():
-        there = bundle.read_have(have) if have else {}
-        bundle.check(platform, python_version, lean, there)
         wanted = bundle.BundleRequest(
             python=python_version,
-            have=there,
-            without=tuple(bundle.normal(name) for name in without.split()),
+            have=bundle.read_have(have) if have else {},
             vllm=vllm,
             part_bytes=bundle.fitting(with_tree) if with_tree else bundle.part_size(part),
             lean=lean,
         )
         bundle.bundle(
-            wanted,
-            out.resolve(),
-            models.CACHE / "bundle",
-            bundle.prometheus_programs(),
-            lambda line: console.print(escape(line), soft_wrap=True),
+            wanted, out.resolve(), lambda line: console.print(escape(line), soft_wrap=True)
         )
 
 

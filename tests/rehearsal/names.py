@@ -1,6 +1,6 @@
 """Look for what the lab reads of vLLM by name: run in the environment, as on one GPU.
 
-    python -m tests.rehearsal.cuda.names CHECKS.jsonl MODELS
+    python -m tests.rehearsal.names CHECKS.jsonl MODELS
 
 The metrics are those that vLLM registers, the log's lines are those that it writes, of a small
 engine with adapters and a draft by n-grams, whose configuration is made and which never starts.
@@ -35,8 +35,8 @@ from serving.engines.vllm import Vllm
 from serving.hardware import machine as machines
 from serving.inside import random_weights
 from serving.weights import models
-from tests.rehearsal.cuda import starts
-from tests.rehearsal.cuda.checks import Check, last_line, write
+from tests.rehearsal import starts
+from tests.rehearsal.checks import Check, last_line, write
 
 SOURCES = Path(vllm.__file__).parent
 FLAGS: Flags = {
@@ -58,6 +58,10 @@ def sources() -> str:
     return "\n".join(path.read_text(errors="replace") for path in SOURCES.rglob("*.py"))
 
 
+def known(what: str, name: str, is_known: bool, otherwise: str) -> Check:
+    return Check(what=what, name=name, error="" if is_known else otherwise)
+
+
 def checks(home: Path) -> Iterator[Check]:
     minor = ".".join(metadata.version("vllm").split(".")[:2])
     text = sources()
@@ -71,11 +75,9 @@ def checks(home: Path) -> Iterator[Check]:
 
 def _in_sources(text: str) -> Iterator[Check]:
     for route in ROUTES:
-        found = f'"{route}"' in text
-        yield Check(what="routes", name=route, error="" if found else "not in vLLM's sources")
+        yield known("routes", route, f'"{route}"' in text, "not in vLLM's sources")
     for line in LINES:
-        found = line in text
-        yield Check(what="log lines", name=line, error="" if found else "not in vLLM's sources")
+        yield known("log lines", line, line in text, "not in vLLM's sources")
 
 
 def _small_engine() -> tuple[Any, Any]:
@@ -93,7 +95,7 @@ def _metrics(minor: str, config: Any) -> Iterator[Check]:
     names = set(re.findall(r"^# TYPE (\S+)", exposed, re.MULTILINE))
     with_a_setting = (*metrics.SPECULATION, metrics.LORA, metrics.KV_LOADED_BYTES)
     for name in (*engine.GOLDEN[minor], *with_a_setting):
-        yield Check(what="metrics", name=name, error="" if name in names else "not registered")
+        yield known("metrics", name, name in names, "not registered")
 
 
 def _log(arguments: Any, config: Any) -> Iterator[Check]:
@@ -112,12 +114,11 @@ def _log(arguments: Any, config: Any) -> Iterator[Check]:
     settings = engine.resolved(f"{config}\n{given}")
     for name in ("enforce_eager", "compilation_mode", "cudagraph_mode",
                  "structured_outputs_backend", "quantization", "watermark"):  # fmt: skip
-        error = "" if name in settings else "not read from the configuration's line"
-        yield Check(what="log lines", name=name, error=error)
+        yield known("log lines", name, name in settings, "not in the configuration's line")
     read = engine.arguments(given)
     for name, value in {"max_model_len": "1024", "enable_lora": "True"}.items():
-        error = "" if read.get(name) == value else f"read as {read.get(name)}"
-        yield Check(what="log lines", name=f"argument {name}", error=error)
+        otherwise = f"read as {read.get(name)}"
+        yield known("log lines", f"argument {name}", read.get(name) == value, otherwise)
 
 
 def _variables(home: Path) -> Iterator[Check]:
@@ -125,8 +126,7 @@ def _variables(home: Path) -> Iterator[Check]:
     every = starts.starts(machines.detect(), home)
     names = {n for s in every if isinstance(s, starts.Start) for n, _ in s.variables}
     for name in sorted(n for n in names if n.startswith("VLLM_")):
-        error = "" if name in envs.environment_variables else "vLLM does not know it"
-        yield Check(what="variables", name=name, error=error)
+        yield known("variables", name, name in envs.environment_variables, "not known to vLLM")
 
 
 def _hooks() -> Iterator[Check]:
@@ -143,8 +143,8 @@ def _hooks() -> Iterator[Check]:
         yield Check(what="hooks", name=what, error=error)
     plugins = {point.name for point in metadata.entry_points(group="vllm.general_plugins")}
     for plugin in ("end_with_parent", "lm_format_enforcer"):
-        error = "" if plugin in plugins else "vLLM would not find it"
-        yield Check(what="hooks", name=f"vllm.general_plugins: {plugin}", error=error)
+        name = f"vllm.general_plugins: {plugin}"
+        yield known("hooks", name, plugin in plugins, "vLLM would not find it")
     try:
         Vllm.check_flags([FLAGS])
         error = ""

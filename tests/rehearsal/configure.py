@@ -1,6 +1,6 @@
 """Have vLLM make the configuration of every engine: run in the environment, as on one GPU.
 
-python -m tests.rehearsal.cuda.configure CHECKS.jsonl MODELS
+python -m tests.rehearsal.configure CHECKS.jsonl MODELS
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from serving.engines.vllm import SINCE
 from serving.hardware import machine as machines
-from tests.rehearsal.cuda.checks import Check, last_line, write
-from tests.rehearsal.cuda.starts import Refused, starts
+from tests.rehearsal.checks import Check, last_line, write
+from tests.rehearsal.starts import Refused, starts
 
 PARSER = make_arg_parser(FlexibleArgumentParser())
 OPTIONS = frozenset(PARSER._option_string_actions)
@@ -94,13 +94,9 @@ def attention(config: Any) -> str:
     return str(backend.get_name())
 
 
-def checks(
-    home: Path,
-    kinds: Sequence[str] = ("real", "random"),
-    lengths: Sequence[bool] = (False, True),
-) -> Iterator[Check]:
-    """Make the configurations of engines with these kinds of weights, full, quick, or both."""
-    for start in starts(machines.detect(), home, LIMITS_QUEUES, kinds, lengths):
+def checks(home: Path) -> Iterator[Check]:
+    """Make the configuration of every engine."""
+    for start in starts(machines.detect(), home, LIMITS_QUEUES):
         what = f"engines, {start.weights} weights{', QUICK=1' if start.quick else ''}"
         if isinstance(start, Refused):
             error = last_line(start.error)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 from safetensors import safe_open
 
 from labs import LABS
@@ -17,14 +12,13 @@ from serving import install
 from serving.hardware.gpus import CLASSES, DATASHEETS, class_of
 from serving.hardware.machine import Machine
 from serving.install import SetupError
-from serving.lean import LEAN, Lean
 from tests.default_models import config_of
+from tests.rehearsal import __main__ as rehearsal
+from tests.rehearsal import environment, quantizations, real, starts
+from tests.rehearsal.__main__ import Part
 from tests.rehearsal.cards import CARDS, VARIABLE, Card, rehearsed
-from tests.rehearsal.cuda import __main__ as rehearsal
-from tests.rehearsal.cuda import environment, lean, quantizations, real, starts
-from tests.rehearsal.cuda.__main__ import Part
-from tests.rehearsal.cuda.checks import Check, last_line, read, write
-from tests.rehearsal.cuda.starts import Refused, Start
+from tests.rehearsal.checks import Check, last_line, read, write
+from tests.rehearsal.starts import Refused, Start
 
 LLAMA = "NousResearch/Meta-Llama-3.1-8B-Instruct"
 
@@ -40,27 +34,10 @@ def test_the_environment_leaves_out_packages_that_the_lock_has_and_keeps_what_vl
     assert {install.BUILT_HERE, "hatchling", "setuptools"} <= kept
 
 
-def test_the_lock_says_for_which_pythons_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = environment.LOCK.read_text()
-    assert environment.versions(text) == ((3, 11), (3, 14))
-    environment.require_python()
-    monkeypatch.setattr(sys, "version_info", (3, 10, 2))
-    with pytest.raises(SetupError, match=r"3\.10, .* 3\.11 to 3\.14"):
-        environment.require_python()
-
-
 def test_without_a_compiler_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SetupError, match="no C compiler"):
         environment.make()
-
-
-def test_a_python_that_is_not_there_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("LABS_PYTHON", "python3.99")
-    assert rehearsal.main() == 1
-    assert "python3.99" in capsys.readouterr().err
 
 
 def test_there_is_a_card_for_every_class_and_every_datasheet(
@@ -172,78 +149,9 @@ def test_the_files_of_gptq_name_the_layers_that_are_quantized(tmp_path: Path) ->
     assert not (real.model(tmp_path, LLAMA, "autoawq").path / "model.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------ a lean bundle
-
-
-def test_what_a_lean_bundle_leaves_out_is_read_from_its_own_list() -> None:
-    for bundle in LEAN.values():
-        left_out = lean.left_out(bundle, lean.roots())
-        assert left_out >= {*bundle.packages}
-        assert not left_out & {"torch", "transformers", "vllm", "numpy", "locust", "pydantic"}
-
-
-def test_what_only_a_package_that_is_left_out_needs_is_left_out_with_it(tmp_path: Path) -> None:
-    for name, needs in {"whole": ("part", "both"), "part": ("only", "both"), "only": ()}.items():
-        folder = tmp_path / f"{name}-1.dist-info"
-        folder.mkdir()
-        lines = "".join(f"Requires-Dist: {need}\n" for need in needs)
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\n{lines}")
-    (tmp_path / "both-1.dist-info").mkdir()
-    (tmp_path / "both-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: both\n")
-    leaves_out = Lean(packages=("part",), files={}, cannot="")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(tmp_path)
-        assert lean.left_out(leaves_out, [Requirement("whole")]) == {"part", "only"}
-
-
-def test_a_hidden_package_and_a_hidden_file_are_found_by_no_import(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in ("away", "stays"):
-        (tmp_path / name).mkdir()
-        about = tmp_path / f"{name}-1.dist-info"
-        about.mkdir()
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
-        modules = [f"{name}/__init__.py", f"{name}/kernel.py"]
-        (about / "RECORD").write_text("".join(f"{module},,\n" for module in modules))
-        for module in modules:
-            (tmp_path / module).write_text("")
-    (tmp_path / "stays" / "__init__.py").write_text("import away\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
-    leaves_out = Lean(packages=("away",), files={"stays": r"stays/kernel\."}, cannot="")
-    lean.hide(["away"], lean.hidden_files(leaves_out, ["away"]))
-    assert importlib.util.find_spec("away") is None
-    assert importlib.util.find_spec("stays") is not None
-    with pytest.raises(metadata.PackageNotFoundError):
-        metadata.version("away")
-    assert metadata.version("stays") == "1"
-    (check,) = lean.imports(["stays"])
-    assert check.error.startswith("ModuleNotFoundError")
-    (tmp_path / "stays" / "__init__.py").write_text("")
-    importlib.invalidate_caches()
-    checks = [*lean.imports(["stays", "stays.kernel"])]
-    assert [bool(check.error) for check in checks] == [False, True]
-    monkeypatch.delitem(sys.modules, "stays")
-
-
-def test_the_lean_bundle_is_tried_as_on_the_first_card_that_it_is_for() -> None:
-    assert rehearsal.for_lean(["a100", "h200", "h100"]) == ["h200"]
-    assert rehearsal.for_lean(["l4"]) == []
-
-
-def test_what_computes_a_kind_of_model_is_told_once_with_its_cards() -> None:
-    found = [Check(what="Llama, W4A16", name="a", built="by Machete")] * 2
-    others = [Check(what="Llama, W4A16", name="a", built="by Marlin"), Check(what="x", name="b")]
-    told = rehearsal.computed_by(
-        [Part("h100", found, 1.0), Part("h200", found, 1.0), Part("l4", others, 1.0)]
-    )
-    assert told == "  Llama, W4A16: by Machete (on h100, h200)\n  Llama, W4A16: by Marlin (on l4)"
-
-
 def test_the_table_counts_what_passed_and_failures_are_told_once(tmp_path: Path) -> None:
     found = [
-        Check(what="engines", name="a"),
+        Check(what="engines", name="a", built="by Machete"),
         Check(what="engines", name="b", error="ValueError: no"),
         Check(what="engines", name="c", error="no such flag", applies=False),
     ]
@@ -251,8 +159,9 @@ def test_the_table_counts_what_passed_and_failures_are_told_once(tmp_path: Path)
     assert read(tmp_path / "checks") == found
     parts = [Part("h100", found, 3.2), Part("l4", found, 4.0)]
     assert rehearsal.table(parts).splitlines()[1].split() == ["h100", "engines", "1", "1", "1", "3"]
-    failed = rehearsal.told(parts, lambda check: check.error if check.applies else "")
-    assert failed == "  b: ValueError: no (engines; on h100, l4)"
+    assert rehearsal.failures(parts) == "  engines, b: ValueError: no (on h100, l4)"
+    left_out = rehearsal.failures(parts, apply=False)
+    assert left_out == "  engines, c: no such flag (on h100, l4)"
 
 
 def test_an_exception_is_told_by_its_last_line_that_says_something() -> None:

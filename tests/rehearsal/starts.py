@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from serving.engines.vllm import Vllm
 from serving.hardware.machine import Machine
 from serving.weights import dummy, models
 from serving.weights.models import Model, ModelError
-from tests.rehearsal.cuda import real
+from tests.rehearsal import real
 
 PORT = 8000  # nothing listens
 SERVING = "vllm"  # the engine that is rehearsed
@@ -54,23 +54,14 @@ class Refused:
     applies: bool  # it should resolve
 
 
-def starts(
-    machine: Machine,
-    home: Path,
-    limits_queues: bool = True,
-    kinds: Sequence[str] = ("real", "random"),
-    lengths: Sequence[bool] = (False, True),
-) -> Iterator[Start | Refused]:
+def starts(machine: Machine, home: Path, limits_queues: bool = True) -> Iterator[Start | Refused]:
     """Resolve every lab, full and quick, with the default model and with random weights.
 
-    `kinds` are those of the weights, and `lengths` say whether a run is quick.
-
     `limits_queues` says whether this vLLM can limit its queue, as the load generator does else.
-
     The default models are folders in `home` with a configuration alone.
     """
-    for weights in kinds:
-        for quick in lengths:
+    for weights in ("real", "random"):
+        for quick in (False, True):
             for name in LABS:
                 try:
                     yield from of_lab(name, weights, quick, machine, home, limits_queues)

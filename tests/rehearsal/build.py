@@ -1,6 +1,6 @@
 """Build the model of every engine, without memory: run in the environment, as on one GPU.
 
-    python -m tests.rehearsal.cuda.build CHECKS.jsonl MODELS
+    python -m tests.rehearsal.build CHECKS.jsonl MODELS
 
 Its layers are made on PyTorch's meta device, where a tensor has a shape and a type and no content.
 As it makes them, vLLM chooses what each linear layer and the experts compute with on this GPU.
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,10 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from serving.hardware import machine as machines
-from tests.rehearsal.cuda import configure
-from tests.rehearsal.cuda.checks import Check, last_line, write
-from tests.rehearsal.cuda.quantizations import kind_of, unexpected
-from tests.rehearsal.cuda.starts import Start, starts
+from tests.rehearsal import configure
+from tests.rehearsal.checks import Check, last_line, write
+from tests.rehearsal.quantizations import kind_of, unexpected
+from tests.rehearsal.starts import Start, starts
 
 META = torch.device("meta")
 
@@ -120,9 +120,9 @@ def computes(layer: Any, method: Any) -> str:
     return f"{name} with {kernel}" if kernel else name
 
 
-def checks(home: Path, kinds: Sequence[str] = ("real", "random")) -> Iterator[Check]:
-    """Build each distinct model of the labs' engines with these kinds of weights."""
-    found = starts(machines.detect(), home, configure.LIMITS_QUEUES, kinds)
+def checks(home: Path) -> Iterator[Check]:
+    """Build each distinct model of the labs' engines."""
+    found = starts(machines.detect(), home, configure.LIMITS_QUEUES)
     resolved = (start for start in found if isinstance(start, Start))
     with tempfile.NamedTemporaryFile() as meeting_point:
         init_distributed_environment(1, 0, f"file://{meeting_point.name}", 0, "gloo")
