@@ -25,7 +25,7 @@ from labs.harness.running import run
 from labs.harness.spec import OF_FORECASTS
 from labs.harness.telling import markdown, report, residual_plot, residuals, tables
 from labs.harness.telling.document import plain_text
-from labs.harness.telling.residuals import Residual
+from labs.harness.telling.residuals import Residual, Scores
 from labs.harness.telling.summary import summarise
 from serving.metrics import KV_USAGE, KvUse
 from tests.unit.builders import make_lab, make_point, write_run
@@ -138,7 +138,9 @@ def write_summary(folder: RunFolder, *caveats: Caveat) -> None:
 def test_residuals_are_told_by_figure_and_every_miss_by_name(folder: RunFolder) -> None:
     write_summary(folder)
     found = residuals.of_runs([folder])
-    told = markdown.document(residuals.page(found, residuals.to_reports(folder.path.parent)))
+    told = markdown.document(
+        residuals.page(Scores(found), residuals.to_reports(folder.path.parent))
+    )
     assert "| TPOT, mean | 2 | 25% | 1 (50%) | 1 (50%) |" in told
     assert f"| {found[0].machine} | TPOT, mean | 2 | 25% | 1 (50%) | 1 (50%) |" in told
     assert "| 0.50x |" in told
@@ -154,16 +156,16 @@ def test_figures_that_no_report_forecasts_are_told_by_machine(folder: RunFolder)
     found, kept = residuals.of_runs([folder]), residuals.kept_of_runs([folder])
     assert [r.group for r in kept] == ["ITL, p50"] * 2
     link = residuals.to_reports(folder.path.parent)
-    told = markdown.document(residuals.page(found, link, kept))
+    told = markdown.document(residuals.page(Scores(found, kept), link))
     assert f"| {found[0].machine} | ITL, p50 | 2 | 25% | 1 (50%) | 1 (50%) |" in told
-    assert "ITL, p50" not in markdown.document(residuals.page(found, link))
+    assert "ITL, p50" not in markdown.document(residuals.page(Scores(found), link))
 
 
 def test_an_older_run_counts_only_among_all_runs(folder: RunFolder, tmp_path: Path) -> None:
     write_summary(folder)
     older = RunFolder(Path(shutil.copytree(folder.path, tmp_path / "20000101T000000Z-older")))
     found = residuals.of_runs([folder, older])
-    told = markdown.document(residuals.page(found, residuals.to_reports(tmp_path)))
+    told = markdown.document(residuals.page(Scores(found), residuals.to_reports(tmp_path)))
     assert "\n| TPOT, mean | 4 |" in told
     assert f"| {found[0].machine} | TPOT, mean | 2 |" in told
 
@@ -218,7 +220,7 @@ def test_a_zero_is_a_miss_unless_it_was_forecast(with_zeros: RunFolder) -> None:
 
 def test_a_zero_is_a_miss_on_the_page_and_in_the_report(with_zeros: RunFolder) -> None:
     link = residuals.to_reports(with_zeros.path.parent)
-    told = markdown.document(residuals.page(residuals.of_runs([with_zeros]), link))
+    told = markdown.document(residuals.page(Scores.of([with_zeros]), link))
     assert "| 3.85% | 0% | 0.00x | – |" in told
     assert "| 0% | 5% | – | – |" in told
     assert "| Prefix hit rate | 2 | infinite | 0 (0%) | 0 (0%) |" in told
@@ -248,10 +250,10 @@ def test_a_zero_is_a_miss_in_the_picture_and_in_the_scripts_data(with_zeros: Run
 
 def test_quick_runs_have_no_residuals_on_the_page(folder: RunFolder) -> None:
     """Nor have incomplete ones, random weights and changed labs."""
-    assert [f.path for f in residuals.full_runs(committed=False)] == [folder.path]
+    assert residuals.is_full(folder)
     run = folder.run()
     write_json(folder.path / "run.json", run.model_copy(update={"quick": True}))
-    assert residuals.full_runs(committed=False) == []
+    assert not residuals.is_full(folder)
 
 
 def test_a_figure_that_is_not_valid_has_no_residual(folder: RunFolder) -> None:
@@ -315,7 +317,9 @@ def test_the_aims_are_told_beside_what_was_reached(folder: RunFolder) -> None:
         "TPOT, mean: median distance": ("12% over 2", False),
         "Figures within their band": ("8 of 10 (80%)", True),
     }
-    text = markdown.document(residuals.page([*claims, *times, *rates], lambda folder: "report.md"))
+    text = markdown.document(
+        residuals.page(Scores([*claims, *times, *rates]), lambda folder: "report.md")
+    )
     assert "| abacus | Claims within 25% | at least 85% | 3 of 4 (75%) | missed |" in text
     assert "| abacus | Figures within their band | 80% to 97% | 8 of 10 (80%) | met |" in text
     assert residuals.aims_of([]) == []
@@ -339,10 +343,10 @@ def test_a_miss_is_told_beside_the_pace_of_its_run(folder: RunFolder) -> None:
     assert residuals.paces_of(slow[1:]) == {}  # too few
     assert [r.share_at(2.0) for r in slow] == [1.0] * 5 + [3.0]
     assert claim.share_at(2.0) is None
-    text = markdown.document(residuals.page([*slow, claim], lambda folder: "report.md"))
+    text = markdown.document(residuals.page(Scores([*slow, claim]), lambda folder: "report.md"))
     assert re.search("Of the 6 .* 5 lie", text)
     assert "| 2.00x | 1.00x |" in text
     assert "| 6.00x | 3.00x |" in text
     assert "| 3.00x | – |" in text
-    alone = markdown.document(residuals.page([claim], lambda folder: "report.md"))
+    alone = markdown.document(residuals.page(Scores([claim]), lambda folder: "report.md"))
     assert "that missed" not in alone

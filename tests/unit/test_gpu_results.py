@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from labs.harness.comparing import compare, leaderboards, side_by_side
 from labs.harness.facts.parts import Headline, ReportParts
 from labs.harness.filing import manifest, results
 from labs.harness.filing.newest import newest_runs
-from labs.harness.filing.results import Band, PointForecasts, RunFolder, write_json
+from labs.harness.filing.results import Band, PointForecasts, RunFolder, all_runs, write_json
 from labs.harness.page import read
 from labs.harness.telling import dials, instruments, markdown, residuals, site
 from labs.harness.telling.document import parts, plain_text
 from labs.harness.telling.instruments import Bench
 from labs.harness.telling.markdown import Markdown
+from labs.harness.telling.residuals import Scores
 from labs.harness.telling.site import Course, Entry
 from labs.harness.telling.summary import summarise
 from serving.hardware.machine import Machine
@@ -194,17 +196,16 @@ def test_forecasts_of_quick_runs_on_gpus_are_scored_apart_and_marked(
 ) -> None:
     _changed(cpu, "20260104", quick=True)  # on the CPU
     on_gpu(cpu, "20260105", changes={"repeats": 9})
-    (apart,) = residuals.runs_apart(committed=False)
-    assert apart.path == quick.path
-    assert [f.path for f in residuals.full_runs(committed=False)] == [cpu.path]
-    full, quickly = (residuals.of_runs([folder]) for folder in (cpu, quick))
+    scores = Scores.of(all_runs())
+    assert {r.folder.path for r in scores.apart} == {quick.path}
+    assert {r.folder.path for r in scores.reported} == {cpu.path}
     link = residuals.to_reports(results.RESULTS)
-    page = residuals.page(full, link, (), quickly)
+    page = residuals.page(replace(scores, kept=()), link)
     by_figure, by_run, misses = tables(page, APART)
     assert by_figure
     assert {row[0] for row in by_figure} == {f"NVIDIA Soroban 80GB {MARKED}"}
     assert {row[2] for row in [*by_run, *misses]} == {f"20260102 {MARKED}"}
-    without = residuals.page(full, link)
+    without = residuals.page(Scores(scores.reported), link)
     assert page.startswith(without)
     assert f"## {APART}" not in without
     assert APART in leaderboards._pages()[results.RESULTS / leaderboards.FORECASTS]
@@ -213,7 +214,7 @@ def test_forecasts_of_quick_runs_on_gpus_are_scored_apart_and_marked(
 def test_full_runs_of_gpus_lead_the_scores(cpu: RunFolder) -> None:
     gpu = on_gpu(cpu, "20260103")
     found = residuals.of_runs([cpu, gpu])
-    page = residuals.page(found, residuals.to_reports(results.RESULTS), found)
+    page = residuals.page(Scores(found, found), residuals.to_reports(results.RESULTS))
     for title in ("Aims", "By machine and figure, in the newest run of each lab"):
         ((first, *_), *_), *_ = tables(page, title)
         assert first == "NVIDIA Soroban 80GB"

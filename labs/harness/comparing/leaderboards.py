@@ -152,18 +152,12 @@ def _differing_runs(before: str, after: str) -> str:
 
 
 def _pages() -> dict[Path, str]:
-    runs, full = newest_runs(committed=True), residuals.full_runs(committed=True)
-    apart = residuals.runs_apart(committed=True)
+    runs, scores = newest_runs(committed=True), residuals.Scores.of(committed_runs())
     return {
         README: generated_parts(README.read_text(), runs),
         results.RESULTS / PAGE: _collection(runs),
         results.RESULTS / FORECASTS: markdown.document(
-            residuals.page(
-                residuals.of_runs(full),
-                residuals.to_reports(results.RESULTS),
-                residuals.kept_of_runs(full),
-                residuals.of_runs(apart),
-            )
+            residuals.page(scores, residuals.to_reports(results.RESULTS))
         ),
         **{
             home / PAGE: markdown.document(_machine(machine_runs, committed=True))

@@ -16,67 +16,25 @@ from statistics import median
 from typing import Literal
 
 from labs import LABS
-from labs.harness.filing.checks import unreadable
-from labs.harness.filing.committed import committed_runs
 from labs.harness.filing.newest import marks, newest_of, on_cpu
-from labs.harness.filing.results import RunFolder, all_runs
+from labs.harness.filing.results import RunFolder
 from labs.harness.judging.judge import AGREEMENT, Interval, in_band
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import number, point_label, ratio_number
 from labs.harness.spec import OF_FORECASTS
-from labs.harness.telling.document import (
-    Inline,
-    Link,
-    Paragraph,
-    Section,
-    Table,
-    parse,
-    plain_text,
-    section,
-    table,
-)
+from labs.harness.telling.document import Inline, Link, Table, parse, plain_text, table
+from labs.harness.telling.filled import filled
+from labs.harness.telling.markdown import Markdown
 
 BY_FORECAST = "claims, by the ratio of two forecasts"
 BY_FORMULA = "claims, by the lab's formula"
 PLACE = ("Lab", "Machine", "Run", "Figure")
-INTRODUCTION = (
-    "How near predictions came to what was measured, in full, valid runs. All of them were written"
-    " before the first engine started. The distance is how far measured / predicted lies from 1."
-    " Within 25% is from p / 1.25 to 1.25 p; a band is what the forecast itself stated. Bounds are"
-    " not counted, nor is a figure that was forecast as 0 and measured as 0; no prediction is left"
-    " out because it missed."
-)
-KEPT = (
-    "Reports show no forecast of these: they follow from the figures above, or chance moves them"
-    " more. The mean number of requests in decode hardly varies, so that its narrow band is often"
-    " missed by little."
-)
-PACE = (
-    "On a machine that is shared, a whole run may be slower or faster than the step was when it"
-    " was timed. A run's pace is the median, over its points, of measured / predicted times and"
-    " predicted / measured rates (in runs with at least {least} of these). Of the {missed} times"
-    " and rates that missed, {near} lie within 25% of the forecast once the pace is taken out:"
-    " there the forecast missed the machine's speed, and not what the load does. The others missed"
-    " by themselves; the last column tells which. This explains misses, and excuses none: the pace"
-    " is taken from what was measured."
-)
-AIMS = (
-    "What forecasts are meant to reach on a machine, over the newest run of each lab. The aims were"
-    " stated before the runs that are judged by them, and nothing is fitted to reach them. All"
-    " claims count, whether a forecast or the lab's formula predicted them, and all figures with a"
-    " band that are listed below. Where more than 97% of these lie within their band, the bands are"
-    " too wide, and the aim is missed as well."
-)
+MACHINE = ("Machine", "Figure")
 CLAIMS_NEAR = 52 / 61  # within 25%, as 52 of 61 claims would be
 CLAIMS_DISTANCE = 0.08  # the median, at most
 POINTS_DISTANCE = {"output_tokens_per_s": 0.10, "tpot_mean_s": 0.10, "ttft_mean_s": 0.15}
 WITHIN_BANDS = (0.80, 0.97)  # more would show bands that are too wide
 LEAST_TIMED = 6  # figures of a run, whose median is its pace
-APART = (
-    "Of runs on GPUs that are quick (shorter windows, fewer repeats) or have random weights (whose"
-    " speed is real); each is marked. They count in nothing above."
-)
-NONE = "No full run on file has a valid figure that was predicted."
 LinkTo = Callable[[RunFolder], str]  # the address of what tells a run
 
 
@@ -165,23 +123,6 @@ def is_apart(folder: RunFolder) -> bool:
     return otherwise_full and (run.quick or run.dummy) and not on_cpu(folder)
 
 
-def full_runs(committed: bool) -> list[RunFolder]:
-    """List the full runs.
-
-    With `committed`, only runs that git tracks count; else a run that cannot be read is skipped.
-    """
-    return [folder for folder in _runs(committed) if is_full(folder)]
-
-
-def runs_apart(committed: bool) -> list[RunFolder]:
-    """List the runs on GPUs that are scored apart from the full ones; `committed` as there."""
-    return [folder for folder in _runs(committed) if is_apart(folder)]
-
-
-def _runs(committed: bool) -> list[RunFolder]:
-    return committed_runs() if committed else [f for f in all_runs() if not unreadable(f)]
-
-
 def of_runs(runs: Iterable[RunFolder]) -> list[Residual]:
     """List the residuals of runs, lab by lab in the order of the course."""
     labs = {name: place for place, name in enumerate(LABS)}  # a run's lab may be gone
@@ -243,87 +184,62 @@ def to_reports(page_folder: Path) -> LinkTo:
     return lambda folder: os.path.relpath(folder.path / "report.md", page_folder)
 
 
-def page(
-    reported: Sequence[Residual],
-    link: LinkTo,
-    kept: Sequence[Residual] = (),
-    apart: Sequence[Residual] = (),
-) -> Section:
-    """Write the page of these residuals, each with the link to its run.
+@dataclass(frozen=True)
+class Scores:
+    """Holds the residuals of runs: those that count, and what is told beside them."""
 
-    `kept` are those of figures that reports leave out: they are told by figure alone. `apart` are
-    those of `runs_apart`, which have a section of their own.
-    """
-    figures = [BY_FORECAST, BY_FORMULA, *(m.title for m in METRICS.values())]
-    by_figure = sorted(reported, key=lambda r: figures.index(r.group))
+    reported: Sequence[Residual]
+    kept: Sequence[Residual] = ()  # of figures that reports leave out: told by figure alone
+    apart: Sequence[Residual] = ()  # of runs that are scored apart from the full ones
+
+    @classmethod
+    def of(cls, runs: Sequence[RunFolder]) -> Scores:
+        full, apart = [f for f in runs if is_full(f)], [f for f in runs if is_apart(f)]
+        return cls(of_runs(full), kept_of_runs(full), of_runs(apart))
+
+
+def page(scores: Scores, link: LinkTo) -> Markdown:
+    """Write the page of these residuals, each with the link to its run."""
+    reported = scores.reported
     newest = {folder.path for folder in newest_of(r.folder for r in reported)}
-    now = sorted(
-        (residual for residual in by_figure if residual.folder.path in newest),
-        key=_by_machine,
-    )
+    now = _by_machine(r for r in reported if r.folder.path in newest)
+    kept = _by_machine(r for r in scores.kept if r.folder.path in newest)
+    apart = _by_machine(scores.apart)
     misses, paces = [r for r in reported if not r.near], paces_of(reported)
-    return section(
-        "Forecast beside measured",
-        Paragraph(INTRODUCTION if reported else NONE),
-        section("Aims", Paragraph(AIMS), _aims(now)) if now else None,
-        section(
-            "By machine and figure, in the newest run of each lab",
-            _grouped(now, ("Machine", "Figure"), lambda r: (r.machine, r.group)),
-        )
-        if now
-        else None,
-        section("By figure, in all runs", _grouped(by_figure, ("Figure",), lambda r: (r.group,))),
-        section(
-            "Other figures that are forecast, by machine, in the newest run of each lab",
-            Paragraph(KEPT),
-            _grouped(
-                sorted(
-                    (residual for residual in kept if residual.folder.path in newest),
-                    key=lambda r: (*_by_machine(r), figures.index(r.group)),
-                ),
-                ("Machine", "Figure"),
-                lambda r: (r.machine, r.group),
-            ),
-        )
-        if kept
-        else None,
-        section("By run", _grouped(reported, PLACE, lambda r: _place(r, link))),
-        section(
-            f"Misses: {len(misses):,} of {len(reported):,} lie further off than 25%",
-            _at_their_pace(misses, paces),
-            _misses(misses, paces, link),
-        )
-        if misses
-        else None,
-        _apart(apart, link),
+    at_pace = [share for r in misses if (share := _share_at_pace(r, paces)) is not None]
+    missed_apart = [r for r in apart if not r.near]
+    return filled(
+        "scores",
+        scores=scores,
+        aims=_aims(now),
+        newest=_grouped(now, MACHINE, _of_machine),
+        by_figure=_grouped(sorted(reported, key=_figure), ("Figure",), lambda r: (r.group,)),
+        kept=_grouped(kept, MACHINE, _of_machine),
+        by_run=_grouped(reported, PLACE, lambda r: _place(r, link)),
+        missed=len(misses),
+        timed_misses=len(at_pace),
+        near_at_pace=sum(map(_is_near, at_pace)),
+        least_timed=LEAST_TIMED,
+        misses=_misses(misses, paces, link),
+        apart=_grouped(apart, MACHINE, _of_machine),
+        apart_by_run=_grouped(scores.apart, PLACE, lambda r: _place(r, link)),
+        apart_missed=len(missed_apart),
+        apart_misses=_misses(missed_apart, paces_of(scores.apart), link),
     )
 
 
-def _by_machine(residual: Residual) -> tuple[bool, str]:
-    """Sort residuals by machine, GPUs first."""
-    return on_cpu(residual.folder), residual.machine
+def _figure(residual: Residual) -> int:
+    """The place of a residual's figure among all: claims first."""
+    return [BY_FORECAST, BY_FORMULA, *(m.title for m in METRICS.values())].index(residual.group)
 
 
-def _apart(apart: Sequence[Residual], link: LinkTo) -> Section | None:
-    """Tell the residuals of runs that are scored apart, by machine and figure, and every miss."""
-    if not apart:
-        return None
-    figures = [BY_FORECAST, BY_FORMULA, *(m.title for m in METRICS.values())]
-    ordered = sorted(apart, key=lambda r: (*_by_machine(r), figures.index(r.group)))
-    misses = [r for r in ordered if not r.near]
-    return section(
-        "Apart: quick runs and random weights on GPUs",
-        Paragraph(APART),
-        _grouped(
-            ordered,
-            ("Machine", "Figure"),
-            lambda r: (f"{r.machine}{marks(r.folder.run())}", r.group),
-        ),
-        Paragraph("By run:"),
-        _grouped(apart, PLACE, lambda r: _place(r, link)),
-        Paragraph(f"{len(misses)} of {len(apart)} lie further off than 25%."),
-        _misses(misses, paces_of(apart), link),
-    )
+def _by_machine(found: Iterable[Residual]) -> list[Residual]:
+    """Sort residuals by machine, GPUs first, and by figure."""
+    return sorted(found, key=lambda r: (on_cpu(r.folder), r.machine, _figure(r)))
+
+
+def _of_machine(residual: Residual) -> tuple[str, str]:
+    return f"{residual.machine}{marks(residual.folder.run())}", residual.group
 
 
 @dataclass(frozen=True)
@@ -394,13 +310,6 @@ def paces_of(reported: Iterable[Residual]) -> dict[Path, float]:
         if residual.slowdown is not None:
             slowdowns.setdefault(residual.folder.path, []).append(residual.slowdown)
     return {run: median(of) for run, of in slowdowns.items() if len(of) >= LEAST_TIMED}
-
-
-def _at_their_pace(misses: Iterable[Residual], paces: Mapping[Path, float]) -> Paragraph | None:
-    shares = [share for r in misses if (share := _share_at_pace(r, paces)) is not None]
-    near = sum(_is_near(share) for share in shares)
-    text = PACE.format(least=LEAST_TIMED, missed=len(shares), near=near)
-    return Paragraph(text) if shares else None
 
 
 def _share_at_pace(residual: Residual, paces: Mapping[Path, float]) -> float | None:

@@ -502,10 +502,8 @@ class Course:
         Those that are scored apart are in tables of their own, and in no picture.
         """
         published = [e.folder for e in self.published.values()]
-        full = [folder for folder in published if residuals.is_full(folder)]
-        reported_residuals, kept_residuals = residuals.of_runs(full), residuals.kept_of_runs(full)
-        apart = residuals.of_runs(folder for folder in published if residuals.is_apart(folder))
-        document = residuals.page(reported_residuals, self.page_of, kept_residuals, apart)
+        scores = residuals.Scores.of(published)
+        document = residuals.page(scores, self.page_of)
         titles = {item.lab.name: item.lab.title for item in self.lessons}
         no_picture = html.embedded(Path())  # the document has none
         return course_page(
@@ -514,13 +512,13 @@ class Course:
             FORECAST_SCRIPT,
             intro=html.introduction(document, no_picture),
             sections=html.sections(document, no_picture),
-            pictures=list(residual_plot.pictures(reported_residuals, titles)),
+            pictures=list(residual_plot.pictures(scores.reported, titles)),
             titles=titles,
             lessons={item.lab.name: item.href for item in self.lessons},
             data={
                 "colours": VARIANTS,
                 "predicted": BOUND,
-                **residual_plot.data(reported_residuals, titles, self.page_of),
+                **residual_plot.data(scores.reported, titles, self.page_of),
             },
         )
 
