@@ -23,6 +23,8 @@ from pydantic import BaseModel, Field
 
 from serving.hardware.reference_step import ReferenceStep
 
+MOST_VERIFIED = 8
+"""Tokens of a piece that attention reads the cache for as it does for one: guesses, mostly."""
 MASKED_IN_TURN = 128
 """vLLM 0.32 fills the masks of up to so many sequences one after another."""
 
@@ -47,6 +49,61 @@ class Masking(BaseModel, frozen=True, extra="forbid"):
     processors: int  # of the host
 
 
+class AttentionTimes(BaseModel, frozen=True, extra="forbid"):
+    """Seconds that attention takes in all layers, at the sizes at which its kernels were timed."""
+
+    batches: tuple[int, ...]  # requests that decode together
+    contexts: tuple[int, ...]  # tokens of each, the new one included
+    decode_s: tuple[tuple[float, ...], ...]  # by batch, then by context
+    requests_each: int = 1  # a request counts as so many of the tables'
+    lengths: tuple[int, ...]  # tokens of a prompt
+    prefill_s: tuple[float, ...]
+
+    def times(self, factor: float) -> AttentionTimes:
+        """Return the times where everything takes `factor` times as long."""
+        return self.model_copy(
+            update={
+                "decode_s": tuple(tuple(factor * s for s in row) for row in self.decode_s),
+                "prefill_s": tuple(factor * s for s in self.prefill_s),
+            }
+        )
+
+    def seconds(self, pieces: Sequence[Piece]) -> float:
+        """Add up a step's attention: of all that decode together, and of each piece of a prompt.
+
+        A few tokens, as where guesses are verified, read as much of the cache as one does.
+        """
+        contexts = [piece.context_tokens + 1 for piece in pieces if piece.tokens <= MOST_VERIFIED]
+        prompts = [piece for piece in pieces if piece.tokens > MOST_VERIFIED]
+        launch_s = self.prefill_s[0]  # one launch serves a step
+        computing_s = sum(self._computing_s(piece) for piece in prompts)
+        if not contexts:
+            return launch_s + computing_s
+        return self._decode_s(len(contexts), sum(contexts) / len(contexts)) + computing_s
+
+    def _decode_s(self, requests: int, context_tokens: float) -> float:
+        batch = requests * self.requests_each
+        by_batch = [_at(context_tokens, self.contexts, row) for row in self.decode_s]
+        return _at(batch, self.batches, by_batch)
+
+    def _computing_s(self, piece: Piece) -> float:
+        """Compute a piece's time beside the launch: the whole prompt's so far, less what was done.
+
+        Query tokens attend to what is cached and to those before them, a trapezium of pairs, which
+        is the difference of two triangles. It takes at least as long as reading what is cached.
+        """
+        end = piece.context_tokens + piece.tokens
+        done_s = self._whole_s(piece.context_tokens) if piece.context_tokens else self.prefill_s[0]
+        read_s = self._decode_s(1, end) - self.decode_s[0][0]
+        return max(read_s, self._whole_s(end) - done_s)
+
+    def _whole_s(self, tokens: int) -> float:
+        last = self.lengths[-1]
+        if tokens > last:
+            return self.prefill_s[-1] * (tokens / last) ** 2
+        return float(np.interp(tokens, self.lengths, self.prefill_s))
+
+
 class StepTimes(BaseModel, frozen=True, extra="forbid"):
     """The measured parts of a step. Sizes ascend, and each has its seconds at the same place."""
 
@@ -54,8 +111,12 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
     linear_s: tuple[float, ...]
     rows: tuple[int, ...]
     head_s: tuple[float, ...]
-    attention_pair_s: float
-    attention_read_s: float
+    attention_pair_s: float = 0.0
+    attention_read_s: float = 0.0
+    # in the place of these two, where kernels were timed
+    attention: Annotated[AttentionTimes | None, Field(exclude_if=lambda times: times is None)] = (
+        None
+    )
     scheduling_s: float = 0.0  # of the engine itself, around the model's forward pass
     wander: float = 1.0  # the middle time of a part over its least, as the machine's speed wandered
     # the machine itself, timed in turn with the parts; None on a GPU and in older runs
@@ -70,6 +131,7 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
             head_s=tuple(factor * s for s in self.head_s),
             attention_pair_s=factor * self.attention_pair_s,
             attention_read_s=factor * self.attention_read_s,
+            attention=self.attention.times(factor) if self.attention else None,
             scheduling_s=factor * self.scheduling_s,
             wander=self.wander,
             reference=self.reference,
@@ -82,7 +144,11 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
         """
         if not step.pieces:
             return 0.0
-        attention_s = sum(map(self._attention_s, step.pieces))
+        attention_s = (
+            self.attention.seconds(step.pieces)
+            if self.attention
+            else sum(map(self._attention_s, step.pieces))
+        )
         tokens = sum(piece.tokens for piece in step.pieces)
         return (
             _at(tokens, self.tokens, self.linear_s)
