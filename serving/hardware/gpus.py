@@ -74,6 +74,7 @@ DATASHEETS = {  # by the name NVML gives: SXM and PCIe cards of one name differ
     ),
     "NVIDIA H200": Datasheet("h200", 143771 * 2**20, 4.8e12, 989e12, 1979e12, 450e9, 64e9),
     "NVIDIA A100-SXM4-80GB": Datasheet("a100", 81920 * 2**20, 2.04e12, 312e12, None, 300e9, 32e9),
+    "NVIDIA L40S": Datasheet("l40s", 46068 * 2**20, 0.864e12, 362e12, 733e12, None, 32e9),
     "NVIDIA L4": Datasheet("l4", 23034 * 2**20, 0.30e12, 121e12, 242e12, None, 32e9),
     "NVIDIA GeForce RTX 4090": Datasheet(
         "rtx-4090", 24564 * 2**20, 1.008e12, 165e12, 330e12, None, 32e9

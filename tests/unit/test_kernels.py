@@ -1,0 +1,132 @@
+"""The step of a GPU put together from published kernels: what its parts add up to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from serving.forecasting import kernels
+from serving.forecasting.kernels import Decoder, KernelsError, step_times
+from serving.forecasting.step import AttentionTimes, Piece, Step
+from serving.hardware.gpus import short_names
+from serving.weights import dummy
+
+
+def decoder(shape: str) -> Decoder:
+    return Decoder.of(json.loads((dummy.HOME / f"{shape}.json").read_text()))
+
+
+LLAMA = decoder("llama-8b")
+ALONE = Step([Piece(1, 100)], 1)
+US = 1e-6
+
+
+def test_one_stream_decodes_at_the_published_rate() -> None:
+    """vLLM's 155 tokens/s for an 8B model in BF16 on an H100, from which the host's share comes."""
+    assert 1 / step_times(LLAMA, "h100").seconds(ALONE) == pytest.approx(155, rel=0.005)
+
+
+def test_a_step_is_its_kernels_and_the_host() -> None:
+    """Worked by hand from the tables' rows, for a model whose sizes are all in them."""
+    small = Decoder(
+        layers=2, hidden=4096, heads=32, kv_heads=8, head_dim=128, inner=8192, vocab=65536
+    )
+    products_us = 19.9 + 15.05 + 46.02 + 30.25  # qkv 6144, output 4096, gate and up 16384, down
+    values = 8 * 4096 + 2 * 32 * 128 + 6 * 8 * 128 + 3 * 8192
+    small_us = 5 * 2.893 + 2 * values / 3.061e12 / US
+    attention_us = 11.54
+    head_us = 218.0 + 2 * 2.893
+    expected_us = 2 * (products_us + small_us + attention_us) + 2.893 + head_us + 150
+    found_s = step_times(small, "h100").seconds(Step([Piece(1, 31)], 1))
+    assert found_s / US == pytest.approx(expected_us, rel=0.01)
+
+
+def test_a_prompt_reaches_the_share_of_the_dense_rate_that_was_published() -> None:
+    """0.71 to 0.73 of 989 TFLOP/s in the products of 1,024 to 2,048 tokens of an 8B model."""
+    times = step_times(LLAMA, "h100")
+    products_s = times.linear_s[times.tokens.index(2048)]
+    flops = 2 * 2048 * 6.98e9  # parameters of the layers
+    assert flops / products_s / 989e12 == pytest.approx(0.70, abs=0.04)
+
+
+def test_gpus_that_share_layers_exchange_results() -> None:
+    one, four = (step_times(LLAMA, "h100", gpus).seconds(ALONE) for gpus in (1, 4))
+    exchanges_s = 65 * 5e-6
+    assert one / 4 + exchanges_s < four < one / 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "card", "gpus", "why"),
+    [
+        ({}, "l40s", 2, "exchanges"),
+        ({}, "h100", 3, "exchanges between 3 GPUs"),
+        ({"head_dim": 96}, "h100", 1, "heads of 96"),
+        ({"experts": 7, "experts_per_token": 2}, "h100", 1, "experts of this shape"),
+        ({}, "l4", 1, "products"),
+    ],
+)
+def test_what_no_table_has_is_named(
+    changed: dict[str, int], card: str, gpus: int, why: str
+) -> None:
+    with pytest.raises(KernelsError, match=why):
+        step_times(replace(LLAMA, **changed), card, gpus)
+
+
+def test_eight_bits_read_half() -> None:
+    plain, eight = (step_times(LLAMA, "h100", eight_bit_weights=e).seconds(ALONE) for e in (0, 1))
+    assert 0.5 < eight / plain < 0.75
+
+
+def test_experts_have_a_table() -> None:
+    moe = step_times(decoder("moe-30b"), "h100")
+    assert moe.seconds(ALONE) < step_times(LLAMA, "h100").seconds(ALONE)
+    assert step_times(replace(decoder("moe-30b"), layers=24), "h100").linear_s[0] == pytest.approx(
+        moe.linear_s[0] / 2, rel=0.01
+    )
+
+
+def test_more_kv_heads_than_any_table_has_are_more_requests() -> None:
+    """32 KV heads of one request keep the kernel as busy as 8 of four."""
+    wide = step_times(replace(LLAMA, kv_heads=32), "h100").attention
+    narrow = step_times(replace(LLAMA, heads=8, kv_heads=8), "h100").attention
+    assert wide and narrow and wide.requests_each == 4
+    assert wide.seconds([Piece(1, 1023)] * 2) == narrow.seconds([Piece(1, 1023)] * 8)
+
+
+ATTENTION = AttentionTimes(
+    batches=(1, 2, 4),
+    contexts=(2, 1024, 2048),
+    decode_s=((1.0, 2.0, 3.0), (1.0, 3.0, 5.0), (2.0, 6.0, 10.0)),
+    lengths=(1, 512, 1024),
+    prefill_s=(1.0, 5.0, 17.0),
+)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "seconds"),
+    [
+        ([Piece(1, 1023)], 2.0),
+        ([Piece(1, 1023), Piece(1, 2047)], 4.0),  # 1,536 tokens on average
+        ([Piece(1, 1023)] * 3, 4.5),
+        ([Piece(512, 0)], 5.0),
+        ([Piece(512, 512)], 1.0 + 12.0),
+        ([Piece(512, 0), Piece(512, 0)], 1.0 + 4.0 + 4.0),  # one launch
+        ([Piece(512, 0), Piece(1, 1023)], 2.0 + 4.0),
+        ([Piece(16, 2032)], 1.0 + 3.0 - 1.0),  # reading the cache takes longer than computing
+        ([Piece(2048, 0)], 17.0 * 4),
+    ],
+)
+def test_attention_of_a_step(pieces: list[Piece], seconds: float) -> None:
+    assert ATTENTION.seconds(pieces) == pytest.approx(seconds)
+
+
+def test_everything_takes_a_factor_longer() -> None:
+    times = step_times(LLAMA, "a100")
+    step = Step([Piece(1, 700), Piece(300, 50)], 2)
+    assert times.times(1.5).seconds(step) == pytest.approx(1.5 * times.seconds(step))
+
+
+def test_every_card_with_tables_has_a_datasheet() -> None:
+    assert set(kernels.cards()) <= set(short_names())
