@@ -32,6 +32,7 @@ SHAPES: dict[str, str] = {
     # serving/weights/shapes/<name>.json -> the public architecture whose numbers it has
     "llama-8b": "Llama 3.1 8B: dense, 8 KV heads for 32",
     "llama-70b": "Llama 3.1 70B: dense, 8 KV heads for 64",
+    "qwen3-14b": "Qwen3 14B: dense, 8 KV heads for 40",
     "llama-1b": "Llama 3.2 1B: dense, tied embeddings",
     "moe-30b": "Qwen3 30B-A3B: a mixture of 128 experts, 8 for each token",
     "moe-3b": "nobody's: a mixture of 40 experts, 8 for each token, sized for a GPU of 16 GB",

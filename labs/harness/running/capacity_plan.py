@@ -24,7 +24,7 @@ from labs.harness.running.loads_played import forecast_loads, processes
 from labs.harness.running.machines_on_file import DEFAULT_BUDGET_TOKENS, MachineOnFile
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.resolve import machine_of
-from labs.harness.running.step_timing import ends_of_band, is_eight_bit
+from labs.harness.running.step_timing import ends_of_band
 from labs.harness.running.virtual_trials import as_one_gpu, defaults_on_a_gpu
 from labs.harness.spec import SLO, LabError
 from labs.harness.telling.capacity_plans import Alone, CapacityPlan, Demand, Fit, Price
@@ -32,7 +32,8 @@ from labs.harness.telling.forecasts import LoadForecast, over
 from loadtests.arrivals import Poisson
 from serving.engines.base import FlagValue
 from serving.engines.vllm import CPU_KV_BYTES, PROCESS_BYTES, Vllm, VllmFlags, usable_bytes
-from serving.forecasting.datasheet import ENDS, reason_against_sharing, step_times
+from serving.forecasting import cards
+from serving.forecasting.datasheet import reason_against_sharing
 from serving.forecasting.fleet import serial_delays
 from serving.forecasting.plan import ForecastPlan, PlannedEngine, PlannedTrial, SyntheticRequest
 from serving.forecasting.step import Piece, Step, StepTimes
@@ -167,9 +168,8 @@ class Served:
         config = json.loads((model.path / "config.json").read_text())
         shared: dict[str, FlagValue] = {"tensor-parallel-size": gpus}
         flags = as_one_gpu({**defaults_on_a_gpu(machine, model.shape, shared), **shared})
-        eight_bit = is_eight_bit(config)
-        steps = (step_times(model.shape, sheet, e, eight_bit=eight_bit, gpus=gpus) for e in ENDS)
-        return cls(model, flags, tuple(steps), gpus * sheet.memory_bandwidth_bytes_per_s)
+        steps = cards.steps(config, model.shape, sheet, gpus)
+        return cls(model, flags, steps, gpus * sheet.memory_bandwidth_bytes_per_s)
 
     @classmethod
     def on_file(cls, model: Model, on_file: MachineOnFile) -> Served:

@@ -39,7 +39,7 @@ from labs.harness.running.step_timing import (
     earlier_speeds,
     served_folder,
     steps_as_timed,
-    steps_by_datasheet,
+    steps_of_card,
     steps_on_file,
 )
 from labs.harness.running.trials import requests_file
@@ -237,7 +237,7 @@ def steps_of(
     `speeds` are those of earlier runs on this machine. Raises ForecastError.
     """
     if setup.datasheet:
-        return steps_by_datasheet(setup, points, setup.datasheet)
+        return steps_of_card(setup, points, setup.datasheet)
     if setup.on_file:
         return steps_on_file(points, setup.on_file)
     # alone on the machine: beside another process that works, steps take a third longer

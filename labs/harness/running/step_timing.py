@@ -16,8 +16,7 @@ from labs.harness.running.resolve import Setup
 from labs.harness.spec import Point, Variant
 from serving.engines.base import FlagValue, with_places
 from serving.engines.vllm import Vllm, VllmFlags
-from serving.forecasting import datasheet
-from serving.forecasting.datasheet import Efficiency
+from serving.forecasting import cards
 from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import PASSES, QUICK_PASSES, TimingPlan
 from serving.hardware import machine as machines
@@ -148,34 +147,22 @@ def steps_on_file(points: Sequence[Point], on_file: MachineOnFile) -> Steps:
     return {p.key: ((expected, None), (faster, None), (slower, None)) for p in points}
 
 
-def steps_by_datasheet(setup: Setup, points: Sequence[Point], sheet: Datasheet) -> Steps:
-    """Compute the steps of these points on a GPU that is not here."""
+def steps_of_card(setup: Setup, points: Sequence[Point], card: Datasheet) -> Steps:
+    """Find the steps of these points on a GPU that is not here."""
 
-    def at(point: Point, efficiency: Efficiency) -> EngineSteps:
+    def at(point: Point) -> tuple[EngineSteps, EngineSteps, EngineSteps]:
         flags = VllmFlags(with_places(point.variant.flags, setup.places))
         draft, gpus = flags.speculative_config.get("model"), flags.tensor_parallel_size
-        served = config_of(served_folder(setup, point.variant) / "config.json")
-        return (
-            datasheet.step_times(
-                point.shape, sheet, efficiency, flags.kv_value_bytes, is_eight_bit(served), gpus
-            ),
-            # vLLM divides a draft model like the model itself
-            datasheet.step_times(
-                models.shape_of(config_of(Path(str(draft)) / "config.json")), sheet, efficiency,
-                gpus=gpus,
-            )
-            if draft
-            else None,
-        )  # fmt: skip
+        config = config_of(served_folder(setup, point.variant) / "config.json")
+        steps = cards.steps(config, point.shape, card, gpus, flags.kv_value_bytes)
+        if not draft:
+            return (steps[0], None), (steps[1], None), (steps[2], None)
+        config = config_of(Path(str(draft)) / "config.json")
+        # vLLM divides a draft model like the model itself
+        drafting = cards.steps(config, models.shape_of(config), card, gpus)
+        return (steps[0], drafting[0]), (steps[1], drafting[1]), (steps[2], drafting[2])
 
-    expected, faster, slower = datasheet.ENDS
-    return {p.key: (at(p, expected), at(p, faster), at(p, slower)) for p in points}
-
-
-def is_eight_bit(config: Mapping[str, Any]) -> bool:
-    """Tell whether activations are quantized too, so that the layers multiply at 8 bits."""
-    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    return any(group.get("input_activations") for group in groups)
+    return {point.key: at(point) for point in points}
 
 
 def described(steps: Iterable[tuple[EngineSteps, EngineSteps, EngineSteps]]) -> list[Any]:

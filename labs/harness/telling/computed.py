@@ -22,7 +22,8 @@ from labs.harness.telling.forecasts import over
 from labs.harness.telling.planner import BLOCK_TOKENS, kv_room_tokens
 from labs.harness.telling.tables import with_band
 from serving.engines.vllm import MEMORY_SHARE, usable_bytes
-from serving.forecasting.datasheet import ENDS, EXPECTED, step_times
+from serving.forecasting import cards
+from serving.forecasting.datasheet import EXPECTED
 from serving.forecasting.step import Piece, Step
 from serving.hardware.gpus import DATASHEETS, PCIE_4_BYTES_PER_S, Datasheet
 from serving.weights import dummy, models
@@ -112,7 +113,7 @@ def _documents() -> Computed:
     name, prompt, document, documents, replicas, budget = "llama-8b", 4000, 3800, 300, 4, 512
     card, sheet = _card()
     shape = shipped_shape(name)
-    times = [step_times(shape, sheet, end) for end in ENDS]
+    times = cards.steps(dummy.config_of(name), shape, sheet)
 
     def prefill(tokens: int, cached: int) -> tuple[str, str]:
         """Forecast the time of a prompt's last tokens, and such prompts a second."""
@@ -146,8 +147,8 @@ def _rent_or_buy() -> Computed:
     millions = break_even_millions(per_hour, per_million)
     per_s = over(
         [
-            users * output / step_times(shape, sheet, end).request_s(users, prompt, output)
-            for end in ENDS
+            users * output / times.request_s(users, prompt, output)
+            for times in cards.steps(dummy.config_of(name), shape, sheet)
         ]
     )
     a_day = over([86_400 * value / 1e6 for value in (per_s.value, per_s.low, per_s.high)])

@@ -1,0 +1,67 @@
+"""The step of a GPU that is not here, as expected, on a faster and on a slower engine.
+
+Where the card's kernels were timed by others, and what the step needs is among them, it is put
+together from these (`kernels.py`); else it follows from the card's datasheet (`datasheet.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from serving.forecasting import datasheet, kernels
+from serving.forecasting.kernels import Decoder, KernelsError
+from serving.forecasting.step import StepTimes
+from serving.hardware.gpus import Datasheet
+from serving.weights.models import Shape
+
+FASTER, SLOWER = 0.89, 1.08
+"""The ends of a band around a step from kernels: by so many times its time real runs differed.
+
+Measured / forecast of TPOT: 0.89 (Llama 2 7B on an H100, whose requests share their prompts) to
+1.08 (Llama 3.1 8B on an H100 at 20 requests a second); `results/published-gpu.md` has all.
+"""
+
+
+def steps(
+    config: Mapping[str, Any],
+    shape: Shape,
+    card: Datasheet,
+    gpus: int = 1,
+    kv_value_bytes: float | None = None,
+) -> tuple[StepTimes, StepTimes, StepTimes]:
+    """Return the step of a model on a card, or on `gpus` that share each layer, and its band.
+
+    `config` is the model's `config.json`, and `kv_value_bytes` are the bytes of a cached number.
+    """
+    try:
+        expected = _by_kernels(config, card, gpus, kv_value_bytes)
+    except KernelsError:
+        eight_bit = has_eight_bit_products(config)
+        expected, faster, slower = (
+            datasheet.step_times(shape, card, efficiency, kv_value_bytes, eight_bit, gpus)
+            for efficiency in datasheet.ENDS
+        )
+        return expected, faster, slower
+    return expected, expected.times(FASTER), expected.times(SLOWER)
+
+
+def _by_kernels(
+    config: Mapping[str, Any], card: Datasheet, gpus: int, kv_value_bytes: float | None
+) -> StepTimes:
+    eight_bit = has_eight_bit_products(config)
+    if "quantization_config" in config and not eight_bit:
+        raise KernelsError("no times of products with weights of 4 bits are on file")
+    return kernels.step_times(
+        Decoder.of(config.get("text_config", config)),
+        card.short_name,
+        gpus,
+        eight_bit_weights=eight_bit,
+        eight_bit_cache=kv_value_bytes == 1,
+    )
+
+
+def has_eight_bit_products(config: Mapping[str, Any]) -> bool:
+    """Tell whether activations are quantized too, so that the layers multiply at 8 bits."""
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    return any(group.get("input_activations") for group in groups)
