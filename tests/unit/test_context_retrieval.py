@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from labs.context_retrieval.lab import (
     reaching,
     step_ratio,
 )
-from labs.harness.facts.context import Context
 from labs.harness.filing.results import Predictions, write_gzip, write_json
 from labs.harness.judging import retrieval
 from labs.harness.judging.evaluation import DEPTHS, EvaluationClient
@@ -31,14 +29,10 @@ from labs.harness.judging.retrieval import (
     text_lengths,
 )
 from labs.harness.spec import Evidence, Lab, Point
-from serving.engines.vllm import VllmFlags
 from serving.engines.vllm_harmless import refusal
 from serving.weights.models import Shape
-from tests.fake.engine.kv_cache import KVCache
-from tests.fake.engine.metrics import Metrics
-from tests.fake.engine.options import parse
 from tests.unit.builders import CEILINGS, SHAPE
-from tests.unit.judged import context, judged_run, told_of
+from tests.unit.judged import context, judged_run
 
 LAB = LABS["context-retrieval"]
 SMOL = Shape(
@@ -77,11 +71,6 @@ def test_bytes_are_those_worked_out_by_hand() -> None:
         "full": full, "fp8": full / 2, "window": 192 * 23_040, "fp8 and window": 96 * 23_040,
         "evicted": full / 5, "shared": full / 2, "fp8 and shared": full / 4,
     })  # fmt: skip
-
-
-def test_nothing_is_forecast_of_a_window_that_is_not_run() -> None:
-    lab = LAB.at("cpu", False, {"variants": ["full", "kv-fp8"]})
-    assert not [what for what in arithmetic(lab, point("full", "far")) if "window" in what]
 
 
 def test_requests_at_once_are_what_the_blocks_hold() -> None:
@@ -124,18 +113,6 @@ def test_of_a_models_configuration_only_its_window_may_be_set() -> None:
     assert "hf-overrides.architectures" in refusal({"hf-overrides": {"architectures": ["X"]}})
 
 
-def test_the_fake_engine_holds_no_more_than_a_window() -> None:
-    class Long:
-        length = 1000
-
-    def filled(*argv: str) -> int:
-        options = parse(["--block-size", "32", *argv])
-        return KVCache(options, Metrics(0)).filled([Long(), Long()])  # type: ignore[list-item]
-
-    assert filled() == 2 * 32
-    assert filled("--hf-overrides", '{"sliding_window": 384}') == 2 * 13
-
-
 # ----------------------------------------------------------------------------------------- asking
 
 
@@ -147,25 +124,26 @@ def position(token: str, **others: float) -> dict[str, Any]:
     return {"token": token, "logprob": known[token], "top_logprobs": top}
 
 
-def test_the_margin_is_the_least_of_the_digits() -> None:
-    digits = [position(" "), position("2", _3=0.1), position("7", _1=0.4), position(".", _5=0.1)]
-    assert margin("27", digits) == pytest.approx(math.log(0.6 / 0.4))
-    assert margin("27", [position(" indeed", _2=0.3), *digits[1:]]) == pytest.approx(
-        math.log(0.6 / 0.4)
-    )
-    assert margin("27", [position(" 27", _28=0.2)]) == pytest.approx(math.log(4))
+TENS, ONES = position("2", _3=0.1), position("7", _1=0.4)
 
 
-def test_the_margin_of_a_wrong_digit_is_below_zero_and_ends_there() -> None:
-    wrong = [position("2", _3=0.1), position("1", _7=0.2), position("9", _7=0.3)]
-    assert margin("27", wrong) == pytest.approx(math.log(0.2 / 0.8))
-    out_of_sight = [position("3", _4=0.1, _5=0.05)]
-    assert margin("27", out_of_sight) == pytest.approx(math.log(0.05 / 0.85))
-
-
-def test_an_answer_without_digits_or_logprobs_has_no_margin() -> None:
-    assert margin("27", []) is None
-    assert margin("27", [position(" none"), position(" of"), position(" these")]) is None
+@pytest.mark.parametrize(
+    ("positions", "odds"),
+    [
+        ([position(" "), TENS, ONES, position(".", _5=0.1)], 0.6 / 0.4),  # the least of the digits
+        ([position(" indeed", _2=0.3), TENS, ONES], 0.6 / 0.4),
+        ([position(" 27", _28=0.2)], 4),
+        ([TENS, position("1", _7=0.2), position("9", _7=0.3)], 0.2 / 0.8),  # ends where it is wrong
+        ([position("3", _4=0.1, _5=0.05)], 0.05 / 0.85),  # the right digit is out of sight
+        ([], None),
+        ([position(" none"), position(" of"), position(" these")], None),
+    ],
+)
+def test_the_margin_is_that_of_the_least_certain_digit(
+    positions: list[dict[str, Any]], odds: float | None
+) -> None:
+    found = margin("27", positions)
+    assert found == (odds and pytest.approx(math.log(odds)))
 
 
 class Client(EvaluationClient):
@@ -267,11 +245,11 @@ def of_lab() -> Lab:
     return LAB.at("cpu", quick=True, changes={**WITHOUT_WEIGHTS, "requests": 16})
 
 
-def probed(home: Path) -> Context:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Facts:
     """Three texts: FP8 loses the needle of the least margin, a window all beyond 192 tokens."""
-    lab = of_lab()
     far, tight = "far/concurrent-4", "tight/concurrent-5"
-    found = context(home, lab, {
+    run = context(tmp_path_factory.mktemp("retrieval"), of_lab(), {
         f"full/{far}": {"tpot_mean_s": 0.1}, f"kv-fp8/{far}": {"tpot_mean_s": 0.08},
         f"full/{tight}": {"batch": 3.0}, f"window/{tight}": {"batch": 6.0},
     })  # fmt: skip
@@ -283,19 +261,15 @@ def probed(home: Path) -> Context:
     }
     for variant, asked_for in answers.items():
         plain = {"needles": [n.model_dump(mode="json") for n in asked_for], "took_s": 1.0}
-        write_gzip(found.folder.probe_file("retrieval", variant), plain)
-    told = arithmetic(lab, next(p for p in found.points if p.variant.name == "full"))
+        write_gzip(run.folder.probe_file("retrieval", variant), plain)
+    told = arithmetic(run.lab, next(p for p in run.points if p.variant.name == "full"))
     predictions = Predictions(effects={}, forecasts={}, arithmetic=told)
-    write_json(found.folder.path / "predictions.json", predictions)
-    return found
+    write_json(run.folder.path / "predictions.json", predictions)
+    return facts(judged_run(run))
 
 
-def of_probed(home: Path) -> Facts:
-    return facts(judged_run(probed(home)))
-
-
-def test_what_is_found_stands_by_length_and_depth(tmp_path: Path) -> None:
-    full, fp8, window = of_probed(tmp_path).retrieval
+def test_what_is_found_stands_by_length_and_depth(found: Facts) -> None:
+    full, fp8, window = found.retrieval
     assert [(of.correct, of.asked) for of in (full, fp8, window)] == [(15, 15), (12, 15), (9, 15)]
     assert [(at.depth, at.distance_tokens) for at in full.places] == [
         (0, 250), (0.25, 200), (0.5, 150), (0.75, 100), (1, 50),
@@ -308,10 +282,9 @@ def test_what_is_found_stands_by_length_and_depth(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_is_lost_is_what_had_the_least_margin(tmp_path: Path) -> None:
-    found = of_probed(tmp_path).retrieval_lost
-    assert found
-    fp8, window = found.variants
+def test_what_is_lost_is_what_had_the_least_margin(found: Facts) -> None:
+    assert found.retrieval_lost
+    fp8, window = found.retrieval_lost.variants
     assert (fp8.found.correct, fp8.lost, fp8.gained) == (12, 3, 0)
     assert (fp8.margin_of_lost.value, fp8.margin_of_kept.value) == (0.5, 2.5)
     assert (fp8.margin.value, fp8.margin.low) == pytest.approx((-1, -1))
@@ -330,48 +303,16 @@ def test_what_is_lost_is_what_had_the_least_margin(tmp_path: Path) -> None:
     assert (far.measured.value, far.outcome) == (0, "open")  # of six
 
 
-def test_the_four_ways_stand_side_by_side(tmp_path: Path) -> None:
-    found = of_probed(tmp_path).kv_methods
-    assert found
-    assert found.ways["full"].sequence.value == pytest.approx(0.03125)  # MiB, of the small shape
-    assert {name: of.ratio for name, of in found.ways.items()} == pytest.approx({
+def test_the_four_ways_stand_side_by_side(found: Facts) -> None:
+    assert found.kv_methods
+    ways = found.kv_methods.ways
+    assert ways["full"].sequence.value == pytest.approx(0.03125)  # MiB, of the small shape
+    assert {name: of.ratio for name, of in ways.items()} == pytest.approx({
         "full": 1, "fp8": 0.5, "window": 192 / 1024, "fp8 and window": 96 / 1024,
         "evicted": 0.2, "shared": 0.5, "fp8 and shared": 0.25,
     })  # fmt: skip
-    window = found.ways["window"]
+    window = ways["window"]
     assert window.at_once.value == pytest.approx(2)
     assert window.found
     assert (window.found.correct, window.found.asked) == (9, 15)
-    assert not found.ways["shared"].is_measured
-
-
-def test_answers_without_a_margin_are_told_without_one(tmp_path: Path) -> None:
-    found = probed(tmp_path)
-    for variant in ("full", "kv-fp8", "window"):
-        plain = [n.model_copy(update={"margin_nats": None}) for n in needles([True] * 5, [1.0] * 5)]
-        write_gzip(
-            found.folder.probe_file("retrieval", variant),
-            {"needles": [n.model_dump(mode="json") for n in plain], "took_s": 1.0},
-        )
-    run = judged_run(found)
-    lost = facts(run).retrieval_lost
-    assert lost
-    assert lost.found.correct == 5
-    assert not any(of.margin.known or of.margin_of_kept.known for of in lost.variants)
-    assert told_of(run).answers.keys() == {"ME-3", "KV-8"}
-
-
-def test_a_point_without_overrides_has_no_window() -> None:
-    assert VllmFlags({}).sliding_window is None
-    assert VllmFlags({"hf-overrides": {}}).sliding_window is None
-    assert VllmFlags(reaching(8)).sliding_window == 8
-
-
-def test_what_is_asked_of_five_engines_takes_minutes() -> None:
-    """Two texts' lengths, three of each, and few requests: more took 18 minutes on two cores."""
-    lab = LAB.at("cpu", quick=False)
-    asked = 3 * sum(text_lengths(lab.flags_of(lab.variants[0]).max_model_len))
-    (tight,) = (w for w in lab.workloads if w.name == "tight")
-    sent = 2.5 * tight.loads[0].users * max(p for p, _ in tight.lengths(8, 0))  # a trial
-    engines = len(lab.variants)
-    assert engines * asked + lab.repeats * len(tight.only) * sent < 80_000  # prompt tokens
+    assert not ways["shared"].is_measured

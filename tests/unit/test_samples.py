@@ -32,15 +32,12 @@ from labs.harness.judging.sampling import (
     tasks,
     vote_at,
 )
-from labs.harness.judging.text import number
 from labs.harness.judging.validity import caveats_of
 from labs.harness.running import probes
 from labs.harness.running.probes import ProbedEngine
 from labs.harness.spec import Point, Variant
-from labs.harness.telling.words import told
 from labs.many_samples.facts import Facts, facts, known_shapes, probed, solved, weighed
 from labs.many_samples.lab import SAMPLED, hit_rate
-from loadtests import records
 from loadtests.plan import body, read_requests, write_requests
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Chat, Fixed, Samples
@@ -58,7 +55,7 @@ from tests.unit.builders import (
     make_trial,
     make_workload,
 )
-from tests.unit.judged import context, judged_run, with_facts
+from tests.unit.judged import context, judged_run
 from tests.unit.test_forecasting import Server
 from tests.unit.test_probes import Listening, Running
 
@@ -77,32 +74,19 @@ def sent(samples: Samples, n: int = 8) -> list[dict[str, Any]]:
     return [body(request, "m") for request in workload.requests(n, 0, Writer(words))]
 
 
-def test_apart_so_many_requests_in_a_row_have_the_same_prompt() -> None:
-    bodies = sent(APART)
-    prompts = [json.dumps(b["messages"]) for b in bodies]
-    assert prompts == [prompts[0]] * 4 + [prompts[4]] * 4
-    assert prompts[0] != prompts[4]
-    assert all(b["temperature"] == 1 and "n" not in b for b in bodies)
-
-
-def test_together_each_request_has_a_prompt_of_its_own_and_asks_for_all_answers(
+def test_apart_prompts_are_repeated_and_together_each_is_asked_for_all_answers(
     tmp_path: Path,
 ) -> None:
-    bodies = sent(TOGETHER)
-    assert len({json.dumps(b["messages"]) for b in bodies}) == 8
-    assert {b["n"] for b in bodies} == {4}
+    apart, together = sent(APART), sent(TOGETHER)
+    prompts = [json.dumps(b["messages"]) for b in apart]
+    assert prompts == [prompts[0]] * 4 + [prompts[4]] * 4
+    assert prompts[0] != prompts[4]
+    assert all(b["temperature"] == 1 and "n" not in b for b in apart)
+    assert len({json.dumps(b["messages"]) for b in together}) == 8
+    assert {b["n"] for b in together} == {4}
     workload = make_workload(samples=TOGETHER, prompt_tokens=Fixed(tokens=20))
     write_requests(tmp_path / "r.jsonl", workload.requests(2, 0, Writer(words)), "m")
     assert [r.choices for r in read_requests(tmp_path / "r.jsonl")] == [4, 4]
-
-
-def test_without_samples_what_is_sent_and_filed_is_as_it_was() -> None:
-    plain = make_workload(prompt_tokens=Fixed(tokens=20))
-    assert "samples" not in plain.model_dump()
-    (request,) = plain.requests(1, 0, Writer(words))
-    assert '"temperature": 0,' in json.dumps(body(request, "m"))
-    assert "n" not in body(request, "m")
-    assert [plain.lengths(5, 3), plain.choices, plain.copies] == [[(20, 4)] * 5, 1, 1]
 
 
 def test_samples_go_with_nothing_else_that_says_how_prompts_are_alike() -> None:
@@ -185,13 +169,6 @@ def test_a_request_for_several_answers_is_several_requests_at_once() -> None:
         assert output_tokens_per_s(trial) == pytest.approx(4)
         assert requests_per_s(trial) == pytest.approx(2)
         assert together.sequences == 4
-
-
-def test_a_record_says_which_answer_it_is_where_there_are_several(tmp_path: Path) -> None:
-    one, second = make_record([(11, 1)]), make_record([(11, 1)], choice=1)
-    records.write(tmp_path / "r.gz", [one, second])
-    assert [r.choice for r in records.read(tmp_path / "r.gz")] == [None, 1]
-    assert [*records.read(tmp_path / "r.gz")] == [one, second]
 
 
 @pytest.mark.parametrize("samples", [APART, TOGETHER], ids=["apart", "together"])
@@ -413,18 +390,12 @@ def bought(home: Path, *right: int) -> Facts:
     return facts(of_tasks(home, *right))
 
 
-def test_a_gain_is_told_in_hundredths_of_the_tasks(tmp_path: Path) -> None:
-    run = of_tasks(tmp_path, *[14] * 6, *[0] * 4)
-    found = facts(run).voting
-    assert found
-    answer = str(told(run.run, LAB, with_facts(run, LAB.name).summary).answers["TT-2"])
-    assert re.findall(r"gains (\S+) \(", answer) == [number(found.most.gain.value or 0)]
-    assert (found.most.gain.value or 0) < 100
-
-
 def test_what_a_vote_buys_and_what_a_point_of_it_costs(tmp_path: Path) -> None:
     """Two thirds right win every large vote: 14 of 21 alone, and nearly all of 16."""
-    found = bought(tmp_path, *[14] * 6, *[0] * 4).voting
+    told = bought(tmp_path, *[14] * 6, *[0] * 4)
+    found, (kind,) = told.voting, told.task_kinds
+    assert (kind.name, kind.tasks, kind.greedy.value) == ("add two", 10, 0)
+    assert kind.now_and_then
     assert found
     assert found.one.voted.value == pytest.approx(0.6 * 14 / 21)
     assert found.most.voted.value == pytest.approx(0.6, abs=0.01)
@@ -445,13 +416,6 @@ def test_a_vote_that_gains_nothing_has_no_price(
     found = bought(tmp_path, *right).voting
     assert found
     assert (found.beats, found.most.point_s.known) == (beats, False)
-
-
-def test_tasks_are_counted_by_kind(tmp_path: Path) -> None:
-    (kind,) = bought(tmp_path, 3, 2).task_kinds
-    assert (kind.name, kind.tasks, kind.greedy.value) == ("add two", 2, 0)
-    assert kind.now_and_then
-    assert kind.passed.value
 
 
 def test_a_larger_model_is_weighed_by_the_seconds_of_samples(tmp_path: Path) -> None:

@@ -98,12 +98,6 @@ def test_engines_are_ranked_by_their_valid_figures(tmp_path: Path) -> None:
     assert names(found) == [["turns", "vllm"], ["vllm", "turns"]]
 
 
-def test_what_each_lacks_is_told(tmp_path: Path) -> None:
-    vllm, turns = facts(judged_run(run(tmp_path))).cannot
-    assert (vllm.lacks, turns.metric_count) == ((), 0)
-    assert any("one request at a time" in lack for lack in turns.lacks)
-
-
 @pytest.mark.parametrize(
     ("text", "other", "share"),
     [("a b c", "a b d", 2 / 3), ("a b", "a b", 1), ("a b", "a b c d", 1 / 2), ("x", "a", 0),

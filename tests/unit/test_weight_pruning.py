@@ -21,7 +21,7 @@ from serving.hardware import gpus
 from serving.weights.models import Model
 from serving.weights.prune import METHODS, Method
 from tests.unit.builders import CEILINGS, SHAPE
-from tests.unit.judged import Values, context, judged, judged_run, told_of
+from tests.unit.judged import Values, context, judged_run
 
 LAB = LABS["weight-pruning"].at("cpu", quick=False).model_copy(update={"requests": 64})
 ONE, MANY = "decode/concurrent-1", "decode/concurrent-16"
@@ -208,10 +208,3 @@ def test_half_of_the_layers_is_counted_with_the_pruned_weights(tmp_path: Path) -
 def test_long_work_is_told_in_hours() -> None:
     assert effort(2, 1_000_000, 1e6).takes == Quantity(2, "s")
     assert effort(2, 3_600_000_000, 1e6).takes == Quantity(2, "h")
-
-
-def test_a_run_answers_what_it_measured(tmp_path: Path) -> None:
-    judgements = [judged("half-one", 1.01), judged("pattern-one", 0.99)]
-    told = told_of(judged_run(context(tmp_path, LAB, TIMES, about=ABOUT), judgements))
-    assert told.answers.keys() == {*LAB.answers}
-    assert told_of(judged_run(context(tmp_path / "bare", LAB, {}))).answers == {}
