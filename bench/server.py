@@ -21,7 +21,7 @@ from labs.harness.telling import instruments
 from loadtests import plan, records
 from loadtests.prompts import Writer, counter
 from loadtests.workload import Request
-from serving.engines.base import FlagValue
+from serving.engines.flags import FlagValue
 from serving.engines.vllm import Vllm
 from serving.hardware import machine as machines
 from serving.weights import models

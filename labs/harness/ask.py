@@ -24,7 +24,7 @@ from labs.harness.spec import (
 )
 from loadtests.arrivals import AnyArrival, Concurrent
 from loadtests.workload import Exponential, Fixed, Workload
-from serving.engines.base import FlagValue
+from serving.engines.flags import FlagValue
 
 ANY = ""  # variant, workload or load
 OVER = " / "  # between what a claim's treatment has and what its baseline has

@@ -43,8 +43,9 @@ from loadtests.records import LONGEST_S
 from loadtests.trace import MOST_ROWS, TraceRow
 from loadtests.workload import Fixed, Name, Workload
 from serving.engines import DEFAULT_ENGINE, ENGINES
-from serving.engines.base import Flags, FlagValue
-from serving.engines.vllm import KV_MEMORY, VllmFlags
+from serving.engines.flags import Flags, FlagValue
+from serving.engines.vllm import KV_MEMORY
+from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting.step import Masking
 from serving.hardware import gpus
 from serving.hardware.machine import Ceilings

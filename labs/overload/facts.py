@@ -26,7 +26,7 @@ from labs.harness.judging.signals import (
 )
 from labs.harness.spec import Point
 from loadtests.arrivals import Offered, Ramp
-from serving.engines.vllm import VllmFlags
+from serving.engines.vllm_flags import VllmFlags
 
 # ------------------------------------------------------------------ what is served in time
 

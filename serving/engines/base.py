@@ -24,6 +24,7 @@ from typing import ClassVar
 import requests
 
 from serving import metrics
+from serving.engines.flags import Flags, Harmless
 from serving.hardware.machine import Machine
 from serving.inside import guard
 from serving.metrics import Snapshot
@@ -31,21 +32,6 @@ from serving.processes.answers import ask
 from serving.processes.ports import LOOPBACK, free_port
 from serving.processes.process import Process
 from serving.weights.models import Model, Shape
-
-FlagValue = str | int | float | bool | dict[str, object] | list[str]
-Flags = Mapping[str, FlagValue]  # the engine's own names, without the leading dashes
-
-
-class TypedFlags(dict[str, FlagValue]):
-    """An engine's flags by its own names, with access to their values by type."""
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        """Read a whole number: a flag, or `default` where it is not set.
-
-        Raises KeyError where it has neither, and ValueError where it is no whole number.
-        """
-        return int(str(self[name] if default is None else self.get(name, default)))
-
 
 START_TIMEOUT_S = 900.0
 METRICS_TIMEOUT_S, MOST_METRICS_BYTES = 10.0, 32 * 2**20
@@ -170,6 +156,9 @@ class Engine(Server):
     server_bytes: ClassVar[int] = 2**30  # of each of its servers on the host, about
     start_s: ClassVar[float | None] = None  # until it serves on a CPU, about
     in_float32: ClassVar[Flags] = {}  # by which it serves in float32
+    harmless: ClassVar[type[Harmless]] = Harmless  # its flags that may come from anybody
+    other_flags: ClassVar[Sequence[str]] = ()  # that it has
+    set_by_lab: ClassVar[Sequence[str]] = ()
     lacks: ClassVar[Sequence[str]] = ()  # of what the labs ask of vLLM, for a reader
 
     def __init__(
@@ -280,16 +269,27 @@ class Engine(Server):
     @classmethod
     def check_flags(cls, flag_sets: Sequence[Flags]) -> None:
         """Check flags' names and values. Raises EngineError for one that it does not accept."""
-        return
+        cls.require_not_set_by_lab(flag_sets)
+        known = [*cls.harmless.names(), *cls.other_flags]
+        for name in (name for flags in flag_sets for name in flags if name not in known):
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"did you mean --{near[0]}?" if near else f"it has {', '.join(known)}"
+            raise EngineError(f"{cls.title} has no flag --{name}: {hint}")
+        for flags in flag_sets:
+            typed = {name: at for name, at in flags.items() if name not in cls.other_flags}
+            if refusal := cls.harmless.refusal(typed):
+                raise EngineError(f"{cls.title}: {refusal}")
+
+    @classmethod
+    def require_not_set_by_lab(cls, flag_sets: Sequence[Flags]) -> None:
+        """Raise EngineError where a flag would have it serve something else, or to others."""
+        for name in (name for flags in flag_sets for name in flags if name in cls.set_by_lab):
+            raise EngineError(f"the lab sets {name} itself: leave it out")
 
     @classmethod
     def refusal(cls, flags: Flags) -> str:
-        """Say which of the flags may not come from a recorded run or `SET=`, and why.
-
-        Empty where none loads code, opens an address or names a path. Until a subclass knows which
-        are harmless, none is.
-        """
-        return f"{cls.title} does not say which of its flags are harmless" if flags else ""
+        """Say which of the flags may not come from a recorded run or `SET=`; empty for none."""
+        return cls.harmless.refusal(flags)
 
     @classmethod
     def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:
@@ -455,40 +455,6 @@ class Engine(Server):
         self._process.stop()
 
 
-def check_names(
-    title: str,
-    flag_sets: Sequence[Flags],
-    typed: Mapping[str, type],
-    others: Sequence[str],
-    set_by_lab: Sequence[str],
-) -> None:
-    """Check flags against lists of those that a server has. Raises EngineError."""
-    known = (*typed, *others)
-    for name, value in (item for flags in flag_sets for item in flags.items()):
-        if name in set_by_lab:
-            raise EngineError(f"the lab sets {name} itself: leave it out")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = f"did you mean --{near[0]}?" if near else f"it has {', '.join(known)}"
-            raise EngineError(f"{title} has no flag --{name}: {hint}")
-        if name in typed and not _is(value, typed[name]):
-            raise EngineError(f"{title}: --{name} takes {typed[name].__name__}, not {value!r}")
-
-
-def harmful(title: str, flags: Flags, typed: Mapping[str, type]) -> str:
-    """Say which flag is not among those of a list, or not of its type; empty where all are."""
-    for name, value in flags.items():
-        if name not in typed or not _is(value, typed[name]):
-            return f"{name} is not among {title}'s flags that are known to be harmless"
-    return ""
-
-
-def _is(value: FlagValue, kind: type) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
 def metrics_text(url: str) -> str | None:
     """Get a server's `/metrics`; None where it has none or does not answer."""
     try:
@@ -505,12 +471,3 @@ def exceptions(log: Path) -> list[str]:
     text = log.read_text(errors="replace") if log.exists() else ""
     named = re.findall(r"^(?:\(.*?\) )?.*?\b(\w*(?:Error|Exception): .+)$", text, re.MULTILINE)
     return [line.strip()[:300] for line in named]
-
-
-def with_places(flags: Flags, places: Mapping[str, Path]) -> dict[str, FlagValue]:
-    """Replace `<name>` in flags by the folder of that derived model on this machine."""
-    text = json.dumps(dict(flags))
-    for name, path in places.items():
-        text = text.replace(f"<{name}>", json.dumps(str(path))[1:-1])  # within a string of JSON
-    replaced: dict[str, FlagValue] = json.loads(text)
-    return replaced

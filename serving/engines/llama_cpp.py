@@ -10,14 +10,16 @@ Source: `llama-server --help` and the README of its folder `tools/server`; obser
 from __future__ import annotations
 
 import importlib.util
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import StringConstraints
 
 from serving import metrics
-from serving.engines.base import Engine, EngineError, Flags, TypedFlags, check_names, harmful
+from serving.engines.base import Engine, EngineError
+from serving.engines.flags import Flags, Harmless, TypedFlags
 from serving.hardware import machine as machines
 from serving.inside import llama_server
 from serving.processes.ports import LOOPBACK
@@ -27,15 +29,17 @@ from serving.weights.models import Model, Shape
 
 PACKAGE = "xllamacpp==2026.10.11549"
 PROCESS_BYTES = 2**30  # on the host, beside its weights and KV cache
-HARMLESS: dict[str, type] = {
-    "parallel": int,
-    "ctx-size": int,
-    "batch-size": int,
-    "ubatch-size": int,
-    "threads": int,
-}
-SET_BY_LAB = ("host", "port", "alias", "api-key", "metrics", "no-webui")
-MADE_HERE = re.compile(r"^<[a-z][a-z0-9-]*>/[\w.-]+$")  # the file of a derived model
+
+
+class LlamaCppHarmless(Harmless, frozen=True):
+    """Lists what sets a size, and the file of a derived model."""
+
+    parallel: int = 0
+    ctx_size: int = 0
+    batch_size: int = 0
+    ubatch_size: int = 0
+    threads: int = 0
+    model: Annotated[str, StringConstraints(pattern=r"^<[a-z][a-z0-9-]*>/[\w.-]+$")] = ""
 
 
 class LlamaCpp(Engine):
@@ -52,6 +56,9 @@ class LlamaCpp(Engine):
     }
     start_s = 3.0
     closes_connections = True
+    harmless = LlamaCppHarmless
+    other_flags = ("model",)
+    set_by_lab = ("host", "port", "alias", "api-key", "metrics", "no-webui")
     lacks = (
         "counts tokens, but no requests, and has no histograms of latencies",
         "counts an answer's tokens in its last event alone",
@@ -103,16 +110,9 @@ class LlamaCpp(Engine):
 
     @classmethod
     def check_flags(cls, flag_sets: Sequence[Flags]) -> None:
-        check_names(cls.title, flag_sets, HARMLESS, ("model",), SET_BY_LAB)
+        super().check_flags(flag_sets)
         if any("model" not in flags for flags in flag_sets):
             raise EngineError(f"{cls.title} needs a file: give model=<gguf>/{to_gguf.FILE}")
-
-    @classmethod
-    def refusal(cls, flags: Flags) -> str:
-        others = {name: value for name, value in flags.items() if name != "model"}
-        if not MADE_HERE.match(str(flags.get("model", f"<gguf>/{to_gguf.FILE}"))):
-            return "model names a path"
-        return harmful(cls.title, others, HARMLESS)
 
     @classmethod
     def require_sizes(cls, variant: str, flags: Flags, model: Model, longest_tokens: int) -> None:

@@ -13,9 +13,10 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from serving.engines.base import Engine, EngineError, Flags, TypedFlags, check_names, harmful
+from serving.engines.base import Engine, EngineError
+from serving.engines.flags import Flags, Harmless, TypedFlags
 from serving.hardware import machine as machines
 from serving.processes.ports import LOOPBACK
 from serving.weights.models import Model, Shape
@@ -23,21 +24,20 @@ from serving.weights.models import Model, Shape
 SERVING = ("fastapi", "uvicorn", "openai")  # the extra `serving` brings these
 PROCESS_BYTES = 2 * 2**30  # on the host, beside its weights and KV cache
 NO_TOKEN = -1  # stands in the place of the token that ends an answer: no token has this number
-HARMLESS: dict[str, type] = {  # these set a size or a way of computing
-    "continuous-batching": bool,
-    "compile": bool,
-    "cb-block-size": int,
-    "cb-num-blocks": int,
-    "cb-max-batch-tokens": int,
-    "cb-max-memory-percent": float,
-    "cb-use-cuda-graph": bool,
-    "default-seed": int,
-}
-OTHERS = (
-    "attn-implementation", "chat-template-kwargs", "device", "dtype", "log-level", "model-timeout",
-    "quantization", "reasoning", "trust-remote-code",
-)  # fmt: skip
-SET_BY_LAB = ("host", "port", "model")
+
+
+class TransformersHarmless(Harmless, frozen=True):
+    """Lists what sets a size or a way of computing."""
+
+    continuous_batching: bool = False
+    compile: bool = False
+    cb_block_size: int = 0
+    cb_num_blocks: int = 0
+    cb_max_batch_tokens: int = 0
+    cb_max_memory_percent: float = 0
+    cb_use_cuda_graph: bool = False
+    default_seed: int = 0
+    dtype: Literal["float32"] = "float32"
 
 
 class Transformers(Engine):
@@ -48,6 +48,19 @@ class Transformers(Engine):
     distributions = ("transformers",)
     start_s = 10.0
     in_float32: ClassVar[Flags] = {"dtype": "float32"}
+    harmless = TransformersHarmless
+    other_flags = (
+        "attn-implementation",
+        "chat-template-kwargs",
+        "device",
+        "dtype",
+        "log-level",
+        "model-timeout",
+        "quantization",
+        "reasoning",
+        "trust-remote-code",
+    )
+    set_by_lab = ("host", "port", "model")
     lacks = (
         "no page of metrics: its queue, cache and batch are not seen",
         "one request at a time without `continuous-batching`",
@@ -106,15 +119,6 @@ class Transformers(Engine):
         tokens = typed.integer("cb-block-size", 0) * typed.integer("cb-num-blocks", 0)
         token_bytes = shape.kv_bytes_per_token(4 if cls.in_float32.items() <= flags.items() else 2)
         return PROCESS_BYTES + shape.held_bytes + int(tokens * token_bytes)
-
-    @classmethod
-    def check_flags(cls, flag_sets: Sequence[Flags]) -> None:
-        check_names(cls.title, flag_sets, HARMLESS, OTHERS, SET_BY_LAB)
-
-    @classmethod
-    def refusal(cls, flags: Flags) -> str:
-        others = {n: v for n, v in flags.items() if (n, v) not in cls.in_float32.items()}
-        return harmful(cls.title, others, HARMLESS)
 
 
 ENGINE = Transformers

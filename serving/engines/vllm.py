@@ -29,16 +29,14 @@ import psutil
 import requests
 
 from serving import metrics, whole
-from serving.engines import vllm_harmless
 from serving.engines.base import (
     Engine,
     EngineError,
-    Flags,
-    FlagValue,
-    TypedFlags,
     Unsupported,
     exceptions,
 )
+from serving.engines.flags import Flags, FlagValue
+from serving.engines.vllm_flags import QUEUE_LIMITS, VllmFlags, VllmHarmless
 from serving.hardware import host_memory
 from serving.hardware import machine as machines
 from serving.hardware.machine import Machine
@@ -49,12 +47,9 @@ from serving.weights.models import CACHE, ROOT, Model, Shape, files_sha256, has_
 PLUGINS = ROOT / "serving" / "inside" / "plugins"
 """Described as an installed package is: an entry point there is called by each process of vLLM."""
 GUARD = "serving.inside.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
-PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 KV_MEMORY = "kv-cache-memory-bytes"
-QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")
-SERVERS = "api-server-count"
 SEVERAL_SERVERS = (sys.executable, "-m", "serving.inside.api_servers")
-"""Starts as many API servers as `SERVERS` says, which the usual command reads and ignores."""
+"""Starts as many API servers as `api-server-count` says, which the usual command ignores."""
 API_SERVER, ENGINE_CORE = "VLLM::APIServer", "VLLM::EngineCor"
 """What vLLM calls its processes, to the 15 characters that Linux keeps."""
 GENERATION = "generation-config"
@@ -80,7 +75,6 @@ SHARE_FLAG = "gpu-memory-utilization"
 DEFAULT_BATCHED_TOKENS, DEFAULT_SEQS = 16_384, 1024  # vLLM's own on large GPUs, at most
 PROCESS_BYTES = 2 * 2**30  # on the host, beside its weights and KV cache
 CPU_KV_BYTES = 4 * 2**30  # counted where no size is given
-LEAST_BLOCK_TOKENS = 16  # counted where no size of a block is given
 ADMIN_TIMEOUT_S = 30.0
 ADAPTER_TIMEOUT_S = 120.0
 
@@ -88,194 +82,6 @@ METRICS = (*metrics.HISTOGRAMS, *metrics.COUNTERS, *metrics.GAUGES)
 GOLDEN: dict[str, tuple[str, ...]] = {"0.26": METRICS, "0.32": METRICS}
 """vLLM minor version -> the metrics that the lab needs from it with any settings. vLLM renames
 metrics between versions; a test compares these with those of the installed one."""
-
-
-class VllmFlags(TypedFlags):
-    """An engine's flags by vLLM's names, with typed access to those that the labs use.
-
-    Defaults are those of vLLM 0.32's configuration classes (vllm/config/*.py). A flag whose default
-    vLLM takes from the model or the device has none here: reading it unset is a KeyError.
-    """
-
-    @property
-    def max_model_len(self) -> int:
-        """The most tokens of a prompt and its answer together."""
-        return self.integer("max-model-len")
-
-    @property
-    def max_num_batched_tokens(self) -> int:
-        """The most tokens that a step computes."""
-        return self.integer("max-num-batched-tokens")
-
-    @property
-    def max_num_seqs(self) -> int:
-        """The most requests in a step; others wait."""
-        return self.integer("max-num-seqs")
-
-    def at_once(self, requests: int) -> int:
-        """Return how many of so many requests are in a step: all, or as many as its limit says."""
-        return min(requests, self.integer("max-num-seqs", requests))
-
-    @property
-    def turns_away(self) -> bool:
-        """Whether it refuses requests, with HTTP 503, once too many are waiting."""
-        return any(self.get(flag) is not None for flag in QUEUE_LIMITS)
-
-    @property
-    def max_num_queued_reqs(self) -> int | None:
-        """The most requests that wait or run; one beyond them is turned away. None: any number."""
-        return None if self.get(QUEUE_LIMITS[0]) is None else self.integer(QUEUE_LIMITS[0])
-
-    @property
-    def max_num_queued_tokens(self) -> int | None:
-        """The tokens of prompts without a first token from which on requests are turned away."""
-        return None if self.get(QUEUE_LIMITS[1]) is None else self.integer(QUEUE_LIMITS[1])
-
-    def without_queue_limits(self) -> VllmFlags:
-        """Return these flags without those that limit the queue."""
-        return VllmFlags({flag: at for flag, at in self.items() if flag not in QUEUE_LIMITS})
-
-    @property
-    def kv_cache_memory_bytes(self) -> int:
-        return self.integer("kv-cache-memory-bytes")
-
-    @property
-    def block_size(self) -> int:
-        """The tokens in a block of the KV cache."""
-        return self.integer("block-size")
-
-    @property
-    def sliding_window(self) -> int | None:
-        """The tokens to which each layer attends; None where it attends to as many as its model."""
-        overrides = self.get("hf-overrides")
-        window = overrides.get("sliding_window") if isinstance(overrides, dict) else None
-        return window if isinstance(window, int) else None
-
-    @property
-    def num_gpu_blocks_override(self) -> int:
-        """The blocks of the KV cache, whatever its memory; 0 where the memory decides."""
-        return self.integer("num-gpu-blocks-override", 0)
-
-    def held_kv_bytes(self, shape: Shape, default_bytes: int = 0) -> float:
-        """Return the bytes of the KV cache on each device: as given, or of its blocks if more."""
-        given_bytes = self.integer("kv-cache-memory-bytes", default_bytes)
-        block_tokens = self.integer("block-size", LEAST_BLOCK_TOKENS)
-        token_bytes = shape.kv_bytes_per_token(self.kv_value_bytes) / self.kv_parts(shape.kv_heads)
-        return max(given_bytes, self.num_gpu_blocks_override * block_tokens * token_bytes)
-
-    @property
-    def watermark(self) -> float:
-        """The share of all blocks that stays free where a request is admitted beside others."""
-        return float(str(self.get("watermark", 0)))
-
-    @property
-    def kv_cache_dtype(self) -> str:
-        """The type in which keys and values are cached; `auto`: in that of the model."""
-        return str(self.get("kv-cache-dtype", "auto"))
-
-    @property
-    def quantizes_cache(self) -> bool:
-        """Whether keys and values are cached in another type than that of the model, or BF16."""
-        return self.kv_cache_dtype not in ("auto", "bfloat16")
-
-    @property
-    def kv_value_bytes(self) -> int:
-        """The bytes of a cached number, without the few scales of a quantized cache."""
-        if self.kv_cache_dtype == "auto":
-            return self.value_bytes
-        return 1 if self.kv_cache_dtype.startswith(("fp8", "int8")) else 2
-
-    @property
-    def in_float32(self) -> bool:
-        """Whether the engine holds weights that have 16 bits in their file in float32."""
-        return self.get("dtype") in ("float32", "float")
-
-    @property
-    def value_bytes(self) -> int:
-        """The bytes of a weight that has 16 bits in its file, as the engine holds it."""
-        return 4 if self.in_float32 else 2
-
-    @property
-    def kv_offloading_bytes(self) -> int:
-        """The host's memory for blocks that the KV cache has evicted; 0 where there is none."""
-        return int(float(str(self.get("kv-offloading-size", 0))) * 2**30)  # it is in GiB
-
-    @property
-    def enable_prefix_caching(self) -> bool:
-        return self.get("enable-prefix-caching") is not False
-
-    @property
-    def enable_chunked_prefill(self) -> bool:
-        return self.get("enable-chunked-prefill") is not False
-
-    @property
-    def enforce_eager(self) -> bool:
-        return self.get("enforce-eager") is True
-
-    @property
-    def speculative_config(self) -> dict[str, Any]:
-        """The settings of speculative decoding; empty without it."""
-        value = self.get("speculative-config", {})
-        return dict(value) if isinstance(value, dict) else dict(json.loads(str(value)))
-
-    @property
-    def structured_outputs_backend(self) -> str:
-        """The backend that compiles structures; vLLM chooses one for each where it is `auto`."""
-        config = self.get("structured-outputs-config", {})
-        return str(config.get("backend", "auto")) if isinstance(config, dict) else "auto"
-
-    @property
-    def max_loras(self) -> int:
-        """The most adapters in one batch."""
-        return self.integer("max-loras", 1)
-
-    @property
-    def max_lora_rank(self) -> int:
-        return self.integer("max-lora-rank", 16)
-
-    @property
-    def lora_modules(self) -> list[str]:
-        """The adapters that it serves from its start, each as `name=folder`."""
-        value = self.get("lora-modules", [])
-        return list(value) if isinstance(value, list) else [str(value)]
-
-    @property
-    def is_parallel(self) -> bool:
-        """Whether any flag says how many devices share the work, even if that is one."""
-        return any(flag in self for flag in PARALLEL)
-
-    @property
-    def devices(self) -> int:
-        """The devices that it needs: tensor x pipeline x data parallelism."""
-        return math.prod(self.integer(flag, 1) for flag in PARALLEL)
-
-    @property
-    def tensor_parallel_size(self) -> int:
-        """The devices that share each layer."""
-        return self.integer(PARALLEL[0], 1)
-
-    @property
-    def weight_parts(self) -> int:
-        """The devices that share one copy of the weights: tensor x pipeline parallelism."""
-        return math.prod(self.integer(flag, 1) for flag in PARALLEL[:2])
-
-    def kv_parts(self, kv_heads: int) -> int:
-        """The devices that share the keys and values of a token: no head is divided."""
-        return min(self.tensor_parallel_size, kv_heads) * self.integer(PARALLEL[1], 1)
-
-    @property
-    def copies(self) -> int:
-        """The copies of the model that share the requests: data parallelism."""
-        return self.integer("data-parallel-size", 1)
-
-    @property
-    def api_server_count(self) -> int:
-        """The processes that answer requests, in front of all engine cores."""
-        return self.integer(SERVERS, 1)
-
-    @property
-    def uses_ray(self) -> bool:
-        return self.get("distributed-executor-backend") == "ray"
 
 
 def usable_bytes(memory_bytes: float) -> float:
@@ -317,6 +123,17 @@ class Vllm(Engine):
     sockets_variable = "VLLM_RPC_BASE_PATH"
     start_s = 35.0
     in_float32: ClassVar[Flags] = {"dtype": "float32"}
+    harmless = VllmHarmless
+    set_by_lab = (
+        "host",
+        "port",
+        "uds",
+        "model",
+        "served-model-name",
+        "api-key",
+        "middleware",
+        "worker-extension-cls",
+    )
 
     @classmethod
     def server_command(cls, flags: Flags) -> Sequence[str]:
@@ -404,11 +221,10 @@ class Vllm(Engine):
         words for a value out of range. The parser does not check what is known only when the engine
         starts, such as whether a length fits memory.
         """
-        for name in (n for flags in flag_sets for n in flags if n in vllm_harmless.SET_BY_LAB):
-            raise EngineError(f"the lab sets {name} itself: leave it out")
+        cls.require_not_set_by_lab(flag_sets)
         if any(VllmFlags(f).api_server_count > 1 and f.get("enable-lora") for f in flag_sets):
             raise EngineError(
-                f"vLLM has one API server where adapters come and go: leave {SERVERS} out"
+                "vLLM has one API server where adapters come and go: leave api-server-count out"
             )
         argvs = {_digest(argv): argv for argv in map(cls.flag_argv, flag_sets)}
         memory = CACHE / f"vllm-{cls.version()}-flags.json"
@@ -430,10 +246,6 @@ class Vllm(Engine):
         _check_names(argvs.values(), parsed["options"])
         for error in filter(None, parsed["errors"]):
             raise EngineError(f"vLLM refuses a flag: {error}")
-
-    @classmethod
-    def refusal(cls, flags: Flags) -> str:
-        return vllm_harmless.refusal(flags)
 
     @classmethod
     def gpus_used(cls, flags: Flags) -> int | None:

@@ -11,8 +11,10 @@ import pytest
 
 from labs import LABS
 from serving.engines import DEFAULT_ENGINE
-from serving.engines.base import EngineError, Flags
-from serving.engines.vllm import PARALLEL, Vllm
+from serving.engines.base import EngineError
+from serving.engines.flags import Flags
+from serving.engines.vllm import Vllm
+from serving.engines.vllm_flags import PARALLEL
 from serving.hardware import gpus, machine
 from serving.weights import models
 from tests.real import in_sizes_for_a_cpu, lab_on_a_cpu, takes_making

@@ -17,7 +17,7 @@ from labs.harness.running import derived_models
 from labs.harness.running.derived_models import RECIPES, about, make, place, with_weights
 from labs.harness.spec import LabError
 from loadtests.prompts import Messages, Writer
-from serving.engines.base import with_places
+from serving.engines.flags import with_places
 from serving.weights import dummy, models
 from serving.weights.models import Model, ModelError
 from tests.shards import write_shard

@@ -25,8 +25,9 @@ from labs.harness.spec import Lab, NotApplicable, Variant, factors
 from loadtests.admission import QueueLimits
 from serving import metrics
 from serving.engines import ENGINES, vllm
-from serving.engines.base import Engine, EngineError, Flags, Server, Unsupported
+from serving.engines.base import Engine, EngineError, Server, Unsupported
 from serving.engines.endpoint import Endpoint
+from serving.engines.flags import Flags
 from serving.hardware.machine import Machine
 from serving.weights.models import Model
 from tests.unit import hostile

@@ -30,7 +30,8 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from serving import metrics
 from serving.engines import vllm as engine
-from serving.engines.base import EngineError, Flags
+from serving.engines.base import EngineError
+from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.hardware import machine as machines
 from serving.inside import random_weights

@@ -20,7 +20,8 @@ from labs.harness.running.resolve import (
     require_sizes,
 )
 from labs.harness.spec import LabError
-from serving.engines.base import EngineError, with_places
+from serving.engines.base import EngineError
+from serving.engines.flags import with_places
 from serving.engines.vllm import Vllm
 from serving.hardware.machine import Machine
 from serving.weights import dummy, models

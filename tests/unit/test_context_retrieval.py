@@ -29,7 +29,7 @@ from labs.harness.judging.retrieval import (
     text_lengths,
 )
 from labs.harness.spec import Evidence, Lab, Point
-from serving.engines.vllm_harmless import refusal
+from serving.engines.vllm import Vllm
 from serving.weights.models import Shape
 from tests.unit.builders import CEILINGS, SHAPE
 from tests.unit.judged import context, judged_run
@@ -109,8 +109,8 @@ def test_evidence_reads_a_field_within_a_flag() -> None:
 
 
 def test_of_a_models_configuration_only_its_window_may_be_set() -> None:
-    assert refusal(reaching(512)) == ""
-    assert "hf-overrides.architectures" in refusal({"hf-overrides": {"architectures": ["X"]}})
+    assert Vllm.refusal(reaching(512)) == ""
+    assert "hf-overrides.architectures" in Vllm.refusal({"hf-overrides": {"architectures": ["X"]}})
 
 
 # ----------------------------------------------------------------------------------------- asking

@@ -19,7 +19,7 @@ from labs.harness.running.derived_models import RECIPES
 from labs.harness.spec import LabError
 from serving import install
 from serving.engines import DEFAULT_ENGINE
-from serving.engines.base import Flags
+from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.hardware import machine
 from serving.hardware.gpus import GpuError

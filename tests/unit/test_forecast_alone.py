@@ -28,7 +28,7 @@ from labs.harness.running.virtual_trials import _traffic, as_one_gpu
 from labs.harness.spec import Lab, LabError
 from labs.harness.telling import tables
 from loadtests.trace import MOST_ROWS
-from serving.engines.vllm import VllmFlags
+from serving.engines.vllm_flags import VllmFlags
 from serving.hardware.gpus import Datasheet
 from serving.weights.models import bundled
 from tests.unit.builders import CEILINGS, SHAPE

@@ -30,7 +30,8 @@ from labs.harness.running.sitting_plan import plan
 from labs.harness.spec import Lab, LabError, NotApplicable
 from serving.engines import vllm
 from serving.engines.base import EngineError
-from serving.engines.vllm import Vllm, VllmFlags
+from serving.engines.vllm import Vllm
+from serving.engines.vllm_flags import VllmFlags
 from serving.hardware import host_memory
 from serving.hardware import machine as machines
 from serving.hardware.gpus import CLASSES, MemoryClass, class_of
@@ -174,7 +175,7 @@ def test_weights_that_are_there_twice_are_counted_once(tmp_path: Path, indexed: 
     assert argv[-2:] == ["--load-format", "mistral"]  # what a reader sets comes last
     (tmp_path / second).unlink()
     if indexed:
-        with pytest.raises(ModelError, match="regular file"):
+        with pytest.raises(ModelError, match="FileNotFoundError"):
             models.load(tmp_path, "mistral")
 
 

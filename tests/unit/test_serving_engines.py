@@ -13,7 +13,7 @@ from labs.serving_engines.facts import facts, leading_share
 from labs.serving_engines.lab import at_once, turn_taking
 from labs.serving_engines.plots import PLOTS
 from loadtests.records import RequestRecord
-from serving.engines.base import FlagValue
+from serving.engines.flags import FlagValue
 from tests.unit.builders import make_lab, make_point, make_record, make_workload
 from tests.unit.judged import context, judged_run, played, with_facts, withheld
 

@@ -34,8 +34,8 @@ from labs.harness.spec import Lab, LabError, digest_of
 from labs.harness.telling import site
 from labs.harness.telling.markdown import FOLD_END
 from serving.engines.base import EngineError
+from serving.engines.flags import Harmless
 from serving.engines.vllm import Vllm
-from serving.engines.vllm_harmless import refusal
 from serving.weights import models
 from serving.weights.models import ModelError
 from tests.cases import each
@@ -60,17 +60,17 @@ def labs(*args: str) -> tuple[int, str]:
 
 # --------------------------------------------------------------------------- flags and variables
 
+UNKNOWN = "is not among the flags that are known to be harmless"
 HOSTILE: list[tuple[dict[str, Any], str]] = [
-    ({"tool-parser-plugin": "results/x/plugin.py"}, "tool-parser-plugin loads code"),
-    ({"worker-extension-cls": "os.system"}, "worker-extension-cls loads code"),
-    ({"logits-processors": ["a.b"]}, "logits-processors loads code"),
-    ({"trust-remote-code": True}, "trust-remote-code trusts code that comes with a model"),
+    ({"tool-parser-plugin": "results/x/plugin.py"}, UNKNOWN),
+    ({"worker-extension-cls": "os.system"}, UNKNOWN),
+    ({"logits-processors": ["a.b"]}, UNKNOWN),
+    ({"trust-remote-code": True}, UNKNOWN),
     ({"hf-overrides": {"auto_map": {}}}, "hf-overrides.auto_map has a value"),
-    ({"host": "0.0.0.0"}, "host opens an address"),
-    ({"kv-transfer-config": {"kv_connector": "x"}}, "kv-transfer-config opens an address"),
-    ({"chat-template": "/etc/passwd"}, "chat-template reads or writes a path"),
-    ({"config": "x.yaml"}, "config reads or writes a path"),
-    ({"tool-parser-plug": "x.py"}, "not among the flags that are known to be harmless"),
+    ({"host": "0.0.0.0"}, UNKNOWN),
+    ({"kv-transfer-config": {"kv_connector": "x"}}, UNKNOWN),
+    ({"chat-template": "/etc/passwd"}, UNKNOWN),
+    ({"config": "x.yaml"}, UNKNOWN),
     ({"max-num-seq": 8}, r"harmless \(did you mean max-num-seqs\?\)"),
     ({"speculative-config": {"model": "/tmp/draft"}}, "speculative-config.model has a value"),
     ({"compilation-config": {"backend": "a.b"}}, "compilation-config.backend has a value"),
@@ -142,7 +142,7 @@ def test_the_labs_own_flags_are_harmless(name: str, scale: str, random: bool) ->
 def test_a_flag_by_hand_is_refused_and_the_way_to_insist_is_named(command: tuple[str, ...]) -> None:
     code, said = labs(*command, "--set", "flags.trust-remote-code=true")
     assert code == 1
-    assert "trust-remote-code trusts code that comes with a model; if you know what" in said
+    assert "known to be harmless; if you know what" in said
     assert "UNSAFE_FLAGS=1 passes it on" in said
     code, said = labs(
         *command, "--set", "flags.trust-remote-code=true", "--unsafe-flags", "--model", "./none"
@@ -152,7 +152,7 @@ def test_a_flag_by_hand_is_refused_and_the_way_to_insist_is_named(command: tuple
 
 def test_serve_refuses_it_too() -> None:
     code, said = labs("serve", "--lab", LAB.name, "--set", "flags.host=0.0.0.0")
-    assert (code, "host opens an address" in said) == (1, True)
+    assert (code, "host is not among the flags" in said) == (1, True)
 
 
 def test_what_the_lab_sets_itself_is_refused_even_where_the_reader_insists() -> None:
@@ -162,12 +162,8 @@ def test_what_the_lab_sets_itself_is_refused_even_where_the_reader_insists() -> 
 
 
 def test_an_engine_that_names_no_harmless_flags_has_none() -> None:
-    class Other(Vllm):
-        refusal = super(Vllm, Vllm).refusal
-
-    assert Other.refusal({}) == ""
-    assert "does not say which of its flags are harmless" in Other.refusal({"x": 1})
-    assert refusal({}) == ""
+    assert Harmless.refusal({}) == ""
+    assert Harmless.refusal({"x": 1}) == "x is not among the flags that are known to be harmless"
 
 
 # ------------------------------------------------------------------------- paths in a manifest
@@ -572,14 +568,6 @@ def shard(content: bytes) -> Callable[[Path], object]:
     return lambda at: (at / "model.safetensors").write_bytes(content)
 
 
-def pipe_for(name: str) -> Callable[[Path], object]:
-    def replace(at: Path) -> None:
-        (at / name).unlink()
-        os.mkfifo(at / name)
-
-    return replace
-
-
 def text_of(name: str, content: str) -> Callable[[Path], object]:
     return lambda at: (at / name).write_text(content)
 
@@ -595,13 +583,6 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
     "negative size": config(num_hidden_layers=-1),
     "fraction": config(vocab_size=16.5),
     "list for a text config": config(text_config=[1]),
-    "very many layers": config(num_hidden_layers=10**9),
-    "very many heads": config(num_attention_heads=10**9, head_dim=4),
-    "long config": text_of("config.json", " " * (16 * 2**20 + 1)),
-    "dense config": text_of("config.json", "[" + "[]," * 2**20 + "0]"),
-    "dense header": lambda at: shard(
-        (3 * 2**20 + 3).to_bytes(8, "little") + b"[" + b"[]," * 2**20 + b"0]"
-    )(at),
     "empty shard": shard(b""),
     "cut shard": shard(b"\x10\0\0\0\0\0\0\0{"),
     "cut weights": lambda at: shard((at / "model.safetensors").read_bytes()[:-1])(at),
@@ -609,8 +590,6 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
     "no JSON": shard(b"\x02\0\0\0\0\0\0\0]]"),
     "no offsets": shard(b'\x0e\0\0\0\0\0\0\0{"a":{"b": 1}}'),
     "list for a header": shard(b"\x03\0\0\0\0\0\0\0[1]"),
-    "pipe for a config": pipe_for("config.json"),
-    "pipe for a shard": pipe_for("model.safetensors"),
 }
 
 

@@ -42,7 +42,8 @@ from loadtests.structures import (
     spec,
 )
 from loadtests.workload import Asked, Fixed
-from serving.engines.vllm_harmless import refusal
+from serving.engines.flags import FlagValue
+from serving.engines.vllm import Vllm
 from serving.forecasting.step import mask_threads
 from serving.weights import masks
 from tests.unit.builders import CEILINGS, SHAPE, make_record, make_trial, make_workload
@@ -186,9 +187,10 @@ def test_masks_of_a_large_batch_are_shared_out(
 
 def test_a_plug_in_of_ones_own_is_no_harmless_setting() -> None:
     harmless = {"backend": "xgrammar", "disable_any_whitespace": True}
-    assert refusal({"structured-outputs-config": harmless}) == ""
-    for odd in ({"reasoning_parser_plugin": "x.py"}, {"backend": "../x"}):
-        assert "structured-outputs-config" in refusal({"structured-outputs-config": odd})
+    assert Vllm.refusal({"structured-outputs-config": harmless}) == ""
+    for name, value in (("reasoning_parser_plugin", "x.py"), ("backend", "../x")):
+        odd: FlagValue = {name: value}
+        assert "structured-outputs-config" in Vllm.refusal({"structured-outputs-config": odd})
 
 
 # -------------------------------------------------------------------------------- the study

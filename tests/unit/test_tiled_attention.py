@@ -33,7 +33,7 @@ from labs.tiled_attention.lab import (
     step_ratio,
     ttft_ratio,
 )
-from serving.engines.vllm_harmless import refusal
+from serving.engines.vllm import Vllm
 from serving.hardware import attention, gpus
 from serving.hardware.attention import AttentionTimes, Kernel, KernelTimes
 from tests.unit.builders import CEILINGS, MACHINE, SHAPE
@@ -124,8 +124,8 @@ def test_a_limit_on_splits_counts_only_where_the_kernel_takes_one() -> None:
 
 
 def test_the_limit_on_splits_is_harmless_and_another_setting_is_not() -> None:
-    assert not refusal({"attention-config": {"flash_attn_max_num_splits_for_cuda_graph": 1}})
-    assert refusal({"attention-config": {"hisparse_config": {"device_buffer_size": 1}}})
+    assert not Vllm.refusal({"attention-config": {"flash_attn_max_num_splits_for_cuda_graph": 1}})
+    assert Vllm.refusal({"attention-config": {"hisparse_config": {"device_buffer_size": 1}}})
 
 
 def test_an_ab_of_the_same_engine_times_no_kernel() -> None:

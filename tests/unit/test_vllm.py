@@ -13,9 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from serving.engines import vllm_harmless
-from serving.engines.base import EngineError, FlagValue
-from serving.engines.vllm import SEVERAL_SERVERS, Vllm, VllmFlags, arguments, resolved
+from serving.engines.base import EngineError
+from serving.engines.flags import FlagValue
+from serving.engines.vllm import SEVERAL_SERVERS, Vllm, arguments, resolved
+from serving.engines.vllm_flags import VllmFlags
 from serving.hardware.machine import Machine
 from serving.weights.models import Model, files_sha256
 from tests.unit.builders import SHAPE
@@ -237,9 +238,9 @@ def test_more_api_servers_take_another_command_and_no_adapters() -> None:
     assert Vllm.server_command({"api-server-count": 4}) == SEVERAL_SERVERS
     with pytest.raises(EngineError, match="leave api-server-count out"):
         Vllm.check_flags([{}, {"enable-lora": True, "api-server-count": 2}])
-    assert not vllm_harmless.refusal({"api-server-count": 4})
+    assert not Vllm.refusal({"api-server-count": 4})
     for count in (0, 65, 100_000):  # each is a process
-        assert "not known to be harmless" in vllm_harmless.refusal({"api-server-count": count})
+        assert "not known to be harmless" in Vllm.refusal({"api-server-count": count})
 
 
 def test_in_float32_a_cached_number_has_four_bytes_unless_the_cache_has_a_type() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from labs import LABS
 from labs.speculative_decoding.lab import accepted, copies_accepted, guessed, tpot_ratio
-from serving.engines.vllm import VllmFlags
+from serving.engines.vllm_flags import VllmFlags
 from serving.weights import draft
 from serving.weights.draft import TargetAnswer, lookup, make
 from serving.weights.making import MakerError

@@ -106,4 +106,4 @@ def test_vllm_says_in_the_lines_that_are_read_which_strategy_routes() -> None:
 
 
 def test_the_lab_alone_names_what_a_worker_imports() -> None:
-    assert "worker-extension-cls loads code" in Vllm.refusal({"worker-extension-cls": "x.y"})
+    assert "worker-extension-cls is not among" in Vllm.refusal({"worker-extension-cls": "x.y"})

@@ -22,7 +22,7 @@ from labs.harness.running.clock import Clock
 from labs.harness.running.resolve import RunRequest
 from labs.harness.spec import LabError
 from serving.engines import ENGINES
-from serving.engines.base import Flags
+from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.hardware import machine as machines
 from serving.hardware.machine import Machine

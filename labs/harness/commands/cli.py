@@ -105,7 +105,7 @@ from labs.harness.telling.document import Paragraph, Section, bullets, section, 
 from loadtests.trace import MOST_ROWS, TraceRow
 from serving import bundle, whole
 from serving.engines import ENGINES
-from serving.engines.base import with_places
+from serving.engines.flags import with_places
 from serving.engines.vllm import Vllm
 from serving.hardware import machine
 from serving.hardware.gpus import short_names

@@ -77,7 +77,7 @@ from loadtests import records
 from loadtests.plan import TrialSummary
 from loadtests.workload import Name
 from serving import metrics, whole
-from serving.engines.base import FlagValue
+from serving.engines.flags import FlagValue
 from serving.hardware import telemetry
 from serving.hardware.attention import AttentionTimes
 from serving.hardware.machine import Ceilings, Environment, Machine

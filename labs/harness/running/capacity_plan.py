@@ -30,8 +30,9 @@ from labs.harness.spec import SLO, LabError
 from labs.harness.telling.capacity_plans import Alone, CapacityPlan, Demand, Fit, Price
 from labs.harness.telling.forecasts import LoadForecast, over
 from loadtests.arrivals import Poisson
-from serving.engines.base import FlagValue
-from serving.engines.vllm import CPU_KV_BYTES, PROCESS_BYTES, Vllm, VllmFlags, usable_bytes
+from serving.engines.flags import FlagValue
+from serving.engines.vllm import CPU_KV_BYTES, PROCESS_BYTES, Vllm, usable_bytes
+from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting import cards
 from serving.forecasting.datasheet import reason_against_sharing
 from serving.forecasting.fleet import serial_delays

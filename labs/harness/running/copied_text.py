@@ -14,8 +14,8 @@ from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.resolve import Setup
 from labs.harness.running.step_timing import served_folder
 from labs.harness.spec import Point
-from serving.engines.base import FlagValue
-from serving.engines.vllm import VllmFlags
+from serving.engines.flags import FlagValue
+from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting.copying import Copied, CopyingPlan, Lookup, decoded
 
 ANSWERS = 24  # of the model, at least, for each load of an engine that copies from the context

@@ -17,7 +17,8 @@ from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.resolve import Setup
 from labs.harness.spec import Lab, Variant
 from serving.engines import ENGINES
-from serving.engines.base import Engine, Server, with_places
+from serving.engines.base import Engine, Server
+from serving.engines.flags import with_places
 from serving.hardware import machine as machines
 from serving.hardware.host_memory import available_bytes
 from serving.hardware.machine import Machine

@@ -54,8 +54,9 @@ from labs.harness.telling.forecasts import LoadForecast
 from loadtests.arrivals import OfCapacity
 from loadtests.trace import MOST_ROWS
 from serving.engines import ENGINES
-from serving.engines.base import with_places
-from serving.engines.vllm import Vllm, VllmFlags
+from serving.engines.flags import with_places
+from serving.engines.vllm import Vllm
+from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting.plan import SyntheticRequest
 from serving.metrics import KvUse
 from serving.weights import models

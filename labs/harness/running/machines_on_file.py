@@ -16,7 +16,7 @@ from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder, readable
 from labs.harness.spec import Lab, LabError, Point
 from serving.engines import DEFAULT_ENGINE
-from serving.engines.vllm import VllmFlags
+from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting.step import StepTimes
 from serving.hardware.machine import Ceilings, Machine
 from serving.weights import dummy, models

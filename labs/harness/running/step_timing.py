@@ -14,8 +14,9 @@ from labs.harness.running.forecaster import Forecaster
 from labs.harness.running.machines_on_file import MachineOnFile, largest_step
 from labs.harness.running.resolve import Setup
 from labs.harness.spec import Point, Variant
-from serving.engines.base import FlagValue, with_places
-from serving.engines.vllm import Vllm, VllmFlags
+from serving.engines.flags import FlagValue, with_places
+from serving.engines.vllm import Vllm
+from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting import cards
 from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import PASSES, QUICK_PASSES, TimingPlan

@@ -29,8 +29,9 @@ from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s, read_r
 from loadtests.prompts import Writer
 from loadtests.records import TURNED_AWAY, Chunks, RequestRecord
 from serving import metrics
-from serving.engines.base import FlagValue, with_places
-from serving.engines.vllm import Vllm, VllmFlags, usable_bytes
+from serving.engines.flags import FlagValue, with_places
+from serving.engines.vllm import Vllm, usable_bytes
+from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting.fleet import Handover, serial_delays
 from serving.forecasting.plan import (
     ForecastPlan,
