@@ -17,10 +17,11 @@ from labs.harness.judging.text import number
 from labs.harness.questions import QUESTIONS
 from labs.harness.telling.capacity_plans import break_even_millions
 from labs.harness.telling.dials import shipped_shape
-from labs.harness.telling.document import Code, Inline
 from labs.harness.telling.forecasts import over
+from labs.harness.telling.markdown import Inline, Markdown, code
 from labs.harness.telling.planner import BLOCK_TOKENS, kv_room_tokens
 from labs.harness.telling.tables import with_band
+from labs.harness.telling.templates import filled
 from serving.engines.vllm import MEMORY_SHARE, usable_bytes
 from serving.forecasting import cards
 from serving.forecasting.datasheet import EXPECTED
@@ -38,7 +39,7 @@ class Computed:
     """Holds an answer, what kind of answer it is, and the command that gives one for the reader."""
 
     kind: str
-    text: str
+    text: Markdown
     command: str
 
 
@@ -51,7 +52,8 @@ def computed(id: str) -> Computed | None:
 def answer_with_command(answer: Computed) -> Inline:
     """Write an answer with its kind and with the command that computes another example."""
     kind = answer.kind[0].upper() + answer.kind[1:]
-    return f"{kind}, nothing measured: {answer.text} For your own figures: ", Code(answer.command)
+    before, after = f"{kind}, nothing measured: ", " For your own figures: "
+    return before, answer.text, after, code(answer.command)
 
 
 def kind_of(id: str, labs: Iterable[str]) -> str:
@@ -93,19 +95,23 @@ def _large_model() -> Computed:
         of = f"request{'' if requests == 1 else 's'} of {context:,}"
         return f"{tokens:,.0f} tokens, or {requests:,} {of}"
 
-    return Computed(
-        "arithmetic",
-        f"the {number(whole.params / 1e9)} billion parameters of {_model(name)} in 16 bits are"
-        f" {_gb(2 * whole.params)}, and an {card} has {_gb(sheet.memory_bytes)}, of which"
-        f" {_gb(usable_bytes(sheet.memory_bytes))} are usable ({number(MEMORY_SHARE, 'share')},"
-        " less the activations): it does not fit. In 8 bits the weights take"
-        f" {_gb(eight.held_bytes)}, in 4 bits {_gb(four.held_bytes)}. The keys and values of a"
-        f" token take {whole.kv_bytes_per_token() / 1e3:,.0f} kB (2 x {whole.layers} layers x"
-        f" {whole.kv_heads} KV heads x {whole.head_dim} x 2 bytes), so that 8-bit weights leave"
-        f" room for {room(eight, 2)}; 4-bit weights for {room(four, 2)}; with keys and values in 8"
-        f" bits, too, for {room(four, 1)}.",
-        f"make plan MACHINE={sheet.short_name} MODEL={name} PRECISION=w4a16-gptq RATE=2",
+    text = filled(
+        "computed_large_model.md",
+        params=number(whole.params / 1e9),
+        model=_model(name),
+        card=card,
+        memory=_gb(sheet.memory_bytes),
+        usable=_gb(usable_bytes(sheet.memory_bytes)),
+        share=number(MEMORY_SHARE, "share"),
+        whole=_gb(2 * whole.params),
+        eight=_gb(eight.held_bytes),
+        four=_gb(four.held_bytes),
+        kv_kb=f"{whole.kv_bytes_per_token() / 1e3:,.0f}",
+        shape=whole,
+        room={"eight": room(eight, 2), "four": room(four, 2), "both": room(four, 1)},
     )
+    command = f"make plan MACHINE={sheet.short_name} MODEL={name} PRECISION=w4a16-gptq RATE=2"
+    return Computed("arithmetic", text, command)
 
 
 def _documents() -> Computed:
@@ -124,19 +130,18 @@ def _documents() -> Computed:
     warm_s, warm_per_s = prefill(prompt - document, document)
     piece_s, _ = prefill(budget, prompt - budget)
     kept = kv_room_tokens(shape, sheet.memory_bytes, 2) // (document // BLOCK_TOKENS * BLOCK_TOKENS)
-    return Computed(
-        "forecast",
-        f"keep the documents in the prefix cache, send each to the replica that has it, and cut"
-        f" prompts into pieces. {_model(name)} on an {card} needs {cold_s} for a prompt of"
-        f" {prompt:,} tokens, and {warm_s} where its first {document:,} are cached: at most"
-        f" {cold_per_s} and {warm_per_s} prompts a second if it did nothing else. The cache of a"
-        f" replica has room for {kept:,.0f} such documents. Behind a round-robin router each of"
-        f" {replicas} replicas meets all {documents}, behind a prefix-aware one only"
-        f" {documents // replicas}. In pieces of {budget} tokens a prompt that is not cached holds"
-        f" everybody else up for {piece_s} at a time.",
+    text = filled(
+        "computed_documents.md",
+        model=_model(name), card=card, prompt=prompt, document=document, budget=budget,
+        documents=documents, replicas=replicas, each=documents // replicas, kept=f"{kept:,.0f}",
+        cold_s=cold_s, warm_s=warm_s, piece_s=piece_s, cold_per_s=cold_per_s,
+        warm_per_s=warm_per_s,
+    )  # fmt: skip
+    command = (
         f"make plan MACHINE={sheet.short_name} RATE=60 LENGTHS={prompt}/100"
-        f" DOCUMENTS={documents}/{document} REPLICAS={replicas}",
+        f" DOCUMENTS={documents}/{document} REPLICAS={replicas}"
     )
+    return Computed("forecast", text, command)
 
 
 def _rent_or_buy() -> Computed:
@@ -152,18 +157,18 @@ def _rent_or_buy() -> Computed:
         ]
     )
     a_day = over([86_400 * value / 1e6 for value in (per_s.value, per_s.low, per_s.high)])
-    return Computed(
-        "arithmetic and forecast",
-        "break-even tokens a day = 24 h x price of an hour / price of a token. A card for"
-        f" {per_hour:.2f} USD an hour beside {per_million:.2f} USD for a million output tokens:"
-        f" {number(millions)} million tokens a day, {number(millions * 1e6 / 86_400)} a second day"
-        f" and night. {_model(name)} on an {card} is forecast to give {with_band(a_day, '1')}"
-        f" million a day with {users} requests of {prompt:,} prompt and {output} output tokens"
-        f" always in flight, so the card has to be {number(millions / a_day.value, 'share')} busy"
-        " to be worth its rent. The prices are an example: give your own.",
+    text = filled(
+        "computed_rent_or_buy.md",
+        model=_model(name), card=card, users=users, prompt=prompt, output=output,
+        per_hour=f"{per_hour:.2f}", per_million=f"{per_million:.2f}", millions=number(millions),
+        per_s=number(millions * 1e6 / 86_400), a_day=with_band(a_day, "1"),
+        busy=number(millions / a_day.value, "share"),
+    )  # fmt: skip
+    command = (
         f"make plan MACHINE={sheet.short_name} RATE=10 LENGTHS={prompt}/{output}"
-        f" PRICE_PER_HOUR={per_hour:.2f} API_PRICE={per_million:.2f}",
+        f" PRICE_PER_HOUR={per_hour:.2f} API_PRICE={per_million:.2f}"
     )
+    return Computed("arithmetic and forecast", text, command)
 
 
 def _smaller_cache() -> Computed:
@@ -177,21 +182,15 @@ def _smaller_cache() -> Computed:
     copy_s = theory.kv_copy_s(shape, context, link)
     pays = theory.link_that_pays_bytes_per_s(shape, flops_per_s)
     each, eight = shape.kv_bytes_per_token(2), shape.kv_bytes_per_token(1)
-    return Computed(
-        "arithmetic",
-        f"the keys and values of {context:,} tokens of {_model(name)} take {_gb(each * context)}."
-        f" In 8 bits they take {_gb(eight * context)}; with a sliding window, or eviction, that"
-        f" keeps {window:,} tokens, {_gb(each * window)}; with one cache for every two layers,"
-        f" {_gb(each * context / 2)}. The factors multiply. 8 bits are a setting of the engine;"
-        " a window and shared layers have to be trained into the model. What each costs in quality"
-        " cannot be computed. Nothing is lost where what is evicted stays in the host's memory: an"
-        f" {card} copies it back at {number(link / 1e9, 'GB/s')} (its datasheet) in"
-        f" {number(copy_s, 's')}, and computes it again in {number(prefill_s, 's')} at"
-        f" {number(EXPECTED.computing, 'share')} of its FLOP/s. Over a link of more than"
-        f" {number(pays / 1e9, 'GB/s')} copying is faster at any length, over a slower one only"
-        " from some length on.",
-        "make plan MACHINE=h100 MODEL=llama-8b LENGTHS=32000/500",
-    )
+    text = filled(
+        "computed_smaller_cache.md",
+        model=_model(name), card=card, context=context, window=window, whole=_gb(each * context),
+        eight=_gb(eight * context), windowed=_gb(each * window), halved=_gb(each * context / 2),
+        link=number(link / 1e9, "GB/s"), copy_s=number(copy_s, "s"),
+        prefill_s=number(prefill_s, "s"), computing=number(EXPECTED.computing, "share"),
+        pays=number(pays / 1e9, "GB/s"),
+    )  # fmt: skip
+    return Computed("arithmetic", text, "make plan MACHINE=h100 MODEL=llama-8b LENGTHS=32000/500")
 
 
 _ANSWERS: Mapping[str, Callable[[], Computed]] = {

@@ -149,9 +149,11 @@ def digest(facts: Facts) -> Markdown:
     """Build what a terminal shows of a run that has just ended; the report has the rest."""
     names = [*LABS]
     place = names.index(facts.lab.name) + 1 if facts.lab.name in names else 0
+    known = _known(facts)
     return filled(
         "digest.md",
-        **_known(facts),
+        **known,
+        claims_in_brief=tables.without_column(known["claims"], tables.HELD),
         main_points=tables.points(facts.points, facts.lab, facts.summary, main_columns()),
         command_of_lab=f"make lab-{facts.lab.name}",
         next_lab=LABS[names[place % len(names)]] if place else None,

@@ -96,6 +96,10 @@ def varying(of: Table, keep: Collection[str] = ()) -> tuple[Table, list[tuple[st
     return _with_columns(of, varies), same
 
 
+def without_column(of: Table, title: str) -> Table:
+    return _with_columns(of, [heading != title for heading in of.header])
+
+
 def _with_columns(of: Table, kept: Sequence[bool]) -> Table:
     if not of.rows:
         return of
@@ -124,12 +128,12 @@ def claims(lab: Lab, summary: Summary) -> Table:
         Column("Measured", lambda j: f"{ratio_text(j)}{', not valid' * (j.outcome == NOT_VALID)}"),
         Column("95% interval", ratio_interval),
         Column("Predicted", lambda j: f"{ratio_number(j.prediction.value)}x"),
-        Column("Did it hold?", claim_outcome),
+        Column(HELD, claim_outcome),
         Column("Verdict", lambda j: j.outcome),
     )
 
 
-NOT_VALID = "not valid"
+NOT_VALID, HELD = "not valid", "Did it hold?"
 
 
 def compared(lab: Lab, summary: Summary) -> Table:

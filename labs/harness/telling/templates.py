@@ -104,18 +104,8 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "code": code,
-        "counted": counted,
-        "notation": parse,
-        "without_tables": _without_tables,
-    }
+    environment.filters |= {"code": code, "counted": counted, "notation": parse}
     return environment
-
-
-def _without_tables(text: Markdown) -> Markdown:
-    blocks = text.split("\n\n")
-    return Markdown("\n\n".join(block for block in blocks if not block.startswith("|")))
 
 
 def _shown(value: Any) -> Any:

@@ -19,6 +19,7 @@ from labs.harness.telling.markdown import FOLD, Markdown
 from labs.harness.telling.visible import visible
 
 INDENT = "  "
+NAME_WIDTH, LEAST_NAME_WIDTH = 32, 24  # of a table's first column; longer names take more lines
 STYLES = {"em": "italic", "strong": "bold"}
 UNREAD = (
     "error: what read the output has ended, and so does this command; a run keeps its finished"
@@ -90,12 +91,20 @@ def _sentence(console: Console, text: Text) -> None:
 
 
 def _table(rows: Sequence[Sequence[Text]]) -> rich.table.Table:
-    """The first column names the row; figures stand to the right."""
+    """The first column names the row, in one line where it is short; figures stand to the right."""
     header, *body = rows
+    longest = max(len(row[0]) for row in rows)
     rich_table = rich.table.Table()
     for place, head in enumerate(header):
-        justify: Literal["left", "right"] = "right" if place else "left"
-        rich_table.add_column(head, no_wrap=not place, justify=justify, overflow="fold")
+        first = place == 0
+        justify: Literal["left", "right"] = "left" if first else "right"
+        rich_table.add_column(
+            head,
+            no_wrap=first and longest <= NAME_WIDTH,
+            min_width=LEAST_NAME_WIDTH if first and longest > NAME_WIDTH else None,
+            justify=justify,
+            overflow="fold",
+        )
     for row in body:
         rich_table.add_row(*row)
     return rich_table
