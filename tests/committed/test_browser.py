@@ -517,36 +517,6 @@ def test_a_dial_is_turned_and_a_readers_own_run_joins_or_is_refused(
     assert {url.split(":")[0] for url in shown.requested} <= {"file", "data"}
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_a_step_is_moved_under_the_roof_of_a_machine(
-    chromium: Browser, site: Path, width: int, scheme: str
-) -> None:
-    shown = opened(chromium, site / "site" / "lessons" / f"{RUNS[0]}.html", width, scheme)
-    said = "document.getElementById('roof-said').textContent"
-    traces = "document.getElementById('roofline-plot').data"
-    dots = shown.js("data.roofline.dots.length")
-    measured = f"{traces}.filter(t => t.legendgroup === 'measured').flatMap(t => t.x).length"
-    assert shown.js(measured) == dots > 0
-    before = shown.js(said)
-    shown.js("(e => { e.value = e.max; e.dispatchEvent(new Event('input')); })"
-             "(document.getElementById('roof-batch'))")  # fmt: skip
-    assert shown.js(said).startswith("512 in flight: ") != before.startswith("512 in flight: ")
-    machines = shown.js("[...document.getElementById('roof-machine').options].map(o => o.text)")
-    shown.choose("roof-machine", str(machines.index("H100 80GB HBM3")))
-    models = shown.js("[...document.getElementById('roof-model').options].map(o => o.text)")
-    shown.choose("roof-model", str(models.index("Llama 3.1 8B")))
-    shown.js("(e => { e.value = 0; e.dispatchEvent(new Event('input')); })"
-             "(document.getElementById('roof-batch'))")  # fmt: skip
-    slower = shown.js(f"{said}.match(/At least ([0-9.]+) ms/)[1] * 1")
-    shown.choose("roof-bits", "4")
-    assert shown.js(f"{said}.match(/At least ([0-9.]+) ms/)[1] * 1") < slower
-    shown.choose("roof-model", str(models.index("Qwen3 30B-A3B")))  # drawn in 16 bits alone
-    assert shown.js("document.getElementById('roof-bits').value") == "16"
-    assert shown.js(measured) == dots
-    assert shown.js("document.documentElement.scrollWidth <= innerWidth")
-    assert shown.errors == []
-
-
 def test_the_planner_says_what_fits_and_what_does_not(chromium: Browser, site: Path) -> None:
     shown = opened(chromium, site / "site" / "planner.html", 390)
     answer = "document.getElementById('answer').innerText"

@@ -22,7 +22,7 @@ from labs.harness.facts.parts import kept
 from labs.harness.filing.results import RunFolder, Summary
 from labs.harness.spec import Point
 from labs.harness.telling import plots
-from labs.harness.telling.pictures import as_address
+from labs.harness.telling.html import as_address
 from labs.harness.telling.words import NOTHING, told_by
 from labs.multi_lora.facts import Marks
 from labs.speculative_decoding.facts import speculations, tokens_a_step

@@ -242,9 +242,6 @@ def test_the_site_shows_a_quick_run_of_a_gpu_first_and_marked(
     machines = pages["machines.html"].partition('<section id="machines">')[2]
     assert machines.index(TOLD) < machines.index(MACHINE.describe())
     assert APART in pages["forecasts.html"]
-    assert item.dots
-    for dot in item.dots:
-        assert dot.point.endswith(MARKED) == (dot.machine == TOLD)
     alone = Course([entry(cpu)])
     texts = [alone.lesson_page(alone.lessons[0]), *alone.pages().values()]
     assert not any("stands in" in text or "(quick)" in text for text in texts)

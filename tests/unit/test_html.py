@@ -208,7 +208,7 @@ def test_of_too_many_requests_the_longest_stay_and_the_page_says_so(
     found = [make_record([(11.0, 1), (11.0 + i, 1)], index=i) for i in range(1, 6)]
     found.append(make_record([], index=9))
     records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
-    monkeypatch.setattr(chart_data, "ALONE", chart_data.Room(1, 1))
+    monkeypatch.setattr(chart_data, "_shared_out", lambda sent, most: {})
     trial = trial_of(written(folder), point.key)
     assert (trial["sent"], trial["shown"], sorted(trial["index"])) == (6, 3, [4, 5, 9])
 
@@ -233,18 +233,6 @@ def test_a_column_is_written_as_short_as_it_can_be_read() -> None:
     assert chart_data._packed("gap_dms", [None, None]) is None
     assert chart_data._packed("gap_dms", [None, 3]) == [None, 3]
     assert chart_data._packed("index", []) == []
-
-
-def test_a_site_keeps_fewer_quantiles_and_both_extremes(folder: RunFolder) -> None:
-    summarise(folder)
-    point = folder.run().points()[0]
-    found = [make_record([(10 + i / 100, 1)], index=i) for i in range(300)]
-    records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", found)
-    room = chart_data.SITE.shared(10_000)
-    drawn = chart_data.data(folder, folder.run(), folder.summary(), room)
-    ttft = drawn["samples"]["ttft_s"]["points"][point.key]["ms"]
-    assert len(ttft) == chart_data.LEAST_QUANTILES
-    assert ttft[-1] == 2990
 
 
 def test_samples_are_quantiles_of_all_repeats(folder: RunFolder) -> None:

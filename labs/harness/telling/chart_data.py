@@ -6,7 +6,6 @@ import heapq
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,31 +28,16 @@ COLUMNS = (  # of a trial's requests
     "index", "start_dms", "sent_dms", "first_dms", "last_dms", "gap_dms", "prompt", "output",
     "tpot_dms", "counted",
 )  # fmt: skip
-LEAST_QUANTILES, MOST_QUANTILES = 31, 250  # of one latency at one point
+MOST_QUANTILES = 100  # of one latency at one point
 LEAST_REQUESTS = 3  # of a trial: its longest
 
 
-@dataclass(frozen=True)
-class Room:
-    """How much a page of a run may draw."""
-
-    requests: int
-    quantiles: int  # of all latencies and points together
-
-    def shared(self, pages: int) -> Room:
-        """Return what each of so many pages may draw, where all of them share this."""
-        return Room(self.requests // max(1, pages), self.quantiles // max(1, pages))
-
-    def within(self, other: Room) -> Room:
-        """Return no more than the other."""
-        return Room(min(self.requests, other.requests), min(self.quantiles, other.quantiles))
+REQUESTS_OF_A_PAGE, REQUESTS_OF_A_SITE = 12_000, 8_000  # that a page draws, and all of a site
 
 
-ALONE = Room(12_000, 50_000)  # one page, which stays under a megabyte beside the library
-SITE = Room(8_000, 40_000)  # all pages of a site together
-
-
-def data(folder: RunFolder, run: Run, summary: Summary, room: Room = ALONE) -> dict[str, Any]:
+def data(
+    folder: RunFolder, run: Run, summary: Summary, most_requests: int = REQUESTS_OF_A_PAGE
+) -> dict[str, Any]:
     """Gather all that a page draws: times in ms, or in 0.1 ms where the name ends in `_dms`.
 
     A figure is a list: its value, the ends of its interval, and the value of each repeat; of a
@@ -61,7 +45,7 @@ def data(folder: RunFolder, run: Run, summary: Summary, room: Room = ALONE) -> d
     """
     lab, points = run.rebuilt_lab(), run.points()
     errors: dict[str, int] = {}  # what went wrong, each text once
-    samples, trials = _played(folder, points, lab, room.within(ALONE), errors)
+    samples, trials = _played(folder, points, lab, most_requests, errors)
     figures = _figure_names(lab, summary)
     return {
         "colours": VARIANTS,
@@ -191,17 +175,12 @@ def _borne_out(prediction: Prediction) -> dict[str, float | None]:
 
 
 def _played(
-    folder: RunFolder, points: list[Point], lab: Lab, room: Room, errors: dict[str, int]
+    folder: RunFolder, points: list[Point], lab: Lab, most_requests: int, errors: dict[str, int]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the quantiles of each latency and the requests of each trial, read one by one."""
     titles = {**{latency.attribute: latency.title for latency in DRAWN}, LONG: LONG_TITLE}
     drawn: dict[str, dict[str, Any]] = {name: {} for name in titles}
-    sent = _sent(folder, points, lab)
-    most_by_trial = _shared_out(sent, room.requests)
-    with_samples = {key for key, _ in sent}
-    lists = sum(len(DRAWN) + bool(p.workload.intruder) for p in points if p.key in with_samples)
-    each = room.quantiles // max(1, lists)
-    most_quantiles = min(MOST_QUANTILES, max(LEAST_QUANTILES, each))
+    most_by_trial = _shared_out(_sent(folder, points, lab), most_requests)
     rows: list[dict[str, Any]] = []
     for point in points:
         seconds = {name: array("d") for name in titles}
@@ -216,7 +195,7 @@ def _played(
             del trial  # before the next one is read
         for name, samples_s in seconds.items():
             if samples_s:
-                drawn[name][point.key] = _quantiles(samples_s, most_quantiles)
+                drawn[name][point.key] = _quantiles(samples_s)
     titled = ((name, {"title": titles[name], "points": of}) for name, of in drawn.items() if of)
     return dict(titled), rows
 
@@ -247,12 +226,12 @@ def _shared_out(sent: Mapping[tuple[str, int], int], most: int) -> dict[tuple[st
     }
 
 
-def _quantiles(samples_s: array[float], most: int) -> dict[str, Any]:
+def _quantiles(samples_s: array[float]) -> dict[str, Any]:
     """Return how many samples a point has, and their quantiles in equal steps.
 
     The least and the largest sample are the first and the last of them.
     """
-    steps = np.linspace(0, 1, min(len(samples_s), most))
+    steps = np.linspace(0, 1, min(len(samples_s), MOST_QUANTILES))
     return {
         "n": len(samples_s),
         "ms": [_round(1000 * float(v)) for v in np.quantile(samples_s, steps)],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
@@ -24,8 +24,8 @@ from labs.harness.telling.markdown import (
     Markdown,
     plain_text,
 )
-from labs.harness.telling.pictures import as_address
 
+UNQUOTED = " !$'()*+,-./:;<=>?@[]_~{}|^"  # in a data address within double quotation marks
 Picture = Callable[[str, str, Markup], Markup]  # of a file, with its words and its caption
 
 
@@ -117,6 +117,14 @@ class _Renderer(RendererHTML):
 
 
 RENDERER = _Renderer()
+
+
+def as_address(svg: str) -> str:
+    """Return a picture as an address that holds it, for an attribute in double quotation marks.
+
+    A page shows it as an image, so that whatever the file holds, nothing in it runs.
+    """
+    return "data:image/svg+xml," + quote(svg, safe=UNQUOTED)
 
 
 def embedded(home: Path) -> Picture:

@@ -45,12 +45,12 @@ def write(folder: RunFolder, figures: Sequence[Figure] | None = None) -> Path:
 def page(
     folder: RunFolder,
     root: str = "",
-    room: chart_data.Room = chart_data.ALONE,
+    most_requests: int = chart_data.REQUESTS_OF_A_PAGE,
     figures: Sequence[Figure] | None = None,
 ) -> str:
     """Render a run's page; the library is in it, or at the `root` of a site, beside the index.
 
-    No more is drawn than there is `room` for. Unless `figures` are given, which `report.draw` has
+    Unless `figures` are given, which `report.draw` has
     drawn, the plots are drawn again, for their captions.
     """
     from labs.harness.telling import plots  # imports matplotlib, which few commands draw with
@@ -76,7 +76,7 @@ def page(
         # an engine beside its twin answers nothing, and its claims are drawn all the same
         claims_after=ANSWER if any(section.id == ANSWER for section in sections) else CLAIMS,
         marks=marks_of(run, not summary.failed and not summary.missing),  # COMPLETE comes last
-        data=chart_data.data(folder, run, summary, room),
+        data=chart_data.data(folder, run, summary, most_requests),
     )
 
 
@@ -112,6 +112,11 @@ def render(template: str, scripts: Mapping[str, str], root: str = "", **fields: 
         root=root,
         **fields,
     )
+
+
+def svg(template: str, **fields: Any) -> Markup:
+    """Render a picture that stands within a page."""
+    return Markup(_templates().get_template(template).render(fields).replace("\n", ""))
 
 
 @cache

@@ -9,7 +9,7 @@ the trial keeps what the engine said of it (`filing.engine_series`); older trial
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -20,8 +20,11 @@ from dashboards.palette import VARIANTS
 from labs.harness.filing import engine_series
 from labs.harness.filing.results import RunFolder
 from labs.harness.judging.measure import Trial
-from labs.harness.judging.text import counted, number, point_label
+from labs.harness.judging.text import number, point_label
 from labs.harness.spec import Point
+from labs.harness.telling.markdown import plain_text
+from labs.harness.telling.pages import svg
+from labs.harness.telling.templates import filled
 from loadtests.records import RequestRecord
 
 MOST_CHUNKS = 700  # in one picture: a mark for each
@@ -170,22 +173,23 @@ def _replayed(
     cache: Cache | None = None,
 ) -> Replayed:
     places = max(bar.place for bar in bars) + 1
-    filled = sum(bar.end_s - bar.start_s for bar in bars) / span_s
-    tokens = sum(sum(bar.tokens) for bar in bars)
-    waited = sum(min(b.first_s, b.end_s) - b.start_s for b in bars if b.first_s > 0) / span_s
-    description = (
-        f"{title}: {counted(len(bars), 'request')} in {number(span_s, 's')}, at most {places} at"
-        f" once and {filled:.1f} on average, {waited:.1f} of them still without a token;"
-        f" {counted(tokens, 'token')} came."
-    )
-    if guesses:
-        accepted = sum(n - 1 for bar in bars for n in bar.tokens)
-        description += (
-            f" Of these, {accepted:,} were drafts that the target accepted: the higher a line,"
+    without_token_s = sum(min(b.first_s, b.end_s) - b.start_s for b in bars if b.first_s > 0)
+    shown_cache = cache if cache and cache.shares else None
+    description = plain_text(
+        filled(
+            "replay.md",
+            title=title,
+            requests=len(bars),
+            span=number(span_s, "s"),
+            places=places,
+            at_once=f"{sum(bar.end_s - bar.start_s for bar in bars) / span_s:.1f}",
+            waiting=f"{without_token_s / span_s:.1f}",
+            tokens=sum(sum(bar.tokens) for bar in bars),
+            guesses=guesses,
+            accepted=sum(n - 1 for bar in bars for n in bar.tokens),
+            most_held=shown_cache.share_text(max(shown_cache.shares)) if shown_cache else "",
         )
-        description += " the more of them came at once."
-    if cache and cache.shares:
-        description += f" At most {cache.share_text(max(cache.shares))} of the KV cache was in use."
+    )
     times = {
         "span": round(1000 * span_s),
         "guesses": guesses,
@@ -203,7 +207,7 @@ def _replayed(
         ] if cache else [],
     }  # fmt: skip
     most = max((n for bar in bars for n in bar.tokens), default=1) if guesses else 0
-    picture = _picture(bars, places, span_s, description, clip, most, cache)
+    picture = _picture(bars, places, span_s, description, clip, most, shown_cache)
     return Replayed(title, picture, description, times, cache)
 
 
@@ -222,87 +226,56 @@ def _picture(
     """
     row = 18 if places <= 16 else max(4, 288 // places)
     under = HEAD + places * row
-    drawn_cache = cache if cache and cache.shares else None
-    foot = under + (CACHE_GAP + CACHE_HEIGHT if drawn_cache else 0)
+    foot = under + (CACHE_GAP + CACHE_HEIGHT if cache else 0)
     scale = (WIDTH - 2 * LEFT) / span_s
-    rows = "".join(
-        f'<path class="place" d="M{LEFT} {HEAD + (i + 0.5) * row:g}H{WIDTH - LEFT}"/>'
-        for i in range(places)
+    height = row * 7 / 9
+
+    def x(second: float) -> float:
+        return LEFT + second * scale
+
+    drawn = []
+    for bar in bars:
+        first = min(max(bar.first_s, bar.start_s), bar.end_s)
+        parts = ((bar.start_s, first, WAITING), (first, bar.end_s, DECODING))
+        drawn.append(
+            {
+                "top": HEAD + bar.place * row + row / 9,
+                "height": height,
+                "boxes": [
+                    {"x": x(start), "width": (end - start) * scale, "colour": colour}
+                    for start, end, colour in parts
+                ],
+                "marks": [
+                    (x(t), height * (n / most if most else 1))
+                    for t, n in zip(bar.chunks_s, bar.tokens, strict=True)
+                ],
+            }
+        )
+    return svg(
+        "replay.svg",
+        width=WIDTH,
+        left=LEFT,
+        right=WIDTH - LEFT,
+        foot=foot,
+        description=description,
+        clip=clip,
+        rows=[HEAD + (place + 0.5) * row for place in range(places)],
+        bars=drawn,
+        kind="token drafted" if most else "token",
+        held=_held(cache, under, foot, x) if cache else None,
+        ticks=[(x(second), round(second, 3)) for second in _ticks(span_s)],
     )
-    drawn = "".join(_bar(bar, row, scale, most) for bar in bars)
-    if drawn_cache:
-        rows += _cache_frame(under)
-        drawn += _held(drawn_cache, foot, scale)
-    return Markup(
-        '<svg class="replay" viewBox="0 0 {} {}" role="img" aria-label="{}">'
-        '<clipPath id="{clip}"><rect class="reveal" width="{width}" height="{foot}"/></clipPath>'
-        '{rows}<g clip-path="url(#{clip})">{drawn}</g><path class="now" d="M0 0V{foot}"/>{axis}'
-        "</svg>"
-    ).format(
-        WIDTH, foot + 22, description, clip=clip, width=WIDTH, foot=foot, rows=Markup(rows),
-        drawn=Markup(drawn), axis=_axis(span_s, scale, foot),
-    )  # fmt: skip
 
 
-def _cache_frame(top: int) -> str:
-    """The KV cache's part: its title, and lines where it is full and empty."""
-    full, empty = top + CACHE_GAP, top + CACHE_GAP + CACHE_HEIGHT
-    return (
-        f'<text x="{LEFT}" y="{full - 5}" text-anchor="start">KV cache in use, up to 100%</text>'
-        f'<path class="place" d="M{LEFT} {full}H{WIDTH - LEFT}M{LEFT} {empty}H{WIDTH - LEFT}"/>'
-    )
-
-
-def _held(cache: Cache, foot: int, scale: float) -> str:
-    """The readings as dots, with straight lines between them and the area below shaded."""
+def _held(cache: Cache, under: int, foot: int, x: Callable[[float], float]) -> dict[str, Any]:
+    """Place the readings of the KV cache; 100% is where `full` is."""
     at = [
-        (LEFT + t * scale, foot - share * CACHE_HEIGHT)
+        (x(t), foot - share * CACHE_HEIGHT)
         for t, share in zip(cache.times_s, cache.shares, strict=True)
     ]
-    line = "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
-    area = f"M{at[0][0]:.1f} {foot}L{line}L{at[-1][0]:.1f} {foot}Z"
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{HELD}"/>' for x, y in at)
-    return (
-        f'<path d="{area}" fill="{HELD}" opacity="0.35"/>'
-        f'<path d="M{line}" fill="none" stroke="{HELD}" stroke-width="1.5"/>{dots}'
-    )
+    return {"full": under + CACHE_GAP, "at": at, "colour": HELD}
 
 
-def _bar(bar: _Bar, row: int, scale: float, most: int) -> str:
-    top, height = HEAD + bar.place * row + row / 9, row * 7 / 9
-    first = min(max(bar.first_s, bar.start_s), bar.end_s)
-    foot = top + height
-    marks = "".join(
-        f"M{LEFT + t * scale:.1f} {foot:.1f}v-{height * (n / most if most else 1):.1f}"
-        for t, n in zip(bar.chunks_s, bar.tokens, strict=True)
-    )
-    kind = "token drafted" if most else "token"
-    return (
-        _box(bar.start_s, first, WAITING, top, height, scale)
-        + _box(first, bar.end_s, DECODING, top, height, scale)
-        + f'<path class="{kind}" d="{marks}"/>'
-    )
-
-
-def _box(start_s: float, end_s: float, colour: str, top: float, height: float, scale: float) -> str:
-    if end_s <= start_s:
-        return ""
-    return (
-        f'<rect x="{LEFT + start_s * scale:.1f}" y="{top:.1f}" fill="{colour}"'
-        f' width="{(end_s - start_s) * scale:.1f}" height="{height:.1f}"/>'
-    )
-
-
-def _axis(span_s: float, scale: float, foot: int) -> Markup:
+def _ticks(span_s: float) -> list[float]:
     step = next((s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60) if span_s / s <= 7), 120)
-    ticks = list(accumulate([0.0] + [step] * int(span_s / step)))
-    return Markup("").join(
-        Markup('<path class="tick" d="M{0:.1f} {1}v4"/><text x="{0:.1f}" y="{2}"{3}>{4:g} s</text>')
-        .format(
-            LEFT + t * scale, foot, foot + 16,
-            Markup(' text-anchor="start"' if t == 0 else
-                   ' text-anchor="end"' if LEFT + t * scale > WIDTH - 20 else ""),
-            round(t, 3),
-        )
-        for t in ticks
-    )  # fmt: skip
+    return list(accumulate([0.0] + [step] * int(span_s / step)))

@@ -55,7 +55,6 @@ from labs.harness.telling import (
     planner,
     residual_plot,
     residuals,
-    roofline,
 )
 from labs.harness.telling.document import Inline, parse
 from labs.harness.telling.pages import (
@@ -64,7 +63,6 @@ from labs.harness.telling.pages import (
     RUN_SCRIPT,
     RUN_SCRIPTS,
     STYLE,
-    as_json,
     marks_of,
     page,
     render,
@@ -81,19 +79,17 @@ SCRIPTS = {  # a script beside the pages: the files that it is made of
     RUN_SCRIPT: RUN_SCRIPTS,
     PAGE_SCRIPT: ("page.js",),
     LESSON_SCRIPT: (
-        "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js", "roofline.js",
+        "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js",
     ),
     PLANNER_SCRIPT: ("page.js", "copy.js", "theory.js", "planner.js"),
     FORECAST_SCRIPT: ("page.js", "plot.js", "ratios.js", "forecasts.js"),
 }  # fmt: skip
-ROOFS = "roofs.js"  # what all lessons draw of rooflines
 DISTANCES = (  # of a measured ratio from what was predicted, up or down: at most, class, in words
     (1.1, "off-10", "within 10%"),
     (AGREEMENT, "off-25", "within 25%"),
     (2, "off-2", "within a factor of 2"),
     (math.inf, "off-more", "further off"),
 )
-ROOM_FOR, MOST_OF_A_RUN = 30, 200_000  # runs, and bytes of the longest page of one
 LIVE_PAGE = f"http://127.0.0.1:{WATCH_PORT}/user/"
 NO_DISTANCE = ("off-none", "a bound, or not valid")
 GUESSES = (  # from, to, and how a person would say it
@@ -130,11 +126,12 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
     for name, text in shared_files().items():
         whole.write(out / name, text)
     runs = all_runs()
+    most_requests = chart_data.REQUESTS_OF_A_SITE // max(1, len(runs))
     for folder in runs:
         href = f"{folder.place}.html"
         try:
             with readable(folder):
-                text = page(folder, "../../", chart_data.SITE.shared(len(runs)))
+                text = page(folder, "../../", most_requests)
                 entry = Entry(folder, folder.run(), folder.summary(), href)
         except (DamagedError, OSError) as error:
             left_out[folder.place] = str(error)
@@ -142,7 +139,6 @@ def write_site(out: Path) -> tuple[Path, dict[str, str]]:
         whole.write(out / href, text)
         entries.append(entry)
     course = Course(entries)
-    whole.write(out / ROOFS, course.roofs())
     for item in course.lessons:
         whole.write(out / item.href, course.lesson_page(item))
     _remove_stale(out, {out / e.href for e in entries} | {out / i.href for i in course.lessons})
@@ -155,7 +151,7 @@ def write_lesson(out: Path, runs: Sequence[RunFolder], lab: str) -> Path:
     """Write the lesson of one lab alone, from these runs; its links lead to pages not written."""
     course = Course([Entry(f, f.run(), f.summary(), f"{f.place}.html") for f in runs])
     item = next(item for item in course.lessons if item.lab.name == lab)
-    for name, text in {**shared_files(), ROOFS: course.roofs()}.items():
+    for name, text in shared_files().items():
         whole.write(out / name, text)
     return whole.write(out / item.href, course.lesson_page(item))
 
@@ -367,11 +363,6 @@ class Lesson:
         runs = [(e.run, e.summary) for e in self.entries]
         return dials.dials(self.lab, runs, self.claim.name)
 
-    @cached_property
-    def dots(self) -> list[roofline.Dot]:
-        """Where the points of its runs stand under the rooflines of their machines."""
-        return roofline.dots([(e.run, e.summary) for e in self.entries])
-
     def rows(self) -> Iterator[Row]:
         """Every claim of the runs, machine beside machine."""
         titles = {claim.name: claim.title for claim in self.lab.claims}
@@ -537,18 +528,13 @@ class Course:
         fits = html.fragment([planner.what_fits()], html.embedded(Path()), "What fits which card")
         return course_page("planner.html", PLANNER_SCRIPT, data=data, fits=fits)
 
-    def roofs(self) -> str:
-        """Write the script that holds what every lesson draws of rooflines."""
-        roofs = as_json(roofline.data([e.run for e in self.newest]), separators=(",", ":"))
-        return f"const roofs = {roofs};\n"
-
     def lesson_page(self, item: Lesson) -> str:
         """Render a lab's lesson."""
         neighbours = {other.place: other for other in self.lessons}
         paragraphs = [html.inline(parse(text)) for text in lesson(item.lab.name)]
         return render(
             "lesson.html",
-            scripts=dict.fromkeys((PLOTLY, ROOFS, LESSON_SCRIPT), ""),  # files beside the index
+            scripts=dict.fromkeys((PLOTLY, LESSON_SCRIPT), ""),  # files beside the index
             root="../",
             lesson=item,
             lessons=len(self.lessons),
@@ -557,9 +543,6 @@ class Course:
             paragraphs=paragraphs,
             answers=self.answers_of(item),
             guesses=GUESSES,
-            dots=html.fragment(
-                [roofline.dots_table(item.dots)], html.embedded(Path()), "The measured dots"
-            ),
             show=html.inline,
             parsed=parse,
             data=self.data_of(item),
@@ -578,7 +561,6 @@ class Course:
             ],
             "foretold": [{"machine": name, "ratio": ratio} for name, ratio in item.predicted],
             "dials": item.dials,
-            "roofline": roofline.lesson_data(item.dots),
             "replay": [panel.times for panel in replayed[1]] if replayed else [],
         }
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import rich.box
 import rich.table
 from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -19,7 +20,7 @@ from labs.harness.telling.markdown import FOLD, Markdown
 from labs.harness.telling.visible import visible
 
 INDENT = "  "
-NAME_WIDTH, LEAST_NAME_WIDTH = 32, 24  # of a table's first column; longer names take more lines
+NAME_WIDTH = 32  # of the first column of a table; a longer name takes several lines
 STYLES = {"em": "italic", "strong": "bold"}
 UNREAD = (
     "error: what read the output has ended, and so does this command; a run keeps its finished"
@@ -94,14 +95,13 @@ def _table(rows: Sequence[Sequence[Text]]) -> rich.table.Table:
     """The first column names the row, in one line where it is short; figures stand to the right."""
     header, *body = rows
     longest = max(len(row[0]) for row in rows)
-    rich_table = rich.table.Table()
+    rich_table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for place, head in enumerate(header):
         first = place == 0
         justify: Literal["left", "right"] = "left" if first else "right"
         rich_table.add_column(
             head,
             no_wrap=first and longest <= NAME_WIDTH,
-            min_width=LEAST_NAME_WIDTH if first and longest > NAME_WIDTH else None,
             justify=justify,
             overflow="fold",
         )
