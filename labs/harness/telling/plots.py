@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import matplotlib.figure
 import numpy as np
@@ -92,44 +92,29 @@ def effects(run: JudgedRun) -> str | None:
     if not judged:
         return None
     claims = [j.claim for j in judged]
-    wheres = [
-        f", {point_label(j.treatment, run.lab)}" * (claims.count(j.claim) > 1) for j in judged
-    ]
-    names = [
-        f"{_wrapped(j.title)}\n({METRICS[j.metric].title}{where})"
-        for j, where in zip(judged, wheres, strict=True)
-    ]
+    names = []
+    for j in judged:
+        where = f", {point_label(j.treatment, run.lab)}" if claims.count(j.claim) > 1 else ""
+        names.append(f"{_wrapped(j.title)}\n({METRICS[j.metric].title}{where})")
     lines = max(name.count("\n") + 1 for name in names)
     row_inches = max(0.6, LINE_INCHES * lines)  # so that no name lies over the next
     figure, ax = plt.subplots(figsize=(7.5, 1.2 + row_inches * len(judged)))
     for row, j in enumerate(reversed(judged)):
-        assert j.ratio
-        ratio = j.ratio
         if j.prediction.kind == "point":
             least, largest = borne_out_between(j.prediction)
             ax.barh(
-                row,
-                width=largest - least,
-                height=0.5,
-                left=least,
-                color=BOUND,
-                alpha=0.2,
+                row, width=largest - least, height=0.5, left=least, color=BOUND, alpha=0.2,
                 label="where the prediction holds" if row == 0 else None,
-            )
+            )  # fmt: skip
         ax.plot(
             [j.prediction.value], [row], "|", color=BOUND, ms=14, mew=2,
             label="predicted" if row == 0 else None,
         )  # fmt: skip
-        low, high = ratio.low or ratio.value, ratio.high or ratio.value
-        error = [[ratio.value - low], [high - ratio.value]]
-        ax.errorbar(
-            ratio.value, row, xerr=error, fmt="o", color=BLUE, capsize=4,
+        _draw_ratio(
+            ax, row, j.ratio, color=BLUE, capsize=4,
             label="measured, 95% interval" if row == 0 else None,
         )  # fmt: skip
-    _ratio_axis(ax)
-    ax.set_yticks(range(len(judged)), names[::-1])
-    ax.set_ylim(-0.6, len(judged) - 0.4)
-    ax.set_xlabel("treatment / baseline")
+    _name_ratios(ax, names, "treatment / baseline")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return "Each claim's measured ratio with its interval, and its prediction."
 
@@ -140,18 +125,24 @@ def ratios(rows: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
         return False
     figure, ax = plt.subplots(figsize=(8, 1 + 0.2 * len(rows)))
     for row, (_, ratio, differs) in enumerate(reversed(rows)):
-        low, high = ratio.low or ratio.value, ratio.high or ratio.value
-        ax.errorbar(
-            ratio.value, row, xerr=[[ratio.value - low], [high - ratio.value]], fmt="o", ms=4,
-            capsize=2, color=BOUND if differs else BLUE,
-        )  # fmt: skip
-    _ratio_axis(ax)
-    ax.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)], fontsize=7)
-    ax.set_ylim(-0.6, len(rows) - 0.4)
-    ax.set_xlabel("B / A with its 95% interval (orange: differs)")
+        _draw_ratio(ax, row, ratio, color=BOUND if differs else BLUE, ms=4, capsize=2)
+    label = "B / A with its 95% interval (orange: differs)"
+    _name_ratios(ax, [name for name, *_ in rows], label, fontsize=7)
     _save(figure, path)
     plt.close(figure)
     return True
+
+
+def _draw_ratio(ax: Axes, row: int, ratio: Interval | None, **style: Any) -> None:
+    ax.errorbar(ratio.value if ratio else np.nan, row, xerr=reach([ratio]), fmt="o", **style)
+
+
+def _name_ratios(ax: Axes, names: Sequence[str], label: str, **style: Any) -> None:
+    """Name the rows of ratios, the first at the top."""
+    _ratio_axis(ax)
+    ax.set_yticks(range(len(names)), names[::-1], **style)
+    ax.set_ylim(-0.6, len(names) - 0.4)
+    ax.set_xlabel(label)
 
 
 def _save(figure: matplotlib.figure.Figure, path: Path) -> None:
