@@ -283,7 +283,7 @@ def read(path: Path) -> Iterator[RequestRecord]:
                 if not set(map(type, chain.from_iterable(fields["chunks"]))) <= {int, float}:
                     raise _ImpossibleError("a chunk is no time with a whole number of tokens")
                 record = RequestRecord.of(fields)
-                _check(record)
+                require_possible(record)
                 yield record
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         why = f" ({error})" if isinstance(error, _ImpossibleError) else ""
@@ -315,8 +315,8 @@ class _ImpossibleError(ValueError):
     """A value is none that a request can have."""
 
 
-def _check(record: RequestRecord) -> None:
-    """Check the types and sizes of a record that was read. Raises _ImpossibleError."""
+def require_possible(record: RequestRecord) -> None:
+    """Check the types and sizes of a record that was read. Raises ValueError."""
     times_s, tokens = record.chunks.times_s, record.chunks.tokens
     given_s = (record.sent_s, record.scheduled_s, record.end_s, record.first_byte_s)
     times = [t for t in given_s if t is not None]

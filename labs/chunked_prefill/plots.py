@@ -22,7 +22,6 @@ from labs.harness.facts.drawing import (
 from labs.harness.facts.parts import OwnPlot
 from labs.harness.judging.timeline import GRID_S, Timeline
 from labs.harness.judging.timeline import timeline as timeline_of
-from loadtests import records
 from loadtests.records import RequestRecord
 
 
@@ -65,10 +64,9 @@ def timeline(run: JudgedRun, _facts: Facts) -> bool:
     """
     drawn = []
     for point in run.points:
-        path = run.folder.trial_folder(point, 1) / "requests.jsonl.gz"
-        if not path.exists() or point.workload.intruder is None:
+        if point.workload.intruder is None or not run.folder.has_records(point.key, 1):
             continue
-        all_records = list(records.read(path))
+        all_records = run.folder.records(point.key, 1)
         long_prompts = [
             r for r in all_records if point.workload.is_intruder(r.index) and r.ok and r.in_window
         ]

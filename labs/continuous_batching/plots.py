@@ -14,7 +14,6 @@ from labs.continuous_batching.facts import Facts, waves_beside_continuous
 from labs.harness.facts.context import JudgedRun
 from labs.harness.facts.drawing import GREY, draw_parts, legend_of_all, plt, thinned
 from labs.harness.facts.parts import OwnPlot
-from loadtests import records
 
 
 def steps(_: JudgedRun, facts: Facts) -> bool:
@@ -40,10 +39,10 @@ def static(run: JudgedRun, facts: Facts) -> bool:
     for column, pair in enumerate(chosen):
         for row, (point, colour) in enumerate(zip(pair, (BOUND, BLUE), strict=True)):
             ax = axes[row][column]
-            path = run.folder.trial_folder(point, 1) / "requests.jsonl.gz"
-            if not path.exists():
+            if not run.folder.has_records(point.key, 1):
                 continue
-            spans = [(r.chunks[0][0], r.chunks[-1][0]) for r in records.read(path) if r.chunks]
+            found = run.folder.records(point.key, 1)
+            spans = [(r.chunks[0][0], r.chunks[-1][0]) for r in found if r.chunks]
             times, in_decode = in_decode_over_time(spans)
             kind = "fixed batches" if row == 0 else "continuous"
             label = f"{kind}, measured"

@@ -131,7 +131,7 @@ def usage(*readings: tuple[float, float], engine: str = "0") -> dict[str, Any]:
 def test_what_was_in_use_of_the_cache_is_weighed_by_time_within_the_window(tmp_path: Path) -> None:
     """From 10 s on 0.9 for 2 s, 0.1 for 4 s and 0.3 for 4 s; the 1.0 was over before."""
     write_gzip(tmp_path / engine_series.FILE, [usage((2, 1.0), (5, 0.9), (12, 0.1), (16, 0.3))])
-    use = engine_series.kv_use(tmp_path, (10.0, 20.0))
+    use = engine_series.kv_use(engine_series.read(tmp_path), (10.0, 20.0))
     assert use
     assert [use.mean, use.peak] == pytest.approx([0.34, 0.9])
 
@@ -145,7 +145,7 @@ def test_nothing_is_told_of_a_cache_that_was_not_read(
     kept: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     write_gzip(tmp_path / engine_series.FILE, kept)
-    assert engine_series.kv_use(tmp_path, (10.0, 20.0)) is None
+    assert engine_series.kv_use(engine_series.read(tmp_path), (10.0, 20.0)) is None
 
 
 def test_an_empty_window_has_no_share() -> None:

@@ -14,7 +14,7 @@ from labs import LABS
 from labs.harness.commands.options import require_known
 from labs.harness.commands.terminal import console, reported_errors, show, show_path, shown_path
 from labs.harness.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
-from labs.harness.filing import export, manifest, score
+from labs.harness.filing import export, manifest, packing, score
 from labs.harness.filing.checks import unreadable
 from labs.harness.filing.committed import committed_runs
 from labs.harness.filing.export import Format as ExportFormat
@@ -46,7 +46,7 @@ def rebuild(
         typer.Argument(envvar="LABS_RUN", help="The folder of a run; default: every run."),
     ] = None,
 ) -> None:
-    """Compute summaries and reports again from the files of finished trials.
+    """Compute summaries and reports again from the files of finished trials, and pack the runs.
 
     A run that repeats another recorded run is also compared with it again, and the repetitions that
     are filed with a run are judged again.
@@ -114,6 +114,7 @@ def _rebuild(folder: RunFolder) -> None:
             show_path(path)
         for path in reproduction.judge_again(folder):
             show_path(path)
+        packing.pack(folder)
 
 
 def _say_left_out(name: str, why: str) -> None:

@@ -149,7 +149,7 @@ def _sampling(context: Context) -> Sampling:
 
 
 def _predictions(context: Context) -> Predictions:
-    if (context.folder.path / "predictions.json").exists():
+    if context.folder.is_predicted:
         return context.folder.predictions()
     return Predictions(effects={}, forecasts={})
 

@@ -1,13 +1,14 @@
 """Reads files of results, which anybody may have written: regular ones, of a bounded size.
 
 A link would lead out of the folder, a pipe or a device would never end, and a few kilobytes of gzip
-can hold gigabytes: all are told in a sentence before anything is read into memory. So is JSON that
-is all commas and brackets, since an object in memory is many times as large as the text `[],`.
+or xz can hold gigabytes: all are told in a sentence before anything is read into memory. So is JSON
+that is all commas and brackets, since an object in memory is many times as large as the text `[],`.
 """
 
 from __future__ import annotations
 
 import gzip
+import lzma
 import os
 import stat
 import zlib
@@ -22,10 +23,12 @@ from loadtests.records import values_at_most
 
 MOST_JSON_BYTES = 16 * 2**20
 MOST_UNPACKED_BYTES = 256 * 2**20  # of one gzipped file
+MOST_LINES_BYTES = 2**30  # of a packed file that is read line by line: a run's requests
 MOST_PARSED_BYTES = 32 * 2**20  # of one that is parsed as a whole; the largest on file has 2
 MOST_VALUES = 4_000_000  # of JSON, by its commas and brackets; the largest on file has 120,000
 MOST_FILES = 20_000  # of a run
 CHUNK_BYTES = 2**20
+MOST_XZ_MEMORY_BYTES = 2**27  # ten times what a file takes that is packed here
 
 
 class DamagedError(LabError, ValueError):
@@ -44,27 +47,41 @@ def text(path: Path) -> str:
 
 
 def unpacked(path: Path) -> bytes:
-    """Read a gzipped file. Raises DamagedError."""
+    """Read a file that is packed by gzip or xz. Raises DamagedError."""
     return b"".join(_unpacked(path, MOST_UNPACKED_BYTES))
 
 
 def unpacked_json(path: Path) -> bytes:
-    """Read a gzipped file of JSON that can be parsed in bounded memory. Raises DamagedError."""
+    """Read a packed file of JSON that can be parsed in bounded memory. Raises DamagedError."""
     content = b"".join(_unpacked(path, min(MOST_PARSED_BYTES, MOST_UNPACKED_BYTES)))
     _require_few_values(path, content)
     return content
 
 
 def parsed(path: Path) -> Any:
-    """Read and parse a gzipped file of JSON. Raises DamagedError."""
+    """Read and parse a packed file of JSON. Raises DamagedError."""
     try:
         return orjson.loads(unpacked_json(path))
     except orjson.JSONDecodeError as error:
         raise DamagedError(f"{path}: {error}") from error
 
 
+def lines(path: Path) -> Iterator[bytes]:
+    """Read the lines of a packed file one after the other. Raises DamagedError."""
+    rest = b""
+    for chunk in _unpacked(path, MOST_LINES_BYTES):
+        *whole_lines, rest = (rest + chunk).split(b"\n")
+        for line in whole_lines:
+            _require_few_values(path, line)
+            yield line
+        if len(rest) > MOST_PARSED_BYTES:
+            raise DamagedError(f"{path} has a line of more than {MOST_PARSED_BYTES} bytes")
+    if rest:
+        raise DamagedError(f"{path}: damaged (its last line is cut off)")
+
+
 def unpacked_bytes(path: Path, most_bytes: int | None = None) -> int:
-    """Count the bytes that a gzipped file holds, without keeping them. Raises DamagedError."""
+    """Count the bytes that a packed file holds, without keeping them. Raises DamagedError."""
     most = MOST_UNPACKED_BYTES if most_bytes is None else min(most_bytes, MOST_UNPACKED_BYTES)
     return sum(map(len, _unpacked(path, most)))
 
@@ -127,11 +144,29 @@ def _unpacked(path: Path, most_bytes: int) -> Iterator[bytes]:
     _require_regular(path, most_bytes)
     size = 0
     try:
-        with gzip.open(path) as file:
-            while chunk := file.read(CHUNK_BYTES):
-                size += len(chunk)
-                if size > most_bytes:
-                    raise DamagedError(f"{path} unpacks to more than {most_bytes / 2**20:.0f} MiB")
-                yield chunk
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        for chunk in _xz_chunks(path) if path.suffix == ".xz" else _gzip_chunks(path):
+            size += len(chunk)
+            if size > most_bytes:
+                raise DamagedError(f"{path} unpacks to more than {most_bytes / 2**20:.0f} MiB")
+            yield chunk
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise DamagedError(f"{path}: damaged ({error})") from error
+
+
+def _gzip_chunks(path: Path) -> Iterator[bytes]:
+    with gzip.open(path) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _xz_chunks(path: Path) -> Iterator[bytes]:
+    """Unpack a file of xz in bounded memory, whatever dictionary it asks for."""
+    unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MOST_XZ_MEMORY_BYTES)
+    with path.open("rb") as file:
+        while not unpacker.eof:
+            packed = file.read(CHUNK_BYTES) if unpacker.needs_input else b""
+            if unpacker.needs_input and not packed:
+                raise EOFError("it ends too early")
+            yield unpacker.decompress(packed, CHUNK_BYTES)
+        if unpacker.unused_data or file.read(1):
+            raise lzma.LZMAError("something follows its end")

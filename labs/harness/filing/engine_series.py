@@ -7,7 +7,7 @@ Prometheus, and the course shows how full the KV cache was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Self
@@ -58,36 +58,39 @@ def read(home: Path) -> list[Kept]:
     Raises DamagedError.
     """
     path = home / FILE
-    if not path.exists():
-        return []
+    return of_plain(bounded.parsed(path), path) if path.exists() else []
+
+
+def of_plain(found: object, path: Path) -> list[Kept]:
+    """Check the series of a trial that a file held. Raises DamagedError."""
     try:
-        return _FILE.validate_json(bounded.unpacked_json(path))
+        return _FILE.validate_python(found)
     except ValueError as error:
         raise DamagedError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
-def kv_usage(home: Path) -> Kept | None:
+def kv_usage(series_kept: Sequence[Kept]) -> Kept | None:
     """Read which share of one engine's KV cache was in use; None where nothing says so.
 
-    Where several engines share the load, each has a cache, and none is told. Raises DamagedError.
+    Where several engines share the load, each has a cache, and none is told.
     """
-    usage = [kept for kept in read(home) if kept.name == KV_USAGE]
+    usage = [kept for kept in series_kept if kept.name == KV_USAGE]
     return usage[0] if len(usage) == 1 else None
 
 
-def kv_use(home: Path, window_s: tuple[float, float]) -> KvUse | None:
-    """Tell how much of it was in use in a trial's window. Raises DamagedError."""
-    usage = kv_usage(home)
+def kv_use(series_kept: Sequence[Kept], window_s: tuple[float, float]) -> KvUse | None:
+    """Tell how much of it was in use in a trial's window."""
+    usage = kv_usage(series_kept)
     if usage is None:
         return None
     return KvUse.over_time([*zip(usage.times_s, usage.values, strict=True)], *window_s)
 
 
 def lines(
-    home: Path, labels: Mapping[str, str], start_unix_s: float, since_s: float
+    series_kept: Sequence[Kept], labels: Mapping[str, str], start_unix_s: float, since_s: float
 ) -> Iterator[str]:
     """Write a trial's series as samples with their times, from `since_s` after its start on."""
-    for kept in read(home):
+    for kept in series_kept:
         every = {**labels, **kept.labels}
         label_text = ",".join(f'{name}="{value}"' for name, value in every.items())
         for at, value in zip(kept.times_s, kept.values, strict=True):

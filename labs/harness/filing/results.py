@@ -8,11 +8,14 @@ results/<machine>/<lab>/<UTC>-<digest>/
     run.json            the resolved lab, seeds, argv, environment
     predictions.json    written before the first engine starts
     undecided.json      the points that were chosen for more repeats, if any were
+    session.json        how the last session went
     probes/*.json.gz    what was asked of the engines beside the load; attention timed by itself
     trials/<variant>/<workload>/<load>/<repeat>/requests.jsonl.gz  trial.json
                         telemetry.csv.gz    on a GPU; on a CPU where its energy can be read
                         engine-series.json.gz   where Prometheus scraped the engine's metrics
     summary.json  report.md  *.svg  report.html     computed from the above
+    *.xz                once the run is complete, in the place of probes/, trials/, the
+                        predictions and the summary: `filing.packed` describes them
     reproduction.json  .md              where the run repeats another: which figures agree
     reproductions/<run>.json  README.md where the run was repeated: a copy from each repetition
     COMPLETE            written last, and only when no trial failed
@@ -44,8 +47,10 @@ from pydantic import (
     model_validator,
 )
 
-from labs.harness.filing import bounded
+from labs.harness.filing import bounded, engine_series, packed
 from labs.harness.filing.bounded import DamagedError
+from labs.harness.filing.engine_series import Kept
+from labs.harness.filing.packed import PackedRun, trial_name
 from labs.harness.judging.checks.expected import Expected, Served
 from labs.harness.judging.checks.transport import is_one_stream
 from labs.harness.judging.judge import (
@@ -75,6 +80,7 @@ from labs.harness.spec import (
 )
 from loadtests import records
 from loadtests.plan import TrialSummary
+from loadtests.records import RequestRecord
 from loadtests.workload import Name
 from serving import metrics, whole
 from serving.engines.flags import FlagValue
@@ -90,7 +96,6 @@ RESULTS = Path(os.environ.get("LABS_RESULTS") or ROOT / "results").resolve()
 FORMAT_VERSION = 2  # 1 hashed whole files of requests, and not only what is sent
 AT = " at "  # between what a lab's arithmetic is of and at which size
 LEAST_FREE_BYTES = 300 * 2**20
-MOST_RECORD_BYTES = 2**30  # of a run's records, unpacked
 MOST_RECORDED_TOKENS = 10**8  # of a run
 
 
@@ -572,6 +577,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._manifest: tuple[object, Run] | None = None  # with the state of the file that it was
+        self._kept = packed.Kept()  # records of a run that is not packed
 
     @classmethod
     def create(cls, run: Run) -> RunFolder:
@@ -601,6 +607,11 @@ class RunFolder:
         """Whether the run ended and no trial failed."""
         return (self.path / "COMPLETE").exists()
 
+    @property
+    def _packed(self) -> PackedRun | None:
+        """The reader of its packed files; None while it is not packed."""
+        return packed.opened(self.path)
+
     def run(self) -> Run:
         """Read the manifest: once, unless its file changes. Raises DamagedError."""
         path = self.path / "run.json"
@@ -617,11 +628,28 @@ class RunFolder:
 
     def predictions(self) -> Predictions:
         """Read what was predicted before the first engine started."""
-        return read_json(self.path / "predictions.json", Predictions)
+        name = packed.PREDICTIONS if self._packed else "predictions.json"
+        return read_json(self.path / name, Predictions)
 
     def summary(self) -> Summary:
         """Read what was computed from the trials."""
-        return read_json(self.path / "summary.json", Summary)
+        name = packed.SUMMARY if self._packed else "summary.json"
+        return read_json(self.path / name, Summary)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its trials are in its packed files."""
+        return self._packed is not None
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether its predictions are on file."""
+        return self.is_packed or (self.path / "predictions.json").exists()
+
+    @property
+    def is_summarised(self) -> bool:
+        """Whether its summary is on file."""
+        return self.is_packed or (self.path / "summary.json").exists()
 
     def undecided(self) -> Undecided | None:
         """Read which points were chosen for more repeats; None where none has been."""
@@ -652,31 +680,90 @@ class RunFolder:
         """Return the path of how long attention took by itself."""
         return self.path / "probes" / "attention.json.gz"
 
+    def probe_results(self) -> dict[str, Any]:
+        """Read what each probe found, by the probe's name with its variant's behind it."""
+        if self._packed:
+            return dict(self._packed.probes)
+        files = sorted((self.path / "probes").glob("*.json.gz"))
+        return {path.name.removesuffix(".json.gz"): bounded.parsed(path) for path in files}
+
+    def _probe(self, name: str) -> Any:
+        if self._packed:
+            return self._packed.probes.get(name)
+        path = self.path / "probes" / f"{name}.json.gz"
+        return bounded.parsed(path) if path.exists() else None
+
     def attention_times(self) -> AttentionTimes | None:
         """Read how long attention took by itself; None where it was not timed."""
-        if not self.attention_file.exists():
-            return None
+        found = self._probe("attention")
         try:
-            return AttentionTimes.model_validate_json(bounded.unpacked_json(self.attention_file))
+            return None if found is None else AttentionTimes.model_validate(found)
         except ValidationError as error:
             raise DamagedError(f"{self.attention_file}{_first_error(error)}") from error
 
     def probe_result(self, probe: str, variant: str) -> dict[str, Any] | None:
         """Read the result of a probe, or of its quick form, on a variant's engine, if any."""
-        for path in (self.probe_file(name, variant) for name in (probe, f"{probe}-quick")):
-            if path.exists():
-                result: dict[str, Any] = bounded.parsed(path)
+        for name in (probe, f"{probe}-quick"):
+            if found := self._probe(f"{name}-{variant}"):
+                result: dict[str, Any] = found
                 return result
         return None
 
     def trial_folder(self, point: Point, repeat: int) -> Path:
-        """Return the path of a trial's folder."""
-        return self.path / "trials" / point.key / str(repeat)
+        """Return the path of a trial's folder, which is there until the run is packed."""
+        return self._trial_folder(point.key, repeat)
+
+    def _trial_folder(self, point: str, repeat: int) -> Path:
+        return self.path / "trials" / point / str(repeat)
 
     def trial_result(self, point: Point, repeat: int) -> TrialResult | None:
-        """Read a trial's own file, if the trial ended."""
+        """Read what is known of a trial beside its requests, if the trial ended."""
+        if self._packed:
+            line = self._packed.trials.get(trial_name(point.key, repeat))
+            return None if line is None else _read(self.path / packed.TRIALS, line, TrialResult)
         path = self.trial_folder(point, repeat) / "trial.json"
         return read_json(path, TrialResult) if path.exists() else None
+
+    def has_records(self, point: str, repeat: int) -> bool:
+        """Whether requests of a trial are on file; a trial that failed may have none."""
+        if self._packed:
+            return self._packed.has_records(trial_name(point, repeat))
+        return (self._trial_folder(point, repeat) / "requests.jsonl.gz").exists()
+
+    def records(self, point: str, repeat: int) -> list[RequestRecord]:
+        """Read the records of a trial's requests. Raises DamagedError where there are none."""
+        if self._packed:
+            return self._packed.records(trial_name(point, repeat))
+        path = self._trial_folder(point, repeat) / "requests.jsonl.gz"
+        version = path, bounded.state(path)
+        if (kept := self._kept.get(version)) is not None:
+            return kept
+        bounded.unpacked_bytes(path)
+        try:
+            found = records.read_all(path)
+        except ValueError as error:
+            raise DamagedError(str(error)) from error
+        self._kept.put(version, found)
+        return found
+
+    def series(self, point: str, repeat: int) -> list[Kept]:
+        """Read what was kept of the engine in a trial; [] where nothing was."""
+        if self._packed:
+            found = self._packed.series(trial_name(point, repeat))
+            return engine_series.of_plain(found, self.path / packed.SERIES)
+        return engine_series.read(self._trial_folder(point, repeat))
+
+    def telemetry(self, point: str, repeat: int) -> list[telemetry.Sample]:
+        """Read what was sampled of the hardware in a trial; [] where nothing was."""
+        if self._packed:
+            return self._packed.telemetry(trial_name(point, repeat))
+        path = self._trial_folder(point, repeat) / "telemetry.csv.gz"
+        try:
+            if path.exists():
+                bounded.unpacked_bytes(path, bounded.MOST_PARSED_BYTES)
+            return telemetry.read(path)
+        except ValueError as error:
+            raise DamagedError(str(error)) from error
 
     def starts_on_file(self, points: Sequence[Point], lab: Lab) -> dict[str, int]:
         """Read the last start of each variant's engine that a trial was played on."""
@@ -759,15 +846,14 @@ class RunFolder:
         None is kept here once the next is asked for: a run may be larger than memory. Raises
         DamagedError where the records of all together are larger than any run's.
         """
-        left_bytes, left_tokens = MOST_RECORD_BYTES, MOST_RECORDED_TOKENS
+        left_tokens = MOST_RECORDED_TOKENS
         for point in points:
             for repeat in range(1, lab.rounds + 1):
                 result = self.trial_result(point, repeat)
                 if result is None:
                     continue
-                trial, size_bytes = self._trial_and_size(point, result, lab, left_bytes)
+                trial = self.trial(point, result, lab)
                 if trial is not None:
-                    left_bytes -= size_bytes
                     left_tokens -= sum(sum(r.chunks.tokens) for r in trial.records)
                 if left_tokens < 0:
                     raise DamagedError(
@@ -778,51 +864,26 @@ class RunFolder:
 
     def trial(self, point: Point, result: TrialResult, lab: Lab) -> Trial | None:
         """Read a trial that ended; None where it failed. Raises DamagedError."""
-        return self._trial_and_size(point, result, lab, MOST_RECORD_BYTES)[0]
-
-    def _trial_and_size(
-        self, point: Point, result: TrialResult, lab: Lab, most_bytes: int
-    ) -> tuple[Trial | None, int]:
-        """Read a trial as `trial` does, and count the bytes that its records unpack to.
-
-        Raises DamagedError for more than `most_bytes` of them, too.
-        """
         if result.failed or result.summary is None:
-            return None, 0
-        home = self.trial_folder(point, result.repeat)
-        if (size_bytes := bounded.unpacked_bytes(home / "requests.jsonl.gz")) > most_bytes:
-            raise DamagedError(
-                f"{self.path}: its records unpack to more than {MOST_RECORD_BYTES / 2**20:.0f} MiB"
-            )
-        return self._trial(home, point, result, result.summary, lab), size_bytes
-
-    def _trial(
-        self, home: Path, point: Point, result: TrialResult, summary: TrialSummary, lab: Lab
-    ) -> Trial:
-        """Read the data of a trial that did not fail. Raises DamagedError."""
+            return None
         try:
             engine = None if result.engine is None else snapshot_from_json(result.engine)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DamagedError(f"{home / 'trial.json'}, engine: {error!r}") from error
-        sampled = home / "telemetry.csv.gz"
-        try:
-            if sampled.exists():
-                bounded.unpacked_bytes(sampled, bounded.MOST_PARSED_BYTES)
-            return Trial(
-                point,
-                result.repeat,
-                lab.slo,
-                records.read_all(home / "requests.jsonl.gz"),
-                summary,
-                engine,
-                telemetry.read(sampled),
-                result.other_work,
-                point.workload.asked(lab.requests_of(point.workload), lab.draw_seed(result.repeat)),
-                self._usd_per_hour,
-                result.beside,
-            )
-        except ValueError as error:
-            raise DamagedError(str(error)) from error
+            where = trial_name(point.key, result.repeat)
+            raise DamagedError(f"{self.path}, trial {where}, engine: {error!r}") from error
+        return Trial(
+            point,
+            result.repeat,
+            lab.slo,
+            self.records(point.key, result.repeat),
+            result.summary,
+            engine,
+            self.telemetry(point.key, result.repeat),
+            result.other_work,
+            point.workload.asked(lab.requests_of(point.workload), lab.draw_seed(result.repeat)),
+            self._usd_per_hour,
+            result.beside,
+        )
 
 
 def run_id(digest: str) -> str:
@@ -882,8 +943,13 @@ def write_gzip(path: Path, plain: Any) -> None:
 
 def read_json(path: Path, kind: type[M]) -> M:
     """Read a model from JSON; raises DamagedError, which names the file and the field."""
+    packed_file = path.suffix == ".xz"
+    return _read(path, bounded.unpacked_json(path) if packed_file else bounded.text(path), kind)
+
+
+def _read(path: Path, content: str | bytes, kind: type[M]) -> M:
     try:
-        return kind.model_validate_json(bounded.text(path))
+        return kind.model_validate_json(content)
     except ValidationError as error:
         raise DamagedError(f"{path}{_first_error(error)}") from error
 

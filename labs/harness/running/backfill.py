@@ -29,7 +29,7 @@ from labs.harness.judging.judge import Interval
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import claim_outcome, counted, outcome_text
 from labs.harness.spec import Lab, LabError, Point
-from loadtests import exporter, records
+from loadtests import exporter
 from loadtests.exporter import Exporter
 from loadtests.plan import Progress, TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
@@ -177,7 +177,7 @@ def _missing(
         if not (since_s := _known_s(t, run_id, own_prometheus))
         or t.length_s - since_s > SCRAPES_LATE_S
     }
-    if not (folder.path / "summary.json").exists():  # it was interrupted: there are none yet
+    if not folder.is_summarised:  # it was interrupted: there are none yet
         return lacking, False
     folder.summary()  # raises before anything is added where it cannot be read
     return lacking, own_prometheus.known(known, _end_unix_s(trials) + 1) is None
@@ -220,9 +220,9 @@ def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
         point, start = trial.point, trial.start_unix_s
         client = by_variant.setdefault(point.variant.name, Exporter())
         client.begin(_plan(lab, folder.path.name, trial))
-        path = folder.trial_folder(point, trial.repeat) / "requests.jsonl.gz"
+        found = folder.records(point.key, trial.repeat)
         trial_records = sorted(
-            (r for r in records.read(path) if r.over_s > since_s or not since_s),
+            (r for r in found if r.over_s > since_s or not since_s),
             key=lambda record: record.over_s,
         )
         outstanding = deque(trial_records)
@@ -237,7 +237,8 @@ def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
             if now >= since_s:
                 yield from _scrape(client.registry, start + now)
         labels = {"lab": lab.name, "run_id": folder.path.name, "variant": point.variant.name}
-        yield from engine_series.lines(path.parent, labels, start, since_s)
+        kept = folder.series(point.key, trial.repeat)
+        yield from engine_series.lines(kept, labels, start, since_s)
 
 
 def _progress(sending: Sequence[RequestRecord], left: int, now_s: float, warm: bool) -> Progress:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dashboards import live
 from dashboards.prometheus import PrometheusError
+from labs.harness.filing import packing
 from labs.harness.filing.results import (
     PointForecasts,
     Predictions,
@@ -105,7 +106,7 @@ def _write_and_show_predictions(
     setup: Setup, folder: RunFolder, work: Path, progress: ProgressDisplay
 ) -> None:
     """Write the predictions before any engine starts; those of a resumed run stay as they are."""
-    if (folder.path / "predictions.json").exists():
+    if folder.is_predicted:
         predictions = folder.predictions()
     else:
         predictions = predict(setup, in_virtual_time(setup, work, progress))
@@ -180,6 +181,15 @@ def _finish(folder: RunFolder, session: Session, progress: ProgressDisplay, repo
         progress.message(f"{error}; `make import RUN={folder.path}` tries again")
     if not summary.failed and not summary.missing:
         whole.write(folder.path / "COMPLETE", datetime.now(UTC).isoformat() + "\n")
+        _pack(folder, progress)
+
+
+def _pack(folder: RunFolder, progress: ProgressDisplay) -> None:
+    """Pack a complete run; where that fails it stays as it is, and nothing is lost."""
+    try:
+        packing.pack(folder)
+    except (LabError, OSError) as error:
+        progress.message(f"The run is complete, but was not packed: {error}; `make report` does it")
 
 
 @contextlib.contextmanager

@@ -113,7 +113,7 @@ def _cache(folder: RunFolder, trial: Trial | None, begin_s: float, span_s: float
     """
     if trial is None:
         return None
-    usage = engine_series.kv_usage(folder.trial_folder(trial.point, trial.repeat))
+    usage = engine_series.kv_usage(folder.series(trial.point.key, trial.repeat))
     if usage is None:
         return None
     inside = [

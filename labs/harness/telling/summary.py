@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.parts import parts_of, plain
-from labs.harness.filing import engine_series
+from labs.harness.filing import engine_series, packing
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.checks import contradictions, problems
 from labs.harness.filing.results import (
@@ -21,7 +21,6 @@ from labs.harness.filing.results import (
     Session,
     Summary,
     pair_of,
-    write_json,
 )
 from labs.harness.judging import dose
 from labs.harness.judging.checks.expected import Expected
@@ -52,7 +51,7 @@ class _Measured:
 def summarise(folder: RunFolder) -> Summary:
     """Compute the summary of a run from its recorded trials, and write it beside them."""
     summary = computed(folder)
-    write_json(folder.path / "summary.json", summary)
+    packing.write_summary(folder, summary)
     return summary
 
 
@@ -250,10 +249,11 @@ def _kv_use(
     uses: dict[str, list[KvUse]] = {}
     for point in (p for p in points if before and p.key in before.kv_use):
         for repeat in range(1, lab.rounds + 1):
-            result, home = folder.trial_result(point, repeat), folder.trial_folder(point, repeat)
+            result = folder.trial_result(point, repeat)
             if not result or not result.summary or result.beside:  # it held little in the pauses
                 continue
-            if use := engine_series.kv_use(home, result.summary.window_s):
+            kept = folder.series(point.key, repeat)
+            if use := engine_series.kv_use(kept, result.summary.window_s):
                 uses.setdefault(point.key, []).append(use)
     return KvUse.over_trials(uses)
 
