@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from labs.harness.filing.results import Band
-from labs.harness.judging.text import counted
+from labs.harness.judging.text import counted, number
 from labs.harness.spec import SLO
-from labs.harness.telling.document import Code, Inline, Table, table
-from labs.harness.telling.filled import filled
+from labs.harness.telling.document import Inline, Table, table
 from labs.harness.telling.forecasts import LoadForecast, Place, loads
-from labs.harness.telling.markdown import Markdown
+from labs.harness.telling.markdown import Markdown, code
+from labs.harness.telling.tables import with_band
+from labs.harness.telling.templates import filled
 from loadtests.trace import TraceRow
 from serving.engines.vllm import ACTIVATION_BYTES, CPU_KV_BYTES, MEMORY_SHARE, PROCESS_BYTES
 
@@ -103,7 +104,7 @@ def page(plan: CapacityPlan) -> Markdown:
     }
     fleets: dict[Place, LoadForecast] = {(router,): load for router, load in plan.fleets.items()}
     return filled(
-        "plan",
+        "plan.md",
         plan=plan,
         demand=demand,
         lengths=f"{demand.prompt_tokens:,.0f} prompt and {demand.output_tokens:,.0f} output tokens",
@@ -124,7 +125,9 @@ def page(plan: CapacityPlan) -> Markdown:
         and price.api_usd_per_million
         and break_even_millions(price.usd_per_hour, price.api_usd_per_million),
         here=False,
-        run=plan.run and Code(plan.run),
+        run=plan.run and code(plan.run),
+        number=number,
+        band=with_band,
     )
 
 

@@ -10,10 +10,10 @@ from labs.harness.filing.results import Band, PointForecasts, Predictions
 from labs.harness.judging.text import number, point_label
 from labs.harness.spec import Lab
 from labs.harness.telling import tables
-from labs.harness.telling.document import Code, Inline, Table, section, table
-from labs.harness.telling.filled import filled
-from labs.harness.telling.markdown import Markdown
+from labs.harness.telling.document import Inline, Table, section, table
+from labs.harness.telling.markdown import Markdown, code
 from labs.harness.telling.tables import with_band
+from labs.harness.telling.templates import filled
 from serving.hardware.machine import Machine
 
 
@@ -85,7 +85,7 @@ def on_two_engines(lab: Lab, forecasts: PointForecasts) -> Markdown:
     of_two = tables.on_two_engines(lab, forecasts)
     return section(
         "Forecast on two engines, not measured",
-        filled("two_engines", table=of_two) if of_two else None,
+        filled("two_engines.md", two_engines=of_two),
     )
 
 
@@ -102,8 +102,9 @@ class Basis:
     def page(self, without: Mapping[str, str], **known: Any) -> Markdown:
         """Build a page of forecasts; `without` says why there are none of some variants."""
         return filled(
-            "forecast", lab=self.lab, model=self.model, machine=self.machine, here=self.here,
-            run=self.run and Code(self.run), without=[(Code(v), why) for v, why in without.items()],
+            "forecast.md", lab=self.lab, model=self.model, machine=self.machine, here=self.here,
+            run=self.run and code(self.run), without=[(code(v), why) for v, why in without.items()],
+            number=number,
             **known,
         )  # fmt: skip
 
@@ -117,8 +118,8 @@ def page(basis: Basis, predictions: Predictions) -> Markdown:
         several=False,
         claims=tables.predictions(lab, predictions),
         points=tables.in_virtual_time(lab, forecasts, also=("goodput_per_s",)),
-        searched=tables.searched(forecasts),
-        table=tables.on_two_engines(lab, forecasts),
+        searched=tables.searched(forecasts) or "",
+        two_engines=tables.on_two_engines(lab, forecasts),
     )
 
 
@@ -143,6 +144,4 @@ def page_of_fleets(
         limited=limited,
         fleets=loads(("Point", "Router") if several else ("Point",), told),
         requests=next((fleet.expected.requests for fleet in fleets.values()), 0),
-        searched=None,
-        table=None,
     )

@@ -23,8 +23,8 @@ from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import number, point_label, ratio_number
 from labs.harness.spec import OF_FORECASTS
 from labs.harness.telling.document import Inline, Link, Table, parse, plain_text, table
-from labs.harness.telling.filled import filled
 from labs.harness.telling.markdown import Markdown
+from labs.harness.telling.templates import filled
 
 BY_FORECAST = "claims, by the ratio of two forecasts"
 BY_FORMULA = "claims, by the lab's formula"
@@ -209,7 +209,7 @@ def page(scores: Scores, link: LinkTo) -> Markdown:
     at_pace = [share for r in misses if (share := _share_at_pace(r, paces)) is not None]
     missed_apart = [r for r in apart if not r.near]
     return filled(
-        "scores",
+        "scores.md",
         scores=scores,
         aims=_aims(now),
         newest=_grouped(now, MACHINE, _of_machine),

@@ -104,7 +104,13 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"code": code, "counted": counted, "notation": parse}
+    environment.filters |= {
+        "code": code,
+        "counted": counted,
+        "gb": lambda of_bytes: f"{of_bytes / 1e9:.1f} GB",
+        "notation": parse,
+        "shown": format,
+    }
     return environment
 
 
