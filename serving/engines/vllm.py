@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -79,9 +78,8 @@ ADMIN_TIMEOUT_S = 30.0
 ADAPTER_TIMEOUT_S = 120.0
 
 METRICS = (*metrics.HISTOGRAMS, *metrics.COUNTERS, *metrics.GAUGES)
-GOLDEN: dict[str, tuple[str, ...]] = {"0.26": METRICS, "0.32": METRICS}
-"""vLLM minor version -> the metrics that the lab needs from it with any settings. vLLM renames
-metrics between versions; a test compares these with those of the installed one."""
+"""The metrics that the lab needs with any settings, from vLLM 0.26 to 0.32. vLLM renames metrics
+between versions; a test compares these with those of the installed one."""
 
 
 def usable_bytes(memory_bytes: float) -> float:
@@ -228,21 +226,17 @@ class Vllm(Engine):
             )
         argvs = {_digest(argv): argv for argv in map(cls.flag_argv, flag_sets)}
         memory = CACHE / f"vllm-{cls.version()}-flags.json"
-        remembered = _remembered(memory)
-        if remembered["options"]:
+        remembered: dict[str, list[str]] = {"options": [], "accepted": []}
+        if memory.exists():
+            remembered = json.loads(memory.read_text())
             _check_names(argvs.values(), remembered["options"])
-        if argvs.keys() <= set(remembered["accepted"]):
+        unknown = {d: argv for d, argv in argvs.items() if d not in remembered["accepted"]}
+        if not unknown:
             return
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with memory.with_name(f".{memory.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be asking the same
-            accepted = _remembered(memory)["accepted"]
-            unknown = {d: argv for d, argv in argvs.items() if d not in accepted}
-            if not unknown:
-                return
-            parsed = _parsed([*unknown.values()])
-            accepted += [d for d, e in zip(unknown, parsed["errors"], strict=True) if not e]
-            whole.write(memory, json.dumps({"options": parsed["options"], "accepted": accepted}))
+        parsed = _parsed([*unknown.values()])
+        accepted = [d for d, e in zip(unknown, parsed["errors"], strict=True) if not e]
+        known = {"options": parsed["options"], "accepted": [*remembered["accepted"], *accepted]}
+        whole.write(memory, json.dumps(known))
         _check_names(argvs.values(), parsed["options"])
         for error in filter(None, parsed["errors"]):
             raise EngineError(f"vLLM refuses a flag: {error}")
@@ -547,14 +541,6 @@ def cores_of(copies: int) -> str:
 
 def _digest(argv: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(argv).encode()).hexdigest()[:16]
-
-
-def _remembered(memory: Path) -> dict[str, list[str]]:
-    """Read vLLM's options, and the digests of the flag sets that its parser has accepted."""
-    if not memory.exists():
-        return {"options": [], "accepted": []}
-    remembered: dict[str, list[str]] = json.loads(memory.read_text())
-    return remembered
 
 
 def _parsed(argvs: Sequence[Sequence[str]]) -> dict[str, Any]:

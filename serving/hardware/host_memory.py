@@ -1,12 +1,12 @@
 """How much of the host's memory this process may still take.
 
 A container or a job of a scheduler is given a part of the machine: Linux limits its control group,
-or one around it (cgroups(7); memory.max of version 2, memory.limit_in_bytes of version 1). The
-machine's own figure does not know that.
+or one around it (cgroups(7), version 2). The machine's own figure does not know that.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -14,9 +14,6 @@ import psutil
 
 GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 SHARED = Path("/dev/shm")
-# the files of a limit and of what is used, and the line of memory.stat with what can be given back
-VERSION_2 = ("memory.max", "memory.current", "inactive_file")
-VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def available_bytes() -> int:
@@ -31,24 +28,17 @@ def shared_bytes() -> int | None:
 
 def _left_bytes() -> list[int]:
     """Compute what each limited control group around this process leaves."""
-    found = []
-    for line in OWN.read_text().splitlines() if OWN.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        home, names = GROUPS / controllers, VERSION_1 if controllers else VERSION_2
-        group = home / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(home) and (left := _left_in(folder, *names)) is not None:
-                found.append(left)
-    return found
+    path = re.search(r"^0::/(.*)$", OWN.read_text() if OWN.exists() else "", re.MULTILINE)
+    group = GROUPS / path[1] if path else GROUPS
+    groups = [folder for folder in (group, *group.parents) if folder.is_relative_to(GROUPS)]
+    return [left for folder in groups if (left := _left_in(folder)) is not None]
 
 
-def _left_in(group: Path, limit: str, used: str, cache: str) -> int | None:
+def _left_in(group: Path) -> int | None:
     """Compute what a group leaves; None where it has no limit, or does not tell."""
     try:
-        most, now = int((group / limit).read_text()), int((group / used).read_text())
+        most, now = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return most - now + int(stat.get(cache, 0))
+        return most - now + int(stat.get("inactive_file", 0))  # of files, which can be given back
     except (OSError, ValueError):  # also `max`, which is no limit
         return None

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ HOME = Path(__file__).parent / "shapes"
 SUFFIX = "-dummy"  # so that the model's name shows it
 NOTE = "vLLM fills this model with random weights as it starts: --load-format dummy\n"
 
-Maker = Callable[[str, dict[str, Any]], Path]  # (folder's name, the target's config) -> folder
 
 DRAFT_LAYERS = 8  # the draft has a layer for each so many of the target's
 
@@ -75,7 +74,25 @@ def derive(model: Model, name: str) -> Path:
             f" out (available with random weights: {', '.join(DERIVED)})"
         )
     config = json.loads((model.path / "config.json").read_text())
-    return DERIVED[name](f"{model.name}-{name}", config.get("text_config", config))
+    config = config.get("text_config", config)
+    folder = f"{model.name}-{name}"
+    return (
+        _adapters(folder, config) if name == "adapters" else _folder(folder, changed(config, name))
+    )
+
+
+def changed(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the config of what is derived by this name. Raises ModelError where that cannot be."""
+    if name == "draft":
+        layers = max(1, config["num_hidden_layers"] // DRAFT_LAYERS)
+        return {**config, "num_hidden_layers": layers}
+    if name in KV_HEADS:
+        return {**config, "num_key_value_heads": kv_heads_of(name, config)}
+    if name in DENSE:
+        return dense(config, name)
+    if models.shape_of(config).experts:
+        raise ModelError(f"{name}: quantized experts with random weights are not supported")
+    return quantized(config, name)
 
 
 def _folder(name: str, config: dict[str, Any]) -> Path:
@@ -90,22 +107,7 @@ def _folder(name: str, config: dict[str, Any]) -> Path:
     return folder
 
 
-def _draft(name: str, config: dict[str, Any]) -> Path:
-    layers = max(1, config["num_hidden_layers"] // DRAFT_LAYERS)
-    return _folder(name, {**config, "num_hidden_layers": layers})
-
-
-def _kv_heads(method: str) -> Maker:
-    """Return a maker of folders whose config asks for other KV heads."""
-
-    def make(name: str, config: dict[str, Any]) -> Path:
-        heads = kv_heads_of(method, config)
-        return _folder(name, {**config, "num_key_value_heads": heads})
-
-    return make
-
-
-def dense(config: dict[str, Any], name: str) -> dict[str, Any]:
+def dense(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Describe the dense model that stands beside a mixture of experts of Qwen3's architecture.
 
     `name` is one of `DENSE`. Layers, attention, embeddings and head are the mixture's; its one MLP
@@ -124,12 +126,7 @@ def dense(config: dict[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-def _dense(name: str) -> Maker:
-    """Return a maker of folders whose config describes a dense model."""
-    return lambda folder, config: _folder(folder, dense(config, name))
-
-
-def quantized(config: dict[str, Any], precision: str) -> dict[str, Any]:
+def quantized(config: Mapping[str, Any], precision: str) -> dict[str, Any]:
     """Describe the same architecture with quantized linear layers, as llm-compressor would.
 
     `precision` is a name of `QUANTIZATIONS`.
@@ -144,17 +141,6 @@ def quantized(config: dict[str, Any], precision: str) -> dict[str, Any]:
         "config_groups": {"group_0": group},
     }
     return {**config, "quantization_config": quantization}
-
-
-def _quantized(precision: str) -> Maker:
-    """Return a maker of folders whose config describes quantized linear layers."""
-
-    def make(name: str, config: dict[str, Any]) -> Path:
-        if models.shape_of(config).experts:
-            raise ModelError(f"{name}: quantized experts with random weights are not supported")
-        return _folder(name, quantized(config, precision))
-
-    return make
 
 
 def _numbers(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
@@ -239,11 +225,5 @@ QUANTIZATIONS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
 }
 DENSE = {"dense-total": "num_experts", "dense-active": "num_experts_per_tok"}
 """Dense model beside a mixture of experts -> the field with the number of experts it stands for."""
-DERIVED: dict[str, Maker] = {
-    "draft": _draft,
-    "adapters": _adapters,
-    "mha": _kv_heads("mha"),
-    "mqa": _kv_heads("mqa"),
-    **{name: _dense(name) for name in DENSE},
-    **{precision: _quantized(precision) for precision in QUANTIZATIONS},
-}
+KV_HEADS = ("mha", "mqa")
+DERIVED = ("draft", "adapters", *KV_HEADS, *DENSE, *QUANTIZATIONS)

@@ -36,7 +36,7 @@ print(json.dumps(accepted))
 
 
 IMPORTED = """
-from serving import masks
+from serving.weights import masks
 for name in masks.BACKENDS:
     masks._backend(name)
 import lmformatenforcer.integrations.vllm

@@ -15,7 +15,7 @@ from tests.fake.nvml import WATTS
 
 WITH_A_GPU = (
     "-c",
-    "from serving import gpus, telemetry; from tests.fake.nvml import make_nvml\n"
+    "from serving.hardware import gpus, telemetry; from tests.fake.nvml import make_nvml\n"
     "gpus.visible = lambda nvml: [0]\n"
     "telemetry.source = lambda kind, count: telemetry.Gpus(make_nvml())\n"
     "from labs.harness.commands.cli import app; app()",

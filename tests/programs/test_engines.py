@@ -5,10 +5,8 @@ Adding an engine takes one file, of which `Dummy` is an example, and one line in
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -163,27 +161,6 @@ def test_the_parser_reads_each_flag_set_once_until_it_has_accepted_it(
             vllm.Vllm.check_flags([{"max-num-seqs": n} for n in (-1, 1, 3)])
     vllm.Vllm.check_flags([{"max-num-seqs": n} for n in (1, 2, 3)])
     assert asked == [[one], [two], [wrong, three], [wrong]]
-
-
-def test_what_another_process_has_learned_meanwhile_is_not_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    memory = tmp_path / f"vllm-{vllm.Vllm.version()}-flags.json"
-    argv = vllm.Vllm.flag_argv({"max-num-seqs": 1})
-    lock = (tmp_path / f".{memory.name}.lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-
-    def learned() -> None:
-        known = {"options": ["--max-num-seqs"], "accepted": [vllm._digest(argv)]}
-        memory.write_text(json.dumps(known))
-        lock.close()
-
-    monkeypatch.setattr(vllm, "CACHE", tmp_path)
-    monkeypatch.setattr(vllm, "_parsed", lambda argvs: pytest.fail(f"it asked for {argvs}"))
-    other = threading.Timer(0.2, learned)
-    other.start()
-    vllm.Vllm.check_flags([{"max-num-seqs": 1}])
-    other.join()
 
 
 @pytest.mark.parametrize("whose", ["started", "endpoint"])

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -59,13 +60,29 @@ def running(pid: int) -> bool:
         return False
 
 
+def parent_of(code: str, cwd: Path = ROOT, **given: Any) -> subprocess.Popen[str]:
+    """Start a Python program that imports `Process`, and then waits."""
+    program = (
+        "import sys, time\nfrom pathlib import Path\n"
+        f"from serving.processes.process import Process\n{code}\ntime.sleep(600)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **given.pop("env", {})}
+    argv = [sys.executable, "-c", program]
+    return subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, text=True, env=env, **given)
+
+
 def python(code: str, log: Path, talk: bool = False) -> Process:
     return Process("child", [sys.executable, "-c", code], log=log, talk=talk)
 
 
-def test_exit_code_is_the_childs(tmp_path: Path) -> None:
-    with Process("child", ["sh", "-c", "exit 7"], log=tmp_path / "log") as process:
-        assert ended(process) == 7
+@pytest.mark.parametrize(
+    ("script", "code"), [("exit 7", 7), ("kill -KILL $$", 128 + signal.SIGKILL)]
+)
+def test_exit_code_is_the_childs_or_128_and_the_signal(
+    script: str, code: int, tmp_path: Path
+) -> None:
+    with Process("child", ["sh", "-c", script], log=tmp_path / "log") as process:
+        assert ended(process) == code
 
 
 @pytest.mark.parametrize("own_session", [True, False])
@@ -75,11 +92,6 @@ def test_a_child_is_out_of_reach_of_the_terminals_ctrl_c(own_session: bool, tmp_
     with Process("child", ["sleep", "600"], log=log, own_session=own_session) as process:
         assert os.getpgid(process.pid) == process.pid
         assert (os.getsid(process.pid) != os.getsid(0)) == own_session
-
-
-def test_death_by_a_signal_is_128_and_the_signal(tmp_path: Path) -> None:
-    with Process("child", ["sh", "-c", "kill -KILL $$"], log=tmp_path / "log") as process:
-        assert ended(process) == 128 + signal.SIGKILL
 
 
 def test_a_killed_guard_is_told_as_a_killed_child(tmp_path: Path) -> None:
@@ -162,17 +174,11 @@ def test_child_that_exits_takes_its_grandchildren_with_it(
 
 def test_killed_parent_leaves_no_process(tmp_path: Path, family: list[int]) -> None:
     code = f"""
-import sys, time
-from pathlib import Path
-from serving.processes.process import Process
 argv = [sys.executable, "-c", {STAYING!r}]
 process = Process("child", argv, log=Path({str(tmp_path / "log")!r}), talk=True)
 print(process.pid, process.stdout.readline(), flush=True)
-time.sleep(600)
 """
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    parent = parent_of(code)
     family.append(parent.pid)
     assert parent.stdout
     guard, *sleepers = map(int, parent.stdout.readline().split())
@@ -191,16 +197,10 @@ def test_what_lost_the_one_it_talked_with_is_killed_without_being_asked(
     up, asked = tmp_path / "up", tmp_path / "asked"
     shell = f"trap 'touch {asked}; exit' TERM; touch {up}; sleep 600 & wait"
     code = f"""
-import time
-from pathlib import Path
-from serving.processes.process import Process
 process = Process("child", ["sh", "-c", {shell!r}], log=Path("{tmp_path}/log"), talk={talk})
 print(process.pid, flush=True)
-time.sleep(600)
 """
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    parent = parent_of(code)
     assert parent.stdout
     guard = int(parent.stdout.readline())
     until(up.exists)
@@ -283,9 +283,6 @@ def test_killed_parent_leaves_no_suspended_process(
 ) -> None:
     """In the parent's session the kernel then sends SIGHUP to the guard, too."""
     code = f"""
-import sys, time
-from pathlib import Path
-from serving.processes.process import Process
 argv, log = [sys.executable, "-c", {STAYING!r}], Path({str(tmp_path / "log")!r})
 process = Process(
     "child", argv, log=log, talk=True, own_session={own_session}, folder_variable="OWN"
@@ -293,12 +290,8 @@ process = Process(
 pids = process.stdout.readline()
 process.suspend()
 print(process.pid, pids, flush=True)
-time.sleep(600)
 """
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        start_new_session=True, env={**os.environ, "TMPDIR": str(tmp_path)},
-    )  # fmt: skip
+    parent = parent_of(code, start_new_session=True, env={"TMPDIR": str(tmp_path)})
     family.append(parent.pid)
     assert parent.stdout
     guard, *sleepers = map(int, parent.stdout.readline().split())
@@ -327,27 +320,6 @@ def test_the_childs_own_folder_goes_with_it(tmp_path: Path) -> None:
         folder = Path(process.stdout.readline().strip())
         assert (folder / "socket").exists()
     assert not folder.exists()
-
-
-def test_the_childs_own_folder_goes_when_the_parent_is_killed(tmp_path: Path) -> None:
-    code = f"""
-import sys, time
-from pathlib import Path
-from serving.processes.process import Process
-argv, log = [sys.executable, "-c", {FOLDER!r}], Path({str(tmp_path / "log")!r})
-process = Process("child", argv, log=log, talk=True, folder_variable="OWN")
-print(process.stdout.readline(), end="", flush=True)
-time.sleep(600)
-"""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert parent.stdout
-    folder = Path(parent.stdout.readline().strip())
-    assert (folder / "socket").exists()
-    parent.kill()
-    parent.communicate()
-    until(lambda: not folder.exists())
 
 
 # as vLLM: a server whose engine core, here in a session of its own, finds the plugin and calls it
@@ -380,18 +352,11 @@ if __name__ == "__main__":
     time.sleep(600)
 """)
     code = f"""
-import sys, time
-from pathlib import Path
-from serving.processes.process import Process
 argv = [sys.executable, "server.py"]
 process = Process("engine", argv, log=Path("log"), talk=True, env={env!r})
 print(process.pid, process.stdout.readline(), flush=True)
-time.sleep(600)
 """
-    runner = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    runner = parent_of(code, tmp_path)
     family.append(runner.pid)
     assert runner.stdout
     guard, core = map(int, runner.stdout.readline().split())
@@ -410,7 +375,7 @@ time.sleep(600)
 def test_what_measures_the_ceilings_ends_with_the_runner(tmp_path: Path, family: list[int]) -> None:
     told = tmp_path / "pid"
     code = f"""
-from serving import machine
+from serving.hardware import machine
 machine.MEASURING = ("sh", "-c", "echo $$ > {told}.half; mv {told}.half {told}; exec sleep 600")
 machine.measure_ceilings(machine.cpu())
 """

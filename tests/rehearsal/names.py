@@ -64,11 +64,10 @@ def known(what: str, name: str, is_known: bool, otherwise: str) -> Check:
 
 
 def checks(home: Path) -> Iterator[Check]:
-    minor = ".".join(metadata.version("vllm").split(".")[:2])
     text = sources()
     yield from _in_sources(text)
     arguments, config = _small_engine()
-    yield from _metrics(minor, config)
+    yield from _metrics(config)
     yield from _log(arguments, config)
     yield from _variables(home)
     yield from _hooks()
@@ -89,13 +88,13 @@ def _small_engine() -> tuple[Any, Any]:
     return arguments, made.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
-def _metrics(minor: str, config: Any) -> Iterator[Check]:
+def _metrics(config: Any) -> Iterator[Check]:
     logger = PrometheusStatLogger(config, [0])
     logger.log_engine_initialized()
     exposed = prometheus_client.generate_latest().decode()
     names = set(re.findall(r"^# TYPE (\S+)", exposed, re.MULTILINE))
     with_a_setting = (*metrics.SPECULATION, metrics.LORA, metrics.KV_LOADED_BYTES)
-    for name in (*engine.GOLDEN[minor], *with_a_setting):
+    for name in (*engine.METRICS, *with_a_setting):
         yield known("metrics", name, name in names, "not registered")
 
 

@@ -33,32 +33,23 @@ def test_what_is_free_for_processes_to_share(
     assert host_memory.shared_bytes() is None
 
 
-def limit(group: Path, names: tuple[str, str, str], most: str, used_gib: int = 0) -> None:
+def limit(group: Path, most: str, used_gib: int = 0) -> None:
     """Give a group a limit; one of the GiB that it uses is what files had in memory."""
     group.mkdir(parents=True, exist_ok=True)
-    (group / names[0]).write_text(f"{most}\n")
-    (group / names[1]).write_text(f"{used_gib * GIB}\n")
-    (group / "memory.stat").write_text(f"anon 1\n{names[2]} {GIB}\n")
+    (group / "memory.max").write_text(f"{most}\n")
+    (group / "memory.current").write_text(f"{used_gib * GIB}\n")
+    (group / "memory.stat").write_text(f"anon 1\ninactive_file {GIB}\n")
 
 
 def test_the_tightest_limit_around_the_process_counts(groups: Path) -> None:
     host_memory.OWN.write_text("0::/slice/job\n")
     assert host_memory.available_bytes() == 100 * GIB  # no group tells anything
-    limit(groups / "slice/job", host_memory.VERSION_2, "max", 3)
+    limit(groups / "slice/job", "max", 3)
     assert host_memory.available_bytes() == 100 * GIB
-    limit(groups / "slice", host_memory.VERSION_2, str(16 * GIB), 5)
+    limit(groups / "slice", str(16 * GIB), 5)
     assert host_memory.available_bytes() == 12 * GIB
-    limit(groups / "slice/job", host_memory.VERSION_2, str(8 * GIB), 20)
+    limit(groups / "slice/job", str(8 * GIB), 20)
     assert host_memory.available_bytes() == 0
-
-
-def test_the_limits_of_version_1_count_too(groups: Path) -> None:
-    """In a container its path may be the host's, and only the root is there."""
-    host_memory.OWN.write_text("8:pids:/\n7:memory:/docker/0123\n0::/\n")
-    limit(groups / "memory", host_memory.VERSION_1, str(4 * GIB), 2)
-    assert host_memory.available_bytes() == 3 * GIB
-    limit(groups / "memory", host_memory.VERSION_1, str(2**63 - 4096), 2)  # none
-    assert host_memory.available_bytes() == 100 * GIB
 
 
 def test_without_control_groups_the_machine_counts() -> None:

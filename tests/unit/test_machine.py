@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -81,32 +80,9 @@ def test_a_hopper_gpu_has_three_ceilings_and_a_link_and_an_older_one_no_fp8(
     assert found.bf16_flops_per_s == 2 * 8192**3 / 1.0
     assert found.fp8_flops_per_s == 2 * 8192**3 / 0.5
     assert measured(monkeypatch, (8, 0)).fp8_flops_per_s is None
-
-
-def test_a_process_that_may_not_pin_memory_has_no_measured_link(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made = make_torch
-
-    def without_pinning(*given: Any) -> ModuleType:
-        torch = made(*given)
-        ones = torch.ones
-
-        def refusing(*_: object, pin_memory: bool = False, **__: object) -> Tensor:
-            if pin_memory:
-                raise RuntimeError("CUDA error: out of memory")
-            tensor: Tensor = ones()
-            return tensor
-
-        torch.ones = refusing  # type: ignore[attr-defined]
-        return torch
-
-    monkeypatch.setattr("tests.unit.test_machine.make_torch", without_pinning)
-    found = measured(monkeypatch, (9, 0))
-    assert found.host_bytes_per_s is None
-    assert found.link_bytes_per_s == gpus.PCIE_4_BYTES_PER_S
-    assert found.times(2).link_bytes_per_s == 2 * gpus.PCIE_4_BYTES_PER_S
-    assert not {"host_bytes_per_s", "devices"} & found.model_dump().keys()  # as in older files
+    unknown = found.model_copy(update={"host_bytes_per_s": None})
+    assert unknown.times(2).link_bytes_per_s == 2 * gpus.PCIE_4_BYTES_PER_S
+    assert not {"host_bytes_per_s", "devices"} & unknown.model_dump().keys()  # as in older files
 
 
 def test_the_copy_fits_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,14 +108,6 @@ def test_of_two_installed_versions_the_first_on_the_path_is_told(
     places = [str(tmp_path / "first"), str(tmp_path / "second")]
     monkeypatch.setattr(sys, "path", [*places, *sys.path])
     assert machine.environment(tmp_path, "cpu").packages["shadowed"] == "2.0"
-
-
-def test_ceilings_on_file_from_before_fp8_are_read() -> None:
-    old = {
-        "memory_bandwidth_bytes_per_s": 3e12, "bf16_flops_per_s": 7.98e14, "threads": 1,
-        "torch": "2.11.0", "measured_at": "-",
-    }  # fmt: skip
-    assert Ceilings.model_validate(old).fp8_flops_per_s is None
 
 
 def test_the_datasheet_stands_beside_the_measured() -> None:
@@ -246,10 +214,3 @@ def test_float32_is_measured_where_the_cpu_lacks_bf16(
     assert (found.fp32_flops_per_s is not None) == lacking
     # in software only a small product ends soon
     assert found.bf16_flops_per_s == 2 * (256 if lacking else 2048) ** 3 / 1.0
-
-
-def test_keys_and_values_in_8_bits_need_avx512() -> None:
-    plain = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34)
-    assert not plain.lacks_avx512
-    assert plain.model_copy(update={"cpu_flags": ("avx2",)}).lacks_avx512
-    assert not plain.model_copy(update={"cpu_flags": ("avx2", "avx512f")}).lacks_avx512

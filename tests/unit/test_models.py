@@ -295,7 +295,7 @@ def test_what_to_turn_next_can_be_turned_on_every_gpu(
         require_sizes(turned, model)
         require_memory(turned, machine, model)
         if random and lab not in NEED_REAL_WEIGHTS:
-            assert set(turned.derived()) <= dummy.DERIVED.keys() | NEED_NO_WEIGHTS
+            assert set(turned.derived()) <= {*dummy.DERIVED} | NEED_NO_WEIGHTS
 
 
 def test_the_bundled_model_is_served_on_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
