@@ -4,23 +4,16 @@ SHELL := /bin/bash
 # A setting comes from make's own command line (`make lab-x QUICK=1`) and goes to the program as
 # LABS_QUICK, as it was typed: make expands nothing in it, and it is never part of a shell's text.
 # LABS_QUICK in the environment holds for every call; QUICK there is not read, and make says so.
-SETTINGS := A AA AGAIN API_PRICE ARCHIVE AS B BASELINE DISTURBED DOCUMENTS DP ENDPOINT \
-	ENDPOINT_METRICS ENGINE_COMMAND FORCE FRESH FROM GRAFANA_PORT GRAFANA_URL HAVE HELP JSON LAB LEAN LENGTHS \
-	KEY LISTEN LOAD_WORKERS MACHINE MASTER METHOD MODEL ONLY OUT PART PLATFORM PORT PP PRECISION PREVIEW_PORT PRICE_PER_HOUR \
-	PROFILING PROMETHEUS_DATA PROMETHEUS_PORT PROMETHEUS_URL PYTHON PYTHON_VERSION QUICK RATE \
-	REPLICAS RESULTS RESUME ROUTER RUN SCRATCH SECONDS SEED SET SLO TESTS THRESHOLDS TO TP TRACE UNSAFE_FLAGS VARIANT \
-	VLLM WEB_PORT WEIGHTS WITH_TREE WORKLOAD
-SECRETS := GRAFANA_PASSWORD GRAFANA_TOKEN HF_TOKEN  # have one name, here as in the environment
 # The names in $2 that come from $1: "command" (line) or "environment".
 from = $(strip $(foreach name,$2,$(if $(filter $1,$(firstword $(origin $(name)))),$(name))))
-$(foreach name,$(call from,command,$(SETTINGS)),\
-	$(eval export LABS_$(name) := $$(value $(name)))$(eval unexport $(name)))
-$(foreach name,$(call from,command,$(SECRETS)),$(eval override export $(name) := $$(value $(name))))
-UNKNOWN := $(filter-out $(SETTINGS) $(SECRETS),$(call from,command,$(.VARIABLES)))
-ifneq ($(and $(UNKNOWN),$(filter 0,$(MAKELEVEL))),)  # a make that calls this one may have its own
-$(error there is no setting $(UNKNOWN), there are $(SETTINGS). A variable for another program goes \
-	before make: NAME=.. make ..)
-endif
+TYPED := $(call from,command,$(.VARIABLES))
+# First of all: a call of the shell would have make expand what is exported.
+$(foreach name,$(TYPED),$(eval unexport $(name)))
+# The settings are the rows of the tables in docs/knobs.md; secrets have one name everywhere.
+SETTINGS := $(sort $(shell sed -n 's/^| `\([A-Z_]*\)=.*/\1/p' docs/knobs.md))
+SECRETS := GRAFANA_PASSWORD GRAFANA_TOKEN HF_TOKEN
+$(foreach name,$(filter $(SETTINGS),$(TYPED)),$(eval export LABS_$(name) := $$(value $(name))))
+$(foreach name,$(filter $(SECRETS),$(TYPED)),$(eval override export $(name) := $$(value $(name))))
 STRAY := $(call from,environment,$(SETTINGS))
 ifneq ($(STRAY),)
 $(warning $(STRAY) in the environment: not read. A setting goes behind the target, \
@@ -33,8 +26,7 @@ MAKEOVERRIDES :=  # no other make that a program starts has these settings
 OTHER_VLLM := $(if $(filter bundle,$(MAKECMDGOALS)),,$(value LABS_VLLM))
 ENVIRONMENT := $(if $(OTHER_VLLM),".tools/vllm-$$LABS_VLLM/.venv",.venv)
 BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,$(ENVIRONMENT)/bin)
-# It is told which settings were given behind the target, and refuses those that it does not take.
-LABS := MAKE_SETTINGS="$(call from,command,$(SETTINGS))" $(BIN)/labs
+LABS := $(BIN)/labs
 DENO := DENO_DIR=.cache/deno DENO_NO_UPDATE_CHECK=1 $(BIN)/deno
 PYTHON_HERE := "$${LABS_PYTHON:-python3}"
 INSTALL := $(PYTHON_HERE) -m serving.install $(if $(OTHER_VLLM),--vllm "$$LABS_VLLM")
@@ -43,16 +35,22 @@ or_help = $(if $(value LABS_$1),,--help)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan diagnose labs-all draft adapters outliers sparsity quantize serve locust load-worker report words site score compare reproduce gate manifest-diff export leaderboard check-results readme watch watch-stop import dashboards stack stack-stop grafana-push preview preview-check doctor bundle unbundle test rehearse check bench locks clean distclean
+.PHONY: help setup labs forecast plan diagnose labs-all derive serve locust load-worker report words site score compare reproduce gate export leaderboard check-results readme watch stop import stack grafana-push preview doctor bundle unbundle test rehearse check bench locks clean distclean
+
+# Before anything starts, one sentence refuses a target or a setting that is not there or went, and
+# a setting that no target of this call takes. A make that calls this one may have variables of its own.
+TARGETS := $(shell sed -n 's/^\.PHONY://p' $(firstword $(MAKEFILE_LIST)))
+GIVEN := $(filter-out $(SECRETS),$(if $(filter 0,$(MAKELEVEL)),$(TYPED),$(filter $(SETTINGS),$(TYPED))))
+ifneq ($(strip $(GIVEN) $(filter-out $(TARGETS) lab-%,$(MAKECMDGOALS))),)
+quoted = $(foreach word,$1,'$(subst ','\'',$(word))')
+REFUSED := $(shell python3 labs/harness/commands/settings.py $(call quoted,$(MAKECMDGOALS)) -- $(call quoted,$(GIVEN)))
+ifneq ($(REFUSED),)
+$(error $(REFUSED))
+endif
+endif
 
 help: ## List the targets
-	@echo "Labs, in the order of the course (what is missing is installed first):"
-	@sed -n 's/^ *_lab("\(.*\)"),$$/  make lab-\1/p' labs/__init__.py | tr _ -
-	@echo "Targets:"
-	@sed -n 's/^\([a-z -]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
-	@echo "Settings: QUICK=1  SET=\"field=value\"  AA=1  MODEL=  WEIGHTS=dummy  ENDPOINT=  SEED=  RESUME=1  AGAIN=1"
-	@echo "          RESULTS=  TP=  PP=  DP=  PRICE_PER_HOUR=  VLLM=0.31.0 (in an environment of its own)"
-	@echo "          PLATFORM=cpu|cuda  PYTHON=   (make lab-<name> HELP=1 explains)"
+	@cat docs/targets.txt
 
 setup: ## Install what this machine needs, without running anything
 	@$(INSTALL)
@@ -75,11 +73,8 @@ plan: setup ## Plan capacity without a GPU: MACHINE=h100 [MODEL=..] [TP=..] [RAT
 labs-all: setup ## Run every lab in order, continuing where it stopped: [ONLY=a,b] [SECONDS=530] [ARCHIVE=x.tar.gz] [FRESH=1]
 	@$(LABS) all
 
-draft adapters outliers sparsity: setup ## Make the draft model, the LoRA adapters, the studies of outliers and zeros: [AGAIN=1]
-	@$(LABS) make $@
-
-quantize: setup ## Make quantized weights: METHOD=w8a8|w4a16-gptq|.. (make quantize lists them)
-	@$(LABS) make "$${LABS_METHOD:---help}"
+derive: setup ## Make a derived model or a study by hand
+	@$(LABS) derive $(call or_help,NAME)
 
 serve: setup ## Start a variant's engine: LAB=.. [VARIANT=..] [PORT=..]
 	@$(LABS) serve
@@ -114,9 +109,6 @@ reproduce: setup ## Repeat a recorded run and compare the two: RUN=..
 gate: setup ## Fail if a run is worse than another: RUN=.. BASELINE=.. [THRESHOLDS=x.toml]
 	@$(LABS) gate $(call or_help,RUN)
 
-manifest-diff: setup ## Show what differs in how two runs were made: A=.. B=..
-	@$(LABS) manifest-diff $(call or_help,A)
-
 export: setup ## Write a run as tables, or in the format of vllm bench serve: RUN=.. AS=csv|parquet|vllm [OUT=..]
 	@$(if $(filter parquet,$(value LABS_AS)),$(BIN)/python -c 'import pyarrow' 2> /dev/null || $(BIN)/python -m pip install --quiet 'pyarrow>=17')
 	@$(LABS) export $(call or_help,RUN)
@@ -130,23 +122,17 @@ check-results: setup ## Check that recorded runs are readable and complete
 readme: setup ## Write the generated parts of README.md and the pages in results/ again
 	@$(LABS) readme
 
-watch: setup ## Start a Prometheus that stays up between labs, with a live page: [PORT=..]
+watch: setup ## Start a Prometheus that stays up between labs, with a live page
 	@$(LABS) watch
 
-watch-stop: setup ## Stop that Prometheus; its data are kept
-	@$(LABS) watch-stop
+stop: setup ## Stop what `make watch` or `make stack` started; the data are kept
+	@$(LABS) stop
 
 import: setup ## Load finished runs into Prometheus at their own times: [RUN=".. .."]
 	@$(LABS) import
 
-dashboards: setup ## Write dashboards/grafana/*.json again from dashboards/boards.py
-	@$(LABS) dashboards
-
 stack: setup ## Start Prometheus and Grafana in containers: [GRAFANA_PORT=..] [PROFILING=1]
 	@$(LABS) stack
-
-stack-stop: setup ## Stop the containers; their data are kept
-	@$(LABS) stack-stop
 
 grafana-push: setup ## Send dashboards and runs to a running Grafana: GRAFANA_URL=.. (and GRAFANA_TOKEN)
 	@$(LABS) grafana-push $(call or_help,GRAFANA_URL)
@@ -158,9 +144,6 @@ $(COMPONENTS):
 
 preview: $(COMPONENTS) ## Draw the dashboards in a browser without Grafana: [PROMETHEUS_URL=..]
 	@cd dashboards/preview && npm run --silent preview
-
-preview-check: setup $(COMPONENTS) ## Draw the dashboards from a run, and check that no panel is empty
-	@$(BIN)/pytest tests/fake/test_preview.py
 
 bundle: setup ## Gather what a GPU machine without internet needs: [PYTHON_VERSION=3.12] [HAVE=pip-list.txt] [WITH_TREE=64M] [LEAN=1]
 	@$(LABS) bundle

@@ -1,4 +1,4 @@
-"""The dashboards, as code: `make dashboards` writes them to dashboards/grafana/*.json.
+"""The dashboards, as code: `make readme` writes them to dashboards/grafana/*.json.
 
 *Lab, live* is one run as it happens, *Compare* a finished run's variants side by side, *Machines*
 one lab on several machines, *Generator health* whether the load was sent as it should have been.

@@ -1,4 +1,4 @@
-"""Prometheus and Grafana in containers: `make stack`, `make stack-stop`.
+"""Prometheus and Grafana in containers: `make stack`, `make stop`.
 
 The containers read the committed dashboards, and the data and targets of `make watch`. Their
 Prometheus takes the place of that one: labs record into it, and it shows imported runs.

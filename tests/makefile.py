@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from labs.harness.commands import settings
 from serving.weights.models import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 LINES = MAKEFILE.replace("\\\n", "").splitlines()
-SETTINGS = next(line.split()[2:] for line in LINES if line.startswith("SETTINGS :="))
+SETTINGS = settings.names()
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))

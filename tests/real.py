@@ -74,10 +74,9 @@ def quick_run(
             **({sitecustomize.WORKER_APART: "1"} if lab == AS_VLLM_DOES else {}),
             "LABS_QUICK": "1",
             "LABS_DISTURBED": "keep",  # other tests run meanwhile
-            "LABS_SET": settings,
+            "LABS_SET": settings + f" flags.data-parallel-size={copies}" * (copies > 1),
             "LABS_MODEL": model,
             "LABS_WEIGHTS": weights,
-            **({"LABS_DP": str(copies)} if copies > 1 else {}),
             "LABS_RESULTS": str(results),
         },
         capture_output=True,

@@ -256,7 +256,7 @@ class Vllm(Engine):
         if vllm_flags.uses_ray and machine.kind == "cpu":
             raise EngineError(
                 "distributed-executor-backend=ray needs GPUs: vLLM's CPU build does not support Ray"
-                " (DP=2 serves two copies of the model on cores of their own)"
+                " (data-parallel-size=2 serves two copies of the model on cores of their own)"
             )
         if vllm_flags.uses_ray and not importlib.util.find_spec("ray"):
             raise EngineError(
@@ -271,7 +271,7 @@ class Vllm(Engine):
             instead = (
                 ", or span machines with SET=flags.distributed-executor-backend=ray"
                 if machine.kind == "gpu"
-                else f" (DP= alone serves as many copies as there are cores, here {cores})"
+                else f" (data-parallel-size alone: as many copies as cores, here {cores})"
             )
             raise EngineError(
                 f"TP x PP x DP = {vllm_flags.devices} needs as many GPUs, and this machine has"
@@ -359,7 +359,7 @@ class Vllm(Engine):
         beside, what, where, more = ACTIVATION_BYTES, "activations", "GPU", "more GPUs with TP=, "
         if machine.kind == "cpu":
             copies, beside, what, where = vllm_flags.copies, PROCESS_BYTES, "processes", "machine"
-            more = "fewer copies with DP=, " if copies > 1 else ""
+            more = "fewer copies by data-parallel-size, " if copies > 1 else ""
         if copies * (weight_bytes + kv_bytes + beside) > machine.memory_bytes:
             each = f"{copies} copies of the model, each with " if copies > 1 else ""
             raise EngineError(

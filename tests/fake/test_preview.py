@@ -1,6 +1,6 @@
 """The dashboards drawn by Grafana's own components, from a Prometheus that has followed a run.
 
-`make preview-check` fetches those components first; where they are not, these tests are skipped.
+`make preview` fetches those components first; where they are not, these tests are skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(find() is None, reason="no chromium: `apt-get install chromium`"),
     pytest.mark.skipif(shutil.which("node") is None, reason="no node: it needs Node 20 or later"),
     pytest.mark.skipif(
-        not VITE.exists(), reason="Grafana's components are not here: `make preview-check`"
+        not VITE.exists(), reason="Grafana's components are not here: `make preview`"
     ),
 ]
 
@@ -69,7 +69,7 @@ def previewed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Previewed]:
                 "run", "continuous-batching", QUICK="1", SET=BRIEF, program=LABS_WITH_FAKE_MODELS
             )
             assert command.wait() == 0, command.said
-            assert someone.types("watch-stop").wait() == 0  # a fresh one sees the figures at once
+            assert someone.types("stop").wait() == 0  # a fresh one sees the figures at once
             assert someone.types("watch", PORT=str(prometheus)).wait() == 0
             environment = {
                 "PATH": str(Path(shutil.which("node") or "").parent),
@@ -87,7 +87,7 @@ def previewed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Previewed]:
                 finally:
                     preview.terminate()
         finally:
-            someone.types("watch-stop").wait()
+            someone.types("stop").wait()
 
 
 @pytest.mark.parametrize("board", boards.BOARDS)

@@ -77,13 +77,13 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             assert command.wait() == 0, command.said
             yield Watched(someone, port)
         finally:
-            someone.types("watch-stop").wait()
+            someone.types("stop").wait()
 
 
 @pytest.fixture(scope="module")
 def cut(watched: Watched) -> Command:
     """A run whose own Prometheus was killed in the middle of it, before anybody watched."""
-    watched.reader.types("watch-stop").wait()
+    watched.reader.types("stop").wait()
     command = watched.reader.types(
         "run", "continuous-batching", QUICK="1", SET=BRIEF, program=LABS_WITH_FAKE_MODELS
     )
@@ -239,7 +239,7 @@ def test_a_lab_records_where_it_is_watched(watched: Watched, cut: Command, tmp_p
     assert all(a.prometheus == a.records for a in session.agreement)
     samples = f"sum(count_over_time({exporter.LOAD_POINT}{{run_id='{folder.path.name}'}}$1))"
     scraped = watched.value(samples)
-    watched.reader.types("watch-stop").wait()
+    watched.reader.types("stop").wait()
     again = watched.reader.types("watch", PORT=str(watched.port))
     assert again.wait() == 0, again.said
     # the figures were loaded after the last scrape, which is not to cost what came before it

@@ -183,7 +183,7 @@ def test_labs_record_into_the_containers_prometheus(
     asked = log.read_text()
     assert "up --detach --wait" in asked
     assert ("--profile profiling" in asked) is profiling
-    with pytest.raises(StackError, match="make stack-stop"):
+    with pytest.raises(StackError, match="make stop"):
         Stack(3000, 9091).start()
     Stack(3000, 9091).stop()
     assert prometheus.watching() is None

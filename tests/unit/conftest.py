@@ -15,17 +15,11 @@ __all__ = ["runs_of_others"]
 
 @pytest.fixture(scope="session", autouse=True)
 def _commands_are_built_once() -> None:
-    """`CliRunner` would build the whole tree of commands anew at every call.
-
-    And a command would look through the options of all of them.
-    """
+    """`CliRunner` would build the whole tree of commands anew at every call."""
     import typer.main
     import typer.testing
 
-    from labs.harness.commands import cli, options
-
     setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))  # noqa: B010
-    setattr(cli, "settings_of", functools.cache(options.settings_of))  # noqa: B010
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def asked(query: str) -> set[str]:
 
 def test_the_files_are_as_generated() -> None:
     for path, text in boards.files(VARIANTS, METRICS).items():
-        assert path.read_text() == text, f"{path.name}: run `make dashboards`"
+        assert path.read_text() == text, f"{path.name}: run `make readme`"
     assert {*boards.FOLDER.iterdir()} == {*boards.files(VARIANTS, METRICS)}
 
 

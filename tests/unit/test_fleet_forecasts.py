@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from labs.harness.commands.cli import _fleet_size
+from labs.harness.commands.planning import _fleet_size
 from labs.harness.running import forecast
 from labs.harness.running.forecast import (
     FleetForecasts,

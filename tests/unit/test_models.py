@@ -401,7 +401,7 @@ def test_each_copy_of_a_model_holds_weights_and_a_kv_cache() -> None:
     assert Vllm.host_memory_bytes(copies, model.shape) == 2 * alone
     cpu = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2 * alone - 1)
     Vllm.require_memory("large", flags, cpu, model.shape)
-    with pytest.raises(EngineError, match=r"2 copies .* DP="):
+    with pytest.raises(EngineError, match=r"2 copies .* data-parallel-size"):
         Vllm.require_memory("large", copies, cpu, model.shape)
     one = gpu(round(alone / 2**20))
     Vllm.require_memory("large", copies, one, model.shape)

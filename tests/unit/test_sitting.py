@@ -48,7 +48,7 @@ def sit(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int,
             played.append(request.lab.name)
             play(request.lab.name)
 
-        monkeypatch.setattr("labs.harness.commands.cli.run_lab", run)
+        monkeypatch.setattr("labs.harness.commands.play.run_lab", run)
         archive = str(home.parents[1] / "results.tar.gz")
         arguments = ("all", "--only", ",".join(labs or LABS), "--archive", archive)
         bounded = ("--seconds", str(seconds)) if seconds else ()

@@ -1,4 +1,4 @@
-"""Keep track of `labs all`, which may take several calls: which labs are begun and done."""
+"""The command `all`: every lab in order, in one call or several, with a record of what is done."""
 
 from __future__ import annotations
 
@@ -7,25 +7,42 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+import traceback
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import typer
 from pydantic import BaseModel
+from rich.markup import escape
 
 from labs import FIRST, LABS
+from labs.harness.commands.options import changes_of, command, command_words, price_of
+from labs.harness.commands.play import play
+from labs.harness.commands.terminal import (
+    EXPECTED_ERRORS,
+    console,
+    errors,
+    refusal_of,
+    shown_path,
+)
 from labs.harness.comparing import leaderboards
 from labs.harness.errors import did_you_mean
+from labs.harness.filing.archive import write_here
 from labs.harness.filing.bounded import DamagedError
-from labs.harness.filing.results import RESULTS, RunFolder, read_json, write_json
-from labs.harness.running.clock import Clock
+from labs.harness.filing.results import RESULTS, RunFolder, moment, read_json, write_json
+from labs.harness.running.clock import Clock, TimeUsedUp
 from labs.harness.running.resolve import RunRequest
-from labs.harness.spec import LabError
+from labs.harness.running.resume import CannotResume
+from labs.harness.spec import LabError, NotApplicable
+from serving import whole
 from serving.engines import ENGINES
 from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.hardware import machine as machines
 from serving.hardware.machine import Machine
+from serving.processes.masking import recordable, tellable
 from serving.weights.models import CACHE, ROOT, scale_of
 
 FOLDER = CACHE
@@ -44,7 +61,7 @@ class Sitting(BaseModel, extra="forbid"):
     quick: bool
     model: str
     weights: str = ""
-    changes: dict[str, Any] = {}  # by SET, TP, DP and PP
+    changes: dict[str, Any] = {}  # by SET and TP
     vllm: str = ""
     results: str
     begun: list[str] = []
@@ -220,3 +237,179 @@ def start(
     done = unfinished.done.items()
     finished = {lab: run for lab, run in done if (ROOT / run / "COMPLETE").exists()}
     return unfinished.model_copy(update={"done": finished})
+
+
+@command("all", "labs-all")
+def run_all(
+    quick: bool = False,
+    set_: str = "",
+    model: str = "",
+    weights: str = "",
+    tp: int = 1,
+    fresh: bool = False,
+    only: str = "",
+    seconds: float | None = None,
+    archive: Path | None = None,
+    engine_command: str = "",
+    price_per_hour: float = 0.0,
+) -> None:
+    """Run every lab in order, continuing where an earlier call stopped; write one page of all."""
+    labs = chosen(only, by_value=seconds is not None)
+    changes = changes_of(set_, tp)
+    state = start(quick, model, fresh, weights, changes)
+    clock = Clock.of(seconds, state.starts_s, state.preparations_s)
+    request = RunRequest(
+        next(iter(LABS.values())), quick=quick, changes=changes, model=model,
+        weights=weights, engine_command=command_words(engine_command), clock=clock,
+        usd_per_hour=price_of(price_per_hour),
+    )  # fmt: skip
+    if clock.bounded:
+        console.print(
+            f"This call may last {seconds:.0f} s, and an engine has"
+            f" {clock.start_timeout_s:.0f} s to start"
+        )
+    try:
+        outcome = _play_all(request, labs, state, archive)
+    finally:
+        _pack(archive)
+    if not clock.bounded and (page := state.page()):
+        console.print(f"\nEvery lab on one page: [bold]{shown_path(page)}[/]")
+    for name, why in outcome.skipped.items():
+        console.print(f"Skipped: {name}: {escape(why)}")
+    for name, why in outcome.not_finished.items():
+        console.print(f"Not finished: {name}: {escape(why)}")
+    if outcome.time_used_up:
+        left = [name for name in labs if name not in {*state.done, *outcome.skipped}]
+        console.print(f"To be done: {', '.join(left)}. The same call goes on with them.")
+        raise typer.Exit(os.EX_TEMPFAIL)
+    if outcome.not_finished:
+        again = [name for name in outcome.not_finished if not state.is_hopeless(name)]
+        if again:
+            console.print(f"Call `make labs-all` again: it runs only {', '.join(again)}.")
+        raise typer.Exit(1)
+    if clock.bounded:
+        console.print("Everything is done: FRESH=1 starts over.")
+    else:
+        state.end(labs)
+
+
+@dataclass
+class _Outcome:
+    """Holds what became of the labs that a call has tried."""
+
+    skipped: dict[str, str] = field(default_factory=dict)
+    not_finished: dict[str, str] = field(default_factory=dict)
+    time_used_up: bool = False
+
+
+def _play_all(
+    request: RunRequest, names: Sequence[str], state: Sitting, archive_file: Path | None
+) -> _Outcome:
+    """Run the chosen labs that are not done, as far as the request's clock allows."""
+    clock, outcome = request.clock, _Outcome()
+    host = machines.detect()
+    check_flags([name for name in names if name not in state.done], [request], host)
+    for name in state.give_up(names):
+        console.print(
+            f"{name} was begun {state.in_vain[name]} times without finishing a trial: it is taken"
+            " to have failed, and comes last"
+        )
+    for number, name in enumerate(state.order(names), 1):
+        lab = LABS[name]
+        console.print(f"\n[bold]Lab {number} of {len(names)}: {lab.title}[/]")
+        if name in state.done:
+            console.print(f"Done by an earlier call: {escape(state.done[name])}")
+            continue
+        if state.is_hopeless(name):
+            outcome.not_finished[name] = (
+                f"{state.in_vain[name]} calls were ended in it before it finished a trial, so it is"
+                f" not begun again: `make lab-{name}` runs it alone"
+            )
+            console.print(f"Not begun again: {outcome.not_finished[name]}")
+            continue
+        try:
+            clock.require(clock.preparation_s(host.kind) + clock.start_s(host.kind), lab.name)
+            folder = _begin_or_continue(replace(request, lab=lab), state)
+        except TimeUsedUp as reason:
+            console.print(f"The time for this call is used up: {escape(str(reason))}")
+            outcome.time_used_up = True
+            break
+        except NotApplicable as reason:
+            outcome.skipped[name] = str(reason)
+            console.print(f"Skipped: {escape(str(reason))}")
+        except Exception as error:
+            outcome.not_finished[name] = _what_stopped(error, name, host.slug)
+            state.fail(name)
+            errors.print(f"[bold red]error:[/] {escape(outcome.not_finished[name])}")
+            _pack_between(archive_file)
+        else:
+            if folder.complete:
+                state.finish(name, folder.path)
+            else:
+                outcome.not_finished[name] = "some of its trials failed"
+                state.fail(name)
+            _pack_between(archive_file)
+        finally:
+            state.time(clock)
+    return outcome
+
+
+def _begin_or_continue(request: RunRequest, state: Sitting) -> RunFolder:
+    """Run the request's lab; only an end of the whole call is held against it.
+
+    In a call without a time limit, Ctrl-C is a person's own decision, and not held against it.
+    """
+    resume = state.begin(request.lab.name)
+    excused = (Exception,) if request.clock.bounded else (Exception, KeyboardInterrupt)
+    try:
+        folder = _play_or_begin_anew(replace(request, resume=resume))
+    except excused:
+        state.excuse(request.lab.name)
+        raise
+    state.excuse(request.lab.name)
+    return folder
+
+
+def _what_stopped(error: Exception, lab: str, machine_slug: str) -> str:
+    """Say in a sentence what ended a lab.
+
+    What has no sentence for the reader is a fault of the lab or of the machine: its traceback is
+    written beside the lab's results, without secrets, and the sentence names the file.
+    """
+    if isinstance(error, EXPECTED_ERRORS):
+        return tellable(str(error))
+    what = refusal_of(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    log = RESULTS / machine_slug / lab / f"error-{moment()}.log"
+    try:
+        whole.write(log, recordable(tellable("".join(traceback.format_exception(error)))))
+    except OSError:  # as on a full disk, which may be what ended the lab
+        return tellable(what)
+    return f"{tellable(what)} (traceback: {os.path.relpath(log)})"
+
+
+def _pack_between(file: Path | None) -> None:
+    """Pack between two labs: an archive that cannot be written ends no outcome."""
+    try:
+        _pack(file)
+    except OSError as error:
+        errors.print(f"[bold red]error:[/] {escape(refusal_of(error))}")
+
+
+def _pack(file: Path | None) -> None:
+    """Write the archive of this machine's results anew, where one is asked for."""
+    if file and (written := write_here(file)):
+        size = sum(path.stat().st_size for path in written) / 1e6
+        names = ", ".join(path.name for path in written)
+        console.print(f"[dim]Packed into {escape(names)}: {size:.1f} MB[/]")
+
+
+THE_SAME_CALL = "the same call (without FRESH=1)"
+
+
+def _play_or_begin_anew(request: RunRequest) -> RunFolder:
+    """Run a lab; begin it anew where its unfinished run cannot be continued."""
+    try:
+        return play(request, THE_SAME_CALL)
+    except CannotResume as reason:
+        console.print(f"{escape(str(reason))}. It is started anew.")
+        return play(replace(request, resume=False), THE_SAME_CALL)

@@ -1,166 +1,116 @@
-"""The options that several commands take, with what each says of itself in `--help`."""
+"""Builds the options of commands from the settings' table, and reads values of several parts."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 import typer
-from typer.models import ParameterInfo
+from rich.markup import escape
 
+from labs import LABS
+from labs.harness.changes import parse_changes
+from labs.harness.commands.settings import PREFIX, Setting, setting
+from labs.harness.commands.terminal import reported_errors
 from labs.harness.errors import did_you_mean
 from labs.harness.running.capacity_plan import MOST_REPLICAS
 from labs.harness.running.machines_on_file import MachineOnFile, find_machine
-from labs.harness.spec import SLO, LabError
+from labs.harness.spec import SLO, Lab, LabError
 from loadtests.records import LONGEST_S
 from loadtests.trace import MOST_PLANNED_ROWS, Tell, TraceRow, read_trace
 from serving.forecasting.fleet import ROUTERS
 from serving.hardware.gpus import short_names
+from serving.processes.masking import holds_secret, masked
 
 ALL = "all"  # routers, one after another
-LabName = Annotated[str, typer.Argument(help="A lab's name; `labs list` names them all.")]
-SetOption = Annotated[
-    str,
-    typer.Option(
-        "--set",
-        envvar="LABS_SET",
-        help="Change existing fields for this run: 'window_s=4 flags.max-num-seqs=8'."
-        " The run is marked ad hoc.",
-    ),
-]
-UnsafeOption = Annotated[
-    bool,
-    typer.Option(
-        "--unsafe-flags",
-        envvar="LABS_UNSAFE_FLAGS",
-        help="Accept flags that may load code, open an address or name a path: only your own.",
-    ),
-]
-QuickOption = Annotated[
-    bool, typer.Option(envvar="LABS_QUICK", help="Short windows, few repeats: a smoke test.")
-]
-EngineOption = Annotated[
-    str,
-    typer.Option(
-        envvar="LABS_ENGINE_COMMAND",
-        help="The command that starts the engine, for example inside a profiler; the engine's"
-        " flags follow.",
-    ),
-]
-ModelOption = Annotated[
-    str, typer.Option("--model", envvar="LABS_MODEL", help="A model folder or a Hugging Face id.")
-]
-WeightsOption = Annotated[
-    str,
-    typer.Option(
-        "--weights",
-        envvar="LABS_WEIGHTS",
-        help="`dummy` serves random weights in an architecture that ships with the lab, named by"
-        " MODEL: the speed is real, the text is not.",
-    ),
-]
-TpOption = Annotated[
-    int,
-    typer.Option(
-        "--tp", envvar="LABS_TP", min=1, help="GPUs that share each layer (tensor parallelism)."
-    ),
-]
-DpOption = Annotated[
-    int,
-    typer.Option("--dp", envvar="LABS_DP", min=1, help="Copies of the model (data parallelism)."),
-]
-PpOption = Annotated[
-    int,
-    typer.Option(
-        "--pp", envvar="LABS_PP", min=1, help="GPUs that divide the layers (pipeline parallelism)."
-    ),
-]
-TraceOption = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="LABS_TRACE",
-        help=f"Traffic to replay: its first {MOST_PLANNED_ROWS:,} requests (`docs/knobs.md` lists"
-        " the formats).",
-    ),
-]
-FleetOption = Annotated[
-    int,
-    typer.Option(
-        "--replicas",
-        envvar="LABS_REPLICAS",
-        min=0,
-        max=MOST_REPLICAS,
-        help="The number of replicas; 0: one in a forecast, in a plan as many as the rate needs.",
-    ),
-]
-RouterOption = Annotated[
-    str,
-    typer.Option(envvar="LABS_ROUTER", help=f"Between replicas: {ALL}, or {', '.join(ROUTERS)}."),
-]
-PriceOption = Annotated[
-    float,
-    typer.Option(
-        "--price-per-hour",
-        envvar="LABS_PRICE_PER_HOUR",
-        min=0,
-        help="US dollars for an hour of the machine, or of one GPU; 0: not known.",
-    ),
-]
-SloOption = Annotated[
-    str,
-    typer.Option(envvar="LABS_SLO", help="The longest TTFT and TPOT, in milliseconds: 1000/50."),
-]
-ReplicasOption = Annotated[
-    str,
-    typer.Option(
-        "--endpoint-metrics",
-        envvar="LABS_ENDPOINT_METRICS",
-        help="url,url: the engines behind an endpoint that is a router: their metrics add up.",
-    ),
-]
-LoadWorkersOption = Annotated[
-    int,
-    typer.Option(
-        "--load-workers",
-        envvar="LABS_LOAD_WORKERS",
-        min=0,
-        max=256,
-        help="Load processes on other machines that share the load of an ENDPOINT: the run waits"
-        " for `make load-worker` there.",
-    ),
-]
-ListenOption = Annotated[
-    str,
-    typer.Option(
-        "--listen",
-        envvar="LABS_LISTEN",
-        help="host:port of this machine at which load workers join; default: on 127.0.0.1, which"
-        " takes an SSH tunnel. Their messages are encrypted.",
-    ),
-]
-KeyOption = Annotated[
-    str,
-    typer.Option(
-        "--key",
-        envvar="LABS_KEY",
-        show_default=False,
-        help="What load workers must know to join, 16 characters or more; default: drawn and shown"
-        " by the run.",
-    ),
-]
-SeedOption = Annotated[
-    str,
-    typer.Option(
-        "--seed", envvar="LABS_SEED", help="Another number draws other lengths, prompts and order."
-    ),
-]
-MarkdownOut = Annotated[
-    Path | None,
-    typer.Option("--out", envvar="LABS_OUT", help="Also write it to this Markdown file."),
-]
+A_PORT = (1, 65535)
+BOUNDS: dict[str, tuple[float, float | None]] = {  # least and most; None: no limit
+    "API_PRICE": (0, None),
+    "GRAFANA_PORT": A_PORT,
+    "LOAD_WORKERS": (0, 256),
+    "PORT": A_PORT,
+    "PRICE_PER_HOUR": (0, None),
+    "PROMETHEUS_PORT": A_PORT,
+    "RATE": (0, None),
+    "REPLICAS": (0, MOST_REPLICAS),
+    "SECONDS": (1, None),
+    "TP": (1, None),
+    "WEB_PORT": A_PORT,
+}
+Command = TypeVar("Command", bound=Callable[..., None])
+REFERENCE = re.compile(r" \(\[[^]]*\]\([^)]*\)\)")  # a link in parentheses
+LINK, WORDS_OF_LINK = re.compile(r"\[([^]]*)\]\([^)]*\)"), r"\1"
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def command(
+    name: str, target: str = "", panel: str = "Labs", behind: str = ""
+) -> Callable[[Command], Command]:
+    """Register a function as the command `name`, which make calls for `target`.
+
+    Each parameter is the setting of its name (`from_` is FROM), with its type and its default: the
+    page of settings says what it does. One whose annotation says more is taken as it is, and the
+    one that `behind` names stands behind the command without the name of an option. Expected
+    failures end the command in a sentence.
+    """
+
+    def register(function: Command) -> Command:
+        hints = get_type_hints(function, include_extras=True)
+        parameters = inspect.signature(function).parameters
+        for parameter in parameters:
+            if get_origin(hints[parameter]) is not Annotated:
+                row = setting(parameter.strip("_").upper(), target or name)
+                option = _argument(row) if parameter == behind else _option(row)
+                hints[parameter] = Annotated[hints[parameter], option]
+
+        def called(**given: Any) -> None:
+            with reported_errors():
+                function(**given)
+
+        called.__doc__, called.__annotations__ = function.__doc__, hints
+        called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [p.replace(annotation=hints[key]) for key, p in parameters.items()]
+        )
+        app.command(name, rich_help_panel=panel)(called)
+        return function
+
+    return register
+
+
+def _option(row: Setting) -> Any:
+    least, most = BOUNDS.get(row.name, (None, None))
+    dashed = row.name.lower().replace("_", "-")
+    return typer.Option(
+        f"-{dashed}" if len(dashed) == 1 else f"--{dashed}",
+        envvar=f"{PREFIX}{row.name}",
+        show_envvar=False,
+        min=least,
+        max=most,
+        help=_help(row),
+    )
+
+
+def _argument(row: Setting) -> Any:
+    return typer.Argument(envvar=f"{PREFIX}{row.name}", show_envvar=False, help=_help(row))
+
+
+def _help(row: Setting) -> str:
+    """Say how a setting is typed behind make, and what it does; its links are left out."""
+    does = LINK.sub(WORDS_OF_LINK, REFERENCE.sub("", row.does))
+    return f"[cyan]{escape(row.typed)}[/]  {escape(does)}"
 
 
 def price_of(usd_per_hour: float) -> float | None:
@@ -221,8 +171,42 @@ def addresses(text: str) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, text.split(","))))
 
 
-def settings_of(command: Callable[..., Any]) -> set[str]:
-    """Return the variables that a command's options and arguments may come in, as LABS_QUICK."""
-    hints = get_type_hints(command, include_extras=True).values()
-    parameters = [part for hint in hints for part in getattr(hint, "__metadata__", ())]
-    return {str(p.envvar) for p in parameters if isinstance(p, ParameterInfo) and p.envvar}
+def lab_named(name: str) -> Lab:
+    """Find a lab by its name; raises LabError with the nearest where there is none."""
+    if name not in LABS:
+        raise LabError(f"there is no lab {name!r}{did_you_mean(name, LABS)} are {', '.join(LABS)}")
+    return LABS[name]
+
+
+def command_words(command: str) -> list[str]:
+    """Split ENGINE_COMMAND into words; raises LabError where it names no program."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise LabError(f"ENGINE_COMMAND={masked(command)}: {error}") from error
+    if words and shutil.which(words[0]) is None:
+        raise LabError(
+            f"ENGINE_COMMAND: there is no program {masked(words[0])}: install it, or correct the"
+            " name"
+        )
+    return words
+
+
+def changes_of(text: str, tp: int = 1, seed: str = "") -> dict[str, Any]:
+    """Read SET, TP and SEED as changes of a lab, with which a run is marked.
+
+    Raises LabError for a secret, which would be recorded with the run.
+    """
+    if holds_secret(text):
+        raise LabError(
+            f"SET={masked(text)} holds what looks like a secret, and a run's settings are recorded:"
+            " pass it to the program that needs it in an environment variable instead"
+        )
+    parallel = {"flags.tensor-parallel-size": tp} if tp > 1 else {}
+    return {**parallel, **parse_changes(f"{text} seed={seed}" if seed else text)}
+
+
+def objective_changes(slo: str) -> dict[str, float]:
+    """Write SLO as changes of a lab; raises LabError."""
+    limits_s = slo_of(slo).by_name() if slo else {}
+    return {f"slo.{name}_s": limit_s for name, limit_s in limits_s.items()}

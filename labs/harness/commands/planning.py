@@ -1,21 +1,19 @@
-"""The command `plan`: does a model fit, how many GPUs does traffic need, at what price?"""
+"""Commands that compute instead of measuring: forecasts of labs, and plans of capacity."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
 
-import typer
-
+from labs import LABS
 from labs.harness.commands.options import (
-    FleetOption,
-    MarkdownOut,
-    PriceOption,
-    RouterOption,
-    SloOption,
-    TraceOption,
+    ALL,
+    changes_of,
+    command,
+    lab_named,
+    objective_changes,
     pair,
     price_of,
     recorded_machine,
@@ -24,7 +22,7 @@ from labs.harness.commands.options import (
     slo_of,
     trace_of,
 )
-from labs.harness.commands.terminal import ConsoleProgress, reported_errors
+from labs.harness.commands.terminal import EXPECTED_ERRORS, ConsoleProgress
 from labs.harness.running.capacity_plan import (
     PRECISIONS,
     Question,
@@ -32,90 +30,36 @@ from labs.harness.running.capacity_plan import (
     model_on_file,
     plan,
 )
-from labs.harness.running.resolve import machine_of
-from labs.harness.spec import LabError, duration_s_of
-from labs.harness.telling import capacity_plans, markdown
+from labs.harness.running.forecast import FleetSize
+from labs.harness.running.resolve import RunRequest, Setup, machine_of
+from labs.harness.running.run import forecast_alone, forecast_fleets_alone
+from labs.harness.spec import LabError, NotApplicable, duration_s_of
+from labs.harness.telling import capacity_plans, forecasts, markdown
 from labs.harness.telling.capacity_plans import Demand
-from loadtests.trace import Tell
+from labs.harness.telling.document import Paragraph, Section, section
+from loadtests.trace import MOST_ROWS, Tell, TraceRow
 from serving import whole
-from serving.hardware.gpus import short_names
-from serving.weights.dummy import SHAPES
-
-app = typer.Typer()
 
 MOST_TOKENS = 131_072  # of a prompt, or an answer
 MOST_DOCUMENTS = 100_000
 
 
-CardOption = Annotated[
-    str,
-    typer.Option(
-        "--machine",
-        envvar="LABS_MACHINE",
-        help=f"The GPU: {', '.join(short_names())}; or a machine on file, by the name of its folder"
-        " in results/, or one of its runs.",
-    ),
-]
-ShapeOption = Annotated[
-    str,
-    typer.Option(
-        envvar="LABS_MODEL",
-        help=f"A shape that ships with the lab ({', '.join(SHAPES)}), or a model folder; default:"
-        " llama-8b, and on a machine on file the model whose step was timed there.",
-    ),
-]
-PrecisionOption = Annotated[
-    str, typer.Option(envvar="LABS_PRECISION", help=f"One of {', '.join(PRECISIONS)}.")
-]
-RateOption = Annotated[
-    float, typer.Option(envvar="LABS_RATE", min=0, help="Requests per second, in total.")
-]
-LengthsOption = Annotated[
-    str, typer.Option(envvar="LABS_LENGTHS", help="Mean tokens of prompts and outputs.")
-]
-DocumentsOption = Annotated[
-    str,
-    typer.Option(
-        envvar="LABS_DOCUMENTS",
-        help="The number of documents that prompts begin with, and their tokens: 200/800.",
-    ),
-]
-GpusOption = Annotated[
-    int,
-    typer.Option(
-        "--tp",
-        envvar="LABS_TP",
-        min=1,
-        help="The GPUs that share each layer of a replica (tensor parallelism), over NVLink.",
-    ),
-]
-ApiPriceOption = Annotated[
-    float,
-    typer.Option(
-        envvar="LABS_API_PRICE",
-        min=0,
-        help="The price of a million output tokens from an API, in US dollars, to compare with"
-        " PRICE_PER_HOUR.",
-    ),
-]
-
-
-@app.command("plan")
+@command("plan", panel="Forecasts")
 def plan_capacity(
-    card: CardOption,
-    model: ShapeOption = "",
-    precision: PrecisionOption = "bf16",
-    gpus: GpusOption = 1,
-    rate: RateOption = 0.0,
-    lengths: LengthsOption = "1000/200",
-    documents: DocumentsOption = "",
-    trace: TraceOption = None,
-    slo: SloOption = "1000/50",
-    replicas: FleetOption = 0,
-    router: RouterOption = "all",
-    price: PriceOption = 0.0,
-    api_price: ApiPriceOption = 0.0,
-    out: MarkdownOut = None,
+    machine: str,
+    model: str = "",
+    precision: str = "bf16",
+    tp: int = 1,
+    rate: float = 0.0,
+    lengths: str = "1000/200",
+    documents: str = "",
+    trace: Path | None = None,
+    slo: str = "1000/50",
+    replicas: int = 0,
+    router: str = ALL,
+    price_per_hour: float = 0.0,
+    api_price: float = 0.0,
+    out: Path | None = None,
 ) -> None:
     """Plan capacity on a machine that is not here, in some minutes. Nothing is started or measured.
 
@@ -123,21 +67,21 @@ def plan_capacity(
     traffic need, and what does the router change? How much use makes a rented GPU cheaper than
     tokens from an API?
     """  # fmt: skip
-    with reported_errors(), ConsoleProgress() as progress:
-        on_file = recorded_machine(card, model)
-        machine = on_file.machine if on_file else machine_of(card)[0]
+    with ConsoleProgress() as progress:
+        on_file = recorded_machine(machine, model)
+        host = on_file.machine if on_file else machine_of(machine)[0]
         require_known("PRECISION", precision, PRECISIONS)
         question = Question(
             precision=precision,
-            card=card,
-            gpus=gpus,
+            card=machine,
+            gpus=tp,
             demand=_demand(rate, lengths, documents, trace, progress.waiting),
             slo=slo_of(slo),
             replicas=replicas or None,
             routers=routers_of(router),
-            usd_per_hour=price_of(price),
+            usd_per_hour=price_of(price_per_hour),
             api_usd_per_million=api_price or None,
-            model=model_on_file(on_file, model) if on_file else model_named(machine, model),
+            model=model_on_file(on_file, model) if on_file else model_named(host, model),
             on_file=on_file,
         )
         page = capacity_plans.page(plan(question, progress))
@@ -174,3 +118,96 @@ def _demand(rate: float, lengths: str, documents: str, trace: Path | None, tell:
             f" {document_tokens:g} and a question; make LENGTHS longer"
         )
     return Demand(prompt, output, rate, int(count), int(document_tokens))
+
+
+@command("forecast", panel="Forecasts")
+def forecast_lab(
+    lab: str,
+    machine: str = "",
+    tp: int = 1,
+    trace: Path | None = None,
+    replicas: int = 0,
+    router: str = ALL,
+    slo: str = "",
+    out: Path | None = None,
+    quick: bool = False,
+    set_: str = "",
+    model: str = "",
+    weights: str = "",
+    seed: str = "",
+    unsafe_flags: bool = False,
+) -> None:
+    """Forecast a lab, in seconds to a few minutes: no engine is started, nothing is recorded.
+
+    vLLM's own scheduler plays every load point in virtual time, over a step of the model's shape
+    that is timed on this machine. `MACHINE=h100` forecasts it for a GPU that is not here instead,
+    `TP=4` for several of these that share each layer, `MACHINE=` with a folder of results for a
+    machine that was measured. `TRACE=` puts the lab's engines under your traffic in place of the
+    lab's loads, and goodput counts what meets the objective `SLO=`. `REPLICAS=4` sets so many of
+    each engine behind a router, which shares the requests of open loads among them.
+    """
+    with ConsoleProgress() as progress:
+        on_file = recorded_machine(machine, model)
+        if on_file:
+            model, weights = model or on_file.model, on_file.weights
+        elif machine and not (model and Path(model).is_dir()):
+            weights = "dummy"  # of a GPU that is not here only the shape counts
+        changes = {**objective_changes(slo), **changes_of(set_, tp, seed)}
+        rows = trace_of(trace, progress.waiting) if trace else ()
+        size = _fleet_size(replicas, router, rows)
+        if not on_file:
+            machine_of(machine)  # refused once, and not for each lab
+        written, without = [], list[str]()
+        labs = list(LABS.values()) if lab == "all" else [lab_named(name) for name in lab.split(",")]
+        for chosen in labs:
+            request = RunRequest(
+                chosen, quick, changes=changes, model=model,
+                weights=weights, card=machine, on_file=on_file,
+                unsafe_flags=unsafe_flags, trace=rows,
+            )  # fmt: skip
+            try:
+                page = _forecast_page(request, size, progress)
+            except NotApplicable as reason:
+                page = section(chosen.title, Paragraph(str(reason)))
+            except EXPECTED_ERRORS as reason:
+                if len(labs) == 1:
+                    raise
+                without.append(chosen.name)
+                page = section(chosen.title, Paragraph(f"No forecast: {reason}"))
+            progress.show(page)
+            written.append(page)
+        if out:
+            only = written[0] if len(written) == 1 else section("Forecasts", *written)
+            whole.write(out, markdown.document(only))
+        if without:
+            raise LabError(f"labs without a forecast, for the reasons above: {', '.join(without)}")
+
+
+def _fleet_size(replicas: int, router: str, trace: Sequence[TraceRow]) -> FleetSize | None:
+    """Say how many of each engine are forecast; None where a lab's own forecast is asked for.
+
+    A trace that is too long for a run is played as a fleet is, of one, which keeps less of it.
+    Raises LabError.
+    """
+    routers = routers_of(router)
+    if replicas:
+        return FleetSize(replicas, routers if replicas > 1 else routers[:1])
+    if router != ALL:
+        raise LabError(f"ROUTER={router} has nothing to route to: say how many with REPLICAS=")
+    return FleetSize(1, routers[:1]) if len(trace) > MOST_ROWS else None
+
+
+def _forecast_page(
+    request: RunRequest, size: FleetSize | None, progress: ConsoleProgress
+) -> Section:
+    """Forecast a lab, or its engines as fleets, and tell it."""
+    if size:
+        setup, fleets = forecast_fleets_alone(request, size, progress)
+        return forecasts.page_of_fleets(_basis(setup), size.replicas, fleets.points, fleets.without)
+    setup, predictions = forecast_alone(request, progress)
+    return forecasts.page(_basis(setup), predictions)
+
+
+def _basis(setup: Setup) -> forecasts.Basis:
+    run = setup.on_file.run if setup.on_file else ""
+    return forecasts.Basis(setup.lab, setup.model.name, setup.machine, not setup.elsewhere, run)

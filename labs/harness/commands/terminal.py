@@ -117,6 +117,11 @@ def shown_path(path: Path) -> str:
     return escape(os.path.relpath(path))
 
 
+def say(text: str) -> None:
+    """Print a line in which nothing is taken for markup."""
+    console.print(escape(text), soft_wrap=True)
+
+
 def show(content: Block) -> None:
     """Print a part of a document."""
     terminal.show(console, content)

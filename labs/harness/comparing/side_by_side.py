@@ -233,9 +233,7 @@ def figures_with_interval(comparison: Comparison) -> list[tuple[ComparedFigure, 
     ]
 
 
-def as_json(comparisons: Sequence[Comparison], refused: Sequence[str]) -> str:
+def write_json(comparisons: Sequence[Comparison], refused: Sequence[str], path: Path) -> None:
     """Write comparisons as JSON."""
-    return json.dumps(
-        {"comparisons": [c.model_dump(mode="json") for c in comparisons], "refused": list(refused)},
-        indent=1,
-    )
+    found = [c.model_dump(mode="json") for c in comparisons]
+    whole.write(path, json.dumps({"comparisons": found, "refused": list(refused)}, indent=1))
