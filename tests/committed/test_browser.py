@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from labs.harness.filing.results import RunFolder
 from labs.harness.telling import pages, report
 from labs.harness.telling.site import write_site
 from loadtests import records
-from tests.browser import DEADLINE_S, Browser, Page, browser, find
+from tests.browser import Browser, Page, browser, find
 from tests.committed import in_git
 from tests.unit.builders import write_run
 from tests.unit.test_html import hostile_run
@@ -68,23 +67,6 @@ def opened(chromium: Browser, path: Path, width: int = 1280, scheme: str = "ligh
 def of(site: Path, lab: str) -> Path:
     (path,) = (site / "site").glob(f"*/{lab}/*.html")
     return path
-
-
-def test_tabs_that_are_closed_are_gone(chromium: Browser, site: Path) -> None:
-    def tabs() -> list[str]:
-        targets = chromium.call("Target.getTargets")["targetInfos"]
-        return [target["targetId"] for target in targets if target["type"] == "page"]
-
-    before = tabs()
-    for name in ("index.html", "questions.html"):
-        opened(chromium, site / "site" / name)
-    assert len(tabs()) == len(before) + 2
-    chromium.close_tabs()
-    assert chromium.tabs == []
-    deadline = time.monotonic() + DEADLINE_S
-    while tabs() != before:  # a tab takes a moment to go
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("lab", RUNS)
@@ -299,15 +281,6 @@ def test_a_guess_where_nothing_was_measured_is_held_against_the_prediction(
     )
     assert shown.js("document.querySelectorAll('#revealed li').length") > 1
     assert shown.errors == []
-
-
-def test_at_the_end_of_a_replay_those_still_at_work_are_counted(
-    chromium: Browser, site: Path
-) -> None:
-    """In a closed loop somebody always is."""
-    shown = opened(chromium, site / "site" / "lessons" / f"{RUNS[0]}.html")
-    said = "[...document.querySelectorAll('#replay .state')].map(e => e.innerText)"
-    assert any(not one.startswith("0 decoding, 0 still") for one in shown.js(said))
 
 
 def test_a_replay_is_stepped_through_and_played_unless_motion_is_unwelcome(

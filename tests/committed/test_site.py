@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import statistics
@@ -22,8 +21,7 @@ from labs.harness.filing import engine_series, results
 from labs.harness.filing.results import RunFolder, write_gzip
 from labs.harness.page import lesson
 from labs.harness.questions import QUESTIONS, TOPICS
-from labs.harness.spec import Lab
-from labs.harness.telling import chart_data, dials, glossary, replay, residuals
+from labs.harness.telling import chart_data, dials, replay, residuals
 from labs.harness.telling.document import Figure, parse, plain_text
 from labs.harness.telling.pages import PLOTLY, STYLE, page
 from labs.harness.telling.site import (
@@ -243,39 +241,6 @@ def test_a_row_of_claims_is_told_once_and_a_machines_older_settings_are_named(
             assert marked == any(e.stale for e in item.entries), item.lab.name
 
 
-def test_every_word_of_the_glossary_is_on_its_page(texts: dict[str, str]) -> None:
-    seen = Seen(texts["glossary.html"])
-    for line in glossary.PAGE.read_text().splitlines():
-        if line.startswith("| ") and not line.startswith(("| Word", "| ---")):
-            word, meaning = (parse(cell) for cell in line.strip("| ").split(" | ")[:2])
-            assert plain_text(word) in seen.read
-            assert plain_text(meaning)[:50] in seen.read
-
-
-def test_side_by_side_a_cell_says_how_near_the_prediction_came(course: Course) -> None:
-    cells = [c for item in course.lessons for row in item.rows() for c in row.cells if c]
-    assert {c.off for c in cells} > {"off-10", "off-none"}
-    for cell in cells:
-        share = float(cell.share[:-1]) if cell.share else 0
-        distance = max(share, 1 / share) if share else 0
-        known = {"off-10": (1, 1.1), "off-25": (1.1, 1.25), "off-2": (1.25, 2),
-                 "off-more": (2, math.inf), "off-none": (0, 0)}  # fmt: skip
-        low, high = known[cell.off]
-        assert low - 0.01 <= distance <= high + 0.01
-
-
-def test_a_replay_counts_in_the_singular_and_in_the_plural() -> None:
-    bar = replay._Bar(0, 0.0, 0.5, 2.0, (0.5,), (1,), 8)
-    one, two = (
-        replay._replayed("a", bars, 2.0, "clip", guesses=False).description
-        for bars in ([bar], [bar] * 2)
-    )
-    assert "a: 1 request in 2 s" in one
-    assert one.endswith("1 token came.")
-    assert "a: 2 requests in 2 s" in two
-    assert two.endswith("2 tokens came.")
-
-
 def test_a_dial_is_named_in_words_and_bytes_are_shown_in_mib() -> None:
     named = {
         "variants.a.flags.kv-cache-memory-bytes": ("kv-cache-memory, MiB (a)", 2**20),
@@ -362,16 +327,6 @@ def test_a_replay_shows_how_full_the_cache_was_where_the_trial_keeps_it(
         assert tops[0] - tops[1] == pytest.approx(0.25 * replay.CACHE_HEIGHT, abs=0.11)
 
 
-def test_a_lesson_says_so_where_its_record_is_older_than_readings_of_the_cache(
-    course: Course, texts: dict[str, str]
-) -> None:
-    told = "keeps no reading of how full the KV cache was"
-    for item in course.lessons:
-        if item.replayed:
-            seen = Seen(texts[item.href])
-            assert (told in seen.read) == (item.cache == "older")
-
-
 def test_accepted_drafts_are_told_where_the_engine_guesses(course: Course) -> None:
     """A chunk of k tokens is the target's own and k - 1 drafts; so high is its line."""
     bars = [replay._Bar(0, 0.0, 0.5, 2.0, (0.5, 1.0, 1.5), (1, 6, 3), 8)]
@@ -431,22 +386,6 @@ def test_every_card_has_a_curve_and_every_setting_is_one_that_set_takes(course: 
         assert curve["set"]
         changes = parse_changes(curve["set"].replace("{}", str(curve["x"][0])))
         item.lab.at("cpu", quick=False, changes=changes)  # raises LabError if it is no setting
-
-
-def test_a_setting_is_resolved_once_for_all_cards_of_a_class_and_all_claims_of_a_pair(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[str] = []
-    at = Lab.at
-
-    def resolved(lab: Lab, scale: str, quick: bool, changes: Any = None) -> Lab:
-        sent = [(w.name, w.loads) for w in lab.workloads]
-        asked.append(f"{scale} {[v.name for v in lab.variants]} {sent} {changes}")
-        return at(lab, scale, quick, changes)
-
-    monkeypatch.setattr(Lab, "at", resolved)
-    assert dials.dials(LABS["continuous-batching"], [])["curves"]
-    assert len(asked) == len(set(asked)) > len(gpus.CLASSES)
 
 
 def test_a_runs_page_leads_to_its_lesson_and_to_the_glossary(

@@ -14,7 +14,7 @@ from labs.harness.commands import all_labs
 from labs.harness.commands.cli import app
 from labs.harness.comparing import compare, leaderboards, side_by_side
 from labs.harness.facts.parts import Headline, ReportParts
-from labs.harness.filing import committed, manifest, results
+from labs.harness.filing import manifest, results
 from labs.harness.filing.newest import newest_runs
 from labs.harness.filing.results import RunFolder, write_json
 from labs.harness.telling import markdown, pages
@@ -196,11 +196,6 @@ def test_the_run_that_makes_a_page_stale_is_named(
     assert all(named in refused.output for named in ("TOP.md", run, newer.name))
 
 
-def test_without_a_repository_every_run_counts(folder: RunFolder) -> None:
-    newer = write_slowed(folder, 2)
-    assert [f.path for f in newest_runs(committed=True)] == [newer.path]
-
-
 def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,22 +312,3 @@ def test_a_call_with_other_settings_leaves_the_record_of_the_first(folder: RunFo
     assert (list(again.done), again.begun) == (["tiny"], ["tiny"])
     again.end(["tiny"])
     assert all_labs.start(quick=True, model="", fresh=False).begun == ["other"]
-
-
-def test_a_sitting_in_which_nothing_ended_has_no_page(folder: RunFolder) -> None:
-    assert all_labs.start(quick=False, model="", fresh=False).page() is None
-
-
-def test_git_is_not_asked_about_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most runs have no reproductions, and each question starts a process."""
-    asked: list[Path] = []
-
-    def none(folder: Path) -> list[str]:
-        asked.append(folder)
-        return []
-
-    monkeypatch.setattr(committed, "tracked_names", none)
-    assert committed.tracked([], tmp_path) == []
-    assert asked == []
-    assert committed.tracked([tmp_path / "a"], tmp_path) == [tmp_path / "a"]
-    assert asked == [tmp_path]

@@ -222,10 +222,6 @@ def test_first_repeats_are_shown_whole_before_any_other() -> None:
     }  # fmt: skip
 
 
-def test_the_columns_are_named_in_their_order() -> None:
-    assert tuple(chart_data._columns([make_record([(11.0, 1)])])) == chart_data.COLUMNS
-
-
 def test_a_column_is_written_as_short_as_it_can_be_read() -> None:
     assert chart_data._packed("index", [4, 5, 6]) == 4
     assert chart_data._packed("index", [4, 4]) == [4, 4]
