@@ -42,6 +42,32 @@ class TypedFlags(dict[str, FlagValue]):
         return int(str(self[name] if default is None else self.get(name, default)))
 
 
+class WholeNumber:
+    """A flag that is a whole number, as an attribute of flags; its name has dashes instead."""
+
+    def __init__(self, default: int | None = None) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._flag = name.replace("_", "-")
+
+    def __get__(self, flags: TypedFlags, owner: type) -> int:
+        return flags.integer(self._flag, self._default)
+
+
+class Switch:
+    """A flag that is on or off, as an attribute of flags; its name has dashes instead."""
+
+    def __init__(self, default: bool) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._flag = name.replace("_", "-")
+
+    def __get__(self, flags: TypedFlags, owner: type) -> bool:
+        return bool(flags.get(self._flag, self._default))
+
+
 class Harmless(
     BaseModel,
     frozen=True,

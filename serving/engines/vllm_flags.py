@@ -18,8 +18,10 @@ from serving.engines.flags import (
     Seed,
     Servers,
     Sizes,
+    Switch,
     Tokens,
     TypedFlags,
+    WholeNumber,
     Word,
 )
 from serving.weights.models import Shape
@@ -36,20 +38,19 @@ class VllmFlags(TypedFlags):
     vLLM takes from the model or the device has none here: reading it unset is a KeyError.
     """
 
-    @property
-    def max_model_len(self) -> int:
-        """The most tokens of a prompt and its answer together."""
-        return self.integer("max-model-len")
-
-    @property
-    def max_num_batched_tokens(self) -> int:
-        """The most tokens that a step computes."""
-        return self.integer("max-num-batched-tokens")
-
-    @property
-    def max_num_seqs(self) -> int:
-        """The most requests in a step; others wait."""
-        return self.integer("max-num-seqs")
+    max_model_len = WholeNumber()  # the most tokens of a prompt and its answer together
+    max_num_batched_tokens = WholeNumber()  # the most that a step computes
+    max_num_seqs = WholeNumber()  # the most requests in a step; others wait
+    kv_cache_memory_bytes = WholeNumber()
+    block_size = WholeNumber()  # tokens in a block of the KV cache
+    num_gpu_blocks_override = WholeNumber(0)  # whatever its memory; 0: the memory decides
+    enable_prefix_caching = Switch(True)
+    enable_chunked_prefill = Switch(True)
+    enforce_eager = Switch(False)
+    max_loras = WholeNumber(1)  # the most adapters in one batch
+    max_lora_rank = WholeNumber(16)
+    tensor_parallel_size = WholeNumber(1)  # devices that share each layer
+    api_server_count = WholeNumber(1)  # processes that answer, in front of all engine cores
 
     def at_once(self, requests: int) -> int:
         """Return how many of so many requests are in a step: all, or as many as its limit says."""
@@ -75,25 +76,11 @@ class VllmFlags(TypedFlags):
         return VllmFlags({flag: at for flag, at in self.items() if flag not in QUEUE_LIMITS})
 
     @property
-    def kv_cache_memory_bytes(self) -> int:
-        return self.integer("kv-cache-memory-bytes")
-
-    @property
-    def block_size(self) -> int:
-        """The tokens in a block of the KV cache."""
-        return self.integer("block-size")
-
-    @property
     def sliding_window(self) -> int | None:
         """The tokens to which each layer attends; None where it attends to as many as its model."""
         overrides = self.get("hf-overrides")
         window = overrides.get("sliding_window") if isinstance(overrides, dict) else None
         return window if isinstance(window, int) else None
-
-    @property
-    def num_gpu_blocks_override(self) -> int:
-        """The blocks of the KV cache, whatever its memory; 0 where the memory decides."""
-        return self.integer("num-gpu-blocks-override", 0)
 
     def held_kv_bytes(self, shape: Shape, default_bytes: int = 0) -> float:
         """Return the bytes of the KV cache on each device: as given, or of its blocks if more."""
@@ -140,18 +127,6 @@ class VllmFlags(TypedFlags):
         return int(float(str(self.get("kv-offloading-size", 0))) * 2**30)  # it is in GiB
 
     @property
-    def enable_prefix_caching(self) -> bool:
-        return self.get("enable-prefix-caching") is not False
-
-    @property
-    def enable_chunked_prefill(self) -> bool:
-        return self.get("enable-chunked-prefill") is not False
-
-    @property
-    def enforce_eager(self) -> bool:
-        return self.get("enforce-eager") is True
-
-    @property
     def speculative_config(self) -> dict[str, Any]:
         """The settings of speculative decoding; empty without it."""
         value = self.get("speculative-config", {})
@@ -162,15 +137,6 @@ class VllmFlags(TypedFlags):
         """The backend that compiles structures; vLLM chooses one for each where it is `auto`."""
         config = self.get("structured-outputs-config", {})
         return str(config.get("backend", "auto")) if isinstance(config, dict) else "auto"
-
-    @property
-    def max_loras(self) -> int:
-        """The most adapters in one batch."""
-        return self.integer("max-loras", 1)
-
-    @property
-    def max_lora_rank(self) -> int:
-        return self.integer("max-lora-rank", 16)
 
     @property
     def lora_modules(self) -> list[str]:
@@ -189,11 +155,6 @@ class VllmFlags(TypedFlags):
         return math.prod(self.integer(flag, 1) for flag in PARALLEL)
 
     @property
-    def tensor_parallel_size(self) -> int:
-        """The devices that share each layer."""
-        return self.integer(PARALLEL[0], 1)
-
-    @property
     def weight_parts(self) -> int:
         """The devices that share one copy of the weights: tensor x pipeline parallelism."""
         return math.prod(self.integer(flag, 1) for flag in PARALLEL[:2])
@@ -206,11 +167,6 @@ class VllmFlags(TypedFlags):
     def copies(self) -> int:
         """The copies of the model that share the requests: data parallelism."""
         return self.integer("data-parallel-size", 1)
-
-    @property
-    def api_server_count(self) -> int:
-        """The processes that answer requests, in front of all engine cores."""
-        return self.integer("api-server-count", 1)
 
     @property
     def uses_ray(self) -> bool:

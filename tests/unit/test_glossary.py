@@ -1,6 +1,7 @@
 """The glossary names what is there."""
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def named(path: str) -> object:
         except ModuleNotFoundError:
             continue
         for attribute in parts[size:]:
-            found = getattr(found, attribute)
+            found = inspect.getattr_static(found, attribute)
         return found
     raise ModuleNotFoundError(path)
 
