@@ -12,7 +12,7 @@ from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.parts import Pair
 from labs.harness.filing.results import Band, OnTwoEngines
 from labs.harness.judging.metrics import METRICS
-from labs.harness.judging.quantity import RATIO, Quantity
+from labs.harness.judging.quantity import Quantity
 from labs.harness.spec import Point
 from loadtests.arrivals import Contended
 
@@ -155,7 +155,7 @@ def token_budgets(run: Context) -> TokenBudgets:
     measured = [p for p in contended if run.mean(p, STALL) and run.mean(p, LONG_TTFT)]
     budgets = tuple(budget(run, point, whole) for point in measured)
     return TokenBudgets(
-        Quantity(limit_s, "s") if limit_s else Quantity.missing("the lab sets no limit", "s"),
+        Quantity.given(limit_s, "s", "the lab sets no limit"),
         budgets,
         stall_line(budgets),
         handover(run, whole) if whole else None,
@@ -175,17 +175,11 @@ def budget(run: Context, point: Point, whole: Point | None) -> Budget:
         stall_s=stall_s,
         long_ttft_s=run.quantity(point, LONG_TTFT),
         streams_ttft_s=run.quantity(point, STREAMS_TTFT),
-        streams_beside_whole=beside(run, point, whole),
+        streams_beside_whole=run.measured_ratio(point, whole, STREAMS_TTFT),
         streams_are_valid=not run.withholds(STREAMS_TTFT, point, whole or point),
         within_slo=within(stall_s, run.lab.slo.itl_s) if valid else "not valid",
         every_s=point.load.every_s if isinstance(point.load, Contended) else None,
     )
-
-
-def beside(run: Context, point: Point, whole: Point | None) -> Quantity:
-    """Compare the streams' own TTFT with that without chunks, valid or not."""
-    effect = run.effect(point, whole, STREAMS_TTFT) if whole and whole != point else None
-    return Quantity.of(effect.ratio if effect else None, RATIO)
 
 
 def within(stall_s: Quantity, limit_s: float | None) -> Within:
@@ -243,10 +237,8 @@ def split(run: JudgedRun) -> Split | None:
 
 def foreseen(bands: Mapping[str, Band]) -> Foreseen:
     stall_s, long_s, streams_s, tokens_per_s = (
-        Quantity(bands[metric].value, METRICS[metric].unit)
-        if metric in bands
-        else Quantity.missing("not forecast", METRICS[metric].unit)
-        for metric in (STALL, LONG_TTFT, STREAMS_TTFT, "output_tokens_per_s")
+        Quantity.given(bands[m].value if m in bands else None, METRICS[m].unit, "not forecast")
+        for m in (STALL, LONG_TTFT, STREAMS_TTFT, "output_tokens_per_s")
     )
     return Foreseen(stall_s, long_s, streams_s, tokens_per_s)
 
@@ -260,13 +252,12 @@ LINKS_GBIT_PER_S = (1, 10, 100)  # Ethernet of an office, and of two kinds of se
 
 def on_two(points: Sequence[Point]) -> list[Pair]:
     """Ask for a split of the engine without chunks, and for two of each that cuts the prompt."""
-    contended = over_time(points)
-    whole = [p for p in contended if not p.flags.enable_chunked_prefill]
+    chunked = [p for p in over_time(points) if p.flags.enable_chunked_prefill]
+    whole = [p for p in over_time(points) if not p.flags.enable_chunked_prefill]
     cutting = [
         p
-        for p in contended
-        if p.flags.enable_chunked_prefill
-        and p.workload.intruder
+        for p in chunked
+        if p.workload.intruder
         and p.flags.max_num_batched_tokens < p.workload.intruder.prompt_tokens
     ]
     return [

@@ -12,11 +12,8 @@ from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.steps import (
     Ceiling,
     Parts,
-    decode_s,
+    decode_step,
     nearer_ceiling,
-    prefill_s,
-    split,
-    stand_in,
 )
 from labs.harness.facts.sweep import StepLine, concurrency_sweep, step_line
 from labs.harness.filing.results import Agreement
@@ -136,20 +133,9 @@ def step_at(run: Context, point: Point) -> StepAtLoad:
     A step reads the weights once, and the keys and values of the requests in decode; it computes
     their tokens and, spread over the steps, the prefills of others that come between two tokens.
     """
-    batch, at, prompt = run.quantity(point, "batch"), point.context_tokens, point.prompt_tokens
-    size, shape, times = batch.value or 0.0, point.shape, stand_in(run, point)
-    prefills = (point.load.users - 1) / point.output_tokens
-    alone_s = None
-    if times:
-        alone_s = decode_s(times, size, at) + prefills * prefill_s(times, prompt, size, at)
-    parts = split(
-        run.quantity(point, "tpot_mean_s"),
-        point.ceilings,
-        moved_bytes=theory.decode_bytes(shape, size, at, point.flags.kv_value_bytes),
-        flop=theory.decode_flops(shape, size, at) + prefills * theory.prefill_flops(shape, prompt),
-        stand_in_s=alone_s,
-    )
-    return StepAtLoad(point.load.users, batch, parts)
+    batch, prefills = run.quantity(point, "batch"), (point.load.users - 1) / point.output_tokens
+    step = decode_step(run, point, batch.value or 0.0, prefills)
+    return StepAtLoad(point.load.users, batch, step.split(run.quantity(point, "tpot_mean_s")))
 
 
 def predicted(run: JudgedRun, claim: str) -> Quantity:
@@ -229,15 +215,14 @@ def differs(count: Agreement) -> bool:
 
 def waves_beside_continuous(points: Sequence[Point]) -> list[tuple[Point, Point]]:
     """Pair each load in waves with the closed loop of as many users."""
-    return [
-        (wave, same)
-        for wave in points
-        if wave.load.kind == "waves"
-        for same in points
-        if same.load.kind == "concurrent"
-        and same.load.users == wave.load.users
-        and (same.variant, same.workload) == (wave.variant, wave.workload)
-    ]
+    closed = {
+        (p.variant.name, p.workload.name, p.load.users): p
+        for p in points
+        if p.load.kind == "concurrent"
+    }
+    waves = [p for p in points if p.load.kind == "waves"]
+    places = [(p, (p.variant.name, p.workload.name, p.load.users)) for p in waves]
+    return [(wave, closed[at]) for wave, at in places if at in closed]
 
 
 def over_time(points: Sequence[Point]) -> list[Point]:

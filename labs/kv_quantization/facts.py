@@ -190,29 +190,31 @@ def facts(run: JudgedRun) -> Facts:
 # ------------------------------------------------------------------ where preemption begins
 
 
+LOAD = ("kv_capacity_tokens", "batch", "preemptions", "output_tokens_per_s")
+
+
 def onsets(run: Context) -> tuple[Onset, ...]:
     growing: dict[str, list[Point]] = {}
     for point in run.points:
         if point.workload.name == "growing" and run.interval(point, "preemptions"):
             growing.setdefault(point.variant.name, []).append(point)
-    return tuple(onset(run, variant, points) for variant, points in growing.items())
-
-
-def onset(run: Context, variant: str, points: list[Point]) -> Onset:
-    first = points[0]
-    capacity = run.quantity(first, "kv_capacity_tokens").brief
-    return Onset(
-        variant,
-        capacity,
-        longest_held=(capacity / (first.prompt_tokens + first.output_tokens)).in_unit("1"),
-        mean_held=(capacity / first.context_tokens).in_unit("1"),
-        loads=tuple(load(run, point) for point in points),
-    )
-
-
-def load(run: Context, point: Point) -> Load:
-    names = ("kv_capacity_tokens", "batch", "preemptions", "output_tokens_per_s")
-    return Load(point.load.users, *(run.quantity(point, name).brief for name in names))
+    found = []
+    for variant, (first, *others) in growing.items():
+        capacity = run.quantity(first, "kv_capacity_tokens").brief
+        longest_tokens = first.prompt_tokens + first.output_tokens
+        found.append(
+            Onset(
+                variant,
+                capacity,
+                longest_held=(capacity / longest_tokens).in_unit("1"),
+                mean_held=(capacity / first.context_tokens).in_unit("1"),
+                loads=tuple(
+                    Load(p.load.users, *(run.quantity(p, name).brief for name in LOAD))
+                    for p in (first, *others)
+                ),
+            )
+        )
+    return tuple(found)
 
 
 # ------------------------------------------------------------------------- TPOT over the context

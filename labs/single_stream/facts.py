@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from labs.harness import theory
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.steps import (
     Ceiling,
     Parts,
-    decode_s,
+    decode_step,
     nearer_ceiling,
-    prefill_s,
-    split,
-    stand_in,
+    prompt_pass,
 )
 from labs.harness.judging.judge import VerdictKind, verdict_kind
 from labs.harness.judging.quantity import RATIO, Quantity
@@ -25,8 +22,11 @@ PhaseName = Literal["decode", "prefill"]
 METRIC_OF: dict[PhaseName, str] = {"decode": "tpot_mean_s", "prefill": "ttft_mean_s"}
 Matters = Literal["yes", "no", "not settled", "not valid", "not compared"]
 MATTERS: dict[VerdictKind, Matters] = {
-    "helps": "yes", "hurts": "yes", "no effect": "no", "inconclusive": "not settled",
-}  # fmt: skip
+    "helps": "yes",
+    "hurts": "yes",
+    "no effect": "no",
+    "inconclusive": "not settled",
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,6 @@ class Phase:
     """A measured forward pass: a decode step, or the prefill of a whole prompt."""
 
     tokens: int
-    flop: float
-    moved_bytes: float  # the weights and what is cached of the context, once each
     parts: Parts
     tokens_per_s: Quantity
     flop_per_byte: float
@@ -65,6 +63,9 @@ class Beside:
     matters: Matters
 
 
+NO_POINT = Quantity.missing("this run has no point for it", "s")
+
+
 @dataclass(frozen=True)
 class FlagEffect:
     """Both phases of a variant."""
@@ -73,12 +74,18 @@ class FlagEffect:
     decode: Phase | None
     decode_is_valid: bool
     prefill: Phase | None
-    tpot_s: Quantity
-    ttft_s: Quantity
     decode_mbu: Quantity
     prefill_mfu: Quantity
     decode_beside: Beside
     prefill_beside: Beside
+
+    @property
+    def tpot_s(self) -> Quantity:
+        return self.decode.parts.measured_s if self.decode else NO_POINT
+
+    @property
+    def ttft_s(self) -> Quantity:
+        return self.prefill.parts.measured_s if self.prefill else NO_POINT
 
 
 @dataclass(frozen=True)
@@ -121,8 +128,6 @@ def flag_effect(run: Context, variant: str) -> FlagEffect:
         decode=phase(run, variant, "decode"),
         decode_is_valid=decode is not None and not run.withholds(METRIC_OF["decode"], decode),
         prefill=phase(run, variant, "prefill"),
-        tpot_s=run.quantity(decode, METRIC_OF["decode"]),
-        ttft_s=run.quantity(prefill, METRIC_OF["prefill"]),
         decode_mbu=run.quantity(decode, "mbu").brief,
         prefill_mfu=run.quantity(prefill, "mfu").brief,
         decode_beside=beside(run, variant, "decode"),
@@ -135,30 +140,18 @@ def point_of(run: Context, variant: str, name: PhaseName) -> Point | None:
 
 
 def phase(run: Context, variant: str, name: PhaseName) -> Phase | None:
-    """Measure a pass; None where the run has no such point."""
+    """Measure a pass, reading the weights and what is cached once each; None without a point."""
     if (point := point_of(run, variant, name)) is None:
         return None
-    times = stand_in(run, point)
-    shape, kv_value_bytes = point.shape, point.flags.kv_value_bytes
-    if name == "prefill":
-        tokens = round(point.prompt_tokens)
-        moved = shape.step_bytes(tokens) + tokens * shape.kv_bytes_per_token(kv_value_bytes)
-        flop = theory.prefill_flops(shape, tokens)
-        alone_s = prefill_s(times, tokens) if times else None
-    else:
-        tokens, at = 1, point.context_tokens
-        moved = theory.decode_bytes(shape, 1, at, kv_value_bytes)
-        flop = theory.decode_flops(shape, 1, at)
-        alone_s = decode_s(times, 1, at) if times else None
+    tokens = 1 if name == "decode" else round(point.prompt_tokens)
+    work = decode_step(run, point, 1) if name == "decode" else prompt_pass(run, point)
     measured_s = run.quantity(point, METRIC_OF[name])
     return Phase(
         tokens,
-        flop,
-        moved,
-        split(measured_s, point.ceilings, moved, flop, alone_s),
+        work.split(measured_s),
         Quantity(tokens, "tok/s") / measured_s,
-        flop / moved,
-        nearer_ceiling(point.ceilings, flop / moved),
+        work.flop_per_byte,
+        nearer_ceiling(point.ceilings, work.flop_per_byte),
     )
 
 

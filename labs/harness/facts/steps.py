@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from labs.harness import theory
 from labs.harness.facts.context import Context
 from labs.harness.judging.quantity import Quantity
 from labs.harness.spec import Point
@@ -108,3 +109,48 @@ def prefill_s(
     prompt = Piece(round(prompt_tokens), 0)
     with_prompt_s = times.seconds(Step([*others, prompt], len(others) + 1))
     return with_prompt_s - times.seconds(Step(others, len(others)))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The work of a forward pass, which reads each byte once, and its stand-in's time."""
+
+    moved_bytes: float
+    flop: float
+    stand_in_s: float | None
+    ceilings: Ceilings
+
+    @property
+    def flop_per_byte(self) -> float:
+        return self.flop / self.moved_bytes
+
+    def split(self, measured_s: Quantity) -> Parts:
+        return split(measured_s, self.ceilings, self.moved_bytes, self.flop, self.stand_in_s)
+
+
+def decode_step(run: Context, point: Point, batch: float, prefills: float = 0) -> Pass:
+    """Computes a decode step, with so many prefills of a point's prompts for each step."""
+    shape, prompt, context = point.shape, point.prompt_tokens, point.context_tokens
+    times, alone_s = stand_in(run, point), None
+    if times:
+        alone_s = decode_s(times, batch, context)
+        alone_s += prefills * prefill_s(times, prompt, batch, context) if prefills else 0
+    flop = theory.decode_flops(shape, batch, context)
+    return Pass(
+        theory.decode_bytes(shape, batch, context, point.flags.kv_value_bytes),
+        flop + prefills * theory.prefill_flops(shape, prompt),
+        alone_s,
+        point.ceilings,
+    )
+
+
+def prompt_pass(run: Context, point: Point) -> Pass:
+    """Computes the prefill of a whole prompt."""
+    tokens, times = round(point.prompt_tokens), stand_in(run, point)
+    kv_bytes = tokens * point.shape.kv_bytes_per_token(point.flags.kv_value_bytes)
+    return Pass(
+        point.shape.step_bytes(tokens) + kv_bytes,
+        theory.prefill_flops(point.shape, tokens),
+        prefill_s(times, tokens) if times else None,
+        point.ceilings,
+    )
