@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean
-from typing import Literal
+from typing import Literal, get_args
 
 from labs.harness import theory
 from labs.harness.ask import ANY, counter, falls, predicts, rises, sends, unchanged, users
@@ -39,16 +39,7 @@ STEADY: dict[Figure, Direction] = {
     "Longest prompt": "stays",
 }
 SIGNATURES: dict[str, dict[Figure, Direction]] = {
-    "healthy": {
-        "TTFT": "stays",
-        "Queue": "stays",
-        "Prefill": "stays",
-        "TPOT": "stays",
-        "Long gaps": "stays",
-        "Hit rate": "stays",
-        "Preemptions": "stays",
-        "Longest prompt": "stays",
-    },
+    "healthy": dict.fromkeys(get_args(Figure), "stays"),
     "burst": {"TTFT": "rises", "Queue": "rises", **STEADY},
     "cold cache": {"TTFT": "rises", "Prefill": "rises", **STEADY, "Hit rate": "falls"},
     "long neighbour": {"TTFT": "rises", "Preemptions": "stays", "Longest prompt": "rises"},

@@ -301,11 +301,6 @@ class Evidence(BaseModel, frozen=True, extra="forbid"):
     label: str = ""
     value: str = ""
 
-    @classmethod
-    def echo(cls, variant: str, metric: str, label: str, value: str) -> Self:
-        """Ask for what an info metric of the variant's engine must say under a label."""
-        return cls(arm=Arm(variant=variant), kind="echoes", metric=metric, label=label, value=value)
-
     def expected(self, point: Point) -> str:
         """Return what the label of an info metric must say at a point."""
         if not self.value.startswith("--"):

@@ -67,14 +67,12 @@ class SpeedUp:
     @property
     def outcome(self) -> Outcome:
         """Whether speculation wins; it is undecided where the interval includes 1."""
-        ratio = self.measured
+        low, high = self.measured.low, self.measured.high
         if not self.is_valid:
             return "not valid"
-        if ratio.value is None or ratio.low is None or ratio.high is None:
+        if low is None or high is None or low <= 1 <= high:
             return "undecided"
-        if ratio.low <= 1 <= ratio.high:
-            return "undecided"
-        return "wins" if ratio.value > 1 else "loses"
+        return "wins" if low > 1 else "loses"
 
 
 @dataclass(frozen=True)
@@ -225,22 +223,19 @@ def speed_ups(run: JudgedRun) -> list[SpeedUp]:
     plain_s = {
         p.load.users: tpot_s
         for p in run.points
-        if p.variant.name == "none" and (tpot_s := run.mean(p, "tpot_mean_s"))
-        and p.workload.name in ("story", "crowd")
-    }  # fmt: skip
-    of_draft = (run.engine_mean(p, metrics.ITL, "s") for p in run.points if is_draft(p))
-    alone_s = next((s for s in of_draft if s.known), Quantity.missing("no draft served alone", "s"))
-    target_s = run.engine_mean(run.point("none", "story", "concurrent:1"), metrics.ITL, "s")
+        if p.variant.name == "none" and p.workload.name in ("story", "crowd")
+        if (tpot_s := run.mean(p, "tpot_mean_s"))
+    }
+    draft = draft_cost(run)
     measured = []
     for point, config in speculations(run):
         base = run.point("none", point.workload.name, str(point.load))
-        gain = run.effect(base, point, "tpot_mean_s") if base else None
-        if base is None or gain is None:
+        gain = run.measured_ratio(base, point, "tpot_mean_s")
+        if base is None or not gain.known:
             continue
         guesses = config["num_speculative_tokens"]
         verify = verify_cost(plain_s, point.load.users, guesses)
-        by_copying = config["method"] == "ngram"
-        draft = Quantity(0.0) if by_copying else (alone_s / target_s).in_unit("1")
+        cost = Quantity(0.0) if config["method"] == "ngram" else draft
         length = tokens_a_step(run, point)
         measured.append(
             SpeedUp(
@@ -248,20 +243,26 @@ def speed_ups(run: JudgedRun) -> list[SpeedUp]:
                 variant=point.variant.name,
                 workload=point.workload.name,
                 users=point.load.users,
-                measured=Quantity.of(gain.ratio, RATIO),
+                measured=gain,
                 tokens_per_step=length,
-                draft_cost=draft,
+                draft_cost=cost,
                 verify_cost=verify,
-                explained=(length / (guesses * draft + verify)).in_unit(RATIO),
+                explained=(length / (guesses * cost + verify)).in_unit(RATIO),
                 is_valid=not run.withholds("tpot_mean_s", base, point),
             )
         )
     return measured
 
 
-def is_draft(point: Point) -> bool:
-    """Whether the draft is served alone."""
-    return point.variant.weights == "draft"
+def draft_cost(run: JudgedRun) -> Quantity:
+    """Divide a step of the draft served alone by one of the target."""
+    drafts = [p for p in run.points if p.variant.weights == "draft"]
+    of_drafts = (run.engine_mean(draft, metrics.ITL, "s") for draft in drafts)
+    alone_s = next(
+        (s for s in of_drafts if s.known), Quantity.missing("no draft served alone", "s")
+    )
+    target_s = run.engine_mean(run.point("none", "story", "concurrent:1"), metrics.ITL, "s")
+    return (alone_s / target_s).in_unit("1")
 
 
 def verify_cost(plain_s: dict[int, float], batch: int, guesses: int) -> Quantity:

@@ -41,7 +41,7 @@ from labs.harness.telling.templates import MISSING, filled
 from serving import metrics
 from serving.metrics import Histogram, Snapshot, together
 from tests.unit import hostile
-from tests.unit.builders import CEILINGS, SHAPE, make_record, make_workload
+from tests.unit.builders import CEILINGS, SHAPE, make_record
 from tests.unit.hostile import says, whole
 from tests.unit.judged import context, judged_run, played
 
@@ -352,13 +352,6 @@ def test_each_claim_points_where_it_expects() -> None:
             assert (value > 1) == (claim.expect == "rises"), claim.name
 
 
-@pytest.mark.parametrize("scale", ["cpu", "gpu"])
-def test_every_claim_has_its_points(scale: str) -> None:
-    lab = LABS["diagnosis"].at(scale, quick=False)
-    for claim in lab.claims:
-        assert len(lab.pairs(claim, lab.points(SHAPE, CEILINGS))) == 1, claim.name
-
-
 @pytest.mark.parametrize("scale", ["cpu", "gpu", "gpu-80"])
 def test_nothing_is_guessed_from_what_random_weights_write(scale: str) -> None:
     lab = LABS["diagnosis"].at(scale, quick=False, dummy=True)
@@ -637,29 +630,3 @@ def test_a_reading_of_other_buckets_is_refused() -> None:
     shifted = replace(HEALTHY, histograms={metrics.ITL: spread((0.1, INF), {0.04: 300})})
     with pytest.raises(LabError, match="started again"):
         between(HEALTHY, shifted)
-
-
-def test_the_page_says_what_to_do() -> None:
-    healthy, now = Reading(HEALTHY), Reading(DISTURBED["preemption"])
-    text = markdown.document(diagnoses.page("abacus", 30, now, healthy, diagnose(now, healthy)))
-    assert "**preemption**: 0.3 preemptions a request, healthy 0:" in text
-    assert "Give it more memory, or lower max-num-seqs." in text
-    assert snapshot_json(HEALTHY)["histograms"].keys() == HEALTHY.histograms.keys()
-
-
-def test_all_workloads_differ_from_the_usual_one_in_what_they_are_named_for() -> None:
-    usual = make_workload(name="usual")
-    assert usual.intruder is None
-    of = {w.name: w for w in LAB.workloads}
-    plain = of["usual"].model_dump(exclude={"name", "only"})
-    assert of["reference"].model_dump(exclude={"name", "only"}) == plain
-    changed = {
-        name: {k for k, v in of[name].model_dump(exclude={"name", "only"}).items() if v != plain[k]}
-        for name in ("burst", "cold", "neighbour", "context")
-    }
-    assert changed == {
-        "burst": {"loads"},
-        "cold": {"prefix", "primed"},
-        "neighbour": {"loads", "intruder"},
-        "context": {"prompt_tokens", "prefix"},
-    }

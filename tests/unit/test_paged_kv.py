@@ -12,7 +12,7 @@ from labs import LABS
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.spec import Lab, Point, RequestLengths, factors
 from labs.paged_kv.facts import Allocations, HeadsCompared, facts
-from labs.paged_kv.lab import admitted, held_tokens, kept_free_blocks, replay, replayed
+from labs.paged_kv.lab import admitted, held_tokens, replay, replayed
 from serving.hardware import gpus
 from tests.unit.builders import CEILINGS, SHAPE, make_point
 from tests.unit.judged import context, judged, judged_run, told_of
@@ -160,10 +160,6 @@ def test_with_a_watermark_the_second_waits_until_so_much_is_free() -> None:
     without = replay([(2, 6)] * 40, 2, 7, 1)
     assert without
     assert without.preempted > 0
-
-
-def test_a_watermark_is_rounded_down_to_whole_blocks() -> None:
-    assert [kept_free_blocks(0.05, n) for n in (12, 19, 20, 48)] == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("scale", ["cpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)])

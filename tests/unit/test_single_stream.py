@@ -11,7 +11,7 @@ import pytest
 from labs.harness import theory
 from labs.harness.facts.context import Context
 from labs.harness.facts.drawing import plt
-from labs.harness.facts.steps import decode_s, split
+from labs.harness.facts.steps import Pass, decode_s
 from labs.harness.filing.results import Band, PointForecasts, Predictions, write_json
 from labs.harness.judging.quantity import Quantity
 from labs.harness.spec import Variant
@@ -81,10 +81,9 @@ def test_the_parts_of_a_step_add_up(
     measured_ms: float, stand_in_ms: float | None, parts_ms: Sequence[float | None], limit: str
 ) -> None:
     """The rest of a step with 9.39 ms of reading and 1.32 ms of computing, and its two parts."""
-    parts = split(
-        Quantity(measured_ms / 1000, "s"), CEILINGS, 0.00939 * BANDWIDTH, 0.00132 * RATE,
-        None if stand_in_ms is None else stand_in_ms / 1000,
-    )  # fmt: skip
+    stand_in_s = None if stand_in_ms is None else stand_in_ms / 1000
+    step = Pass(0.00939 * BANDWIDTH, 0.00132 * RATE, stand_in_s, CEILINGS)
+    parts = step.split(Quantity(measured_ms / 1000, "s"))
     rest, *of_it = (None if ms is None else pytest.approx(ms / 1000) for ms in parts_ms)
     assert parts.rest_s.value == rest
     assert [parts.overhead_s.value, parts.engine_s.value] == of_it

@@ -19,7 +19,6 @@ from labs.harness.filing.results import Predictions, RunFolder, write_gzip, writ
 from labs.harness.running.attention import time_attention
 from labs.harness.spec import Point
 from labs.harness.telling.plots import plots_of
-from labs.harness.telling.report import formulas
 from labs.tiled_attention.facts import (
     Tiling,
     facts,
@@ -116,26 +115,9 @@ def test_splits_are_limited_where_a_gpu_may_be_hoppers(gb: int) -> None:
                for w in lab.workloads for v in lab.variants)  # fmt: skip
 
 
-def test_a_limit_on_splits_counts_only_where_the_kernel_takes_one() -> None:
-    """vLLM hands it to FlashAttention 3, and an A100 has version 2."""
-    lab = LABS["tiled-attention"].at("gpu-80", quick=False)
-    asked = [(e.arm.variant, e.value) for e in lab.evidence if e.label == "flash_attention"]
-    assert asked == [("unsplit", "3")]
-
-
 def test_the_limit_on_splits_is_harmless_and_another_setting_is_not() -> None:
     assert not Vllm.refusal({"attention-config": {"flash_attn_max_num_splits_for_cuda_graph": 1}})
     assert Vllm.refusal({"attention-config": {"hisparse_config": {"device_buffer_size": 1}}})
-
-
-def test_an_ab_of_the_same_engine_times_no_kernel() -> None:
-    assert LAB.against_itself().attention_tokens == ()
-
-
-def test_a_lab_without_lengths_is_on_file_as_it_was() -> None:
-    assert "attention_tokens" not in LABS["paged-kv"].resolved()
-    assert LAB.resolved()["attention_tokens"] == list(LAB.attention_tokens)
-    assert "arithmetic" not in LAB.resolved()
 
 
 # ------------------------------------------------------------------------------------- the fits
@@ -375,16 +357,3 @@ def test_a_timing_that_fails_is_said_and_the_run_goes_on(
     (odd,) = time_with("print('half of it')", folder, monkeypatch)
     assert "it printed no figures" in odd
     assert folder.attention_times() is None
-
-
-def test_the_formulas_of_what_findings_are_held_against_are_shown() -> None:
-    told = arithmetic(LAB, LAB.points(SHAPE, CEILINGS)[0])
-    predictions = Predictions(
-        effects={c.name: {} for c in LAB.claims},
-        forecasts={f.name: {} for f in LAB.forecasts},
-        arithmetic=told,
-    )
-    shown = str(formulas(LAB, predictions))
-    assert "growth of memory, untiled" in shown
-    assert "KV bytes a token / bandwidth" in shown
-    assert shown.count("the scores and their softmax") == 1  # of all lengths

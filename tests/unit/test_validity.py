@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from labs.harness.ask import echoes
 from labs.harness.filing.results import Band, PointForecasts, Predictions, write_json
 from labs.harness.judging import dose
 from labs.harness.judging.checks.expected import TRANSPORT_S, Expected, Served, usual_transport_s
@@ -857,7 +858,7 @@ def test_a_counter_must_be_as_the_labs_evidence_says(
 
 def test_an_echo_may_be_asked_of_the_variants_own_flag() -> None:
     """What a changed setting asks for is then what the engine must say."""
-    asked = Evidence.echo("off", metrics.ENGINE_CONFIG, "watermark", "--watermark")
+    (asked,) = echoes(metrics.ENGINE_CONFIG, "watermark", {"off": "--watermark"})
     assert asked.expected(make_point()) == ""
     for share, names in (("0.05", set()), ("0.01", {"label_differs"})):
         trial = showing(CLEAN, {"watermark": 0.05}, ENGINE_CONFIG={"watermark": share})

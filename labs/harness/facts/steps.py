@@ -52,26 +52,6 @@ class Parts:
         return most if shares[most] > 1 / 2 else "none"
 
 
-def split(
-    measured_s: Quantity,
-    ceilings: Ceilings,
-    moved_bytes: float,
-    flop: float,
-    stand_in_s: float | None,
-) -> Parts:
-    """Split a pass that reads so much and computes so much."""
-    reading_s = Quantity(moved_bytes / ceilings.memory_bandwidth_bytes_per_s, "s")
-    computing_s = Quantity(flop / ceilings.flops_per_s, "s")
-    rest_s = measured_s - reading_s - computing_s
-    alone_s = overhead_s = Quantity.missing("no stand-in step was timed", "s")
-    if stand_in_s is not None:
-        alone_s = Quantity(stand_in_s, "s")
-        beyond_s = alone_s - reading_s - computing_s
-        overhead_s = Quantity(max(0.0, beyond_s.value or 0.0), "s")
-    engine_s = rest_s - overhead_s
-    return Parts(measured_s, reading_s, computing_s, rest_s, alone_s, overhead_s, engine_s)
-
-
 def nearer_ceiling(ceilings: Ceilings, flop_per_byte: float) -> Ceiling:
     """Name the ceiling that work of this intensity would meet first, if the rest took no time."""
     return "arithmetic" if flop_per_byte > ceilings.ridge_flops_per_byte else "bandwidth"
@@ -125,7 +105,17 @@ class Pass:
         return self.flop / self.moved_bytes
 
     def split(self, measured_s: Quantity) -> Parts:
-        return split(measured_s, self.ceilings, self.moved_bytes, self.flop, self.stand_in_s)
+        """Splits the measured time of the pass."""
+        reading_s = Quantity(self.moved_bytes / self.ceilings.memory_bandwidth_bytes_per_s, "s")
+        computing_s = Quantity(self.flop / self.ceilings.flops_per_s, "s")
+        rest_s = measured_s - reading_s - computing_s
+        alone_s = overhead_s = Quantity.missing("no stand-in step was timed", "s")
+        if self.stand_in_s is not None:
+            alone_s = Quantity(self.stand_in_s, "s")
+            beyond_s = alone_s - reading_s - computing_s
+            overhead_s = Quantity(max(0.0, beyond_s.value or 0.0), "s")
+        engine_s = rest_s - overhead_s
+        return Parts(measured_s, reading_s, computing_s, rest_s, alone_s, overhead_s, engine_s)
 
 
 def decode_step(run: Context, point: Point, batch: float, prefills: float = 0) -> Pass:
