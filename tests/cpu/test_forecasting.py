@@ -6,6 +6,7 @@ With another vLLM these tests say whether its engine core can still be driven so
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 
@@ -64,6 +66,13 @@ COPIED: tuple[Copied, ...] = (
     ((3, 2), (1, 1), (0, 0), (3, 1), (3, 3), (2, 0), (1, 0), (0, 0), (0, 0)),  # 1 + 3 + 2 + 1 + ..
 )
 WORDS = " ".join(["street"] * 300)
+CACHING, UNCACHED = "--enable-prefix-caching", "--no-enable-prefix-caching"
+URGENT_FIRST = "--max-num-seqs 1 --scheduling-policy priority"
+SLIDING = """--hf-overrides '{"sliding_window": 64, "layer_types": []}'"""
+NGRAM = (
+    "--speculative-config"
+    """ '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'"""
+)
 
 
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -229,41 +238,6 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
             for index, (text, output_tokens) in enumerate(requests)
         ))  # fmt: skip
 
-    def engine(
-        key: str,
-        requests: str,
-        *flags: str,
-        traffic: Traffic = ONCE,
-        acceptance: float = 0,
-        guessed: float = 1,
-        copied: tuple[Copied, ...] = (),
-        pace: float = 1,
-        masking: Masking | None = None,
-        step_times: StepTimes = SECOND,
-    ) -> PlannedEngine:
-        trial = PlannedTrial(
-            key=key,
-            repeat=1,
-            requests=folder / requests,
-            traffic=traffic,
-            acceptance=acceptance,
-            guessed=guessed,
-            copied=copied,
-            pace=pace,
-            masking=masking,
-        )
-        argv = ("--model", str(model), "--enforce-eager", "--max-model-len", "1024", *flags)
-        return PlannedEngine(argv=argv, step_times=step_times, trials=(trial,))
-
-    kv = ("--kv-cache-memory-bytes", str(2**28))
-
-    def fleet(router: str) -> PlannedEngine:
-        one = engine(router, "documents", *kv, "--enable-prefix-caching")
-        trial = one.trials[0].model_copy(
-            update={"traffic": EVERY_FIVE, "router": router, "ends_only": True}
-        )
-        return one.model_copy(update={"trials": (trial,), "replicas": 2})
-
     (folder / "documents").write_text("".join(
         SyntheticRequest(
             index=index, prompt_tokens=300, output_tokens=3, document=index // 2,
@@ -271,90 +245,80 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
         ).model_dump_json() + "\n"
         for index in range(6)
     ))  # fmt: skip
-    small = ("--kv-cache-memory-bytes", str(8 * BLOCK * 23_040))  # two requests do not fit
-    sliding = json.dumps({"sliding_window": 64, "layer_types": []})
-    window = ("--hf-overrides", sliding, "--max-num-batched-tokens", "128")
+
+    def engine(
+        key: str,
+        requests: str,
+        flags: str = "",
+        traffic: Traffic = ONCE,
+        step_times: StepTimes = SECOND,
+        kv_bytes: int = 2**28,
+        handover: Handover | None = None,
+        replicas: int = 1,
+        **options: Any,
+    ) -> PlannedEngine:
+        trial = PlannedTrial(
+            key=key, repeat=1, requests=folder / requests, traffic=traffic, **options
+        )
+        return PlannedEngine(
+            argv=(
+                "--model", str(model), "--enforce-eager", "--max-model-len", "1024",
+                "--kv-cache-memory-bytes", str(kv_bytes), *shlex.split(flags),
+            ),
+            step_times=step_times,
+            trials=(trial,),
+            handover=handover,
+            replicas=replicas,
+        )  # fmt: skip
+
+    def tight(key: str, flags: str = "") -> PlannedEngine:
+        """Two requests do not fit."""
+        small = 8 * BLOCK * 23_040
+        return engine(key, "many", f"--max-model-len 512 {flags}", kv_bytes=small)
+
+    def guessing(key: str, acceptance: float, **options: Any) -> PlannedEngine:
+        return engine(key, "short", NGRAM, acceptance=acceptance, **options)
+
+    def fleet(router: str) -> PlannedEngine:
+        return engine(
+            router, "documents", CACHING, EVERY_FIVE, router=router, ends_only=True, replicas=2
+        )
+
+    in_pieces = "--max-num-batched-tokens 128"
+    whole = "--no-enable-chunked-prefill --max-num-batched-tokens 1024"
     # a server's own option, which an engine core does not know, is passed over
-    slot = ("--enable-lora", "--max-loras", "1", "--lora-modules", "tenant-0=a", "tenant-1=b")
-    ngram = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'
+    slot = "--enable-lora --max-loras 1 --lora-modules tenant-0=a tenant-1=b"
     return ForecastPlan(
         delays=Delays(request_s=0, serial_s=0, response_s=0, client_s=0),
         engines=(
-            engine("one slot", "tenants", *kv, *slot),
-            engine("plain", "short", *kv, "--no-enable-prefix-caching"),
-            engine("masked", "short", *kv, masking=MASKS, traffic=ONCE),
-            engine("cached", "same", *kv, "--enable-prefix-caching", traffic=IN_TURN),
-            engine("pieces", "long", *kv, "--max-num-batched-tokens", "128"),
-            engine("tight", "many", *small, "--max-model-len", "512"),
+            engine("one slot", "tenants", slot),
+            engine("plain", "short", UNCACHED),
+            engine("masked", "short", masking=MASKS),
+            engine("cached", "same", CACHING, IN_TURN),
+            engine("pieces", "long", in_pieces),
+            tight("tight"),
+            tight("tight, in pieces", f"{UNCACHED} {in_pieces}"),
+            tight("kept free", "--watermark 0.25"),
+            tight("windowed", f"{SLIDING} {in_pieces}"),
+            engine("limited", "three", "--max-num-queued-reqs 2", CLOSE),
+            engine("limited in tokens", "three", "--max-num-queued-tokens 1", CLOSE),
+            engine("urgent first", "three", URGENT_FIRST, CLOSE),
+            guessing("guessed", 1),
+            guessing("rows", 1, step_times=A_SECOND_A_ROW),
+            guessing("nothing to guess", 1, guessed=0),
+            guessing("copied", 1, copied=COPIED),
+            engine("slower", "short", UNCACHED, pace=1.5),
+            guessing("by chance", 0.5, guessed=0.5),
+            guessing("by chance again", 0.5, guessed=0.5),
+            engine("cached again", "same", CACHING, IN_TURN),
+            fleet("round-robin"),
+            fleet("prefix-aware"),
             engine(
-                "tight, in pieces",
-                "many",
-                *small,
-                "--no-enable-prefix-caching",
-                "--max-model-len",
-                "512",
-                "--max-num-batched-tokens",
-                "128",
+                "split", "long", f"{UNCACHED} {whole}", step_times=A_SECOND_A_PIECE,
+                handover=HANDOVER,
             ),
-            engine("kept free", "many", *small, "--max-model-len", "512", "--watermark", "0.25"),
-            engine("windowed", "many", *small, "--max-model-len", "512", *window),
-            engine("limited", "three", *kv, "--max-num-queued-reqs", "2", traffic=CLOSE),
-            engine(
-                "limited in tokens", "three", *kv, "--max-num-queued-tokens", "1", traffic=CLOSE
-            ),
-            engine(
-                "urgent first",
-                "three",
-                *kv,
-                "--max-num-seqs",
-                "1",
-                "--scheduling-policy",
-                "priority",
-                traffic=CLOSE,
-            ),
-            engine("guessed", "short", *kv, "--speculative-config", ngram, acceptance=1),
-            engine(
-                "rows",
-                "short",
-                *kv,
-                "--speculative-config",
-                ngram,
-                acceptance=1,
-                step_times=A_SECOND_A_ROW,
-            ),
-            engine(
-                "nothing to guess",
-                "short",
-                *kv,
-                "--speculative-config",
-                ngram,
-                acceptance=1,
-                guessed=0,
-            ),
-            engine(
-                "copied", "short", *kv, "--speculative-config", ngram, acceptance=1, copied=COPIED
-            ),
-            engine("slower", "short", *kv, "--no-enable-prefix-caching", pace=1.5),
-            *(
-                engine(
-                    key, "short", *kv, "--speculative-config", ngram, acceptance=0.5, guessed=0.5
-                )
-                for key in ("by chance", "by chance again")
-            ),
-            engine("cached again", "same", *kv, "--enable-prefix-caching", traffic=IN_TURN),
-            *(fleet(router) for router in ("round-robin", "prefix-aware")),
-            engine(
-                "split",
-                "long",
-                *kv,
-                "--no-enable-prefix-caching",
-                "--no-enable-chunked-prefill",
-                "--max-num-batched-tokens",
-                "1024",
-                step_times=A_SECOND_A_PIECE,
-            ).model_copy(update={"handover": HANDOVER}),
         ),
-    )
+    )  # fmt: skip
 
 
 def tokens_at(play: ForecastPlay, index: int) -> list[tuple[float, int]]:

@@ -18,7 +18,7 @@ from labs.harness.running.step_timing import LEAST_OF_STAND_IN, MOST_OF_STAND_IN
 from loadtests.load import AFTER_ERROR_S
 from serving.forecasting import timing
 from serving.forecasting.step import Piece, Step, StepTimes
-from serving.forecasting.traffic import Delays, Prompt, Traffic, play
+from serving.forecasting.traffic import Delays, Play, Prompt, Traffic, play
 from serving.hardware.reference_step import ReferenceStep
 
 TIMES = StepTimes(
@@ -59,10 +59,6 @@ class Server:
     def __init__(self) -> None:
         self.now_s = 0.0
         self.left: dict[str, int] = {}
-        self.sizes: list[int] = []
-
-    def largest_batch(self) -> int:
-        return max(self.sizes)
 
     @property
     def busy(self) -> bool:
@@ -74,7 +70,6 @@ class Server:
 
     def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
         self.now_s += 1
-        self.sizes.append(len(self.left))
         got = {name: (1, left == 1) for name, left in self.left.items()}
         self.left = {name: left - 1 for name, left in self.left.items() if left > 1}
         return got
@@ -89,67 +84,42 @@ def prompts(*output_tokens: int) -> list[Prompt]:
     ]
 
 
+def played_by(
+    output_tokens: list[int], *intruders: Prompt, delays: Delays = NONE, **traffic: Any
+) -> Play:
+    return play(Server(), Traffic(**traffic), prompts(*output_tokens), intruders, delays)
+
+
 def test_a_closed_loop_keeps_its_users_busy_until_the_window_is_over() -> None:
-    server = Server()
-    played = play(
-        server,
-        Traffic(kind="closed", users=2, warmup_s=2, window_s=4),
-        prompts(*[2] * 20),
-        (),
-        NONE,
-    )
+    played = played_by([2] * 20, kind="closed", users=2, warmup_s=2, window_s=4)
     assert [a.sent_s for a in played.answers] == [0, 0, 2, 2, 4, 4]
     assert [a.in_window for a in played.answers] == [False, False, True, True, True, True]
     assert all([at for at, _ in a.chunks] == [a.sent_s + 1, a.sent_s + 2] for a in played.answers)
-    assert list(played.window_s) == [2, 6]
-    assert server.largest_batch() == 2
+    assert played.window_s == (2, 6)
 
 
 def test_the_window_is_held_open_until_each_user_has_an_answer() -> None:
-    played = play(
-        Server(),
-        Traffic(kind="closed", users=2, warmup_s=1, window_s=1),
-        prompts(*[3] * 20),
-        (),
-        NONE,
-    )
-    assert list(played.window_s) == [1, 6]
+    assert played_by([3] * 20, kind="closed", users=2, warmup_s=1, window_s=1).window_s == (1, 6)
 
 
 def test_a_wave_waits_for_all_of_it() -> None:
-    played = play(
-        Server(),
-        Traffic(kind="waves", users=2, warmup_s=0, window_s=5),
-        prompts(1, 4, 2, 3),
-        (),
-        NONE,
-    )
+    played = played_by([1, 4, 2, 3], kind="waves", users=2, warmup_s=0, window_s=5)
     assert [a.sent_s for a in played.answers] == [0, 0, 4, 4]
-    assert list(played.window_s) == [0, 7]
+    assert played.window_s == (0, 7)
 
 
-def test_no_wave_is_sent_that_the_prompts_do_not_fill() -> None:
+@pytest.mark.parametrize(("warmup_s", "window"), [(0, (0.0, 6.0)), (20, (6.0, 6.0))])
+def test_no_wave_is_sent_that_the_prompts_do_not_fill(
+    warmup_s: float, window: tuple[float, float]
+) -> None:
     """As by the load generator. Where even the warm-up has too few, the window is empty."""
-    for warmup_s, window in ((0, (0.0, 6.0)), (20, (6.0, 6.0))):
-        played = play(
-            Server(),
-            Traffic(kind="waves", users=2, warmup_s=warmup_s, window_s=100),
-            prompts(*[3] * 5),
-            (),
-            NONE,
-        )
-        assert len(played.answers) == 4
-        assert played.window_s == window
+    played = played_by([3] * 5, kind="waves", users=2, warmup_s=warmup_s, window_s=100)
+    assert len(played.answers) == 4
+    assert played.window_s == window
 
 
 def test_an_open_loop_keeps_its_schedule_whatever_is_outstanding() -> None:
-    played = play(
-        Server(),
-        Traffic(kind="open", schedule_s=(0.5, 0.6, 9.0), warmup_s=0.55, window_s=9),
-        prompts(5, 5, 5),
-        (),
-        NONE,
-    )
+    played = played_by([5] * 3, kind="open", schedule_s=(0.5, 0.6, 9.0), warmup_s=0.55, window_s=9)
     assert [(a.scheduled_s, a.in_window) for a in played.answers] == [
         (0.5, False), (0.6, True), (9.0, True)
     ]  # fmt: skip
@@ -202,25 +172,16 @@ def test_a_user_of_a_closed_loop_that_is_turned_away_sends_again() -> None:
 
 
 def test_an_intruder_comes_every_so_often_beside_the_users() -> None:
-    played = play(
-        Server(),
-        Traffic(kind="closed", users=1, intruder_every_s=3, warmup_s=0, window_s=8),
-        prompts(*[2] * 20),
-        [Prompt(index=100 + i, token_ids=(1,) * 9, output_tokens=1) for i in range(9)],
-        NONE,
+    intruders = [Prompt(index=100 + i, token_ids=(1,) * 9, output_tokens=1) for i in range(9)]
+    played = played_by(
+        [2] * 20, *intruders, kind="closed", intruder_every_s=3, warmup_s=0, window_s=8
     )
     assert [a.sent_s for a in played.answers if a.index >= 100] == [3, 6]
 
 
 def test_between_client_and_engine_lies_what_is_stated() -> None:
     delays = Delays(request_s=0.3, serial_s=0.2, response_s=0.1, client_s=0.05)
-    played = play(
-        Server(),
-        Traffic(kind="closed", users=3, warmup_s=0, window_s=1),
-        prompts(1, 1, 1),
-        (),
-        delays,
-    )
+    played = played_by([1] * 3, delays=delays, kind="closed", users=3, warmup_s=0, window_s=1)
     # ready for the engine at 0.3, 0.4 and 0.6; the first step begins with the first alone
     assert [a.chunks[0][0] for a in played.answers] == pytest.approx([1.4, 2.4, 2.4])
 
