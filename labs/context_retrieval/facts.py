@@ -37,6 +37,35 @@ RUN_BY = {"full": "full", "fp8": "kv-fp8", "window": "window"}
 
 
 @dataclass(frozen=True)
+class Facts:
+    retrieval: tuple[Retrieved, ...]  # empty where the probe did not run
+    retrieval_lost: Losses | None
+    kv_methods: Ways | None  # None where nothing was written down of them
+
+
+def facts(run: JudgedRun) -> Facts:
+    variants = asked(run)
+    lost = losses(run, variants)
+    return Facts(tuple(found(of) for of in variants.values()), lost, ways(run, lost))
+
+
+# ------------------------------------------------------------------------------- what was retrieved
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The needles that one variant was asked for."""
+
+    variant: str
+    window: int | None
+    needles: list[Needle]
+
+    def reaches(self, needle: Needle) -> bool:
+        """Whether all of the needle lies within the window of the last token."""
+        return self.window is None or needle.distance_tokens <= self.window
+
+
+@dataclass(frozen=True)
 class AtPlace:
     """What a variant found of the needles at a depth of the texts of one length."""
 
@@ -67,6 +96,45 @@ class Found:
     correct: int
     asked: int
 
+
+def asked(run: Context) -> dict[str, Asked]:
+    """Read what the probe asked of each variant; nothing where it did not run."""
+    windows = {p.variant.name: p.flags.sliding_window for p in run.points}
+    probes = {v.name: run.folder.probe_result("retrieval", v.name) for v in run.lab.variants}
+    return {
+        name: Asked(name, windows.get(name), [Needle.model_validate(n) for n in probe["needles"]])
+        for name, probe in probes.items()
+        if probe and probe["needles"]
+    }
+
+
+def found(of: Asked) -> Retrieved:
+    places = sorted({n.place for n in of.needles})
+    at_places = (at_place(of, [n for n in of.needles if n.place == place]) for place in places)
+    return Retrieved(of.variant, of.window, *_count(of.needles), tuple(at_places))
+
+
+def at_place(of: Asked, needles: Sequence[Needle]) -> AtPlace:
+    return AtPlace(
+        *needles[0].place,
+        fmean(n.distance_tokens for n in needles),
+        *_count(needles),
+        mean_margin(needles).in_unit("1"),
+        all(map(of.reaches, needles)),
+    )
+
+
+def mean_margin(needles: Sequence[Needle]) -> Quantity:
+    margins = [n.margin_nats for n in needles if n.margin_nats is not None]
+    return Quantity(fmean(margins), "nats") if margins else Quantity.missing("no margin", "nats")
+
+
+def _count(needles: Sequence[Needle]) -> tuple[int, int]:
+    """Count the needles that were found, and all."""
+    return sum(n.correct for n in needles), len(needles)
+
+
+# ------------------------------------------------------------------------------- what was lost, why
 
 What = Literal["all", "within", "beyond", "sum"]
 
@@ -122,111 +190,6 @@ class Losses:
 
     def of(self, variant: str | None) -> Lost | None:
         return next((v for v in self.variants if v.variant == variant), None)
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to a smaller KV cache: what a sequence takes, and what was measured with it."""
-
-    sequence: Quantity
-    ratio: float  # to all tokens in 16 bits
-    formula: str
-    variant: str | None  # that was run; None: arithmetic alone
-    at_once: Quantity  # requests in decode / the base's, where memory is short
-    step: Quantity  # TPOT over a long context / the base's
-    found: Found | None
-    within: Found | None
-    beyond: Found | None
-
-    @property
-    def is_measured(self) -> bool:
-        return self.at_once.known or self.step.known
-
-
-@dataclass(frozen=True)
-class Ways:
-    """The ways, at the length of the long context."""
-
-    tokens: int
-    window: int | None
-    window_at_twice: float | None  # its bytes / those of all tokens, at twice the length
-    evicted_share: Quantity  # of the tokens that eviction keeps
-    sharing_layers: int
-    ways: dict[str, Way]
-    offload: CopyOrCompute
-
-    @property
-    def is_measured(self) -> bool:
-        return any(way.is_measured for way in self.ways.values())
-
-
-@dataclass(frozen=True)
-class Facts:
-    retrieval: tuple[Retrieved, ...]  # empty where the probe did not run
-    retrieval_lost: Losses | None
-    kv_methods: Ways | None  # None where nothing was written down of them
-
-
-def facts(run: JudgedRun) -> Facts:
-    variants = asked(run)
-    lost = losses(run, variants)
-    return Facts(tuple(found(of) for of in variants.values()), lost, ways(run, lost))
-
-
-# ----------------------------------------------------------------------------- what was retrieved
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The needles that one variant was asked for."""
-
-    variant: str
-    window: int | None
-    needles: list[Needle]
-
-    def reaches(self, needle: Needle) -> bool:
-        """Whether all of the needle lies within the window of the last token."""
-        return self.window is None or needle.distance_tokens <= self.window
-
-
-def asked(run: Context) -> dict[str, Asked]:
-    """Read what the probe asked of each variant; nothing where it did not run."""
-    windows = {p.variant.name: p.flags.sliding_window for p in run.points}
-    probes = {v.name: run.folder.probe_result("retrieval", v.name) for v in run.lab.variants}
-    return {
-        name: Asked(name, windows.get(name), [Needle.model_validate(n) for n in probe["needles"]])
-        for name, probe in probes.items()
-        if probe and probe["needles"]
-    }
-
-
-def found(of: Asked) -> Retrieved:
-    places = sorted({n.place for n in of.needles})
-    at_places = (at_place(of, [n for n in of.needles if n.place == place]) for place in places)
-    return Retrieved(of.variant, of.window, *_count(of.needles), tuple(at_places))
-
-
-def at_place(of: Asked, needles: Sequence[Needle]) -> AtPlace:
-    return AtPlace(
-        *needles[0].place,
-        fmean(n.distance_tokens for n in needles),
-        *_count(needles),
-        mean_margin(needles).in_unit("1"),
-        all(map(of.reaches, needles)),
-    )
-
-
-def mean_margin(needles: Sequence[Needle]) -> Quantity:
-    margins = [n.margin_nats for n in needles if n.margin_nats is not None]
-    return Quantity(fmean(margins), "nats") if margins else Quantity.missing("no margin", "nats")
-
-
-def _count(needles: Sequence[Needle]) -> tuple[int, int]:
-    """Count the needles that were found, and all."""
-    return sum(n.correct for n in needles), len(needles)
-
-
-# ------------------------------------------------------------------------------ what was lost, why
 
 
 def losses(run: Context, variants: Mapping[str, Asked]) -> Losses | None:
@@ -326,7 +289,43 @@ def held_against(
     )
 
 
-# ------------------------------------------------------------------------- four ways, side by side
+# -------------------------------------------------------------------------- four ways, side by side
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to a smaller KV cache: what a sequence takes, and what was measured with it."""
+
+    sequence: Quantity
+    ratio: float  # to all tokens in 16 bits
+    formula: str
+    variant: str | None  # that was run; None: arithmetic alone
+    at_once: Quantity  # requests in decode / the base's, where memory is short
+    step: Quantity  # TPOT over a long context / the base's
+    found: Found | None
+    within: Found | None
+    beyond: Found | None
+
+    @property
+    def is_measured(self) -> bool:
+        return self.at_once.known or self.step.known
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The ways, at the length of the long context."""
+
+    tokens: int
+    window: int | None
+    window_at_twice: float | None  # its bytes / those of all tokens, at twice the length
+    evicted_share: Quantity  # of the tokens that eviction keeps
+    sharing_layers: int
+    ways: dict[str, Way]
+    offload: CopyOrCompute
+
+    @property
+    def is_measured(self) -> bool:
+        return any(way.is_measured for way in self.ways.values())
 
 
 def ways(run: Context, lost: Losses | None) -> Ways | None:

@@ -18,6 +18,7 @@ from serving.weights import dummy, models
 from serving.weights.models import Shape
 
 STEPS = 4  # of a solution that is written step by step, as an example
+LARGER = ("llama-1b", "llama-8b", "llama-70b")  # of the shapes that ship with the lab
 TASK_CONTEXT_TOKENS = 64  # of a task's prompt and half of its answer, about
 
 
@@ -359,18 +360,13 @@ def larger_models(point: Point, tasks: Sequence[Solved], vote: Voting) -> Larger
     if most is one:
         return None
     more_s = (most.seconds - one.seconds) / (most.samples - one.samples)
+    shapes = {name: models.shape_of(dummy.config_of(name)) for name in LARGER}
     rows = [
         weighed(name, shape, point, tasks, one.seconds, more_s)
-        for name, shape in known_shapes().items()
-        if shape.params > 2 * point.shape.params and not shape.experts
+        for name, shape in shapes.items()
+        if shape.params > 2 * point.shape.params
     ]
     return LargerModel(in_billions(point.shape), one.seconds, more_s, tuple(rows))
-
-
-def known_shapes() -> dict[str, Shape]:
-    """Read the shapes that ship with the lab, the smallest first."""
-    shapes = {name: models.shape_of(dummy.config_of(name)) for name in dummy.SHAPES}
-    return dict(sorted(shapes.items(), key=lambda item: item[1].params))
 
 
 def in_billions(shape: Shape) -> Quantity:

@@ -15,6 +15,32 @@ from serving.weights.models import Shape
 
 
 @dataclass(frozen=True)
+class Facts:
+    shapes: tuple[Served, ...]
+    batches: tuple[AtLoad, ...]  # none without the mixture
+
+    @property
+    def mixture(self) -> Served | None:
+        """The mixture, where it was served."""
+        return next((of for of in self.shapes if of.experts), None)
+
+    @property
+    def one(self) -> AtLoad | None:
+        """The lightest load."""
+        return self.batches[0] if self.batches else None
+
+    @property
+    def full(self) -> AtLoad | None:
+        """The heaviest load, where there is more than one."""
+        return self.batches[-1] if len(self.batches) > 1 else None
+
+
+def facts(run: JudgedRun) -> Facts:
+    shapes = {p.variant.name: p.shape for p in run.points}
+    return Facts(tuple(served(*of) for of in shapes.items()), tuple(batches(run)))
+
+
+@dataclass(frozen=True)
 class Served:
     """A served model: what memory holds of it, and what a token is multiplied with."""
 
@@ -54,32 +80,6 @@ class AtLoad:
     tpots_s: Mapping[str, Quantity]  # by variant
     total: Beside | None  # None where that model was left out
     active: Beside | None
-
-
-@dataclass(frozen=True)
-class Facts:
-    shapes: tuple[Served, ...]
-    batches: tuple[AtLoad, ...]  # none without the mixture
-
-    @property
-    def mixture(self) -> Served | None:
-        """The mixture, where it was served."""
-        return next((of for of in self.shapes if of.experts), None)
-
-    @property
-    def one(self) -> AtLoad | None:
-        """The lightest load."""
-        return self.batches[0] if self.batches else None
-
-    @property
-    def full(self) -> AtLoad | None:
-        """The heaviest load, where there is more than one."""
-        return self.batches[-1] if len(self.batches) > 1 else None
-
-
-def facts(run: JudgedRun) -> Facts:
-    shapes = {p.variant.name: p.shape for p in run.points}
-    return Facts(tuple(served(*of) for of in shapes.items()), tuple(batches(run)))
 
 
 def served(variant: str, shape: Shape) -> Served:

@@ -34,17 +34,14 @@ def batches(run: JudgedRun, facts: Facts) -> bool:
         return False
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
     colours = dict(zip([v.name for v in run.lab.variants], VARIANTS, strict=False))
-    sweep = concurrency_sweep(run.points)
-    points = {name: [p for p in sweep if p.variant.name == name] for name in colours}
     forecast_label = "forecast, with its band"
     for place, (name, colour) in enumerate(colours.items()):
         moved = aside(place, len(colours))
-        if _draw_tpots(left, run, name, points[name], colour, moved, forecast_label):
+        if _draw_tpots(left, run, name, colour, moved, forecast_label):
             forecast_label = ""  # the legend explains it once
     for place, dense in enumerate((TOTAL, ACTIVE)):
         if dense in colours:
-            moved = aside(place, 2)
-            _draw_ratios(right, run, facts, dense, points, colours[dense], moved)
+            _draw_ratios(right, run, facts, dense, colours[dense], aside(place, 2))
     left.set_ylabel("TPOT (ms); dotted: at least, by bytes and FLOP")
     left.set_ylim(bottom=0)
     right.set_ylabel("TPOT, mixture / dense; lines: by bytes")
@@ -63,16 +60,15 @@ def batches(run: JudgedRun, facts: Facts) -> bool:
     return True
 
 
+def _sweep(run: JudgedRun, variant: str) -> list[Point]:
+    return [p for p in concurrency_sweep(run.points) if p.variant.name == variant]
+
+
 def _draw_tpots(
-    ax: Axes,
-    run: JudgedRun,
-    variant: str,
-    points: Sequence[Point],
-    colour: str,
-    moved: float,
-    forecast_label: str,
+    ax: Axes, run: JudgedRun, variant: str, colour: str, moved: float, forecast_label: str
 ) -> bool:
     """Draw one model's TPOT, as forecast and as measured; tell whether any was forecast."""
+    points = _sweep(run, variant)
     x = [moved * p.load.users for p in points]
     forecasts = [run.forecast(p, "tpot_mean_s") for p in points]
     forecast = draw_forecasts(ax, x, forecasts, 1000, label=forecast_label)
@@ -86,20 +82,14 @@ def _draw_tpots(
 
 
 def _draw_ratios(
-    ax: Axes,
-    run: JudgedRun,
-    facts: Facts,
-    dense: str,
-    points: Mapping[str, Sequence[Point]],
-    colour: str,
-    moved: float,
+    ax: Axes, run: JudgedRun, facts: Facts, dense: str, colour: str, moved: float
 ) -> None:
     """Draw the mixture's TPOT beside a dense model's: measured, forecast, and by bytes."""
     sides = [at.total if dense == TOTAL else at.active for at in facts.batches]
     x = [moved * at.users for at in facts.batches]
     ratios = [of.measured if of else None for of in sides]
     draw_measured(ax, x, ratios, colour, f"mixture / {dense}", fmt="o", ms=4, capsize=3)
-    ours, theirs = points[MIXTURE.name], points[dense]
+    ours, theirs = _sweep(run, MIXTURE.name), _sweep(run, dense)
     for mine, other in itertools.product(ours, theirs):
         forecast = run.forecast_ratio(mine, other, "tpot_mean_s")
         if forecast and mine.load == other.load:

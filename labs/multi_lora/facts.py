@@ -20,6 +20,20 @@ Answers = Sequence[tuple[int, str]]  # the tenant who asked, and what it was ans
 
 
 @dataclass(frozen=True)
+class Facts:
+    tenant_leaks: TenantLeaks
+    adapter_cost: tuple[AdapterCost, ...]
+    tenant_memory: TenantMemory | None  # None where no point has an adapter
+
+
+def facts(run: JudgedRun) -> Facts:
+    return Facts(tenant_leaks(run), tuple(adapter_cost(run)), tenant_memory(run))
+
+
+# --------------------------------------------------------------------------- whose adapter answered
+
+
+@dataclass(frozen=True)
 class Marks:
     """Counts answers that were checked for the mark of their tenant and of other tenants."""
 
@@ -76,74 +90,6 @@ class TenantLeaks:
         return True if can_fail and self.all.answers >= LEAST_ANSWERS else None
 
 
-@dataclass(frozen=True)
-class AdapterCost:
-    """A point's step and first token, beside the base's and what bytes explain."""
-
-    point: str
-    adapters: int
-    mix: Literal["uniform", "zipf", "none"]
-    tpot_s: Quantity
-    over_base: Quantity  # TPOT against the base's at the same load
-    bytes_share: Quantity  # of the active adapters, over the base's weights
-    ttft_s: Quantity
-
-
-@dataclass(frozen=True)
-class Saved:
-    """The weights of so many tenants, on one engine and on an engine each."""
-
-    tenants: int
-    together_gb: Quantity
-    apart_gb: Quantity
-    saved: Quantity
-
-
-@dataclass(frozen=True)
-class TenantMemory:
-    """Bytes of weights: the base's, and one adapter's at the rank the engine is set to."""
-
-    base_mb: Quantity
-    adapter_mb: Quantity
-    adapter_share: Quantity
-    rank: int
-    by_tenants: tuple[Saved, ...]
-    eight: Saved
-
-
-@dataclass(frozen=True)
-class Facts:
-    tenant_leaks: TenantLeaks
-    adapter_cost: tuple[AdapterCost, ...]
-    tenant_memory: TenantMemory | None  # None where no point has an adapter
-
-
-def facts(run: JudgedRun) -> Facts:
-    return Facts(tenant_leaks(run), tuple(adapter_cost(run)), tenant_memory(run))
-
-
-# ------------------------------------------------------------------------- whose adapter answered
-
-
-def marks(answers: Answers) -> Marks:
-    foreign = sum(bool(marks_in(text) - {tenant}) for tenant, text in answers)
-    bare = sum(mark_of(tenant) not in text for tenant, text in answers)
-    return Marks(len(answers), foreign, bare)
-
-
-def answers_in_trials(run: JudgedRun) -> Answers:
-    found = []
-    points = [point for point in run.points if point.workload.adapters]
-    for point, result, trial in run.folder.trials(points, run.lab):
-        requests, seed = run.lab.requests_of(point.workload), run.lab.draw_seed(result.repeat)
-        tenants = point.workload.tenants(requests, seed)
-        for record in trial.records if trial else ():
-            tenant = tenants[record.index]
-            if record.text is not None and tenant is not None:
-                found.append((tenant, record.text))
-    return found
-
-
 def tenant_leaks(run: JudgedRun) -> TenantLeaks:
     answers = answers_in_trials(run)
     results = (run.folder.probe_result("tenants", v.name) for v in run.lab.variants)
@@ -172,19 +118,39 @@ def probed(probe: Mapping[str, Any]) -> TenantProbe:
     )
 
 
-# ----------------------------------------------------------------------- what adapters cost, save
+def answers_in_trials(run: JudgedRun) -> Answers:
+    found = []
+    points = [point for point in run.points if point.workload.adapters]
+    for point, result, trial in run.folder.trials(points, run.lab):
+        requests, seed = run.lab.requests_of(point.workload), run.lab.draw_seed(result.repeat)
+        tenants = point.workload.tenants(requests, seed)
+        for record in trial.records if trial else ():
+            tenant = tenants[record.index]
+            if record.text is not None and tenant is not None:
+                found.append((tenant, record.text))
+    return found
 
 
-def base_of(run: JudgedRun) -> Point | None:
-    """The first point of the engine without adapters."""
-    return next((p for p in run.points if p.variant.name == "base"), None)
+def marks(answers: Answers) -> Marks:
+    foreign = sum(bool(marks_in(text) - {tenant}) for tenant, text in answers)
+    bare = sum(mark_of(tenant) not in text for tenant, text in answers)
+    return Marks(len(answers), foreign, bare)
 
 
-def active_bytes(point: Point) -> float:
-    """Bytes of the adapters that a step reads."""
-    adapters = point.workload.adapters
-    active = min(adapters.count, point.flags.max_loras) if adapters else 0
-    return active * adapter_bytes(point) if active else 0.0
+# ------------------------------------------------------------------------------- what adapters cost
+
+
+@dataclass(frozen=True)
+class AdapterCost:
+    """A point's step and first token, beside the base's and what bytes explain."""
+
+    point: str
+    adapters: int
+    mix: Literal["uniform", "zipf", "none"]
+    tpot_s: Quantity
+    over_base: Quantity  # TPOT against the base's at the same load
+    bytes_share: Quantity  # of the active adapters, over the base's weights
+    ttft_s: Quantity
 
 
 def adapter_cost(run: JudgedRun) -> list[AdapterCost]:
@@ -209,6 +175,43 @@ def adapter_cost(run: JudgedRun) -> list[AdapterCost]:
             )
         )
     return costs
+
+
+def base_of(run: JudgedRun) -> Point | None:
+    """The first point of the engine without adapters."""
+    return next((p for p in run.points if p.variant.name == "base"), None)
+
+
+def active_bytes(point: Point) -> float:
+    """Bytes of the adapters that a step reads."""
+    adapters = point.workload.adapters
+    active = min(adapters.count, point.flags.max_loras) if adapters else 0
+    return active * adapter_bytes(point) if active else 0.0
+
+
+# ----------------------------------------------------------------------------------- what they save
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The weights of so many tenants, on one engine and on an engine each."""
+
+    tenants: int
+    together_gb: Quantity
+    apart_gb: Quantity
+    saved: Quantity
+
+
+@dataclass(frozen=True)
+class TenantMemory:
+    """Bytes of weights: the base's, and one adapter's at the rank the engine is set to."""
+
+    base_mb: Quantity
+    adapter_mb: Quantity
+    adapter_share: Quantity
+    rank: int
+    by_tenants: tuple[Saved, ...]
+    eight: Saved
 
 
 def tenant_memory(run: JudgedRun) -> TenantMemory | None:

@@ -20,6 +20,17 @@ PAIRS = {
 
 
 @dataclass(frozen=True)
+class Facts:
+    tools: dict[str, Pair]  # by the names of `PAIRS`; empty where the probe did not run
+    quality: Quality | None
+    weights: KindsOfWeights
+
+
+def facts(run: JudgedRun) -> Facts:
+    return Facts(compared_tools(run), quality(run), kinds_of_weights(run))
+
+
+@dataclass(frozen=True)
 class Pair:
     """One variant's quality beside another's."""
 
@@ -34,17 +45,6 @@ class Pair:
         if ratio.high is not None and ratio.high < 1:
             return self.one
         return self.other if ratio.low is not None and ratio.low > 1 else None
-
-
-@dataclass(frozen=True)
-class Facts:
-    tools: dict[str, Pair]  # by the names of `PAIRS`; empty where the probe did not run
-    quality: Quality | None
-    weights: KindsOfWeights
-
-
-def facts(run: JudgedRun) -> Facts:
-    return Facts(compared_tools(run), quality(run), kinds_of_weights(run))
 
 
 def compared_tools(run: Context) -> dict[str, Pair]:

@@ -12,61 +12,6 @@ from serving.engines import DEFAULT_ENGINE, ENGINES
 
 
 @dataclass(frozen=True)
-class At:
-    """What an engine did for so many users; TPOT and throughput as measured, valid or not."""
-
-    variant: str
-    users: int
-    batch: Quantity  # requests in decode at once
-    tokens_per_s: Quantity
-    tpot_s: Quantity
-    ttft_s: Quantity
-    mbu: Quantity
-    valid_tokens_per_s: Quantity  # missing where something withholds a verdict on it
-    valid_tpot_s: Quantity
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """The engines at the fewest and at the most users that all of them were measured with."""
-
-    few: int
-    many: int
-    alone: tuple[At, ...]  # by TPOT with few users, the shortest first
-    loaded: tuple[At, ...]  # by throughput with many, the largest first
-
-
-@dataclass(frozen=True)
-class SameWords:
-    """Compares an engine's answers to one user with vLLM's to the same prompts."""
-
-    variant: str
-    answers: int  # in all its trials
-    of_length: int  # of these, as long as was asked for, by its own usage
-    compared: int
-    same: int
-    leading: Quantity  # mean share of the words before the first that differs
-
-    @property
-    def length_share(self) -> Quantity:
-        return Quantity(self.of_length, "share") / self.answers
-
-    @property
-    def same_share(self) -> Quantity:
-        return Quantity(self.same, "share") / self.compared
-
-
-@dataclass(frozen=True)
-class Lacking:
-    """What an engine cannot do, or asks for in another way."""
-
-    title: str
-    version: str | None  # None: the program that PATH finds
-    metric_count: int  # of the metrics that the lab knows
-    lacks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Facts:
     curves: tuple[At, ...]
     same_words: tuple[SameWords, ...]
@@ -90,6 +35,34 @@ def facts(run: JudgedRun) -> Facts:
         len(ENGINES[DEFAULT_ENGINE].shown_metrics()),
         ranked(measured),
     )
+
+
+# ------------------------------------------------------------------- what each makes of the machine
+
+
+@dataclass(frozen=True)
+class At:
+    """What an engine did for so many users; TPOT and throughput as measured, valid or not."""
+
+    variant: str
+    users: int
+    batch: Quantity  # requests in decode at once
+    tokens_per_s: Quantity
+    tpot_s: Quantity
+    ttft_s: Quantity
+    mbu: Quantity
+    valid_tokens_per_s: Quantity  # missing where something withholds a verdict on it
+    valid_tpot_s: Quantity
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The engines at the fewest and at the most users that all of them were measured with."""
+
+    few: int
+    many: int
+    alone: tuple[At, ...]  # by TPOT with few users, the shortest first
+    loaded: tuple[At, ...]  # by throughput with many, the largest first
 
 
 def curves(run: JudgedRun) -> tuple[At, ...]:
@@ -122,6 +95,29 @@ def ranked(curves: Sequence[At]) -> Ranked | None:
     alone.sort(key=lambda at: (not at.valid_tpot_s.known, at.tpot_s.value))
     loaded.sort(key=lambda at: (not at.valid_tokens_per_s.known, -(at.tokens_per_s.value or 0)))
     return Ranked(few, many, tuple(alone), tuple(loaded))
+
+
+# ---------------------------------------------------------------------- whether they write the same
+
+
+@dataclass(frozen=True)
+class SameWords:
+    """Compares an engine's answers to one user with vLLM's to the same prompts."""
+
+    variant: str
+    answers: int  # in all its trials
+    of_length: int  # of these, as long as was asked for, by its own usage
+    compared: int
+    same: int
+    leading: Quantity  # mean share of the words before the first that differs
+
+    @property
+    def length_share(self) -> Quantity:
+        return Quantity(self.of_length, "share") / self.answers
+
+    @property
+    def same_share(self) -> Quantity:
+        return Quantity(self.same, "share") / self.compared
 
 
 def same_words(run: JudgedRun) -> tuple[SameWords, ...]:
@@ -162,6 +158,19 @@ def leading_share(text: str, other: str) -> float:
     pairs = zip(words, other_words, strict=False)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return same / max(len(words), len(other_words), 1)
+
+
+# ------------------------------------------------------------------------------ what each cannot do
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """What an engine cannot do, or asks for in another way."""
+
+    title: str
+    version: str | None  # None: the program that PATH finds
+    metric_count: int  # of the metrics that the lab knows
+    lacks: tuple[str, ...]
 
 
 def lacking(run: JudgedRun, name: str) -> Lacking:

@@ -22,6 +22,21 @@ from serving.forecasting.step import mask_threads
 How = Literal["free", "asked", "imposed"]
 """Whether a structure is not asked for, asked for in the prompt, or imposed by the engine."""
 
+
+@dataclass(frozen=True)
+class Facts:
+    validity: Validity
+    overhead: Overhead
+    first_token: FirstTokens
+    masks: Masks
+    is_forecast: bool  # what the plot shows
+
+
+def facts(run: JudgedRun) -> Facts:
+    is_forecast = bool(run.summary.in_virtual_time)
+    return Facts(validity(run), overhead(run), first_token(run), masks(run), is_forecast)
+
+
 # --------------------------------------------------------------------------------- validity
 
 
@@ -329,20 +344,3 @@ def masks(run: Context) -> Masks:
     errors = {name: timed["error"] for name, timed in study.get("backends", {}).items()}
     unusable = {name: error for name, error in errors.items() if error}
     return Masks(tuple(forms), unusable, study.get("vocabulary"))
-
-
-# ------------------------------------------------------------------------------------ all of them
-
-
-@dataclass(frozen=True)
-class Facts:
-    validity: Validity
-    overhead: Overhead
-    first_token: FirstTokens
-    masks: Masks
-    is_forecast: bool  # what the plot shows
-
-
-def facts(run: JudgedRun) -> Facts:
-    is_forecast = bool(run.summary.in_virtual_time)
-    return Facts(validity(run), overhead(run), first_token(run), masks(run), is_forecast)

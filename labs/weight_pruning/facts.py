@@ -24,6 +24,35 @@ KNEE_FACTOR = 1.10
 
 
 @dataclass(frozen=True)
+class Facts:
+    zeros: Zeros
+    sparsities: Sparsities | None  # None: not studied
+    kernels: Kernels | None  # None: nothing was pruned
+    experts: Experts
+    smaller: Training | None  # None: not studied
+    quality: Quality | None  # None: the probe did not run
+
+
+def facts(run: JudgedRun) -> Facts:
+    studied = sparsities(run.run.about.get("sparsity", {}))
+    return Facts(
+        zeros(run),
+        studied,
+        kernels(run),
+        experts(),
+        training(run, studied) if studied else None,
+        quality(run),
+    )
+
+
+def alone(run: Context, variant: str) -> Point | None:
+    return run.point(variant, "decode", "concurrent:1")
+
+
+# -------------------------------------------------------------------- what was served, and how fast
+
+
+@dataclass(frozen=True)
 class Served:
     """What a variant's file of weights has of zeros, and what they do to a step."""
 
@@ -44,6 +73,38 @@ class Zeros:
 
     users: int  # of the largest load
     variants: tuple[Served, ...]
+
+
+def zeros(run: Context) -> Zeros:
+    users = max(p.load.users for p in run.points)
+    shapes = {p.variant.name: p.shape for p in run.points}
+    return Zeros(users, tuple(served(run, name, shape, users) for name, shape in shapes.items()))
+
+
+def served(run: Context, variant: str, shape: Shape, users: int) -> Served:
+    weights = next(v.weights for v in run.lab.variants if v.name == variant)
+    about = run.run.about.get(weights, {})
+    return Served(
+        variant,
+        asked=Quantity(about.get("asked"), "share", why="not pruned"),
+        zeros=Quantity(about.get("zeros"), "share", why="not pruned"),
+        groups_too_full=about.get("groups_too_full"),
+        weights=Quantity(shape.weight_bytes / 1e6, "MB"),
+        files_sha256=run.run.derived_sha256.get(weights, "")[:12],
+        tpot_s=run.quantity(alone(run, variant), "tpot_mean_s").brief,
+        slower=beside_dense(run, variant, 1, "tpot_mean_s"),
+        many=beside_dense(run, variant, users, "output_tokens_per_s"),
+    )
+
+
+def beside_dense(run: Context, variant: str, users: int, metric: str) -> Quantity:
+    """Divide a variant's figure by the dense model's, valid or not; none of that by itself."""
+    names = (variant, run.points[0].variant.name)
+    ours, dense = (run.point(name, "decode", f"concurrent:{users}") for name in names)
+    return run.measured_ratio(ours, dense, metric)
+
+
+# --------------------------------------------------------------------------- every sparsity, scored
 
 
 @dataclass(frozen=True)
@@ -127,6 +188,46 @@ def knee(curve: Sequence[Step], by: Selection) -> Knee | None:
     return None
 
 
+def sparsities(about: Mapping[str, Any]) -> Sparsities | None:
+    """Read the study of sparsities; None where the run has none."""
+    if "loss_nats" not in about:
+        return None
+    patterns = dict.fromkeys(n.partition("-")[2] for n in about["loss_nats"] if n != "dense")
+    return Sparsities(
+        steps=tuple(step(about, pattern) for pattern in (DENSE, *patterns)),
+        tasks=len(about["solved"]["dense"]),
+        tokens=sum(about["passages_tokens"]),
+        held_out_sha256=about["held_out_sha256"][:12],
+        calibration_sha256=about["calibration_sha256"][:12],
+        calibration_tokens=about["calibration_tokens"],
+        pruned_params=about["pruned_params"],
+    )
+
+
+def step(about: Mapping[str, Any], pattern: str) -> Step:
+    share = 0.5 if pattern == PATTERN else int(pattern) / 100
+    gone = energy_gone_2_4() if pattern == PATTERN else energy_gone(share)
+    by = {
+        by: scored(about, "dense" if pattern == DENSE else f"{by}-{pattern}")
+        for by in get_args(Selection)
+    }
+    return Step(pattern, Quantity(share, "share"), Quantity(gone, "share"), by)
+
+
+def scored(about: Mapping[str, Any], name: str) -> Scored:
+    nats, sizes = about["loss_nats"], about["passages_tokens"]
+    ratio = perplexity_ratio(nats[name], nats["dense"], sizes)
+    return Scored(
+        perplexity=perplexity(nats[name], sizes),
+        ratio=ratio.brief if name == "dense" else ratio,
+        solved=sum(about["solved"][name]) if name in about["solved"] else None,
+        energy_gone=Quantity(about["energy_gone"][name], "share"),
+    )
+
+
+# --------------------------------------------------------------------------- what a kernel would do
+
+
 @dataclass(frozen=True)
 class Form:
     """What storing the weights in one form would make of a step; arithmetic."""
@@ -155,6 +256,29 @@ class Kernels:
     forms: dict[str, Form]
     measured: Quantity  # TPOT of a pruned model, without such kernels / dense
 
+
+def kernels(run: Context) -> Kernels | None:
+    """Compute bytes and the bound of a step for each way to store a pruned model."""
+    pruned = next(
+        (a["pruned_params"] for a in run.run.about.values() if "pruned_params" in a), None
+    )
+    dense = alone(run, run.points[0].variant.name)
+    if pruned is None or dense is None:
+        return None
+    share = 2 * pruned / theory.decode_bytes(dense.shape, 1, dense.context_tokens)
+
+    def form(zeros: float, ratio: float) -> Form:
+        step = 1 - share * (1 - ratio)
+        return Form(Quantity(zeros, "share"), Quantity(ratio, RATIO), Quantity(step, RATIO))
+
+    forms = {name: form(zeros, bytes_ratio(of, zeros)) for name, (of, zeros) in FORMS.items()}
+    forms[EIGHT_BITS] = form(0, 0.5)
+    slower = (beside_dense(run, v.name, 1, "tpot_mean_s") for v in run.lab.variants)
+    measured = next((ratio for ratio in slower if ratio.known), Quantity.missing("none", RATIO))
+    return Kernels(Quantity(share, "share"), forms, measured)
+
+
+# ------------------------------------------------------------------------------- mixture of experts
 
 EXPERTS_SHAPE = "moe-30b"
 BATCHES = (1, 4, 16, 64, 256)
@@ -193,157 +317,6 @@ class Experts:
         return self.steps[-1]
 
 
-TOKENS_TRAINED = 10_000_000
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What it takes to pass so many tokens through the model."""
-
-    tokens: int
-    flop: Quantity
-    takes: Quantity  # at the machine's measured rate
-
-
-@dataclass(frozen=True)
-class Training:
-    """What training could win back, and what it takes, beside what pruning took."""
-
-    lost: Quantity  # ratio of perplexity at half of the weights, by Wanda
-    half_params: Quantity  # of a model with half of the layers / this one's
-    half_step: Quantity  # its decode step at one stream, where it only reads, / this one's
-    rate: Quantity  # of this machine, measured
-    calibrate: Effort
-    train: Effort
-    times_as_much: Quantity  # FLOP to train / to calibrate
-    made_s: Quantity  # what pruning took
-
-
-@dataclass(frozen=True)
-class Facts:
-    zeros: Zeros
-    sparsities: Sparsities | None  # None: not studied
-    kernels: Kernels | None  # None: nothing was pruned
-    experts: Experts
-    smaller: Training | None  # None: not studied
-    quality: Quality | None  # None: the probe did not run
-
-
-def facts(run: JudgedRun) -> Facts:
-    studied = sparsities(run.run.about.get("sparsity", {}))
-    return Facts(
-        zeros(run),
-        studied,
-        kernels(run),
-        experts(),
-        training(run, studied) if studied else None,
-        quality(run),
-    )
-
-
-def alone(run: Context, variant: str) -> Point | None:
-    return run.point(variant, "decode", "concurrent:1")
-
-
-# ------------------------------------------------------------------- what was served, and how fast
-
-
-def zeros(run: Context) -> Zeros:
-    users = max(p.load.users for p in run.points)
-    shapes = {p.variant.name: p.shape for p in run.points}
-    return Zeros(users, tuple(served(run, name, shape, users) for name, shape in shapes.items()))
-
-
-def served(run: Context, variant: str, shape: Shape, users: int) -> Served:
-    weights = next(v.weights for v in run.lab.variants if v.name == variant)
-    about = run.run.about.get(weights, {})
-    return Served(
-        variant,
-        asked=Quantity(about.get("asked"), "share", why="not pruned"),
-        zeros=Quantity(about.get("zeros"), "share", why="not pruned"),
-        groups_too_full=about.get("groups_too_full"),
-        weights=Quantity(shape.weight_bytes / 1e6, "MB"),
-        files_sha256=run.run.derived_sha256.get(weights, "")[:12],
-        tpot_s=run.quantity(alone(run, variant), "tpot_mean_s").brief,
-        slower=beside_dense(run, variant, 1, "tpot_mean_s"),
-        many=beside_dense(run, variant, users, "output_tokens_per_s"),
-    )
-
-
-def beside_dense(run: Context, variant: str, users: int, metric: str) -> Quantity:
-    """Divide a variant's figure by the dense model's, valid or not; none of that by itself."""
-    names = (variant, run.points[0].variant.name)
-    ours, dense = (run.point(name, "decode", f"concurrent:{users}") for name in names)
-    return run.measured_ratio(ours, dense, metric)
-
-
-# ------------------------------------------------------------------------ every sparsity, scored
-
-
-def sparsities(about: Mapping[str, Any]) -> Sparsities | None:
-    """Read the study of sparsities; None where the run has none."""
-    if "loss_nats" not in about:
-        return None
-    patterns = dict.fromkeys(n.partition("-")[2] for n in about["loss_nats"] if n != "dense")
-    return Sparsities(
-        steps=tuple(step(about, pattern) for pattern in (DENSE, *patterns)),
-        tasks=len(about["solved"]["dense"]),
-        tokens=sum(about["passages_tokens"]),
-        held_out_sha256=about["held_out_sha256"][:12],
-        calibration_sha256=about["calibration_sha256"][:12],
-        calibration_tokens=about["calibration_tokens"],
-        pruned_params=about["pruned_params"],
-    )
-
-
-def step(about: Mapping[str, Any], pattern: str) -> Step:
-    share = 0.5 if pattern == PATTERN else int(pattern) / 100
-    gone = energy_gone_2_4() if pattern == PATTERN else energy_gone(share)
-    by = {
-        by: scored(about, "dense" if pattern == DENSE else f"{by}-{pattern}")
-        for by in get_args(Selection)
-    }
-    return Step(pattern, Quantity(share, "share"), Quantity(gone, "share"), by)
-
-
-def scored(about: Mapping[str, Any], name: str) -> Scored:
-    nats, sizes = about["loss_nats"], about["passages_tokens"]
-    ratio = perplexity_ratio(nats[name], nats["dense"], sizes)
-    return Scored(
-        perplexity=perplexity(nats[name], sizes),
-        ratio=ratio.brief if name == "dense" else ratio,
-        solved=sum(about["solved"][name]) if name in about["solved"] else None,
-        energy_gone=Quantity(about["energy_gone"][name], "share"),
-    )
-
-
-# ------------------------------------------------------------------------- what a kernel would do
-
-
-def kernels(run: Context) -> Kernels | None:
-    """Compute bytes and the bound of a step for each way to store a pruned model."""
-    pruned = next(
-        (a["pruned_params"] for a in run.run.about.values() if "pruned_params" in a), None
-    )
-    dense = alone(run, run.points[0].variant.name)
-    if pruned is None or dense is None:
-        return None
-    share = 2 * pruned / theory.decode_bytes(dense.shape, 1, dense.context_tokens)
-
-    def form(zeros: float, ratio: float) -> Form:
-        step = 1 - share * (1 - ratio)
-        return Form(Quantity(zeros, "share"), Quantity(ratio, RATIO), Quantity(step, RATIO))
-
-    forms = {name: form(zeros, bytes_ratio(of, zeros)) for name, (of, zeros) in FORMS.items()}
-    forms[EIGHT_BITS] = form(0, 0.5)
-    slower = (beside_dense(run, v.name, 1, "tpot_mean_s") for v in run.lab.variants)
-    measured = next((ratio for ratio in slower if ratio.known), Quantity.missing("none", RATIO))
-    return Kernels(Quantity(share, "share"), forms, measured)
-
-
-# ----------------------------------------------------------------------------- mixture of experts
-
-
 def experts() -> Experts:
     """Count a shape that ships with the lab. Tokens are routed evenly and independently."""
     shape = models.shape_of(dummy.config_of(EXPERTS_SHAPE))
@@ -369,7 +342,32 @@ def routed(shape: Shape, tokens: int) -> Routed:
     )
 
 
-# ---------------------------------------------------------------------- what training would change
+# ----------------------------------------------------------------------- what training would change
+
+TOKENS_TRAINED = 10_000_000
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What it takes to pass so many tokens through the model."""
+
+    tokens: int
+    flop: Quantity
+    takes: Quantity  # at the machine's measured rate
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training could win back, and what it takes, beside what pruning took."""
+
+    lost: Quantity  # ratio of perplexity at half of the weights, by Wanda
+    half_params: Quantity  # of a model with half of the layers / this one's
+    half_step: Quantity  # its decode step at one stream, where it only reads, / this one's
+    rate: Quantity  # of this machine, measured
+    calibrate: Effort
+    train: Effort
+    times_as_much: Quantity  # FLOP to train / to calibrate
+    made_s: Quantity  # what pruning took
 
 
 def training(run: Context, studied: Sparsities) -> Training | None:

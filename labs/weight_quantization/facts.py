@@ -17,6 +17,33 @@ InputKind = Literal["q_proj", "o_proj", "gate_proj", "down_proj"]  # by the laye
 
 
 @dataclass(frozen=True)
+class Facts:
+    weights: KindsOfWeights
+    outliers: Outliers | None  # None: not studied
+    quality: Quality | None  # None: the probe did not run
+    throughput: tuple[AtLoad, ...]
+    phases: Phases | None  # None: no variant was measured in both
+    tokens_per_s: dict[str, Quantity]  # of each variant, one stream
+
+
+def facts(run: JudgedRun) -> Facts:
+    alone = {v.name: run.point(v.name, "decode", "concurrent:1") for v in run.lab.variants}
+    return Facts(
+        kinds_of_weights(run),
+        outliers(run),
+        quality(run),
+        throughput(run),
+        phases(run),
+        tokens_per_s={
+            name: run.quantity(point, "output_tokens_per_s") for name, point in alone.items()
+        },
+    )
+
+
+# ------------------------------------------------------------------------------ the outlier problem
+
+
+@dataclass(frozen=True)
 class Rounding:
     """What rounding to 8 bits in one way makes of perplexity."""
 
@@ -46,6 +73,35 @@ class Outliers:
     by_token: Quantity  # with one scale for each token
 
 
+def outliers(run: Context) -> Outliers | None:
+    """Read the study of outliers; None where the run has none."""
+    about = run.run.about.get("outliers", {})
+    if "loss_nats" not in about:
+        return None
+    sizes, plain = about["passages_tokens"], about["loss_nats"]["none"]
+    ratios = {how: perplexity_ratio(nats, plain, sizes) for how, nats in about["loss_nats"].items()}
+    roundings = [
+        Rounding(how, perplexity(nats, sizes), ratios[how].brief if how == "none" else ratios[how])
+        for how, nats in about["loss_nats"].items()
+    ]
+    inputs = [
+        Inputs(kind, of["largest_over_median_max"], of["kurtosis_mean"], of["kurtosis_max"])
+        for kind in get_args(InputKind)
+        if (of := about["inputs"].get(kind))
+    ]
+    by = "activations by {}, weights by channel"
+    return Outliers(
+        tuple(roundings),
+        tuple(inputs),
+        by_tensor=ratios[by.format("tensor")],
+        smoothed=ratios[by.format("tensor, smoothed")],
+        by_token=ratios[by.format("token")],
+    )
+
+
+# ------------------------------------------------------------------------- throughput, load by load
+
+
 @dataclass(frozen=True)
 class Gain:
     """A variant's throughput at a load, beside the base's."""
@@ -60,6 +116,32 @@ class AtLoad:
 
     users: int
     gains: tuple[Gain, ...]
+
+
+def throughput(run: Context) -> tuple[AtLoad, ...]:
+    """Compare the variants' throughput with the base's, load by load."""
+    loads = next((w.loads for w in run.lab.workloads if w.name == "decode"), ())
+    at_loads = []
+    for load in loads:
+        ratios = beside_base(run, "decode", load.users, "output_tokens_per_s")
+        gains = [Gain(variant, ratio) for variant, ratio in ratios.items()]
+        gains.sort(key=lambda gain: -(gain.ratio.value or 0))
+        if gains:
+            at_loads.append(AtLoad(load.users, tuple(gains)))
+    return tuple(at_loads)
+
+
+def beside_base(run: Context, workload: str, users: int, metric: str) -> dict[str, Quantity]:
+    """Divide each other variant's figure at a load by the base's, where both were measured."""
+    at = {v.name: run.point(v.name, workload, f"concurrent:{users}") for v in run.lab.variants}
+    return {
+        name: run.ratio_of(point, at.get(BASE), metric)
+        for name, point in at.items()
+        if run.measured_ratio(point, at.get(BASE), metric).known
+    }
+
+
+# ------------------------------------------------------------------------------- decode and prefill
 
 
 @dataclass(frozen=True)
@@ -109,82 +191,6 @@ class Phases:
         return "decode" if self.in_prefill_too else "both"
 
 
-def is_settled(times: Quantity) -> bool:
-    """Whether the interval of a ratio of times says that it differs from 1, or that it does not."""
-    if times.low is None or times.high is None:
-        return False
-    beside = not times.low < 1 < times.high
-    return beside or (is_within(times.low, MARGIN) and is_within(times.high, MARGIN))
-
-
-def is_faster(times: Quantity) -> bool:
-    """Whether the interval of a ratio of times shows a gain."""
-    return times.high is not None and times.high < 1
-
-
-@dataclass(frozen=True)
-class Facts:
-    weights: KindsOfWeights
-    outliers: Outliers | None  # None: not studied
-    quality: Quality | None  # None: the probe did not run
-    throughput: tuple[AtLoad, ...]
-    phases: Phases | None  # None: no variant was measured in both
-    tokens_per_s: dict[str, Quantity]  # of each variant, one stream
-
-
-def facts(run: JudgedRun) -> Facts:
-    alone = {v.name: run.point(v.name, "decode", "concurrent:1") for v in run.lab.variants}
-    return Facts(
-        kinds_of_weights(run),
-        outliers(run),
-        quality(run),
-        throughput(run),
-        phases(run),
-        tokens_per_s={
-            name: run.quantity(point, "output_tokens_per_s") for name, point in alone.items()
-        },
-    )
-
-
-def outliers(run: Context) -> Outliers | None:
-    """Read the study of outliers; None where the run has none."""
-    about = run.run.about.get("outliers", {})
-    if "loss_nats" not in about:
-        return None
-    sizes, plain = about["passages_tokens"], about["loss_nats"]["none"]
-    ratios = {how: perplexity_ratio(nats, plain, sizes) for how, nats in about["loss_nats"].items()}
-    roundings = [
-        Rounding(how, perplexity(nats, sizes), ratios[how].brief if how == "none" else ratios[how])
-        for how, nats in about["loss_nats"].items()
-    ]
-    inputs = [
-        Inputs(kind, of["largest_over_median_max"], of["kurtosis_mean"], of["kurtosis_max"])
-        for kind in get_args(InputKind)
-        if (of := about["inputs"].get(kind))
-    ]
-    by = "activations by {}, weights by channel"
-    return Outliers(
-        tuple(roundings),
-        tuple(inputs),
-        by_tensor=ratios[by.format("tensor")],
-        smoothed=ratios[by.format("tensor, smoothed")],
-        by_token=ratios[by.format("token")],
-    )
-
-
-def throughput(run: Context) -> tuple[AtLoad, ...]:
-    """Compare the variants' throughput with the base's, load by load."""
-    loads = next((w.loads for w in run.lab.workloads if w.name == "decode"), ())
-    at_loads = []
-    for load in loads:
-        ratios = beside_base(run, "decode", load.users, "output_tokens_per_s")
-        gains = [Gain(variant, ratio) for variant, ratio in ratios.items()]
-        gains.sort(key=lambda gain: -(gain.ratio.value or 0))
-        if gains:
-            at_loads.append(AtLoad(load.users, tuple(gains)))
-    return tuple(at_loads)
-
-
 def phases(run: Context) -> Phases | None:
     in_memory_bytes = {p.variant.name: p.shape.weight_bytes for p in run.points}
     decode = beside_base(run, "decode", 1, "tpot_mean_s")
@@ -197,11 +203,14 @@ def phases(run: Context) -> Phases | None:
     return Phases(measured) if measured else None
 
 
-def beside_base(run: Context, workload: str, users: int, metric: str) -> dict[str, Quantity]:
-    """Divide each other variant's figure at a load by the base's, where both were measured."""
-    at = {v.name: run.point(v.name, workload, f"concurrent:{users}") for v in run.lab.variants}
-    return {
-        name: run.ratio_of(point, at.get(BASE), metric)
-        for name, point in at.items()
-        if run.measured_ratio(point, at.get(BASE), metric).known
-    }
+def is_settled(times: Quantity) -> bool:
+    """Whether the interval of a ratio of times says that it differs from 1, or that it does not."""
+    if times.low is None or times.high is None:
+        return False
+    beside = not times.low < 1 < times.high
+    return beside or (is_within(times.low, MARGIN) and is_within(times.high, MARGIN))
+
+
+def is_faster(times: Quantity) -> bool:
+    """Whether the interval of a ratio of times shows a gain."""
+    return times.high is not None and times.high < 1

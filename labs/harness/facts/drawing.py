@@ -35,31 +35,11 @@ mpl.rcParams.update(
         "savefig.facecolor": "white",
     }
 )
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib import pyplot  # noqa: E402  (the backend is chosen first)
 
-__all__ = [
-    "BANDS",
-    "GREY",
-    "PLAYED",
-    "aside",
-    "draw_forecasts",
-    "draw_forecasts_of_two",
-    "draw_logarithmic",
-    "draw_measured",
-    "draw_parts",
-    "legend_above",
-    "legend_of_all",
-    "plt",
-    "reach",
-    "thinned",
-]
-
+plt = pyplot  # for whatever draws: it has chosen the backend and the style
 GREY = "#666666"
 BANDS = " Grey is what was forecast before any engine started, with its band."  # for captions
-PLAYED = (
-    " Grey is how vLLM's scheduler played the same requests in virtual time, before any engine"
-    " started."
-)  # for captions
 MOST_DRAWN = 20_000  # points of one line; a page has few of them
 
 
