@@ -184,10 +184,6 @@ class JudgedRun(Context):
         """Returns the valid judgements of a claim, one a pair of points."""
         return [j for j in self.summary.judgements if j.claim == claim and j.outcome != "not valid"]
 
-    def claim(self, name: str) -> Quantity:
-        """Returns treatment / baseline at the first pair of a claim's points that was judged."""
-        return ratio_of_claim(self.summary, name)
-
 
 def ratio_of_claim(summary: Summary, claim: str) -> Quantity:
     """Returns treatment / baseline at the first valid pair of a claim's points."""
