@@ -50,6 +50,10 @@ def _played(forecaster: Forecaster) -> list[ForecastPlay]:
     return list(forecaster.plays())
 
 
+def _played_beside_others(forecaster: Forecaster) -> None:
+    list(processes.play_all([forecaster], [ONE_TRIAL] * 3))
+
+
 def _timed(forecaster: Forecaster) -> None:
     forecaster.time_steps([PLAN])
 
@@ -105,9 +109,10 @@ def test_an_interrupted_forecast_leaves_no_process(monkeypatch: pytest.MonkeyPat
     [
         (f"{TAKES_AN_ORDER}raise SystemExit('no device')", _timed, "timed: no device"),
         (f"{TAKES_AN_ORDER}raise ValueError('no flag')", _played, "driven: ValueError: no flag"),
+        (f"{TAKES_AN_ORDER}raise SystemExit('no flag')", _played_beside_others, "no flag"),
         ("raise ImportError('no vllm')", _played, "import: ImportError: no vllm"),
     ],
-    ids=["a step", "a scheduler", "an import"],
+    ids=["a step", "a scheduler", "one of several", "an import"],
 )
 def test_what_fails_there_is_told_with_its_last_line(
     code: str,
@@ -170,16 +175,6 @@ for line in sys.stdin:
         again = [play.key for _, play in processes.play_all(forecasters, plans[:1])]
     assert ended == ["a", "b", "c", "long"]
     assert again == ["long"]
-
-
-def test_a_play_that_fails_beside_others_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = f"{TAKES_AN_ORDER}raise SystemExit('no such flag')"
-    monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in(code))
-    with (
-        processes.side_by_side(2) as forecasters,
-        pytest.raises(ForecastError, match="no such flag"),
-    ):
-        list(processes.play_all(forecasters, [ONE_TRIAL] * 3))
 
 
 def test_engines_are_built_once_and_begin_anew() -> None:

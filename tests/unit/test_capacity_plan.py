@@ -228,17 +228,6 @@ def test_a_folder_of_quantized_weights_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("capacity")
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [({}, "1 GPU behind"), ({"gpus": 2, "name": "llama-70b"}, "1 replica behind")],
-)
-def test_a_fleet_of_one_is_told_in_the_singular(more: dict[str, Any], said: str) -> None:
-    answer = plan(question(**more, demand=Demand(1000, 100, rate_per_s=5)), SilentProgress())
-    assert answer.replicas == 1
-    assert said in markdown.document(capacity_plans.page(answer))
-
-
-@pytest.mark.usefixtures("capacity")
 def test_two_cards_hold_what_one_does_not_and_cost_twice_as_much() -> None:
     asked = question("llama-70b", gpus=2, usd_per_hour=3.6)
     answer = plan(asked, SilentProgress())

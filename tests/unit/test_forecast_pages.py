@@ -323,11 +323,8 @@ def test_the_aims_are_told_beside_what_was_reached(folder: RunFolder) -> None:
     assert "| abacus | Claims within 25% | at least 85% | 3 of 4 (75%) | missed |" in text
     assert "| abacus | Figures within their band | 80% to 97% | 8 of 10 (80%) | met |" in text
     assert residuals.aims_of([]) == []
-
-
-def test_bands_that_hold_everything_miss_their_aim(folder: RunFolder) -> None:
     inside = [of_a_run(folder, "TTFT, mean", "s", 1.0) for _ in range(100)]
-    *_, bands = residuals.aims_of(inside)
+    *_, bands = residuals.aims_of(inside)  # too wide
     assert (bands.found, bands.met) == ("100 of 100 (100%)", False)
 
 

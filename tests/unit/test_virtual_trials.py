@@ -184,22 +184,6 @@ def test_settings_to_look_among_are_played_once_and_are_no_points(
     assert not forecast_of(make_lab(), Playing(), monkeypatch).searched
 
 
-def test_where_the_search_cannot_be_played_all_other_forecasts_stay(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class PointsOnly(Playing):
-        def send(self, plan: ForecastPlan) -> None:
-            super().send(plan)
-            if len(self.plans) > 2:  # the capacity, all points, the search
-                raise ForecastError("no such flag")
-
-    lab = make_lab(workloads=(make_workload("concurrent:2", "capacity:1.5"),), searched=one_more)
-    found = forecast_of(lab, PointsOnly(), monkeypatch)
-    assert len(found.points) == 4
-    assert found.searched == ()
-    assert found.without == {SEARCH: "no such flag"}
-
-
 @pytest.mark.parametrize("search", [one_more, None])
 def test_where_all_loads_are_multiples_of_a_capacity_that_is_unknown_nothing_is_forecast(
     monkeypatch: pytest.MonkeyPatch, search: Any
@@ -290,24 +274,15 @@ def test_a_trace_is_played_to_its_end_by_engines_without_a_stated_batch(
     assert {len(t.traffic.schedule_s) for e in plan.engines for t in e.trials} == {len(trace)}
 
 
-def test_the_cache_in_use_is_the_mean_over_the_plays_at_the_expected_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    found = forecast_of(make_lab(), Playing(), monkeypatch)
-    assert found.kv_use.keys() == found.points.keys()
-    for use in found.kv_use.values():
-        assert (use.mean, use.peak) == pytest.approx((0.3, 0.6))
+def test_the_cache_in_use_has_a_band_as_other_figures_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A faster and a slower step use 0.9 of it where the two plays, as timed, use 0.2 and 0.4."""
     without = forecast_of(make_lab(), Playing(one_engine=False), monkeypatch)
     assert without.kv_use == without.kv_bands == {}
-
-
-def test_the_cache_in_use_has_a_band_as_other_figures_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A faster and a slower step use 0.9 of it where the first play, as timed, uses 0.2."""
     found = forecast_of(make_lab(), Playing(), monkeypatch)
-    assert found.kv_bands.keys() == found.kv_use.keys()
+    assert found.kv_bands.keys() == found.kv_use.keys() == found.points.keys()
     for key, bands in found.kv_bands.items():
-        assert bands["mean"].value == pytest.approx(found.kv_use[key].mean)
-        assert bands["peak"].value == pytest.approx(found.kv_use[key].peak)
+        assert bands["mean"].value == pytest.approx(found.kv_use[key].mean) == pytest.approx(0.3)
+        assert bands["peak"].value == pytest.approx(found.kv_use[key].peak) == pytest.approx(0.6)
         assert bands["mean"].low <= 0.3
         assert bands["mean"].high == pytest.approx(0.9)
     told = markdown.fragment([tables.in_virtual_time(make_lab(), found)])
@@ -366,24 +341,31 @@ def test_a_split_and_two_of_the_cutting_engine_are_played_after_everything_else(
     assert "on_two" not in forecast_of(make_lab(), Playing(), monkeypatch).model_dump()
 
 
-def test_where_two_engines_cannot_be_played_all_other_forecasts_stay(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class AloneOnly(Playing):
-        def send(self, plan: ForecastPlan) -> None:
-            super().send(plan)
-            if len(self.plans) > 1:
-                raise ForecastError("no such connector")
-
-    found = forecast_of(beside_a_long_prompt(), AloneOnly(), monkeypatch)
-    assert len(found.points) == 3
-    assert found.on_two == ()
-    assert found.without == {TWO_ENGINES: "no such connector"}
-
-
 @pytest.mark.parametrize(("kind", "on_cuda"), [("cpu", False), ("gpu", True)])
 def test_a_gpus_engine_schedules_as_on_cuda(kind: str, on_cuda: bool) -> None:
     setup = make_setup(make_lab())
     setup.machine.kind = kind
     make_trials(setup, forecaster := Playing()).played(setup.points, NO_CAPACITIES)
     assert {engine.on_cuda for engine in forecaster.plans[0].engines} == {on_cuda}
+
+
+@pytest.mark.parametrize("part", [SEARCH, TWO_ENGINES])
+def test_where_what_stands_beside_the_points_cannot_be_played_their_forecasts_stay(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if part == SEARCH:
+        workload = make_workload("concurrent:2", "capacity:1.5")
+        lab, before = make_lab(workloads=(workload,), searched=one_more), 2  # capacity, points
+    else:
+        lab, before = beside_a_long_prompt(), 1
+
+    class PointsOnly(Playing):
+        def send(self, plan: ForecastPlan) -> None:
+            super().send(plan)
+            if len(self.plans) > before:
+                raise ForecastError("no such flag")
+
+    found = forecast_of(lab, PointsOnly(), monkeypatch)
+    assert len(found.points) == len(lab.points(SHAPE, CEILINGS))
+    assert (found.searched, found.on_two) == ((), ())
+    assert found.without == {part: "no such flag"}
