@@ -172,7 +172,7 @@ check: setup ## Lint, check formatting and types, and check the generated pages 
 	@$(DENO) lint --quiet && $(DENO) check --quiet dashboards/page tests/unit
 	@$(LABS) readme --verify && $(LABS) check --committed
 
-bench: setup ## Measure the lab's own instruments: [PART=streams|engine|neighbour|recording|overhead|aa|twins|soak|fleet|server]
+bench: setup ## Measure the lab's own instruments: [PART=streams|engine|aa]
 	@$(BIN)/python -m bench
 
 locks: setup ## Write serving/locks/ anew: newer hashes, and versions where those there no longer fit

@@ -1,4 +1,4 @@
-"""Print tables, and figures beside their aims, for every part."""
+"""Print the progress, tables, and figures beside their aims, for every part."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from labs.harness.judging.judge import Interval
 from labs.harness.telling.terminal import PlainConsole
 
 console = PlainConsole(width=None if sys.stdout.isatty() else 120)
+
+
+def tell(text: str) -> None:
+    """Show what is being measured, on standard error."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def table(title: str, *columns: str) -> Table:

@@ -6,23 +6,18 @@ The reference is a server that records when it wrote each chunk (`bench/truth.py
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.markup import escape
-
 from bench import trials
-from bench.clock import Clock
-from bench.console import aim, console, scaled, table
+from bench.console import aim, console, scaled, table, tell
 from bench.load import locust
 from bench.trials import Totals
-from bench.truth import CHUNKS, SHARED, TTFT_S, Program
+from bench.truth import CHUNKS, PROGRAMS, SHARED, TTFT_S
 from labs.harness.telling import instruments
-from loadtests import generator
 
-Sender = tuple[Path, int]  # a locustfile, and how many load processes run it
+REPEATS = 2
 
 
 @dataclass(frozen=True)
@@ -44,45 +39,23 @@ by one, so that several wait for each reading.
 """
 
 
-def measure(
-    clock: Clock, work: Path, repeats: int, programs: Sequence[Program], senders: Sequence[Sender]
-) -> instruments.Streams:
-    """Play every program once, then all again; each program is sent by all senders in turn.
-
-    Returns the figures of our own Locust.
-    """
-    cases = cases_of(programs, senders)
+def measure(work: Path) -> instruments.Streams:
+    """Play every program once, then all again; each by one load process, some also by two."""
+    cases = [(program, 1) for program in PROGRAMS] + [(program, 2) for program in SHARED]
+    cases.sort(key=lambda case: PROGRAMS.index(case[0]))
     totals = {case: Totals() for case in cases}
-    users = max(program.streams for program in programs)
+    users = max(program.streams for program in PROGRAMS)
     with contextlib.ExitStack() as exits:
-        clock.tell("starting Locust", 0)
-        loads = {
-            (file, processes): exits.enter_context(locust(users, work / str(i), file, processes))
-            for i, (file, processes) in enumerate(senders)
-        }
-        for repeat in range(repeats):
-            for i, (program, sender) in enumerate(cases):
-                share = (repeat + i / len(cases)) / repeats
-                clock.tell(f"{program.title}, {many(sender[1])}, {repeat + 1} of {repeats}", share)
-                trial_folder = work / f"{repeat}-{i}"
-                trials.measure(program, loads[sender], trial_folder, totals[program, sender])
-    for file in dict.fromkeys(file for file, _ in senders):
-        if len(senders) > 1:
-            console.print(f"\n[bold]{escape(os.path.relpath(file))}[/]", soft_wrap=True)
-        show([cost.sent(p, n) for (p, (sender, n)), cost in totals.items() if sender == file])
-    own_rows = [
-        cost.sent(program, processes)
-        for (program, (file, processes)), cost in totals.items()
-        if file == generator.LOCUSTFILE
-    ]
-    return instruments.Streams(rows=own_rows)
-
-
-def cases_of(
-    programs: Sequence[Program], senders: Sequence[Sender]
-) -> list[tuple[Program, Sender]]:
-    """List what is measured, in turn: the odd shapes are sent by one load process only."""
-    return [(p, sender) for p in programs for sender in senders if sender[1] == 1 or p in SHARED]
+        tell("streams: starting Locust")
+        loads = {n: exits.enter_context(locust(users, work / f"{n}", n)) for n in (1, 2)}
+        for repeat in range(REPEATS):
+            for i, (program, processes) in enumerate(cases):
+                tell(f"streams: {program.title}, {many(processes)}, {repeat + 1} of {REPEATS}")
+                folder = work / f"{repeat}-{i}"
+                trials.measure(program, loads[processes], folder, totals[program, processes])
+    rows = [cost.sent(program, processes) for (program, processes), cost in totals.items()]
+    show(rows)
+    return instruments.Streams(rows=rows)
 
 
 def many(processes: int) -> str:
@@ -104,15 +77,13 @@ def show(rows: Sequence[instruments.Sent]) -> None:
         tokens = f" × {sent.tokens_per_chunk}" if sent.tokens_per_chunk > 1 else ""
         shape = f", {sent.shape}" if sent.shape else ""
         name = f"{sent.streams}{tokens}, {1000 * sent.gap_s:g} ms{shape}"
-        times.add_row(
-            name,
-            f"{sent.load_processes}",
-            *(scaled(t, 1000, 2) for t in (
-                sent.ttft_added_p50_s, sent.ttft_added_p99_s, sent.start_ttft_added_p50_s,
-                sent.start_ttft_added_p99_s, sent.read_late_p50_s, sent.read_late_p99_s,
-                sent.gap_error_p50_s, sent.gap_error_p99_s, sent.server_late_p99_s,
-            )),
-        )  # fmt: skip
+        times_s = (
+            *(sent.ttft_added_p50_s, sent.ttft_added_p99_s),
+            *(sent.start_ttft_added_p50_s, sent.start_ttft_added_p99_s),
+            *(sent.read_late_p50_s, sent.read_late_p99_s),
+            *(sent.gap_error_p50_s, sent.gap_error_p99_s, sent.server_late_p99_s),
+        )
+        times.add_row(name, f"{sent.load_processes}", *(scaled(t, 1000, 2) for t in times_s))
         costs.add_row(
             name,
             f"{sent.load_processes}",

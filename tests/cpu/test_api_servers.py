@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from bench.clients import ENGINE_FLAGS
-from bench.server import INSTANT
+from bench.engine import ENGINE_FLAGS
 from labs.harness.running.machine_load import ServerLoad
 from serving import metrics
 from serving.engines.vllm import Vllm
@@ -24,6 +23,7 @@ pytestmark = [
     ),
 ]
 ASKED = 12
+INSTANT = "tests.cpu.instant.InstantExecutor"
 
 
 @pytest.mark.timeout(900)  # beside the labs of other tests
