@@ -43,9 +43,7 @@ def draw_goodput(run: JudgedRun, facts: Facts) -> bool:
 
 def draw_ramp(run: JudgedRun, facts: Facts) -> bool:
     """Draw the signals of the ramp's first trial under one another, and the breach."""
-    ramp = ramp_of(run)
-    trials = run.folder.trials([ramp] if ramp else [], run.lab)
-    trial = next((t for _, _, t in trials if t), None)
+    trial = next(run.trials(ramp_of(run)), None)
     if trial is None or facts.signals is None:
         return False
     readings, breach_s = series(trial), late_from_s(trial)
