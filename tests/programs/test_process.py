@@ -154,40 +154,19 @@ def test_stop_passes_over_a_line_that_nobody_read(tmp_path: Path) -> None:
     assert child.stdin.closed
 
 
-def test_stop_ends_grandchildren_in_sessions_of_their_own(
-    tmp_path: Path, family: list[int]
+@pytest.mark.parametrize("stays", [True, False])
+def test_grandchildren_in_sessions_of_their_own_end_with_the_child(
+    tmp_path: Path, family: list[int], stays: bool
 ) -> None:
-    with python(STAYING, tmp_path / "log", talk=True) as process:
+    """Whether it is stopped or has come to its end by itself."""
+    with python(STAYING if stays else FAMILY, tmp_path / "log", talk=True) as process:
         family += map(int, process.stdout.readline().split())
-        assert [running(pid) for pid in family] == [True, True]
+        if stays:
+            assert [running(pid) for pid in family] == [True, True]
+        else:
+            assert ended(process) == 0
+            assert [running(pid) for pid in family] == [False, False]
     assert [running(pid) for pid in family] == [False, False]
-
-
-def test_child_that_exits_takes_its_grandchildren_with_it(
-    tmp_path: Path, family: list[int]
-) -> None:
-    with python(FAMILY, tmp_path / "log", talk=True) as process:
-        family += map(int, process.stdout.readline().split())
-        assert ended(process) == 0
-        assert [running(pid) for pid in family] == [False, False]
-
-
-def test_killed_parent_leaves_no_process(tmp_path: Path, family: list[int]) -> None:
-    code = f"""
-argv = [sys.executable, "-c", {STAYING!r}]
-process = Process("child", argv, log=Path({str(tmp_path / "log")!r}), talk=True)
-print(process.pid, process.stdout.readline(), flush=True)
-"""
-    parent = parent_of(code)
-    family.append(parent.pid)
-    assert parent.stdout
-    guard, *sleepers = map(int, parent.stdout.readline().split())
-    family += [guard, *sleepers, *(p.pid for p in psutil.Process(guard).children(recursive=True))]
-    assert len(sleepers) == 2
-    assert all(running(pid) for pid in family)
-    parent.kill()
-    parent.communicate()
-    until(lambda: not any(running(pid) for pid in family))
 
 
 @pytest.mark.parametrize("talk", [True, False])
@@ -276,10 +255,10 @@ def test_a_suspended_child_ends_by_sigterm_and_in_order(tmp_path: Path, guard_to
     assert process.returncode == 7  # its own handler has run: it was not killed
 
 
-@pytest.mark.parametrize("guard_too", [True, False])
+@pytest.mark.parametrize("halted", ["nobody", "the child", "the guard too"])
 @pytest.mark.parametrize("own_session", [True, False])
-def test_killed_parent_leaves_no_suspended_process(
-    tmp_path: Path, family: list[int], own_session: bool, guard_too: bool
+def test_killed_parent_leaves_no_process(
+    tmp_path: Path, family: list[int], own_session: bool, halted: str
 ) -> None:
     """In the parent's session the kernel then sends SIGHUP to the guard, too."""
     code = f"""
@@ -288,7 +267,8 @@ process = Process(
     "child", argv, log=log, talk=True, own_session={own_session}, folder_variable="OWN"
 )
 pids = process.stdout.readline()
-process.suspend()
+if {halted != "nobody"}:
+    process.suspend()
 print(process.pid, pids, flush=True)
 """
     parent = parent_of(code, start_new_session=True, env={"TMPDIR": str(tmp_path)})
@@ -296,8 +276,9 @@ print(process.pid, pids, flush=True)
     assert parent.stdout
     guard, *sleepers = map(int, parent.stdout.readline().split())
     family += [guard, *sleepers, *(p.pid for p in psutil.Process(guard).children(recursive=True))]
-    until(lambda: all(stopped(sleepers)))
-    if guard_too:
+    assert len(sleepers) == 2
+    until(lambda: stopped(sleepers) == [halted != "nobody"] * 2)
+    if halted == "the guard too":
         os.kill(guard, signal.SIGSTOP)
     assert len(list(tmp_path.glob("labs-*"))) == 1
     parent.kill()

@@ -40,25 +40,20 @@ INF = float("inf")
 NEW = Histogram((0.1, 0.5, INF), (1, 4, 4), 1.25, 4)
 
 
-def test_values_are_summed_over_labels() -> None:
+def test_values_are_summed_over_labels_and_histograms_are_cumulative() -> None:
     found = parse(BEFORE)
     assert found.values[metrics.REQUESTS] == 7
     assert found.values[metrics.RUNNING] == 3
     assert found.values["somebody_elses"] == 7
-
-
-def test_histogram_is_read_cumulative() -> None:
-    assert parse(BEFORE).histograms == {metrics.TTFT: Histogram((0.1, 0.5, INF), (1, 4, 5), 2.5, 5)}
+    assert found.histograms == {metrics.TTFT: Histogram((0.1, 0.5, INF), (1, 4, 5), 2.5, 5)}
+    assert found.info[metrics.CACHE_CONFIG]["enable_prefix_caching"] == "False"
+    assert found.since(Snapshot()) == found
 
 
 def test_engines_of_one_server_are_added() -> None:
     found = parse(TWO_ENGINES)
     assert found.values[metrics.REQUESTS] == 14
     assert found.histograms[metrics.TTFT] == Histogram((0.1, 0.5, INF), (2, 8, 10), 5, 10)
-
-
-def test_info_keeps_its_labels() -> None:
-    assert parse(BEFORE).info[metrics.CACHE_CONFIG]["enable_prefix_caching"] == "False"
 
 
 def test_since_takes_counters_and_histograms_as_differences_and_gauges_as_they_are() -> None:
@@ -69,20 +64,12 @@ def test_since_takes_counters_and_histograms_as_differences_and_gauges_as_they_a
     assert found.info == parse(AFTER).info
 
 
-def test_since_an_empty_reading_is_everything() -> None:
-    found = parse(BEFORE).since(Snapshot())
-    assert (found.values, found.histograms) == (parse(BEFORE).values, parse(BEFORE).histograms)
-
-
 @pytest.mark.parametrize(
     ("quantile", "bucket"),
     [(0.25, (0.0, 0.1)), (0.26, (0.1, 0.5)), (0.5, (0.1, 0.5)), (1.0, (0.1, 0.5))],
 )
 def test_bucket_holds_the_quantile(quantile: float, bucket: tuple[float, float]) -> None:
     assert NEW.bucket_of(quantile) == bucket
-
-
-def test_bucket_beyond_the_last_bound_is_open() -> None:
     assert Histogram((0.1, INF), (1, 4), 9, 4).bucket_of(0.5) == (0.1, INF)
 
 

@@ -3,9 +3,7 @@
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +17,7 @@ from serving.engines.vllm import SEVERAL_SERVERS, Vllm, arguments, resolved
 from serving.engines.vllm_flags import VllmFlags
 from serving.hardware.machine import Machine
 from serving.weights.models import Model, files_sha256
+from tests.unit import hostile
 from tests.unit.builders import SHAPE
 
 SAID = (  # by vLLM 0.32, cut
@@ -102,55 +101,34 @@ class Answering(Vllm):
         self.name, self.model, self.url, self.flags = "w8a8", "tiny", url, {}
 
 
-@pytest.fixture
-def answers() -> Iterator[dict[str, Any]]:
-    """Path -> what is answered there; `url` is the address."""
-    known: dict[str, Any] = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(known[self.path]).encode())
-
-        do_POST = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    known["url"] = f"http://127.0.0.1:{server.server_port}"
-    yield known
-    server.shutdown()
-    server.server_close()
+def answering(path: str, content: object) -> AbstractContextManager[str]:
+    return hostile.serving({path: hostile.says(hostile.whole(json.dumps(content)))})
 
 
-def test_the_weights_that_it_serves_are_those_in_the_folder_that_it_names(
-    answers: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_weights_that_it_serves_are_those_in_the_folder_that_it_names(tmp_path: Path) -> None:
+    def served(id: str, root: str) -> dict[str, str]:
+        with answering("/v1/models", {"data": [{"id": id, "root": root}]}) as url:
+            return Answering(url).served()
+
     folder = tmp_path / "tiny-w8a8"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    engine = Answering(answers["url"])
-    answers["/v1/models"] = {"data": [{"id": "tiny", "root": str(folder)}]}
-    served = engine.served()
-    assert served == {"folder": "tiny-w8a8", "files_sha256": files_sha256(folder)}
+    first = served("tiny", str(folder))
+    assert first == {"folder": "tiny-w8a8", "files_sha256": files_sha256(folder)}
     (folder / "model.safetensors").write_bytes(b"others!")
-    assert engine.served()["files_sha256"] != served["files_sha256"]
-    answers["/v1/models"] = {"data": [{"id": "tiny", "root": "nowhere"}]}
-    assert engine.served() == {"folder": "nowhere"}
-    answers["/v1/models"] = {"data": [{"id": "another", "root": str(folder)}]}
-    assert engine.served() == {}
+    assert served("tiny", str(folder))["files_sha256"] != first["files_sha256"]
+    assert served("tiny", "nowhere") == {"folder": "nowhere"}
+    assert served("another", str(folder)) == {}
 
 
-def test_a_cache_that_it_says_it_did_not_reset_is_an_error(answers: dict[str, Any]) -> None:
-    engine = Answering(answers["url"])
-    answers["/reset_prefix_cache"] = {"success": True}
-    engine.reset_prefix_cache()
-    answers["/reset_prefix_cache"] = {"success": False}
-    with pytest.raises(EngineError, match=r"w8a8 .* prefix cache"):
-        engine.reset_prefix_cache()
+def test_a_cache_that_it_says_it_did_not_reset_is_an_error() -> None:
+    with answering("/reset_prefix_cache", {"success": True}) as url:
+        Answering(url).reset_prefix_cache()
+    with (
+        answering("/reset_prefix_cache", {"success": False}) as url,
+        pytest.raises(EngineError, match=r"w8a8 .* prefix cache"),
+    ):
+        Answering(url).reset_prefix_cache()
 
 
 def test_workers_listen_to_one_another_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
