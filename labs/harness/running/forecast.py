@@ -132,7 +132,6 @@ class FleetSize:
 class FleetForecasts:
     """Holds a forecast for each open load of each engine, one a router."""
 
-    size: FleetSize
     points: Mapping[tuple[str, str], LoadForecast]  # by a point's key and the router
     without: Mapping[str, str]  # variant -> why it has no forecast
 
@@ -175,7 +174,7 @@ def forecast_fleets(
     without = reasons_against(setup)
     points = [p for p in _open_points(setup) if p.variant.name not in without]
     if not points:
-        return FleetForecasts(size, {}, without)
+        return FleetForecasts({}, without)
     with _trials(setup, points, requests, progress) as trials:
         loads = {
             (point.key, router): trials.of_a_fleet(point, size.replicas, router)
@@ -185,7 +184,7 @@ def forecast_fleets(
     with side_by_side(processes(max(len(p.lengths) for p in points))) as forecasters:
         where = f"{size.replicas} replicas"
         found = forecast_loads(loads, forecasters, setup.lab.slo, progress, where)
-    return FleetForecasts(size, found, without)
+    return FleetForecasts(found, without)
 
 
 Found = TypeVar("Found")
