@@ -35,7 +35,7 @@ or_help = $(if $(value LABS_$1),,--help)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan diagnose labs-all derive serve locust load-worker report words site score compare reproduce gate export leaderboard check-results readme watch stop import stack grafana-push preview doctor bundle unbundle test rehearse check bench locks clean distclean
+.PHONY: help setup labs forecast plan judge diagnose labs-all derive serve locust load-worker report words site score compare reproduce gate export leaderboard check-results readme watch stop import stack grafana-push preview doctor bundle unbundle test rehearse check bench locks clean distclean
 
 # Before anything starts, one sentence refuses a target or a setting that is not there or went, and
 # a setting that no target of this call takes. A make that calls this one may have variables of its own.
@@ -69,6 +69,9 @@ forecast: setup ## Forecast labs without running them: LAB=..[,..]|all [MACHINE=
 
 plan: setup ## Plan capacity without a GPU: MACHINE=h100 [MODEL=..] [TP=..] [RATE=..|TRACE=..] [SLO=..] [REPLICAS=..]
 	@$(LABS) plan $(call or_help,MACHINE)
+
+judge: setup ## Hold forecasts against GPU runs that others have published: DATA=folder
+	@$(LABS) judge $(call or_help,DATA)
 
 labs-all: setup ## Run every lab in order, continuing where it stopped: [ONLY=a,b] [SECONDS=530] [ARCHIVE=x.tar.gz] [FRESH=1]
 	@$(LABS) all

@@ -12,6 +12,7 @@ from typing import Any
 from serving.forecasting import datasheet, kernels
 from serving.forecasting.kernels import Decoder, KernelsError
 from serving.forecasting.step import StepTimes
+from serving.forecasting.traffic import Delays
 from serving.hardware.gpus import Datasheet
 from serving.weights.models import Shape
 
@@ -20,6 +21,14 @@ FASTER, SLOWER = 0.89, 1.08
 
 Measured / forecast of TPOT: 0.89 (Llama 2 7B on an H100, whose requests share their prompts) to
 1.08 (Llama 3.1 8B on an H100 at 20 requests a second); `results/published-gpu.md` has all.
+"""
+
+
+DELAYS = Delays(request_s=0.006)
+"""What a request costs the host of a GPU, beside the steps.
+
+Fitted on the TTFT of Llama 3.1 8B on an H100 at 6, 8 and 20 requests a second (26.0, 25.2 and 29.7
+ms, github inference-sim/sim-to-real-accuracy-validation at 378810d), which judge nothing.
 """
 
 

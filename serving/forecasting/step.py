@@ -14,11 +14,11 @@ the serving device before any engine exists:
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-import numpy as np
 from pydantic import BaseModel, Field
 
 from serving.hardware.reference_step import ReferenceStep
@@ -83,8 +83,10 @@ class AttentionTimes(BaseModel, frozen=True, extra="forbid"):
 
     def _decode_s(self, requests: int, context_tokens: float) -> float:
         batch = requests * self.requests_each
-        by_batch = [_at(context_tokens, self.contexts, row) for row in self.decode_s]
-        return _at(batch, self.batches, by_batch)
+        above = min(max(bisect_right(self.batches, batch), 1), len(self.batches) - 1)
+        rows = self.decode_s[above - 1 : above + 1]
+        around = [_at(context_tokens, self.contexts, row) for row in rows]
+        return _at(batch, self.batches[above - 1 : above + 1], around)
 
     def _computing_s(self, piece: Piece) -> float:
         """Compute a piece's time beside the launch: the whole prompt's so far, less what was done.
@@ -101,7 +103,7 @@ class AttentionTimes(BaseModel, frozen=True, extra="forbid"):
         last = self.lengths[-1]
         if tokens > last:
             return self.prefill_s[-1] * (tokens / last) ** 2
-        return float(np.interp(tokens, self.lengths, self.prefill_s))
+        return _at(tokens, self.lengths, self.prefill_s)
 
 
 class StepTimes(BaseModel, frozen=True, extra="forbid"):
@@ -201,7 +203,8 @@ class Step:
 
 def _at(size: float, sizes: Sequence[int], seconds: Sequence[float]) -> float:
     """Interpolate the seconds at a size; beyond the largest, follow the last slope."""
-    if size <= sizes[-1] or len(sizes) < 2:
-        return float(np.interp(size, sizes, seconds))
-    slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
-    return seconds[-1] + slope * (size - sizes[-1])
+    if size <= sizes[0] or len(sizes) < 2:
+        return seconds[0]
+    below = min(bisect_right(sizes, size), len(sizes) - 1) - 1
+    slope = (seconds[below + 1] - seconds[below]) / (sizes[below + 1] - sizes[below])
+    return slope * (size - sizes[below]) + seconds[below]

@@ -23,6 +23,8 @@ from labs.harness.commands.options import (
     trace_of,
 )
 from labs.harness.commands.terminal import EXPECTED_ERRORS, ConsoleProgress
+from labs.harness.filing import published_gpu as filed
+from labs.harness.running import referee
 from labs.harness.running.capacity_plan import (
     PRECISIONS,
     Question,
@@ -31,10 +33,12 @@ from labs.harness.running.capacity_plan import (
     plan,
 )
 from labs.harness.running.forecast import FleetSize
+from labs.harness.running.forecaster import side_by_side
+from labs.harness.running.loads_played import processes
 from labs.harness.running.resolve import RunRequest, Setup, machine_of
 from labs.harness.running.run import forecast_alone, forecast_fleets_alone
 from labs.harness.spec import LabError, NotApplicable, duration_s_of
-from labs.harness.telling import capacity_plans, forecasts, markdown
+from labs.harness.telling import capacity_plans, forecasts, markdown, published_gpu
 from labs.harness.telling.capacity_plans import Demand
 from labs.harness.telling.document import Paragraph, Section, section
 from loadtests.trace import MOST_ROWS, Tell, TraceRow
@@ -211,3 +215,19 @@ def _forecast_page(
 def _basis(setup: Setup) -> forecasts.Basis:
     run = setup.on_file.run if setup.on_file else ""
     return forecasts.Basis(setup.lab, setup.model.name, setup.machine, not setup.elsewhere, run)
+
+
+@command("judge", panel="Forecasts")
+def judge_forecasts(data: Path) -> None:
+    """Hold forecasts against runs that others have published, request by request.
+
+    `DATA=` is a folder with the requests of published runs, or one such file. Runs of your own
+    choice are described in a `runs.toml` beside them, in the form of
+    `serving/forecasting/public_runs/runs.toml`.
+    """
+    own = data.is_dir() and not (data / "runs.toml").exists()
+    with ConsoleProgress() as progress, side_by_side(processes()) as forecasters:
+        judged = list(referee.judge(data, forecasters, progress))
+        progress.show(published_gpu.page(judged))
+    if own:
+        filed.write(judged)

@@ -24,6 +24,7 @@ from labs.harness.comparing.reproduction import FILED
 from labs.harness.comparing.side_by_side import named_table
 from labs.harness.facts.parts import Headline, parts_of
 from labs.harness.filing import manifest, results
+from labs.harness.filing import published_gpu as filed
 from labs.harness.filing.committed import committed_runs
 from labs.harness.filing.newest import marks, newest_runs, on_cpu
 from labs.harness.filing.results import Run, RunFolder, Session
@@ -43,7 +44,14 @@ from labs.harness.judging.text import (
     verdict_text,
 )
 from labs.harness.questions import QUESTIONS
-from labs.harness.telling import computed, instruments, markdown, method, residuals
+from labs.harness.telling import (
+    computed,
+    instruments,
+    markdown,
+    method,
+    published_gpu,
+    residuals,
+)
 from labs.harness.telling.document import (
     Block,
     Code,
@@ -75,6 +83,7 @@ PAGE = "README.md"
 SWEEP = "sweep.svg"
 SITTING = "labs-all.md"  # of a machine, for its reader: git ignores it
 FORECASTS = "forecasts.md"  # how near predictions came
+PUBLISHED = "published-gpu.md"  # to what others measured on GPUs
 README = ROOT / PAGE
 COLLECTION = Path(__file__).with_name("collection.md")
 RUN_NAME = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{8}\b")
@@ -159,6 +168,7 @@ def _pages() -> dict[Path, str]:
         results.RESULTS / FORECASTS: markdown.document(
             residuals.page(scores, residuals.to_reports(results.RESULTS))
         ),
+        results.RESULTS / PUBLISHED: markdown.document(published_gpu.page(filed.on_file())),
         **{
             home / PAGE: markdown.document(_machine(machine_runs, committed=True))
             for home, machine_runs in _by_machine(runs).items()

@@ -1,0 +1,83 @@
+"""Runs of vLLM that others have published, and how forecasts of them came out.
+
+`results/published-gpu.json` holds the lab's own figures of them: settings, measured aggregates,
+forecasts, and the hash of the requests' file, which is theirs and is not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pydantic import BaseModel, Field, TypeAdapter
+
+from labs.harness.filing import results
+from labs.harness.filing.results import Band
+from serving import whole
+from serving.engines.flags import FlagValue
+
+FIGURES = ("ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "tpot_mean_s", "e2e_mean_s", "e2e_p99_s")
+FILE = "published-gpu.json"
+
+
+class Stage(BaseModel, frozen=True, extra="forbid"):
+    """A load of which only its settings and mean figures were published: Poisson arrivals."""
+
+    rate_per_s: float
+    prompt_tokens: int
+    output_tokens: int
+    texts: int  # distinct prompts, sent in turn
+    measured: Mapping[str, float]  # by a name of FIGURES
+    others: Mapping[str, float] = {}  # predictor -> the `e2e_mean_s` that it predicted
+
+
+class PublishedRun(BaseModel, frozen=True, extra="forbid"):
+    """A run of vLLM that somebody published: what was served, on what, and its requests' file."""
+
+    name: str
+    source: str
+    requests: str = ""  # the CSV, maybe with gzip; empty where there is a stage instead
+    stage: Stage | None = None
+    model: str  # a shape that ships with the lab, or the `config.json` beside `runs.toml`
+    model_name: str
+    card: str
+    gpus: int = Field(default=1, ge=1)
+    vllm: str
+    kv_blocks: int = Field(ge=1)
+    block_tokens: int = Field(default=16, ge=1)
+    flags: Mapping[str, FlagValue]  # by vLLM's own names
+    remark: str = ""  # what to know of it, such as the cause of a miss
+
+
+class Judged(BaseModel, frozen=True, extra="forbid"):
+    """A published run beside its forecast: each figure as it was measured, and its band."""
+
+    run: PublishedRun
+    sha256: str  # of the requests' file; empty for a stage
+    sent: int
+    rate_per_s: float
+    in_flight: float  # requests, on average: rate x E2E
+    measured: Mapping[str, float]
+    forecast: Mapping[str, Band]
+
+    def ratio(self, figure: str) -> float:
+        """Return measured / forecast."""
+        return self.measured[figure] / self.forecast[figure].value
+
+    def in_band(self, figure: str) -> bool:
+        """Tell whether the measured figure lies within the forecast's band."""
+        band = self.forecast[figure]
+        return band.low <= self.measured[figure] <= band.high
+
+
+_ALL: TypeAdapter[tuple[Judged, ...]] = TypeAdapter(tuple[Judged, ...])
+
+
+def on_file() -> tuple[Judged, ...]:
+    """Read the published runs that were judged; none without the file."""
+    path = results.RESULTS / FILE
+    return _ALL.validate_json(path.read_bytes()) if path.exists() else ()
+
+
+def write(judged: Sequence[Judged]) -> None:
+    """Replace the published runs that were judged."""
+    whole.write(results.RESULTS / FILE, _ALL.dump_json(tuple(judged), indent=1).decode() + "\n")

@@ -1,0 +1,244 @@
+"""Hold forecasts against runs that others have published, request by request.
+
+A set of published runs is a folder with `runs.toml`, which says of each run what was served, on
+what and where the figures come from, and a CSV of every request beside it: `arrival_s`,
+`prompt_tokens`, `output_tokens`, `ttft_s`, `e2e_s`, and `prompt_id` where a prompt was sent more
+than once. The lab's own `runs.toml` (`serving/forecasting/public_runs/`) describes runs whose
+requests it does not hold. vLLM's scheduler plays the arrivals in virtual time over the step of the
+card; nothing is fitted to what is judged.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import tempfile
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, Field, ValidationError
+
+from labs.harness.filing.published_gpu import FIGURES, Judged, PublishedRun, Stage
+from labs.harness.filing.results import Band
+from labs.harness.running.forecaster import Forecaster, play_all
+from labs.harness.running.progress import ProgressDisplay
+from labs.harness.running.virtual_trials import as_one_gpu, records
+from labs.harness.spec import LabError
+from serving.engines.vllm import Vllm
+from serving.forecasting import cards
+from serving.forecasting.plan import ForecastPlan, PlannedEngine, PlannedTrial, SyntheticRequest
+from serving.forecasting.traffic import Traffic
+from serving.hardware.gpus import DATASHEETS, short_names
+from serving.weights import dummy, models
+
+PUBLIC_RUNS = Path(cards.__file__).parent / "public_runs"
+MOST_REQUESTS = 1000  # of a run that are played, its first
+COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "ttft_s", "e2e_s")
+
+
+class Request(BaseModel, frozen=True):
+    """A request that was sent and measured."""
+
+    arrival_s: float = Field(ge=0)
+    prompt_tokens: int = Field(ge=1)
+    output_tokens: int = Field(ge=1)
+    ttft_s: float = Field(default=0.0, ge=0)  # 0 where none was published
+    e2e_s: float = Field(default=0.0, ge=0)
+    prompt_id: str = ""
+
+
+def drawn(stage: Stage) -> list[Request]:
+    """Draw the requests of a stage, with Poisson arrivals; what was measured is not in them."""
+    gaps_s = np.random.default_rng(0).exponential(1 / stage.rate_per_s, MOST_REQUESTS)
+    return [
+        Request(
+            arrival_s=arrival_s,
+            prompt_tokens=stage.prompt_tokens,
+            output_tokens=stage.output_tokens,
+            prompt_id=str(index % stage.texts),
+        )
+        for index, arrival_s in enumerate(np.cumsum(gaps_s).tolist())
+    ]
+
+
+def figures(
+    ttft_s: Sequence[float], e2e_s: Sequence[float], tokens: Sequence[int]
+) -> dict[str, float]:
+    """Compute what is compared, by the same formulas for what was measured and what was played.
+
+    TPOT is a request's time behind its first token over the tokens behind it.
+    """
+    ttft, e2e, n = (np.array(values, dtype=float) for values in (ttft_s, e2e_s, tokens))
+    tpot = (e2e - ttft)[n > 1] / (n[n > 1] - 1)
+    values = (
+        ttft.mean(), np.percentile(ttft, 50), np.percentile(ttft, 99), tpot.mean(), e2e.mean(),
+        np.percentile(e2e, 99),
+    )  # fmt: skip
+    return dict(zip(FIGURES, map(float, values), strict=True))
+
+
+def runs_of(data: Path) -> list[tuple[PublishedRun, Path, Path]]:
+    """Find the described runs whose requests lie in a folder, or the one whose file is named.
+
+    Returns each with its requests' file and the folder of its description. Raises LabError.
+    """
+    folder = data if data.is_dir() else data.parent
+    described = folder if (folder / "runs.toml").exists() else PUBLIC_RUNS
+    try:
+        listed = tomllib.loads((described / "runs.toml").read_text())["run"]
+        runs = [PublishedRun(**run) for run in listed]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LabError(f"{described / 'runs.toml'} cannot be read: {error}") from error
+    found = [(run, folder / run.requests, described) for run in runs]
+    wanted = [f for f in found if f[1].is_file() and (data.is_dir() or f[1] == data)]
+    if wanted and data.is_dir():
+        wanted += [f for f in found if f[0].stage]
+    if not wanted:
+        names = ", ".join(run.requests for run in runs if run.requests)
+        raise LabError(
+            f"DATA={data} has no requests of a described run: describe yours in a runs.toml beside"
+            f" them ({PUBLIC_RUNS / 'runs.toml'} is an example), or give one of {names}"
+        )
+    return wanted
+
+
+def read_requests(path: Path) -> list[Request]:
+    """Read the requests of a run, in the order of their arrivals. Raises LabError."""
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+        rows = csv.DictReader(text.splitlines())
+        requests = [Request.model_validate(row) for row in rows]
+    except (OSError, ValueError, ValidationError) as error:
+        raise LabError(
+            f"{path} cannot be read as requests with the columns {', '.join(COLUMNS)}: {error}"
+        ) from error
+    if not requests:
+        raise LabError(f"{path} has no requests")
+    return sorted(requests, key=lambda request: request.arrival_s)[:MOST_REQUESTS]
+
+
+def judge(
+    data: Path, forecasters: Sequence[Forecaster], progress: ProgressDisplay
+) -> Iterator[Judged]:
+    """Forecast every described run whose requests are there; yield each beside what was measured.
+
+    Raises LabError for runs that cannot be read or forecast.
+    """
+    wanted = runs_of(data)
+    read = [drawn(run.stage) if run.stage else read_requests(path) for run, path, _ in wanted]
+    with tempfile.TemporaryDirectory(prefix="labs-judge-") as work:
+        plans: list[ForecastPlan] = []
+        for number, ((run, _, described), requests) in enumerate(zip(wanted, read, strict=True)):
+            plans += _plans(run, described, requests, Path(work) / f"{number}.jsonl")
+        ends: dict[int, list[dict[str, float] | None]] = {}
+        for done, (number, play) in enumerate(play_all(forecasters, plans)):
+            progress.waiting(f"playing published runs in virtual time: {done + 1} of {len(plans)}")
+            seen = list(records(play.play))
+            of_run = ends.setdefault(number // 3, [None, None, None])
+            of_run[number % 3] = figures(
+                [record.ttft_s or 0.0 for record in seen],
+                [record.e2e_s or 0.0 for record in seen],
+                [record.output_tokens or 0 for record in seen],
+            )
+    for number, ((run, path, _), requests) in enumerate(zip(wanted, read, strict=True)):
+        expected, faster, slower = (end or {} for end in ends[number])
+        measured = (
+            run.stage.measured
+            if run.stage
+            else figures(
+                [request.ttft_s for request in requests],
+                [request.e2e_s for request in requests],
+                [request.output_tokens for request in requests],
+            )
+        )
+        rate_per_s = (len(requests) - 1) / max(requests[-1].arrival_s, 1e-9)
+        yield Judged(
+            run=run,
+            sha256="" if run.stage else hashlib.sha256(path.read_bytes()).hexdigest(),
+            sent=len(requests),
+            rate_per_s=rate_per_s,
+            in_flight=rate_per_s * measured["e2e_mean_s"],
+            measured=measured,
+            forecast={
+                name: Band(
+                    value=expected[name],
+                    low=min(faster[name], slower[name]),
+                    high=max(faster[name], slower[name]),
+                )
+                for name in measured
+            },
+        )
+
+
+def _plans(
+    run: PublishedRun, described: Path, requests: Sequence[Request], file: Path
+) -> list[ForecastPlan]:
+    """Plan the run as expected, on a faster and on a slower engine. Raises LabError."""
+    folder = _model_folder(run, described, file.with_suffix(".model"))
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    shape = models.shape_of(config)
+    card = next((c for c in DATASHEETS.values() if c.short_name == run.card), None)
+    if card is None:
+        known = ", ".join(short_names())
+        raise LabError(f"{run.name}: there is no card {run.card!r}; known are {known}")
+    documents = {
+        id: n for n, id in enumerate(dict.fromkeys(r.prompt_id for r in requests if r.prompt_id))
+    }
+    with file.open("w") as lines:
+        for index, request in enumerate(requests):
+            synthetic = SyntheticRequest(
+                index=index,
+                prompt_tokens=request.prompt_tokens,
+                output_tokens=request.output_tokens,
+                document=documents.setdefault(request.prompt_id, len(documents)),
+                document_tokens=request.prompt_tokens if request.prompt_id else 0,
+            )
+            lines.write(synthetic.model_dump_json() + "\n")
+    longest = max(request.prompt_tokens + request.output_tokens for request in requests)
+    kv_bytes = shape.kv_bytes_per_token() * run.block_tokens * run.kv_blocks
+    flags = as_one_gpu(
+        {
+            "block-size": run.block_tokens,
+            "kv-cache-memory-bytes": int(kv_bytes) // run.gpus,
+            "max-model-len": longest + 1,
+            "tensor-parallel-size": run.gpus,
+            **run.flags,
+        }
+    )
+    trial = PlannedTrial(
+        key=run.name,
+        repeat=1,
+        requests=file,
+        traffic=Traffic(
+            kind="open",
+            schedule_s=tuple(request.arrival_s for request in requests),
+            warmup_s=0,
+            window_s=requests[-1].arrival_s + 1,
+        ),
+        ends_only=True,
+    )
+    argv = (*Vllm.model_argv(folder), "--load-format", "dummy", *Vllm.flag_argv(flags))
+    return [
+        ForecastPlan(
+            delays=cards.DELAYS,
+            engines=(PlannedEngine(argv=argv, step_times=step, trials=(trial,), on_cuda=True),),
+        )
+        for step in cards.steps(config, shape, card, run.gpus)
+    ]
+
+
+def _model_folder(run: PublishedRun, described: Path, place: Path) -> Path:
+    """Make the folder of a model without weights: a config is all that a forecast needs."""
+    own = described / f"{run.model}.json"
+    if not own.exists() and run.model not in dummy.SHAPES:
+        raise LabError(f"{run.name}: neither {own} exists nor a shape {run.model!r} in the lab")
+    place.mkdir()
+    config = json.loads(own.read_text()) if own.exists() else dummy.config_of(run.model)
+    (place / "config.json").write_text(json.dumps(config))
+    return place

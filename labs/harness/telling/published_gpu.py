@@ -1,0 +1,72 @@
+"""The page of published runs on GPUs: what others measured beside what the lab forecasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from labs.harness.filing.published_gpu import FIGURES, Judged
+from labs.harness.judging.quantity import Quantity
+from labs.harness.telling.markdown import Markdown
+from labs.harness.telling.templates import filled
+
+WHOLE = ("ttft_mean_s", "tpot_mean_s", "e2e_mean_s")  # which aims are stated for
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How near forecasts came to the runs that judge them."""
+
+    runs: int
+    distance: dict[str, Quantity]  # figure -> median of |measured / forecast - 1|
+    in_band: int
+    figures: int
+
+    @classmethod
+    def of(cls, judged: Sequence[Judged]) -> Scores:
+        whole = [run for run in judged if not run.run.stage]
+        ratios = {name: [abs(run.ratio(name) - 1) for run in whole] for name in FIGURES}
+        hits = [run.in_band(name) for run in whole for name in run.measured]
+        return cls(
+            runs=len(whole),
+            distance={
+                name: Quantity.given(median(far) if far else None, "share")
+                for name, far in ratios.items()
+            },
+            in_band=sum(hits),
+            figures=len(hits),
+        )
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """How near a predictor came to the mean E2E of the stages that it is known for."""
+
+    name: str
+    e2e: Quantity
+
+
+def page(judged: Sequence[Judged]) -> Markdown:
+    """Write the page."""
+    return filled(
+        "published_gpu.md",
+        runs=[run for run in judged if not run.run.stage],
+        stages=[run for run in judged if run.run.stage],
+        scores=Scores.of(judged),
+        predictors=sorted(_predictors(judged), key=lambda p: p.e2e.value or 0),
+        ratio=lambda run, name: Quantity(run.ratio(name), "x"),
+    )
+
+
+def _predictors(judged: Sequence[Judged]) -> Iterator[Predictor]:
+    stages = [(run, run.run.stage) for run in judged if run.run.stage]
+    if not stages:
+        return
+    measured_s = [run.measured["e2e_mean_s"] for run, _ in stages]
+    predicted_s = {"this lab": [run.forecast["e2e_mean_s"].value for run, _ in stages]}
+    for name in stages[0][1].others:
+        predicted_s[name] = [stage.others[name] for _, stage in stages]
+    for name, predictions_s in predicted_s.items():
+        far = [abs(p / m - 1) for p, m in zip(predictions_s, measured_s, strict=True)]
+        yield Predictor(name, Quantity(median(far), "share"))

@@ -1,0 +1,126 @@
+"""Forecasts beside runs that others published: what is read, and how it is compared."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from labs.harness.filing.published_gpu import FIGURES, Judged, PublishedRun, Stage
+from labs.harness.filing.results import Band
+from labs.harness.running import referee
+from labs.harness.spec import LabError
+from labs.harness.telling import published_gpu
+
+HEADER = "arrival_s,prompt_tokens,output_tokens,prompt_id,ttft_s,e2e_s"
+DESCRIBED = """
+[[run]]
+name = "mine"
+source = "here"
+requests = "mine.csv"
+model = "llama-8b"
+model_name = "Llama 3.1 8B"
+card = "h100"
+vllm = "0.24.0"
+kv_blocks = 1000
+flags = { max-num-seqs = 8 }
+"""
+
+
+def test_figures_are_those_of_the_definitions() -> None:
+    """TPOT divides by the tokens behind the first; an answer of one token has none."""
+    found = referee.figures([0.1, 0.2, 0.3], [0.5, 1.2, 0.3], [5, 11, 1])
+    assert found["ttft_mean_s"] == pytest.approx(0.2)
+    assert found["ttft_p50_s"] == pytest.approx(0.2)
+    assert found["tpot_mean_s"] == pytest.approx((0.1 + 0.1) / 2)
+    assert found["e2e_mean_s"] == pytest.approx(2 / 3)
+    assert set(found) == set(FIGURES)
+
+
+def test_a_folder_describes_its_own_runs(tmp_path: Path) -> None:
+    (tmp_path / "runs.toml").write_text(DESCRIBED)
+    (tmp_path / "mine.csv").write_text(f"{HEADER}\n0.5,10,2,,0.1,0.2\n0.0,10,2,7,0.1,0.2\n")
+    ((run, requests, described),) = referee.runs_of(tmp_path)
+    assert (run.name, described) == ("mine", tmp_path)
+    assert [(r.arrival_s, r.prompt_id) for r in referee.read_requests(requests)] == [
+        (0.0, "7"),
+        (0.5, ""),
+    ]
+
+
+def test_the_labs_own_descriptions_serve_a_folder_without_any(tmp_path: Path) -> None:
+    file = tmp_path / "qwen3-14b-h100-2rps.csv.gz"
+    file.write_bytes(gzip.compress(f"{HEADER}\n0.0,10,2,,0.1,0.2\n".encode()))
+    ((run, _, _),) = referee.runs_of(file)
+    assert run.model_name == "Qwen/Qwen3-14B"
+    whole_folder = referee.runs_of(tmp_path)
+    assert [run.name for run, _, _ in whole_folder if not run.stage] == [run.name]
+    assert len(referee.read_requests(file)) == 1
+
+
+def read_all(folder: Path) -> None:
+    for _, file, _ in referee.runs_of(folder):
+        referee.read_requests(file)
+
+
+@pytest.mark.parametrize(
+    ("described", "requests", "why"),
+    [
+        (DESCRIBED, None, "mine.csv"),
+        (DESCRIBED + "rpm = 1\n", HEADER, "rpm"),
+        ("not TOML", HEADER, r"runs\.toml cannot be read"),
+        (DESCRIBED, "arrival_s,prompt_tokens\n0.0,10\n", "output_tokens"),
+        (DESCRIBED, f"{HEADER}\n0.0,-1,2,,0.1,0.2\n", "prompt_tokens"),
+        (DESCRIBED, HEADER, "no requests"),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, described: str, requests: str | None, why: str
+) -> None:
+    (tmp_path / "runs.toml").write_text(described)
+    if requests is not None:
+        (tmp_path / "mine.csv").write_text(requests)
+    with pytest.raises(LabError, match=why):
+        read_all(tmp_path)
+
+
+def test_a_stage_is_drawn_at_its_rate() -> None:
+    stage = Stage(rate_per_s=20, prompt_tokens=500, output_tokens=200, texts=100, measured={})
+    requests = referee.drawn(stage)
+    assert len(requests) / requests[-1].arrival_s == pytest.approx(20, rel=0.1)
+    assert len({request.prompt_id for request in requests}) == 100
+
+
+def judged(run: PublishedRun, measured: float) -> Judged:
+    """A run whose every figure is `measured`, where 1 to 1.2 was forecast, 1.1 expected."""
+    band = Band(value=1.1, low=1.0, high=1.2)
+    return Judged(
+        run=run, sha256="", sent=2, rate_per_s=3.0, in_flight=4.0,
+        measured=dict.fromkeys(FIGURES, measured), forecast=dict.fromkeys(FIGURES, band),
+    )  # fmt: skip
+
+
+RUN = PublishedRun(
+    name="a", source="s", requests="a.csv", model="m", model_name="M", card="h100", vllm="0",
+    kv_blocks=1, flags={},
+)  # fmt: skip
+
+
+def test_scores_count_what_lies_in_its_band() -> None:
+    stage = Stage(
+        rate_per_s=1, prompt_tokens=1, output_tokens=2, texts=1, measured={}, others={"x": 1.65}
+    )
+    of_a_stage = judged(RUN.model_copy(update={"stage": stage}), 1.32)
+    runs = [judged(RUN, 1.1), judged(RUN, 1.32), judged(RUN, 1.155), of_a_stage]
+    assert [run.ratio("e2e_mean_s") for run in runs] == pytest.approx([1, 1.2, 1.05, 1.2])
+    scores = published_gpu.Scores.of(runs)
+    assert (scores.runs, scores.in_band, scores.figures) == (3, 12, 18)
+    assert scores.distance["tpot_mean_s"].value == pytest.approx(0.05)
+    page = published_gpu.page(runs)
+    assert "| x | 25% |" in page  # 1.65 for 1.32
+    assert "| this lab | 16.7% |" in page  # 1.1 for 1.32
+
+
+def test_a_page_without_runs_says_so() -> None:
+    assert "No published run" in published_gpu.page([])
