@@ -64,55 +64,55 @@ labs: setup ## List the labs with the questions they answer
 lab-%: setup ## Run a lab: predict, measure, judge, report
 	@$(LABS) run $(if $(value LABS_HELP),--help,'$*')
 
-forecast: setup ## Forecast labs without running them: LAB=..[,..]|all [MACHINE=h100 [TP=..]] [MODEL=..] [TRACE=..] [SLO=..] [REPLICAS=.. [ROUTER=..]] [OUT=x.md]
+forecast: setup ## Forecast labs without running them
 	@$(LABS) forecast $(call or_help,LAB)
 
-plan: setup ## Plan capacity without a GPU: MACHINE=h100 [MODEL=..] [TP=..] [RATE=..|TRACE=..] [SLO=..] [REPLICAS=..]
+plan: setup ## Plan capacity without a GPU
 	@$(LABS) plan $(call or_help,MACHINE)
 
-judge: setup ## Hold forecasts against GPU runs that others have published: DATA=folder
+judge: setup ## Hold forecasts against GPU runs that others have published
 	@$(LABS) judge $(call or_help,DATA)
 
-labs-all: setup ## Run every lab in order, continuing where it stopped: [ONLY=a,b] [SECONDS=530] [ARCHIVE=x.tar.gz] [FRESH=1]
+labs-all: setup ## Run every lab in order, continuing where it stopped
 	@$(LABS) all
 
 derive: setup ## Make a derived model or a study by hand
 	@$(LABS) derive $(call or_help,NAME)
 
-serve: setup ## Start a variant's engine: LAB=.. [VARIANT=..] [PORT=..]
+serve: setup ## Start a variant's engine
 	@$(LABS) serve
 
-locust: setup ## Open Locust's web UI on a lab's workload: LAB=.. [WORKLOAD=..] [ENDPOINT=..] [WEB_PORT=..]
+locust: setup ## Open Locust's web UI on a lab's workload
 	@$(LABS) locust
 
-load-worker: setup ## Send load for a run on another machine: MASTER=host:port [KEY=..]
+load-worker: setup ## Send load for a run on another machine
 	@$(LABS) load-worker $(call or_help,MASTER)
 
-diagnose: setup ## Say what a running server's metrics point to: ENDPOINT=.. [ENDPOINT_METRICS=url,url] [SECONDS=30] or PROMETHEUS_URL=.. FROM=.. TO=.. [MODEL=..]; [BASELINE=x.json] [OUT=x.json]
+diagnose: setup ## Say what a running server's metrics point to
 	@$(LABS) diagnose $(if $(value LABS_PROMETHEUS_URL),,$(call or_help,ENDPOINT))
 
-report: setup ## Compute reports again from recorded runs: [RUN=..]
+report: setup ## Compute reports again from recorded runs
 	@$(LABS) report
 
-words: setup ## Tell a lab's newest runs again after its page.md was edited, and show what changed: LAB=.. [OUT=site]
+words: setup ## Tell a lab's newest runs again after its page.md was edited, and show what changed
 	@$(LABS) words $(call or_help,LAB)
 
-site: setup ## Write the course and a page for every run as a website: [OUT=site]
+site: setup ## Write the course and a page for every run as a website
 	@$(LABS) site
 
-score: setup ## Show what other tools would have reported for a run: RUN=..
+score: setup ## Show what other tools would have reported for a run
 	@$(LABS) score $(call or_help,RUN)
 
 compare: setup ## Compare two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.html|x.md] [JSON=1]
 	@$(LABS) compare $(call or_help,A)
 
-reproduce: setup ## Repeat a recorded run and compare the two: RUN=..
+reproduce: setup ## Repeat a recorded run and compare the two
 	@$(LABS) reproduce $(call or_help,RUN)
 
-gate: setup ## Fail if a run is worse than another: RUN=.. BASELINE=.. [THRESHOLDS=x.toml]
+gate: setup ## Fail if a run is worse than another
 	@$(LABS) gate $(call or_help,RUN)
 
-export: setup ## Write a run as tables, or in the format of vllm bench serve: RUN=.. AS=csv|parquet|vllm [OUT=..]
+export: setup ## Write a run as tables, or in the format of vllm bench serve
 	@$(if $(filter parquet,$(value LABS_AS)),$(BIN)/python -c 'import pyarrow' 2> /dev/null || $(BIN)/python -m pip install --quiet 'pyarrow>=17')
 	@$(LABS) export $(call or_help,RUN)
 
@@ -131,10 +131,10 @@ watch: setup ## Start a Prometheus that stays up between labs, with a live page
 stop: setup ## Stop what `make watch` or `make stack` started; the data are kept
 	@$(LABS) stop
 
-import: setup ## Load finished runs into Prometheus at their own times: [RUN=".. .."]
+import: setup ## Load finished runs into Prometheus at their own times
 	@$(LABS) import
 
-stack: setup ## Start Prometheus and Grafana in containers: [GRAFANA_PORT=..] [PROFILING=1]
+stack: setup ## Start Prometheus and Grafana in containers
 	@$(LABS) stack
 
 grafana-push: setup ## Send dashboards and runs to a running Grafana: GRAFANA_URL=.. (and GRAFANA_TOKEN)
@@ -145,10 +145,10 @@ $(COMPONENTS):
 	@command -v npm >/dev/null || { echo "error: npm is not installed: the preview needs Node 20 or later" >&2; exit 1; }
 	@cd dashboards/preview && npm install --no-audit --no-fund --no-package-lock && touch node_modules/.whole
 
-preview: $(COMPONENTS) ## Draw the dashboards in a browser without Grafana: [PROMETHEUS_URL=..]
+preview: $(COMPONENTS) ## Draw the dashboards in a browser without Grafana
 	@cd dashboards/preview && npm run --silent preview
 
-bundle: setup ## Gather what a GPU machine without internet needs: [PYTHON_VERSION=3.12] [HAVE=pip-list.txt] [WITH_TREE=64M] [LEAN=1]
+bundle: setup ## Gather what a GPU machine without internet needs
 	@$(LABS) bundle
 
 unbundle: ## On that machine: check and unpack a bundle: FROM=bundle TO=folder
@@ -164,10 +164,10 @@ CHOSEN := $(value LABS_TESTS)
 SIDE_BY_SIDE := $(if $(filter-out $(FOLDERS) $(FOLDERS:/=),$(CHOSEN)),,-n $(if $(strip $(CHOSEN)),2,4) $(TOGETHER) $(CHOSEN))
 # The tests start some hundred processes of these modules: each would compile them anew, which takes
 # it a second or two, where PYTHONDONTWRITEBYTECODE is set, as it is in many containers.
-test: setup ## Run the tests (unit, programs, weights, committed runs, fake engine, real vLLM on CPU, GPU if there is one): [TESTS=tests/unit]
+test: setup ## Run the tests (unit, programs, weights, committed runs, fake engine, real vLLM on CPU, GPU if there is one)
 	@PYTHONDONTWRITEBYTECODE= PYTEST_ADDOPTS="$$PYTEST_ADDOPTS$(if $(SIDE_BY_SIDE),, $$LABS_TESTS)" $(BIN)/pytest $(SIDE_BY_SIDE)
 
-rehearse: setup ## Hold vLLM's CUDA build against the labs without a GPU (4 GB to download): [MACHINE=h100|l4|..|all]
+rehearse: setup ## Hold vLLM's CUDA build against the labs without a GPU (4 GB to download)
 	@$(BIN)/python -m tests.rehearsal
 
 check: setup ## Lint, check formatting and types, and check the generated pages and results
@@ -175,7 +175,7 @@ check: setup ## Lint, check formatting and types, and check the generated pages 
 	@$(DENO) lint --quiet && $(DENO) check --quiet dashboards/page tests/unit
 	@$(LABS) readme --verify && $(LABS) check --committed
 
-bench: setup ## Measure the lab's own instruments: [PART=streams|engine|aa]
+bench: setup ## Measure the lab's own instruments
 	@$(BIN)/python -m bench
 
 locks: setup ## Write serving/locks/ anew: newer hashes, and versions where those there no longer fit

@@ -51,10 +51,7 @@ class Stack:
         """
         require_docker()
         if up := prometheus.watching():
-            raise StackError(
-                "a Prometheus is up already and has the data:"
-                f" `make {'watch' if up.own else 'stack'}-stop` stops it"
-            )
+            raise StackError("a Prometheus is up already and has the data: `make stop` stops it")
         if not self._compose("ps", "--quiet"):  # else the ports are its own
             require_port(self.prometheus_port, "PROMETHEUS_PORT")
             require_port(self.grafana_port, "GRAFANA_PORT")

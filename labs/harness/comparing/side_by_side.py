@@ -79,6 +79,8 @@ def headline(comparison: Comparison) -> Bullets:
     if comparison.differences:
         first = manifest.likeliest_cause(comparison.differences, ("in A", "in B"))
         lines.append(f"What differs in how they were run, the likeliest cause first: {first}.")
+    if comparison.unrecorded:
+        lines.append(f"Recorded in only one of them: {', '.join(comparison.unrecorded)}.")
     if comparison.forced:
         lines.append(f"NOT COMPARABLE, but compared because of FORCE: {comparison.forced}.")
     lines += [f"Figures: {counts}.", *of_machines(comparison, "B's machine", "A's")]
