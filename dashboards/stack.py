@@ -50,7 +50,7 @@ class Stack:
         Raises StackError, or PortTaken where a port is in use.
         """
         require_docker()
-        if up := prometheus.watching():
+        if prometheus.watching():
             raise StackError("a Prometheus is up already and has the data: `make stop` stops it")
         if not self._compose("ps", "--quiet"):  # else the ports are its own
             require_port(self.prometheus_port, "PROMETHEUS_PORT")
