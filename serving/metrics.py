@@ -48,11 +48,23 @@ ZEROS = "random_weights_zeros"  # nor is this: their share by bits a weight, fro
 SERVED = "served_model"  # nor is this: the folder that it says it serves, and its files' SHA-256
 
 HISTOGRAMS = (
-    TTFT, ITL, E2E, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, STEP_TOKENS, REQUEST_PROMPT_TOKENS,
-)  # fmt: skip
+    TTFT,
+    ITL,
+    E2E,
+    QUEUE_TIME,
+    PREFILL_TIME,
+    DECODE_TIME,
+    STEP_TOKENS,
+    REQUEST_PROMPT_TOKENS,
+)
 COUNTERS = (
-    REQUESTS, PROMPT_TOKENS, GENERATION_TOKENS, PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS,
-)  # fmt: skip
+    REQUESTS,
+    PROMPT_TOKENS,
+    GENERATION_TOKENS,
+    PREEMPTIONS,
+    PREFIX_QUERIES,
+    PREFIX_HITS,
+)
 GAUGES = (RUNNING, WAITING, KV_USAGE, CACHE_CONFIG)
 SPECULATION = (SPEC_DRAFTS, SPEC_DRAFTED, SPEC_ACCEPTED, SPEC_ACCEPTED_AT)
 MOST = 1e18  # that an engine can have counted, in any unit; sums and rates of it stay finite

@@ -55,8 +55,10 @@ GENERATION = "generation-config"
 """By default vLLM takes from the model's generation_config.json what a request leaves open, such as
 a penalty for repetition, under which temperature 0 is not greedy decoding."""
 HF_FORMAT: dict[str, FlagValue] = {
-    "load-format": "hf", "config-format": "hf", "tokenizer-mode": "hf",
-}  # fmt: skip
+    "load-format": "hf",
+    "config-format": "hf",
+    "tokenizer-mode": "hf",
+}
 SINCE = dict.fromkeys(QUEUE_LIMITS, "0.32")
 """Flag -> the first vLLM known to have it, where not every one that the labs support has it."""
 MEMORY_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
@@ -115,8 +117,10 @@ class Vllm(Engine):
     title = "vLLM"
     says_what_it_serves = True
     command: ClassVar[Sequence[str]] = (
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+    )
     distributions = machines.VLLM
     sockets_variable = "VLLM_RPC_BASE_PATH"
     start_s = 35.0

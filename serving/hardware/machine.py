@@ -160,17 +160,16 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
 
     def times(self, devices: int) -> Ceilings:
         """Return the limits of several such devices that share the work of each layer."""
-        fp8, fp32, link = self.fp8_flops_per_s, self.fp32_flops_per_s, self.host_bytes_per_s
-        return self.model_copy(
-            update={
-                "memory_bandwidth_bytes_per_s": devices * self.memory_bandwidth_bytes_per_s,
-                "bf16_flops_per_s": devices * self.bf16_flops_per_s,
-                "fp8_flops_per_s": devices * fp8 if fp8 else None,
-                "fp32_flops_per_s": devices * fp32 if fp32 else None,
-                "host_bytes_per_s": devices * link if link else None,
-                "devices": devices * self.devices,
-            }
+        rates = (
+            "memory_bandwidth_bytes_per_s",
+            "bf16_flops_per_s",
+            "fp8_flops_per_s",
+            "fp32_flops_per_s",
+            "host_bytes_per_s",
         )
+        known = {name: rate for name in rates if (rate := getattr(self, name))}
+        update = {name: devices * rate for name, rate in known.items()}
+        return self.model_copy(update={**update, "devices": devices * self.devices})
 
 
 class Environment(BaseModel, frozen=True, extra="forbid"):
@@ -259,9 +258,14 @@ def cpu() -> Machine:
         level, kind = ((index / f).read_text().strip() for f in ("level", "type"))
         size = re.fullmatch(r"(\d+)([KM]?)", (index / "size").read_text().strip())
         if size:
-            caches[f"L{level}{'i' if kind == 'Instruction' else ''}"] = int(size[1]) * {
-                "": 1, "K": 2**10, "M": 2**20,
-            }[size[2]]  # fmt: skip
+            caches[f"L{level}{'i' if kind == 'Instruction' else ''}"] = (
+                int(size[1])
+                * {
+                    "": 1,
+                    "K": 2**10,
+                    "M": 2**20,
+                }[size[2]]
+            )
     return Machine(
         kind="cpu",
         model=name[1].strip() if name else platform.machine(),

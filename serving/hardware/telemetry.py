@@ -162,9 +162,10 @@ def source(kind: str, count: int | None = None) -> Source | None:
     try:
         # AMD's too; others are parts of a package, or the platform with all packages in it
         zones = sorted(
-            zone for zone in RAPL.glob("intel-rapl:*")
+            zone
+            for zone in RAPL.glob("intel-rapl:*")
             if (zone / "name").read_text().startswith("package")
-        )  # fmt: skip
+        )
         return Processors(zones) if zones else None
     except (OSError, ValueError):  # for root alone since 2020, and in few containers
         return None

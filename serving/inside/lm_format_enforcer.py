@@ -24,9 +24,10 @@ the schema's order, and little white space. With none it would take none within 
 MOVED = {  # class -> the module that it is imported from, and the one that has it
     "MistralTokenizer": ("vllm.transformers_utils.tokenizer", "vllm.tokenizers.mistral"),
     "PreTrainedTokenizerBase": (
-        "transformers.tokenization_utils", "transformers.tokenization_utils_base",
+        "transformers.tokenization_utils",
+        "transformers.tokenization_utils_base",
     ),
-}  # fmt: skip
+}
 
 
 def offer_moved_classes() -> None:

@@ -55,8 +55,11 @@ def fill(model: Any) -> dict[int, float]:
         for name, parameter in named.items():
             layer = name.rpartition(".")[0]
             if SCALES.search(name) and bits_of.get(layer, 16) < 16:
-                weight = next(w for n, w in named.items()
-                              if n.rpartition(".")[0] == layer and WEIGHTS.search(n))  # fmt: skip
+                weight = next(
+                    w
+                    for n, w in named.items()
+                    if n.rpartition(".")[0] == layer and WEIGHTS.search(n)
+                )
                 parameter.data.fill_(STD / _sigma(weight.data))
     return {bits: max(shares) for bits, shares in zeros.items()}
 

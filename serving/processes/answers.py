@@ -73,9 +73,13 @@ def _answer(
 ) -> BoundedResponse:
     body = bytearray()
     with requests.request(
-        method, url, timeout=within_s, stream=True, allow_redirects=False,
+        method,
+        url,
+        timeout=within_s,
+        stream=True,
+        allow_redirects=False,
         **{"headers": guard.headers(), **request},
-    ) as response:  # fmt: skip
+    ) as response:
         for block in response.iter_content(BLOCK_BYTES):
             body += block
             if len(body) > most_bytes:

@@ -116,8 +116,14 @@ def dense(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     if config.get("model_type") != "qwen3_moe":
         raise ModelError(f"{name} stands beside a mixture of experts of Qwen3's architecture alone")
-    of_experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
-                  "decoder_sparse_step", "mlp_only_layers", "norm_topk_prob")  # fmt: skip
+    of_experts = (
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "norm_topk_prob",
+    )
     return {
         **{field: value for field, value in config.items() if field not in of_experts},
         "architectures": ["Qwen3ForCausalLM"],
@@ -157,8 +163,12 @@ def _adapters(name: str, config: dict[str, Any]) -> Path:
         for rank in (RANK, WIDE_RANK):
             suffix = "" if rank == RANK else f"-rank-{rank}"
             for tenant in range(TENANTS):
-                _adapter(half / f"tenant-{tenant}{suffix}", models.shape_of(config), rank,
-                         None if tenant == 0 else half / f"tenant-0{suffix}")  # fmt: skip
+                _adapter(
+                    half / f"tenant-{tenant}{suffix}",
+                    models.shape_of(config),
+                    rank,
+                    None if tenant == 0 else half / f"tenant-0{suffix}",
+                )
         params = adapter_params(models.shape_of(config), RANK)
         about = {"rank": RANK, "params_per_adapter": params, "weights": "random"}
         (half / RECORD).write_text(json.dumps(about))
@@ -170,8 +180,14 @@ def _adapter(folder: Path, shape: Shape, rank: int, like: Path | None) -> None:
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
-    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none",
-              "target_modules": list(TARGETS), "task_type": "CAUSAL_LM"}  # fmt: skip
+    fields = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "bias": "none",
+        "target_modules": list(TARGETS),
+        "task_type": "CAUSAL_LM",
+    }
     (folder / CONFIG).write_text(json.dumps(fields, indent=2))
     weights = folder / WEIGHTS
     if like:
@@ -204,8 +220,12 @@ def adapter_params(shape: Shape, rank: int) -> int:
 def _targets(shape: Shape) -> dict[str, tuple[int, int]]:
     """Return (inputs, outputs) of each matrix that adapters apply to."""
     queries, keys = (n * shape.head_dim for n in (shape.heads, shape.kv_heads))
-    sizes = ((shape.hidden, queries), (shape.hidden, keys), (shape.hidden, keys),
-             (queries, shape.hidden))  # fmt: skip
+    sizes = (
+        (shape.hidden, queries),
+        (shape.hidden, keys),
+        (shape.hidden, keys),
+        (queries, shape.hidden),
+    )
     return dict(zip(TARGETS, sizes, strict=True))
 
 

@@ -139,6 +139,17 @@ def test_rooms_import_those_below_them(path: Path) -> None:
     assert rooms & {*ROOMS} <= {*ROOMS[: at + 1]}
 
 
+SERVED = ("inside", "processes", "hardware", "weights", "engines", "forecasting")
+"""The rooms of serving/, from the ground up: each imports from itself and those before it."""
+
+
+@each("path", [path for path in FILES if path.parent.name in SERVED])
+def test_rooms_of_what_is_served_import_those_below_them(path: Path) -> None:
+    names = (name.split(".") for name in imported_by(path))
+    rooms = {name[1] for name in names if name[0] == "serving" and len(name) > 1}
+    assert rooms & {*SERVED} <= {*SERVED[: SERVED.index(path.parent.name) + 1]}
+
+
 def test_every_room_of_the_house_has_its_place_in_the_order() -> None:
     assert {path.parent.name for path in HARNESS.glob("*/__init__.py")} == set(ROOMS)
 
