@@ -63,6 +63,8 @@ def page(
     picture = _picture(folder)
     code = web(*RUN_SCRIPTS)
     sections = html.sections(document, picture)
+    own = [name for f in figures if (name := Path(f.file).stem) != report.EFFECTS]
+    is_the_picture = not own or own[0] in DRAWN_HERE  # of the answer, in the place of an SVG
     claims_come_first = any(section.id == CLAIMS for section in sections)
     return render(
         "run.html",
@@ -73,8 +75,7 @@ def page(
         intro=html.introduction(document, picture),
         sections=sections,
         drawn_after=CLAIMS if claims_come_first else sections[0].id,
-        # an engine beside its twin answers nothing, and its claims are drawn all the same
-        claims_after=ANSWER if any(section.id == ANSWER for section in sections) else CLAIMS,
+        claims_after=ANSWER if is_the_picture and sections[0].id == ANSWER else CLAIMS,
         marks=marks_of(run, not summary.failed and not summary.missing),  # COMPLETE comes last
         data=chart_data.data(folder, run, summary, most_requests),
     )
