@@ -112,6 +112,7 @@ def test_a_table_sorts_from_the_keyboard_by_number_with_dashes_last(
     chromium: Browser, site: Path
 ) -> None:
     page = opened(chromium, of(site, RUNS[0]))
+    page.js("document.querySelectorAll('details').forEach(fold => fold.open = true)")
     table = "document.querySelector('#every-point table')"
     page.js(f"{table}.rows[1].cells[2].textContent = '–'")
     cells = f"[...{table}.tBodies[0].rows].map(r => r.cells[2].textContent)"
