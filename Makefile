@@ -35,7 +35,7 @@ or_help = $(if $(value LABS_$1),,--help)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan judge diagnose labs-all derive serve locust load-worker report words site score compare reproduce gate export leaderboard check-results readme watch stop import stack grafana-push preview doctor bundle unbundle test rehearse check bench locks clean distclean
+.PHONY: help setup labs forecast plan judge diagnose labs-all derive serve locust load-worker report words site score compare reproduce gate export check-results readme watch stop import stack grafana-push preview doctor bundle unbundle test rehearse check bench locks clean distclean
 
 # Before anything starts, one sentence refuses a target or a setting that is not there or went, and
 # a setting that no target of this call takes. A make that calls this one may have variables of its own.
@@ -113,11 +113,7 @@ gate: setup ## Fail if a run is worse than another
 	@$(LABS) gate $(call or_help,RUN)
 
 export: setup ## Write a run as tables, or in the format of vllm bench serve
-	@$(if $(filter parquet,$(value LABS_AS)),$(BIN)/python -c 'import pyarrow' 2> /dev/null || $(BIN)/python -m pip install --quiet 'pyarrow>=17')
 	@$(LABS) export $(call or_help,RUN)
-
-leaderboard: setup ## Show the claims of every lab on every machine: effect, interval, verdict, prediction
-	@$(LABS) leaderboard
 
 check-results: setup ## Check that recorded runs are readable and complete
 	@$(LABS) check

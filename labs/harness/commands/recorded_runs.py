@@ -16,7 +16,6 @@ from labs.harness.commands.options import command, require_known
 from labs.harness.commands.terminal import console, show, show_path, shown_path
 from labs.harness.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
 from labs.harness.filing import export, manifest, packing, score
-from labs.harness.filing.checks import unreadable
 from labs.harness.filing.committed import committed_runs
 from labs.harness.filing.export import Format as ExportFormat
 from labs.harness.filing.newest import newest_runs
@@ -203,18 +202,9 @@ def export_run(
     as_: ExportFormat = "csv",
     out: Path | None = None,
 ) -> None:
-    """Write a run as CSV or Parquet tables, or as the result files of vllm bench serve."""
+    """Write a run as CSV tables, or as the result files of vllm bench serve."""
     folder = open_run(run)
     with readable(folder):
         written = export.export(folder, as_, out or ROOT / "exports" / folder.path.name)
     console.print(f"{len(written)} files in [bold]{shown_path(written[0].parent)}[/]:")
     console.print(escape(", ".join(path.name for path in written)), style="dim")
-
-
-@command("leaderboard", panel=PANEL)
-def leaderboard() -> None:
-    """Show every lab on every machine: effect, interval and verdict of its claims."""
-    for folder in all_runs():
-        if why := unreadable(folder):
-            _say_left_out(folder.place, why)
-    show(section("Leaderboard", leaderboards.leaderboard()))

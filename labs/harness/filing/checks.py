@@ -98,7 +98,8 @@ def _unfit_to_publish(run: Path) -> list[str]:
             unfit.append(f"{path.relative_to(run)} is too large to be searched for secrets")
             continue
         try:
-            content = bounded.unpacked(path) if path.suffix == ".gz" else path.read_bytes()
+            packed = path.suffix in (".gz", ".xz")
+            content = bounded.unpacked(path) if packed else path.read_bytes()
         except (OSError, DamagedError):
             continue  # a damaged file is reported where it is read
         name = path.relative_to(run)

@@ -1,4 +1,4 @@
-"""Exports a run for other tools: as CSV or Parquet tables, or in the format of `vllm bench serve`.
+"""Exports a run for other tools: as CSV tables, or in the format of `vllm bench serve`.
 
 The tables are long: one row for each request and one for each measurement, with its variant,
 workload, load and repeat. vLLM's format has one file for each trial, with vLLM's keys (taken from
@@ -24,27 +24,25 @@ from labs.harness.filing.results import RunFolder
 from labs.harness.filing.score import after_first_token, from_send
 from labs.harness.judging.measure import Trial
 from labs.harness.judging.metrics import METRICS
-from labs.harness.spec import LabError, Point
+from labs.harness.spec import Point
 from loadtests.records import RequestRecord
 from serving import whole
 
-Format = Literal["csv", "parquet", "vllm"]
+Format = Literal["csv", "vllm"]
 TableRow = dict[str, Any]
-ROWS_AT_ONCE = 50_000
 
 
 def export(folder: RunFolder, kind: Format, out: Path) -> list[Path]:
-    """Write the run's tables or files into `out`; raises LabError for Parquet without pyarrow."""
+    """Write the run's tables or files into `out`, and return their paths."""
     out.mkdir(parents=True, exist_ok=True)
     if kind == "vllm":
         return list(_vllm_files(folder, out))
     tables = {"requests": requests(folder), "measurements": measurements(folder)}
-    write = _write_csv if kind == "csv" else _write_parquet
     written = []
     for name, rows in tables.items():
-        path = out / f"{name}.{kind}"
+        path = out / f"{name}.csv"
         with whole.file(path) as half:
-            write(half, rows)
+            _write_csv(half, rows)
         written.append(path)
     return written
 
@@ -126,23 +124,6 @@ def _write_csv(path: Path, rows: Iterator[TableRow]) -> None:
         writer = csv.DictWriter(file, list(first[0]) if first else [])
         writer.writeheader()
         writer.writerows(itertools.chain(first, rows))
-
-
-def _write_parquet(path: Path, rows: Iterator[TableRow]) -> None:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise LabError(
-            "Parquet needs pyarrow: .venv/bin/python -m pip install 'pyarrow>=17', or AS=csv"
-        ) from error
-    # Arrow's form takes less memory than the rows; where there is none, a table without columns
-    parts = [pyarrow.Table.from_pylist(list(itertools.islice(rows, ROWS_AT_ONCE)))]
-    while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        parts.append(pyarrow.Table.from_pylist(part))
-    # a column that is null throughout one part gets its type from another
-    whole_table = pyarrow.concat_tables(parts, promote_options="default")
-    pyarrow.parquet.write_table(whole_table, path)
 
 
 # ---------------------------------------------------------------------------- as vllm bench serve

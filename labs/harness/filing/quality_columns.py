@@ -1,9 +1,9 @@
 """Puts the logprobs of a run's quality probes into columns, and restores the probes from them.
 
-Every variant of a run scores the same texts, and figures compare each with the first, the base. So
-a position's token ids stand there once for all: those that the base knows, the likeliest first, and
-the actual one. What another variant knows beyond them enters no figure and is left out, except the
-token that it finds likeliest.
+Every variant of a run scores the same texts, and figures compare two of them over the tokens that
+both know. So a position's token ids stand there once for all: those that the first variant, the
+base, knows, the likeliest first, then others that two variants or more know. What a single other
+variant knows enters no figure and is left out, except the token that it finds likeliest.
 
 A logprob is kept as how far it lies below the likeliest of its position, in whole steps of
 2**-`grid` nat: of a base from one id to the next, of another variant by its difference to the
@@ -14,6 +14,7 @@ the last of their five decimals. Where none does, the step is 2**-12 nat, and a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,8 @@ def _columns(token_ids: Sequence[int], evaluations: Sequence[Sequence[Known]]) -
         ]
         base = known[0]
         by_rank = sorted(base, key=lambda i: -base[i])
-        ids = list(dict.fromkeys([*by_rank, token, *firsts]))
+        shared = [i for i, count in Counter(i for of in known for i in of).items() if count > 1]
+        ids = list(dict.fromkeys([*by_rank, token, *firsts, *shared]))
         grid = _grid(known, tops, ids)
         columns["grid"].append(grid)
         columns["ids"].append(ids)
