@@ -96,7 +96,8 @@ def test_a_stale_page_is_named_until_it_is_written(
     folder: RunFolder, readme: Path, tmp_path: Path
 ) -> None:
     machine_page = folder.path.parent.parent / leaderboards.PAGE
-    pages = [tmp_path / name for name in (leaderboards.PAGE, leaderboards.FORECASTS)]
+    names = ("PAGE", "CLAIMS", "REPEATED", "INSTRUMENTS", "FORECASTS")
+    pages = [tmp_path / getattr(leaderboards, name) for name in names]
     every = [readme, *pages, machine_page]
     assert list(leaderboards.stale()) == every
     assert leaderboards.write() == every
@@ -204,12 +205,12 @@ def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
     row, _ = leaderboards.leaderboard().rows
     machine = folder.run().machine
     assert [plain_text(cell) for cell in row] == [
-        "tiny", "On is faster", machine.describe(), "2.97x", "2.84 to 3.10", "–", "helps",
+        "tiny", "On is faster", machine.name, "2.97x", "2.84 to 3.10", "–", "helps",
         "refuted",
         "unchanged", "–",
     ]  # fmt: skip
     report = f"{machine.slug}/tiny/{folder.path.name}/report.md"
-    assert row[2] == Link(machine.describe(), report)
+    assert row[2] == Link(machine.name, report)
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(window_s=5)})
     assert {row[-2] for row in leaderboards.leaderboard().rows} == {Strong("changed")}
     home = folder.path.parent.parent
@@ -227,7 +228,7 @@ def test_every_page_with_intervals_says_that_they_speak_of_one_sitting(
     texts = {
         "machine": leaderboards.write_machine(folder.path.parent.parent).read_text(),
         "front": (ROOT / "README.md").read_text(),
-        "collection": leaderboards.COLLECTION.read_text(),
+        "collection": leaderboards.PAGE_OF_ALL.with_name(leaderboards.CLAIMS).read_text(),
         "comparison": markdown.fragment([side_by_side.headline(compare.compare(side, side))]),
         "run": pages.write(folder).read_text(),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from labs.harness.facts.parts import Headline, parts_of
 from labs.harness.filing import manifest, results
 from labs.harness.filing import published_gpu as filed
 from labs.harness.filing.committed import committed_runs
+from labs.harness.filing.machine_names import legend, short_name
 from labs.harness.filing.newest import marks, newest_runs, on_cpu
 from labs.harness.filing.results import Run, RunFolder, Session
 from labs.harness.judging.judge import Judgement
@@ -85,7 +87,9 @@ SITTING = "labs-all.md"  # of a machine, for its reader: git ignores it
 FORECASTS = "forecasts.md"  # how near predictions came
 PUBLISHED = "published-gpu.md"  # to what others measured on GPUs
 README = ROOT / PAGE
-COLLECTION = Path(__file__).with_name("collection.md")
+CLAIMS, REPEATED, INSTRUMENTS = "claims.md", "repeated.md", "instruments.md"
+PAGE_OF_ALL = Path(__file__).with_name("collection.md")
+MARKS = {"helps": "▲", "hurts": "▼", "no effect": "=", "inconclusive": "?", "not valid": "×"}
 RUN_NAME = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{8}\b")
 MOST_HEADLINES = 5  # on the front page, which is one page
 CLAIMS_EACH = 2  # of each lab on the page of all machines; the machine's page has them all
@@ -97,11 +101,6 @@ RANDOM_WEIGHTS = (
     "*(random weights)*: the model's shape is real and its weights are random numbers, so speeds"
     " are real; texts, and what they are worth, are not."
 )
-
-
-def _short(run: Run) -> str:
-    """Name a run's machine without its cores and memory."""
-    return run.machine.name
 
 
 def _earlier(run: Run) -> str:
@@ -165,6 +164,21 @@ def _pages() -> dict[Path, str]:
     return {
         README: generated_parts(README.read_text(), runs),
         results.RESULTS / PAGE: _collection(runs),
+        results.RESULTS / CLAIMS: _filled(
+            PAGE_OF_ALL.with_name(CLAIMS),
+            claims=[*_what_marks_mean(runs), leaderboard(committed=True)],
+        ),
+        results.RESULTS / REPEATED: _filled(
+            PAGE_OF_ALL.with_name(REPEATED), repeated=[_reproduced(results.RESULTS)]
+        ),
+        results.RESULTS / INSTRUMENTS: _filled(
+            PAGE_OF_ALL.with_name(INSTRUMENTS),
+            benches=[
+                block
+                for bench in instruments.published_benches()
+                for block in instruments.blocks(bench)
+            ],
+        ),
         results.RESULTS / FORECASTS: markdown.document(
             residuals.page(scores, residuals.to_reports(results.RESULTS))
         ),
@@ -223,7 +237,7 @@ def _plot(runs: Sequence[RunFolder]) -> list[Block]:
         return []
     caption = (
         "Throughput and TPOT against requests in flight, with bounds predicted beforehand"
-        f" ({_short(folder.run())})"
+        f" ({short_name(folder.run().machine)})"
         f"{marks(folder.run())}{_earlier(folder.run())}."
     )
     return [Figure(os.path.relpath(folder.path / SWEEP, ROOT), Emphasis(caption))]
@@ -317,7 +331,7 @@ def _decided(runs: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, Judgement, 
 
 def _headline(folder: RunFolder, judgement: Judgement, headline: Headline) -> Inline:
     run = folder.run()
-    gpu = "" if on_cpu(folder) else f" on {_short(run).removeprefix('NVIDIA ')}"
+    gpu = "" if on_cpu(folder) else f" on {run.machine.name.removeprefix('NVIDIA ')}"
     return (
         Link(headline.done, os.path.relpath(folder.path / "report.md", ROOT)),
         f"{gpu}{marks(run)}: {ratio_text(judgement).removesuffix('x')} times {headline.figure}"
@@ -336,29 +350,54 @@ def _to_report(folder: RunFolder, page_folder: Path, words: Inline) -> Inline:
 
 
 def _collection(runs: Sequence[RunFolder]) -> str:
-    """Write the page of all machines: what was measured where, and how far to trust it."""
+    """Write the page of all machines: a matrix of verdicts, the machines, and the questions."""
     machines = bullets(
-        (Link(f.run().machine.describe(), f"{home.name}/{PAGE}"), ": every claim and answer")
+        Link(legend(f.run().machine), f"{home.name}/{PAGE}")
         for home, (f, *_) in _by_machine(runs).items()
     )
-    benches = [
-        block for bench in instruments.published_benches() for block in instruments.blocks(bench)
-    ]
-    marked, repeated = _what_marks_mean(runs), _reproduced(results.RESULTS)
-    parts: dict[str, Sequence[Block]] = {
-        "machines": [machines],
-        "leaderboard": [*marked, leaderboard(committed=True)],
-        "questions": [*marked, _questions(runs)],
-        "repeated": [repeated] if repeated.rows else [],
-        "benches": benches,
-    }
-    template = jinja2.Template(
-        COLLECTION.read_text(),
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
+    marked = _what_marks_mean(runs)
+    marks_used = [f"{mark} {outcome}" for outcome, mark in MARKS.items()]
+    return _filled(
+        PAGE_OF_ALL,
+        marks=[Paragraph((", ".join(marks_used),))],
+        matrix=[*marked, _matrix(runs)],
+        machines=[machines],
+        questions=[_questions(runs)],
     )
-    return str(template.render({name: markdown.fragment(of) for name, of in parts.items()}))
+
+
+def _filled(page: Path, **parts: Sequence[Block]) -> str:
+    """Fill the places of a page with blocks."""
+    template = jinja2.Template(
+        page.read_text(), keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    filled = {name: markdown.fragment(blocks).strip() for name, blocks in parts.items()}
+    return str(template.render(filled))
+
+
+def _matrix(runs: Sequence[RunFolder]) -> Table:
+    """Tabulate labs by machines: the verdicts of the newest run in marks, with its report."""
+    by_home = _by_machine(runs)
+    names = [short_name(of[0].run().machine) for of in by_home.values()]
+    rows: list[list[Inline]] = []
+    for lab in dict.fromkeys([*LABS, *(f.lab_name for f in runs)]):
+        cells: list[Inline] = []
+        for of_machine in by_home.values():
+            found = [f for f in of_machine if f.lab_name == lab]
+            cells.append(_verdicts(found[0]) if found else "")
+        if any(cells):
+            rows.append([Code(lab), *cells])
+    return table(("Lab", *names), rows)
+
+
+def _verdicts(folder: RunFolder) -> Inline:
+    """Count the verdicts of a run in marks, linked to its report; bold where it is stale."""
+    counts = Counter(MARKS[j.outcome] for j in folder.summary().judgements)
+    marks_of_run = " ".join(f"{mark}{counts[mark]}" for mark in MARKS.values() if mark in counts)
+    words: Inline = marks_of_run or "no claim"
+    if manifest.is_stale(folder.run()):
+        words = Strong(words)
+    return _to_report(folder, results.RESULTS, words)
 
 
 def _what_marks_mean(runs: Sequence[RunFolder]) -> list[Block]:
@@ -394,7 +433,7 @@ def _answering(
 ) -> list[Inline]:
     """Link the runs of a lab that answer a question: not those that lack figures for it."""
     return [
-        _to_report(f, results.RESULTS, _short(f.run()))
+        _to_report(f, results.RESULTS, short_name(f.run().machine))
         for f, ids in answered
         if id in ids and f.run().lab["name"] == lab
     ]
@@ -416,7 +455,7 @@ def _reproduced(page_folder: Path) -> Table:
         {
             "Lab": original.lab_name,
             "Run": Link(original.path.name, _link(original, page_folder)),
-            "Repeated on": result.by.machine.describe(),
+            "Repeated on": short_name(result.by.machine),
             "When": result.day,
             "vLLM": result.by.vllm or "–",
             "Outcome": result.outcome,
@@ -466,14 +505,14 @@ def leaderboard(committed: bool = False) -> Table:
 
     def order(claim: tuple[int, RunFolder, Judgement]) -> tuple[int, int, bool, str]:
         place, folder, _ = claim
-        machine = folder.run().machine.describe()
+        machine = short_name(folder.run().machine)
         return labs.index(folder.lab_name), place, on_cpu(folder), machine
 
     rows: list[dict[str, Inline]] = [
         {
             "Lab": folder.lab_name,
             "Claim": parse(j.title),
-            "Machine": _to_report(folder, results.RESULTS, folder.run().machine.describe()),
+            "Machine": _to_report(folder, results.RESULTS, short_name(folder.run().machine)),
             "Effect": ratio_text(j),
             "95% interval": ratio_interval(j),
             "Between sittings": between_sittings.get(folder.lab_name, "–"),
@@ -518,7 +557,7 @@ def _machine(runs: Sequence[RunFolder], committed: bool) -> Section:
     ]
     claims = [_claim(f, j, here) for f in runs for j in f.summary().judgements]
     return section(
-        f"What was measured on {first.machine.describe()}",
+        f"What was measured on {legend(first.machine)}",
         Paragraph(f"Ceilings: {ceilings_text(first.ceilings)}. Each lab's newest complete run:"),
         *_what_marks_mean(runs),
         _runs(runs, here, committed),

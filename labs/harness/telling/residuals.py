@@ -16,6 +16,7 @@ from statistics import median
 from typing import Literal
 
 from labs import LABS
+from labs.harness.filing.machine_names import short_name
 from labs.harness.filing.newest import marks, newest_of, on_cpu
 from labs.harness.filing.results import RunFolder
 from labs.harness.judging.judge import AGREEMENT, Interval, in_band
@@ -156,7 +157,7 @@ def kept_of_runs(runs: Iterable[RunFolder]) -> list[Residual]:
 
 def _place_of(folder: RunFolder) -> tuple[RunFolder, str, str]:
     run = folder.run()
-    return folder, str(run.lab["name"]), run.machine.name
+    return folder, str(run.lab["name"]), short_name(run.machine)
 
 
 def _of_points(folder: RunFolder, which: Literal["kept", "shown"]) -> list[Residual]:
@@ -180,8 +181,13 @@ def _of_points(folder: RunFolder, which: Literal["kept", "shown"]) -> list[Resid
 
 
 def to_reports(page_folder: Path) -> LinkTo:
-    """Link to the reports of runs, relative to the folder of the page that links."""
-    return lambda folder: os.path.relpath(folder.path / "report.md", page_folder)
+    """Link to the reports of runs, or to a run without one, relative to the page's folder."""
+
+    def link(folder: RunFolder) -> str:
+        report = folder.path / "report.md"
+        return os.path.relpath(report if report.exists() else folder.path, page_folder)
+
+    return link
 
 
 @dataclass(frozen=True)
