@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from loadtests.event_lines import events_of
-from loadtests.load_workers import EVERY_ADDRESS, LOOPBACK, LoadWorkers
 from loadtests.plan import TrialPlan, TrialSummary, most_output_tokens
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 60.0
 GRACE_S = 30.0  # beyond the longest time that a trial may take
 
@@ -42,25 +42,16 @@ class Child(Protocol):
         """Return the last lines of its log."""
 
 
-def argv(
-    users: int,
-    exporter_port: int,
-    master_port: int,
-    processes: int = 1,
-    elsewhere: LoadWorkers | None = None,
-) -> list[str]:
+def argv(users: int, exporter_port: int, master_port: int, processes: int = 1) -> list[str]:
     """Build the command line of a headless Locust, which listens on loopback.
 
-    Where load workers on other machines take part, it waits for them, and its master listens where
-    `elsewhere` says. Each load process has all the users, of which those beyond its share are idle.
-    So if the others die, one process can go on alone.
+    Each load process has all the users, of which those beyond its share are idle. So if the others
+    die, one process can go on alone.
     """
-    all_users = str((processes + (elsewhere.count if elsewhere else 0)) * users)
-    bind, port = (elsewhere.host, elsewhere.port) if elsewhere else (LOOPBACK, master_port)
+    all_users = str(processes * users)
     return [
-        *_locust(exporter_port, port, processes, bind),
+        *_locust(exporter_port, master_port, processes),
         *("--headless", "--only-summary", "-u", all_users, "-r", all_users),
-        *(("--lab-load-workers", str(elsewhere.count)) if elsewhere else ()),
     ]
 
 
@@ -79,22 +70,11 @@ def web_argv(
     ]
 
 
-def worker_argv(host: str, port: int) -> list[str]:
-    """Build the command line of a load process that joins a master on another machine."""
-    return [
-        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--worker", "--lab-remote"),
-        *("--master-host", host, "--master-port", str(port), "--loglevel", "WARNING"),
-    ]
-
-
-def _locust(
-    exporter_port: int, master_port: int, processes: int = 1, bind: str = LOOPBACK
-) -> list[str]:
-    master = LOOPBACK if bind == EVERY_ADDRESS else bind
+def _locust(exporter_port: int, master_port: int, processes: int = 1) -> list[str]:
     return [
         *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--processes", str(processes)),
-        *("--master-bind-host", bind, "--master-bind-port", str(master_port)),
-        *("--master-host", master, "--master-port", str(master_port)),
+        *("--master-bind-host", LOOPBACK, "--master-bind-port", str(master_port)),
+        *("--master-host", LOOPBACK, "--master-port", str(master_port)),
         *("--lab-exporter-port", str(exporter_port), "--loglevel", "WARNING"),
     ]
 
@@ -102,20 +82,12 @@ def _locust(
 class Generator:
     """Plays trials one after another on one Locust process."""
 
-    def __init__(
-        self,
-        child: Child,
-        start_timeout_s: float = START_TIMEOUT_S,
-        waiting: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Wait until all users are there, on every load process; raises GeneratorError.
-
-        `waiting` is called as in `play`.
-        """
+    def __init__(self, child: Child) -> None:
+        """Wait until all users are there, on every load process; raises GeneratorError."""
         self._child = child
         self._events: queue.Queue[dict[str, Any]] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
-        self._expect("ready", start_timeout_s, waiting)
+        self._expect("ready", START_TIMEOUT_S, lambda: None)
 
     def _listen(self) -> None:
         try:

@@ -9,9 +9,7 @@ sends that plan's requests one after another, until it is stopped.
 
 With several `--processes` each worker has its share of the users, of the requests and of the
 schedule. They start together, and each counts time from its own start. If one dies, its share is
-lost, which the trial's summary says; the next trial is shared among those that are left. Some may
-be on other machines (`loadtests/load_workers.py`), which have what they are to send from the
-master, and whose clocks nobody reads.
+lost, which the trial's summary says; the next trial is shared among those that are left.
 
 A worker does as little as it can while streams are open: what arrives is kept with its time, as it
 is (`loadtests/connection.py`); a stream that has ended waits in a queue, of which one is parsed
@@ -27,17 +25,15 @@ import ctypes
 import math
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import gevent
 from locust import events, runners
 from locust.env import Environment
-from locust.rpc import zmqrpc
 from locust.runners import MasterRunner, WorkerRunner
 
-from loadtests import load_workers, worker
+from loadtests import worker
 from loadtests.exporter import Exporter
 from loadtests.master import Director
 from loadtests.plan import TrialPlan
@@ -58,25 +54,8 @@ def end_with_master() -> None:
 os.register_at_fork(after_in_child=end_with_master)
 
 # Locust's worker measures its master's silence on the wall clock, which may jump. It needs no such
-# limit where it ends with its master; one on another machine has `watch_master`.
+# limit: it ends with its master.
 runners.MASTER_HEARTBEAT_TIMEOUT = math.inf
-if "--lab-remote" in sys.argv:
-    runners.CONNECT_RETRY_COUNT = 5  # of 5 s: the run may have ended meanwhile
-
-
-def encrypt_messages(key: str) -> None:
-    """Let only those who hold the key exchange messages with the master, and encrypt them all."""
-    plain = zmqrpc.BaseSocket.__init__
-
-    def encrypted(self: zmqrpc.BaseSocket, sock_type: int, ipv4_only: bool) -> None:
-        plain(self, sock_type, ipv4_only)
-        load_workers.encrypt(self.socket, key)
-
-    zmqrpc.BaseSocket.__init__ = encrypted
-
-
-if given := os.environ.get(load_workers.KEY):
-    encrypt_messages(given)
 
 
 @events.init_command_line_parser.add_listener
@@ -85,8 +64,6 @@ def _options(parser: Any) -> None:
     group.add_argument("--lab-exporter-port", type=int, help="serve client metrics on this port")
     # options travel from master to worker as msgpack, which knows no Path
     group.add_argument("--lab-plan", help="send this TrialPlan's requests until stopped")
-    group.add_argument("--lab-remote", action="store_true", help="the master is elsewhere")
-    group.add_argument("--lab-load-workers", type=int, default=0, help="workers elsewhere")
 
 
 @events.init.add_listener
@@ -96,17 +73,15 @@ def _begin(environment: Environment, **_: object) -> None:
     if isinstance(runner, WorkerRunner):
         with contextlib.suppress(PermissionError):
             os.nice(-10)  # its times must not wait for an engine that spins on its core
-        # read now: the master's options come to its workers
-        worker.listen(runner, remote=bool(options.lab_remote))
+        worker.listen(runner)
     elif isinstance(runner, MasterRunner):
         os.nice(19)  # it shares a core with the worker, whose times must not wait
         exporter = Exporter()
         if options.lab_exporter_port:
             exporter.serve(options.lab_exporter_port)
-        options.expect_workers += options.lab_load_workers
         director = Director(runner, exporter)
         if options.lab_plan:
             plan = TrialPlan.model_validate_json(Path(options.lab_plan).read_bytes())
             events.test_start.add_listener(lambda **_: director.begin(plan))
         else:
-            gevent.spawn(director.direct, options.num_users, options.expect_workers)
+            gevent.spawn(director.direct, options.num_users)

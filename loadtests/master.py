@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import secrets
 import sys
-import time
 from typing import Any
 
 import gevent
 import gevent.fileobject
 from locust.runners import STATE_MISSING, MasterRunner
 
-from loadtests import load_workers, records
+from loadtests import records
 from loadtests.event_lines import say
 from loadtests.exporter import Exporter
-from loadtests.load import now
 from loadtests.plan import Progress, TrialPlan, TrialSummary, merged_summary, total_progress
 from loadtests.records import RequestRecord
 
-CODE_TIMEOUT_S = 10.0  # in which a worker says which code it has
 WATCH_EVERY_S = 0.5
 
 
@@ -36,10 +33,6 @@ class Director:
         self.gone: set[str] = set()  # this trial's workers that were lost, for good
         self.progress: dict[int, dict[str, Progress]] = {}  # of each plan, by worker
         self.team: set[str] | None = None  # workers that have users; None where any may join
-        self.code: dict[str, str] = {}  # of each worker, by its hash
-        self.went = (0.0, 0.0)  # when the trial under way started, by both clocks of this machine
-        runner.register_message("lab-code", self.on_code)
-        runner.register_message("lab-fetch", self.on_fetch)
         runner.register_message("lab-ready", self.on_ready)
         runner.register_message("lab-answered", self.on_answered)
         runner.register_message("lab-records", self.on_records)
@@ -73,28 +66,13 @@ class Director:
         if plan.window_s is not None:
             self.spools += [records.Spool(each.records) for each in plan.all_plans]
 
-    def direct(self, users: int, workers: int) -> None:
+    def direct(self, users: int) -> None:
         """Wait for the users to start, then play the plans from the standard input."""
         while self.runner.user_count < users:
             gevent.sleep(0.02)
-        # When a worker comes late, or leaves, Locust would share the users out anew, amid a trial.
+        # When a worker leaves, Locust would share the users out anew, amid a trial.
         self.runner.start = lambda *_, **__: None
         self.team = self.alive()
-        reason = None
-        if len(self.team) > workers:
-            reason = (
-                f"{len(self.team)} load processes have joined where {workers} were expected: start"
-                " as many load workers as LOAD_WORKERS= says"
-            )
-        elif hosts := self.with_other_code():
-            reason = (
-                f"the load worker on {', '.join(hosts)} has other code in loadtests/ than this"
-                " machine: check out the same commit on both"
-            )
-        if reason:
-            self.runner.send_message("lab-refused", reason)
-            say(event="failed", reason=reason)
-            return
         users_each = users // len(self.team)
         gevent.spawn(self.watch)
         say(event="ready")
@@ -104,33 +82,6 @@ class Director:
                 f"{plan.arrival} needs more than {users_each} users"
             )
             self.begin(plan)
-
-    def with_other_code(self) -> list[str]:
-        """Ask every worker for the hash of its code; return the machines where it is another."""
-        assert self.team
-        self.runner.send_message("lab-code")
-        asked = now()
-        while not self.team <= self.code.keys() and now() - asked < CODE_TIMEOUT_S:
-            gevent.sleep(0.02)
-        here = load_workers.code_sha256()
-        return sorted({machine_of(w) for w in self.team if self.code.get(w) != here})
-
-    def on_code(self, msg: Any, **_: object) -> None:
-        """Take the hash of a worker's code."""
-        self.code[msg.node_id] = msg.data
-
-    def on_fetch(self, msg: Any, **_: object) -> None:
-        """Send a worker on another machine the requests of the trial."""
-        if self.is_late(msg, msg.data):
-            return
-        assert self.plan
-        try:
-            text = self.plan.requests.read_text(encoding="utf-8")
-        except OSError as error:
-            self.fail(f"the requests could not be read: {error}")
-            return
-        message = {"trial": self.plan.trial, "text": text}
-        self.runner.send_message("lab-requests", message, client_id=msg.node_id)
 
     def is_late(self, msg: Any, trial: str) -> bool:
         """Whether a message is about another trial, or from a worker that was lost in this one."""
@@ -146,7 +97,7 @@ class Director:
     def on_failed(self, msg: Any, **_: object) -> None:
         """Take a worker's word that it cannot play its share."""
         if not self.is_late(msg, msg.data["trial"]):
-            self.fail(f"{machine_of(msg.node_id)}: {msg.data['reason']}")
+            self.fail(msg.data["reason"])
 
     def watch(self) -> None:
         """Check regularly whether a worker has died, so that the trial does not wait for it."""
@@ -169,7 +120,6 @@ class Director:
         left = self.shares.keys() - self.gone
         if self.ready and left <= self.ready:
             self.ready = set()
-            self.went = (time.time(), now())
             self.runner.send_message("lab-go")
         if left <= self.done.keys():
             self.end()
@@ -211,18 +161,9 @@ class Director:
         """Take a worker's summaries, one of each plan."""
         if self.is_late(msg, msg.data["trial"]):
             return
-        summaries = map(TrialSummary.model_validate_json, msg.data["summaries"])
-        self.done[msg.node_id] = [self.by_our_clocks(s, msg.node_id) for s in summaries]
+        summaries = msg.data["summaries"]
+        self.done[msg.node_id] = [TrialSummary.model_validate_json(one) for one in summaries]
         self.go_on()
-
-    def by_our_clocks(self, summary: TrialSummary, worker: str) -> TrialSummary:
-        """Return a worker's summary; where its clocks are another machine's, with ours instead."""
-        if summary.started_monotonic_s is not None:
-            return summary
-        unix_s, monotonic_s = self.went
-        aborted = summary.aborted and f"{machine_of(worker)}: {summary.aborted}"
-        ours = {"started_unix_s": unix_s, "started_monotonic_s": monotonic_s}
-        return summary.model_copy(update={**ours, "aborted": aborted})
 
     def end(self) -> None:
         """End the trial: write the records, and send the runner the combined summaries."""
@@ -253,8 +194,3 @@ def shared(plan: TrialPlan, **fields: Any) -> TrialPlan:
     """Return a plan with these fields, which those beside it get as well."""
     beside = tuple(other.model_copy(update=fields) for other in plan.beside)
     return plan.model_copy(update={**fields, "beside": beside})
-
-
-def machine_of(worker: str) -> str:
-    """Return the name of the machine that a worker is on: Locust's id of it begins with that."""
-    return worker.rpartition("_")[0]

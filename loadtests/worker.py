@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gevent
@@ -18,9 +16,7 @@ from locust import User, task
 from locust.env import Environment
 from locust.runners import WorkerRunner
 
-from loadtests import load_workers
 from loadtests.connection import Connection
-from loadtests.event_lines import say
 from loadtests.halting import one_awake
 from loadtests.load import AFTER_ERROR_S, Ended, Load, Turn, now, turns
 from loadtests.plan import TrialPlan, TrialSummary
@@ -29,7 +25,6 @@ from loadtests.streaming import connect, records_of, stream
 
 REPORT_EVERY_S = 0.5
 LOOP_TICK_S = 0.02
-MASTER_TIMEOUT_S = 60.0  # of silence, on another machine
 PARSE_EVERY_S = 0.002
 NEXT_TURN_S = 1e-6  # a pause of 0 may end before the event loop has looked at the sockets again
 FEW_PIECES = 4  # of an answer that is parsed at once: a refusal is known before the next try
@@ -168,47 +163,21 @@ def parse_in_turn(load: Load, environment: Environment) -> None:
         gevent.sleep(PARSE_EVERY_S if load.unparsed.qsize() < load.users else NEXT_TURN_S)
 
 
-requests_text: gevent.queue.Queue[dict[str, str]] = gevent.queue.Queue()
-
-
-def prepared(plan: TrialPlan) -> tuple[Load, ...]:
-    """Prepare a share of a plan, and of those beside it."""
-    return tuple(map(Load, plan.all_plans))
-
-
-def fetched(plan: TrialPlan, runner: WorkerRunner) -> tuple[Load, ...]:
-    """Prepare a share whose requests are on the master's machine: the same for all plans.
-
-    The pids are that machine's, too: here they would be other processes'.
-    """
-    runner.send_message("lab-fetch", plan.trial)
-    while (message := requests_text.get())["trial"] != plan.trial:
-        pass
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="labs-requests-") as file:
-        file.write(message["text"])
-        file.flush()
-        here = {"requests": Path(file.name), "pids": ()}
-        beside = tuple(other.model_copy(update=here) for other in plan.beside)
-        return prepared(plan.model_copy(update={**here, "beside": beside}))
-
-
-def play_trial(environment: Environment, msg: Any, remote: bool, **_: object) -> None:
+def play_trial(environment: Environment, msg: Any, **_: object) -> None:
     """Play a trial on a worker; tell the master where that fails."""
     plan, runner = TrialPlan.model_validate_json(msg.data), environment.runner
     assert isinstance(runner, WorkerRunner)
     try:
-        play_plan(environment, runner, plan, remote)
+        play_plan(environment, runner, plan)
     except Exception as failure:
         reason = f"a load process failed: {type(failure).__name__}: {failure}"
         runner.send_message("lab-failed", {"trial": plan.trial, "reason": reason})
         raise
 
 
-def play_plan(
-    environment: Environment, runner: WorkerRunner, plan: TrialPlan, remote: bool
-) -> None:
+def play_plan(environment: Environment, runner: WorkerRunner, plan: TrialPlan) -> None:
     """Play a trial; send the records as they come and the summary at the end."""
-    loads = fetched(plan, runner) if remote else prepared(plan)
+    loads = tuple(map(Load, plan.all_plans))
     if plan.window_s is None:
         (load,) = loads
         load.all_have_opened()  # the web UI has one load process
@@ -236,17 +205,15 @@ def play_plan(
     cpu = time.process_time() - waiting_room.cpu_s
     report(runner, loads)
     lags.sort()
-    summaries = [summary_of(load, lags, cpu, remote).model_dump_json() for load in loads]
+    summaries = [summary_of(load, lags, cpu).model_dump_json() for load in loads]
     runner.send_message("lab-done", {"trial": plan.trial, "summaries": summaries})
-    if remote:
-        say(event="sent", requests=sum(load.sent for load in loads))
 
 
-def summary_of(load: Load, lags_s: list[float], cpu_s: float, remote: bool) -> TrialSummary:
+def summary_of(load: Load, lags_s: list[float], cpu_s: float) -> TrialSummary:
     """Sum up one load of a trial, with the sorted lags and the CPU time of the whole process."""
     return TrialSummary(
         started_unix_s=load.started_unix_s,
-        started_monotonic_s=None if remote else load.t0,
+        started_monotonic_s=load.t0,
         window_s=(load.window_start_s, load.window_end_s),
         answered_under_load=load.answered_under_load,
         planned=load.planned,
@@ -305,26 +272,6 @@ def report(runner: WorkerRunner, loads: Sequence[Load]) -> None:
         runner.send_message("lab-records", message)
 
 
-def watch_master(runner: WorkerRunner) -> None:
-    """End this process where it hears nothing more of a master on another machine."""
-    heard = now()
-
-    def hear(**_: object) -> None:
-        nonlocal heard
-        heard = now()
-
-    runner.environment.events.heartbeat_received.add_listener(hear)
-    while now() - heard < MASTER_TIMEOUT_S:
-        gevent.sleep(1)
-    refuse_to_go_on(runner, f"nothing was heard of the run for {MASTER_TIMEOUT_S:.0f} s")
-
-
-def refuse_to_go_on(runner: WorkerRunner, reason: str) -> None:
-    """Say why this process leaves the run, and end it."""
-    say(event="refused", reason=reason)
-    gevent.spawn(runner.quit)  # which ends the greenlets of the runner, as this may be one
-
-
 def report_forever(runner: WorkerRunner, loads: Sequence[Load]) -> None:
     """Report until other loads take their place, as when the web UI starts again."""
     while True:
@@ -334,15 +281,8 @@ def report_forever(runner: WorkerRunner, loads: Sequence[Load]) -> None:
         report(runner, loads)
 
 
-def listen(runner: WorkerRunner, remote: bool) -> None:
-    """Take the master's messages from now on; `remote` says that it is on another machine."""
-    code = load_workers.code_sha256()
-    runner.register_message("lab-trial", partial(play_trial, remote=remote), concurrent=True)
-    runner.register_message("lab-requests", lambda msg, **_: requests_text.put(msg.data))
-    runner.register_message("lab-code", lambda **_: runner.send_message("lab-code", code))
+def listen(runner: WorkerRunner) -> None:
+    """Take the master's messages from now on."""
+    runner.register_message("lab-trial", play_trial, concurrent=True)
     runner.register_message("lab-go", lambda **_: gate.set())
     runner.register_message("lab-enough", lambda **_: stop_waiting_for_others())
-    if remote:
-        runner.register_message("lab-refused", lambda msg, **_: refuse_to_go_on(runner, msg.data))
-        gevent.spawn(watch_master, runner)
-        say(event="joined")

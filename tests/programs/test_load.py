@@ -51,10 +51,8 @@ def test_a_trial_that_fails_is_followed_by_another_load_generator(
         window_s=0.01, timeout_s=0.1, seed=0, lab="tiny", variant="on", run_id="r", workload="w",
     )  # fmt: skip
     lab = SimpleNamespace(load_processes=1)
-    setup: Any = SimpleNamespace(
-        users=1, lab=lab, machine=SimpleNamespace(kind="gpu"), load_workers=None
-    )
-    playing = LoadGenerator(setup, 1, tmp_path / "locust.log", print, print)
+    setup: Any = SimpleNamespace(users=1, lab=lab, machine=SimpleNamespace(kind="gpu"))
+    playing = LoadGenerator(setup, 1, tmp_path / "locust.log")
     try:
         with monkeypatch.context() as impatient:
             impatient.setattr(generator, "GRACE_S", 0.1)

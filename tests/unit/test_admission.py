@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +17,6 @@ from labs.harness.spec import Arm, Evidence, LabError, Point
 from loadtests import admission
 from loadtests.admission import Admission, QueueLimits, counts_file
 from loadtests.arrivals import Concurrent
-from loadtests.load_workers import LoadWorkers
 from loadtests.plan import PlannedRequest, TrialPlan
 from loadtests.records import BY_CLIENT
 from loadtests.workload import Samples
@@ -126,20 +124,12 @@ LIMITED = {"flags": {"max-num-queued-tokens": 9}, "admission_by_client": True}
 SEVERAL = make_workload("concurrent:1", samples=Samples(count=2, together=True))
 
 
-@pytest.mark.parametrize(
-    ("fields", "elsewhere", "says"),
-    [
-        (LIMITED, LoadWorkers(2, "127.0.0.1", 5557, "k"), "LOAD_WORKERS"),
-        (LIMITED | {"workloads": (SEVERAL,)}, None, "answers, as in short"),
-    ],
-)
-def test_limits_that_the_client_cannot_hold_are_refused(
-    fields: dict[str, Any], elsewhere: LoadWorkers | None, says: str
-) -> None:
-    with pytest.raises(LabError, match=says):
-        require_client_limits(make_lab(**fields), elsewhere)
-    require_client_limits(make_lab(**fields | {"admission_by_client": False}), elsewhere)
-    require_client_limits(make_lab(**LIMITED), None)
+def test_limits_that_the_client_cannot_hold_are_refused() -> None:
+    several = LIMITED | {"workloads": (SEVERAL,)}
+    with pytest.raises(LabError, match="answers, as in short"):
+        require_client_limits(make_lab(**several))
+    require_client_limits(make_lab(**several | {"admission_by_client": False}))
+    require_client_limits(make_lab(**LIMITED))
 
 
 def turned_away_s(answers: list[VirtualAnswer]) -> list[float | None]:

@@ -61,11 +61,6 @@ def test_an_intruder_is_not_among_the_users() -> None:
     assert chosen_number(lab) == 1
 
 
-def test_load_processes_on_other_machines_are_among_them() -> None:
-    lab = of_loads("concurrent:256")
-    assert [chosen_number(lab, 16, elsewhere) for elsewhere in (0, 1, 9)] == [4, 3, 1]
-
-
 def test_beside_a_gpu_they_leave_cores_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     lab = of_loads("concurrent:512")
     found = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from rich.table import Table
 from labs import LABS
 from labs.harness.commands import doctor
 from labs.harness.commands.interactive import PORT, WEB_PORT, start_locust_ui
-from labs.harness.commands.load_worker import send_load
 from labs.harness.commands.options import (
     addresses,
     app,
@@ -83,9 +81,6 @@ def run(
     tp: int = 1,
     endpoint: str = "",
     endpoint_metrics: str = "",
-    load_workers: int = 0,
-    listen: str = "",
-    key: str = "",
     seed: str = "",
     resume: bool = False,
     engine_command: str = "",
@@ -106,9 +101,6 @@ def run(
         weights=weights,
         endpoint=endpoint,
         replicas=addresses(endpoint_metrics),
-        load_workers=load_workers,
-        listen=listen,
-        key=key,
         resume=resume,
         engine_command=command_words(engine_command),
         usd_per_hour=price_of(price_per_hour),
@@ -225,24 +217,6 @@ def locust(
         while process.returncode is None:
             time.sleep(0.5)
         raise LabError(f"Locust ended; its last lines:\n{process.tail()}")
-
-
-@command("load-worker")
-def load_worker(
-    master: str,
-    key: str = "",
-) -> None:
-    """Send a share of the load of a run on another machine, as one more load process, to its end.
-
-    The run there was started with ENDPOINT= and LOAD_WORKERS=. Both machines need the same commit
-    and must reach the endpoint by the same address, with the same VLLM_API_KEY where it asks for
-    one.
-    """
-    if not key and not sys.stdin.isatty():
-        raise LabError("the key that the run shows is missing: give it in LABS_KEY")
-    key = key or typer.prompt("The key that the run shows", hide_input=True)
-    send_load(master, key, say)
-    console.print("The run has ended.")
 
 
 @command("reproduce")

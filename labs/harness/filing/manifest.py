@@ -67,7 +67,6 @@ def facts(run: Run, load: Mapping[str, str] | None = None) -> dict[str, str]:
                 "load": load or {},
                 "endpoint": run.endpoint or "none, the lab starts its engines",
                 "endpoint_metrics": ", ".join(run.replicas) or "none apart from the endpoint's",
-                "load_workers_elsewhere": str(run.load_workers),
                 "machine": {
                     **run.machine.model_dump(exclude={"memory_bytes", "parts"}),
                     "memory": f"{run.machine.memory_bytes / 2**30:.0f} GiB",

@@ -170,7 +170,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     changes: dict[str, Any]  # by SET=; any change makes the run ad hoc
     endpoint: str | None
     replicas: list[str] = []  # the engines behind it, whose metrics were added up
-    load_workers: int = 0  # load processes on other machines
+    load_workers: Annotated[int, Field(exclude=True)] = 0  # in older runs, and read by nobody
     engine_command: list[str] | None = None  # in the place of the engines' own; None: not recorded
     model: str
     dummy: bool = False  # the weights were random

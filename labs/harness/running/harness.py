@@ -370,7 +370,7 @@ def open_harness(
         if sampler.serve(telemetry_port := free_port()):
             prometheus.scrape("client", f"{LOOPBACK}:{telemetry_port}")
         log = logs / "locust.log"
-        load = LoadGenerator(setup, exporter_port, log, progress.waiting, progress.message)
+        load = LoadGenerator(setup, exporter_port, log)
         exits.callback(load.stop)
         reference = _reference(setup, folder, progress, exits)
         on_file = folder.starts_on_file(setup.points, setup.lab)

@@ -19,12 +19,9 @@ USERS_EACH = 64
 CORES_BESIDE_A_GPU = 2  # that an engine keeps busy: with its API server, and with its scheduler
 
 
-def chosen_number(lab: Lab, cores: int | None = None, elsewhere: int = 0) -> int:
-    """Return the number by the lab's users; at most one for each of so many cores, at least 1.
-
-    So many load processes on other machines share the load: there are fewer here.
-    """
-    needed = max(1, math.ceil(most_users(lab) / USERS_EACH) - elsewhere)
+def chosen_number(lab: Lab, cores: int | None = None) -> int:
+    """Return the number by the lab's users; at most one for each of so many cores, at least 1."""
+    needed = max(1, math.ceil(most_users(lab) / USERS_EACH))
     return needed if cores is None else max(1, min(needed, cores))
 
 

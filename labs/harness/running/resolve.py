@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from labs.harness.errors import did_you_mean
 from labs.harness.facts.parts import findings_of
@@ -24,7 +22,6 @@ from labs.harness.running.machines_on_file import MachineOnFile, largest_step
 from labs.harness.running.probes import PROBES, TEXT_PROBES
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.spec import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point
-from loadtests.load_workers import LOOPBACK, LoadWorkers, address_of, require_key
 from loadtests.prompts import Writer
 from loadtests.trace import TraceRow
 from serving.engines import ENGINES
@@ -34,8 +31,6 @@ from serving.forecasting.datasheet import reason_against_sharing
 from serving.hardware import machine as machines
 from serving.hardware.gpus import DATASHEETS, Datasheet
 from serving.hardware.machine import IN_FLOAT32, SLOW_BF16, Ceilings, Environment, Machine
-from serving.inside.guard import HERE
-from serving.processes.ports import free_port, require_free
 from serving.weights import dummy, models
 
 
@@ -51,9 +46,6 @@ class RunRequest:
     weights: str = ""  # `dummy`: random ones
     endpoint: str = ""
     replicas: Sequence[str] = ()  # the engines behind it, whose metrics are read
-    load_workers: int = 0  # load processes on other machines, which join
-    listen: str = ""  # `host:port`, where they do; else on loopback
-    key: str = field(default="", repr=False)  # that they must hold; else one is drawn
     resume: bool = False
     reproduces: str = ""  # the run whose resolved lab this is
     scale: str = ""  # of that lab; else this machine's
@@ -84,7 +76,6 @@ class Setup:
     on_file: MachineOnFile | None = None  # the machine that is not here
     keep_disturbed: bool = False  # a disturbed trial is not measured again
     clock: Clock = field(default_factory=Clock)
-    load_workers: LoadWorkers | None = None
     quick: bool = False
 
     @property
@@ -123,7 +114,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     """Check everything that can be checked before the first process starts."""
     if request.replicas and not request.endpoint:
         raise LabError("ENDPOINT_METRICS names replicas behind an ENDPOINT: give its address, too")
-    elsewhere, keep_disturbed = load_workers_of(request), keeps_disturbed()
+    keep_disturbed = keeps_disturbed()
     on_file = request.on_file
     machine, datasheet = (on_file.machine, None) if on_file else machine_of(request.card)
     lab = lab_of(request, scale_of(request, machine))
@@ -158,7 +149,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     lab = with_load_processes(lab, request, None if datasheet or on_file else machine, progress)
     if not (datasheet or on_file):
         require_bounds(lab, machine, model.shape, starts_engines=not endpoint)
-    require_client_limits(lab, elsewhere)
+    require_client_limits(lab)
     require_prompts(lab, writer)
     places, weights = _derived(lab, model, progress, request.quick)
     ceilings, about = _ceilings(machine, model, datasheet, on_file, progress)
@@ -187,7 +178,6 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
         on_file=on_file,
         keep_disturbed=keep_disturbed,
         clock=request.clock,
-        load_workers=elsewhere,
         quick=request.quick,
     )
 
@@ -272,40 +262,6 @@ def _introduce(
     progress.message(
         f"Model: {model.name}, {model.shape.params / 1e6:,.0f} M parameters{random_weights}"
     )
-
-
-def load_workers_of(request: RunRequest) -> LoadWorkers | None:
-    """Return where load processes on other machines are to join; None where there are none.
-
-    Raises LabError for an address that cannot be, a short key, or an engine out of their reach.
-    """
-    if not request.load_workers:
-        if request.listen:
-            raise LabError("LISTEN is where load workers join: say how many with LOAD_WORKERS=")
-        return None
-    if not request.endpoint:
-        raise LabError(
-            "LOAD_WORKERS sends load from other machines, which reach no engine that a lab starts:"
-            " it listens on 127.0.0.1. Give the address of a running one with ENDPOINT="
-        )
-    try:
-        host, port = address_of(request.listen or f"{LOOPBACK}:{free_port()}")
-        only_here = (urlsplit(request.endpoint).hostname or "") in HERE
-        if only_here and host not in HERE:
-            raise ValueError(
-                "other machines cannot send to an ENDPOINT= on 127.0.0.1 or localhost, which"
-                " is this machine for each of them: give the address by which all reach it"
-            )
-        require_free(host, port)
-        key = require_key(request.key or secrets.token_hex(16))
-    except OSError as error:
-        raise LabError(
-            f"nothing can listen at {host}:{port} ({error.strerror or error}): give LISTEN= an"
-            " address of this machine and a free port"
-        ) from error
-    except ValueError as error:
-        raise LabError(str(error)) from error
-    return LoadWorkers(request.load_workers, host, port, key, drawn=not request.key)
 
 
 def machine_of(card: str) -> tuple[Machine, Datasheet | None]:
@@ -567,7 +523,7 @@ def with_load_processes(
     is_set = lab.sets_load_processes or "load_processes" in request.changes
     if not (is_set or request.reproduces):
         cores = cores_for_clients(here.kind) if here else None
-        number = chosen_number(lab, cores, request.load_workers)
+        number = chosen_number(lab, cores)
         update = {"load_processes": number, "load_processes_chosen": number > 1}
         lab = lab.model_copy(update=update)
     if here and lab.load_processes > 1:
@@ -576,16 +532,10 @@ def with_load_processes(
     return lab
 
 
-def require_client_limits(lab: Lab, elsewhere: LoadWorkers | None) -> None:
+def require_client_limits(lab: Lab) -> None:
     """Check that the load generator can hold the limits that are its own. Raises LabError."""
     if not lab.admission_by_client or not any(flags.turns_away for flags in lab.all_flags):
         return
-    if elsewhere:
-        raise LabError(
-            "LOAD_WORKERS cannot be combined with limits on the queue that the load generator holds"
-            " (admission_by_client), as load processes on several machines do not count together:"
-            " leave LOAD_WORKERS or the limits out"
-        )
     of_tokens = any(flags.max_num_queued_tokens is not None for flags in lab.all_flags)
     several = [workload.name for workload in lab.workloads if workload.choices > 1]
     if of_tokens and several:

@@ -227,7 +227,6 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         changes=request.changes,
         endpoint=request.endpoint or None,
         replicas=setup.endpoint.replicas if setup.endpoint else [],
-        load_workers=setup.load_workers.count if setup.load_workers else 0,
         engine_command=recordable("\n".join(request.engine_command)).splitlines(),
         model=setup.model.name,
         dummy=setup.model.dummy,
