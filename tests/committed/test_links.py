@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from serving.weights.models import ROOT
-from tests.unit.test_docs import each_page, links
+from tests.makefile import NOTEBOOK, PAGES
+from tests.unit.test_docs import links
 
 
 def anchors(page: Path) -> set[str]:
@@ -15,7 +18,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@each_page
+@pytest.mark.parametrize("page", (*PAGES, *NOTEBOOK), ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_link_leads_to_what_is_there(page: Path, committed: Path) -> None:
     for target in links(page):
         name, _, anchor = target.partition("#")
