@@ -35,7 +35,7 @@ or_help = $(if $(value LABS_$1),,--help)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan judge diagnose labs-all derive serve locust report words site score compare reproduce gate export check-results readme watch stop import stack grafana-push preview doctor bundle unbundle test rehearse check bench locks clean distclean
+.PHONY: help setup labs forecast plan judge diagnose labs-all derive serve report words site score compare reproduce gate export check-results readme watch stop import stack grafana-push preview doctor bundle unbundle test rehearse check bench locks clean distclean
 
 # Before anything starts, one sentence refuses a target or a setting that is not there or went, and
 # a setting that no target of this call takes. A make that calls this one may have variables of its own.
@@ -81,9 +81,6 @@ derive: setup ## Make a derived model or a study by hand
 
 serve: setup ## Start a variant's engine
 	@$(LABS) serve
-
-locust: setup ## Open Locust's web UI on a lab's workload
-	@$(LABS) locust
 
 diagnose: setup ## Say what a running server's metrics point to
 	@$(LABS) diagnose $(if $(value LABS_PROMETHEUS_URL),,$(call or_help,ENDPOINT))

@@ -50,32 +50,11 @@ def argv(users: int, exporter_port: int, master_port: int, processes: int = 1) -
     """
     all_users = str(processes * users)
     return [
-        *_locust(exporter_port, master_port, processes),
-        *("--headless", "--only-summary", "-u", all_users, "-r", all_users),
-    ]
-
-
-def web_argv(
-    plan: Path, users: int, address: str, exporter_port: int, master_port: int
-) -> list[str]:
-    """Build the command line of Locust's web UI, where its user sets the number of users.
-
-    They send the requests of `plan`. The page is served at `address`, as `127.83.2.9:40123`.
-    """
-    host, _, port = address.partition(":")
-    return [
-        *_locust(exporter_port, master_port),
-        *("--web-host", host, "--web-port", port, "--lab-plan", str(plan)),
-        *("-u", str(users), "-r", str(users)),
-    ]
-
-
-def _locust(exporter_port: int, master_port: int, processes: int = 1) -> list[str]:
-    return [
         *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--processes", str(processes)),
         *("--master-bind-host", LOOPBACK, "--master-bind-port", str(master_port)),
         *("--master-host", LOOPBACK, "--master-port", str(master_port)),
         *("--lab-exporter-port", str(exporter_port), "--loglevel", "WARNING"),
+        *("--headless", "--only-summary", "-u", all_users, "-r", all_users),
     ]
 
 

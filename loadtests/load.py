@@ -8,7 +8,6 @@ its start. Users ask for their next turn; what an answer held is parsed elsewher
 from __future__ import annotations
 
 import bisect
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -80,10 +79,8 @@ class Load:
         self.unparsed: SimpleQueue[Ended] = SimpleQueue()
         self.fresh: list[RequestRecord] = []
         self._order: Iterator[PlannedRequest] = iter(self.requests)
-        if plan.window_s is None:
-            self._order = itertools.cycle(self.requests)
         self._schedule: list[float] | None = None
-        duration_s = plan.warmup_s + (plan.window_s or 0)
+        duration_s = plan.warmup_s + plan.window_s
         if isinstance(plan.arrival, Replay):
             due = [r.due_s / plan.arrival.speed for r in requests if r.due_s is not None]
             self._schedule = [*plan.own_share([at_s for at_s in due if at_s < duration_s])]
@@ -98,7 +95,7 @@ class Load:
         self._gate = gevent.event.Event()
         self._wave_counts = False
         self.window_start_s = plan.warmup_s
-        self.window_end_s = plan.warmup_s + (plan.window_s or 0)
+        self.window_end_s = duration_s
         if isinstance(plan.arrival, Waves) and self.users:
             self.window_start_s = float("inf")  # set by the first wave that counts
         if isinstance(plan.arrival, Replay) and due and max(due) < duration_s:
@@ -107,9 +104,8 @@ class Load:
 
     @property
     def name(self) -> str:
-        """The name in Locust's own statistics; with the web UI the user sets the arrival there."""
-        by_hand = self.plan.window_s is None
-        return self.plan.workload if by_hand else f"{self.plan.workload} {self.plan.arrival}"
+        """The name in Locust's own statistics."""
+        return f"{self.plan.workload} {self.plan.arrival}"
 
     @property
     def _closed_loop(self) -> bool:
@@ -162,7 +158,7 @@ class Load:
 
     def _begin_wave(self) -> None:
         at = self.elapsed_s()
-        deadline_s = self.plan.warmup_s + (self.plan.window_s or float("inf"))
+        deadline_s = self.plan.warmup_s + self.plan.window_s
         late = at >= self.plan.latest_s and self._counted
         enough = at >= deadline_s and (late or self._counted >= self.plan.least_counted)
         self.exhausted = not enough and self.sent + self.users > len(self.requests)
@@ -223,8 +219,6 @@ class Load:
         in all, have been sent in it, and five long prompts where there is an intruder; and then
         until they have succeeded.
         """
-        if self.plan.window_s is None:
-            return False
         few = self._counted < self.plan.least_counted or self._long_prompts_left > 0
         return at_s >= self.window_end_s and (at_s >= self.plan.latest_s or not few)
 

@@ -4,8 +4,7 @@
 
 Trials come as JSON lines on the master's standard input (`TrialPlan`), events go out as JSON lines
 on its standard output. Users are started once and wait between trials, so that a trial does not
-start a process. With `--lab-plan FILE` there are no trials: every user that Locust's web UI starts
-sends that plan's requests one after another, until it is stopped.
+start a process.
 
 With several `--processes` each worker has its share of the users, of the requests and of the
 schedule. They start together, and each counts time from its own start. If one dies, its share is
@@ -25,7 +24,6 @@ import ctypes
 import math
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import gevent
@@ -36,7 +34,6 @@ from locust.runners import MasterRunner, WorkerRunner
 from loadtests import worker
 from loadtests.exporter import Exporter
 from loadtests.master import Director
-from loadtests.plan import TrialPlan
 from loadtests.worker import ChatUser
 
 __all__ = ["ChatUser"]  # Locust takes the users it finds here
@@ -62,8 +59,6 @@ runners.MASTER_HEARTBEAT_TIMEOUT = math.inf
 def _options(parser: Any) -> None:
     group = parser.add_argument_group("inference-serving lab")
     group.add_argument("--lab-exporter-port", type=int, help="serve client metrics on this port")
-    # options travel from master to worker as msgpack, which knows no Path
-    group.add_argument("--lab-plan", help="send this TrialPlan's requests until stopped")
 
 
 @events.init.add_listener
@@ -79,9 +74,4 @@ def _begin(environment: Environment, **_: object) -> None:
         exporter = Exporter()
         if options.lab_exporter_port:
             exporter.serve(options.lab_exporter_port)
-        director = Director(runner, exporter)
-        if options.lab_plan:
-            plan = TrialPlan.model_validate_json(Path(options.lab_plan).read_bytes())
-            events.test_start.add_listener(lambda **_: director.begin(plan))
-        else:
-            gevent.spawn(director.direct, options.num_users)
+        gevent.spawn(Director(runner, exporter).direct, options.num_users)

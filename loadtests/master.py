@@ -25,14 +25,14 @@ class Director:
     def __init__(self, runner: MasterRunner, exporter: Exporter) -> None:
         self.runner, self.exporter = runner, exporter
         self.plan: TrialPlan | None = None
-        self.spools: list[records.Spool] = []  # of each plan; empty where no records are kept
+        self.spools: list[records.Spool] = []  # of each plan
         self.shares: dict[str, TrialPlan] = {}  # worker -> its share of the trial under way
         self.ready: set[str] = set()
         self.answered: set[str] = set()  # workers whose requests that count have been answered
         self.done: dict[str, list[TrialSummary]] = {}  # of each plan
         self.gone: set[str] = set()  # this trial's workers that were lost, for good
         self.progress: dict[int, dict[str, Progress]] = {}  # of each plan, by worker
-        self.team: set[str] | None = None  # workers that have users; None where any may join
+        self.team: set[str] = set()  # workers that have users
         runner.register_message("lab-ready", self.on_ready)
         runner.register_message("lab-answered", self.on_answered)
         runner.register_message("lab-records", self.on_records)
@@ -49,7 +49,7 @@ class Director:
             self.fail(f"the records could not be written: {error}")
             return
         self.exporter.begin(*plan.all_plans)
-        workers = sorted(self.alive() if self.team is None else self.alive() & self.team)
+        workers = sorted(self.alive() & self.team)
         self.ready, self.answered, self.done, self.progress = set(), set(), {}, {}
         self.shares = {
             worker: shared(plan, share=(number, len(workers)))
@@ -59,12 +59,12 @@ class Director:
             self.runner.send_message("lab-trial", share.model_dump_json(), client_id=worker)
 
     def keep_records(self, plan: TrialPlan) -> None:
-        """Begin to keep the records of a trial, but not those of users that nobody measures."""
+        """Begin to keep the records of a trial."""
         for spool in self.spools:
             spool.close()
         self.spools = []
-        if plan.window_s is not None:
-            self.spools += [records.Spool(each.records) for each in plan.all_plans]
+        for each in plan.all_plans:
+            self.spools.append(records.Spool(each.records))
 
     def direct(self, users: int) -> None:
         """Wait for the users to start, then play the plans from the standard input."""
@@ -148,8 +148,7 @@ class Director:
             record = RequestRecord.of(fields)
             self.exporter.observe(record, number)
             try:
-                if self.spools:
-                    self.spools[number].add(record)
+                self.spools[number].add(record)
             except OSError as error:
                 self.fail(f"the records could not be written: {error}")
                 return
@@ -170,10 +169,9 @@ class Director:
         assert self.plan
         seats = {worker: share.seats for worker, share in self.shares.items()}
         self.shares = {}
-        if self.team is not None:
-            self.team -= self.gone
-            for worker in self.gone:
-                self.runner.send_message("quit", client_id=worker)
+        self.team -= self.gone
+        for worker in self.gone:
+            self.runner.send_message("quit", client_id=worker)
         self.exporter.end()
         summaries = [s for worker, s in self.done.items() if seats[worker]]
         if not summaries:

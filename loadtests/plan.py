@@ -47,7 +47,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     skip: int = 0  # so many of the first are not sent: an earlier attempt at the trial has
     records: Path  # written when the trial has ended
     warmup_s: float
-    window_s: PositiveFloat | None  # None: until stopped (Locust's own web UI)
+    window_s: PositiveFloat
     timeout_s: PositiveFloat  # the longest silence within one response
     seed: int
     lab: str
@@ -83,7 +83,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     @property
     def latest_s(self) -> float:
         """When the last request that counts may be sent, in seconds on the trial's clock."""
-        return self.warmup_s + most_held_open_s(self.window_s or 0)
+        return self.warmup_s + most_held_open_s(self.window_s)
 
     @property
     def least_counted(self) -> int:

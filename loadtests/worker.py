@@ -98,15 +98,12 @@ class ChatUser(User):
     @task
     def take_part(self) -> None:
         """Wait for a trial and send its requests, turn by turn, until it has no more."""
-        if not waiting_room.loads or waiting_room.loads[0].plan.window_s is not None:
-            waiting_room.opened.wait()
+        waiting_room.opened.wait()
         loads = waiting_room.loads
-        if not loads or (loads[0].plan.window_s is not None and self.seat >= loads[0].users):
+        if not loads or self.seat >= loads[0].users:
             return
-        until_stopped = loads[0].plan.window_s is None
         connections = {load: connect(load) for load in loads}
-        if not until_stopped:
-            waiting_room.ready()
+        waiting_room.ready()
         stopped = False
         try:
             with one_awake([load.plan.pids for load in loads]) as wake:
@@ -121,7 +118,7 @@ class ChatUser(User):
         finally:
             for connection in connections.values():
                 connection.close()
-            if not (until_stopped or stopped):
+            if not stopped:
                 waiting_room.leave()
 
     def _send(self, turn: Turn, load: Load, connections: dict[Load, Connection]) -> None:
@@ -178,15 +175,6 @@ def play_trial(environment: Environment, msg: Any, **_: object) -> None:
 def play_plan(environment: Environment, runner: WorkerRunner, plan: TrialPlan) -> None:
     """Play a trial; send the records as they come and the summary at the end."""
     loads = tuple(map(Load, plan.all_plans))
-    if plan.window_s is None:
-        (load,) = loads
-        load.all_have_opened()  # the web UI has one load process
-        load.start()
-        waiting_room.loads = loads
-        waiting_room.opened.set()
-        gevent.spawn(report_forever, runner, loads)
-        gevent.spawn(parse_in_turn, load, environment)
-        return
     lags: list[float] = []
     parsers = [gevent.spawn(parse_in_turn, load, environment) for load in loads]
     helpers = [gevent.spawn(watch_loop, loads, lags), gevent.spawn(report_forever, runner, loads)]
@@ -273,11 +261,9 @@ def report(runner: WorkerRunner, loads: Sequence[Load]) -> None:
 
 
 def report_forever(runner: WorkerRunner, loads: Sequence[Load]) -> None:
-    """Report until other loads take their place, as when the web UI starts again."""
+    """Report regularly, until the trial ends."""
     while True:
         gevent.sleep(REPORT_EVERY_S)
-        if waiting_room.loads is not loads:
-            return
         report(runner, loads)
 
 

@@ -198,10 +198,12 @@ from loadtests.worker import ChatUser, parse_in_turn, waiting_room
 requests, line, times = sys.argv[1], sys.argv[2].encode(), int(sys.argv[3])
 load = Load(TrialPlan(
     url="", arrival=Concurrent(users=1), requests=requests, records=requests, warmup_s=0,
-    window_s=None, timeout_s=1, seed=0, lab="tiny", variant="on", run_id="r", workload="short",
+    window_s=60, timeout_s=1, seed=0, lab="tiny", variant="on", run_id="r", workload="short",
 ))
 load.start()
 waiting_room.loads = (load,)
+waiting_room.opened.set()
+waiting_room.ready = waiting_room.leave = lambda: None
 order = []
 
 def stream(client, turn, load):

@@ -47,8 +47,8 @@ def test_a_port_on_which_something_listens_is_taken() -> None:
         port = listening.getsockname()[1]
         with pytest.raises(OSError, match="in use"):
             require_free(LOOPBACK, port)
-        with pytest.raises(PortTaken, match=f"port {port} .* WEB_PORT="):
-            require_port(port, "WEB_PORT")
+        with pytest.raises(PortTaken, match=f"port {port} .* PORT="):
+            require_port(port, "PORT")
 
 
 def test_nothing_listens_at_an_address_of_another_machine() -> None:

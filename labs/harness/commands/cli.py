@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +19,8 @@ from rich.table import Table
 
 from labs import LABS
 from labs.harness.commands import doctor
-from labs.harness.commands.interactive import PORT, WEB_PORT, start_locust_ui
 from labs.harness.commands.options import (
+    PORT,
     addresses,
     app,
     changes_of,
@@ -193,30 +192,6 @@ def _variant_on_vllm(lab: Lab, name: str) -> Variant:
             " another VARIANT"
         )
     return chosen
-
-
-@command("locust")
-def locust(
-    lab: str,
-    workload: str = "",
-    endpoint: str = f"http://127.0.0.1:{PORT}",
-    web_port: int = WEB_PORT,
-    set_: str = "",
-    model: str = "",
-    weights: str = "",
-) -> None:
-    """Open Locust's own web UI on a lab's workload, to change the load by hand."""
-    require_port(web_port, "WEB_PORT")
-    with start_locust_ui(
-        lab_named(lab), changes_of(set_), workload, endpoint, model, weights, web_port
-    ) as process:
-        console.print(
-            f"Locust at http://127.0.0.1:{web_port} sends load to {endpoint}. Choose the number"
-            " of users on that page. Ctrl-C ends it."
-        )
-        while process.returncode is None:
-            time.sleep(0.5)
-        raise LabError(f"Locust ended; its last lines:\n{process.tail()}")
 
 
 @command("reproduce")

@@ -22,7 +22,7 @@ import requests
 
 from labs import LABS
 from labs.harness.commands import all_labs
-from labs.harness.commands.interactive import PORT, WEB_PORT
+from labs.harness.commands.options import PORT
 from labs.harness.filing.results import LEAST_FREE_BYTES, RESULTS, MachineFile, read_json
 from labs.harness.running import derived_models
 from labs.harness.running.prompt_files import usable_cores
@@ -55,7 +55,7 @@ from serving.processes.ports import PortTaken, require_port
 from serving.weights import models, quantize
 from serving.weights.models import ROOT, Model, ModelError
 
-PORTS = {"make serve": (PORT, "PORT"), "make locust": (WEB_PORT, "WEB_PORT")}
+PORTS = {"make serve": (PORT, "PORT")}
 START_S = 45.0  # of an engine on a GPU, assumed
 SESSIONS_MIN = (30, 60, 120)
 

@@ -29,6 +29,7 @@ from serving.hardware.gpus import short_names
 from serving.processes.masking import holds_secret, masked
 
 ALL = "all"  # routers, one after another
+PORT = 8000  # of `make serve`, unless told otherwise
 A_PORT = (1, 65535)
 BOUNDS: dict[str, tuple[float, float | None]] = {  # least and most; None: no limit
     "API_PRICE": (0, None),
@@ -40,7 +41,6 @@ BOUNDS: dict[str, tuple[float, float | None]] = {  # least and most; None: no li
     "REPLICAS": (0, MOST_REPLICAS),
     "SECONDS": (1, None),
     "TP": (1, None),
-    "WEB_PORT": A_PORT,
 }
 Command = TypeVar("Command", bound=Callable[..., None])
 REFERENCE = re.compile(r" \(\[[^]]*\]\([^)]*\)\)")  # a link in parentheses
