@@ -18,7 +18,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", (*PAGES, *NOTEBOOK), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOK], ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_link_leads_to_what_is_there(page: Path, committed: Path) -> None:
     for target in links(page):
         name, _, anchor = target.partition("#")

@@ -96,7 +96,7 @@ def test_a_stale_page_is_named_until_it_is_written(
     folder: RunFolder, readme: Path, tmp_path: Path
 ) -> None:
     machine_page = folder.path.parent.parent / leaderboards.PAGE
-    names = ("PAGE", "CLAIMS", "REPEATED", "INSTRUMENTS", "FORECASTS")
+    names = ("PAGE", "CLAIMS", "REPEATED", "INSTRUMENTS", "FORECASTS", "PUBLISHED")
     pages = [tmp_path / getattr(leaderboards, name) for name in names]
     every = [readme, *pages, machine_page]
     assert list(leaderboards.stale()) == every
