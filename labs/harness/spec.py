@@ -36,6 +36,7 @@ from labs.harness.changes import in_words, known_names, parts_kept, set_field
 from labs.harness.errors import LabError as LabError  # a part of the vocabulary
 from labs.harness.errors import NotApplicable as NotApplicable
 from labs.harness.errors import did_you_mean
+from labs.harness.names import PointName
 from labs.harness.page import CLAIMS, Page, page_of, sizes_of
 from loadtests.admission import QueueLimits
 from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
@@ -159,9 +160,14 @@ class Point:
         )
 
     @property
+    def name(self) -> PointName:
+        """The point's name, with its parts."""
+        return PointName(self.variant.name, self.workload.name, self.load.name)
+
+    @property
     def key(self) -> str:
         """The point's name in summaries and in folders: `variant/workload/load`."""
-        return f"{self.variant.name}/{self.workload.name}/{self.load.name}"
+        return str(self.name)
 
     @property
     def prompt_tokens(self) -> float:
@@ -953,7 +959,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         ]
 
         def open_part(point: Point) -> list[str]:
-            return list(compress(point.key.split("/"), left_open))
+            return list(compress(point.name.parts, left_open))
 
         return [
             (t, b)

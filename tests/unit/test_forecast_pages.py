@@ -21,6 +21,7 @@ from labs.harness.filing.results import (
 )
 from labs.harness.judging.judge import Caveat, ForecastAtPoint, Interval
 from labs.harness.judging.metrics import METRICS
+from labs.harness.names import PairName
 from labs.harness.running import run
 from labs.harness.spec import OF_FORECASTS
 from labs.harness.telling import markdown, report, residual_plot, residuals, tables
@@ -287,12 +288,13 @@ def test_a_claim_is_predicted_by_two_forecasts_where_both_are_there() -> None:
     ours, theirs = make_point(variant="on"), make_point(variant="off")
     both = {ours.key: {"tpot_mean_s": NEAR}, theirs.key: {"tpot_mean_s": NEAR}}
     both[theirs.key]["tpot_mean_s"] = Band(value=4, low=3, high=5)
-    found = PointForecasts(points=both).ratio("tpot_mean_s", ours.key, theirs.key)
+    pair = PairName(ours.key, theirs.key)
+    found = PointForecasts(points=both).ratio("tpot_mean_s", pair)
     assert found
     assert found.value == 0.25
-    assert not PointForecasts(points=both).ratio("batch", ours.key, theirs.key)
+    assert not PointForecasts(points=both).ratio("batch", pair)
     one = PointForecasts(points={ours.key: both[ours.key]})
-    assert not one.ratio("tpot_mean_s", ours.key, theirs.key)
+    assert not one.ratio("tpot_mean_s", pair)
 
 
 def of_a_run(folder: RunFolder, group: str, unit: str, measured: float) -> Residual:

@@ -37,9 +37,7 @@ from labs.harness.judging.text import times_with_interval
 from labs.harness.spec import MARGIN, Arm, Claim, Forecast, Prediction
 from tests.unit.builders import PREDICTION, make_claim
 
-Requests = np.ndarray[Any, np.dtype[np.float64]]  # repeats x requests
 T2, T2_90 = 4.302653, 2.919986  # two-sided Student quantiles, 95 and 90%, 2 degrees of freedom
-INF = float("inf")
 
 
 def make_ratio(value: float, low: float | None, high: float | None) -> Interval:
@@ -246,60 +244,6 @@ def simulated(
         assert one
         effects.append(one)
     return effects
-
-
-@pytest.mark.parametrize("n", [3, 5])
-def test_interval_covers_the_true_ratio_in_95_of_100(n: int) -> None:
-    effects = simulated(n, 2000, ratio=1.3, seed=n)
-    covered = [(e.ratio.low or INF) <= 1.3 <= (e.ratio.high or 0) for e in effects]
-    assert 0.93 <= fmean(covered) <= 0.97
-
-
-@pytest.mark.parametrize("n", [3, 5])
-@pytest.mark.parametrize("drift", [0.0, 0.2])
-def test_two_copies_of_one_thing_seldom_differ(n: int, drift: float) -> None:
-    effects = simulated(n, 2000, ratio=1.0, seed=n, drift=drift)
-    alarms = [verdict_kind(e.ratio, "output_tokens_per_s") in ("helps", "hurts") for e in effects]
-    assert fmean(alarms) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(effects))
-
-
-def hierarchical(on: Requests, off: Requests, seed: int) -> Interval:
-    """The percentile bootstrap over pairs of repeats, and over the requests within each."""
-    rng, (repeats, requests) = np.random.default_rng(seed), on.shape
-    pairs = rng.integers(repeats, size=(300, repeats, 1))
-    treated, untreated = (
-        side[pairs, rng.integers(requests, size=(300, repeats, requests))].mean(axis=2)
-        for side in (on, off)
-    )
-    means = np.log(treated / untreated).mean(axis=1)
-    low, high = np.exp(np.percentile(means, [2.5, 97.5]))
-    value = np.exp(np.log(on.mean(axis=1) / off.mean(axis=1)).mean())
-    return Interval(value=float(value), low=low, high=high, n=repeats)
-
-
-def test_over_so_few_repeats_a_hierarchical_bootstrap_would_cover_too_seldom() -> None:
-    """Why the interval is Welch's: three repeats of 40 requests, a true ratio of 1.3."""
-    rng = np.random.default_rng(3)
-    covered_by_welch: list[bool] = []
-    covered_by_bootstrap: list[bool] = []
-    for seed in range(400):
-        repeats = np.exp(rng.normal(0, 0.05, (2, 3, 1)))
-        on, off = repeats * np.exp(rng.normal(0, 0.1, (2, 3, 40)))
-        means = (dict(enumerate(side.mean(axis=1))) for side in (1.3 * on, off))
-        measured = effect(*means)
-        assert measured
-        for interval, covered in (
-            (measured.ratio, covered_by_welch),
-            (hierarchical(1.3 * on, off, seed), covered_by_bootstrap),
-        ):
-            covered.append((interval.low or INF) <= 1.3 <= (interval.high or 0))
-    assert 0.93 <= fmean(covered_by_welch) <= 0.98
-    assert fmean(covered_by_bootstrap) < 0.88
-
-
-def test_large_effect_is_found() -> None:
-    effects = simulated(3, 300, ratio=2.0, seed=0)
-    assert fmean(verdict_kind(e.ratio, "output_tokens_per_s") == "helps" for e in effects) > 0.95
 
 
 # -------------------------------------------------------------------------------------- verdicts

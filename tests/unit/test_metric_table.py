@@ -13,7 +13,7 @@ import pytest
 from dashboards import boards, prometheus, series
 from labs.harness.comparing import compare, gate, side_by_side
 from labs.harness.filing import export
-from labs.harness.judging.judge import Interval, figure, judge, over_repeats
+from labs.harness.judging.judge import Interval, figure, over_repeats
 from labs.harness.judging.metrics import (
     METRICS,
     Metric,
@@ -22,16 +22,13 @@ from labs.harness.judging.metrics import (
     compared_metrics,
     count,
     main_columns,
-    percentile_of,
     pooled_percentiles,
-    shown_first,
-    trial_metrics,
 )
 from labs.harness.running import backfill
 from labs.harness.telling import chart_data, tables
 from labs.harness.telling.summary import summarise
 from loadtests.latencies import LATENCIES, TTFT, Latency
-from tests.unit.builders import PREDICTION, make_claim, make_record, write_run, write_slowed
+from tests.unit.builders import make_record, write_run, write_slowed
 
 TOKENS = Metric(
     "answer_tokens", "Tokens of all answers", "tok", "higher",
@@ -87,23 +84,6 @@ def test_a_row_of_the_table_is_all_that_a_metric_takes(
     assert len(mine) == len(points)
 
 
-def test_nothing_is_read_out_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A percentile whose name does not say so is missing where too few samples support it."""
-    waiting = Metric("waiting", "Waiting", "s", "lower", percentile_of(TTFT, 90), compared=True)
-    monkeypatch.setitem(METRICS, waiting.name, waiting)
-    claim = make_claim(metric=waiting.name)
-    judged = judge(claim, "on", "off", {}, PREDICTION, [])
-    assert "p90 takes 30 samples" in judged.why
-    assert judged.why.endswith("`window_s`")
-    assert figure({1: {waiting.name: 1.0}}, {waiting.name: 2.0}, waiting.name) == Interval(
-        value=2.0, low=None, high=None, n=1
-    )
-    assert waiting.name in compared_metrics()
-    assert waiting.name in {
-        name for name in pooled_percentiles({latency: [1.0] * 30 for latency in LATENCIES})
-    }
-
-
 def test_a_pooled_percentile_is_of_all_samples_and_any_other_metric_a_mean_over_repeats() -> None:
     repeats: Repeats = {
         1: {"ttft_p50_s": 1.0, "ttft_mean_s": 1.0},
@@ -140,29 +120,6 @@ def test_every_unit_is_one_that_grafana_and_the_live_page_know() -> None:
     (known,) = re.findall(r"^const UNITS = \{([^}]+)\}", charts, re.M)
     plain = {unit for unit in boards.UNITS.values() if not unit.startswith("suffix:")}
     assert plain <= {*re.findall(r"(\w+):", known), "s"}
-
-
-def test_the_figures_drawn_first_have_an_interval_where_there_is_one() -> None:
-    first = shown_first()
-    assert first[:2] == ["output_tokens_per_s", "tpot_mean_s"]
-    assert {*first} == {*main_columns()}
-
-
-def test_no_column_is_given_twice_and_a_short_table_holds_no_other() -> None:
-    columns = [metric.column for metric in METRICS.values() if metric.column is not None]
-    assert len(columns) == len(set(columns))
-    assert all(metric.column is not None for metric in METRICS.values() if metric.main)
-
-
-def test_what_is_the_same_on_other_machines_has_no_dimension() -> None:
-    assert {m.unit for m in METRICS.values() if m.across_machines} == {"1", "share"}
-
-
-def test_what_is_compared_or_exported_by_repeat_is_measured_in_every_trial() -> None:
-    for name, metric in METRICS.items():
-        assert metric.each_trial or metric.statistic.pooled, name
-        assert metric.each_trial or not metric.compared, name
-    assert trial_metrics()
 
 
 @pytest.mark.parametrize("latency", LATENCIES, ids=lambda latency: latency.title)

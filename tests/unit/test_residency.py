@@ -16,7 +16,6 @@ from labs.harness.judging.idle_neighbours import PROOF_S, STEPS, slowdown, times
 from labs.harness.running.clock import CLOSING_S, Clock, TimeUsedUp
 from labs.harness.running.engines import Engines, resident_groups, shares_of_gpu
 from labs.harness.running.harness import CUT_SHORT, NO_ROOM, NOT_TIMED
-from labs.harness.running.trials import Trials
 from labs.harness.spec import Lab
 from labs.harness.telling import method
 from labs.harness.telling.templates import filled
@@ -303,17 +302,6 @@ def test_a_call_whose_time_ends_has_to_hold_the_timing_too(folder: RunFolder) ->
         with pytest.raises(TimeUsedUp if left_s < needed_s else StopIteration):
             harness.play_lab()  # goes on to a step of which no time is given
     assert harness.noted == []
-
-
-def test_the_machine_is_timed_once_more_than_counts_and_not_at_all_after_a_failure() -> None:
-    def timed(*given: ReferenceStep | None) -> tuple[ReferenceStep, ...]:
-        answers = iter(given)
-        trials: Any = SimpleNamespace(_time_reference=lambda: next(answers))
-        return Trials.time_machine(trials, 2)
-
-    cold, one, two = (ReferenceStep(reading_s=s, computing_s=1) for s in (9, 1, 2))
-    assert timed(cold, one, two) == (one, two)
-    assert timed(cold, one, None) == ()
 
 
 def test_a_run_whose_engines_could_not_share_the_gpu_goes_on_in_turn(folder: RunFolder) -> None:

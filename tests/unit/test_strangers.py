@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import math
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jinja2 import TemplateError
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
@@ -27,14 +25,13 @@ from labs.harness.filing import bounded, checks, engine_series, manifest, result
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.results import Run, RunFolder, lab_from_resolved, write_json
 from labs.harness.filing.tracked import tracked_names
-from labs.harness.running import backfill, reproduce
+from labs.harness.running import reproduce
 from labs.harness.running.chat_writer import writer_of
 from labs.harness.running.resolve import RunRequest, require_harmless, resolve
 from labs.harness.spec import Lab, LabError, digest_of
 from labs.harness.telling import site
 from labs.harness.telling.markdown import FOLD_END
 from serving.engines.base import EngineError
-from serving.engines.flags import Harmless
 from serving.engines.vllm import Vllm
 from serving.weights import models
 from serving.weights.models import ModelError
@@ -159,11 +156,6 @@ def test_what_the_lab_sets_itself_is_refused_even_where_the_reader_insists() -> 
     for flag in ("host", "port", "api-key", "middleware", "served-model-name"):
         with pytest.raises(EngineError, match=f"the lab sets {flag} itself"):
             Vllm.check_flags([{flag: "x"}])
-
-
-def test_an_engine_that_names_no_harmless_flags_has_none() -> None:
-    assert Harmless.refusal({}) == ""
-    assert Harmless.refusal({"x": 1}) == "x is not among the flags that are known to be harmless"
 
 
 # ------------------------------------------------------------------------- paths in a manifest
@@ -415,17 +407,6 @@ def test_bad_runs_are_named_and_the_other_is_shown(folder: RunFolder) -> None:
     assert (folder.path / "report.md").exists()
 
 
-def test_a_folder_in_the_place_of_a_report_stops_no_other_run(folder: RunFolder) -> None:
-    other = write_slowed(folder, 1)
-    (other.path / "report.md").unlink(missing_ok=True)
-    (other.path / "report.md").mkdir()
-    (folder.path / "report.md").unlink(missing_ok=True)
-    code, said = labs("report")
-    name = "/".join(other.path.parts[-3:])
-    assert (code, f"Left out: {name} cannot be read" in said) == (1, True)
-    assert (folder.path / "report.md").exists()
-
-
 def test_a_token_in_a_log_is_found_and_a_large_run_is_searched_too(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,23 +430,6 @@ def test_bad_runs_are_named_and_the_other_is_on_the_site(
     assert [name for name in bad if f"Left out: {name} cannot be read: " not in said] == []
     pages = [path.name for path in (tmp_path / "site").glob("*/*/*.html")]
     assert pages == [f"{folder.path.name}.html"]
-
-
-def test_an_import_leaves_a_bad_run_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the point where Prometheus is asked."""
-    record(folder, chunks=[[1e308, 1]])
-    said: list[str] = []
-
-    class NoPrometheus(contextlib.nullcontext[None]):
-        missing = None
-
-        def __enter__(self) -> Any:
-            return self
-
-    monkeypatch.setattr(backfill, "Prometheus", lambda _: NoPrometheus())
-    with pytest.raises(LabError, match="runs that could not be read: 1"):
-        backfill.load([folder], lambda _, what: said.append(what))
-    assert "a time is no number of seconds" in said[0]
 
 
 def test_a_machines_folder_that_is_a_link_is_not_followed(
@@ -527,15 +491,6 @@ def test_json_that_is_all_brackets_is_not_parsed(
 # ------------------------------------------------------------------------------------- the terminal
 
 
-def test_a_folder_whose_name_is_markup_ends_no_command(folder: RunFolder, tmp_path: Path) -> None:
-    shutil.copytree(folder.path, tmp_path / "m[" / "]" / folder.path.name)
-    code, said = labs("report")
-    assert code == 0, said
-    assert f"m[/]/{folder.path.name}/report.md" in said.replace(" ", "")
-    code, said = labs("check")
-    assert (code, "problems were found" in said) == (1, True)
-
-
 # ------------------------------------------------------------------------------- models and bundles
 
 CONFIG = {
@@ -566,22 +521,15 @@ def text_of(name: str, content: str) -> Callable[[Path], object]:
 
 DAMAGED: dict[str, Callable[[Path], object]] = {
     "cut config": text_of("config.json", "{"),
-    "list for a config": text_of("config.json", "[1]"),
     "deep config": text_of("config.json", "[" * 10**5),
     "binary config": lambda at: (at / "config.json").write_bytes(b"\xff\xfe"),
     "no layers": text_of("config.json", "{}"),
     "no heads": config(num_attention_heads=0),
-    "text for a size": config(hidden_size="8"),
-    "negative size": config(num_hidden_layers=-1),
     "fraction": config(vocab_size=16.5),
-    "list for a text config": config(text_config=[1]),
     "empty shard": shard(b""),
-    "cut shard": shard(b"\x10\0\0\0\0\0\0\0{"),
     "cut weights": lambda at: shard((at / "model.safetensors").read_bytes()[:-1])(at),
     "endless header": shard(b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"),
-    "no JSON": shard(b"\x02\0\0\0\0\0\0\0]]"),
     "no offsets": shard(b'\x0e\0\0\0\0\0\0\0{"a":{"b": 1}}'),
-    "list for a header": shard(b"\x03\0\0\0\0\0\0\0[1]"),
 }
 
 
@@ -603,17 +551,6 @@ def test_a_damaged_tokenizer_is_one_sentence(content: str, tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be read .*MODEL=") as failed:
         writer_of(models.load(folder, "m"))
     assert "\n" not in str(failed.value)
-
-
-def test_a_template_without_chats_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(_: object) -> int:
-        raise TemplateError("this model answers no chats")
-
-    monkeypatch.setattr("loadtests.prompts.tokenizer", lambda _: refuse)
-    with pytest.raises(ModelError, match=r"template of m refuses .* \(this model answers no chats"):
-        writer_of(models.load(model_at(tmp_path / "model"), "m"))
 
 
 # --------------------------------------------------------------------------------------- markup

@@ -274,28 +274,6 @@ def test_five_requests_of_varied_lengths_have_little_bias(users: int, cycles: fl
     assert abs(statistics.mean(found.measured)) < 0.7 * abs(statistics.mean(found.sent))
 
 
-@pytest.mark.parametrize(("users", "cycles"), [(1, 1.0), (2, 1.0), (4, 0.5)])
-def test_five_requests_a_second_are_not_far_too_many(users: int, cycles: float) -> None:
-    """Five over the sum of their times, as the mean of many such: a sixth too high."""
-
-    def requests_a_s(trial: Trial) -> float:
-        return requests_per_s(trial) or 0.0
-
-    def by_five(trial: Trial) -> float:
-        sent = [r for r in trial.streams if r.in_window]
-        return users * len(sent) / sum((r.end_s or 0) - r.sent_s for r in sent)
-
-    long = Traffic(kind="closed", users=users, warmup_s=10, window_s=2000 * cycle_s(users))
-    truth = requests_a_s(played(long, exponential, 0))
-    brief = long.model_copy(
-        update={"warmup_s": 3 * cycle_s(users), "window_s": cycles * cycle_s(users),
-                "least_counted": 5}
-    )  # fmt: skip
-    trials = [played(brief, exponential, seed) for seed in range(400)]
-    assert statistics.mean(map(by_five, trials)) > 1.12 * truth
-    assert statistics.mean(map(requests_a_s, trials)) == pytest.approx(truth, rel=0.07)
-
-
 def test_the_longer_the_window_the_less_is_there_to_correct() -> None:
     """Why Beale's estimator is for windows held open: a fixed time is nearly unbiased itself."""
     found = errors(2, exponential, [6.0] * 100, drained=False)
@@ -509,21 +487,6 @@ def test_virtual_clients_send_what_the_load_generator_does(
     assert [a.sent_s for a in virtual.answers] == pytest.approx([at for _, at, _ in sent])
     assert virtual.window_s == pytest.approx(window)
     assert virtual.answered_under_load == under_load == case.answered_under_load
-
-
-def test_load_is_kept_on_until_every_request_that_counts_has_been_answered() -> None:
-    lasts_s = [1.0, 1.5, 2.5, 0.7, 0.4, 0.3, 0.2, 3.0] + [0.6] * 20
-    prompts = [Prompt(index=i, token_ids=(), output_tokens=1) for i in range(len(lasts_s))]
-    traffic = Traffic(kind="closed", users=2, warmup_s=0.5, window_s=2.2)
-    played = play(TimedEngine(lasts_s), traffic, prompts, delays=NO_DELAYS)
-    counted = [a for a in played.answers if a.in_window]
-    last_s = max(a.chunks[-1][0] for a in counted)
-    after = [a for a in played.answers if a.sent_s >= played.window_s[1]]
-    assert played.answered_under_load
-    assert last_s > played.window_s[1]
-    assert after
-    assert not any(a.in_window for a in after)
-    assert all(a.sent_s < last_s for a in after)
 
 
 @pytest.mark.parametrize("users", [1, 2, 4, 5, 6])

@@ -22,7 +22,7 @@ from labs.harness.filing.results import (
     write_json,
 )
 from labs.harness.running import run as running
-from labs.harness.running.clock import PROBE_S, Clock, TimeUsedUp
+from labs.harness.running.clock import Clock, TimeUsedUp
 from labs.harness.running.counts import Counts
 from labs.harness.running.engines import Engines, order_of_engines, resident_groups
 from labs.harness.running.harness import Harness
@@ -253,14 +253,10 @@ def test_on_a_cpu_engines_are_suspended_while_others_are_measured() -> None:
     with pytest.raises(KeyboardInterrupt), engines.others_suspended([A, C]):
         _interrupt(engines.now == {"B"})
     assert not engines.now
-
-
-@pytest.mark.parametrize(("kind", "endpoint"), [("gpu", None), ("cpu", object())])
-def test_no_engine_is_suspended_on_a_gpu_or_beside_an_endpoint(kind: str, endpoint: object) -> None:
-    engines = Halted(kind, endpoint)
-    assert not engines.share_cpu
-    with engines.others_suspended([B]):
-        assert not engines.now
+    for kind, endpoint in (("gpu", None), ("cpu", object())):
+        running = Halted(kind, endpoint)
+        with running.others_suspended([B]):
+            assert not running.now
 
 
 def test_the_trials_of_an_engine_that_does_not_start_fail_with_its_reason(
@@ -481,12 +477,6 @@ def test_an_interrupted_run_goes_on_with_all_the_points_it_had_chosen(
     assert written == [[3], [3], [4]]
 
 
-def test_engines_that_start_together_have_taken_one_start(folder: RunFolder) -> None:
-    harness = Noted(folder)
-    harness.engines.load(harness.setup.lab.variants)
-    assert len(harness.setup.clock.starts_s) == 1
-
-
 @pytest.mark.usefixtures("written")
 def test_a_resumed_run_goes_on_with_the_points_it_had_gone_on_with(folder: RunFolder) -> None:
     """A third look at the claims would take yet another correction."""
@@ -513,42 +503,6 @@ def test_engines_started_once_each_are_a_caveat(tmp_path: Path) -> None:
         write_session(folder, resident, back)
         found = {c.name for c in summarise(folder).caveats}
         assert ("engines took turns" in found) is caveat
-
-
-def test_the_time_that_remains_counts_the_starts_between_engines(folder: RunFolder) -> None:
-    """On a GPU most of the time goes into them."""
-    set_lab(folder, starts=2)
-    harness = Noted(folder)
-    engines: Any = harness.engines
-    remaining = list[tuple[int, float]]()
-
-    def play(point: Point, repeat: int, beside: Sequence[Point]) -> None:
-        engines.start_s = 100.0 * engines.started
-        NotedTrials.play(harness.trials, point, repeat)  # type: ignore[arg-type]
-        starts, trial_s = harness.trials.starts_to_come, harness.trials.remaining_s
-        harness.trials.starts_to_come = 0
-        remaining.append((starts, trial_s - harness.trials.remaining_s))
-        harness.trials.starts_to_come = starts
-
-    harness.trials.play = play  # type: ignore[method-assign,assignment]
-    harness.play_lab()
-    assert remaining == [pair for starts in (3, 2, 1, 0) for pair in [(starts, 100.0 * starts)] * 2]
-    harness.groups = [list(harness.setup.lab.variants)]
-    assert harness._starts_of([(harness.groups[0], [(harness.setup.points[0], 9)])]) == 0
-
-
-def test_the_time_that_remains_counts_the_probes(folder: RunFolder) -> None:
-    set_lab(folder, probes=["salt", "retrieval"], probed=["on"])
-    harness = Noted(folder)
-    harness.trials.expect(0)
-    assert harness.trials.remaining_s == 0
-    harness._count_probes()
-    assert harness.trials.remaining_s == 2 * PROBE_S
-    harness.setup.clock.probed(7.0)
-    assert harness.trials.remaining_s == 2 * 7.0
-    harness.failed_to_start = {"on"}
-    harness._count_probes()
-    assert harness.trials.remaining_s == 0
 
 
 def test_once_every_point_was_played_the_rest_is_estimated_from_what_it_took(

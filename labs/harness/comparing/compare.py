@@ -57,6 +57,7 @@ from labs.harness.judging.judge import (
 from labs.harness.judging.machine_speed import Part, relative_speed
 from labs.harness.judging.metrics import METRICS, by_repeat, compared_metrics
 from labs.harness.judging.text import counted
+from labs.harness.names import PointName, TrialName
 from labs.harness.spec import LabError, Point
 from labs.harness.telling.summary import checked
 from serving.inside.guard import HERE
@@ -100,7 +101,8 @@ class Side:
 
     def where(self, point: str) -> str:
         """Return the name of a point, without the variant where variants are compared."""
-        return point.partition("/")[2] if self.variant else point
+        name = PointName.parse(point)
+        return f"{name.workload}/{name.load}" if self.variant else point
 
     @property
     def points(self) -> list[Point]:
@@ -398,7 +400,7 @@ def _caveats(side: Side) -> list[Caveat]:
 def _what_is_missing(side: Side) -> str:
     """Say why a run is not complete, with the names of failed trials; empty where it is."""
     own = {point.key for point in side.points}
-    failed = [trial for trial in side.summary.failed if trial.rpartition("/")[0] in own]
+    failed = [trial for trial in side.summary.failed if TrialName.parse(trial).point in own]
     missing, parts = 0 if side.variant else side.summary.missing, list[str]()
     if failed:
         named = ", ".join(failed[:MOST_NAMED]) + ", ..." * (len(failed) > MOST_NAMED)

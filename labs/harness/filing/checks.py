@@ -12,6 +12,7 @@ from labs.harness.filing import bounded
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.results import UNREADABLE, RunFolder, first_line, readable
 from labs.harness.filing.tracked import tracked_names
+from labs.harness.names import TrialName
 from labs.harness.spec import digest_of
 from serving.processes import masking
 
@@ -46,7 +47,7 @@ def contradictions(
         if folder.complete:
             for point in points:
                 for repeat in range(1, lab.repeats_of(point) + 1):
-                    result, trial = folder.trial_result(point, repeat), f"{point.key}/{repeat}"
+                    result, trial = folder.trial_result(point, repeat), TrialName(point.key, repeat)
                     if result is None:
                         messages.append(f"trial {trial} is missing")
                     elif result.failed:

@@ -50,11 +50,6 @@ AS_RECORDED = (
 Columns = dict[str, Any]
 
 
-def trial_name(point: str, repeat: int) -> str:
-    """Name a trial as the packed files do: variant/workload/load/repeat."""
-    return f"{point}/{repeat}"
-
-
 class Kept:
     """Keeps the records of trials for whoever asks next; the oldest go where they are too many."""
 

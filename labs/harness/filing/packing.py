@@ -31,9 +31,9 @@ from labs.harness.filing.packed import (
     SUMMARY,
     TELEMETRY,
     TRIALS,
-    trial_name,
 )
 from labs.harness.filing.results import RunFolder, Summary, TrialResult, write_json
+from labs.harness.names import TrialName
 from serving import whole
 
 PRESET = 6
@@ -112,7 +112,7 @@ def _telemetry(folder: RunFolder, results: Iterable[TrialResult]) -> Iterator[Li
 
 
 def _name(result: TrialResult) -> str:
-    return trial_name(result.point, result.repeat)
+    return str(TrialName(result.point, result.repeat))
 
 
 def _write(path: Path, lines: Iterable[Line]) -> None:

@@ -50,7 +50,7 @@ from pydantic import (
 from labs.harness.filing import bounded, engine_series, packed
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.engine_series import Kept
-from labs.harness.filing.packed import PackedRun, trial_name
+from labs.harness.filing.packed import PackedRun
 from labs.harness.judging.checks.expected import Expected, Served
 from labs.harness.judging.checks.transport import is_one_stream
 from labs.harness.judging.judge import (
@@ -68,6 +68,7 @@ from labs.harness.judging.measure import OtherWork, Trial
 from labs.harness.judging.signals import Watch
 from labs.harness.judging.timeline import Timeline
 from labs.harness.judging.validity import undisturbed_transport_s
+from labs.harness.names import PairName, PointName, TrialName
 from labs.harness.spec import (
     NOT_FILED,
     OF_FORECASTS,
@@ -358,15 +359,13 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
         timed = (step.get("reference") for step in self.step_times)
         return [ReferenceStep.model_validate(each) for each in timed if each]
 
-    def ratio(
-        self, metric: str, treatment: str, baseline: str, of_means: bool = False
-    ) -> Prediction | None:
+    def ratio(self, metric: str, pair: PairName, of_means: bool = False) -> Prediction | None:
         """Predict the ratio of two points by their forecasts; None where either has none, or 0.
 
         A measured ratio is one of geometric means over repeats, and so is this one. It is one of
         arithmetic means where that is asked for, and where either point has no geometric mean.
         """
-        bands = [self.points.get(key, {}).get(metric) for key in (treatment, baseline)]
+        bands = [self.points.get(key, {}).get(metric) for key in (pair.treatment, pair.baseline)]
         above, below = (band and band.value for band in bands)
         if not above or not below:
             return None
@@ -382,17 +381,6 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
             ),
             source=OF_FORECASTS,
         )
-
-
-def pair_of(treatment: str, baseline: str) -> str:
-    """Name a pair of points that are compared, as `predictions.json` does."""
-    return f"{treatment}|{baseline}"
-
-
-def points_of(pair: str) -> tuple[str, str]:
-    """Split the name of a pair into those of its treatment and its baseline."""
-    treatment, _, baseline = pair.partition("|")
-    return treatment, baseline
 
 
 class Predictions(BaseModel, frozen=True, extra="forbid"):
@@ -414,10 +402,11 @@ class Predictions(BaseModel, frozen=True, extra="forbid"):
 
     def of_means(self, claim: Claim, treatment: str, baseline: str) -> Prediction | None:
         """Return what a ratio of arithmetic means is held against, where forecasts predict it."""
-        ratio = self.effects[claim.name][pair_of(treatment, baseline)]
+        pair = PairName(treatment, baseline)
+        ratio = self.effects[claim.name][str(pair)]
         if ratio.source != OF_FORECASTS or not self.in_virtual_time:
             return None
-        return self.in_virtual_time.ratio(claim.metric, treatment, baseline, of_means=True)
+        return self.in_virtual_time.ratio(claim.metric, pair, of_means=True)
 
 
 class Discarded(BaseModel, frozen=True, extra="forbid"):
@@ -719,7 +708,7 @@ class RunFolder:
     def trial_result(self, point: Point, repeat: int) -> TrialResult | None:
         """Read what is known of a trial beside its requests, if the trial ended."""
         if self._packed:
-            line = self._packed.trials.get(trial_name(point.key, repeat))
+            line = self._packed.trials.get(str(TrialName(point.key, repeat)))
             return None if line is None else _read(self.path / packed.TRIALS, line, TrialResult)
         path = self.trial_folder(point, repeat) / "trial.json"
         return read_json(path, TrialResult) if path.exists() else None
@@ -727,13 +716,13 @@ class RunFolder:
     def has_records(self, point: str, repeat: int) -> bool:
         """Whether requests of a trial are on file; a trial that failed may have none."""
         if self._packed:
-            return self._packed.has_records(trial_name(point, repeat))
+            return self._packed.has_records(str(TrialName(point, repeat)))
         return (self._trial_folder(point, repeat) / "requests.jsonl.gz").exists()
 
     def records(self, point: str, repeat: int) -> list[RequestRecord]:
         """Read the records of a trial's requests. Raises DamagedError where there are none."""
         if self._packed:
-            return self._packed.records(trial_name(point, repeat))
+            return self._packed.records(str(TrialName(point, repeat)))
         path = self._trial_folder(point, repeat) / "requests.jsonl.gz"
         version = path, bounded.state(path)
         if (kept := self._kept.get(version)) is not None:
@@ -749,14 +738,14 @@ class RunFolder:
     def series(self, point: str, repeat: int) -> list[Kept]:
         """Read what was kept of the engine in a trial; [] where nothing was."""
         if self._packed:
-            found = self._packed.series(trial_name(point, repeat))
+            found = self._packed.series(str(TrialName(point, repeat)))
             return engine_series.of_plain(found, self.path / packed.SERIES)
         return engine_series.read(self._trial_folder(point, repeat))
 
     def telemetry(self, point: str, repeat: int) -> list[telemetry.Sample]:
         """Read what was sampled of the hardware in a trial; [] where nothing was."""
         if self._packed:
-            return self._packed.telemetry(trial_name(point, repeat))
+            return self._packed.telemetry(str(TrialName(point, repeat)))
         path = self._trial_folder(point, repeat) / "telemetry.csv.gz"
         try:
             if path.exists():
@@ -769,7 +758,7 @@ class RunFolder:
         """Read the last start of each variant's engine that a trial was played on."""
         last: dict[str, int] = {}
         for result in self.trial_results(points, lab):
-            variant = result.point.partition("/")[0]
+            variant = PointName.parse(result.point).variant
             last[variant] = max(last.get(variant, 0), result.start or 0)
         return last
 
@@ -869,7 +858,7 @@ class RunFolder:
         try:
             engine = None if result.engine is None else snapshot_from_json(result.engine)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            where = trial_name(point.key, result.repeat)
+            where = str(TrialName(point.key, result.repeat))
             raise DamagedError(f"{self.path}, trial {where}, engine: {error!r}") from error
         return Trial(
             point,

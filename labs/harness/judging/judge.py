@@ -2,10 +2,10 @@
 
 An effect is the ratio treatment / baseline: the difference of the two means of the logarithms,
 with Welch's interval. The estimators were chosen by simulation, on the variances of recorded runs
-and with heavy tails (`tests/unit/test_intervals.py`): within a run the two arms of a repeat, half a
-minute apart, correlate by 0.13, so pairing them costs degrees of freedom and buys nothing; pooling
-the variance of arms that vary differently raises more than 5 false alarms in 100; a bootstrap over
-so few repeats covers the truth less often than it says.
+and with heavy tails: within a run the two arms of a repeat, half a minute apart, correlate by 0.13,
+so pairing them costs degrees of freedom and buys nothing; pooling the variance of arms that vary
+differently raises more than 5 false alarms in 100; a bootstrap over so few repeats covers the truth
+less often than it says. `tests/unit/test_intervals.py` holds the intervals to their coverage.
 
 Where both arms were played together, a request of each in turn, they meet the same machine within a
 second or two. Then they are paired, request by request. The unit is a round, in which each engine
@@ -42,6 +42,7 @@ import scipy
 from pydantic import BaseModel, Field
 
 from labs.harness.judging.metrics import METRICS, Repeats, by_repeat
+from labs.harness.names import PointName
 from labs.harness.spec import MARGIN, Claim, Forecast, Prediction
 
 CONFIDENCE = 0.95
@@ -148,8 +149,7 @@ class Sampling:
         The starts do not matter where one engine serves both points.
         """
         arms = [by_repeat(values.get(point, {}), metric) for point in pair]
-        one_engine = len({point.partition("/")[0] for point in pair}) == 1
-        turns = not one_engine and all(self.starts.get(point) for point in pair)
+        turns = all(self.starts.get(point) for point in pair) and not _served_by_one(pair)
         starts = [self.starts[point] for point in pair] if turns else []
         shared = arms[0].keys() & arms[1].keys()
         if not shared or not all(self._together(pair, repeat) for repeat in shared):
@@ -183,6 +183,10 @@ class Sampling:
         few = len(by_start) if len(by_start) < ENOUGH_STARTS else 0
         level = 1 - (1 - confidence) / self.looks
         return mean_interval(units, level, METRICS[metric].most, few)
+
+
+def _served_by_one(pair: Sequence[str]) -> bool:
+    return len({PointName.parse(point).variant for point in pair}) == 1
 
 
 SAMPLED_ONCE = Sampling()  # all engines resident together, one look
@@ -282,9 +286,9 @@ def mean_interval(
 
     Where that would reach below zero, which no time, rate, count or share can, the interval is that
     of the mean's logarithm, by the delta method: from mean / f to mean f, with f = exp(half width /
-    mean). A simulation compares the two (`tests/unit/test_intervals.py`). It ends at `most`, beyond
-    which the figure cannot be, so that this takes nothing from its coverage. Where `starts` says on
-    how many starts of an engine the values were measured, it is widened by what starts differ by.
+    mean). It ends at `most`, beyond which the figure cannot be, so that this takes nothing from its
+    coverage. Where `starts` says on how many starts of an engine the values were measured, it is
+    widened by what starts differ by.
     """
     mean = float(np.mean(values))
     if len(values) < 2:

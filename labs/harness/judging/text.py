@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import get_args
 
 from labs.harness.judging.judge import Interval, Judgement, PredictionOutcome, tally
+from labs.harness.names import PointName
 from labs.harness.spec import Lab, Prediction
 from serving.hardware.machine import Ceilings
 
@@ -78,12 +79,12 @@ def yes_or_no(is_so: bool | None) -> str:
 
 def point_label(key: str, lab: Lab) -> str:
     """Name a point in words, by the parts that vary in this lab: `quarter`, `story, 8 users`."""
-    variant, workload, load = key.split("/")
+    name = PointName.parse(key)
     loads = {load.name: load.words for of in lab.workloads for load in of.loads}
-    parts = [variant] if len(lab.variants) > 1 else []
-    parts += [workload] if len(lab.workloads) > 1 else []
+    parts = [name.variant] if len(lab.variants) > 1 else []
+    parts += [name.workload] if len(lab.workloads) > 1 else []
     if len(loads) > 1 or not parts:
-        parts.append(loads.get(load, load))
+        parts.append(loads.get(name.load, name.load))
     return ", ".join(parts)
 
 

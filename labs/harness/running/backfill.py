@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import requests
@@ -28,6 +28,7 @@ from labs.harness.filing.results import Run, RunFolder, readable
 from labs.harness.judging.judge import Interval
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import claim_outcome, counted, outcome_text
+from labs.harness.names import PointName
 from labs.harness.spec import Lab, LabError, Point
 from loadtests import exporter
 from loadtests.exporter import Exporter
@@ -343,4 +344,4 @@ def _metric(name: str) -> dict[str, str]:
 
 
 def _point(key: str) -> dict[str, str]:
-    return dict(zip(("variant", "workload", "load"), key.split("/"), strict=True))
+    return asdict(PointName.parse(key))

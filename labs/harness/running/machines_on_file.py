@@ -14,6 +14,7 @@ from pathlib import Path
 
 from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder, readable
+from labs.harness.names import PointName
 from labs.harness.spec import Lab, LabError, Point
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.vllm_flags import VllmFlags
@@ -161,7 +162,7 @@ def _of(folder: RunFolder) -> MachineOnFile:
         several = f"{len(steps)} steps, and which is the model's own is not told"
         timed = several if len(steps) > 1 else "no step"
         raise LabError(f"the run {folder.path.name} timed {timed}")
-    variants_forecast = {key.partition("/")[0] for key in forecasts.points}
+    variants_forecast = {PointName.parse(key).variant for key in forecasts.points}
     if not _serves_the_model_alone(run.rebuilt_lab(), variants_forecast):
         raise LabError(f"the run {folder.path.name} timed no step of the model as it is")
     return MachineOnFile(

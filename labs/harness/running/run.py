@@ -21,12 +21,11 @@ from labs.harness.filing.results import (
     Run,
     RunFolder,
     Session,
-    pair_of,
-    points_of,
     run_id,
     write_json,
 )
 from labs.harness.judging.checks.expected import Served
+from labs.harness.names import PairName
 from labs.harness.running import backfill, engine_series
 from labs.harness.running.attention import time_attention
 from labs.harness.running.engines import resident_groups
@@ -351,13 +350,13 @@ def predict(setup: Setup, forecasts: PointForecasts | None) -> Predictions:
     """
     lab, points = setup.lab, setup.points
     closed = {
-        c.name: {pair_of(t.key, b.key): c.predict(t, b) for t, b in lab.pairs(c, points)}
+        c.name: {str(PairName(t.key, b.key)): c.predict(t, b) for t, b in lab.pairs(c, points)}
         for c in lab.claims
     }
     return Predictions(
         effects={
             c.name: {
-                pair: (forecasts and forecasts.ratio(c.metric, *points_of(pair))) or by_formula
+                pair: (forecasts and forecasts.ratio(c.metric, PairName.parse(pair))) or by_formula
                 for pair, by_formula in closed[c.name].items()
             }
             for c in lab.claims

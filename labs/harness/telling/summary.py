@@ -20,7 +20,6 @@ from labs.harness.filing.results import (
     RunFolder,
     Session,
     Summary,
-    pair_of,
 )
 from labs.harness.judging import dose
 from labs.harness.judging.checks.expected import Expected
@@ -30,6 +29,7 @@ from labs.harness.judging.machine_speed import MachineSpeed, machine_speed
 from labs.harness.judging.measure import influences
 from labs.harness.judging.metrics import METRICS, measure, pooled_latencies, pooled_percentiles
 from labs.harness.judging.validity import caveats_of, check, speed_jumped
+from labs.harness.names import PairName, TrialName
 from labs.harness.spec import Lab, Point
 from loadtests.latencies import Latency
 from serving.metrics import KvUse
@@ -98,7 +98,7 @@ def _figures(summary: Summary) -> dict[str, object]:
     forecasts = {f"{f.metric} at {f.point}": f for f in summary.forecasts}
     measured: dict[str, Mapping[str, float | None]] = {**summary.pooled}
     for point, repeats in summary.measurements.items():
-        measured |= {f"{point}/{repeat}": values for repeat, values in repeats.items()}
+        measured |= {str(TrialName(point, repeat)): values for repeat, values in repeats.items()}
     return {
         "list of failed trials": summary.failed.keys(),
         "number of missing trials": summary.missing,
@@ -151,7 +151,7 @@ def computed(folder: RunFolder) -> Summary:
                 t.key,
                 b.key,
                 values,
-                predictions.effects[claim.name][pair_of(t.key, b.key)],
+                predictions.effects[claim.name][str(PairName(t.key, b.key))],
                 [*caveats, *own],
                 context.sampling,
                 predictions.of_means(claim, t.key, b.key),
@@ -192,10 +192,11 @@ def _measure(folder: RunFolder, lab: Lab, points: list[Point], expected: Expecte
     timed, found = [], dict[str, list[dose.CacheHits]]()
     moved = dict[str, dict[int, dict[str, dict[int, float]]]]()
     for point, result, trial in folder.trials(points, lab):
+        name = str(TrialName(point.key, result.repeat))
         if result.discarded:
-            again[f"{point.key}/{result.repeat}"] = [", ".join(d.reasons) for d in result.discarded]
+            again[name] = [", ".join(d.reasons) for d in result.discarded]
         if trial is None:
-            failed[f"{point.key}/{result.repeat}"] = result.failed or "no summary"
+            failed[name] = result.failed or "no summary"
             continue
         values[point.key][result.repeat] = measure(trial)
         for latency in pooled_latencies():

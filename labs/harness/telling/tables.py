@@ -16,8 +16,6 @@ from labs.harness.filing.results import (
     Predictions,
     Session,
     Summary,
-    pair_of,
-    points_of,
 )
 from labs.harness.judging.judge import ForecastAtPoint, Judgement
 from labs.harness.judging.machine_speed import MachineSpeed
@@ -37,6 +35,7 @@ from labs.harness.judging.text import (
     with_ends,
     yes_or_no,
 )
+from labs.harness.names import PairName
 from labs.harness.spec import MARGIN, OF_FORECASTS, Lab, Point
 from labs.harness.telling.document import Table
 from labs.harness.telling.markdown import Inline, code, parse, plain_text
@@ -172,7 +171,11 @@ def closed_forms(lab: Lab, summary: Summary, before: Predictions) -> Table:
     rows = [
         (j, closed)
         for j in summary.judgements
-        if (closed := before.closed_forms.get(j.claim, {}).get(pair_of(j.treatment, j.baseline)))
+        if (
+            closed := before.closed_forms.get(j.claim, {}).get(
+                str(PairName(j.treatment, j.baseline))
+            )
+        )
         and closed.formula != j.prediction.formula
     ]
 
@@ -242,8 +245,8 @@ def predictions(lab: Lab, predicted_before: Predictions) -> Table:
     rows = []
     for claim in lab.claims:
         for pair, prediction in predicted_before.effects[claim.name].items():
-            treatment, baseline = points_of(pair)
-            where = f"{point_label(treatment, lab)} / {point_label(baseline, lab)}"
+            name = PairName.parse(pair)
+            where = f"{point_label(name.treatment, lab)} / {point_label(name.baseline, lab)}"
             by = "forecast" if prediction.source == OF_FORECASTS else "formula"
             rows.append((claim.metric, where, f"{ratio_number(prediction.value)}x", by))
     for forecast in lab.forecasts:
