@@ -12,6 +12,7 @@ import pytest
 
 from labs import LABS
 from labs.harness.filing.results import Band, PointForecasts, Predictions, Run
+from labs.harness.names import PairName
 from labs.harness.running.copied_text import lookup_of, share_copied
 from labs.harness.running.run import predict
 from labs.harness.running.virtual_trials import _bands, by_chance, paces
@@ -154,14 +155,14 @@ def test_a_forecast_ratio_is_one_of_geometric_means_as_the_measured_one_is() -> 
         )
 
     def ratio(found: PointForecasts) -> float:
-        prediction = found.ratio("ttft_mean_s", treatment.key, baseline.key)
+        prediction = found.ratio("ttft_mean_s", PairName(treatment.key, baseline.key))
         assert prediction
         return prediction.value
 
     assert ratio(forecasts(geometric_mean=1)) == 0.5
     assert ratio(forecasts()) == 1.0  # a play had 0: the arithmetic means, on both sides
     both = forecasts(geometric_mean=1)
-    of_means = both.ratio("ttft_mean_s", treatment.key, baseline.key, of_means=True)
+    of_means = both.ratio("ttft_mean_s", PairName(treatment.key, baseline.key), of_means=True)
     assert of_means
     assert of_means.value == 1.0
     claim, pair = make_claim(metric="ttft_mean_s"), f"{treatment.key}|{baseline.key}"

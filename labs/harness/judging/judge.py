@@ -42,7 +42,7 @@ import scipy
 from pydantic import BaseModel, Field
 
 from labs.harness.judging.metrics import METRICS, Repeats, by_repeat
-from labs.harness.names import PointName
+from labs.harness.names import PairName, PointName
 from labs.harness.spec import MARGIN, Claim, Forecast, Prediction
 
 CONFIDENCE = 0.95
@@ -214,6 +214,11 @@ class Judgement(BaseModel, frozen=True, extra="forbid"):
     prediction: Prediction
     prediction_outcome: PredictionOutcome
     why: str
+
+    @property
+    def pair(self) -> PairName:
+        """The two points, as predictions name them."""
+        return PairName(self.treatment, self.baseline)
 
     @property
     def where(self) -> str:

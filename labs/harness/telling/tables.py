@@ -171,11 +171,7 @@ def closed_forms(lab: Lab, summary: Summary, before: Predictions) -> Table:
     rows = [
         (j, closed)
         for j in summary.judgements
-        if (
-            closed := before.closed_forms.get(j.claim, {}).get(
-                str(PairName(j.treatment, j.baseline))
-            )
-        )
+        if (closed := before.closed_forms.get(j.claim, {}).get(str(j.pair)))
         and closed.formula != j.prediction.formula
     ]
 
