@@ -25,7 +25,6 @@ import pytest
 
 from serving.weights.models import ROOT
 from tests.fake.engine.law import Noise
-from tests.fake.engine.options import parse
 
 ENGINE = (sys.executable, "-m", "tests.fake.engine")
 FAST = ("--step-s", ".002", "--step-per-seq-s", ".0005", "--prefill-per-token-s", ".0001")
@@ -158,27 +157,6 @@ def test_a_stream_has_vllms_shape(start: Start) -> None:
         ("seven", 6), ("2", 6), ("3", 6), ("4", 6)]  # fmt: skip
 
 
-def test_several_answers_are_as_many_requests_to_the_engine(start: Start) -> None:
-    """Events name their answer and count its tokens; the last usage counts those of all."""
-    fake = start("--block-size", "4")
-    events = [event for _, event in fake.stream(n=3, id="three")]
-    *streamed, usage = events
-    for index in range(3):
-        mine = [e for e in streamed if e["choices"][0]["index"] == index]
-        assert [e["usage"]["completion_tokens"] for e in mine] == [0, 1, 2, 3, 4, 5, 6]
-    assert usage["usage"] == {"prompt_tokens": 13, "total_tokens": 31, "completion_tokens": 18}
-    assert fake.metric("prefix_cache_hits_total") == 2 * 12  # three whole blocks of four
-    assert fake.metric("request_success_total") == 3
-
-    status, whole = fake.post(TEXT, {**_body(TEXT), "n": 2})
-    assert status == 200
-    assert [choice["index"] for choice in whole["choices"]] == [0, 1]
-    assert whole["usage"]["completion_tokens"] == 12
-    assert fake.post(TEXT, {**_body(TEXT), "n": 0})[0] == 400
-    assert [(record["index"], record["n_out"]) for record in fake.stop()] == [
-        ("three", 6)] * 3 + [("2", 6)] * 2  # fmt: skip
-
-
 def test_when_a_sequence_ends(start: Start) -> None:
     fake = start("--eos-after", "5")
     for asked, n_out, reason in (
@@ -239,13 +217,6 @@ def test_the_machines_speed_varies_from_step_to_step_over_seconds_and_between_st
     for noise in (Noise(1, 0.3, 0, 1, 0), Noise(1, 0, 0.3, 0.5, 0)):
         assert np.mean(np.exp(_logs(noise, steps))) == pytest.approx(1, abs=0.03)
     assert Noise(1, 0, 0, 1, 0).factor(5.0) == 1
-
-
-def test_a_seed_may_be_another_at_each_start() -> None:
-    assert parse(["--seed", "7"]).seed == 7
-    assert parse(["--seed", "any"]).seed is None  # which `random` takes for a fresh one
-    first, second = (Noise(None, 0.1, 0, 1, 0).factor(0) for _ in range(2))
-    assert first != second
 
 
 def test_metrics_equal_the_log(start: Start) -> None:
@@ -379,20 +350,6 @@ def test_a_watermark_admits_none_that_would_leave_too_few_blocks_free(start: Sta
     assert last["due"][0] > first["due"][-1]
 
 
-def test_the_cache_holds_twice_as_much_in_eight_bits(start: Start, tmp_path: Path) -> None:
-    """2 layers x K and V x 1 head x 4 x 2 bytes: 32 bytes a token, 512 a block."""
-    config = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-              "hidden_size": 8}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    given = ("--model", str(tmp_path), "--kv-cache-memory-bytes", "5220")
-    for dtype, blocks in (("auto", 10), ("fp8_e4m3", 20)):
-        shown = start(*given, "--kv-cache-dtype", dtype).get("/metrics")
-        assert f'num_gpu_blocks="{blocks}"' in shown
-        assert f'cache_dtype="{dtype}"' in shown
-    shown = start(*given, "--num-gpu-blocks-override", "3").get("/metrics")
-    assert 'num_gpu_blocks="3"' in shown
-
-
 def test_speculation_counts_as_vllm_does(start: Start) -> None:
     """Every draft of three tokens is accepted up to the first that is not."""
     config = json.dumps({"method": "ngram", "num_speculative_tokens": 3})
@@ -410,55 +367,6 @@ def test_speculation_counts_as_vllm_does(start: Start) -> None:
     assert "spec_decode" not in start().get("/metrics")
 
 
-def test_acceptance_has_its_chance(start: Start) -> None:
-    config = json.dumps({"method": "ngram", "num_speculative_tokens": 2})
-    fake = start("--speculative-config", config, "--acceptance", ".6", "--step-s", "0")
-    fake.stream(max_tokens=1000)
-    drafts, first, second = (
-        fake.metric(name)
-        for name in (
-            "spec_decode_num_drafts_total",
-            'spec_decode_num_accepted_tokens_per_pos_total{.*position="0"}',
-            'spec_decode_num_accepted_tokens_per_pos_total{.*position="1"}',
-        )
-    )
-    assert first / drafts == pytest.approx(0.6, abs=0.08)  # some 500 drafts
-    assert second / first == pytest.approx(0.6, abs=0.1)
-
-
-def test_adapters(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    for name in ("red", "blue"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "mark.txt").write_text(f"[{name}]\n")
-    flags = ("--enable-lora", "--max-loras", "2", "--lora-modules", f"a={tmp_path}/red")
-    fake = start(*flags)
-
-    def says(model: str) -> str:
-        _, answer = fake.post(TEXT, {"prompt": "x", "max_tokens": 3, "model": model})
-        assert answer["model"] == model
-        return str(answer["choices"][0]["text"])
-
-    assert says("a") == "[red] quick brown"
-    assert says("fake") == " the quick brown"
-    load = {"lora_name": "b", "lora_path": str(tmp_path / "blue")}
-    assert fake.post("/v1/load_lora_adapter", load) == (
-        200, "Success: LoRA adapter 'b' added successfully."
-    )  # fmt: skip
-    assert says("b") == "[blue] quick brown"
-    assert fake.post("/v1/load_lora_adapter", load)[0] == 400
-    nowhere = {"lora_name": "c", "lora_path": "/nowhere"}
-    assert fake.post("/v1/load_lora_adapter", nowhere)[0] == 404
-    unload = {"lora_name": "b"}
-    assert fake.post("/v1/unload_lora_adapter", unload)[0] == 200
-    assert fake.post("/v1/unload_lora_adapter", unload)[0] == 404
-    assert fake.post(TEXT, {"prompt": "x", "model": "b"})[0] == 404
-    assert 'lora_requests_info{max_lora="2"' in fake.get("/metrics")
-    assert "lora_requests_info" not in start().get("/metrics")
-    monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING")
-    assert start(*flags).post("/v1/load_lora_adapter", load)[0] == 404
-
-
 def test_adapters_wait_for_a_slot(start: Start) -> None:
     adapters = [f"t{i}=/x" for i in range(3)]
     fake = start("--enable-lora", "--lora-modules", *adapters, "--step-s", ".02")
@@ -470,32 +378,6 @@ def test_adapters_wait_for_a_slot(start: Start) -> None:
     for one, other in itertools.combinations(records, 2):
         if one["model"] != other["model"]:
             assert one["due"][-1] <= other["scheduled"] or other["due"][-1] <= one["scheduled"]
-
-
-def test_logprobs_of_a_prompt(start: Start) -> None:
-    fake = start()
-    body = {"prompt": "one two one", "max_tokens": 1, "prompt_logprobs": 5}
-    _, answer = fake.post(TEXT, body)
-    ids = answer["choices"][0]["prompt_token_ids"]
-    assert ids[0] == ids[2] != ids[1]
-    first, *positions = answer["choices"][0]["prompt_logprobs"]
-    assert first is None
-    for token, known in zip(ids[1:], positions, strict=True):
-        assert len(known) == 5
-        assert sum(math.exp(k["logprob"]) for k in known.values()) <= 1
-        assert known[str(token)]["rank"] == 1
-    assert fake.post(TEXT, {**body, "stream": True})[0] == 400
-
-
-def test_several_tokens_a_chunk_early_role_and_comments(start: Start) -> None:
-    fake = start(
-        "--tokens-per-chunk", "4", "--early-role-chunk", "--sse-comments", "--jitter", ".2"
-    )
-    events = fake.stream(max_tokens=10)
-    assert _tokens(events) == [1, 4, 4, 1]
-    (record,) = fake.stop()
-    assert [tokens for _, tokens in record["chunks"]] == [1, 4, 4, 1]
-    assert len(events) == 6
 
 
 def test_programmed(start: Start) -> None:
@@ -519,50 +401,6 @@ def test_a_programmed_stream_may_stand_still_in_the_middle(start: Start) -> None
     assert due == pytest.approx([0.02, 0.03, 0.14, 0.15], abs=1e-8)
 
 
-def test_a_connection_is_used_again(start: Start) -> None:
-    fake = start()
-    connection = fake.connect()
-    connection.connect()
-    socket = connection.sock
-    for _ in range(3):
-        connection.request("POST", CHAT, json.dumps({**_body(CHAT), "stream": True}))
-        assert len(list(_events(connection.getresponse()))) == 8
-        connection.request("GET", "/health")
-        assert connection.getresponse().read() == b""
-        assert connection.sock is socket
-    get = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
-    socket.sendall(get + get.replace(b"host: x", b"connection: close"))
-    with socket.makefile("rb") as answers:  # to its end: the server closes it, as it was asked
-        assert answers.read().count(b'{"version":"0.32.0"}') == 2
-    connection.close()
-
-
-def test_refusals(start: Start) -> None:
-    fake = start("--max-model-len", "100")
-    for path, body, status in (
-        (CHAT, "{bad", 400),
-        (CHAT, "[]", 400),
-        (CHAT, {"model": "fake"}, 400),
-        (CHAT, {**_body(CHAT), "max_tokens": "6"}, 400),
-        (CHAT, {**_body(CHAT), "max_tokens": 88}, 400),
-        (CHAT, {**_body(CHAT), "min_tokens": 7}, 400),
-        (CHAT, {**_body(CHAT), "model": "other"}, 404),
-        ("/nowhere", "", 404),
-        ("/health", "", 405),
-    ):
-        got, answer = fake.post(path, body)
-        assert got == status, body
-        assert status == 405 or path == "/nowhere" or answer["error"]["code"] == status
-    assert fake.stop() == []
-
-
-def test_every_nth_request_fails(start: Start) -> None:
-    fake = start("--error-every", "3")
-    assert [fake.post(CHAT, _body(CHAT))[0] for _ in range(6)] == [200, 200, 500] * 2
-    assert fake.metric('request_success_total{engine="0",finished_reason="error".*}') == 2
-    assert [record["finish"] for record in fake.stop()] == ["length", "length", "error"] * 2
-
-
 def test_a_client_that_leaves(start: Start) -> None:
     fake = start("--step-s", ".02")
     connection = fake.connect()
@@ -579,43 +417,3 @@ def test_a_client_that_leaves(start: Start) -> None:
     (record,) = fake.stop()
     assert record["finish"] == "abort"
     assert record["n_out"] == generated < 99
-
-
-def test_the_scheduler_stalls(start: Start) -> None:
-    fake = start("--stall-after", "4", "--stall-s", ".3")
-    assert len(_tokens(fake.stream(max_tokens=8))) == 8
-    (record,) = fake.stop()
-    gaps = [b - a for a, b in itertools.pairwise(record["due"])]
-    assert gaps == pytest.approx([0.0025] * 3 + [0.3025] + [0.0025] * 3, abs=1e-8)
-
-
-def test_the_process_dies(start: Start) -> None:
-    fake = start("--die-after", "10")
-    with pytest.raises((AssertionError, OSError, http.client.HTTPException)):
-        fake.stream(max_tokens=50)
-    assert fake.process.wait(10) == 1
-    (record,) = fake.records()
-    assert (record["n_out"], record["finish"], len(record["chunks"])) == (10, "abort", 10)
-
-
-def test_it_takes_vllms_flags_and_starts_late(start: Start) -> None:
-    began = time.monotonic()
-    fake = start(
-        *("--model", "X", "--served-model-name", "m", "--host", "127.0.0.1", "--enforce-eager"),
-        *("--max_num_seqs=7", "-tp", "2", "--speculative-config", '{"method": "ngram"}'),
-        *("--kv-cache-dtype", "fp8", "--lora-modules", "a=/x", "b=/y", "--start-delay", ".2"),
-    )
-    assert time.monotonic() - began > 0.2
-    assert fake.get("/health") == ""
-    models = json.loads(fake.get("/v1/models"))["data"]
-    assert [model["id"] for model in models] == ["m", "a", "b"]
-    assert json.loads(fake.get("/version")) == {"version": "0.32.0"}
-    assert 'cache_dtype="fp8"' in fake.get("/metrics")
-
-
-def test_it_fails_to_start_as_vllm_does() -> None:
-    command = [*ENGINE, "--fail-start", "ValueError: no memory"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("Traceback")
-    assert done.stderr.endswith("\nValueError: no memory\n")

@@ -141,11 +141,11 @@ def _end_it_and_all_that_it_started(sign: signal.Signals, reader: Reader, comman
     assert not still_listening(sockets)
 
 
+OF_RUNNER = [stage for stage in STAGES if stage != "warm-up"]  # to a runner a part of its trial
 RUNNER_CELLS = [
-    # in a trial KILL is sent in test_faults.py
-    *((signal.SIGKILL, stage) for stage in STAGES if stage not in ("warm-up", "window")),
+    *((signal.SIGKILL, stage) for stage in OF_RUNNER),
     # a runner handles these three alike: each stage meets one of them, in turn
-    *zip(itertools.cycle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)), STAGES, strict=False),
+    *zip(itertools.cycle((signal.SIGTERM, signal.SIGHUP, signal.SIGINT)), OF_RUNNER, strict=False),
 ]
 RESUMED = [(signal.SIGKILL, "turn"), (signal.SIGINT, "report")]
 
@@ -159,6 +159,7 @@ def test_nothing_outlives_a_runner(sign: signal.Signals, name: str, reader: Read
     _reach(name, reader, command)
     _end_it_and_all_that_it_started(sign, reader, command)
     assert command.said.count("Stopping") == (sign != signal.SIGKILL)
+    assert ("RESUME=1" in command.said) == (sign != signal.SIGKILL)
     assert "Traceback" not in command.said
     assert "error:" not in command.said
     assert not command.folder.complete
