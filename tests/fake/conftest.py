@@ -147,11 +147,13 @@ class Reader:
         return command
 
     def _engine_command(self, flags: tuple[str, ...], first: tuple[str, ...]) -> str:
-        """Every start keeps its own arguments and its own log."""
+        """Every start keeps its arguments, its log, and what was predicted by then."""
         fake = shlex.join([sys.executable, "-m", "tests.fake.engine", *LAW, *flags])
         here = shlex.quote(str(self.engines))
+        predictions = f"{shlex.quote(str(self.results))}/*/*/*/predictions.json"
         script = (
             f": {TOKEN};"
+            f" cat {predictions} > {here}/$$.predictions 2> {os.devnull};"
             f' echo "$@" > {here}/$$.argv; if mkdir {here}/first 2> {os.devnull};'
             f' then set -- {shlex.join(first)} "$@"; fi; exec {fake} --log {here}/$$.jsonl "$@"'
         )
@@ -160,6 +162,10 @@ class Reader:
     def engine_starts(self) -> list[tuple[float, str]]:
         """(wall clock, arguments) of each engine that was started, in order."""
         return sorted((p.stat().st_mtime, p.read_text()) for p in self.engines.glob("*.argv"))
+
+    def predicted(self) -> list[str]:
+        """The predictions that were on file when an engine was started, for each of them."""
+        return [path.read_text() for path in self.engines.glob("*.predictions")]
 
     def engine_log(self) -> list[Json]:
         """What the engines say they sent, in the order in which it was asked for."""

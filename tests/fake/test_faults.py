@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from labs import LABS as EVERY_LAB
 from labs.harness.commands import cli
 from labs.harness.filing import results
-from labs.harness.filing.results import RunFolder, TrialResult
+from labs.harness.filing.results import Predictions, RunFolder, TrialResult
 from loadtests import generator
 from loadtests.records import RequestRecord
 from serving.hardware import gpus
@@ -428,7 +428,8 @@ class Stopped:
     otherwise: Command  # the same lab, resumed with another engine
     family: list[psutil.Process]
     sockets: set[str]
-    files: dict[Path, tuple[int, bytes]]
+    predictions: Predictions
+    finished: dict[tuple[str, int], tuple[TrialResult, list[RequestRecord]]]
     requests: int
 
 
@@ -451,18 +452,26 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stopped]:
         otherwise = reader.types("run", BATCHING, SET=LONGER, RESUME="1", engine=("--seed", "1"))
         otherwise.wait()
         yield Stopped(
-            reader, command, second, otherwise, family, sockets, _files(command), len(log)
+            reader,
+            command,
+            second,
+            otherwise,
+            family,
+            sockets,
+            command.folder.predictions(),
+            _finished(command),
+            len(log),
         )
 
 
-def _files(command: Command) -> dict[Path, tuple[int, bytes]]:
-    """The predictions and the finished trials, each with its time."""
-    path = command.folder.path
-    trials = [
-        done.parent for done in path.rglob("trial.json") if '"failed": null' in done.read_text()
-    ]
-    files = [path / "predictions.json", *(file for trial in trials for file in trial.iterdir())]
-    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+def _finished(command: Command) -> dict[tuple[str, int], tuple[TrialResult, list[RequestRecord]]]:
+    """The trials that succeeded, with their records."""
+    run = command.folder.run()
+    return {
+        (point.key, result.repeat): (result, trial.records)
+        for point, result, trial in command.folder.trials(run.points(), run.rebuilt_lab())
+        if trial
+    }
 
 
 def test_nothing_outlives_a_runner_that_is_terminated(stopped: Stopped) -> None:
@@ -500,18 +509,13 @@ def test_resume_keeps_what_is_finished_and_plays_what_failed_or_is_missing(
     assert resumed.process.returncode == 0, resumed.said
     folder = resumed.folder  # the only one
     assert folder.complete
-    now, trials = _files(resumed), stopped.files.keys() - {folder.path / "predictions.json"}
-    assert len(trials) >= 2
-    assert all(now[file] == stopped.files[file] for file in trials)
+    assert folder.predictions() == stopped.predictions
+    assert stopped.finished
+    assert _finished(resumed).items() >= stopped.finished.items()
     assert len(_results(folder)) == LONGER_TRIALS
     assert not [r for r in _results(folder) if r.failed]  # tried again
     check = stopped.reader.types("check", str(folder.path))
     assert check.wait() == 0, check.said
-
-
-def test_resume_leaves_the_predictions_alone(stopped: Stopped, resumed: Command) -> None:
-    file = resumed.folder.path / "predictions.json"
-    assert _files(resumed)[file] == stopped.files[file]
 
 
 def test_what_is_counted_after_a_resume_is_exact(stopped: Stopped, resumed: Command) -> None:

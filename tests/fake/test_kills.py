@@ -118,10 +118,6 @@ def _results(command: Command) -> list[TrialResult]:
     return [result for result in found if result]
 
 
-def _trial_files(command: Command) -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in command.folder.path.rglob("trial.json")}
-
-
 def _nothing_is_left(reader: Reader, command: Command) -> None:
     """No process and no lock."""
     assert not still_alive(reader.processes()), command.said
@@ -163,15 +159,15 @@ def test_nothing_outlives_a_runner(sign: signal.Signals, name: str, reader: Read
     assert "Traceback" not in command.said
     assert "error:" not in command.said
     assert not command.folder.complete
-    finished = _trial_files(command)
+    finished = _results(command)
     assert len(finished) == stage.trials
     if (sign, name) in RESUMED:
         again = _begin(reader, stage.settings, resume=True)
         assert again.wait() == 0, again.said
         assert again.folder.complete  # the only one
-        assert _trial_files(again).items() >= finished.items()
+        assert all(result in _results(again) for result in finished)
         assert len(_results(again)) == 2
-        assert again.folder.probe_file("salt", "on").exists()
+        assert again.folder.probe_result("salt", "on")
 
 
 @pytest.mark.parametrize("users", [1, 2])
@@ -270,6 +266,6 @@ def test_an_engine_that_is_killed_in_its_probe_costs_the_probe(killed: Killed) -
     assert command.process.returncode == 0, command.said
     assert "Traceback" not in command.said
     assert command.said.count("on: the probe salt") == 1
-    assert not command.folder.probe_file("salt", "on").exists()
+    assert not command.folder.probe_result("salt", "on")
     assert command.folder.complete  # the only one
     assert not any(result.failed for result in _results(command))

@@ -13,8 +13,8 @@ import pytest
 import requests
 
 from dashboards import series
-from labs.harness.filing import engine_series
 from labs.harness.filing.results import RunFolder
+from labs.harness.judging.measure import Trial
 from loadtests import exporter
 from loadtests.records import RequestRecord
 from serving import metrics
@@ -39,9 +39,13 @@ BRIEF = (
 )
 
 
-def records_of(folder: RunFolder) -> list[RequestRecord]:
+def trials_of(folder: RunFolder) -> list[Trial]:
     trials = folder.trials(folder.run().points(), folder.run().rebuilt_lab())
-    return [record for _, _, trial in trials if trial for record in trial.records]
+    return [trial for _, _, trial in trials if trial]
+
+
+def records_of(folder: RunFolder) -> list[RequestRecord]:
+    return [record for trial in trials_of(folder) for record in trial.records]
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def test_a_run_that_lost_its_prometheus_is_made_whole(watched: Watched, cut: Com
     folder = cut.folder
     assert "Prometheus ended" in (folder.path / "report.md").read_text()
     found = re.search(r"(\d+) trials and the figures", watched.imports())
-    played = len(list(folder.path.rglob("trial.json")))
+    played = len(trials_of(folder))
     assert found
     assert 0 < int(found[1]) <= played
     labels = f"outcome='ok',run_id='{folder.path.name}'"
@@ -230,8 +234,9 @@ def test_a_lab_records_where_it_is_watched(watched: Watched, cut: Command, tmp_p
     good = sum(r.ok for r in records_of(folder))
     labels = f"outcome='ok',run_id='{folder.path.name}'"
     assert watched.value(f"sum(max_over_time({exporter.REQUESTS}_total{{{labels}}}$1))") == good
-    homes = [path.parent for path in folder.path.rglob("trial.json")]
-    kept = [one for home in homes for one in engine_series.read(home)]  # a brief one may have none
+    kept = [
+        one for trial in trials_of(folder) for one in folder.series(trial.point.key, trial.repeat)
+    ]
     assert {metrics.RUNNING, metrics.KV_USAGE, metrics.REQUESTS} <= {one.name for one in kept}
     assert all(one.times_s for one in kept)
     session = folder.session()

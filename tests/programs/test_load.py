@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from loadtests import generator
 from loadtests.arrivals import Concurrent
 from loadtests.generator import GeneratorError
 from loadtests.plan import TrialPlan
+from serving.weights.models import BUNDLED, CACHE, ROOT
 from tests.unit.builders import make_summary
 
 # The first one plays its trial for too long and then answers as if it were the next trial's; a
@@ -65,3 +67,16 @@ def test_a_trial_that_fails_is_followed_by_another_load_generator(
     finally:
         playing.stop()
     assert len(list(tmp_path.glob("start-*"))) == 3
+
+
+MODEL = CACHE / "models" / BUNDLED
+
+
+@pytest.mark.skipif(not MODEL.exists(), reason="no bundled model: `make setup` converts it")
+def test_counting_tokens_imports_no_torch() -> None:
+    """Every run counts tokens, and importing torch takes seconds."""
+    program = (
+        "import sys; from loadtests.prompts import counter;"
+        f" counter({str(MODEL)!r}); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

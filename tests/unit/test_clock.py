@@ -9,22 +9,15 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from labs import FIRST, LABS
 from labs.harness.commands import all_labs
 from labs.harness.filing import archive
-from labs.harness.running import trials
 from labs.harness.running.clock import CLOSING_S, START_S, Clock, TimeUsedUp
 from labs.harness.spec import LabError
-from loadtests.arrivals import Concurrent
-from loadtests.prompts import Writer
-from loadtests.workload import Fixed, Workload
 from serving.hardware import machine
-from serving.weights import models
 from serving.weights.models import ROOT
 
 
@@ -133,37 +126,3 @@ def test_what_a_killed_call_left_is_packed_by_a_command_of_its_own(
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     with tarfile.open(out) as packed:
         assert packed.getnames() == [str(log.relative_to(tmp_path))]
-
-
-def test_prompts_are_written_once_for_all_calls_of_a_bounded_sitting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    workload = Workload(
-        name="decode",
-        prompt_tokens=Fixed(tokens=20),
-        output_tokens=Fixed(tokens=4),
-        loads=(Concurrent(users=1),),
-    )
-    lab = SimpleNamespace(
-        repeats=2, workloads=[workload], draw_seed=lambda repeat: repeat, requests_of=lambda _: 8
-    )
-    model = SimpleNamespace(path=tmp_path / "model", name="m")
-    writer = Writer(lambda messages: 5 + sum(len(m["content"].split()) for m in messages))
-    shown: list[str] = []
-    progress: Any = SimpleNamespace(waiting=shown.append)
-    files_left = [f"writing the prompts: {n} of 2 files left" for n in (2, 1, 0)]
-    contents = set()
-    for number, (seconds, waited) in enumerate(((530, files_left), (530, []), (None, files_left))):
-        setup: Any = SimpleNamespace(
-            lab=lab, model=model, endpoint=None, writer=writer, clock=Clock.of(seconds, [], [])
-        )
-        (work := tmp_path / f"call-{number}").mkdir()
-        files = trials.write_requests(setup, work, progress)
-        assert [f.name for f in files] == ["decode-1.jsonl", "decode-2.jsonl"]
-        contents.add(tuple(f.read_bytes() for f in files))
-        assert shown == waited
-        shown.clear()
-    assert len(contents) == 1

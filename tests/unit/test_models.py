@@ -17,7 +17,6 @@ from huggingface_hub.utils._paths import filter_repo_objects
 from labs import LABS
 from labs.harness.changes import parse_changes
 from labs.harness.running.derived_models import NEED_NO_WEIGHTS, RECIPES
-from labs.harness.running.prompt_files import lab_takes_s
 from labs.harness.running.resolve import (
     model_for,
     model_of,
@@ -265,17 +264,6 @@ def test_every_lab_fits_every_class_of_gpu(lab: str, c: MemoryClass, random: boo
 def test_the_plan_of_a_rehearsal_leaves_out_what_needs_real_weights() -> None:
     planned = plan(LABS, "gpu-80", start_s=45.0)
     assert [of.lab for of in planned] == [name for name in LABS if name not in NEED_REAL_WEIGHTS]
-
-
-def test_the_plan_of_a_rehearsal_counts_the_writing_of_prompts() -> None:
-    takes_s = [
-        next(plan(["prefix-caching"], "gpu-80", start_s=45.0, cores=cores)).takes_s
-        for cores in (1, 16)
-    ]
-    resolved = LABS["prefix-caching"].at("gpu-80", quick=True, dummy=True)
-    on_one, on_many = (lab_takes_s(resolved, cores) for cores in (1, 16))
-    assert takes_s[0] - takes_s[1] == pytest.approx(on_one - on_many)
-    assert on_one > on_many
 
 
 @pytest.mark.parametrize("lab", LABS)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import pytest
 
 from labs import FIRST, LABS
-from labs.harness.running.sitting_plan import plan, table
+from labs.harness.running.sitting_plan import plan, table, writing_s
 from labs.harness.running.trials import MOST_AGAIN, PER_TRIAL_S
 from serving.weights.models import ROOT
 
 START_S = 45.0
-CORES = 16  # as a rented machine with such a GPU has
 
 
 def test_half_an_hour_on_a_gpu_has_results_of_the_first_labs() -> None:
     """Where every engine starts by itself, and nothing disturbs a trial."""
-    planned = {p.lab: p for p in plan(FIRST, "gpu-80", START_S, CORES)}
+    planned = {p.lab: p for p in plan(FIRST, "gpu-80", START_S)}
     assert tuple(planned) == FIRST
     assert sum(p.load_s for p in planned.values()) < 9.5 * 60
     assert [p.lab for p in planned.values() if p.ends_s < 31 * 60] == [*FIRST[:6]]
@@ -23,7 +22,7 @@ def test_half_an_hour_on_a_gpu_has_results_of_the_first_labs() -> None:
 
 def test_the_page_on_gpus_tells_the_plan() -> None:
     """Written down from this plan: another size of a lab changes it."""
-    planned = [*plan(tuple(dict.fromkeys([*FIRST, *LABS])), "gpu-80", START_S, CORES)]
+    planned = [*plan(tuple(dict.fromkeys([*FIRST, *LABS])), "gpu-80", START_S)]
     done = {limit: sum(p.ends_s <= 60 * limit for p in planned) for limit in (30, 31, 40, 112)}
     assert done == {30: 5, 31: 6, 40: 8, 112: len(planned)}
     said = "five labs done in 30 minutes, six in 31, eight in 40 and all 17 in 112"
@@ -38,3 +37,9 @@ def test_the_plan_says_when_a_lab_ends_at_the_latest() -> None:
     assert second.latest_s - first.latest_s > second.takes_s
     assert table([first]).splitlines()[1].split()[-4:-2] == [f"{first.ends_s / 60:.1f}", "min"]
     assert table([first]).endswith(f"{first.latest_s / 60:.1f} min")
+
+
+def test_the_plan_counts_the_writing_of_prompts() -> None:
+    lab = LABS["weight-quantization"].at("gpu-80", quick=False, dummy=True)
+    tokens = lab.repeats * 4096 * (128 + 250 + 2048 + 250)  # two workloads
+    assert writing_s(lab) == pytest.approx(tokens / 2e6)

@@ -25,7 +25,6 @@ from labs.harness.commands import all_labs
 from labs.harness.commands.options import PORT
 from labs.harness.filing.results import LEAST_FREE_BYTES, RESULTS, MachineFile, read_json
 from labs.harness.running import derived_models
-from labs.harness.running.prompt_files import usable_cores
 from labs.harness.running.resolve import (
     RunRequest,
     absent_engines,
@@ -379,7 +378,7 @@ def session(abilities: list[Ability]) -> str:
     if machine is None or machine.kind != "gpu":
         return ""
     names = [name for name in all_labs.chosen("", by_value=True) if name in able]
-    planned = list(plan(names, models.scale_of(machine), START_S, usable_cores()))
+    planned = list(plan(names, models.scale_of(machine), START_S))
     fit = (f"{sum(p.ends_s <= 60 * m for p in planned)} labs in {m} minutes" for m in SESSIONS_MIN)
     return (
         f"{table(planned)}\nComputed, with {START_S:.0f} s for the start of an engine once the"

@@ -7,13 +7,13 @@ engines as fleets (`forecast.py`) and the loads of a capacity plan (`capacity_pl
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from labs.harness.judging.measure import in_time, percentile
 from labs.harness.running.forecaster import Forecaster, play_all
 from labs.harness.running.progress import ProgressDisplay
-from labs.harness.running.prompt_files import usable_cores
 from labs.harness.running.virtual_trials import records
 from labs.harness.spec import SLO
 from labs.harness.telling.forecasts import Latencies, LoadForecast
@@ -32,7 +32,7 @@ def processes(requests: int = 0) -> int:
     `requests` are those of the longest play.
     """
     room = int(available_bytes() / (FORECASTER_BYTES + requests * REQUEST_BYTES))
-    return max(1, min(usable_cores(), MOST_PROCESSES, room))
+    return max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, room))
 
 
 def forecast_loads(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import random
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,29 +38,26 @@ from labs.harness.judging.validity import (
     disturbances_of,
     undisturbed_transport_s,
 )
-from labs.harness.running import prompt_files
 from labs.harness.running.counts import Counts, counted_since
 from labs.harness.running.engines import Engines
 from labs.harness.running.load import LoadGenerator
 from labs.harness.running.machine_load import OtherLoad, ServerLoad, wait_until_idle
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.resolve import Setup
-from labs.harness.spec import Point, Variant
+from labs.harness.spec import LabError, Point, Variant
 from loadtests import plan, records
 from loadtests.arrivals import Concurrent, OfCapacity
 from loadtests.generator import GeneratorError
 from loadtests.plan import TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Workload
-from loadtests.writing import Order
-from serving import metrics, whole
+from serving import metrics
 from serving.engines.base import EngineError, Server
 from serving.hardware.reference_step import ReferenceStep, ReferenceTimer
 from serving.hardware.telemetry import Telemetry
 from serving.inside import guard
 from serving.metrics import Snapshot
 from serving.processes import masking
-from serving.weights import models
 
 BESIDE = "of a trial beside it: "  # how a reason begins that is another trial's
 MOST_AGAIN = 2  # how often a disturbed trial is measured again
@@ -82,50 +77,24 @@ def write_requests(
 ) -> list[Path]:
     """Write what each repeat sends, the same for all its variants and loads; return the files.
 
-    By default those of the lab's own `repeats`. Where a call is bounded, what is written is kept
-    for the next one. Raises LabError where a workload cannot be written.
+    By default those of the lab's own `repeats`. Raises LabError where a workload cannot be written.
     """
-    lab, files, orders = setup.lab, list[Path](), list[Order]()
+    lab, files = setup.lab, list[Path]()
     repeats = range(1, lab.repeats + 1) if repeats is None else repeats
     served = setup.endpoint.model if setup.endpoint else setup.model.name
-    kept: dict[Path, Path] = {}
-    for workload in lab.workloads:
-        for repeat in repeats:
-            path = requests_file(work, workload, repeat)
-            files.append(path)
-            if setup.clock.bounded:
-                kept[path] = _kept(setup, workload, repeat, served)
-                if kept[path].exists():
-                    shutil.copyfile(kept[path], path)
-                    continue
-            orders.append(prompt_files.order_of(lab, workload, repeat, served, path))
-    left = {order.path for order in orders}
-
-    def show_left() -> None:
-        progress.waiting(f"writing the prompts: {len(left)} of {len(orders)} files left")
-
-    def keep(order: Order) -> None:
-        left.remove(order.path)
-        show_left()
-        if order.path in kept:
-            with whole.file(kept[order.path]) as half:
-                shutil.copyfile(order.path, half)
-
-    if orders:
-        show_left()
-        prompt_files.write_files(orders, setup.writer, setup.model.path, keep)
+    wanted = [(workload, repeat) for workload in lab.workloads for repeat in repeats]
+    for workload, repeat in wanted:
+        left = len(wanted) - len(files)
+        progress.waiting(f"writing the prompts: {left} of {len(wanted)} files left")
+        count, seed = lab.requests_of(workload), lab.draw_seed(repeat)
+        try:
+            drawn = workload.requests(count, seed, setup.writer)
+        except ValueError as error:
+            raise LabError(f"workload {workload.name}: {error}") from error
+        path = requests_file(work, workload, repeat)
+        plan.write_requests(path, drawn, served)
+        files.append(path)
     return files
-
-
-def _kept(setup: Setup, workload: Workload, repeat: int, served: str) -> Path:
-    """Return where these requests are kept: by all that they are written from, the code too."""
-    digest = hashlib.sha256()
-    lab, sources = setup.lab, sorted(Path(plan.__file__).parent.glob("*.py"))
-    drawn = (workload.model_dump_json(), lab.requests_of(workload), lab.draw_seed(repeat), served)
-    digest.update(repr((*drawn, models.files_sha256(setup.model.path))).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    return models.CACHE / "prompts" / f"{digest.hexdigest()[:32]}.jsonl"
 
 
 def interleave(setup: Setup, group: Sequence[Variant]) -> list[tuple[Point, int]]:
