@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -212,7 +212,6 @@ class Trials:
         self._forecast_s = forecasts.trial_s if forecasts else {}
         self._left = len(self.due(interleave(setup, setup.lab.variants)))
         self._played = self._again = 0  # trials of this sitting; attempts that were discarded
-        self._explained = set[str]()  # checks whose finding the terminal has shown
         self._sent = Counter[str]()  # requests at each point, in all attempts at this trial
         self._took_s = 0.0  # all of them
         self._beside_s = PER_TRIAL_S  # the most that a trial took beside warm-up and window
@@ -302,15 +301,10 @@ class Trials:
                 discarded[p.point.key] += (attempts[p.point.key],)
                 self._counts.discard(p.succeeded)
             self._again += len(left)
-            reasons = {
-                name: text
-                for attempt in attempts.values()
-                for name, text in attempt.reasons.items()
-                if not text.startswith(BESIDE)
-            }
+            checks = sorted({check for attempt in attempts.values() for check in attempt.reasons})
             self._progress.message(
-                f"{name} is measured again ({tries} of at most {MOST_AGAIN}):"
-                f" {self._why_again(reasons)}"
+                f"{name} is measured again ({tries} of at most {MOST_AGAIN}), as DISTURBED=keep was"
+                f" not given: {', '.join(checks)}"
             )
         ended += played
         for p in ended:
@@ -335,20 +329,6 @@ class Trials:
         summary = played.result.summary
         self._sent[played.point.key] += summary.sent if summary else 0
         return replace(played, result=played.result.model_copy(update={"discarded": discarded}))
-
-    def _why_again(self, reasons: Mapping[str, str]) -> str:
-        """Explain each kind of disturbance, by check, where it comes first; then name it."""
-
-        def explained(check: str, text: str) -> str:
-            return text if text.startswith(check) else f"{check}: {text}"
-
-        why = "; ".join(
-            check if check in self._explained else explained(check, text)
-            for check, text in reasons.items()
-        )
-        way_out = "" if self._explained else " (DISTURBED=keep accepts every trial as it is)"
-        self._explained.update(reasons)
-        return why + way_out
 
     def _attempt(self, points: Sequence[Point], repeat: int, name: str) -> list[Played]:
         """Play one attempt at a trial, and at those beside it."""
