@@ -112,7 +112,6 @@ NEEDS = {
     "GPU clock": "a GPU",
     "GPU memory": "a GPU",
     "GPU throttled": "a GPU",
-    "Tensor cores and memory bus": "dcgm-exporter",
     "Due and not sent": "an open loop",
     "Forecasts": "forecasts",
     "Ratio to the baseline, 95% interval": "a second repeat",
@@ -323,7 +322,7 @@ def _feature_panels() -> tuple[Drawn, ...]:
 
 
 def _gpu_panels() -> tuple[Drawn, ...]:
-    gpus = tuple(
+    return tuple(
         lines(title, says, unit, Line(f"max by (gpu) ({name}{{{RUN}}})", "GPU {{gpu}}"), most=1)
         for title, says, unit, name in (
             ("GPU utilisation", "Time a kernel ran: busy, not efficient.", RATIO,
@@ -338,16 +337,6 @@ def _gpu_panels() -> tuple[Drawn, ...]:
              PLAIN, telemetry.GPU_THROTTLED),
         )
     )  # fmt: skip
-    units = lines(
-        "Tensor cores and memory bus",
-        "Share of the time each worked (the bus dashed): prefill wants the cores, decode the bus."
-        " From dcgm-exporter, in the stack of containers.",
-        RATIO,
-        Line(series.TENSOR_ACTIVE, "GPU {{gpu}}"),
-        Line(series.DRAM_ACTIVE, "GPU {{gpu}}", DASHED),
-        most=1,
-    )
-    return (*gpus, units)
 
 
 def live(_: Figures) -> dashboard.Dashboard:

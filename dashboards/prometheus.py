@@ -59,11 +59,7 @@ scrape_configs:
       - source_labels: [__name__]  # adapters that ever ran together
         regex: vllm:lora_requests_info|http_.*|python_.*|.*_created
         action: drop
-RENAMES  - job_name: gpu  # dcgm-exporter, in the stack of containers only
-    file_sd_configs:
-      - files: ["gpu.json"]
-        refresh_interval: 1s
-"""
+RENAMES"""
 
 
 _RENAME = """\
@@ -118,7 +114,7 @@ def prepare() -> None:
             write_headers()
         if not (HOME / ENGINE_KEY).exists():
             _write_key("none yet")
-        for job in (*JOBS, "gpu"):
+        for job in JOBS:
             if not (HOME / f"{job}.json").exists():
                 (HOME / f"{job}.json").write_text("[]")
     except OSError as error:

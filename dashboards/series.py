@@ -34,6 +34,3 @@ ENGINE_KEPT = (
     f"{metrics.STEP_TOKENS}_sum", f"{metrics.STEP_TOKENS}_count",
     metrics.SPEC_DRAFTS, metrics.SPEC_ACCEPTED, metrics.SPEC_ACCEPTED_AT,
 )  # fmt: skip
-
-# of dcgm-exporter; labels: gpu, and no run's
-TENSOR_ACTIVE, DRAM_ACTIVE = "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE", "DCGM_FI_PROF_DRAM_ACTIVE"

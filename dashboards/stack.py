@@ -23,7 +23,6 @@ from serving.weights.models import CACHE
 
 COMPOSE = Path(__file__).with_name("compose.yml")
 PASSWORD_FILE = CACHE / "grafana-password"
-DCGM_TARGET = '[{"targets": ["127.0.0.1:9400"]}]'
 WITHOUT = "`make watch` needs no container"
 
 
@@ -33,11 +32,10 @@ class StackError(Exception):
 
 @dataclass(frozen=True)
 class Stack:
-    """The containers: Prometheus and Grafana on these ports, with `profiling` dcgm-exporter."""
+    """The containers: Prometheus and Grafana on these ports."""
 
     grafana_port: int
     prometheus_port: int
-    profiling: bool = False
 
     @property
     def url(self) -> str:
@@ -56,7 +54,6 @@ class Stack:
             require_port(self.prometheus_port, "PROMETHEUS_PORT")
             require_port(self.grafana_port, "GRAFANA_PORT")
         prometheus.prepare()
-        (prometheus.HOME / "gpu.json").write_text(DCGM_TARGET if self.profiling else "[]")
         try:
             self._compose("up", "--detach", "--wait")
             prometheus.adopt(self.prometheus_port, self._prometheus_pid(), own=False)
@@ -70,8 +67,6 @@ class Stack:
         require_docker()
         prometheus.unwatch()
         self._compose("down")
-        prometheus.prepare()
-        (prometheus.HOME / "gpu.json").write_text("[]")
 
     def _prometheus_pid(self) -> int:
         """Find the container's process on this machine. Raises StackError.
@@ -92,10 +87,8 @@ class Stack:
         )
 
     def _compose(self, *arguments: str) -> str:
-        every = self.profiling or arguments[0] == "down"
-        profile = ["--profile", "profiling"] if every else []
         return _output_of(
-            ["docker", "compose", "--file", str(COMPOSE), *profile, *arguments],
+            ["docker", "compose", "--file", str(COMPOSE), *arguments],
             {
                 "GRAFANA_PASSWORD": password(),
                 "GRAFANA_PORT": str(self.grafana_port),

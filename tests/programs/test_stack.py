@@ -37,29 +37,26 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRAFANA_PASSWORD", raising=False)
 
 
-def test_images_are_pinned_and_the_gpus_exporter_is_apart() -> None:
-    for name, service in SERVICES.items():
+def test_images_are_pinned() -> None:
+    for service in SERVICES.values():
         tag, _, digest = service["image"].partition(":")[2].partition("@sha256:")
         assert tag[0] in "v0123456789"
-        assert re.fullmatch(r"[0-9a-f]{64}", digest) or name == "dcgm-exporter"
+        assert re.fullmatch(r"[0-9a-f]{64}", digest)
     assert SERVICES["grafana"]["image"].partition(":")[2].startswith("13.")
-    assert [n for n, s in SERVICES.items() if "profiles" in s] == ["dcgm-exporter"]
 
 
 def test_no_container_has_more_rights_than_it_needs() -> None:
-    for name, service in SERVICES.items():
+    for service in SERVICES.values():
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
-        assert service.get("cap_add", []) == (["SYS_ADMIN"] if name == "dcgm-exporter" else [])
+        assert "cap_add" not in service
         assert not service.get("privileged")
-    assert SERVICES["dcgm-exporter"]["profiles"] == ["profiling"]  # only when asked for
 
 
 def test_everything_listens_on_loopback_and_no_password_is_a_default() -> None:
     assert {s["network_mode"] for s in SERVICES.values()} == {"host"}
-    grafana, dcgm = SERVICES["grafana"]["environment"], SERVICES["dcgm-exporter"]["environment"]
+    grafana = SERVICES["grafana"]["environment"]
     assert grafana["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
-    assert dcgm["DCGM_EXPORTER_LISTEN"].startswith("127.0.0.1:")
     assert grafana["GF_PLUGINS_PREINSTALL_DISABLED"] == "true"  # it starts without internet
     assert any("listen-address=127.0.0.1:" in c for c in SERVICES["prometheus"]["command"])
     assert grafana["GF_SECURITY_ADMIN_PASSWORD"].startswith("${GRAFANA_PASSWORD:?")
@@ -127,7 +124,7 @@ def test_what_came_up_only_half_is_taken_down(
 def test_a_process_of_the_same_number_is_not_taken_for_the_containers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where docker runs in a virtual machine; `stack-stop` would end it."""
+    """As where docker runs in a virtual machine; `make stop` would end it."""
     with subprocess.Popen(["sleep", "60"]) as other:
         answers = f'case "$1" in inspect) echo {other.pid};; *) echo a-container;; esac'
         log = docker(tmp_path, monkeypatch, answers)
@@ -163,9 +160,8 @@ def test_without_docker_there_is_one_sentence(
         Stack(3000, 9090).start()
 
 
-@pytest.mark.parametrize("profiling", [False, True])
 def test_labs_record_into_the_containers_prometheus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profiling: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "bin" / "prometheus"
     program.parent.mkdir()
@@ -174,19 +170,15 @@ def test_labs_record_into_the_containers_prometheus(
     contained = subprocess.Popen([str(program)], stdin=subprocess.PIPE)
     answers = f'case "$1" in inspect) echo {contained.pid};; *) echo a-container;; esac'
     log = docker(tmp_path, monkeypatch, answers)
-    Stack(3000, 9091, profiling).start()
+    Stack(3000, 9091).start()
     watch = prometheus.watching()
     assert watch is not None
     assert watch.url == "http://127.0.0.1:9091"
     assert (prometheus.HOME / "prometheus.yml").exists()
-    assert ("9400" in (prometheus.HOME / "gpu.json").read_text()) is profiling
-    asked = log.read_text()
-    assert "up --detach --wait" in asked
-    assert ("--profile profiling" in asked) is profiling
+    assert "up --detach --wait" in log.read_text()
     with pytest.raises(StackError, match="make stop"):
         Stack(3000, 9091).start()
     Stack(3000, 9091).stop()
     assert prometheus.watching() is None
     assert contained.poll() is not None
     assert "down" in log.read_text().splitlines()[-1]
-    assert (prometheus.HOME / "gpu.json").read_text() == "[]"

@@ -62,8 +62,7 @@ def exported() -> set[str]:
     engine = {*metrics.COUNTERS, *metrics.GAUGES, *metrics.SPECULATION}
     for name in metrics.HISTOGRAMS:
         engine |= histogram(name)
-    dcgm = {series.TENSOR_ACTIVE, series.DRAM_ACTIVE}
-    return client | engine | dcgm | {*series.FINISHED, *telemetry.SERIES}
+    return client | engine | {*series.FINISHED, *telemetry.SERIES}
 
 
 def asked(query: str) -> set[str]:

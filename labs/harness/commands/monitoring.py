@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from dashboards import boards, live, prometheus, stack
 from dashboards.prometheus import WATCH_PORT
-from dashboards.stack import Stack, StackError
+from dashboards.stack import Stack
 from labs.harness.commands.options import command
 from labs.harness.commands.terminal import console, shown_path
 from labs.harness.filing.results import RESULTS, RunFolder, all_runs, open_run
@@ -18,7 +18,6 @@ from labs.harness.running import backfill
 from labs.harness.running.run import run_lock
 from labs.harness.spec import LabError
 from labs.harness.telling import pages
-from serving.hardware import machine
 from serving.processes.ports import require_port
 
 PANEL = "Prometheus and Grafana"
@@ -64,15 +63,9 @@ def import_runs(run: list[str] | None = None) -> None:
 def start_stack(
     grafana_port: int = GRAFANA_PORT,
     prometheus_port: int = WATCH_PORT,
-    profiling: bool = False,
 ) -> None:
     """Start Prometheus and Grafana in containers, with the lab's dashboards in place."""
-    gpu = machine.detect().kind == "gpu"
-    if profiling and not gpu:
-        raise StackError("PROFILING=1 needs an NVIDIA GPU, and there is none: leave it out")
-    if gpu and not profiling:
-        console.print("With PROFILING=1 NVIDIA's exporter starts too (it needs SYS_ADMIN).")
-    containers = Stack(grafana_port, prometheus_port, profiling)
+    containers = Stack(grafana_port, prometheus_port)
     console.print("Starting the containers; the first time docker downloads their images.")
     containers.start()
     secret = "GRAFANA_PASSWORD"
