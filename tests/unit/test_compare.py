@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder, write_json
 from labs.harness.judging.judge import Contrast, ForecastResult, Interval, contrast
 from labs.harness.spec import MARGIN, LabError, Prediction, digest_of
-from labs.harness.telling.document import parts, plain_text
+from labs.harness.telling.document import plain_text
 from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.summary import summarise
 from tests.unit.builders import MACHINE, make_claim, write_run, write_slowed
@@ -41,6 +42,14 @@ def compared(a: RunFolder, b: RunFolder, force: bool = False) -> Comparison:
 
 def row(found: Comparison, figure: str, where: str) -> ComparedFigure:
     return next(r for r in found.rows if (r.figure, r.where) == (figure, where))
+
+
+def effects(found: Comparison) -> list[ComparedFigure]:
+    return [r for r in found.rows if r.kind == "effect"]
+
+
+def tables(found: Comparison) -> Markdown:
+    return side_by_side.tables(found, found.rows, "Figures", found.forced)
 
 
 def edited(folder: RunFolder, machine: str = MACHINE.model, **lab: object) -> RunFolder:
@@ -139,7 +148,7 @@ def judged(*ps: float, ratio: float = 1.2, margin: float = MARGIN) -> list[Compa
 def test_a_run_is_the_same_as_itself(folder: RunFolder) -> None:
     found = compared(folder, folder)
     assert found.rows
-    assert {r.outcome for r in [*found.rows, *found.effects]} == {"same"}
+    assert {r.outcome for r in found.rows} == {"same"}
     assert all(v.outcome == "same" and not v.flips for v in found.verdicts)
     assert found.paired
     assert found.differences == []
@@ -147,21 +156,45 @@ def test_a_run_is_the_same_as_itself(folder: RunFolder) -> None:
 
 
 def test_a_slower_copy_differs_by_as_much_and_fails_the_gate(folder: RunFolder) -> None:
-    found = compared(folder, write_slowed(folder, 1.25))
+    slow = write_slowed(folder, 1.25)
+    found = compared(folder, slow)
     rate = row(found, "output_tokens_per_s", "on/short/concurrent-1")
     assert rate.outcome == "differs"
     assert rate.contrast
     assert rate.contrast.ratio.value == pytest.approx(0.8)
     assert rate.worse_by == pytest.approx(0.25)
-    assert {r.outcome for r in found.effects} == {"same"}  # both sides slowed alike
+    assert {r.outcome for r in effects(found)} == {"same"}  # both sides slowed alike
     failed = gate.failures(found, ALLOWED)
     assert any("TPOT, mean" in line and "worse by 25%, 10% allowed" in line for line in failed)
+    assert gate.failures(compared(slow, folder), ALLOWED) == []  # faster
 
 
-def test_a_faster_copy_passes(folder: RunFolder) -> None:
-    found = compared(folder, write_slowed(folder, 0.5))
-    assert row(found, "tpot_mean_s", "on/short/concurrent-1").outcome == "differs"
-    assert gate.failures(found, ALLOWED) == []
+def test_a_comparison_begins_with_what_to_decide_by_and_ends_with_what_is_missing(
+    folder: RunFolder,
+) -> None:
+    slow = with_figure(write_slowed(folder, 1.25), "error_rate", 0.1)
+    found = compared(folder, slow)
+    first, _, rest = side_by_side.headline(found).partition("\n\n")
+    assert first.startswith("B is worse on Output throughput (0.80x at 3 of 4 points); ")
+    assert "better" not in first
+    assert "Error rate (from 0)" in first
+    assert "ITL, p99 (1.25x at on concurrent-2)" in first
+    assert "MBU" not in first
+    assert rest.startswith("- A: ")
+    summary = slow.summary()
+    summary.measurements["off/short/concurrent-1"].clear()
+    write_json(slow.path / "summary.json", summary)
+    cells = re.findall(
+        r"\| (\w+)(?: comparable)?(?: \([^|]*)? \|$", tables(compared(folder, slow)), re.M
+    )
+    outcomes = [cell for cell in cells if cell in ("differs", "undecided", "same", "not")]
+    in_figures = outcomes[-len(found.rows) :]
+    assert in_figures == sorted(in_figures, key=["differs", "undecided", "same", "not"].index)
+    assert {"differs", "not"} <= set(in_figures)
+    faster = side_by_side.headline(compared(slow, folder))
+    assert faster.startswith("B is better on Output throughput (1.25x at ")
+    same = side_by_side.headline(compared(folder, folder))
+    assert same.startswith("No figure of B is shown to be better or worse than A's.")
 
 
 def test_a_margin_lets_pass_what_it_says(folder: RunFolder, tmp_path: Path) -> None:
@@ -207,25 +240,23 @@ def test_what_is_missing_now_fails(folder: RunFolder) -> None:
     assert "Output throughput at on/short/concurrent-1: missing now" in failed
 
 
-def test_a_run_whose_trials_failed_fails_by_name(folder: RunFolder) -> None:
+def test_a_run_that_is_not_complete_fails_by_the_names_of_failed_trials(folder: RunFolder) -> None:
     """What is left of it is as good as the baseline."""
-    whole, crashed = folder, write_slowed(folder, 1)
+    crashed = write_slowed(folder, 1)
+    complete = crashed.summary()
     failed = {f"on/short/concurrent-2/{n}": "the engine died" for n in range(2, 10)}
     update = {"failed": failed, "missing": 1}
     write_json(crashed.path / "summary.json", crashed.summary().model_copy(update=update))
     named = ", ".join(list(failed)[:6])
-    assert gate.failures(compared(whole, crashed), ALLOWED) == [
+    assert gate.failures(compared(folder, crashed), ALLOWED) == [
         f"{name_of(crashed)} is not complete: 8 trials failed ({named}, ...), 1 trial not played"
     ]
-    assert gate.failures(compared(crashed, whole), ALLOWED) == []
+    assert gate.failures(compared(crashed, folder), ALLOWED) == []
     assert gate.failures(compared(crashed, crashed), ALLOWED) == []
-
-
-def test_a_run_that_has_not_ended_fails(folder: RunFolder) -> None:
-    running = write_slowed(folder, 1)
-    (running.path / "COMPLETE").unlink()
-    assert gate.failures(compared(folder, running), ALLOWED) == [
-        f"{name_of(running)} is not complete: the run has not ended"
+    write_json(crashed.path / "summary.json", complete)
+    (crashed.path / "COMPLETE").unlink()
+    assert gate.failures(compared(folder, crashed), ALLOWED) == [
+        f"{name_of(crashed)} is not complete: the run has not ended"
     ]
 
 
@@ -242,18 +273,6 @@ def test_a_percentile_that_too_few_samples_support_fails_nothing(folder: RunFold
     write_json(thin.path / "summary.json", summary)
     assert row(compared(full, thin), "ttft_p50_s", "on/short/concurrent-1").b is None
     assert gate.failures(compared(full, thin), ALLOWED) == []
-
-
-def test_errors_where_there_were_none_fail(folder: RunFolder) -> None:
-    broken = write_slowed(folder, 1)
-    summary = broken.summary()
-    for repeat in summary.measurements["on/short/concurrent-1"].values():
-        repeat["error_rate"] = 0.01
-    write_json(broken.path / "summary.json", summary)
-    assert gate.failures(compared(folder, broken), ALLOWED) == [
-        "Error rate at on/short/concurrent-1: 0 in the baseline, 0.01 now"
-    ]
-    assert gate.failures(compared(broken, folder), ALLOWED) == []
 
 
 def with_figure(folder: RunFolder, metric: str, *values: float) -> RunFolder:
@@ -325,38 +344,29 @@ def test_a_gate_that_could_not_fail_lets_nothing_pass(folder: RunFolder) -> None
         write_json(run.path / "summary.json", summary)
     with pytest.raises(LabError, match="the gate cannot decide: measure more repeats"):
         gate.failures(compared(folder, other), ALLOWED)
+    gone = with_figure(other, "error_rate", 0.1)  # what must not happen needs no interval
+    assert gate.failures(compared(folder, gone), ALLOWED) == [
+        "Error rate at on/short/concurrent-1: 0 in the baseline, 0.1 now"
+    ]
 
 
 def test_across_hardware_the_gate_goes_by_what_claims_compare(folder: RunFolder) -> None:
     """Also where no figure without a dimension was forecast, as where all forecasts are bounds."""
-    slide = edited(folder, machine="Slide rule")
-    found = compared(folder, slide).model_copy(update={"rows": []})
-    assert [e.outcome for e in found.effects] == ["same"] * 2
-    assert gate.failures(found, ALLOWED) == []
+    found = compared(folder, edited(folder, machine="Slide rule"))
+    same = effects(found)
+    assert [e.outcome for e in same] == ["same"] * 2
+    assert gate.failures(found.model_copy(update={"rows": same}), ALLOWED) == []
     lost = compared(folder, edited(write_slowed(folder, 3, "on"), machine="Slide rule 2"))
-    failed = gate.failures(lost.model_copy(update={"rows": [], "verdicts": []}), ALLOWED)
+    failed = gate.failures(lost.model_copy(update={"rows": effects(lost), "verdicts": []}), ALLOWED)
     assert [line.partition(" at ")[0] for line in failed] == ["effect on Output throughput"] * 2
-    open_ = [e.model_copy(update={"outcome": "undecided"}) for e in found.effects]
+    open_ = [e.model_copy(update={"outcome": "undecided"}) for e in same]
     with pytest.raises(LabError, match="are too wide to tell"):
-        gate.failures(found.model_copy(update={"effects": open_}), ALLOWED)
+        gate.failures(found.model_copy(update={"rows": open_}), ALLOWED)
     with pytest.raises(LabError, match=r"no figure in common to compare \(of other hardware"):
-        gate.failures(found.model_copy(update={"effects": []}), ALLOWED)
+        gate.failures(found.model_copy(update={"rows": []}), ALLOWED)
     here = compared(folder, folder).model_copy(update={"rows": []})
     with pytest.raises(LabError, match="no figure in common to compare, so the gate"):
         gate.failures(here, ALLOWED)
-
-
-def test_what_is_worse_is_told_where_nothing_else_is_decided(folder: RunFolder) -> None:
-    other = write_slowed(folder, 1)
-    for run in (folder, other):
-        summary = run.summary()
-        for rows in summary.measurements.values():
-            del rows[2]
-        write_json(run.path / "summary.json", summary)
-    gone = with_figure(other, "goodput_per_s", 0.0)
-    assert gate.failures(compared(folder, gone), ALLOWED) == [
-        "Goodput at on/short/concurrent-1: 0.5 in the baseline, 0 now"
-    ]
 
 
 @pytest.mark.parametrize(
@@ -383,7 +393,7 @@ def test_variants_of_a_run_are_compared_where_they_met_the_same(folder: RunFolde
     assert rate.contrast
     assert rate.contrast.ratio.value == pytest.approx(math.sqrt(301 * 302 / (101 * 102)))
     assert not found.verdicts
-    assert not found.effects
+    assert not effects(found)
     with pytest.raises(LabError, match="has no variant 'best'; it has off, on"):
         read_side(f"{folder.path}:best")
     with pytest.raises(LabError, match="on both sides"):
@@ -394,46 +404,43 @@ def test_another_load_is_refused_and_forced_it_is_said_on_every_table(folder: Ru
     longer = edited(folder, window_s=60)
     with pytest.raises(LabError, match=r"not sent the same load: window_s differ; FORCE=1"):
         compared(folder, longer)
-    tables = side_by_side.tables(compared(folder, longer, force=True))
-    assert tables
-    forced = "FORCED: they were not sent the same load: window_s"
-    assert all(forced in plain_text(parts(table)[0]) for table in tables)
+    found = compared(folder, longer, force=True)
+    forced = "(FORCED: they were not sent the same load: window_s differ)"
+    headings = re.findall("^# .*$", tables(found), re.M)
+    assert len(headings) > 2
+    assert all(heading.endswith(forced) for heading in headings)
+    said = Seen(page.page([found], [])).read
+    assert said.count("FORCED: they were not sent the same load: window_s") == len(headings) + 1
 
 
-def test_a_field_that_came_later_makes_no_other_load(folder: RunFolder) -> None:
+def test_what_is_no_other_load(folder: RunFolder) -> None:
+    """A field that came later, and a number that a run chose for its machine."""
+    with pytest.raises(LabError, match="load_processes differ"):
+        compared(folder, edited(folder, load_processes=2))
+    chosen = edited(folder, load_processes=3, load_processes_chosen=True)
+    assert compared(folder, chosen).forced == ""
     old = folder.run()
     del old.lab["load_processes"]
     write_json(folder.path / "run.json", old)
     assert compared(folder, write_slowed(folder, 1)).forced == ""
 
 
-def test_a_number_that_a_run_chose_for_its_machine_makes_no_other_load(folder: RunFolder) -> None:
-    with pytest.raises(LabError, match="load_processes differ"):
-        compared(folder, edited(folder, load_processes=2))
-    chosen = edited(folder, load_processes=3, load_processes_chosen=True)
-    assert compared(folder, chosen).forced == ""
-
-
-def test_what_differs_most_is_told_first(folder: RunFolder) -> None:
-    other = write_slowed(folder, 1)
+def test_other_flags_are_compared_and_what_differs_most_is_named_first(folder: RunFolder) -> None:
+    other = edited(folder, flags={"max-model-len": 256})
     for at, vllm, zipp in ((folder, "1", "8"), (other, "2", "9")):
         run = at.run()
         packages = run.environment.model_copy(update={"packages": {"zipp": zipp, "vllm": vllm}})
         write_json(at.path / "run.json", run.model_copy(update={"environment": packages}))
-    found = [fact.what.rpartition(".")[2] for fact in compared(folder, other).differences]
-    assert found == ["vllm", "zipp"]
-
-
-def test_other_flags_are_compared_and_named(folder: RunFolder) -> None:
-    found = compared(folder, edited(folder, flags={"max-model-len": 256}))
-    assert [str(d) for d in found.differences] == ["lab.flags.max-model-len: 128 / 256"]
+    differ = compared(folder, other).differences
+    assert str(differ[0]) == "lab.flags.max-model-len: 128 / 256"
+    assert [fact.what.rpartition(".")[2] for fact in differ[1:]] == ["vllm", "zipp"]
 
 
 def test_on_other_hardware_only_what_has_no_dimension_is_compared(folder: RunFolder) -> None:
     found = compared(folder, edited(folder, machine="Slide rule"))
     assert not found.same_hardware
-    assert {r.unit for r in [*found.rows, *found.effects]} <= {"1", "share"}
-    assert len(found.effects) == 2
+    assert {r.unit for r in found.rows} <= {"1", "share"}
+    assert len(effects(found)) == 2
     assert found.left_out > 4
     assert found.differences[0].what == "machine.model"
 
@@ -474,8 +481,7 @@ def test_shares_of_its_own_ceilings_are_properties_of_a_machine(folder: RunFolde
     mbu = found.of_machines[0]
     assert mbu.points == 4
     assert mbu.b == pytest.approx((2 * mbu.a[0], 2 * mbu.a[1]))
-    sections = {parts(s)[0] for s in side_by_side.tables(found)}
-    assert "Properties of the machines" in sections
+    assert "# Properties of the machines" in tables(found)
 
     here = compared(folder, write_slowed(folder, 1.25))
     assert row(here, "mbu", "on/short/concurrent-1").outcome == "differs"
@@ -507,7 +513,7 @@ def test_an_effect_is_the_same_within_its_claims_margin(
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     wide = write_run(tmp_path, claims=(make_claim(margin=0.5),))
     found = compared(wide, write_slowed(wide, 1.3, variant="on"))
-    assert [(r.outcome, r.why) for r in found.effects] == [("same", "within 50%")] * 2
+    assert [(r.outcome, r.why) for r in effects(found)] == [("same", "within 50%")] * 2
 
 
 @pytest.mark.parametrize(
@@ -537,20 +543,13 @@ def test_what_became_of_a_verdict(
     assert pair.outcome == outcome
 
 
-def test_machines_may_lie_outside_the_folder_of_results(
+def test_machines_are_compared_lab_by_lab_wherever_their_folders_lie(
     folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = folder.path.parents[1]
-    (home / "machine.json").write_text("{}")
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "elsewhere")
-    found, _ = compare.compare_named(str(home), str(home))
-    assert [c.lab for c in found] == ["tiny"]
-
-
-def test_machines_are_compared_lab_by_lab(folder: RunFolder) -> None:
     other = edited(folder, machine="Slide rule")
     here, there = (f.path.parents[1] for f in (folder, other))
     (here / "machine.json").write_text("{}")  # the other has no ceilings of its own
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "elsewhere")
     found, refused = compare.compare_named(str(here), str(there))
     assert [c.lab for c in found] == ["tiny"]
     assert refused == []
@@ -565,38 +564,22 @@ def test_machines_are_compared_lab_by_lab(folder: RunFolder) -> None:
         compare.compare_named(str(here), str(folder.path))
 
 
-# ---------------------------------------------------------------------------------------- the page
-
-
 def test_the_page_has_the_words_and_tables_of_the_markdown_and_every_fact(
-    folder: RunFolder, tmp_path: Path
+    folder: RunFolder,
 ) -> None:
     found = compared(folder, write_slowed(folder, 1.25))
     seen = Seen(page.page([found], ["other: B has no run of it"]))
     words = " ".join(seen.read.split())
-    for section in side_by_side.tables(found):
-        title, table, _ = parts(section)
-        assert title in words
-        rows = [line.strip("| ").split(" | ") for line in table.splitlines() if "---" not in line]
-        assert len(rows) > 1
-        assert all(plain_text(Markdown(cell)) in words for row in rows for cell in row)
+    lines = [line for line in tables(found).splitlines() if line and "---" not in line]
+    cells = [cell for line in lines for cell in line.strip("|# ").split(" | ")]
+    assert len(cells) > 50
+    assert all(plain_text(Markdown(cell)).strip() in words for cell in cells)
     assert all(fact.what in words for fact in found.facts)
     assert "other: B has no run of it" in words
     (drawn,) = seen.data["comparisons"]
-    (rate,) = (r for r in drawn["rows"] if (r["kind"], r["where"]) == (
-        "Output throughput", "on concurrent-1"))  # fmt: skip
+    place = ("Output throughput", "on concurrent-1")
+    (rate,) = (r for r in drawn["rows"] if (r["kind"], r["where"]) == place)
     assert (rate["outcome"], round(rate["value"], 3)) == ("differs", 0.8)
-
-
-def test_on_the_page_facts_that_differ_are_marked(folder: RunFolder) -> None:
     seen = Seen(page.page([compared(folder, edited(folder, machine="Slide rule"))], []))
     marked = [attrs for tag, attrs in seen.tags if tag == "tr" and attrs.get("class") == "differs"]
     assert len(marked) == 1
-    assert "differ." in seen.read
-
-
-def test_what_is_forced_is_said_on_the_page_too(folder: RunFolder) -> None:
-    found = compared(folder, edited(folder, window_s=60), force=True)
-    said = Seen(page.page([found], [])).read
-    tables = len(side_by_side.tables(found))
-    assert said.count("FORCED: they were not sent the same load: window_s") == tables + 1

@@ -59,7 +59,7 @@ def test_a_row_of_the_table_is_all_that_a_metric_takes(
     slowed = compare.read_side(str(write_slowed(folder, 2).path))
     comparison = compare.compare(compare.read_side(str(folder.path)), slowed)
     assert TOKENS.name in {row.figure for row in comparison.rows}
-    assert TOKENS.title in {row[0] for row in side_by_side.figure_table(comparison.rows).rows}
+    assert f"| {TOKENS.title} |" in side_by_side.tables(comparison, comparison.rows, "Figures")
 
     written = boards.files([], METRICS)
     for board, says in (("compare", "Higher is better; all"), ("machines", "However fast. At")):

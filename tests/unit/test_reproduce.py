@@ -138,9 +138,9 @@ def test_a_slower_copy_differs_and_its_likeliest_cause_is_named(folder: RunFolde
     write_json(folder.path / "run.json", folder.run().model_copy(update={"environment": first}))
     found = reproduction.compare_with_original(folder, again)
     assert (found.outcome, found.exit_code) == ("not reproduced", 1)
-    said = reproduction.sentences(found)
+    said = reproduction.told(found)
     assert "The run as a whole: not reproduced. Verdicts: 2 not reproduced." in said
-    assert any("environment.packages.vllm: 1 there, 2 here (and 2 more)" in s for s in said)
+    assert "environment.packages.vllm: 1 there, 2 here (and 2 more)" in said
     assert {d.what for d in found.differences} == {
         "environment.packages.vllm", "environment.kernel", "environment.packages.zipp",
     }  # fmt: skip
@@ -160,7 +160,9 @@ def test_what_is_left_open_is_no_difference_and_has_no_cause(
         update={"a": "hurts", "b": "inconclusive", "a_ratio": there, "b_ratio": here}
     )
     opened = found.model_copy(update={"verdicts": [left_open, *others]})
-    (said,) = (line for line in reproduction.sentences(opened) if agreed.title in line)
+    (said,) = (
+        line for line in reproduction.told(opened).splitlines() if f"- {agreed.title}" in line
+    )
     assert "hurts, 1.08x (1.05 to 1.11) in the original; inconclusive" in said
     assert said.endswith("an interval that contains the original value.") == holds
     assert (opened.outcome, opened.exit_code) == ("undecided", 2)

@@ -33,7 +33,7 @@ from labs.harness.commands.options import (
 from labs.harness.commands.play import play
 from labs.harness.commands.settings import unread
 from labs.harness.commands.terminal import console, errors, say, show, shown_path
-from labs.harness.comparing import compare, reproduction, side_by_side
+from labs.harness.comparing import compare, reproduction
 from labs.harness.filing import manifest
 from labs.harness.filing.results import open_run
 from labs.harness.questions import QUESTIONS
@@ -47,7 +47,7 @@ from labs.harness.running.resolve import (
     require_harmless,
 )
 from labs.harness.spec import Lab, LabError, Variant
-from labs.harness.telling.document import bullets, section, table_of
+from labs.harness.telling.document import section, table_of
 from serving import bundle
 from serving.engines import ENGINES
 from serving.engines.flags import with_places
@@ -219,16 +219,7 @@ def reproduce_run(
     if not folder.complete:
         raise LabError("some trials of the reproduction failed: RESUME=1 plays them again")
     result = reproduction.compare_with_original(original, folder)
-    show(
-        section(
-            "Reproduced?",
-            bullets(reproduction.sentences(result)),
-            section(
-                "What was not reproduced, or is undecided",
-                side_by_side.figure_table(result.apart),
-            ),
-        )
-    )
+    show(section("Reproduced?", reproduction.told(result)))
     page = folder.path / "reproduction.md"
     console.print(f"Every figure: [bold]{shown_path(page)}[/]", soft_wrap=True)
     filed = shown_path(reproduction.file_with_original(result, original))

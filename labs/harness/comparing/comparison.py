@@ -105,6 +105,19 @@ class VerdictPair(BaseModel, frozen=True, extra="forbid"):
     b_ratio: Interval | None = None
 
     @property
+    def answer(self) -> Answer:
+        """Return what became of the original's verdict, where B repeats A."""
+        return ANSWER_OF_OUTCOME[self.outcome]
+
+    @property
+    def contains_original(self) -> bool:
+        """Tell whether B's interval contains A's ratio."""
+        a, b = self.a_ratio, self.b_ratio
+        if a is None or b is None or b.low is None or b.high is None:
+            return False
+        return b.low <= a.value <= b.high
+
+    @property
     def flips(self) -> bool:
         """Tell whether both sides decided, and differently."""
         return self.a != self.b and self.a not in UNDECIDED and self.b not in UNDECIDED
@@ -141,6 +154,11 @@ class MachineProperty(BaseModel, frozen=True, extra="forbid"):
     a: tuple[float, float]  # least and largest
     b: tuple[float, float]
 
+    @property
+    def title(self) -> str:
+        """Return the figure with the metric's title for its name."""
+        return title_of(self.figure)
+
 
 class Comparison(BaseModel, frozen=True, extra="forbid"):
     """Holds the comparison of B with A on one lab."""
@@ -151,9 +169,7 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     same_hardware: bool
     paired: bool
     forced: str = ""  # why they are not comparable, where the reader insisted
-    rows: list[ComparedFigure]
-    # what claims compare; dimensionless, and their sides are among the rows
-    effects: list[ComparedFigure]
+    rows: list[ComparedFigure]  # effects of claims, whose sides are among the others, come first
     of_machines: list[MachineProperty] = []  # of other hardware
     left_out: int  # absolute figures, of other hardware
     verdicts: list[VerdictPair]
@@ -162,6 +178,12 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     facts: list[Fact] = Field(default=[], exclude=True)  # of both manifests, likeliest cause first
     differences: list[Fact]  # among them
     unrecorded: list[str]
+
+    @property
+    def figure_counts(self) -> str:
+        """Count what became of the figures: `3 same, 1 differs`."""
+        left_out: list[Outcome] = ["not comparable"] * self.left_out
+        return counted_outcomes([*(r.outcome for r in self.rows), *left_out], ANSWER_OF_OUTCOME)
 
 
 class ReproducedFigure(BaseModel, frozen=True):
@@ -227,6 +249,13 @@ class Reproduction(BaseModel, frozen=True):
     def apart(self) -> list[ComparedFigure]:
         """Return the figures that were not reproduced, or are undecided."""
         return [a.row for a in self.answers if a.answer != "reproduced"]
+
+    @property
+    def figure_counts(self) -> str:
+        """Count what became of the original's figures, those that are not comparable last."""
+        left_out: list[Answer] = ["not comparable"] * self.not_comparable
+        answers = [a.answer for a in self.answers]
+        return counted_outcomes([*answers, *left_out], ANSWER_OF_OUTCOME.values())
 
     @property
     def verdict_counts(self) -> str:

@@ -69,9 +69,7 @@ def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
 
     Raises LabError where nothing is worse because the two decide nothing.
     """
-    rows = list(comparison.rows)
-    if not comparison.same_hardware:
-        rows += comparison.effects
+    rows = [r for r in comparison.rows if r.kind != "effect" or not comparison.same_hardware]
     failed = _incomplete(comparison)
     for v in comparison.verdicts:
         lost = v.b in NO_VERDICT and v.a not in NO_VERDICT

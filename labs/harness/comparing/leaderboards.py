@@ -22,7 +22,6 @@ from labs.harness.comparing.comparison import (
     counted_outcomes,
 )
 from labs.harness.comparing.reproduction import FILED
-from labs.harness.comparing.side_by_side import named_table
 from labs.harness.facts.parts import Headline, parts_of
 from labs.harness.filing import manifest, results
 from labs.harness.filing import published_gpu as filed
@@ -67,6 +66,7 @@ from labs.harness.telling.document import (
     Table,
     bullets,
     joined,
+    named_table,
     parse,
     section,
     table,

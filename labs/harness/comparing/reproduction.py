@@ -20,15 +20,12 @@ from statistics import fmean
 
 from labs.harness.comparing import compare, side_by_side
 from labs.harness.comparing.comparison import (
-    ANSWER_OF_OUTCOME,
     NO_VERDICT,
-    Answer,
     ComparedFigure,
     Repetition,
     ReproducedFigure,
     Reproduction,
     VerdictPair,
-    counted_outcomes,
 )
 from labs.harness.filing import manifest
 from labs.harness.filing.bounded import DamagedError
@@ -38,16 +35,9 @@ from labs.harness.filing.results import RunFolder, all_runs, read_json, write_js
 from labs.harness.judging.judge import Judgement, VerdictKind, verdict_kind
 from labs.harness.judging.text import ONE_SITTING
 from labs.harness.telling import markdown
-from labs.harness.telling.document import (
-    Block,
-    Link,
-    Paragraph,
-    Section,
-    Strong,
-    bullets,
-    parse,
-    section,
-)
+from labs.harness.telling.document import Link, Section, parse, section
+from labs.harness.telling.markdown import Markdown
+from labs.harness.telling.templates import filled
 from serving import whole
 
 FILED = "reproductions"
@@ -61,7 +51,7 @@ def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
     comparison = compare.compare(
         compare.read_side(str(original.path)), compare.read_side(str(new.path))
     )
-    rows = [*comparison.rows, *comparison.effects]
+    rows = comparison.rows
     run = new.run()
     by = Repetition(
         run=run.run_id,
@@ -83,11 +73,7 @@ def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
         }
     )
     write_json(new.path / "reproduction.json", result)
-    page = section(
-        f"The run as a whole: {result.outcome}",
-        *_blocks(result),
-        section("Every figure", side_by_side.figure_table(rows)),
-    )
+    page = section(f"The run as a whole: {result.outcome}", told(result, every_figure=True))
     whole.write(new.path / "reproduction.md", markdown.document(page))
     return result
 
@@ -122,41 +108,6 @@ def likeliest_cause(
     """Say which difference most likely explains what was not reproduced; empty where all was."""
     outcomes = [*(v.outcome for v in verdicts), *(r.outcome for r in rows)]
     return manifest.likeliest_cause(differences) if "differs" in outcomes else ""
-
-
-def sentences(result: Reproduction) -> list[str]:
-    """Say in a few sentences which verdicts and figures came out the same."""
-    answers = [a.answer for a in result.answers]
-    left_out: list[Answer] = ["not comparable"] * result.not_comparable
-    counts = counted_outcomes([*answers, *left_out], ANSWER_OF_OUTCOME.values())
-    texts = [
-        f"The run as a whole: {result.outcome}. Verdicts: {result.verdict_counts}.",
-        f"Figures: {counts}.",
-    ]
-    texts += [
-        _verdict_sentence(v) for v in result.verdicts if v.outcome in ("differs", "undecided")
-    ]
-    texts += side_by_side.of_machines(result, "This machine", "the original's")
-    if result.likeliest_cause:
-        texts.append(f"Likeliest cause of what differs: {result.likeliest_cause}.")
-    if result.unrecorded:
-        texts.append(f"One of the manifests does not record {', '.join(result.unrecorded)}.")
-    return texts
-
-
-def _verdict_sentence(verdict: VerdictPair) -> str:
-    """Say what was measured on both sides of a verdict that was not reproduced."""
-    there, here = verdict.a_ratio, verdict.b_ratio
-    a, b = (
-        side_by_side.outcome_with_ratio(*side) for side in ((verdict.a, there), (verdict.b, here))
-    )
-    answer = ANSWER_OF_OUTCOME[verdict.outcome]
-    where = verdict.where.replace(" / ", " beside ").replace("/", ", ")
-    text = f"{verdict.title} ({where}), {answer}: {a} in the original; {b} in the repetition"
-    if there and here and here.low is not None and here.high is not None:
-        inside = here.low <= there.value <= here.high
-        text += ", an interval that contains the original value" * inside
-    return text + "."
 
 
 # ------------------------------------------------------------------------- filed with the original
@@ -236,7 +187,7 @@ def page(original: RunFolder) -> Section:
     results = filed_with(original, committed=True)
     return section(
         (Link(title, "../report.md"), ", repeated"),
-        *(section(f"{result.day}: {result.outcome}", *_blocks(result)) for result in results),
+        *(section(f"{result.day}: {result.outcome}", told(result)) for result in results),
     )
 
 
@@ -263,19 +214,20 @@ def problems(original: RunFolder) -> list[str]:
     return texts
 
 
-def _blocks(result: Reproduction) -> list[Block | None]:
-    """Describe one repetition in sentences, then in tables."""
-    by = result.by
-    code = f"commit {by.git_commit[:12]}" if by.git_commit else "a commit that is not on file"
-    code += " with uncommitted changes" * bool(by.git_dirty)
-    return [
-        Paragraph(
-            f"A is the original, {result.original}; B was run on {by.machine.describe()} with vLLM"
-            f" {by.vllm or 'unknown'}, {by.model}, {code} ({by.run})."
-        ),
-        bullets((*sentences(result), ONE_SITTING)),
-        Paragraph((Strong("Remark."), " ", parse(result.remark))) if result.remark else None,
-        *side_by_side.titled_tables(
-            result, {"What was not reproduced, or is undecided": result.apart}
-        ),
-    ]
+def told(result: Reproduction, every_figure: bool = False) -> Markdown:
+    """Describe one repetition in sentences, then in tables.
+
+    These show the figures that were not reproduced, or are undecided, unless they show all.
+    """
+    sentences = filled(
+        "reproduced.md",
+        found=result,
+        by=result.by,
+        speeds=side_by_side.speeds("This machine", result, "the original's"),
+        with_ratio=side_by_side.with_ratio,
+        one_sitting=ONE_SITTING,
+    )
+    rows, title = result.apart, "What was not reproduced, or is undecided"
+    if every_figure:
+        rows, title = [answer.row for answer in result.answers], "Every figure"
+    return markdown.fragment([sentences, side_by_side.tables(result, rows, title)])

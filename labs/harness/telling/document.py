@@ -7,7 +7,7 @@ message can never become markup. Whole pages of sentences are templates (`tellin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from labs.harness.telling import markdown
@@ -21,8 +21,8 @@ from labs.harness.telling.markdown import strong as Strong
 
 __all__ = [
     "Block", "Bullets", "Code", "Emphasis", "Figure", "Inline", "Link", "Paragraph",
-    "Section", "Strong", "Table", "bullets", "joined", "parse", "parts", "plain_text",
-    "section", "table", "table_of",
+    "Section", "Strong", "Table", "bullets", "joined", "named_table", "parse", "parts",
+    "plain_text", "section", "table", "table_of",
 ]  # fmt: skip
 Block: TypeAlias = Markdown
 Bullets: TypeAlias = Markdown
@@ -113,6 +113,11 @@ def table_of(rows: Sequence[Sequence[Inline]]) -> Table:
     """A table of rows of which the first is the header; without rows an empty one."""
     header, *body = rows or ((),)
     return Table(header, body)
+
+
+def named_table(rows: Sequence[Mapping[str, Inline]]) -> Table:
+    """A table of rows whose cells have the names of their columns."""
+    return table(list(rows[0]) if rows else (), (list(row.values()) for row in rows))
 
 
 def joined(parts: Iterable[Inline], separator: str) -> Inline:
