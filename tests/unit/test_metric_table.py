@@ -20,8 +20,8 @@ from labs.harness.judging.metrics import (
     Repeats,
     Unit,
     compared_metrics,
-    count,
     main_columns,
+    of_trial,
     pooled_percentiles,
 )
 from labs.harness.running import backfill
@@ -32,7 +32,7 @@ from tests.unit.builders import make_record, write_run, write_slowed
 
 TOKENS = Metric(
     "answer_tokens", "Tokens of all answers", "tok", "higher",
-    count(lambda trial: sum(r.output_tokens or 0 for r in trial.records)),
+    of_trial(lambda trial: sum(r.output_tokens or 0 for r in trial.records)),
     column=15, main=True, compared=True,
     compare_panel="all that is written.", machines_panel="However fast.",
 )  # fmt: skip

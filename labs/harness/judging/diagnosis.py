@@ -155,14 +155,12 @@ class Reading:
     @property
     def median_prompt_tokens(self) -> tuple[float, float] | None:
         """The bounds of the bucket with the median prompt, in tokens."""
-        prompts = self._histogram(metrics.REQUEST_PROMPT_TOKENS)
-        return prompts.bucket_of(0.5) if prompts else None
+        return self._bucket(metrics.REQUEST_PROMPT_TOKENS, 0.5)
 
     @property
     def longest_prompt_tokens(self) -> tuple[float, float] | None:
         """The bounds of the bucket with the longest prompt, in tokens."""
-        prompts = self._histogram(metrics.REQUEST_PROMPT_TOKENS)
-        return prompts.bucket_of(1) if prompts else None
+        return self._bucket(metrics.REQUEST_PROMPT_TOKENS, 1)
 
     @property
     def decoding(self) -> float | None:
@@ -184,15 +182,14 @@ class Reading:
         gaps = self._histogram(metrics.ITL)
         return gaps.share_above(gap_s) if gaps else None
 
-    def gap_bucket_s(self, quantile: float) -> tuple[float, float] | None:
-        """The bounds of the bucket with this quantile of the gaps, in seconds."""
-        gaps = self._histogram(metrics.ITL)
-        return gaps.bucket_of(quantile) if gaps else None
-
     def gap_bucket_around_s(self, gap_s: float) -> tuple[float, float] | None:
         """The bounds of the bucket in which a gap of so many seconds lies, in seconds."""
         gaps = self._histogram(metrics.ITL)
         return gaps.bucket_around(gap_s) if gaps else None
+
+    def gap_bucket_s(self, quantile: float) -> tuple[float, float] | None:
+        """The bounds of the bucket with this quantile of the gaps, in seconds."""
+        return self._bucket(metrics.ITL, quantile)
 
     @property
     def long_gap_s(self) -> float | None:
@@ -219,6 +216,10 @@ class Reading:
     def _histogram(self, name: str) -> Histogram | None:
         histogram = self.counted.histograms.get(name)
         return histogram if histogram and histogram.count > 0 else None
+
+    def _bucket(self, name: str, quantile: float) -> tuple[float, float] | None:
+        histogram = self._histogram(name)
+        return histogram.bucket_of(quantile) if histogram else None
 
     def _mean(self, name: str) -> float | None:
         histogram = self._histogram(name)

@@ -125,6 +125,10 @@ class Effect(BaseModel, frozen=True, extra="forbid"):
             update={"low": value * math.exp(-half), "high": value * math.exp(half)}
         )
 
+    def with_interval(self) -> Effect:
+        """Return the effect whose ratio has its 95% interval."""
+        return self.model_copy(update={"ratio": self.interval(CONFIDENCE)})
+
 
 Starts = Mapping[int, int]  # repeat -> the start of the engine that it was played on
 # of a point: repeat -> metric -> request -> by how much it moves the logarithm of the figure
@@ -376,21 +380,16 @@ def effect(
         terms += [(v / len(u), len(u) - 1) for v, u in zip(variances, units, strict=True)]
         error, freedom = _standard_error(terms)
     above, below = (float(np.mean(u)) for u in units)
-    estimate = Effect(
-        ratio=Interval(
-            value=above / below if of_means else math.exp(above - below),
-            low=None,
-            high=None,
-            n=min(counts),
-        ),
+    value = above / below if of_means else math.exp(above - below)
+    return Effect(
+        ratio=Interval(value=value, low=None, high=None, n=min(counts)),
         spread=spread,
         error=error,
         freedom=freedom,
         looks=looks,
         starts=least_starts,
         of_means=of_means,
-    )
-    return estimate.model_copy(update={"ratio": estimate.interval(CONFIDENCE)})
+    ).with_interval()
 
 
 def _effect_of_pairs(
@@ -410,15 +409,14 @@ def _effect_of_pairs(
     if repeats > 1:
         error, freedom = _standard_error([(_variance(units, False) / len(units), len(units) - 1)])
         spread = error * math.sqrt(repeats)
-    estimate = Effect(
+    return Effect(
         ratio=Interval(value=math.exp(mean), low=None, high=None, n=repeats),
         spread=spread,
         error=error,
         freedom=freedom,
         looks=looks,
         paired=True,
-    )
-    return estimate.model_copy(update={"ratio": estimate.interval(CONFIDENCE)})
+    ).with_interval()
 
 
 def _variance(values: Sequence[float], of_means: bool) -> float:

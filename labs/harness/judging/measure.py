@@ -162,26 +162,13 @@ class Trial:
         start, end = self.summary.window_s
         return end - start
 
-    @cached_property
-    def _samples_s(self) -> dict[Latency, array[float]]:
-        return {}
-
     def samples_s(self, latency: Latency) -> array[float]:
         """Collect all samples of a latency in seconds: one per request, token or chunk."""
-        if latency not in self._samples_s:
-            of_requests = map(latency.samples_s, self.measured_requests)
-            self._samples_s[latency] = array("d", chain.from_iterable(of_requests))
-        return self._samples_s[latency]
-
-    @cached_property
-    def _percentiles_s(self) -> dict[Latency, dict[int, float]]:
-        return {}
+        return self.once(_samples_s, latency)
 
     def percentile_s(self, latency: Latency, q: int) -> float | None:
         """Compute the q-th percentile of a latency's samples, or None with too few for it."""
-        if latency not in self._percentiles_s:
-            self._percentiles_s[latency] = percentiles(self.samples_s(latency))
-        return self._percentiles_s[latency].get(q)
+        return self.once(_percentiles_s, latency).get(q)
 
     def per_s(self, amount: Callable[[RequestRecord], float]) -> float | None:
         """Compute how much of an amount the requests that were sent in the window bring a second.
@@ -255,6 +242,14 @@ class Trial:
         if end <= start:
             return None
         return sum(r.chunks.tokens_between(start, end) for r in self.streams) / (end - start)
+
+
+def _samples_s(trial: Trial, latency: Latency) -> array[float]:
+    return array("d", chain.from_iterable(map(latency.samples_s, trial.measured_requests)))
+
+
+def _percentiles_s(trial: Trial, latency: Latency) -> dict[int, float]:
+    return percentiles(trial.samples_s(latency))
 
 
 MOST_IDLE = 0.01

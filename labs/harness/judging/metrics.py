@@ -53,7 +53,6 @@ Repeats = Mapping[int, Mapping[str, float | None]]  # of a point: repeat -> metr
 class Statistic:
     """A statistic is what is computed from a trial, and from which samples."""
 
-    kind: Literal["mean", "percentile", "rate", "ratio", "count"]
     per: Literal["token", "chunk", "request", "long prompt", "trial"]  # what gives one sample
     of: Callable[[Trial], float | None]
     latency: Latency | None = None  # whose samples a mean or a percentile takes
@@ -102,36 +101,24 @@ class Metric:
 
 def mean_of(latency: Latency) -> Statistic:
     """Take the mean of a latency's samples; a point's figure is the mean over repeats."""
-    return Statistic("mean", latency.per, lambda t: mean(t.samples_s(latency)), latency)
+    return Statistic(latency.per, lambda t: mean(t.samples_s(latency)), latency)
 
 
 def percentile_of(latency: Latency, q: int, pooled: bool = True) -> Statistic:
     """Take the q-th percentile of a latency's raw samples."""
-    return Statistic(
-        "percentile", latency.per, lambda t: t.percentile_s(latency, q), latency, q, pooled
-    )
+    return Statistic(latency.per, lambda t: t.percentile_s(latency, q), latency, q, pooled)
 
 
-def rate(of: Callable[[Trial], float | None]) -> Statistic:
-    """Take a rate per second of complete cycles, or of the window in an open loop."""
-    return Statistic("rate", "trial", of)
+def of_trial(of: Callable[[Trial], float | None]) -> Statistic:
+    """Take a rate, a ratio of two totals, or a count of a trial."""
+    return Statistic("trial", of)
 
 
-def ratio(of: Callable[[Trial], float | None]) -> Statistic:
-    """Take one total of a trial divided by another."""
-    return Statistic("ratio", "trial", of)
-
-
-def count(of: Callable[[Trial], float | None]) -> Statistic:
-    """Take a count over the whole trial."""
-    return Statistic("count", "trial", of)
-
-
-def average(
-    per: Literal["request", "long prompt", "trial"], of: Callable[[Trial], float | None]
+def mean_over(
+    per: Literal["request", "long prompt"], of: Callable[[Trial], float | None]
 ) -> Statistic:
     """Take a mean of samples other than the latencies of the measured streams."""
-    return Statistic("mean", per, of)
+    return Statistic(per, of)
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -146,14 +133,14 @@ def _table(*rows: Metric) -> dict[str, Metric]:
 
 # fmt: off
 METRICS: dict[str, Metric] = _table(
-    Metric("output_tokens_per_s", "Output throughput", "tok/s", HIGH, rate(output_tokens_per_s),
+    Metric("output_tokens_per_s", "Output throughput", "tok/s", HIGH, of_trial(output_tokens_per_s),
            column=10, main=True, compared=True, forecast="shown",
            compare_panel="see at which load the variants part.",
            machines_panel="Absolute figures are a machine's own; the order of variants is what may"
            " carry over."),
-    Metric("requests_per_s", "Requests completed", "req/s", HIGH, rate(requests_per_s),
+    Metric("requests_per_s", "Requests completed", "req/s", HIGH, of_trial(requests_per_s),
            forecast="kept"),
-    Metric("goodput_per_s", "Goodput", "req/s", HIGH, rate(goodput_per_s),
+    Metric("goodput_per_s", "Goodput", "req/s", HIGH, of_trial(goodput_per_s),
            column=70, compared=True, forecast="kept",
            compare_panel="requests/s that met the SLO: the throughput for which nobody waited too"
            " long."),
@@ -187,49 +174,50 @@ METRICS: dict[str, Metric] = _table(
     Metric("e2e_p90_s", "E2E, p90", "s", LOW, percentile_of(E2E, 90),
            exported=False, each_trial=False),
     Metric("e2e_p99_s", "E2E, p99", "s", LOW, percentile_of(E2E, 99)),
-    Metric("error_rate", "Error rate", "share", LOW, ratio(error_rate), most=1,
+    Metric("error_rate", "Error rate", "share", LOW, of_trial(error_rate), most=1,
            column=80, compared=True, across_machines="compared"),
-    Metric("turned_away_rate", "Turned away", "share", LOW, ratio(turned_away_rate), most=1,
+    Metric("turned_away_rate", "Turned away", "share", LOW, of_trial(turned_away_rate), most=1,
            column=85, compared=True, across_machines="compared", forecast="kept"),
-    Metric("batch", "Requests in decode, mean", "1", HIGH, average("trial", batch),
+    Metric("batch", "Requests in decode, mean", "1", HIGH, of_trial(batch),
            across_machines="compared", forecast="kept"),
-    Metric("mbu", "MBU", "share", HIGH, ratio(mbu),
+    Metric("mbu", "MBU", "share", HIGH, of_trial(mbu),
            column=170, main=True, compared=True, across_machines="listed",
            machines_panel="Share of the measured bandwidth that decode needs: what is left is"
            " overhead."),
-    Metric("mfu", "MFU", "share", HIGH, ratio(mfu),
+    Metric("mfu", "MFU", "share", HIGH, of_trial(mfu),
            column=180, compared=True, across_machines="listed"),
-    Metric("intensity", "FLOP per byte", "1", HIGH, ratio(intensity), across_machines="compared"),
-    Metric("flops_per_s", "Decode rate", "FLOP/s", HIGH, rate(flops_per_s)),
-    Metric("prefix_hit_rate", "Prefix hit rate", "share", HIGH, ratio(prefix_hit_rate), most=1,
+    Metric("intensity", "FLOP per byte", "1", HIGH, of_trial(intensity),
+           across_machines="compared"),
+    Metric("flops_per_s", "Decode rate", "FLOP/s", HIGH, of_trial(flops_per_s)),
+    Metric("prefix_hit_rate", "Prefix hit rate", "share", HIGH, of_trial(prefix_hit_rate), most=1,
            column=90, compared=True, across_machines="compared", by_engine=True, forecast="shown"),
-    Metric("acceptance_rate", "Drafts accepted", "share", HIGH, ratio(acceptance_rate), most=1,
+    Metric("acceptance_rate", "Drafts accepted", "share", HIGH, of_trial(acceptance_rate), most=1,
            column=130, compared=True, across_machines="compared", by_engine=True, forecast="kept"),
-    Metric("acceptance_length", "Tokens per draft step", "1", HIGH, ratio(acceptance_length),
+    Metric("acceptance_length", "Tokens per draft step", "1", HIGH, of_trial(acceptance_length),
            column=140, compared=True, across_machines="compared", by_engine=True, forecast="shown"),
     Metric("preemptions", "Preemptions", "1", LOW,
-           count(lambda t: counter_increase(t, PREEMPTIONS)),
+           of_trial(lambda t: counter_increase(t, PREEMPTIONS)),
            column=160, across_machines="compared", by_engine=True, forecast="shown"),
-    Metric("kv_capacity_tokens", "KV capacity", "tok", HIGH, count(kv_capacity_tokens),
+    Metric("kv_capacity_tokens", "KV capacity", "tok", HIGH, of_trial(kv_capacity_tokens),
            column=150, compared=True, by_engine=True, forecast="kept"),
     Metric("prefill_pieces", "Pieces of a long prompt", "1", LOW,
-           average("long prompt", prefill_pieces),
+           mean_over("long prompt", prefill_pieces),
            column=110, compared=True, across_machines="compared", forecast="kept"),
     Metric("stall_mean_s", "Stall during a prefill, mean", "s", LOW,
-           average("long prompt", stall_mean_s),
+           mean_over("long prompt", stall_mean_s),
            column=100, compared=True, token_times=True, forecast="shown"),
     Metric("intruder_ttft_mean_s", "TTFT of the long prompt", "s", LOW,
-           average("long prompt", intruder_ttft_mean_s),
+           mean_over("long prompt", intruder_ttft_mean_s),
            column=120, compared=True, forecast="shown"),
     Metric("server_core_share", "API server's share of a core", "share", LOW,
-           ratio(server_core_share), column=185),
-    Metric("usd_per_million_tokens", "$/M tokens", "USD", LOW, ratio(usd_per_million_tokens),
+           of_trial(server_core_share), column=185),
+    Metric("usd_per_million_tokens", "$/M tokens", "USD", LOW, of_trial(usd_per_million_tokens),
            column=200),
-    Metric("joules_per_token", "J/token", "J", LOW, ratio(joules_per_token), column=190),
+    Metric("joules_per_token", "J/token", "J", LOW, of_trial(joules_per_token), column=190),
     Metric("engine_ttft_mean_s", "TTFT, engine's mean", "s", LOW,
-           average("request", engine_ttft_mean_s), by_engine=True),
+           mean_over("request", engine_ttft_mean_s), by_engine=True),
     Metric("client_ttft_mean_s", "TTFT, client's mean", "s", LOW,
-           average("request", client_ttft_mean_s)),
+           mean_over("request", client_ttft_mean_s)),
 )
 # fmt: on
 
