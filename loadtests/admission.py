@@ -17,24 +17,12 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, PositiveInt
-
+from loadtests.plan import PlannedRequest, QueueLimits
 from loadtests.records import BY_CLIENT
-
-if TYPE_CHECKING:
-    from loadtests.plan import PlannedRequest
 
 COUNT_BYTES = 8
 IN_MEMORY = Path("/dev/shm")  # of Linux; no disk is written for what lies there
-
-
-class QueueLimits(BaseModel, frozen=True, extra="forbid"):
-    """Limits on what is in the engine at once; None: no limit."""
-
-    requests: PositiveInt | None = None  # that are unfinished, as vLLM's max-num-queued-reqs
-    prompt_tokens: PositiveInt | None = None  # of prompts, as vLLM's max-num-queued-tokens
 
 
 def counts_file(trial: str, otherwise: Path) -> Path:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveFloat
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from loadtests.admission import QueueLimits
 from loadtests.arrivals import Arrival, Contended, Waves
 from loadtests.records import LONGEST_S
 from loadtests.workload import Request, intrudes
@@ -26,6 +25,13 @@ WINDOWS_AT_MOST, HELD_OPEN_AT_MOST_S = 4, 120.0
 # what an engine needs, so that only an answer without an end is cut off.
 TOKEN_AT_MOST_S, TOKEN_AT_MOST_BYTES = 2.0, 4096
 FIRST_LINES_AT_MOST_BYTES = 65536
+
+
+class QueueLimits(BaseModel, frozen=True, extra="forbid"):
+    """Limits on what is in the engine at once; None: no limit."""
+
+    requests: PositiveInt | None = None  # that are unfinished, as vLLM's max-num-queued-reqs
+    prompt_tokens: PositiveInt | None = None  # of prompts, as vLLM's max-num-queued-tokens
 
 
 class TrialPlan(BaseModel, frozen=True, extra="forbid"):

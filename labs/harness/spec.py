@@ -38,8 +38,8 @@ from labs.harness.errors import NotApplicable as NotApplicable
 from labs.harness.errors import did_you_mean
 from labs.harness.names import PointName
 from labs.harness.page import CLAIMS, Page, page_of, sizes_of
-from loadtests.admission import QueueLimits
 from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
+from loadtests.plan import QueueLimits
 from loadtests.records import LONGEST_S
 from loadtests.trace import MOST_ROWS, TraceRow
 from loadtests.workload import Fixed, Name, Workload

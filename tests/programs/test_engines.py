@@ -20,7 +20,7 @@ from dashboards import prometheus
 from labs import LABS
 from labs.harness.running.resolve import check_flags, require_devices
 from labs.harness.spec import Lab, NotApplicable, Variant, factors
-from loadtests.admission import QueueLimits
+from loadtests.plan import QueueLimits
 from serving import metrics
 from serving.engines import ENGINES, vllm
 from serving.engines.base import Engine, EngineError, Server, Unsupported

@@ -15,9 +15,9 @@ from labs.harness.judging.validity import caveats_of
 from labs.harness.running.resolve import require_client_limits
 from labs.harness.spec import Arm, Evidence, LabError, Point
 from loadtests import admission
-from loadtests.admission import Admission, QueueLimits, counts_file
+from loadtests.admission import Admission, counts_file
 from loadtests.arrivals import Concurrent
-from loadtests.plan import PlannedRequest, TrialPlan
+from loadtests.plan import PlannedRequest, QueueLimits, TrialPlan
 from loadtests.records import BY_CLIENT
 from loadtests.workload import Samples
 from serving import metrics

@@ -23,9 +23,8 @@ from labs.harness.running.forecaster import Forecaster
 from labs.harness.running.resolve import Setup
 from labs.harness.running.step_timing import LEAST_OF_STAND_IN, Steps, served_folder
 from labs.harness.spec import Lab, Point
-from loadtests.admission import QueueLimits
 from loadtests.arrivals import Contended, Replay, Waves, send_times
-from loadtests.plan import LEAST_COUNTED, TrialSummary, most_held_open_s, read_requests
+from loadtests.plan import LEAST_COUNTED, QueueLimits, TrialSummary, most_held_open_s, read_requests
 from loadtests.prompts import Writer
 from loadtests.records import TURNED_AWAY, Chunks, RequestRecord
 from serving import metrics
