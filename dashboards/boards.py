@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from dashboards.panels import (
     PLAIN,
     RATIO,
     SECONDS,
+    SOLID,
     THIN,
     TIMES,
     TOKENS,
@@ -48,9 +50,7 @@ from dashboards.panels import (
     without_interval,
 )
 from loadtests import exporter
-from loadtests.latencies import CHUNK_GAP, E2E, ITL, SEND_LAG, TPOT, TTFT, Latency
-from serving import metrics, whole
-from serving.hardware import telemetry
+from serving import whole
 
 
 class Computed(Protocol):
@@ -93,8 +93,6 @@ Figures = Mapping[str, Described]  # by the name under which it is exported
 UNITS = {"s": SECONDS, "tok": TOKENS, "tok/s": TOKENS_PER_S, "req/s": PER_S, "FLOP/s": FLOP_PER_S,
          "1": PLAIN, "share": RATIO, "USD": DOLLARS, "J": JOULES}  # fmt: skip
 FOLDER = Path(__file__).parent / "grafana"
-# beyond these limits no verdict is given (labs/harness/judging/checks.toml)
-LATE_S, LOOP_LAG_S, MOST_ERRORS = 0.005, 0.02, 0.01
 OUTCOMES = {
     "helps": "green", "hurts": "red", "no effect": "blue", "inconclusive": "orange",
     "not valid": "purple",
@@ -103,19 +101,19 @@ PREDICTIONS = {
     "held": "green", "not broken": "green", "open": "orange", "refuted": "red", "broken": "red",
 }  # fmt: skip
 
+PANELS = tomllib.loads(Path(__file__).with_name("panels.toml").read_text())
+STYLES = {"solid": SOLID, "thin": THIN, "dashed": DASHED, "bound": BOUND}
 NEEDS = {
-    "Tokens per draft step": "speculation",
-    "Drafts accepted, by position": "speculation",
-    "Adapters in flight": "adapters",
-    "GPU utilisation": "a GPU",
-    "GPU power": "a GPU",
-    "GPU clock": "a GPU",
-    "GPU memory": "a GPU",
-    "GPU throttled": "a GPU",
-    "Due and not sent": "an open loop",
     "Forecasts": "forecasts",
     "Ratio to the baseline, 95% interval": "a second repeat",
     "ITL, p99": "samples enough for a p99",
+    **{
+        panel["title"]: panel["needs"]
+        for described in PANELS.values()
+        for row in described["rows"]
+        for panel in row["panels"]
+        if "needs" in panel
+    },
 }
 """Panel -> what it needs to show anything; without that it is empty, and for no other reason."""
 
@@ -123,22 +121,6 @@ LIVE = 'lab="$lab",run_id="$run",variant=~"$variant"'
 RUN = 'lab="$lab",run_id="$run"'
 POINTS = f'{RUN},variant=~"$variant",workload=~"$workload",load=~"$load"'
 EVERYWHERE = 'lab="$lab",run_id=~"$run",machine=~"$machine"'
-
-
-def _rate(name: str, where: str = LIVE, by: str = "variant") -> str:
-    return f"sum by ({by}) (rate({name}{{{where}}}[$__rate_interval]))"
-
-
-def _ratio(part: str, whole: str) -> str:
-    return f"{_rate(part)} / {_rate(whole)}"
-
-
-def _quantile(q: float, histogram: str) -> str:
-    return f"histogram_quantile({q}, {_rate(f'{histogram}_bucket', by='variant, le')})"
-
-
-def _sum(gauge: str) -> str:
-    return f"sum by (variant) ({gauge}{{{LIVE}}})"
 
 
 def _last(name: str, where: str) -> str:
@@ -154,24 +136,6 @@ def _newest(name: str, where: str) -> str:
     reached = _last(name, where)
     newest = f"max without (outcome, prediction) ({reached})"
     return f"{reached} == ignoring (outcome, prediction) group_left {newest}"
-
-
-def _slo(name: str) -> Line:
-    limit = f'{series.SLO}{{{RUN},slo="{name}"}}'
-    return Line(f"max(last_over_time({limit}[$__range]))", "SLO", BOUND)
-
-
-def _latency(latency: Latency, says: str, *more: Line) -> Panel:
-    histogram = latency.histogram
-    return lines(
-        latency.title,
-        f"{says} Solid p50, thin p90, dashed p99.",
-        SECONDS,
-        Line(_quantile(0.5, histogram)),
-        Line(_quantile(0.9, histogram), style=THIN),
-        Line(_quantile(0.99, histogram), style=DASHED),
-        *more,
-    )
 
 
 def _claimed(expr: str) -> str:
@@ -201,166 +165,58 @@ def _runs(where: str) -> Panel:
     )
 
 
-# ------------------------------------------------------------------------------------- Lab, live
+# ------------------------------------------------------------------ Lab, live and Generator health
 
 
-def _latency_panels() -> tuple[Panel, ...]:
-    return (
-        _latency(
-            TTFT,
-            "Time to the first token, as a user waits for it; it climbs when requests queue.",
-            _slo("ttft"),
-        ),
-        _latency(
-            ITL,
-            "The gap between two tokens; a p99 far above the p50 means that streams stand still.",
-            _slo("itl"),
-        ),
-        _latency(
-            TPOT,
-            "Mean time per output token of a request; it grows with the batch.",
-            _slo("tpot"),
-        ),
-        _latency(E2E, "Whole requests, so it follows the length of answers."),
-    )
+def _panel(row: Mapping[str, Any]) -> Drawn:
+    """Make a panel of a row of `panels.toml`."""
+    head = row["title"], row["says"], row["unit"]
+    panel: Drawn
+    if "bars" in row:
+        panel = bars(*head, _selected(row["bars"]), row["each"], row["by"])
+    else:
+        queries = [
+            Line(
+                _selected(line["expr"]),
+                line.get("legend", "{{variant}}"),
+                STYLES[line.get("style", "solid")],
+            )
+            for line in row["lines"]
+        ]
+        panel = lines(*head, *queries, limit=row.get("limit"), most=row.get("most", 0))
+    return panel.height(8).span(row.get("span", 12))
 
 
-def _flow_panels() -> tuple[Panel, ...]:
-    return (
-        lines(
-            "Output tokens",
-            "Tokens of completed answers; the plateau is what the machine can do at this load.",
-            TOKENS_PER_S,
-            Line(_rate(f"{exporter.OUTPUT_TOKENS}_total")),
-        ),
-        lines(
-            "Prompt tokens",
-            "Prompt tokens of the same requests: how much prefill competes with decode.",
-            TOKENS_PER_S,
-            Line(_rate(f"{exporter.PROMPT_TOKENS}_total")),
-        ),
-        lines(
-            "Requests running and waiting",
-            "Requests in the engine; waiting ones (dashed) mean that TTFT includes queueing.",
-            PLAIN,
-            Line(_sum(metrics.RUNNING)),
-            Line(_sum(metrics.WAITING), style=DASHED),
-        ),
-        lines(
-            "TTFT, client and engine",
-            "Medians of both; the client's (solid) lies above the engine's (dashed) by transport"
-            " and, under open loop, by how late requests were sent.",
-            SECONDS,
-            Line(_quantile(0.5, TTFT.histogram)),
-            Line(_quantile(0.5, metrics.TTFT), style=DASHED),
-        ),
-    )
+def _selected(query: str) -> str:
+    return query.replace("{LIVE", f"{{{LIVE}").replace("{RUN", f"{{{RUN}")
 
 
-def _memory_panels() -> tuple[Panel, ...]:
-    return (
-        lines(
-            "KV cache in use",
-            "Share of the KV blocks in use; near the line requests wait or are preempted.",
-            RATIO,
-            Line(f"max by (variant) ({metrics.KV_USAGE}{{{LIVE}}})"),
-            limit=0.95,
-            most=1,
-        ),
-        lines(
-            "Preemptions",
-            "Requests removed from the batch for lack of KV memory; they must be computed again.",
-            PER_S,
-            Line(_rate(metrics.PREEMPTIONS)),
-            most=1,
-        ),
-        lines(
-            "Prefix hit rate",
-            "Prompt tokens found in the cache; TTFT falls by about this share of its prefill.",
-            RATIO,
-            Line(_ratio(metrics.PREFIX_HITS, metrics.PREFIX_QUERIES)),
-            most=1,
-        ),
-        lines(
-            "Tokens per step",
-            "Tokens that one step of the engine computes, prefill and decode: mean, and p99 dashed."
-            " Long steps stall running streams.",
-            TOKENS,
-            Line(_ratio(f"{metrics.STEP_TOKENS}_sum", f"{metrics.STEP_TOKENS}_count")),
-            Line(_quantile(0.99, metrics.STEP_TOKENS), style=DASHED),
-        ),
-    )
-
-
-def _feature_panels() -> tuple[Drawn, ...]:
-    drafts = f"sum by (variant) (increase({metrics.SPEC_DRAFTS}{{{LIVE}}}[$__range]))"
-    accepted = (
-        f"sum by (variant, position) (increase({metrics.SPEC_ACCEPTED_AT}{{{LIVE}}}[$__range]))"
-    )
-    return (
-        lines(
-            "Tokens per draft step",
-            "Accepted draft tokens and the target's own one: an upper bound on the speed-up.",
-            TOKENS,
-            Line(f"1 + {_ratio(metrics.SPEC_ACCEPTED, metrics.SPEC_DRAFTS)}"),
-        ),
-        bars(
-            "Drafts accepted, by position",
-            "Over the time shown; where the share drops, drafting further ahead is wasted.",
-            RATIO,
-            f"{accepted} / on (variant) group_left {drafts}",
-            row="position",
-            column="variant",
-        ),
-        lines(
-            "Adapters in flight",
-            "Different adapters requested at once; beyond the engine's slots they are swapped.",
-            PLAIN,
-            Line(_sum(exporter.ADAPTERS)),
-        ),
-    )
-
-
-def _gpu_panels() -> tuple[Drawn, ...]:
-    return tuple(
-        lines(title, says, unit, Line(f"max by (gpu) ({name}{{{RUN}}})", "GPU {{gpu}}"), most=1)
-        for title, says, unit, name in (
-            ("GPU utilisation", "Time a kernel ran: busy, not efficient.", RATIO,
-             telemetry.GPU_UTILISATION),
-            ("GPU power", "At the power limit clocks fall and so does throughput.", "watt",
-             telemetry.GPU_POWER),
-            ("GPU clock", "Of the SMs; steady, or variants were not measured alike.", "hertz",
-             telemetry.GPU_CLOCK),
-            ("GPU memory", "Weights, KV cache and activations; flat once the engine serves.",
-             "bytes", telemetry.GPU_MEMORY),
-            ("GPU throttled", "1 while heat or power held the clock down: compare nothing then.",
-             PLAIN, telemetry.GPU_THROTTLED),
-        )
-    )  # fmt: skip
-
-
-def live(_: Figures) -> dashboard.Dashboard:
-    """Build *Lab, live*: one run as it happens, on a load generator's and an engine's series."""
-    features, gpus = _feature_panels(), _gpu_panels()
-    for panel in (*features, *gpus):  # three beside each other
-        panel.height(8).span(8)
+def _while_it_runs(uid: str, *more: tuple[str, Sequence[Panel]]) -> dashboard.Dashboard:
+    """Build a board of `panels.toml`, with `more` rows behind those that it has there."""
+    described = PANELS[uid]
+    parts = [
+        (row["title"], [_panel(panel) for panel in row["panels"]]) for row in described["rows"]
+    ]
     return board(
-        "lab-live",
-        "Lab, live",
-        "One run as it happens: what users wait for, and what the engine does meanwhile.",
+        uid,
+        described["title"],
+        described["says"],
         "now-15m",
         "5s",
         _live_choices(),
         _annotations(),
-        (
-            ("What a user waits for", _latency_panels()),
-            ("Throughput and queue", _flow_panels()),
-            ("Memory and steps", _memory_panels()),
-            ("Speculation and adapters", features),
-            ("GPU", gpus),
-            ("Report", (_runs(RUN).height(4),)),
-        ),
+        (*parts, *more),
     )
+
+
+def live(_: Figures) -> dashboard.Dashboard:
+    """Build *Lab, live*: one run as it happens, on a load generator's and an engine's series."""
+    return _while_it_runs("lab-live", ("Report", (_runs(RUN).height(4),)))
+
+
+def generator(_: Figures) -> dashboard.Dashboard:
+    """Build *Generator health*: whether the load was sent as it should have been."""
+    return _while_it_runs("lab-generator")
 
 
 def _live_choices() -> list[dashboard.QueryVariable]:
@@ -630,102 +486,6 @@ def machines(described: Figures) -> dashboard.Dashboard:
             ("Figures at one load point", figures),
             ("Runs", (_runs(EVERYWHERE).height(8),)),
         ),
-    )
-
-
-# ------------------------------------------------------------------------------ Generator health
-
-
-def _sending_panels() -> tuple[Panel, ...]:
-    ended, sent, due = (
-        f"{name}_total" for name in (exporter.REQUESTS, exporter.SENT, exporter.SCHEDULED)
-    )
-    return (
-        lines(
-            SEND_LAG.title,
-            "How late scheduled requests left; beyond the line a late generator, not the engine,"
-            " is measured, and there is no verdict. p50 and p99 (dashed).",
-            SECONDS,
-            Line(_quantile(0.5, SEND_LAG.histogram)),
-            Line(_quantile(0.99, SEND_LAG.histogram), style=DASHED),
-            limit=LATE_S,
-            most=2 * LATE_S,
-        ),
-        lines(
-            "Event-loop lag",
-            "How late the load process woke, the worst of each half second; every time may be so"
-            " late.",
-            SECONDS,
-            Line(f"max by (variant) ({exporter.LOOP_LAG}{{{LIVE}}})"),
-            limit=LOOP_LAG_S,
-            most=2 * LOOP_LAG_S,
-        ),
-        lines(
-            "Offered and achieved",
-            "Requests due (solid, under open loop), sent (thin) and ended well (dashed): below what"
-            " is due, the generator or the engine does not keep up.",
-            PER_S,
-            Line(f"{_rate(due)} > 0"),
-            Line(_rate(sent), style=THIN),
-            Line(_rate(ended, f'{LIVE},outcome="ok"'), style=DASHED),
-        ),
-        lines(
-            "Due and not sent",
-            "Requests that are due but that no free user could send yet; it must return to 0.",
-            PLAIN,
-            Line(_sum(exporter.OVERDUE)),
-            most=1,
-        ),
-    )
-
-
-def _outcome_panels() -> tuple[Panel, ...]:
-    ended = f"{exporter.REQUESTS}_total"
-    failed, turned_away = (
-        _rate(ended, f'{LIVE},outcome="{outcome}"') for outcome in ("error", "turned away")
-    )
-    return (
-        lines(
-            "Requests in flight",
-            "Under closed loop flat at the number of users; under open loop it shows the queue.",
-            PLAIN,
-            Line(_sum(exporter.IN_FLIGHT)),
-        ),
-        lines(
-            "Errors",
-            "Share of requests that failed; beyond the line the latencies of the others mislead."
-            " What a limit on the engine's queue turned away has not failed (dashed).",
-            RATIO,
-            Line(f"{failed} / {_rate(ended)}"),
-            Line(f"{turned_away} / {_rate(ended)} > 0", style=DASHED),
-            limit=MOST_ERRORS,
-            most=2 * MOST_ERRORS,
-        ),
-        _latency(
-            CHUNK_GAP,
-            "Between two chunks as they were read: what a person sees as stutter.",
-        ),
-        lines(
-            "Requests ended, client and engine",
-            "Both count the same requests (engine dashed); a lasting gap means lost requests.",
-            PER_S,
-            Line(_rate(ended, f'{LIVE},outcome="ok"')),
-            Line(_rate(metrics.REQUESTS), style=DASHED),
-        ),
-    )
-
-
-def generator(_: Figures) -> dashboard.Dashboard:
-    """Build *Generator health*: whether the load was sent as it should have been."""
-    return board(
-        "lab-generator",
-        "Generator health",
-        "Was the load sent as it should have been? Past its limit a generator measures itself.",
-        "now-15m",
-        "5s",
-        _live_choices(),
-        _annotations(),
-        (("The load generator", (*_sending_panels(), *_outcome_panels())),),
     )
 
 
