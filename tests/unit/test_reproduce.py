@@ -7,8 +7,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -72,22 +70,18 @@ def test_limits_that_the_client_held_are_no_other_settings(folder: RunFolder) ->
     assert (fact.what, fact.a, fact.b) == ("lab.admission_by_client", "none", "True")
 
 
-def test_variables_of_a_manifest_are_never_set(folder: RunFolder) -> None:
-    run = run_of(next(iter(LABS)), folder.run())
+def test_changes_by_hand_are_made_again_and_variables_of_a_manifest_are_never_set(
+    folder: RunFolder,
+) -> None:
+    changes = {"window_s": 1.5, "seed": 7}
+    lab = LABS[next(iter(LABS))].at("cpu", False, changes)
     variables = {"LD_PRELOAD": "/tmp/theirs.so", "VLLM_PLUGINS": "theirs"}
     there = Environment(python="3", packages={}, kernel="6", variables=variables)
+    update = {"lab": lab.resolved(), "digest": lab.digest(), "changes": changes}
     before = dict(os.environ)
-    asked = reproduce.request(run.model_copy(update={"environment": there}))
+    asked = reproduce.request(folder.run().model_copy(update={**update, "environment": there}))
     assert "theirs" not in repr(asked)
     assert dict(os.environ) == before
-
-
-def test_what_was_changed_by_hand_is_changed_again_and_marked(folder: RunFolder) -> None:
-    name = next(iter(LABS))
-    changes = {"window_s": 1.5, "seed": 7}
-    lab = LABS[name].at("cpu", False, changes)
-    update = {"lab": lab.resolved(), "digest": lab.digest(), "changes": changes}
-    asked = reproduce.request(folder.run().model_copy(update=update))
     assert asked.changes == changes
     assert asked.lab.at("cpu", False, asked.changes).digest() == lab.digest()
 
@@ -307,17 +301,6 @@ def test_what_is_filed_wrongly_is_a_problem(
     assert said in problem
 
 
-def test_a_repetition_is_filed_under_the_scale_of_its_lab() -> None:
-    """Whatever the class of the GPU that it is run on."""
-    lab = LABS["continuous-batching"].at("gpu-80", False)
-    recorded: Any = SimpleNamespace(
-        lab=lab.resolved(), scale="gpu-80", quick=False, dummy=True, aa=False, endpoint=None,
-        model="llama-8b-dummy", changes={}, run_id="x",
-        environment=SimpleNamespace(git_commit="0" * 40),
-    )  # fmt: skip
-    assert reproduce.request(recorded).scale == "gpu-80"
-
-
 @pytest.mark.parametrize("scale", ["cpu", "gpu-80"])
 def test_a_recorded_lab_is_run_as_it_was_whatever_the_machine(scale: str) -> None:
     """A brief run looks once, and a GPU has more time, unless it was said otherwise."""
@@ -325,6 +308,10 @@ def test_a_recorded_lab_is_run_as_it_was_whatever_the_machine(scale: str) -> Non
     recorded = LABS["continuous-batching"].at("gpu-80", True, changes)
     again = lab_of(RunRequest(recorded, quick=True, reproduces="x"), scale)
     assert again.digest() == recorded.digest()
+    run = plain_manifest().model_copy(
+        update={"lab": json.loads(json.dumps(recorded.resolved())), "scale": "gpu-80"}
+    )
+    assert reproduce.request(run).scale == "gpu-80"  # under which it is filed
 
 
 # -------------------------------------------------------------------------------------- manifests

@@ -46,9 +46,17 @@ from serving.processes.masking import recordable, tellable
 from serving.weights.models import CACHE, ROOT, scale_of
 
 FOLDER = CACHE
-PROGRESS = {"begun", "failed", "in_vain", "on_file", "starts_s", "preparations_s", "done"}
-"""Fields that are no settings."""
+THE_SAME_CALL = "the same call (without FRESH=1)"
 MOST_IN_VAIN = 2  # calls that were ended in a lab that finished nothing; then it comes last
+
+
+class Tried(BaseModel, extra="forbid"):
+    """Records what became of a lab that was begun."""
+
+    failed: bool = False  # the last time that it was tried, for another reason than time
+    in_vain: int = 0  # calls that were ended in it since it last finished something
+    on_file: int = -1  # trials and probes that it had finished at its last begin
+    run: str = ""  # the folder of its complete run
 
 
 class Sitting(BaseModel, extra="forbid"):
@@ -64,36 +72,48 @@ class Sitting(BaseModel, extra="forbid"):
     changes: dict[str, Any] = {}  # by SET and TP
     vllm: str = ""
     results: str
-    begun: list[str] = []
-    failed: list[str] = []  # the last time that they were tried
-    in_vain: dict[str, int] = {}  # lab -> calls ended in it since it last finished something
-    on_file: dict[str, int] = {}  # lab -> trials and probes that it had finished at its last begin
+    labs: dict[str, Tried] = {}
     starts_s: list[float] = []  # of the latest engines
     preparations_s: list[float] = []  # of the latest labs, from their begin to their first engine
-    done: dict[str, str] = {}  # lab -> its run's folder
 
     @property
     def file(self) -> Path:
         """Where the record lies: the name holds a digest of the settings and the machine."""
-        settings = self.model_dump(mode="json", exclude=PROGRESS)
+        settings = self.model_dump(mode="json", exclude={"labs", "starts_s", "preparations_s"})
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return FOLDER / f"labs-all-{digest[:12]}.json"
 
+    @property
+    def done(self) -> dict[str, str]:
+        """Map each lab that was finished to the folder of its run."""
+        return {lab: tried.run for lab, tried in self.labs.items() if tried.run}
+
+    def save(self) -> None:
+        write_json(self.file, self)
+
     def begin(self, lab: str) -> bool:
         """Record that a lab is being run; true where it was begun before, so that it is resumed."""
-        begun_before, finished = lab in self.begun, self._finished(lab)
-        if not begun_before:
-            self.begun.append(lab)
-        stands_still = self.on_file.get(lab) == finished
-        self.in_vain[lab] = self.in_vain.get(lab, 0) + 1 if stands_still else 1
-        self.on_file[lab] = finished
-        write_json(self.file, self)
+        begun_before, finished = lab in self.labs, self._finished(lab)
+        tried = self.labs.setdefault(lab, Tried())
+        tried.in_vain = tried.in_vain + 1 if tried.on_file == finished else 1
+        tried.on_file = finished
+        self.save()
         return begun_before
 
     def excuse(self, lab: str) -> None:
         """Record that the last begin of a lab ended in a way that is not held against it."""
-        self.in_vain[lab] -= 1
-        write_json(self.file, self)
+        self.labs[lab].in_vain -= 1
+        self.save()
+
+    def finish(self, lab: str, run: Path) -> None:
+        """Record the folder of a lab's complete run."""
+        self.labs[lab] = Tried(run=os.path.relpath(run, ROOT))
+        self.save()
+
+    def fail(self, lab: str) -> None:
+        """Record that a lab was not finished for another reason than time."""
+        self.labs.setdefault(lab, Tried()).failed = True
+        self.save()
 
     def give_up(self, labs: Iterable[str]) -> list[str]:
         """Take labs to have failed at which calls were ended again and again, and return these.
@@ -103,9 +123,7 @@ class Sitting(BaseModel, extra="forbid"):
         given_up = [
             lab
             for lab in labs
-            if lab not in {*self.done, *self.failed}
-            and self.in_vain.get(lab, 0) >= MOST_IN_VAIN
-            and self.on_file[lab] == self._finished(lab)
+            if self._stands_still(lab, MOST_IN_VAIN) and not self.labs[lab].failed
         ]
         for lab in given_up:
             self.fail(lab)
@@ -116,7 +134,12 @@ class Sitting(BaseModel, extra="forbid"):
 
         Such a lab comes after all others, and to begin it again would end this call, too.
         """
-        return self.in_vain.get(lab, 0) > MOST_IN_VAIN and self.on_file[lab] == self._finished(lab)
+        return self._stands_still(lab, MOST_IN_VAIN + 1)
+
+    def _stands_still(self, lab: str, times: int) -> bool:
+        """Tell whether so many calls were ended in a lab that finished nothing in them."""
+        tried = self.labs.get(lab, Tried())
+        return tried.in_vain >= times and tried.on_file == self._finished(lab)
 
     def _finished(self, lab: str) -> int:
         """Count the trials and probes that a lab has on file."""
@@ -124,32 +147,13 @@ class Sitting(BaseModel, extra="forbid"):
         found = (home.glob(pattern) for pattern in ("*/trials/**/trial.json", "*/probes/*.gz"))
         return sum(len(list(paths)) for paths in found)
 
-    def finish(self, lab: str, run: Path) -> None:
-        """Record the folder of a lab's complete run."""
-        self.done[lab] = os.path.relpath(run, ROOT)
-        self.failed = [name for name in self.failed if name != lab]
-        self._forget_begins([lab])
-        write_json(self.file, self)
-
-    def fail(self, lab: str) -> None:
-        """Record that a lab was not finished for another reason than time."""
-        if lab not in self.failed:
-            self.failed.append(lab)
-        write_json(self.file, self)
-
-    def time(self, clock: Clock) -> None:
-        """Keep what this call measured of starts and preparations for the next one."""
-        self.starts_s, self.preparations_s = list(clock.starts_s), list(clock.preparations_s)
-        write_json(self.file, self)
-
     def order(self, labs: Iterable[str]) -> list[str]:
         """Put labs that failed behind those that have not been tried or only ran out of time.
 
         Of those that failed, the ones that were begun in vain most often come last.
         """
-        return sorted(
-            labs, key=lambda lab: 1 + self.in_vain.get(lab, 0) if lab in self.failed else 0
-        )
+        tried = {lab: self.labs.get(lab, Tried()) for lab in labs}
+        return sorted(tried, key=lambda lab: tried[lab].failed * (1 + tried[lab].in_vain))
 
     def page(self) -> Path | None:
         """Write the page of the machine that ran; None where no lab was finished."""
@@ -158,18 +162,11 @@ class Sitting(BaseModel, extra="forbid"):
 
     def end(self, labs: Collection[str]) -> None:
         """Forget these labs, so that the next call starts over with them; keep the others."""
-        self.begun = [lab for lab in self.begun if lab not in labs]
-        self.done = {lab: run for lab, run in self.done.items() if lab not in labs}
-        self.failed = [lab for lab in self.failed if lab not in labs]
-        self._forget_begins(labs)
-        if self.begun or self.done or self.failed:
-            write_json(self.file, self)
+        self.labs = {lab: tried for lab, tried in self.labs.items() if lab not in labs}
+        if self.labs:
+            self.save()
         else:
             self.file.unlink(missing_ok=True)
-
-    def _forget_begins(self, labs: Collection[str]) -> None:
-        self.in_vain = {lab: times for lab, times in self.in_vain.items() if lab not in labs}
-        self.on_file = {lab: count for lab, count in self.on_file.items() if lab not in labs}
 
 
 def chosen(only: str, by_value: bool) -> list[str]:
@@ -234,9 +231,10 @@ def start(
         unfinished = read_json(new.file, Sitting)
     except DamagedError:
         return new
-    done = unfinished.done.items()
-    finished = {lab: run for lab, run in done if (ROOT / run / "COMPLETE").exists()}
-    return unfinished.model_copy(update={"done": finished})
+    for tried in unfinished.labs.values():
+        if not (ROOT / tried.run / "COMPLETE").exists():
+            tried.run = ""
+    return unfinished
 
 
 @command("all", "labs-all")
@@ -259,10 +257,15 @@ def run_all(
     state = start(quick, model, fresh, weights, changes)
     clock = Clock.of(seconds, state.starts_s, state.preparations_s)
     request = RunRequest(
-        next(iter(LABS.values())), quick=quick, changes=changes, model=model,
-        weights=weights, engine_command=command_words(engine_command), clock=clock,
+        next(iter(LABS.values())),
+        quick=quick,
+        changes=changes,
+        model=model,
+        weights=weights,
+        engine_command=command_words(engine_command),
+        clock=clock,
         usd_per_hour=price_of(price_per_hour),
-    )  # fmt: skip
+    )
     if clock.bounded:
         console.print(
             f"This call may last {seconds:.0f} s, and an engine has"
@@ -311,8 +314,8 @@ def _play_all(
     check_flags([name for name in names if name not in state.done], [request], host)
     for name in state.give_up(names):
         console.print(
-            f"{name} was begun {state.in_vain[name]} times without finishing a trial: it is taken"
-            " to have failed, and comes last"
+            f"{name} was begun {state.labs[name].in_vain} times without finishing a trial: it is"
+            " taken to have failed, and comes last"
         )
     for number, name in enumerate(state.order(names), 1):
         lab = LABS[name]
@@ -322,8 +325,8 @@ def _play_all(
             continue
         if state.is_hopeless(name):
             outcome.not_finished[name] = (
-                f"{state.in_vain[name]} calls were ended in it before it finished a trial, so it is"
-                f" not begun again: `make lab-{name}` runs it alone"
+                f"{state.labs[name].in_vain} calls were ended in it before it finished a trial, so"
+                f" it is not begun again: `make lab-{name}` runs it alone"
             )
             console.print(f"Not begun again: {outcome.not_finished[name]}")
             continue
@@ -349,20 +352,27 @@ def _play_all(
                 outcome.not_finished[name] = "some of its trials failed"
                 state.fail(name)
             _pack_between(archive_file)
-        finally:
-            state.time(clock)
+        finally:  # what this call measured helps the next one to plan
+            state.starts_s = list(clock.starts_s)
+            state.preparations_s = list(clock.preparations_s)
+            state.save()
     return outcome
 
 
 def _begin_or_continue(request: RunRequest, state: Sitting) -> RunFolder:
-    """Run the request's lab; only an end of the whole call is held against it.
+    """Run the request's lab, anew where its unfinished run cannot be continued.
 
-    In a call without a time limit, Ctrl-C is a person's own decision, and not held against it.
+    Only an end of the whole call is held against it; in a call without a time limit, Ctrl-C is a
+    person's own decision, and is not.
     """
     resume = state.begin(request.lab.name)
     excused = (Exception,) if request.clock.bounded else (Exception, KeyboardInterrupt)
     try:
-        folder = _play_or_begin_anew(replace(request, resume=resume))
+        try:
+            folder = play(replace(request, resume=resume), THE_SAME_CALL)
+        except CannotResume as reason:
+            console.print(f"{escape(str(reason))}. It is started anew.")
+            folder = play(replace(request, resume=False), THE_SAME_CALL)
     except excused:
         state.excuse(request.lab.name)
         raise
@@ -401,15 +411,3 @@ def _pack(file: Path | None) -> None:
         size = sum(path.stat().st_size for path in written) / 1e6
         names = ", ".join(path.name for path in written)
         console.print(f"[dim]Packed into {escape(names)}: {size:.1f} MB[/]")
-
-
-THE_SAME_CALL = "the same call (without FRESH=1)"
-
-
-def _play_or_begin_anew(request: RunRequest) -> RunFolder:
-    """Run a lab; begin it anew where its unfinished run cannot be continued."""
-    try:
-        return play(request, THE_SAME_CALL)
-    except CannotResume as reason:
-        console.print(f"{escape(str(reason))}. It is started anew.")
-        return play(replace(request, resume=False), THE_SAME_CALL)

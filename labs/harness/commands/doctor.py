@@ -54,7 +54,6 @@ from serving.processes.ports import PortTaken, require_port
 from serving.weights import models, quantize
 from serving.weights.models import ROOT, Model, ModelError
 
-PORTS = {"make serve": (PORT, "PORT")}
 START_S = 45.0  # of an engine on a GPU, assumed
 SESSIONS_MIN = (30, 60, 120)
 
@@ -283,12 +282,11 @@ def _instruments(machine: Machine) -> Iterator[Check]:
     read = telemetry.source(machine.kind)
     can = "can be read" if read else "cannot be read, so reports have no J/token"
     yield Check("Energy", f"{'NVML' if machine.kind == 'gpu' else 'RAPL'} {can}")
-    for user, (port, setting) in PORTS.items():
-        try:
-            require_port(port, setting)
-            yield Check(f"Port {port}", f"free ({user})")
-        except PortTaken:
-            yield Check(f"Port {port}", f"taken ({user})", f"{user} {setting}=<another port>")
+    try:
+        require_port(PORT, "PORT")
+        yield Check(f"Port {PORT}", "free (make serve)")
+    except PortTaken:
+        yield Check(f"Port {PORT}", "taken (make serve)", "make serve PORT=<another port>")
     path = RESULTS / machine.slug / "machine.json"
     if path.exists():
         ceilings = read_json(path, MachineFile).ceilings
@@ -335,7 +333,7 @@ def _ability(
     if why := _cannot_make(to_make, model):
         return Ability(lab.name, False, why)
     minutes = sum(derived_models.RECIPES[name].minutes for name in to_make)
-    time = derived_models.time_text(round(minutes), model)
+    time = derived_models.time_text(max(1, round(minutes)), model)
     notes = [f"leaves out {', '.join(absent)}: {next(iter(absent.values()))}"] if absent else []
     notes += [f"makes {', '.join(to_make)} first ({time})"] if to_make else []
     if to_download := [n for n in missing if n in published]:

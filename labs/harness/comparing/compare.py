@@ -64,8 +64,15 @@ from serving.inside.guard import HERE
 from serving.weights.models import ROOT
 
 SENT = (  # the knobs of a lab that say what is sent and what is measured of it
-    "workloads", "requests", "warmup_s", "window_s", "timeout_s", "load_processes", "seed", "slo",
-)  # fmt: skip
+    "workloads",
+    "requests",
+    "warmup_s",
+    "window_s",
+    "timeout_s",
+    "load_processes",
+    "seed",
+    "slo",
+)
 NOT_COMPLETE = "not complete"
 MOST_NAMED = 6  # failed trials
 SOME_ZEROS = "zero in some repeats"

@@ -81,8 +81,8 @@ def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
         if row.b is None:  # a percentile is missing where few samples came, which chance decides
             if limits.verdicts.missing_fails and METRICS[row.metric].statistic.q is None:
                 failed.append(f"{what}: missing now")
-        elif _errors_came(row, limits) or _is_worse(row, limits):
-            failed.append(f"{what}: {_worse(row, limits)}")
+        elif _fails(row, limits.of(row)):
+            failed.append(f"{what}: {_worse(row, limits.of(row))}")
     if not failed:
         _require_decided(comparison, rows)
     return failed
@@ -117,24 +117,20 @@ def _incomplete(comparison: Comparison) -> list[str]:
     return [f"{comparison.b} is not complete: {text}" for text in of_b if not of_a]
 
 
-def _errors_came(row: ComparedFigure, limits: Thresholds) -> bool:
-    """Tell whether the mean error rate is above its limit, and was not in the baseline.
+def _fails(row: ComparedFigure, limit: float) -> bool:
+    """Tell whether a figure is worse, beyond chance, by more than its limit.
 
-    It takes no test: what must not happen needs to be seen only once.
+    For a mean error rate above its limit, which in the baseline was not, it takes no test: what
+    must not happen needs to be seen only once.
     """
-    if row.figure != "error_rate" or row.a is None or row.b is None:
-        return False
-    return row.a <= limits.of(row) < row.b
+    known = row.a is not None and row.b is not None
+    if row.figure == "error_rate" and known and (row.a or 0) <= limit < (row.b or 0):
+        return True
+    return row.outcome == "differs" and (row.worse_by or 0) > limit
 
 
-def _is_worse(row: ComparedFigure, limits: Thresholds) -> bool:
-    return row.outcome == "differs" and (row.worse_by or 0) > limits.of(row)
-
-
-def _worse(row: ComparedFigure, limits: Thresholds) -> str:
+def _worse(row: ComparedFigure, limit: float) -> str:
     if row.contrast is None:
         return f"{row.a:.3g} in the baseline, {row.b:.3g} now"
-    return (
-        f"worse by {row.worse_by:.0%}, {limits.of(row):.0%} allowed:"
-        f" {times_with_interval(row.contrast.ratio)}"
-    )
+    ratio = times_with_interval(row.contrast.ratio)
+    return f"worse by {row.worse_by:.0%}, {limit:.0%} allowed: {ratio}"
