@@ -5,7 +5,7 @@ its layers and kernels: on x86 the 8-bit product of SGLang or of oneDNN, for 4 b
 unpacks as it multiplies. Its parameters are random, and no engine is started. The tokens of a
 mixture of experts are sent to experts drawn evenly, since a random router would prefer a few. Plain
 torch has no operators for quantized weights and caches, and those that it has take a different
-time: docs/forecasts.md shows how much.
+time: docs/notebook/2026-11-30-stand-in.md shows how much.
 
 This module imports vLLM, so it runs in the engine's environment only. Tested with vLLM 0.32.
 """

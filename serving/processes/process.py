@@ -39,7 +39,7 @@ import psutil
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 GRACE_S = 10.0  # from SIGTERM to SIGKILL; vLLM needs about 3 s to free its memory
 ORPHAN_GRACE_S = 2.0  # the parent is gone: nobody waits for a tidy end
-GIVES_WAY = 10  # the niceness of what gives way; 5 was not enough: docs/instruments.md
+GIVES_WAY = 10  # the niceness of what gives way; 5 was not enough: docs/notebook
 
 
 class Process:
