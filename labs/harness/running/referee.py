@@ -207,6 +207,7 @@ def _plans(
             "block-size": run.block_tokens,
             "kv-cache-memory-bytes": int(kv_bytes) // run.gpus,
             "max-model-len": longest + 1,
+            "skip-tokenizer-init": True,
             "tensor-parallel-size": run.gpus,
             **run.flags,
         }
