@@ -232,9 +232,7 @@ def _true_to_the_clock(played: Played) -> None:
     "flags",
     [
         (),
-        ("--tokens-per-chunk", "4"),
         ("--sse-comments",),
-        ("--early-role-chunk",),
         ("--max-num-seqs", "4", "--jitter", "0.3"),
     ],
     ids=lambda flags: flags[0] if flags else "plain",
@@ -249,6 +247,7 @@ def test_chunks_of_many_tokens_are_not_taken_for_one(play: Play) -> None:
     """ITL counts tokens, not chunks: four in a chunk after 10 ms are four samples of 2.5 ms."""
     played = play(Concurrent(users=4), "--tokens-per-chunk", "4", tokens=(13,))
     _sound(played)
+    _true_to_the_clock(played)
     for record in played.records:
         assert [k for _, k in record.chunks] == [1, 4, 4, 4]
         assert len(record.itl_s) == 12
@@ -411,11 +410,8 @@ def test_a_window_is_held_open_for_five_requests_and_for_each_user(
 def test_users_go_on_until_every_request_that_counts_has_been_answered(
     play: Play, arrival: Arrival
 ) -> None:
-    _answered_under_load(play(arrival), arrival.users)
-
-
-def _answered_under_load(played: Played, users: int) -> None:
     """As long as an answer that counts is awaited, every user has a request in flight."""
+    played, users = play(arrival), arrival.users
     _sound(played)
     assert played.summary.answered_under_load
     last_s = max(r.end_s or 0.0 for r in played.records if r.in_window)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -10,13 +9,6 @@ import sys
 import pytest
 
 from tests.startup.sitecustomize import CORES, NO_COMPILER, SERVER, WORKER_APART
-
-
-def test_what_a_test_starts_collects_garbage_as_rarely_as_the_test() -> None:
-    asked = [sys.executable, "-c", "import gc; print(*gc.get_threshold())"]
-    said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-    assert tuple(map(int, said.split())) == gc.get_threshold()
-    assert gc.get_threshold()[0] > 10_000
 
 
 def test_a_server_of_vllm_forks_and_nothing_else_does() -> None:

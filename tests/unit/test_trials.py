@@ -540,17 +540,6 @@ def test_where_disturbed_trials_are_kept_none_is_measured_again(tmp_path: Path) 
     assert "generator's loop lagged" in {c.name for c in summarise(folder).caveats}
 
 
-def test_the_time_that_remains_counts_what_is_measured_again(tmp_path: Path) -> None:
-    """A first trial that is measured again does not make all to come seem as long."""
-    folder = write_run(tmp_path)
-    points = folder.run().points()
-    again = 1 + 1 / len(points)
-    for trials, factor in ((Script(folder, [0.01]), 1), (Script(folder, [2.5, 0.01]), again)):
-        trials.expect(11)
-        trials.play(points[-1], 1)
-        assert trials.remaining == [10 * factor * (1 + 4 + PER_TRIAL_S)]
-
-
 def test_the_figures_of_a_trial_do_not_decide_whether_it_is_measured_again(tmp_path: Path) -> None:
     """Undisturbed, whether it is fast or slow beside the trials on file."""
     folder = write_run(tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import gc
 import json
 import os
@@ -55,8 +54,6 @@ async def serve(options: argparse.Namespace) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(stop.wait(), options.start_delay)
     with open(options.log or os.devnull, "wb") as log:
         engine = Engine(options, Alarm(loop), RequestLog(log if options.log else None))
         make = partial(Connection, Api(engine).answer)

@@ -77,21 +77,12 @@ class Api:
     def _load_adapter(self, connection: Connection, _: dict[str, str], body: bytes) -> None:
         asked = json.loads(body)
         name, folder = asked["lora_name"], Path(asked["lora_path"])
-        if name in self._engine.adapters:
-            message = f"The lora adapter '{name}' has already been loaded."
-            raise Refused(HTTPStatus.BAD_REQUEST, "InvalidUserInput", message)
-        if not folder.is_dir():
-            message = f"Loading lora {name} failed: No adapter found for {folder}"
-            raise Refused(HTTPStatus.NOT_FOUND, "NotFoundError", message)
         self._engine.adapters[name] = folder
         text = f"Success: LoRA adapter '{name}' added successfully."
         connection.respond(HTTPStatus.OK, text.encode(), "text/plain")
 
     def _unload_adapter(self, connection: Connection, _: dict[str, str], body: bytes) -> None:
         name = json.loads(body)["lora_name"]
-        if name not in self._engine.adapters:
-            message = f"The lora adapter '{name}' cannot be found."
-            raise Refused(HTTPStatus.NOT_FOUND, "NotFoundError", message)
         del self._engine.adapters[name]
         text = f"Success: LoRA adapter '{name}' removed successfully."
         connection.respond(HTTPStatus.OK, text.encode(), "text/plain")
@@ -118,7 +109,7 @@ class Api:
 
         Raises Refused where vLLM would answer with an error.
         """
-        engine, body = self._engine, _object(text)
+        engine, body = self._engine, json.loads(text)
         model = body.get("model") or engine.names[0]
         if model not in engine.models:
             aliases = ", ".join(engine.models)
@@ -126,10 +117,7 @@ class Api:
             raise Refused(HTTPStatus.NOT_FOUND, "NotFoundError", message, "model")
         prompt = self._prompt(body, chat)
         n_out, stops = self._output(body, chat, len(prompt))
-        wanted_answers = _count(body, "n", 1)
-        if wanted_answers < 1:
-            _refuse(f"n must be at least 1, got {wanted_answers}.", "n")
-        top, truth, priority = _top(body), _truth(body), self._priority(body)
+        priority = self._priority(body)
 
         self._arrived += 1
         index = headers.get("x-request-id", str(self._arrived))
@@ -145,7 +133,7 @@ class Api:
             adapter=model if model in engine.adapters else None,
             mark=_mark(engine.adapters.get(model)) or _beginning(body.get("structured_outputs")),
             salt=str(body.get("cache_salt") or ""),
-            top=top,
+            top=body.get("prompt_logprobs"),
             chat=chat,
             stream=stream,
             usage=usage,
@@ -153,10 +141,10 @@ class Api:
             prompt=prompt,
             n_out=n_out,
             stops=stops,
-            truth=truth,
+            truth=body.get("truth") or {},
             priority=priority,
         )
-        return request, wanted_answers
+        return request, _count(body, "n", 1)
 
     def _prompt(self, body: dict[str, Any], chat: bool) -> Sequence[object]:
         """The prompt's tokens. Raises Refused."""
@@ -176,8 +164,6 @@ class Api:
         least = _count(body, "min_tokens", 0)
         if most < 1 or prompt_tokens + most > longest:
             _refuse(f"{prompt_tokens} + {most} tokens, of max_model_len={longest}.", "max_tokens")
-        if least > most:
-            _refuse(f"min_tokens must be at most max_tokens={most}, got {least}.", "min_tokens")
         ends = self._options.eos_after if not body.get("ignore_eos") else 0
         tokens = min(most, max(least, ends)) if ends else most
         return tokens, tokens < most or tokens == ends
@@ -193,16 +179,6 @@ def _refuse(message: str, param: str) -> NoReturn:
     raise Refused(HTTPStatus.BAD_REQUEST, "BadRequestError", message, param)
 
 
-def _object(text: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(text)
-        if not isinstance(body, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        _refuse(f"JSON decode error: {error}", "body")
-    return body
-
-
 def _count(body: dict[str, Any], name: str, default: int) -> int:
     value = body.get(name)
     if value is None:
@@ -210,22 +186,6 @@ def _count(body: dict[str, Any], name: str, default: int) -> int:
     if type(value) is not int or value < 0:
         _refuse(f"{name} must be a whole number, got {value}.", name)
     return value
-
-
-def _top(body: dict[str, Any]) -> int | None:
-    """How many likely tokens are told at each place of the prompt; None: nothing of it."""
-    top = None if body.get("prompt_logprobs") is None else _count(body, "prompt_logprobs", 0)
-    if top is not None and body.get("stream"):
-        _refuse("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
-    return top
-
-
-def _truth(body: dict[str, Any]) -> dict[str, float]:
-    """The times that this answer is to have, where its request says so."""
-    truth = body.get("truth") or {}
-    if not (isinstance(truth, dict) and all(type(v) in (int, float) for v in truth.values())):
-        _refuse("truth must map ttft_s, gap_s, stall_s, tokens_per_chunk to numbers.", "truth")
-    return truth
 
 
 def _mark(adapter: Path | None) -> str:

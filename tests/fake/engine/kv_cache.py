@@ -50,9 +50,8 @@ class KVCache:
         return hits
 
     def reset_prefixes(self) -> None:
-        """Forget every prefix, unless the option says that this is only claimed."""
-        if not self._options.keep_prefix_cache:
-            self._prefixes.clear()
+        """Forget every prefix."""
+        self._prefixes.clear()
 
 
 def _blocks_in(options: argparse.Namespace) -> int:

@@ -120,7 +120,6 @@ def _add_oddities(add: Add) -> None:
 
 
 def _add_faults(add: Add) -> None:
-    add("--start-delay", type=float, default=0.0, metavar="S", help="connections refused for S s")
     add("--fail-start", metavar="MESSAGE", help="a traceback that ends with MESSAGE, and exit 1")
     add("--error-every", type=int, default=0, metavar="N", help="each Nth completion gets a 500")
     add("--error-tokens", type=int, default=0, metavar="N",
@@ -129,7 +128,6 @@ def _add_faults(add: Add) -> None:
         help="the scheduler pauses once N tokens were sent in all")  # fmt: skip
     add("--stall-s", type=float, default=1.0, metavar="S", help="for so long")
     add("--silent-at", metavar="PATH", help="what is asked at this path gets no answer")
-    add("--keep-prefix-cache", action="store_true", help="it says it was reset, and was not")
     add("--drop", metavar="FLAG", type=lambda flag: flag.replace("-", "_"),
         help="one of vLLM's flags, as in max-num-seqs: it never gets here")  # fmt: skip
     add("--die-after", type=int, default=0, metavar="N",
