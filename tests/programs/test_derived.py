@@ -61,14 +61,6 @@ def test_it_is_made_once_and_then_found(model: Model) -> None:
     assert make(model, "draft", pytest.fail) == folder  # in silence
 
 
-def test_the_time_that_makers_take_is_told_of_the_bundled_model(model: Model) -> None:
-    small = replace(model, shape=replace(SHAPE, params=134_515_008))
-    large = replace(model, shape=replace(SHAPE, params=7_615_616_512))
-    assert "0.5 min" in derived_models.time_text(0.5, small)
-    assert "bundled" not in derived_models.time_text(0.5, small)
-    assert "20 min with the bundled" in derived_models.time_text(20, large)
-
-
 @pytest.mark.parametrize("quick", [False, True])
 def test_another_model_of_the_same_name_gets_its_own(
     model: Model, tmp_path: Path, quick: bool

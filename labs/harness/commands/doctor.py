@@ -333,7 +333,7 @@ def _ability(
     if why := _cannot_make(to_make, model):
         return Ability(lab.name, False, why)
     minutes = sum(derived_models.RECIPES[name].minutes for name in to_make)
-    time = derived_models.time_text(max(1, round(minutes)), model)
+    time = derived_models.MINUTES.format(max(1, round(minutes)))
     notes = [f"leaves out {', '.join(absent)}: {next(iter(absent.values()))}"] if absent else []
     notes += [f"makes {', '.join(to_make)} first ({time})"] if to_make else []
     if to_download := [n for n in missing if n in published]:

@@ -37,6 +37,7 @@ SEED = 2**31 - 1  # of the prompts that models are trained on: no trial draws fr
 PROMPTS_EACH = 200
 STRUCTURES_EACH = 4
 MAKING = (sys.executable, "-m", "serving.weights")
+MINUTES = "about {:g} min with the bundled model, and longer with a larger one"
 
 
 Source = Callable[[Path, Model, float], Path]
@@ -185,7 +186,6 @@ RECIPES: dict[str, Recipe] = {
     "auto-gptq": _quantized("auto-gptq", 4),
     "autoawq": _quantized("autoawq", 6),
 }
-LARGER_PARAMS = 400_000_000  # three times the bundled model's
 NEED_NO_WEIGHTS = frozenset(["masks"])
 """Recipes that read the tokenizer alone, so that random weights serve as well."""
 MADE_FROM = "made-from.sha256"
@@ -195,13 +195,6 @@ MADE_FROM = "made-from.sha256"
 def place(model: Model, name: str) -> Path:
     """Return the folder of a derived model that is made here, whether it exists yet or not."""
     return models.CACHE / "models" / f"{model.name.replace('/', '--')}-{name}"
-
-
-def time_text(minutes: float, model: Model) -> str:
-    """Tell about how long makers take; how much longer with a large model is not known here."""
-    larger = model.shape.params > LARGER_PARAMS
-    beyond = " with the bundled model, and longer with this one" if larger else ""
-    return f"about {minutes:g} min{beyond}"
 
 
 def make(
@@ -279,7 +272,7 @@ def _make_here(
                 )
                 report(f"{folder.name} {why}: it is made again")
                 shutil.rmtree(folder)
-            report(f"Making {recipe.what}{lesser} (once, {time_text(minutes, model)})")
+            report(f"Making {recipe.what}{lesser} (once, {MINUTES.format(minutes)})")
             _make(recipe, name, model, folder, share, report)
     return folder
 
