@@ -9,7 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from grafana_foundation_sdk.builders import barchart, common, dashboard, prometheus, table
 from grafana_foundation_sdk.builders import timeseries as series
@@ -83,6 +83,7 @@ class Line:
 
 
 Drawn = series.Panel | barchart.Panel
+Chart = TypeVar("Chart", series.Panel, barchart.Panel)
 
 
 def lines(
@@ -90,26 +91,14 @@ def lines(
 ) -> series.Panel:
     """Draw queries over time, with a line at `limit`; the axis reaches at least to `most`."""
     panel = (
-        series.Panel()
-        .title(title)
-        .description(says)
-        .unit(unit)
-        .min(0)
+        _headed(series.Panel(), title, says, unit, limit)
         .height(8)
-        .span(12)
-        .datasource(DATASOURCE)
         .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC_BY_NAME))
-        .legend(_legend())
-        .tooltip(common.VizTooltipOptions().mode(kinds.TooltipDisplayMode.MULTI))
         .fill_opacity(0)
         .show_points(kinds.VisibilityMode.AUTO)
-        .thresholds(_thresholds(limit))
     )
     if most:
         panel.axis_soft_max(most)
-    if limit is not None:
-        style = common.GraphThresholdsStyleConfig().mode(kinds.GraphThresholdsStyleMode.DASHED)
-        panel.thresholds_style(style)
     for ref, line in zip(string.ascii_uppercase, queries, strict=False):
         panel.with_target(
             prometheus.Dataquery()
@@ -302,23 +291,27 @@ def _instant(ref: str, expr: str) -> prometheus.Dataquery:
 
 
 def _bars(title: str, says: str, unit: str, limit: float | None) -> barchart.Panel:
-    panel = (
-        barchart.Panel()
-        .title(title)
-        .description(says)
-        .unit(unit)
-        .min(0)
+    return (
+        _headed(barchart.Panel(), title, says, unit, limit)
         .height(9)
-        .span(12)
-        .datasource(DATASOURCE)
         .color_scheme(dashboard.FieldColor().mode(FieldColorModeId.PALETTE_CLASSIC))
-        .legend(_legend())
-        .tooltip(common.VizTooltipOptions().mode(kinds.TooltipDisplayMode.MULTI))
         .fill_opacity(80)
         .show_value(kinds.VisibilityMode.NEVER)
         .x_tick_label_max_length(28)
-        .thresholds(_thresholds(limit))
     )
+
+
+def _headed(panel: Chart, title: str, says: str, unit: str, limit: float | None) -> Chart:
+    """Set what all charts have: words, unit, legend, and a dashed line at the limit."""
+    legend = (
+        common.VizLegendOptions()
+        .display_mode(kinds.LegendDisplayMode.LIST)
+        .placement(kinds.LegendPlacement.BOTTOM)
+        .show_legend(True)
+    )
+    panel.title(title).description(says).unit(unit).min(0).span(12).datasource(DATASOURCE)
+    panel.legend(legend).thresholds(_thresholds(limit))
+    panel.tooltip(common.VizTooltipOptions().mode(kinds.TooltipDisplayMode.MULTI))
     if limit is not None:
         style = common.GraphThresholdsStyleConfig().mode(kinds.GraphThresholdsStyleMode.DASHED)
         panel.thresholds_style(style)
@@ -352,15 +345,6 @@ def shared_out(variants: Sequence[Sequence[str]]) -> dict[str, list[str]]:
     for name, colour in colour_of.items():
         names.setdefault(colour, []).append(name)
     return names
-
-
-def _legend() -> common.VizLegendOptions:
-    return (
-        common.VizLegendOptions()
-        .display_mode(kinds.LegendDisplayMode.LIST)
-        .placement(kinds.LegendPlacement.BOTTOM)
-        .show_legend(True)
-    )
 
 
 def _thresholds(limit: float | None) -> ThresholdsConfig:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import psutil
 import requests
@@ -257,14 +257,19 @@ class Prometheus:
 
         Raises requests.RequestException without an answer.
         """
-        parameters = {"query": expression}
-        if at_unix_s is not None:
-            parameters["time"] = f"{at_unix_s:.3f}"
-        response = requests.get(f"{self.url}/api/v1/query", parameters, timeout=10)
-        response.raise_for_status()
-        samples = response.json()["data"]["result"]
+        samples = self._result(expression, at_unix_s, timeout_s=10)
         value = float(samples[0]["value"][1]) if samples else math.nan
         return value if math.isfinite(value) else None
+
+    def _result(self, query: str, at_unix_s: float | None, timeout_s: float) -> list[Any]:
+        """Return the result of an instant query, as Prometheus's HTTP API lists it."""
+        parameters = {"query": query}
+        if at_unix_s is not None:
+            parameters["time"] = f"{at_unix_s:.3f}"
+        response = requests.get(f"{self.url}/api/v1/query", parameters, timeout=timeout_s)
+        response.raise_for_status()
+        result: list[Any] = response.json()["data"]["result"]
+        return result
 
     def samples(
         self, selector: str, from_unix_s: float, to_unix_s: float
@@ -277,11 +282,7 @@ class Prometheus:
             return []
         query = f"{selector}[{max(1, math.ceil(to_unix_s - from_unix_s))}s]"
         try:
-            response = requests.get(
-                f"{self.url}/api/v1/query", {"query": query, "time": f"{to_unix_s:.3f}"}, timeout=30
-            )
-            response.raise_for_status()
-            result = response.json()["data"]["result"]
+            result = self._result(query, to_unix_s, timeout_s=30)
         except (requests.RequestException, KeyError, ValueError):
             return []
         return [

@@ -8,7 +8,7 @@ and adds nothing twice.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -134,12 +134,19 @@ def _read_within_bounds(response: Response, **_: Any) -> None:
     response._content = bytes(body)
 
 
-def _absent(error: GrafanaClientError) -> bool:
-    return int(error.status_code) == 404
+def _exists(ask: Callable[[str], object], uid: str) -> bool:
+    """Tell whether Grafana has what this request asks for. Raises TypeError for another answer."""
+    try:
+        _require_object(ask(uid), "uid")
+    except GrafanaClientError as error:
+        if error.status_code == 404:
+            return False
+        raise
+    return True
 
 
 def _datasource(grafana: GrafanaApi, prometheus_url: str) -> None:
-    uid = DATASOURCE.uid
+    uid = str(DATASOURCE.uid)
     settings = {
         "uid": uid,
         "name": FOLDER_TITLE,
@@ -148,22 +155,14 @@ def _datasource(grafana: GrafanaApi, prometheus_url: str) -> None:
         "url": prometheus_url,
         "jsonData": {"timeInterval": "1s", "httpMethod": "POST"},
     }
-    try:
-        _require_object(grafana.datasource.get_datasource_by_uid(uid), "uid")
-    except GrafanaClientError as error:
-        if not _absent(error):
-            raise
-        grafana.datasource.create_datasource(settings)
-    else:
+    if _exists(grafana.datasource.get_datasource_by_uid, uid):
         grafana.datasource.update_datasource_by_uid(uid, settings)
+    else:
+        grafana.datasource.create_datasource(settings)
 
 
 def _folder(grafana: GrafanaApi) -> None:
-    try:
-        _require_object(grafana.folder.get_folder(FOLDER_UID), "uid")
-    except GrafanaClientError as error:
-        if not _absent(error):
-            raise
+    if not _exists(grafana.folder.get_folder, FOLDER_UID):
         grafana.folder.create_folder(FOLDER_TITLE, uid=FOLDER_UID)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import sys
 import threading
@@ -10,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from loadtests.event_lines import events_of
 from loadtests.plan import TrialPlan, TrialSummary, most_output_tokens
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
@@ -70,8 +70,9 @@ class Generator:
 
     def _listen(self) -> None:
         try:
-            for event in events_of(self._child.stdout):
-                self._events.put(event)
+            for line in self._child.stdout:
+                if line.startswith('{"event"'):  # Locust prints lines of its own, too
+                    self._events.put(json.loads(line))
         except ValueError:  # the pipe was closed while reading: the run is over
             return
 

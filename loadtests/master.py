@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import sys
 from typing import Any
@@ -11,7 +12,6 @@ import gevent.fileobject
 from locust.runners import STATE_MISSING, MasterRunner
 
 from loadtests import records
-from loadtests.event_lines import say
 from loadtests.exporter import Exporter
 from loadtests.plan import Progress, TrialPlan, TrialSummary, merged_summary, total_progress
 from loadtests.records import RequestRecord
@@ -186,6 +186,11 @@ class Director:
             say(event="failed", reason=f"the records could not be written: {error}")
         else:
             say(event="done", summaries=[summary.model_dump() for summary in merged])
+
+
+def say(**event: object) -> None:
+    """Tell the runner of an event, as a JSON line on the standard output."""
+    print(json.dumps(event), flush=True)
 
 
 def shared(plan: TrialPlan, **fields: Any) -> TrialPlan:
