@@ -26,10 +26,11 @@ from labs.harness.judging.judge import (
     Interval,
     PredictionOutcome,
     prediction_outcome,
+    share,
 )
 from labs.harness.judging.quality import paired_difference
 from labs.harness.judging.quantity import POINTS, Quantity
-from labs.harness.judging.retrieval import Changes, Needle, adds_up, by_text, margin_change, share
+from labs.harness.judging.retrieval import Changes, Needle, adds_up, by_text, margin_change
 from labs.harness.spec import Prediction
 
 BOTH, PARTS_OF_BOTH = "both", ("kv-fp8", "w8a8")

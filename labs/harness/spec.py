@@ -571,7 +571,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         if dummy:
             lab = lab._without(self.needs_text)
             lab = self.dummy(lab) if self.dummy else lab
-        lab = lab._shortened(gone - lab._named_by(changes or {}))
+        lab = lab._but(gone - lab._named_by(changes or {}), NOT_QUICK)
         changes, kept = parts_kept(changes or {})
         if changes or dummy or gone:  # else nothing has been left out since it was checked
             lab = lab._changed(changes)
@@ -609,24 +609,22 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         named |= {path[1] for path in paths if path[0] in ("variants", "workloads") and path[1:]}
         return named.union(*(w.only for w in self.workloads if w.name in named))
 
-    def _shortened(self, gone: set[str]) -> Lab:
-        """Leave out variants and workloads, by name, and say so; unknown names are passed over."""
+    def _but(self, gone: set[str], why: str = "") -> Lab:
+        """Keep all variants and workloads but these, by name; unknown names are passed over.
+
+        The lab says what is left out, and why, where a reason is given.
+        """
         if not gone.intersection(self._part_names()):
             return self
-        lab = self._but(gone)
-        there = lab._part_names()
-        missing = ", ".join(name for name in self._part_names() if name not in there)
-        left_out = (*lab.left_out, f"{missing}: {NOT_QUICK}")
-        return lab.model_copy(update={"left_out": left_out})
-
-    def _but(self, gone: Collection[str]) -> Lab:
-        """Keep all variants and workloads but these, by name."""
-        if not gone:
-            return self
-        return self._keeping(
+        lab = self._keeping(
             [v.name for v in self.variants if v.name not in gone],
             [w.name for w in self.workloads if w.name not in gone],
         )
+        if not why:
+            return lab
+        there = lab._part_names()
+        missing = ", ".join(name for name in self._part_names() if name not in there)
+        return lab.model_copy(update={"left_out": (*lab.left_out, f"{missing}: {why}")})
 
     def _part_names(self) -> dict[str, None]:
         """Name the variants and the workloads, each name once, in order."""

@@ -314,6 +314,12 @@ def mean_interval(
     return Interval(value=mean, low=low, high=min(high, most), n=len(values))
 
 
+def share(hits: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Compute a share of independent cases with Wilson's interval (1927)."""
+    bounds = scipy.stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
+    return Interval(value=hits / n, low=float(bounds.low), high=float(bounds.high), n=n)
+
+
 def over_repeats(repeats: Repeats, metric: str) -> Interval | None:
     """Compute the mean over the repeats that have the metric, on which every verdict rests."""
     values, most = by_repeat(repeats, metric), METRICS[metric].most

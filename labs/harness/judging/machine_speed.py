@@ -58,6 +58,10 @@ class MachineSpeed(BaseModel, frozen=True, extra="forbid"):
     reading: PartSpeed
     computing: PartSpeed
 
+    def of(self, part: Part) -> PartSpeed:
+        """Return the times of one part."""
+        return self.reading if part == "reading" else self.computing
+
 
 def part_s(step: ReferenceStep, part: Part) -> float:
     """Return the seconds of a part of the step."""
@@ -92,10 +96,7 @@ def at_forecast(steps: Sequence[ReferenceStep], run: MachineSpeed) -> dict[Part,
     then = middle(steps)
     if then is None:
         return {}
-    return {
-        "reading": then.reading_s / run.reading.median_s,
-        "computing": then.computing_s / run.computing.median_s,
-    }
+    return {part: part_s(then, part) / run.of(part).median_s for part in PARTS}
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,10 @@ def jump(trial: TimedTrial, run: MachineSpeed) -> Jump | None:
     before it, or on both sides of it (their geometric mean) than in the run's median.
     """
     for part in PARTS:
-        typical = run.reading if part == "reading" else run.computing
         before_s, after_s = (part_s(step, part) for step in (trial.before, trial.after))
         if _changed(after_s / before_s):
             return Jump(part, after_s / before_s)
-        beside = math.sqrt(before_s * after_s) / typical.median_s
+        beside = math.sqrt(before_s * after_s) / run.of(part).median_s
         if _changed(beside):
             return Jump(part, beside, beside=True)
     return None
@@ -164,10 +164,7 @@ def usual_spread(earlier: Sequence[MachineSpeed], trials: int) -> float:
 
 def relative_speed(this: MachineSpeed, other: MachineSpeed) -> dict[Part, float]:
     """Divide this run's speed by the other's, part by part: 0.8 where a step took 1.25 as long."""
-    return {
-        "reading": other.reading.median_s / this.reading.median_s,
-        "computing": other.computing.median_s / this.computing.median_s,
-    }
+    return {part: other.of(part).median_s / this.of(part).median_s for part in PARTS}
 
 
 def relative_speed_text(this: str, ratios: dict[Part, float], other: str) -> str:

@@ -23,7 +23,7 @@ import scipy
 from pydantic import BaseModel
 
 from labs.harness.judging.evaluation import Evaluation, ScoredCompletion
-from labs.harness.judging.judge import CONFIDENCE, Interval
+from labs.harness.judging.judge import CONFIDENCE, Interval, share
 
 LEAST_REST = 1e-6  # logprobs have 5 decimals: a smaller probability of the rest is rounding error
 
@@ -94,7 +94,7 @@ def kl_divergence(p: Mapping[int, float], q: Mapping[int, float]) -> float:
     shares_p = [*map(math.exp, logs_p)]
     rest_p = max(LEAST_REST, 1 - math.fsum(shares_p))
     rest_q = max(LEAST_REST, 1 - math.fsum(map(math.exp, logs_q)))
-    terms = [share * (a - b) for share, a, b in zip(shares_p, logs_p, logs_q, strict=True)]
+    terms = [p_i * (a - b) for p_i, a, b in zip(shares_p, logs_p, logs_q, strict=True)]
     return max(0.0, math.fsum([*terms, rest_p * math.log(rest_p / rest_q)]))
 
 
@@ -167,31 +167,27 @@ def _figure(
     transform: Callable[[float], float] = float,
     unit: QualityUnit = "1",
 ) -> QualityFigure:
-    mean = per_token(clusters)
-    low = None if mean.low is None else transform(mean.low)
-    high = None if mean.high is None else transform(mean.high)
+    mean = per_token(clusters).mapped(transform)
+    low, high = mean.low, mean.high
     if name == "top1_agreement" and high is not None:
         high = min(1.0, high)
     if name == "kl_divergence" and low is not None:
         low = max(0.0, low)
-    value, source = transform(mean.value), SOURCES[name]
     return QualityFigure(
-        name=name, where=where, value=value, low=low, high=high, n=mean.n, unit=unit, source=source
+        name=name,
+        where=where,
+        value=mean.value,
+        low=low,
+        high=high,
+        n=mean.n,
+        unit=unit,
+        source=SOURCES[name],
     )
 
 
 def _level(name: str, completions: Sequence[ScoredCompletion], where: str) -> QualityFigure:
-    correct, n = sum(c.correct for c in completions), len(completions)
-    bounds = scipy.stats.binomtest(correct, n).proportion_ci(CONFIDENCE, method="wilson")
-    return QualityFigure(
-        name=name,
-        where=where,
-        value=correct / n,
-        low=float(bounds.low),
-        high=float(bounds.high),
-        n=n,
-        source=SOURCES[name],
-    )
+    correct = share(sum(c.correct for c in completions), len(completions))
+    return QualityFigure(name=name, where=where, **correct.model_dump(), source=SOURCES[name])
 
 
 def _difference(

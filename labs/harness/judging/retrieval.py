@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy
 from pydantic import BaseModel
 
 from labs.harness.judging.evaluation import (
@@ -146,12 +145,6 @@ def _goes_on(expected: str, written: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------ statistics
-
-
-def share(hits: int, n: int, confidence: float = CONFIDENCE) -> Interval:
-    """Compute a share with Wilson's interval (1927), which takes needles as independent."""
-    bounds = scipy.stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
-    return Interval(value=hits / n, low=float(bounds.low), high=float(bounds.high), n=n)
 
 
 def margin_change(before: Sequence[Needle], after: Sequence[Needle]) -> Interval | None:

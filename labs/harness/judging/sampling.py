@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
-import scipy
 
-from labs.harness.judging.judge import CONFIDENCE, Interval
+from labs.harness.judging.judge import CONFIDENCE, Interval, share
 
 SHOTS = 3
 DRAWS_AT_MOST = 100  # for each question, before there seem to be no others
@@ -147,11 +146,9 @@ def over_tasks(values: Sequence[float]) -> Interval:
     """Average a share over tasks, with its 95% interval; `n` is the number of tasks."""
     n, mean = len(values), float(np.mean(values))
     if len(set(values)) == 1:
-        k = round(mean * n)
-        bounds = scipy.stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
-        return Interval(
-            value=mean, low=min(mean, float(bounds.low)), high=max(mean, float(bounds.high)), n=n
-        )
+        alike = share(round(mean * n), n)
+        low, high = min(mean, alike.low or 0.0), max(mean, alike.high or 0.0)
+        return Interval(value=mean, low=low, high=high, n=n)
     low, high = _resampled(values)
     return Interval(value=mean, low=low, high=high, n=n)
 
