@@ -170,6 +170,14 @@ def test_a_draft_yields_its_accepted_beginning_and_one_token(
     assert theory.accepted_length(acceptance, draft_tokens) == pytest.approx(tokens)
 
 
+def test_speculation_gains_what_it_yields_over_what_it_costs() -> None:
+    # 1.75 tokens for two draft steps of a tenth each and a verification of 1.2 steps
+    assert theory.speculative_speedup(0.5, 2, 0.1, 1.2) == pytest.approx(1.75 / 1.4)
+    assert theory.speculative_speedup(0.0, 2, 0.1, 1.0) == pytest.approx(1 / 1.2)  # a loss
+    # Leviathan et al. 2023, table 1: acceptance 0.8, five tokens, a draft that costs nothing
+    assert theory.speculative_speedup(0.8, 5, 0, 1) == pytest.approx(3.69, abs=0.005)
+
+
 def test_forward_pass_is_the_slower_of_reading_and_computing() -> None:
     # 2000 + 1920 bytes at 1 MB/s against 2 x 1000 x 4 FLOP at 10 MFLOP/s
     assert theory.forward_s(SHAPE, CEILINGS, 4, 1920) == pytest.approx(0.00392)
