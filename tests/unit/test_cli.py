@@ -18,7 +18,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from labs import LABS
-from labs.harness.commands import monitoring, play, settings
+from labs.harness.commands import all_labs, monitoring, play, settings
 from labs.harness.commands.cli import app
 from labs.harness.commands.terminal import reported_errors
 from labs.harness.filing import results
@@ -108,38 +108,36 @@ def test_list_shows_every_lab_and_the_questions_it_answers() -> None:
         assert [id for id in lab.answers if f"{id} {QUESTIONS[id][:20]}" not in said] == []
 
 
+@pytest.fixture
+def own_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_labs, "FOLDER", tmp_path)
+    monkeypatch.setattr(all_labs, "check_flags", lambda *_: None)  # imports vLLM
+
+
+@pytest.mark.usefixtures("own_record")
 @pytest.mark.parametrize(("refusal", "code"), [(NotApplicable, 0), (LabError, 1)])
 def test_a_lab_that_does_not_apply_is_skipped_and_fails_nothing(
-    refusal: type[LabError], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refusal: type[LabError], code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise refusal("needs real weights")
 
-    monkeypatch.setattr("labs.harness.commands.all_labs.FOLDER", tmp_path)
     monkeypatch.setattr("labs.harness.commands.play.run_lab", refuse)
-    monkeypatch.setattr(
-        "labs.harness.commands.all_labs.check_flags", lambda *_: None
-    )  # imports vLLM
     found, said = labs("all", "--weights", "dummy")
     assert found == code
     assert (f"Skipped: {LAB}" in said) == (refusal is NotApplicable)
     assert (f"Not finished: {LAB}" in said) == (refusal is LabError)
 
 
-def test_a_lab_that_cannot_be_continued_is_begun_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("own_record")
+def test_a_lab_that_cannot_be_continued_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def play(request: RunRequest, *_: object) -> None:
         asked.append(request.resume)
         raise CannotResume("the model is another") if request.resume else LabError("no disk")
 
-    monkeypatch.setattr("labs.harness.commands.all_labs.FOLDER", tmp_path)
     monkeypatch.setattr("labs.harness.commands.play.run_lab", play)
-    monkeypatch.setattr(
-        "labs.harness.commands.all_labs.check_flags", lambda *_: None
-    )  # imports vLLM
     labs("all", "--only", LAB)
     _, said = labs("all", "--only", LAB)  # which was begun
     assert asked == [False, True, False]

@@ -105,28 +105,33 @@ def test_one_repeat_has_no_interval_and_exact_counts_have_an_exact_one() -> None
     assert contrast({2: 1.0}, {1: 1.0}, paired=True) is None
 
 
-def test_a_lone_interval_among_many_is_taken_for_chance() -> None:
-    """p = 0.04 differs alone, but not as the smallest of twenty."""
+@pytest.mark.parametrize(
+    ("p", "others", "ratio", "margin", "outcome"),
+    [
+        (0.04, [], 1.2, MARGIN, ("differs", "")),
+        (0.04, [0.5] * 19, 1.2, MARGIN, ("undecided", "may be chance among so many figures")),
+        (0.04, [0.04] * 19, 1.2, MARGIN, ("differs", "")),
+        (0.04, [], 1.04, MARGIN, ("same", "within 5%")),
+        (0.04, [], 1.2, 0.25, ("same", "within 25%")),
+        (0.04, [], 1.04, 0.02, ("differs", "")),
+    ],
+)
+def test_a_figure_differs_beyond_its_margin_and_beyond_chance_among_all(
+    p: float, others: list[float], ratio: float, margin: float, outcome: tuple[str, str]
+) -> None:
+    first = judged(p, *others, ratio=ratio, margin=margin)[0]
+    assert (first.outcome, first.why) == outcome
 
-    assert [r.outcome for r in judged(0.04)] == ["differs"]
-    lone = judged(0.04, *[0.5] * 19)[0]
-    assert (lone.outcome, lone.why) == ("undecided", "may be chance among so many figures")
-    assert [r.outcome for r in judged(*[0.04] * 20)] == ["differs"] * 20
 
-
-def test_two_figures_are_the_same_within_the_margin_of_their_claim() -> None:
-    assert [(r.outcome, r.why) for r in judged(0.04, ratio=1.04)] == [("same", "within 5%")]
-    assert [(r.outcome, r.why) for r in judged(0.04, ratio=1.2, margin=0.25)] == [
-        ("same", "within 25%")
-    ]
-    assert [r.outcome for r in judged(0.04, ratio=1.04, margin=0.02)] == ["differs"]
-    row = ComparedFigure(
-        figure="effect on tpot_mean_s", where="x / y", unit="s", better="lower", a=1, b=1,
-        contrast=Contrast(ratio=Interval(value=1.04, low=1.01, high=1.07, n=3), p=0.01),
-        outcome="undecided",
-    )  # fmt: skip
-    (open_,) = compare.judged([row])
-    assert (open_.outcome, open_.why) == ("undecided", "the interval reaches beyond 5%")
+def test_an_interval_that_reaches_beyond_the_margin_decides_nothing() -> None:
+    open_ = zeros(0.01).model_copy(
+        update={
+            "contrast": Contrast(ratio=Interval(value=1.04, low=1.01, high=1.07, n=3), p=0.01),
+            "why": "",
+        }
+    )
+    (found,) = compare.judged([open_])
+    assert (found.outcome, found.why) == ("undecided", "the interval reaches beyond 5%")
 
 
 def judged(*ps: float, ratio: float = 1.2, margin: float = MARGIN) -> list[ComparedFigure]:
@@ -231,13 +236,21 @@ def test_a_lost_flag_fails(folder: RunFolder) -> None:
     assert ["helps in the baseline, not valid now" in line for line in failed] == [True, True]
 
 
-def test_what_is_missing_now_fails(folder: RunFolder) -> None:
-    bare = write_slowed(folder, 1)
+def test_what_is_missing_now_fails_but_for_percentiles_of_too_few_samples(
+    folder: RunFolder,
+) -> None:
+    bare, place = write_slowed(folder, 1), "on/short/concurrent-1"
     summary = bare.summary()
-    summary.measurements["on/short/concurrent-1"].clear()
+    for repeat in summary.measurements[place].values():
+        repeat["ttft_p50_s"] = None
+    summary.pooled[place].pop("ttft_p50_s", None)
+    write_json(bare.path / "summary.json", summary)
+    assert row(compared(folder, bare), "ttft_p50_s", place).b is None
+    assert gate.failures(compared(folder, bare), ALLOWED) == []
+    summary.measurements[place].clear()
     write_json(bare.path / "summary.json", summary)
     failed = gate.failures(compared(folder, bare), ALLOWED)
-    assert "Output throughput at on/short/concurrent-1: missing now" in failed
+    assert f"Output throughput at {place}: missing now" in failed
 
 
 def test_a_run_that_is_not_complete_fails_by_the_names_of_failed_trials(folder: RunFolder) -> None:
@@ -262,17 +275,6 @@ def test_a_run_that_is_not_complete_fails_by_the_names_of_failed_trials(folder: 
 
 def name_of(folder: RunFolder) -> str:
     return Side(folder, None, folder.run(), folder.summary()).name
-
-
-def test_a_percentile_that_too_few_samples_support_fails_nothing(folder: RunFolder) -> None:
-    full, thin = folder, write_slowed(folder, 1)
-    summary = thin.summary()
-    for repeat in summary.measurements["on/short/concurrent-1"].values():
-        repeat["ttft_p50_s"] = None
-    summary.pooled["on/short/concurrent-1"].pop("ttft_p50_s", None)
-    write_json(thin.path / "summary.json", summary)
-    assert row(compared(full, thin), "ttft_p50_s", "on/short/concurrent-1").b is None
-    assert gate.failures(compared(full, thin), ALLOWED) == []
 
 
 def with_figure(folder: RunFolder, metric: str, *values: float) -> RunFolder:
