@@ -86,6 +86,13 @@ class BothEnds:
     differ: tuple[str, ...]
 
     @property
+    def usd_per_million_tokens(self) -> Quantity:
+        """Price a million output tokens on a machine for one US dollar an hour."""
+        if not self.tokens_per_s.value:
+            return Quantity.missing(self.tokens_per_s.why or "no token was written")
+        return Quantity(1e6 / (3600 * self.tokens_per_s.value))
+
+    @property
     def agreement(self) -> Literal["same", "differ", "unknown"]:
         if not self.counted:
             return "unknown"
@@ -103,6 +110,12 @@ class Facts:
     one_stream: OneStream | None  # None: the sweep has no point of one request
     both_ends: BothEnds | None  # None: no session has ended
     played: bool  # whether the requests of fixed batches were played in virtual time, too
+
+    @property
+    def tpot_s(self) -> Quantity:
+        """Mean TPOT at the heaviest load."""
+        at = [step.parts.measured_s for step in self.steps if step.users == self.most]
+        return at[0].brief if at else Quantity.missing("not measured", "s")
 
 
 def facts(run: JudgedRun) -> Facts:

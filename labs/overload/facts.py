@@ -237,6 +237,7 @@ class Best:
     measured: Setting | None  # of those whose figures are valid
     forecast: Setting | None
     searched: Setting | None
+    at_edge: bool  # whether no larger batch was offered than that of the best as measured
 
     @property
     def foreseen(self) -> Literal["the same", "another", "not forecast"]:
@@ -283,12 +284,14 @@ class BestFlags:
             best = max(known, key=lambda at: (at[0].value, at[1].variant or ""), default=None)
             return best[1] if best else None
 
+        measured = most(self.tried, "valid")
         return Best(
             rate,
             all(setting.figure(rate).is_valid for setting in self.tried),
-            measured=most(self.tried, "valid"),
+            measured=measured,
             forecast=most(self.tried, "forecast"),
             searched=most(self.searched, "forecast"),
+            at_edge=bool(measured and measured.batch == max(s.batch for s in self.tried)),
         )
 
 
@@ -436,6 +439,8 @@ def signal(
 
 # ------------------------------------------------- with thresholds that were set beforehand
 
+REPLICA_S = 30.0  # that a replica takes to start, at least: it loads its weights and warms up
+
 
 @dataclass(frozen=True)
 class Said:
@@ -485,6 +490,17 @@ class Alarms:
         """The signal that led by most; one that failed in any trial is left out."""
         sure = [a for a in self.alarms if a.measured.led == self.measured.broken > 0]
         return max(sure, key=lambda a: a.measured.lead_s.value or 0.0, default=None)
+
+    @property
+    def second(self) -> Alarm | None:
+        """The signal that led by most after that one."""
+        led = [a for a in self.alarms if a.measured.lead_s.known and a != self.first]
+        return max(led, key=lambda a: a.measured.lead_s.value or 0.0, default=None)
+
+    @property
+    def is_in_time(self) -> bool:
+        """Whether the first alarm leaves the time that a replica takes to start."""
+        return self.first is not None and (self.first.measured.lead_s.value or 0.0) >= REPLICA_S
 
 
 def alarms(run: JudgedRun) -> tuple[Alarms, ...]:

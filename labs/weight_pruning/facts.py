@@ -230,11 +230,11 @@ def scored(about: Mapping[str, Any], name: str) -> Scored:
 
 @dataclass(frozen=True)
 class Form:
-    """What storing the weights in one form would make of a step; arithmetic."""
+    """What storing the weights in one form would make of a step's bytes; arithmetic."""
 
     zeros: Quantity
     matrices: Quantity  # bytes of a pruned matrix / the dense one's
-    step: Quantity  # of decode at one stream, where it only reads, / the dense one's
+    step: Quantity  # bytes that decode reads at one stream / the dense one's
 
 
 FORMS: Mapping[str, tuple[str, float]] = {
@@ -258,21 +258,25 @@ class Kernels:
 
 
 def kernels(run: Context) -> Kernels | None:
-    """Compute bytes and the bound of a step for each way to store a pruned model."""
+    """Compute the bytes of a matrix and of a step for each way to store a pruned model."""
     pruned = next(
         (a["pruned_params"] for a in run.run.about.values() if "pruned_params" in a), None
     )
     dense = alone(run, run.points[0].variant.name)
     if pruned is None or dense is None:
         return None
-    share = 2 * pruned / theory.decode_bytes(dense.shape, 1, dense.context_tokens)
+    each = dense.shape.value_bytes  # bytes of a weight, as it is served
+    share = each * pruned / theory.decode_bytes(dense.shape, 1, dense.context_tokens)
 
     def form(zeros: float, ratio: float) -> Form:
         step = 1 - share * (1 - ratio)
         return Form(Quantity(zeros, "share"), Quantity(ratio, RATIO), Quantity(step, RATIO))
 
-    forms = {name: form(zeros, bytes_ratio(of, zeros)) for name, (of, zeros) in FORMS.items()}
-    forms[EIGHT_BITS] = form(0, 0.5)
+    forms = {
+        name: form(zeros, bytes_ratio(of, zeros, bits=8 * each))
+        for name, (of, zeros) in FORMS.items()
+    }
+    forms[EIGHT_BITS] = form(0, 1 / each)
     slower = (beside_dense(run, v.name, 1, "tpot_mean_s") for v in run.lab.variants)
     measured = next((ratio for ratio in slower if ratio.known), Quantity.missing("none", RATIO))
     return Kernels(Quantity(share, "share"), forms, measured)
@@ -362,7 +366,7 @@ class Training:
 
     lost: Quantity  # ratio of perplexity at half of the weights, by Wanda
     half_params: Quantity  # of a model with half of the layers / this one's
-    half_step: Quantity  # its decode step at one stream, where it only reads, / this one's
+    half_step: Quantity  # bytes that its decode reads at one stream / this one's
     rate: Quantity  # of this machine, measured
     calibrate: Effort
     train: Effort
@@ -401,7 +405,7 @@ def half_of(shape: Shape, pruned: int) -> Shape:
         layers=shape.layers // 2,
         params=shape.params - pruned // 2,
         matmul_params=shape.matmul_params - pruned // 2,
-        weight_bytes=shape.weight_bytes - pruned,  # half of two bytes each
+        weight_bytes=shape.weight_bytes - shape.value_bytes * pruned // 2,
     )
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.quality import Quality, perplexity, perplexity_ratio, quality
 from labs.harness.facts.weights import KindsOfWeights, kinds_of_weights
 from labs.harness.judging.judge import is_within
-from labs.harness.judging.quantity import Quantity
+from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.spec import MARGIN
+from serving.forecasting import cards
+from serving.forecasting.datasheet import EXPECTED, step_times
+from serving.forecasting.step import Piece, Step
+from serving.hardware.gpus import DATASHEETS
+from serving.weights import dummy, models
 
 BASE = "bf16"
 InputKind = Literal["q_proj", "o_proj", "gate_proj", "down_proj"]  # by the layer that it enters
@@ -24,6 +30,10 @@ class Facts:
     throughput: tuple[AtLoad, ...]
     phases: Phases | None  # None: no variant was measured in both
     tokens_per_s: dict[str, Quantity]  # of each variant, one stream
+
+    @property
+    def on_a_gpu(self) -> OnCard:
+        return on_a_gpu()
 
 
 def facts(run: JudgedRun) -> Facts:
@@ -139,6 +149,57 @@ def beside_base(run: Context, workload: str, users: int, metric: str) -> dict[st
         for name, point in at.items()
         if run.measured_ratio(point, at.get(BASE), metric).known
     }
+
+
+# --------------------------------------------------------------------- the same on a GPU, forecast
+
+FEW, MANY, CONTEXT_TOKENS = 1, 256, 512
+PRECISIONS = {"8 bits, activations too (INT8 or FP8)": "fp8", "4 bits": "w4a16-gptq"}
+
+
+@dataclass(frozen=True)
+class OfPrecision:
+    """The throughput of quantized weights / that of BF16, at both loads."""
+
+    name: str
+    few: Quantity
+    many: Quantity
+
+
+@dataclass(frozen=True)
+class OnCard:
+    """Weights of fewer bits on a GPU that is not here, by its datasheet."""
+
+    card: str
+    model: str
+    few: int
+    many: int
+    context: int
+    weights: tuple[OfPrecision, ...]
+
+
+@cache
+def on_a_gpu() -> OnCard:
+    """Forecast a decode step for each precision: unpacking is free where a GPU waits for memory."""
+    config, card = dummy.config_of("llama-8b"), DATASHEETS["NVIDIA H100 80GB HBM3"]
+
+    def step_s(precision: str | None, users: int) -> float:
+        of = dummy.quantized(config, precision) if precision else config
+        eight_bit = cards.has_eight_bit_products(of)
+        times = step_times(models.shape_of(of), card, EXPECTED, eight_bit=eight_bit)
+        return times.seconds(Step([Piece(1, CONTEXT_TOKENS)] * users, users))
+
+    def gain(precision: str, users: int) -> Quantity:
+        return Quantity(step_s(None, users) / step_s(precision, users), RATIO)
+
+    return OnCard(
+        card.short_name.upper(),
+        dummy.SHAPES["llama-8b"].partition(":")[0],
+        FEW,
+        MANY,
+        CONTEXT_TOKENS,
+        tuple(OfPrecision(n, gain(of, FEW), gain(of, MANY)) for n, of in PRECISIONS.items()),
+    )
 
 
 # ------------------------------------------------------------------------------- decode and prefill

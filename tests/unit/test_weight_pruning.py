@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,15 @@ from labs.harness.judging.judge import is_within
 from labs.harness.judging.quantity import Quantity
 from labs.harness.running import step_timing
 from labs.harness.spec import Variant
-from labs.weight_pruning.facts import EIGHT_BITS, Sparsities, effort, facts, sparsities
+from labs.weight_pruning.facts import (
+    EIGHT_BITS,
+    Sparsities,
+    effort,
+    facts,
+    half_of,
+    kernels,
+    sparsities,
+)
 from labs.weight_pruning.lab import SAME_SPEED, bytes_ratio, energy_gone, energy_gone_2_4
 from serving.hardware import gpus
 from serving.weights.models import Model
@@ -67,6 +76,24 @@ def test_bytes_of_a_sparse_form() -> None:
     assert bytes_ratio("2:4", 0.5, bits=8) == 10 / 16
     assert bytes_ratio("bitmap", 1 / 16) == 1 == bytes_ratio("index", 0.5)
     assert bytes_ratio("dense", 0.7) == 1
+
+
+@pytest.mark.parametrize(("value_bytes", "matrix"), [(2, 36 / 64), (4, 68 / 128)])
+def test_the_bytes_of_a_step_are_those_of_the_weights_as_they_are_served(
+    value_bytes: int, matrix: float, tmp_path: Path
+) -> None:
+    """Of 1,000 weights 800 are pruned; of four two are kept, with two bits each."""
+    shape = replace(SHAPE, value_bytes=value_bytes, weight_bytes=1000 * value_bytes)
+    run = context(tmp_path, LAB, TIMES, about=ABOUT)
+    run = replace(run, points=[replace(p, shape=shape) for p in run.points])
+    point = run.points[0]
+    all_bytes = shape.weight_bytes + point.context_tokens * shape.kv_bytes_per_token()
+    found = kernels(run)
+    assert found
+    assert found.pruned_share.value == pytest.approx(value_bytes * 800 / all_bytes)
+    assert found.forms["2:4"].matrices.value == matrix
+    assert found.forms[EIGHT_BITS].matrices.value == 1 / value_bytes
+    assert half_of(shape, 800).weight_bytes == value_bytes * (1000 - 400)
 
 
 def test_pruned_weights_share_the_timing_of_the_model(tmp_path: Path) -> None:

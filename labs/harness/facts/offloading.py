@@ -3,18 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 from labs.harness import theory
 from labs.harness.judging.quantity import Quantity
 from labs.harness.spec import Point
+from serving.forecasting import cards
+from serving.forecasting.step import Piece, Step
+from serving.hardware.gpus import DATASHEETS
+from serving.weights import dummy, models
+
+EXAMPLE_CARD, EXAMPLE_MODEL, EXAMPLE_TOKENS = "NVIDIA H100 80GB HBM3", "llama-8b", 32_768
+
+
+@dataclass(frozen=True)
+class OnOneCard:
+    """Both ways on one GPU that is not here: its link's datasheet, its prefill by its kernels."""
+
+    card: str
+    model: str
+    tokens: int
+    link: Quantity
+    copy_s: Quantity
+    prefill_s: Quantity  # with the band of a faster and a slower engine
+    even: Quantity  # the rate of a link that takes as long as the prefill
+
+
+@cache
+def on_one_card() -> OnOneCard:
+    """Compare both ways for the example."""
+    config, sheet = dummy.config_of(EXAMPLE_MODEL), DATASHEETS[EXAMPLE_CARD]
+    shape, link = models.shape_of(config), sheet.host_bytes_per_s
+    assert link, "the example's link has a datasheet"
+    prompt = Step([Piece(EXAMPLE_TOKENS, 0)], 1)
+    prefill_s, *ends_s = (times.seconds(prompt) for times in cards.steps(config, shape, sheet))
+    all_bytes = EXAMPLE_TOKENS * shape.kv_bytes_per_token()
+    return OnOneCard(
+        card=EXAMPLE_CARD.removeprefix("NVIDIA ").split()[0],
+        model=dummy.SHAPES[EXAMPLE_MODEL].partition(":")[0],
+        tokens=EXAMPLE_TOKENS,
+        link=Quantity(link / 1e9, "GB/s"),
+        copy_s=Quantity(theory.kv_copy_s(shape, EXAMPLE_TOKENS, link), "s"),
+        prefill_s=Quantity(prefill_s, "s", min(ends_s), max(ends_s)),
+        even=Quantity(all_bytes / prefill_s / 1e9, "GB/s"),
+    )
 
 
 @dataclass(frozen=True)
 class CopyOrCompute:
     """Says from which length of a prefix on copying its keys and values is the faster way.
 
-    It is arithmetic on the machine's ceilings: each way at its full rate.
+    It is arithmetic on the machine's ceilings: each way at its full rate. Where no link was
+    measured, that of PCIe 4.0 beside this machine's prefill would compare two machines: then
+    `example` has both figures of one.
     """
 
     bytes_per_token: float
@@ -46,6 +88,10 @@ class CopyOrCompute:
     @property
     def link(self) -> Quantity:
         return Quantity(self.link_bytes_per_s / 1e9, "GB/s")
+
+    @property
+    def example(self) -> OnOneCard:
+        return on_one_card()
 
     @property
     def prefill(self) -> Quantity:

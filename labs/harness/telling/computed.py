@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from labs.harness import theory
+from labs.harness.facts.offloading import EXAMPLE_MODEL, on_one_card
 from labs.harness.facts.parts import parts_of
 from labs.harness.judging.text import number
 from labs.harness.questions import QUESTIONS
@@ -24,9 +24,8 @@ from labs.harness.telling.tables import with_band
 from labs.harness.telling.templates import filled
 from serving.engines.vllm import MEMORY_SHARE, usable_bytes
 from serving.forecasting import cards
-from serving.forecasting.datasheet import EXPECTED
 from serving.forecasting.step import Piece, Step
-from serving.hardware.gpus import DATASHEETS, PCIE_4_BYTES_PER_S, Datasheet
+from serving.hardware.gpus import DATASHEETS, Datasheet
 from serving.weights import dummy, models
 from serving.weights.dummy import SHAPES
 from serving.weights.models import Shape
@@ -116,81 +115,93 @@ def _large_model() -> Computed:
 
 def _documents() -> Computed:
     """Forecast prompts that are long and begin with one of some documents, at a high rate."""
-    name, prompt, document, documents, replicas, budget = "llama-8b", 4000, 3800, 300, 4, 512
+    name, prompt, answer, document, documents, replicas, budget, users = (
+        "llama-8b", 4000, 100, 3800, 300, 4, 512, 16,
+    )  # fmt: skip
     card, sheet = _card()
     shape = shipped_shape(name)
     times = cards.steps(dummy.config_of(name), shape, sheet)
 
-    def prefill(tokens: int, cached: int) -> tuple[str, str]:
-        """Forecast the time of a prompt's last tokens, and such prompts a second."""
-        bands = over([t.seconds(Step([Piece(tokens, cached)], 1)) for t in times])
-        return with_band(bands, "s"), number(1 / bands.value)
+    def prefill_s(tokens: int, cached: int) -> str:
+        """Forecast the time of a prompt's last tokens."""
+        return with_band(over([t.seconds(Step([Piece(tokens, cached)], 1)) for t in times]), "s")
 
-    cold_s, cold_per_s = prefill(prompt, 0)
-    warm_s, warm_per_s = prefill(prompt - document, document)
-    piece_s, _ = prefill(budget, prompt - budget)
+    def answered_per_s(cached: int) -> str:
+        """Forecast such requests a second where so many are always in flight."""
+        return with_band(
+            over([users / t.request_s(users, prompt, answer, cached) for t in times]), "req/s"
+        )
+
     kept = kv_room_tokens(shape, sheet.memory_bytes, 2) // (document // BLOCK_TOKENS * BLOCK_TOKENS)
     text = filled(
         "computed_documents.md",
-        model=_model(name), card=card, prompt=prompt, document=document, budget=budget,
-        documents=documents, replicas=replicas, each=documents // replicas, kept=f"{kept:,.0f}",
-        cold_s=cold_s, warm_s=warm_s, piece_s=piece_s, cold_per_s=cold_per_s,
-        warm_per_s=warm_per_s,
+        model=_model(name), card=card, prompt=prompt, answer=answer, document=document,
+        budget=budget, documents=documents, replicas=replicas, each=documents // replicas,
+        users=users, kept=f"{kept:,.0f}", cold_s=prefill_s(prompt, 0),
+        warm_s=prefill_s(prompt - document, document), piece_s=prefill_s(budget, prompt - budget),
+        cold_per_s=answered_per_s(0), warm_per_s=answered_per_s(document),
     )  # fmt: skip
     command = (
-        f"make plan MACHINE={sheet.short_name} RATE=60 LENGTHS={prompt}/100"
+        f"make plan MACHINE={sheet.short_name} RATE=60 LENGTHS={prompt}/{answer}"
         f" DOCUMENTS={documents}/{document} REPLICAS={replicas}"
     )
     return Computed("forecast", text, command)
 
 
+LOADS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # requests in flight
+
+
 def _rent_or_buy() -> Computed:
-    """Compute from how many tokens a day on a rented card is cheaper than an API."""
-    name, prompt, output, users, per_hour, per_million = "llama-8b", 1000, 200, 64, 2.5, 0.3
+    """Compute from which load on a rented card is cheaper than an API, input and output paid."""
+    name, prompt, output = "llama-8b", 1000, 200
+    usd_per_hour, usd_per_million_in, usd_per_million_out = 2.5, 0.1, 0.3
     card, sheet = _card()
-    shape = shipped_shape(name)
-    millions = break_even_millions(per_hour, per_million)
-    per_s = over(
-        [
-            users * output / times.request_s(users, prompt, output)
-            for times in cards.steps(dummy.config_of(name), shape, sheet)
-        ]
+    times = cards.steps(dummy.config_of(name), shipped_shape(name), sheet)
+    request_usd = (prompt * usd_per_million_in + output * usd_per_million_out) / 1e6
+    per_output_usd = 1e6 * request_usd / output
+    millions_out = break_even_millions(usd_per_hour, per_output_usd)
+    requests_a_day = 1e6 * millions_out / output
+    even_per_s = requests_a_day / 86_400
+
+    def served(users: int) -> list[float]:
+        """Forecast the requests a second with so many in flight, on the three engines."""
+        return [users / t.request_s(users, prompt, output) for t in times]
+
+    from_users, *ends = (
+        next(users for users in LOADS if served(users)[engine] > even_per_s)
+        for engine in range(len(times))
     )
-    a_day = over([86_400 * value / 1e6 for value in (per_s.value, per_s.low, per_s.high)])
+    at_that, most = over(served(from_users)), over(served(LOADS[-1]))
     text = filled(
         "computed_rent_or_buy.md",
-        model=_model(name), card=card, users=users, prompt=prompt, output=output,
-        per_hour=f"{per_hour:.2f}", per_million=f"{per_million:.2f}", millions=number(millions),
-        per_s=number(millions * 1e6 / 86_400), a_day=with_band(a_day, "1"),
-        busy=number(millions / a_day.value, "share"),
+        model=_model(name), card=card, prompt=prompt, output=output,
+        usd_per_hour=f"{usd_per_hour:.2f}", usd_in=f"{usd_per_million_in:.2f}",
+        usd_out=f"{usd_per_million_out:.2f}", requests_a_day=f"{requests_a_day:,.0f}",
+        millions=number(requests_a_day * (prompt + output) / 1e6), even_per_s=number(even_per_s),
+        from_users=from_users, fewest=min([from_users, *ends]), most_users=max([from_users, *ends]),
+        at_that=with_band(at_that, "1"), loads=LOADS[-1], most=with_band(most, "1"),
+        busy=number(even_per_s / most.value, "share"),
     )  # fmt: skip
     command = (
         f"make plan MACHINE={sheet.short_name} RATE=10 LENGTHS={prompt}/{output}"
-        f" PRICE_PER_HOUR={per_hour:.2f} API_PRICE={per_million:.2f}"
+        f" PRICE_PER_HOUR={usd_per_hour:.2f} API_PRICE={per_output_usd:.2f}"
     )
     return Computed("arithmetic and forecast", text, command)
 
 
 def _smaller_cache() -> Computed:
     """Compute what each way to a smaller cache leaves of one long request."""
-    name, context, window = "llama-8b", 32_768, 4096
-    card, sheet = _card()
-    shape = shipped_shape(name)
-    flops_per_s = EXPECTED.computing * sheet.bf16_flops_per_s
-    prefill_s = theory.prefill_flops(shape, context) / flops_per_s
-    link = sheet.host_bytes_per_s or PCIE_4_BYTES_PER_S
-    copy_s = theory.kv_copy_s(shape, context, link)
-    pays = theory.link_that_pays_bytes_per_s(shape, flops_per_s)
+    example, window = on_one_card(), 4096
+    context, shape = example.tokens, shipped_shape(EXAMPLE_MODEL)
     each, eight = shape.kv_bytes_per_token(2), shape.kv_bytes_per_token(1)
     text = filled(
         "computed_smaller_cache.md",
-        model=_model(name), card=card, context=context, window=window, whole=_gb(each * context),
+        example=example, context=context, window=window, whole=_gb(each * context),
         eight=_gb(eight * context), windowed=_gb(each * window), halved=_gb(each * context / 2),
-        link=number(link / 1e9, "GB/s"), copy_s=number(copy_s, "s"),
-        prefill_s=number(prefill_s, "s"), computing=number(EXPECTED.computing, "share"),
-        pays=number(pays / 1e9, "GB/s"),
     )  # fmt: skip
-    return Computed("arithmetic", text, "make plan MACHINE=h100 MODEL=llama-8b LENGTHS=32000/500")
+    return Computed(
+        "arithmetic and forecast", text, "make plan MACHINE=h100 MODEL=llama-8b LENGTHS=32000/500"
+    )
 
 
 _ANSWERS: Mapping[str, Callable[[], Computed]] = {

@@ -113,10 +113,13 @@ def page(basis: Basis, predictions: Predictions) -> Markdown:
     """Build the page of a lab: claims, points with their bands, and what has no forecast."""
     forecasts, lab = predictions.in_virtual_time, basis.lab
     assert forecasts, "a page of forecasts is made of forecasts"
+    # what an adapter's operations take is not modelled: no formula stands in for it
+    flags = dict(zip((v.name for v in lab.variants), lab.all_flags, strict=True))
+    adapters = [name for name in forecasts.without if flags.get(name, {}).get("enable-lora")]
     return basis.page(
         forecasts.without,
         several=False,
-        claims=tables.predictions(lab, predictions),
+        claims=tables.predictions(lab, predictions, left_out=adapters),
         points=tables.in_virtual_time(lab, forecasts, also=("goodput_per_s",)),
         searched=tables.searched(forecasts) or "",
         two_engines=tables.on_two_engines(lab, forecasts),

@@ -35,7 +35,7 @@ from labs.harness.judging.text import (
     with_ends,
     yes_or_no,
 )
-from labs.harness.names import PairName
+from labs.harness.names import PairName, PointName
 from labs.harness.spec import MARGIN, OF_FORECASTS, Lab, Point
 from labs.harness.telling.document import Table
 from labs.harness.telling.markdown import Inline, code, parse, plain_text
@@ -236,12 +236,18 @@ def ttft_at_both_ends(listed_points: Sequence[Point], lab: Lab, summary: Summary
 # -------------------------------------------------------------------------------- of predictions
 
 
-def predictions(lab: Lab, predicted_before: Predictions) -> Table:
-    """Every figure that was predicted before an engine started, and what predicted it."""
+def predictions(lab: Lab, predicted_before: Predictions, left_out: Collection[str] = ()) -> Table:
+    """Every figure that was predicted before an engine started, and what predicted it.
+
+    What compares a variant that is left out has no row.
+    """
     rows = []
     for claim in lab.claims:
         for pair, prediction in predicted_before.effects[claim.name].items():
             name = PairName.parse(pair)
+            sides = (name.treatment, name.baseline)
+            if any(PointName.parse(side).variant in left_out for side in sides):
+                continue
             where = f"{point_label(name.treatment, lab)} / {point_label(name.baseline, lab)}"
             by = "forecast" if prediction.source == OF_FORECASTS else "formula"
             rows.append((claim.metric, where, f"{ratio_number(prediction.value)}x", by))

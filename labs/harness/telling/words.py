@@ -23,6 +23,7 @@ from labs.harness.page import ANSWERS, FINDINGS, PLOTS, Page, PageError, page_of
 from labs.harness.spec import Lab
 from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.templates import Filled, filled, filled_text
+from serving.weights.models import BUNDLED
 
 FOLD = "<details>"
 NOTHING = Markdown("Nothing was measured for this.")
@@ -134,6 +135,7 @@ def _known(run: Run, lab: Lab, summary: Summary, facts: Any) -> dict[str, Any]:
         "label": lambda key: point_label(key, lab),
         "on_gpu": run.machine.kind == "gpu",
         "was_forecast": bool(summary.in_virtual_time),
+        "is_from_4_bits": run.model == BUNDLED,
     }
 
 
