@@ -114,8 +114,11 @@ def page(basis: Basis, predictions: Predictions) -> Markdown:
     forecasts, lab = predictions.in_virtual_time, basis.lab
     assert forecasts, "a page of forecasts is made of forecasts"
     # what an adapter's operations take is not modelled: no formula stands in for it
-    flags = dict(zip((v.name for v in lab.variants), lab.all_flags, strict=True))
-    adapters = [name for name in forecasts.without if flags.get(name, {}).get("enable-lora")]
+    adapters = [
+        v.name
+        for v in lab.variants
+        if v.name in forecasts.without and lab.flags_of(v).get("enable-lora")
+    ]
     return basis.page(
         forecasts.without,
         several=False,
