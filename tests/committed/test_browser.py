@@ -14,7 +14,6 @@ from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder
 from labs.harness.telling import pages, report
 from labs.harness.telling.site import write_site
-from loadtests import records
 from tests.browser import Browser, Page, browser, find
 from tests.committed import in_git
 from tests.unit.builders import write_run
@@ -154,8 +153,7 @@ def test_a_trial_is_chosen_and_its_longest_request_found(chromium: Browser, site
     page = opened(chromium, of(site, RUNS[0]))
     folder = folder_of(site, RUNS[0])
     point = folder.run().points()[4]
-    path = folder.trial_folder(point, 2) / "requests.jsonl.gz"
-    found = list(records.read(path))
+    found = folder.records(point.key, 2)
     page.choose("trial-point", point.key)
     page.choose("trial-repeat", "2")
     page.choose("trial-order", "e2e")

@@ -8,8 +8,7 @@ variant knows enters no figure and is left out, except the token that it finds l
 A logprob is kept as how far it lies below the likeliest of its position, in whole steps of
 2**-`grid` nat: of a base from one id to the next, of another variant by its difference to the
 base's. Engines compute logits in 16 bits, so that a coarse step gives nearly all logprobs back to
-the last of their five decimals. Where none does, the step is 2**-12 nat, and a logprob is right to
-0.00013: far below what figures are told to.
+the last of their five decimals. Where none does, `grid` is null, and a step is that last decimal.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 DECIMALS = 5  # of an engine's logprobs
-COARSEST, FINEST = 3, 12
+GRIDS = range(3, 12)
 AS_RECORDED = 2.1 * 10**-DECIMALS  # two rounded logprobs may differ by so much from their step
 Known = Mapping[int, float]
 Column = list[int | None]
@@ -82,7 +81,7 @@ def _columns(token_ids: Sequence[int], evaluations: Sequence[Sequence[Known]]) -
         columns["grid"].append(grid)
         columns["ids"].append(ids)
         steps = [
-            [round((top - of[i]) * 2**grid) if i in of else None for i in ids]
+            [round((top - of[i]) * _steps_a_nat(grid)) if i in of else None for i in ids]
             for of, top in zip(known, tops, strict=True)
         ]
         reference = _reference(steps[0])
@@ -93,13 +92,17 @@ def _columns(token_ids: Sequence[int], evaluations: Sequence[Sequence[Known]]) -
     return columns
 
 
-def _grid(known: Sequence[Known], tops: Sequence[float], ids: Sequence[int]) -> int:
+def _grid(known: Sequence[Known], tops: Sequence[float], ids: Sequence[int]) -> int | None:
     """Find the coarsest step that gives all logprobs of a position back as they were recorded."""
     below = [top - of[i] for of, top in zip(known, tops, strict=True) for i in ids if i in of]
-    for grid in range(COARSEST, FINEST):
+    for grid in GRIDS:
         if all(abs(nats - round(nats * 2**grid) / 2**grid) <= AS_RECORDED for nats in below):
             return grid
-    return FINEST
+    return None
+
+
+def _steps_a_nat(grid: int | None) -> int:
+    return 10**DECIMALS if grid is None else 1 << grid
 
 
 def _reference(column: Sequence[int | None]) -> list[int]:
@@ -131,7 +134,7 @@ def _restored(passage: Mapping[str, Any], number: int) -> list[dict[str, float]]
         top = passage["likeliest"][number][place]
         positions.append(
             {
-                str(i): round(top - step / 2**grid, DECIMALS)
+                str(i): round(top - step / _steps_a_nat(grid), DECIMALS)
                 for i, step in zip(ids, steps, strict=True)
                 if step is not None
             }

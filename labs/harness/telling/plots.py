@@ -36,6 +36,7 @@ from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import point_label
 from labs.harness.spec import Lab, Point
 from labs.harness.telling.document import Figure, Inline
+from labs.harness.telling.svg import compact
 from labs.harness.telling.visible import visible
 from labs.harness.telling.words import told
 from serving import whole
@@ -149,7 +150,7 @@ def _save(figure: matplotlib.figure.Figure, path: Path) -> None:
     svg = io.StringIO()
     # not pyplot's own function, which draws the figure once more afterwards
     figure.savefig(svg, metadata={"Date": None})
-    whole.write(path, visible(svg.getvalue()))
+    whole.write(path, visible(compact(svg.getvalue())))
 
 
 WIDE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
