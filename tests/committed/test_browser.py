@@ -481,7 +481,7 @@ def test_a_dial_is_turned_and_a_readers_own_run_joins_or_is_refused(
     ):  # fmt: skip
         shown.js(f"{drop}({text!r})")
         shown.wait(f"{answer}.includes({why!r})")
-    own = (folder_of(site, RUNS[1]).path / "summary.json").read_text()
+    own = folder_of(site, RUNS[1]).summary().model_dump_json()
     shown.js(f"{drop}({json.dumps(own)})")
     shown.wait(f"{answer}.startsWith('Your run:')")
     assert shown.js(diamonds) == lines + 1

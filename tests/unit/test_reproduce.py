@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -15,7 +17,7 @@ from labs import LABS
 from labs.harness.commands.cli import app
 from labs.harness.comparing import leaderboards, reproduction
 from labs.harness.filing import checks, manifest, results
-from labs.harness.filing.results import Run, RunFolder, write_json
+from labs.harness.filing.results import Run, RunFolder, write_json, write_packed_json
 from labs.harness.judging.judge import Interval
 from labs.harness.running import reproduce
 from labs.harness.running.resolve import RunRequest, lab_of
@@ -176,6 +178,18 @@ def test_what_the_original_left_open_decides_nothing(folder: RunFolder) -> None:
 # ----------------------------------------------------------------------------------------- filing
 
 
+def repetition_of(path: Path) -> str:
+    return path.name.removesuffix(reproduction.PACKED_JSON)
+
+
+def plain_of(path: Path) -> Any:
+    return json.loads(lzma.decompress(path.read_bytes()))
+
+
+def write_plain(path: Path, plain: Any) -> None:
+    path.write_bytes(lzma.compress(json.dumps(plain).encode()))
+
+
 def filed(folder: RunFolder, factor: float = 1) -> Path:
     again = write_slowed(folder, factor)
     run = again.run().model_copy(update={"reproduces": folder.path.name})
@@ -187,7 +201,7 @@ def filed(folder: RunFolder, factor: float = 1) -> Path:
 
 def test_an_answer_is_filed_with_the_original_and_needs_no_records(folder: RunFolder) -> None:
     path = filed(folder)
-    shutil.rmtree(folder.path.with_name(path.stem))  # the repetition is not published
+    shutil.rmtree(folder.path.with_name(repetition_of(path)))  # the repetition is not published
     assert path.parent.parent == folder.path
     (found,) = reproduction.filed_with(folder)
     assert (found.outcome, found.day) == ("reproduced", "2026-01-01")
@@ -228,8 +242,8 @@ def test_sittings_on_the_same_hardware_tell_how_far_ratios_lie_apart(
     assert pooled
     assert (pooled.spread, pooled.ratios) == pytest.approx((0.1, 2))
     assert reproduction.between_sittings(others) is None
-    write_json(path, moved)
-    shutil.rmtree(folder.path.with_name(path.stem))
+    write_packed_json(path, moved)
+    shutil.rmtree(folder.path.with_name(repetition_of(path)))
     for module in (leaderboards, manifest):
         monkeypatch.setattr(module, "LABS", {"tiny": make_lab()})
     leaderboard = leaderboards.leaderboard()
@@ -244,13 +258,17 @@ def test_a_remark_by_hand_is_shown_and_outlives_another_answer(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = filed(folder, factor=1.1)
-    by_hand = json.loads(path.read_text()) | {"remark": "The other guest was busy."}
-    path.write_text(json.dumps(by_hand))
+    by_hand = plain_of(path) | {"remark": "The other guest was busy."}
+    write_plain(path, by_hand)
     assert (path.parent / leaderboards.PAGE) in leaderboards.stale()
-    original = reproduction.original_of(RunFolder(folder.path.with_name(path.stem)))
+    original = reproduction.original_of(RunFolder(folder.path.with_name(repetition_of(path))))
     assert original
     assert original.path == folder.path
-    code = CliRunner().invoke(app, ["report", str(folder.path.with_name(path.stem))]).exit_code
+    code = (
+        CliRunner()
+        .invoke(app, ["report", str(folder.path.with_name(repetition_of(path)))])
+        .exit_code
+    )
     assert code == 0
     assert reproduction.filed_with(folder)[0].remark == "The other guest was busy."
     assert "**Remark.** The other guest was busy." in (path.parent / leaderboards.PAGE).read_text()
@@ -258,39 +276,42 @@ def test_a_remark_by_hand_is_shown_and_outlives_another_answer(
 
 def test_what_is_filed_is_judged_again_by_the_original_and_todays_rules(folder: RunFolder) -> None:
     path = filed(folder)
-    before = json.loads(path.read_text())
+    before = plain_of(path)
     assert reproduction.judge_again(folder) == []
     old = {k: v for k, v in before.items() if k != "outcome"} | {"verdicts_agree": False}
     old["verdicts"] = [v | {"a": "hurts", "b": "inconclusive"} for v in before["verdicts"]]
     old["answers"] = [
         {"answer": "differs", "row": a["row"] | {"outcome": "differs"}} for a in before["answers"]
     ]
-    path.write_text(json.dumps(old))
+    write_plain(path, old)
     assert reproduction.problems(folder)
-    shutil.rmtree(folder.path.with_name(path.stem))  # the repetition is not published
+    shutil.rmtree(folder.path.with_name(repetition_of(path)))  # the repetition is not published
     assert CliRunner().invoke(app, ["report", str(folder.path)]).exit_code == 0
-    assert json.loads(path.read_text()) == before
+    assert plain_of(path) == before
     assert reproduction.problems(folder) == []
 
 
 def test_a_verdict_that_the_repetition_withheld_stays_withheld(folder: RunFolder) -> None:
     path = filed(folder)
-    plain = json.loads(path.read_text())
+    plain = plain_of(path)
     plain["verdicts"][0]["b"] = "not valid"
-    path.write_text(json.dumps(plain))
+    write_plain(path, plain)
     reproduction.judge_again(folder)
     (found,) = reproduction.filed_with(folder)
     assert [v.b for v in found.verdicts] == ["not valid", "helps"]
     assert found.outcome == "undecided"
 
 
+def another_verdict(path: Path) -> None:
+    write_plain(path, json.loads(json.dumps(plain_of(path)).replace("helps", "hurts")))
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (lambda path: path.write_text("{"), "json: Invalid JSON"),
-        (lambda path: path.rename(path.with_name("other.json")), "about another run, or was ren"),
-        (lambda path: path.write_text(path.read_text().replace("helps", "hurts")),
-         "is about other verdicts than this run's"),
+        (lambda path: path.write_bytes(lzma.compress(b"{")), "json.xz: Invalid JSON"),
+        (lambda path: path.rename(path.with_name("b.json.xz")), "about another run, or was ren"),
+        (another_verdict, "is about other verdicts than this run's"),
     ],
 )  # fmt: skip
 def test_what_is_filed_wrongly_is_a_problem(

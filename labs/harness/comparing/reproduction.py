@@ -6,8 +6,9 @@ what the original says, or it is not valid. Where the original decided nothing t
 reproduce.
 
 The result is written beside the repetition and its records, as reproduction.json and .md. It is
-also kept with the original, in `reproductions/`, without those records: some kilobytes, by which a
-collection of results says for each run whether others measured the same.
+also kept with the original, in `reproductions/`, packed: some kilobytes, by which a collection of
+results says for each run whether others measured the same. Who adds a remark there by hand unpacks
+the file (`xz -d`), and packs it again (`xz`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ from labs.harness.filing import manifest
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.committed import tracked
 from labs.harness.filing.manifest import Fact
-from labs.harness.filing.results import RunFolder, all_runs, read_json, write_json
+from labs.harness.filing.results import (
+    RunFolder,
+    all_runs,
+    read_json,
+    write_json,
+    write_packed_json,
+)
 from labs.harness.judging.judge import Judgement, VerdictKind, verdict_kind
 from labs.harness.judging.text import ONE_SITTING
 from labs.harness.telling import markdown
@@ -40,7 +47,7 @@ from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.templates import filled
 from serving import whole
 
-FILED = "reproductions"
+FILED, PACKED_JSON = "reproductions", ".json.xz"
 
 
 def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
@@ -124,9 +131,9 @@ def file_with_original(result: Reproduction, original: RunFolder) -> Path:
 
     The page of a published run shows published repetitions alone, so a new one leaves it as it is.
     """
-    path = original.path / FILED / f"{result.by.run}.json"
+    path = original.path / FILED / f"{result.by.run}{PACKED_JSON}"
     remark = read_json(path, Reproduction).remark if path.exists() else ""
-    write_json(path, result.model_copy(update={"remark": remark}))
+    write_packed_json(path, result.model_copy(update={"remark": remark}))
     if filed_with(original, committed=True):
         whole.write(path.with_name("README.md"), markdown.document(page(original)))
     return path
@@ -152,9 +159,8 @@ def judge_again(original: RunFolder) -> list[Path]:
                 "likeliest_cause": likeliest_cause(verdicts, rows, before.differences),
             }
         )
-        text = path.read_text()
-        write_json(path, after)
-        if path.read_text() != text:
+        if after != before:
+            write_packed_json(path, after)
             changed.append(path)
     return changed
 
@@ -178,7 +184,7 @@ def filed_with(original: RunFolder, committed: bool = False) -> list[Reproductio
 
 
 def _files(original: RunFolder) -> list[Path]:
-    return sorted((original.path / FILED).glob("*.json"), reverse=True)
+    return sorted((original.path / FILED).glob(f"*{PACKED_JSON}"), reverse=True)
 
 
 def page(original: RunFolder) -> Section:
@@ -205,7 +211,10 @@ def problems(original: RunFolder) -> list[str]:
         except DamagedError as error:
             texts.append(str(error))
             continue
-        if path.stem != result.by.run or Path(result.original).name != original.path.name:
+        if (
+            path.name != f"{result.by.run}{PACKED_JSON}"
+            or Path(result.original).name != original.path.name
+        ):
             texts.append(f"{name} is about another run, or was renamed")
         elif {(v.claim, v.where): v.a for v in result.verdicts if v.a != "missing"} != decided:
             texts.append(

@@ -17,7 +17,7 @@ results/<machine>/<lab>/<UTC>-<digest>/
     *.xz                once the run is complete, in the place of probes/, trials/, the
                         predictions and the summary: `filing.packed` describes them
     reproduction.json  .md              where the run repeats another: which figures agree
-    reproductions/<run>.json  README.md where the run was repeated: a copy from each repetition
+    reproductions/<run>.json.xz  README.md  where the run was repeated: a copy from each repetition
     COMPLETE            written last, and only when no trial failed
 """
 
@@ -27,6 +27,7 @@ import contextlib
 import errno
 import gzip
 import json
+import lzma
 import math
 import os
 import shutil
@@ -922,6 +923,11 @@ def snapshot_from_json(plain: dict[str, Any]) -> Snapshot:
 def write_json(path: Path, model: BaseModel) -> None:
     """Write a model as JSON; the file appears only when it is whole."""
     whole.write(path, json.dumps(model.model_dump(mode="json"), indent=1) + "\n")
+
+
+def write_packed_json(path: Path, model: BaseModel) -> None:
+    """Write a model as JSON, packed by xz; the file appears only when it is whole."""
+    whole.write(path, lzma.compress(model.model_dump_json().encode() + b"\n"))
 
 
 def write_gzip(path: Path, plain: Any) -> None:
