@@ -249,7 +249,7 @@ def test_sittings_on_the_same_hardware_tell_how_far_ratios_lie_apart(
     leaderboard = leaderboards.leaderboard()
     (row,) = leaderboard.rows[:1]
     assert row[leaderboard.header.index("Between sittings")] == "10.0% (2 ratios)"
-    write_json(path, moved.model_copy(update={"verdicts": apart[:1]}))
+    write_packed_json(path, moved.model_copy(update={"verdicts": apart[:1]}))
     (row,) = leaderboards.leaderboard().rows[:1]
     assert row[leaderboard.header.index("Between sittings")] == "10.0% (1 ratio)"
 
