@@ -14,6 +14,7 @@ NAME = re.compile(r' id="([^"]*)"')
 USED_NAME = re.compile(r"#([\w.-]+)")
 EMPTY_GROUP = re.compile(r"<g/>\n|<g>\n</g>\n")
 GROUP_OF_ONE = re.compile(r"<g>\n(<(?:use|path|text|image) [^\n]*\n)</g>\n")
+FONT = "font-family: 'DejaVu Sans', 'Verdana', sans-serif"
 NESTED = 3  # groups around one shape, at most
 
 
@@ -25,7 +26,15 @@ def compact(svg: str) -> str:
     svg = NAME.sub(lambda name: name[0] if name[1] in used else "", svg)
     for _ in range(NESTED):
         svg = GROUP_OF_ONE.sub(r"\1", EMPTY_GROUP.sub("", svg))
-    return svg
+    return _with_one_font(svg)
+
+
+def _with_one_font(svg: str) -> str:
+    """Name the font of all texts once."""
+    of_a_text = f"; {FONT}"
+    if of_a_text not in svg:
+        return svg
+    return svg.replace(of_a_text, "").replace("</style>", f" text{{{FONT}}}</style>", 1)
 
 
 def _rounded(attribute: re.Match[str]) -> str:
