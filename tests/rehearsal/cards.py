@@ -27,14 +27,14 @@ CUDA = {  # datasheet's short name -> compute capability, multiprocessors
     "a100": ((8, 0), 108),
     "l4": ((8, 9), 58),
     "rtx-4090": ((8, 9), 128),
+    "l40s": ((8, 9), 142),
 }
 CARDS = {
     **{
         sheet.short_name: Card(name, sheet.memory_bytes, *CUDA[sheet.short_name])
         for name, sheet in DATASHEETS.items()
     },
-    # classes of memory without a datasheet
-    "l40s": Card("NVIDIA L40S", 46068 * 2**20, (8, 9), 142),
+    # a class of memory without a datasheet
     "rtx-a4000": Card("NVIDIA RTX A4000", 16376 * 2**20, (8, 6), 48),
 }
 

@@ -14,7 +14,6 @@ WRITES_DOWN_A_MOMENT = {  # modules that do nothing else with the wall clock
     "labs/harness/filing/results.py",
     "labs/harness/running/run.py",
     "loadtests/load.py",
-    "loadtests/master.py",
     "serving/hardware/machine.py",
 }
 

@@ -310,7 +310,8 @@ def _measured_on(runs: Sequence[RunFolder]) -> str:
     if not all(map(on_cpu, found)):
         kinds.append("GPUs, which are named")
     without = "; no result from a GPU is here yet" if all(map(on_cpu, runs)) else ""
-    return f"Measured on {' and on '.join(kinds)}{without}."
+    told = published_gpu.in_brief(filed.on_file()) if without else ""
+    return f"Measured on {' and on '.join(kinds)}{without}. {told}".rstrip()
 
 
 def _decided(runs: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, Judgement, Headline]]:

@@ -59,6 +59,11 @@ def page(judged: Sequence[Judged]) -> Markdown:
     )
 
 
+def in_brief(judged: Sequence[Judged]) -> Markdown:
+    """Say in a sentence how near forecasts came; nothing where no run was judged."""
+    return filled("published_gpu_in_brief.md", scores=Scores.of(judged))
+
+
 def _predictors(judged: Sequence[Judged]) -> Iterator[Predictor]:
     stages = [(run, run.run.stage) for run in judged if run.run.stage]
     if not stages:
