@@ -290,6 +290,8 @@ def _where_found(runs: Sequence[RunFolder]) -> Paragraph:
     return Paragraph(
         (
             f"{_measured_on(runs)} ",
+            published_gpu.in_brief(filed.on_file()),
+            " ",
             parse(READING_FINDINGS),
             " (",
             Link("verdicts", VERDICTS),
@@ -310,8 +312,7 @@ def _measured_on(runs: Sequence[RunFolder]) -> str:
     if not all(map(on_cpu, found)):
         kinds.append("GPUs, which are named")
     without = "; no result from a GPU is here yet" if all(map(on_cpu, runs)) else ""
-    told = published_gpu.in_brief(filed.on_file()) if without else ""
-    return f"Measured on {' and on '.join(kinds)}{without}. {told}".rstrip()
+    return f"Measured on {' and on '.join(kinds)}{without}."
 
 
 def _decided(runs: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, Judgement, Headline]]:
