@@ -16,7 +16,8 @@ import hashlib
 import json
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,37 @@ from labs.harness.running.virtual_trials import as_one_gpu, records
 from labs.harness.spec import LabError
 from serving.engines.vllm import Vllm
 from serving.forecasting import cards
-from serving.forecasting.plan import ForecastPlan, PlannedEngine, PlannedTrial, SyntheticRequest
+from serving.forecasting.plan import (
+    ForecastPlan,
+    ForecastPlay,
+    PlannedEngine,
+    PlannedTrial,
+    SyntheticRequest,
+)
 from serving.forecasting.traffic import Traffic
 from serving.hardware.gpus import DATASHEETS, short_names
 from serving.weights import dummy, models
 
 PUBLIC_RUNS = Path(cards.__file__).parent / "public_runs"
 MOST_REQUESTS = 1000  # of a run that are played, its first
+Figures = Mapping[str, float]  # of a run, by a name of FIGURES
 COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "ttft_s", "e2e_s")
 
 
 class Request(BaseModel, frozen=True):
-    """A request that was sent and measured."""
+    """A request that was sent."""
 
     arrival_s: float = Field(ge=0)
     prompt_tokens: int = Field(ge=1)
     output_tokens: int = Field(ge=1)
-    ttft_s: float = Field(default=0.0, ge=0)  # 0 where none was published
-    e2e_s: float = Field(default=0.0, ge=0)
     prompt_id: str = ""
+
+
+class MeasuredRequest(Request, frozen=True):
+    """A request of which it was published what its client saw."""
+
+    ttft_s: float = Field(gt=0)
+    e2e_s: float = Field(gt=0)
 
 
 def drawn(stage: Stage) -> list[Request]:
@@ -107,13 +120,13 @@ def runs_of(data: Path) -> list[tuple[PublishedRun, Path, Path]]:
     return wanted
 
 
-def read_requests(path: Path) -> list[Request]:
-    """Read the requests of a run, in the order of their arrivals. Raises LabError."""
+def read_requests(path: Path) -> list[MeasuredRequest]:
+    """Read the first requests of a run, in the order of their arrivals. Raises LabError."""
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
         rows = csv.DictReader(text.splitlines())
-        requests = [Request.model_validate(row) for row in rows]
+        requests = [MeasuredRequest.model_validate(row) for row in rows]
     except (OSError, ValueError, ValidationError) as error:
         raise LabError(
             f"{path} cannot be read as requests with the columns {', '.join(COLUMNS)}: {error}"
@@ -123,6 +136,53 @@ def read_requests(path: Path) -> list[Request]:
     return sorted(requests, key=lambda request: request.arrival_s)[:MOST_REQUESTS]
 
 
+@dataclass(frozen=True)
+class _Case:
+    """A published run with what was sent in it and what was measured."""
+
+    run: PublishedRun
+    described: Path  # the folder of its description
+    requests: Sequence[Request]
+    measured: Mapping[str, float]
+    sha256: str
+
+    @classmethod
+    def of(cls, run: PublishedRun, path: Path, described: Path) -> _Case:
+        """Read the requests of a run, or draw those of a stage. Raises LabError."""
+        if run.stage:
+            return cls(run, described, drawn(run.stage), run.stage.measured, sha256="")
+        requests = read_requests(path)
+        measured = figures(
+            [request.ttft_s for request in requests],
+            [request.e2e_s for request in requests],
+            [request.output_tokens for request in requests],
+        )
+        return cls(
+            run, described, requests, measured, hashlib.sha256(path.read_bytes()).hexdigest()
+        )
+
+    def judged(self, expected: Figures, faster: Figures, slower: Figures) -> Judged:
+        """Put the figures of three plays beside what was measured."""
+        rate_per_s = (len(self.requests) - 1) / max(self.requests[-1].arrival_s, 1e-9)
+        bands = {
+            name: Band(
+                value=expected[name],
+                low=min(faster[name], slower[name]),
+                high=max(faster[name], slower[name]),
+            )
+            for name in self.measured
+        }
+        return Judged(
+            run=self.run,
+            sha256=self.sha256,
+            sent=len(self.requests),
+            rate_per_s=rate_per_s,
+            in_flight=rate_per_s * self.measured["e2e_mean_s"],
+            measured=self.measured,
+            forecast=bands,
+        )
+
+
 def judge(
     data: Path, forecasters: Sequence[Forecaster], progress: ProgressDisplay
 ) -> Iterator[Judged]:
@@ -130,66 +190,44 @@ def judge(
 
     Raises LabError for runs that cannot be read or forecast.
     """
-    wanted = runs_of(data)
-    read = [drawn(run.stage) if run.stage else read_requests(path) for run, path, _ in wanted]
+    cases = [_Case.of(*found) for found in runs_of(data)]
+    played: dict[int, Figures] = {}  # by the number of a plan, of which each case has three
     with tempfile.TemporaryDirectory(prefix="labs-judge-") as work:
         plans: list[ForecastPlan] = []
-        for number, ((run, _, described), requests) in enumerate(zip(wanted, read, strict=True)):
-            plans += _plans(run, described, requests, Path(work) / f"{number}.jsonl")
-        ends: dict[int, list[dict[str, float] | None]] = {}
-        for done, (number, play) in enumerate(play_all(forecasters, plans)):
-            progress.waiting(f"playing published runs in virtual time: {done + 1} of {len(plans)}")
-            seen = list(records(play.play))
-            of_run = ends.setdefault(number // 3, [None, None, None])
-            of_run[number % 3] = figures(
-                [record.ttft_s or 0.0 for record in seen],
-                [record.e2e_s or 0.0 for record in seen],
-                [record.output_tokens or 0 for record in seen],
-            )
-    for number, ((run, path, _), requests) in enumerate(zip(wanted, read, strict=True)):
-        expected, faster, slower = (end or {} for end in ends[number])
-        measured = (
-            run.stage.measured
-            if run.stage
-            else figures(
-                [request.ttft_s for request in requests],
-                [request.e2e_s for request in requests],
-                [request.output_tokens for request in requests],
-            )
-        )
-        rate_per_s = (len(requests) - 1) / max(requests[-1].arrival_s, 1e-9)
-        yield Judged(
-            run=run,
-            sha256="" if run.stage else hashlib.sha256(path.read_bytes()).hexdigest(),
-            sent=len(requests),
-            rate_per_s=rate_per_s,
-            in_flight=rate_per_s * measured["e2e_mean_s"],
-            measured=measured,
-            forecast={
-                name: Band(
-                    value=expected[name],
-                    low=min(faster[name], slower[name]),
-                    high=max(faster[name], slower[name]),
-                )
-                for name in measured
-            },
-        )
+        for number, case in enumerate(cases):
+            plans += _plans(case, Path(work) / f"{number}.jsonl")
+        for number, play in play_all(forecasters, plans):
+            played[number] = _seen(play)
+            progress.waiting(f"playing published runs: {len(played)} of {len(plans)} plays done")
+    for number, case in enumerate(cases):
+        yield case.judged(*(played[3 * number + end] for end in range(3)))
 
 
-def _plans(
-    run: PublishedRun, described: Path, requests: Sequence[Request], file: Path
-) -> list[ForecastPlan]:
-    """Plan the run as expected, on a faster and on a slower engine. Raises LabError."""
-    folder = _model_folder(run, described, file.with_suffix(".model"))
+def _seen(play: ForecastPlay) -> Figures:
+    """Compute what the clients of a play saw."""
+    ttft_s, e2e_s, tokens = [], [], []
+    for record in records(play.play):
+        if record.ttft_s is not None and record.e2e_s is not None:
+            ttft_s.append(record.ttft_s)
+            e2e_s.append(record.e2e_s)
+            tokens.append(record.output_tokens or 0)
+    return figures(ttft_s, e2e_s, tokens)
+
+
+def _plans(case: _Case, file: Path) -> list[ForecastPlan]:
+    """Plan the run as expected, on a faster and on a slower engine. Raises LabError.
+
+    What is sent is written to `file`.
+    """
+    run, requests = case.run, case.requests
+    folder = _model_folder(run, case.described, file.with_suffix(".model"))
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     shape = models.shape_of(config)
     card = next((c for c in DATASHEETS.values() if c.short_name == run.card), None)
     if card is None:
         known = ", ".join(short_names())
         raise LabError(f"{run.name}: there is no card {run.card!r}; known are {known}")
-    documents = {
-        id: n for n, id in enumerate(dict.fromkeys(r.prompt_id for r in requests if r.prompt_id))
-    }
+    documents: dict[str, int] = {}  # by a prompt's id
     with file.open("w") as lines:
         for index, request in enumerate(requests):
             synthetic = SyntheticRequest(

@@ -1,0 +1,49 @@
+"""`make judge` on vLLM's own scheduler: requests that come alone take what their steps take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from labs.harness.running import referee
+from labs.harness.running.forecaster import side_by_side
+from serving.forecasting import cards, kernels
+from serving.forecasting.kernels import Decoder
+from serving.forecasting.step import Piece, Step
+from serving.weights import dummy
+from tests.unit.test_referee import DESCRIBED, HEADER
+
+pytestmark = pytest.mark.cpu
+PROMPT, OUTPUT = 1000, 11
+
+
+class Silent:
+    """Shows no progress."""
+
+    def waiting(self, _: str) -> None: ...
+
+
+def test_a_request_alone_takes_what_its_steps_take(tmp_path: Path) -> None:
+    """Three requests ten seconds apart, of which the last finds the first one's prompt cached."""
+    rows = [f"{10 * i}.0,{PROMPT},{OUTPUT},{i % 2},0.02,0.09" for i in range(3)]
+    (tmp_path / "runs.toml").write_text(DESCRIBED)
+    (tmp_path / "mine.csv").write_text("\n".join([HEADER, *rows]))
+    with side_by_side(1) as forecasters:
+        (judged,) = referee.judge(tmp_path, forecasters, Silent())  # type: ignore[arg-type]
+    step = kernels.step_times(Decoder.of(dummy.config_of("llama-8b")), "h100")
+    outside_s = cards.DELAYS.request_s + cards.DELAYS.response_s
+    prefill_s = step.seconds(Step([Piece(PROMPT, 0)], 1))
+    cached = (PROMPT - 1) // 16 * 16
+    warm_s = step.seconds(Step([Piece(PROMPT - cached, cached)], 1))
+    decode_s = step.seconds(Step([Piece(1, PROMPT + OUTPUT // 2)], 1))
+    forecast = {name: band.value for name, band in judged.forecast.items()}
+    assert forecast["ttft_p50_s"] == pytest.approx(outside_s + prefill_s, rel=0.02)
+    assert forecast["ttft_mean_s"] == pytest.approx(
+        outside_s + (2 * prefill_s + warm_s) / 3, rel=0.02
+    )
+    assert forecast["tpot_mean_s"] == pytest.approx(decode_s, rel=0.02)
+    band = judged.forecast["tpot_mean_s"]
+    assert (band.low / band.value, band.high / band.value) == pytest.approx(
+        (cards.FASTER, cards.SLOWER), rel=0.01
+    )
