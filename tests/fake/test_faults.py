@@ -98,7 +98,7 @@ NOBODY = f"http://127.0.0.1:{free_port()}"
         ((BATCHING, "--endpoint", NOBODY), (f"ENDPOINT={NOBODY}", "start the server")),
         (("prefix-caching", "--endpoint", NOBODY), ("prefix-caching", "its own engines")),
     ],
-    ids=lambda typed: typed[-1],
+    ids=lambda typed: "nobody" if typed[-1] == NOBODY else typed[-1],  # its port is drawn anew
 )
 def test_what_cannot_be_is_named_before_anything_starts(
     typed: tuple[str, ...], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
