@@ -97,7 +97,7 @@ site: setup ## Write the course and a page for every run as a website
 score: setup ## Show what other tools would have reported for a run
 	@$(LABS) score $(call or_help,RUN)
 
-compare: setup ## Compare two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.html|x.md] [JSON=1]
+compare: setup ## Compare two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.html|x.md|x.json]
 	@$(LABS) compare $(call or_help,A)
 
 reproduce: setup ## Repeat a recorded run and compare the two
@@ -142,7 +142,7 @@ bundle: setup ## Gather what a GPU machine without internet needs
 	@$(LABS) bundle
 
 unbundle: ## On that machine: check and unpack a bundle: FROM=bundle TO=folder
-	@$(PYTHON_HERE) -m serving.unbundle --from "$${LABS_FROM:-bundle}" "$$LABS_TO"
+	@$(PYTHON_HERE) -m serving.unbundle --from "$${LABS_FROM:-bundle}" $(if $(value LABS_TO),"$$LABS_TO",--help)
 
 # The tests of one file stay in one process, in the order of tests/conftest.py: two processes begin
 # with the labs on real engines, and two have the rest meanwhile. They are more than a small machine's

@@ -188,6 +188,8 @@ def unbundle(folder: Path, target: Path) -> int:
         print(f"of {len(parts)} parts are still to come: {', '.join(to_come)}")
         return NOT_YET
     print(f"unpacking {len(parts)} parts into {target}", flush=True)
+    if in_place.exists():  # of an earlier bundle, which is no longer whole from here on
+        in_place.unlink()
     unpack([kept / part["name"] for part in parts], target)
     write_commands(target)
     shutil.copyfile(str(folder / MANIFEST), str(in_place))  # last: all is in place

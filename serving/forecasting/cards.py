@@ -19,16 +19,16 @@ from serving.weights.models import Shape
 FASTER, SLOWER = 0.89, 1.08
 """The ends of a band around a step from kernels: by so many times its time real runs differed.
 
-Measured / forecast of TPOT: 0.89 (Llama 2 7B on an H100, whose requests share their prompts) to
-1.08 (Llama 3.1 8B on an H100 at 20 requests a second); `results/published-gpu.md` has all.
+Measured / forecast of TPOT: 0.89 (Llama 2 7B on an H100) to 1.07 (Llama 3.1 8B on an H100 at 20
+requests a second), all in 16 bits, on one GPU and below saturation: elsewhere it may be wider.
 """
 
 
 DELAYS = Delays(request_s=0.006)
 """What a request costs the host of a GPU, beside the steps.
 
-Fitted on the TTFT of Llama 3.1 8B on an H100 at 6, 8 and 20 requests a second (26.0, 25.2 and 29.7
-ms, github inference-sim/sim-to-real-accuracy-validation at 378810d), which judge nothing.
+Fitted on the mean TTFT of Llama 3.1 8B on an H100 at 6, 8 and 20 requests a second: 26.0, 25.2 and
+29.7 ms (github inference-sim/sim-to-real-accuracy-validation at 378810d), which judge no TTFT.
 """
 
 
@@ -38,12 +38,16 @@ def steps(
     card: Datasheet,
     gpus: int = 1,
     kv_value_bytes: float | None = None,
+    by_datasheet: bool = False,
 ) -> tuple[StepTimes, StepTimes, StepTimes]:
     """Return the step of a model on a card, or on `gpus` that share each layer, and its band.
 
     `config` is the model's `config.json`, and `kv_value_bytes` are the bytes of a cached number.
+    Engines that are compared take all of their steps `by_datasheet` where one of them has to.
     """
     try:
+        if by_datasheet:
+            raise KernelsError("the steps that it is compared with have no times of kernels")
         expected = _by_kernels(config, card, gpus, kv_value_bytes)
     except KernelsError:
         eight_bit = has_eight_bit_products(config)
@@ -53,6 +57,17 @@ def steps(
         )
         return expected, faster, slower
     return expected, expected.times(FASTER), expected.times(SLOWER)
+
+
+def have_kernels(
+    config: Mapping[str, Any], card: Datasheet, gpus: int = 1, kv_value_bytes: float | None = None
+) -> bool:
+    """Tell whether times of all that a step needs were published."""
+    try:
+        _by_kernels(config, card, gpus, kv_value_bytes)
+    except KernelsError:
+        return False
+    return True
 
 
 def _by_kernels(

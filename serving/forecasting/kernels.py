@@ -8,9 +8,9 @@ rotary embedding have no table: they take the time of their bytes at the bandwid
 own products reach, and at least that of its shortest kernel.
 
 What is not covered: adapters, eager launches, weights of 4 bits, experts of a shape that no table
-has or that are spread over GPUs, and sliding windows. Where a request has more KV heads than any
-table, each request is taken for several with fewer: the kernel divides its work by both alike (the
-times of a batch of 8 prompts of one token with 32 heads, and of 32 with 8, differ by 1%).
+has, in 8 bits or spread over GPUs, and sliding windows. Where no table has a request's KV heads, it
+is taken for several requests, or a part of one, with those of the nearest row: the kernel divides
+its work by both alike.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ its kernels take 6.30 by the tables.
 """
 SMALL_KERNELS = 5  # of a layer: two norms, rotary embedding, writing the cache, activation
 MOST_KV_HEADS = 8  # in the tables of decoding
+UNLIKE = ("n_routed_experts", "shared_expert_intermediate_size", "kv_lora_rank")
+"""Fields of a config whose models have other layers than those that are put together here."""
 LARGE_PRODUCT = 2**26  # weights that no cache holds: their time is the memory's
 Floats = NDArray[np.float64]
 
@@ -66,7 +68,14 @@ class Decoder:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Decoder:
-        """Read a `config.json` in Hugging Face's names."""
+        """Read a `config.json` in Hugging Face's names.
+
+        Raises KernelsError for layers that no table describes.
+        """
+        unlike = [name for name in UNLIKE if config.get(name)]
+        unlike += sorted({*(config.get("layer_types") or ())} - {"full_attention"})
+        if unlike:
+            raise KernelsError(f"no times of layers with {unlike[0]} were published")
         heads = config["num_attention_heads"]
         experts = config.get("num_experts") or config.get("num_local_experts") or 0
         return cls(
@@ -93,7 +102,9 @@ def step_times(
 
     Raises KernelsError where a table lacks what it takes.
     """
-    heads, kv_heads = decoder.heads // gpus, max(1, decoder.kv_heads // gpus)
+    if decoder.heads % gpus or decoder.kv_heads % gpus:
+        raise KernelsError(f"{gpus} GPUs cannot share {decoder.heads} and {decoder.kv_heads} heads")
+    heads, kv_heads = decoder.heads // gpus, decoder.kv_heads // gpus
     hidden, head_dim = decoder.hidden, decoder.head_dim
     products = _products(card, "fp8" if eight_bit_weights else "bfloat16")
     plain = _products(card, "bfloat16")
@@ -163,7 +174,7 @@ class _Products:
         """
         per_work = self.all_s / np.multiply.outer(self.n, self.k)[:, :, None]
         per_work = _interpolated(per_work, self.n, n)
-        return n * k * _interpolated(per_work, self.k, k)
+        return np.maximum(n * k * _interpolated(per_work, self.k, k), self.shortest_s)
 
     @property
     def shortest_s(self) -> float:
@@ -220,10 +231,16 @@ def _exchange_s(card: str, gpus: int, sent_bytes: Floats) -> Floats:
 
 
 def _experts_s(decoder: Decoder, card: str, gpus: int, eight_bit: bool, tokens: Floats) -> Floats:
-    """Return the seconds of a layer's routed experts, to which tokens spread evenly."""
+    """Return the seconds of a layer's routed experts, to which tokens spread evenly.
+
+    The tables' kernels of 8-bit experts are slower than those of 16 bits, which read twice as much:
+    no engine that is tuned would run them.
+    """
+    if eight_bit:
+        raise KernelsError("no times of tuned kernels for 8-bit experts were published")
     sizes, rows = _table(card, "experts", 6)
     shape = (decoder.hidden, decoder.inner, decoder.experts_per_token, decoder.experts, gpus)
-    row = rows.get(("fp8" if eight_bit else "bfloat16", *map(str, shape)))
+    row = rows.get(("bfloat16", *map(str, shape)))
     if row is None:
         raise KernelsError("no times of routed experts of this shape were published")
     result: Floats = np.interp(tokens, sizes, row)
@@ -237,27 +254,27 @@ def _attention(
 ) -> AttentionTimes:
     """Gather the attention of all layers, by the tables of the heads that are nearest to these."""
     wanted = ("fp8" if eight_bit_cache else "bfloat16", str(decoder.head_dim))
-    halvings = max(0, math.ceil(math.log2(kv_heads / MOST_KV_HEADS)))
-    requests_each = 2**halvings
     before, decoding = _table(card, "decode_attention", 5)
-    own = _nearest(decoding, wanted, heads // requests_each, kv_heads // requests_each)
+    share = max(1.0, kv_heads / MOST_KV_HEADS)
+    own = _nearest(decoding, wanted, heads / share, kv_heads / share)
     batches = sorted(int(key[4]) for key in decoding if key[:4] == own)
     by_batch = [_beyond(decoding[(*own, str(batch))], before + 1, 1) for batch in batches]
     lengths, prefilling = _table(card, "prefill_attention", 4)
-    prompt_s = _beyond(prefilling[_nearest(prefilling, wanted, heads, kv_heads)], lengths, 2)
+    alike = _nearest(prefilling, wanted, heads, kv_heads)
+    prompt_s = _beyond(prefilling[alike], lengths, 2) * heads / int(alike[1])
     layers = decoder.layers
     return AttentionTimes(
         batches=tuple(batches),
         contexts=tuple(int(tokens) + 1 for tokens in before),
         decode_s=tuple(tuple((layers * times).tolist()) for times in by_batch),
-        requests_each=requests_each,
+        requests_each=kv_heads / int(own[2]),
         lengths=tuple(int(tokens) for tokens in lengths),
         prefill_s=tuple((layers * prompt_s).tolist()),
     )
 
 
 def _nearest(
-    rows: Mapping[tuple[str, ...], Floats], wanted: tuple[str, str], heads: int, kv_heads: int
+    rows: Mapping[tuple[str, ...], Floats], wanted: tuple[str, str], heads: float, kv_heads: float
 ) -> tuple[str, ...]:
     """Find the row with these heads, or else with those whose numbers are nearest."""
     kinds = {key[:4] for key in rows if (key[0], key[3]) == wanted}

@@ -55,7 +55,7 @@ class AttentionTimes(BaseModel, frozen=True, extra="forbid"):
     batches: tuple[int, ...]  # requests that decode together
     contexts: tuple[int, ...]  # tokens of each, the new one included
     decode_s: tuple[tuple[float, ...], ...]  # by batch, then by context
-    requests_each: int = 1  # a request counts as so many of the tables'
+    requests_each: float = 1.0  # a request counts as so many of the tables'
     lengths: tuple[int, ...]  # tokens of a prompt
     prefill_s: tuple[float, ...]
 

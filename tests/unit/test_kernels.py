@@ -61,9 +61,10 @@ def test_gpus_that_share_layers_exchange_results() -> None:
     ("changed", "card", "gpus", "why"),
     [
         ({}, "l40s", 2, "exchanges"),
-        ({}, "h100", 3, "exchanges between 3 GPUs"),
+        ({}, "h100", 16, "cannot share 32 and 8"),
         ({"head_dim": 96}, "h100", 1, "heads of 96"),
         ({"experts": 7, "experts_per_token": 2}, "h100", 1, "experts of this shape"),
+        ({"heads": 28, "kv_heads": 4}, "h100", 8, "cannot share 28 and 4"),
         ({}, "l4", 1, "products"),
     ],
 )
@@ -105,6 +106,28 @@ ATTENTION = AttentionTimes(
     lengths=(1, 512, 1024),
     prefill_s=(1.0, 5.0, 17.0),
 )
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(40, 40), (40, 10), (20, 20), (32, 32), (40, 8)])
+def test_no_cache_is_read_faster_than_memory(heads: int, kv_heads: int) -> None:
+    attention = step_times(replace(LLAMA, heads=heads, kv_heads=kv_heads), "h100").attention
+    assert attention
+    read_bytes = 32 * 2000 * 2 * LLAMA.layers * kv_heads * LLAMA.head_dim * 2
+    assert read_bytes / attention.seconds([Piece(1, 1999)] * 32) < 3.35e12
+
+
+def test_layers_of_another_kind_have_no_step() -> None:
+    config = json.loads((dummy.HOME / "llama-8b.json").read_text())
+    full = {**config, "layer_types": ["full_attention"] * 32}
+    assert Decoder.of(full) == LLAMA
+    for more in ({"n_routed_experts": 64}, {"layer_types": ["sliding_attention"]}):
+        with pytest.raises(KernelsError):
+            Decoder.of({**config, **more})
+
+
+def test_a_router_takes_as_long_as_the_shortest_kernel() -> None:
+    products = kernels._products("h100", "bfloat16")
+    assert products.seconds(n=8, k=4096)[0] == products.shortest_s
 
 
 @pytest.mark.parametrize(

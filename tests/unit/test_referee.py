@@ -115,11 +115,12 @@ def test_scores_count_what_lies_in_its_band() -> None:
     runs = [judged(RUN, 1.1), judged(RUN, 1.32), judged(RUN, 1.155), of_a_stage]
     assert [run.ratio("e2e_mean_s") for run in runs] == pytest.approx([1, 1.2, 1.05, 1.2])
     scores = published_gpu.Scores.of(runs)
-    assert (scores.runs, scores.in_band, scores.figures) == (3, 12, 18)
+    assert (scores.runs, scores.ttft_in_band, scores.ttft_figures) == (3, 6, 9)
+    assert scores.ttft_p99_in_band == 2
     assert scores.distance["tpot_mean_s"].value == pytest.approx(0.05)
     page = published_gpu.page(runs)
-    assert "| x | 25% |" in page  # 1.65 for 1.32
-    assert "| this lab | 16.7% |" in page  # 1.1 for 1.32
+    assert "| x | 25% | 25% | 25% |" in page  # 1.65 for 1.32
+    assert "| this lab | 16.7% | 16.7% | 16.7% |" in page  # 1.1 for 1.32
 
 
 def test_a_page_without_runs_says_so() -> None:

@@ -69,7 +69,7 @@ def tell_again(
     runs = [folder for folder in newest_runs() if folder.lab_name == lab]
     for folder in runs:
         path = folder.path / "report.md"
-        before = path.read_text().splitlines()
+        before = path.read_text().splitlines() if path.exists() else []
         report.write(folder, report.draw(folder, save=False))
         for line in unified_diff(before, path.read_text().splitlines(), n=0, lineterm=""):
             console.print(escape(line), soft_wrap=True)

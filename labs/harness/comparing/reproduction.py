@@ -191,8 +191,9 @@ def page(original: RunFolder) -> Section:
     """Write how every published repetition of a run came out, for its `reproductions/`."""
     title = parse(original.run().lab["title"])
     results = filed_with(original, committed=True)
+    report = original.path / "report.md"  # of an older run it is written when asked for
     return section(
-        (Link(title, "../report.md"), ", repeated"),
+        (Link(title, f"../{report.name}") if report.exists() else title, ", repeated"),
         *(section(f"{result.day}: {result.outcome}", told(result)) for result in results),
     )
 

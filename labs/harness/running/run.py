@@ -165,7 +165,8 @@ def _measure(
 def _finish(folder: RunFolder, session: Session, progress: ProgressDisplay, reports: bool) -> None:
     """Judge and report what was measured; write COMPLETE last, where no trial is missing.
 
-    Without `reports` the pages are left to `make report`: where time is short, they can wait.
+    Without `reports` the pages and packing are left to `make report`: where time is short, they can
+    wait.
     """
     summary = summarise(folder)
     if reports:
@@ -180,15 +181,18 @@ def _finish(folder: RunFolder, session: Session, progress: ProgressDisplay, repo
         progress.message(f"{error}; `make import RUN={folder.path}` tries again")
     if not summary.failed and not summary.missing:
         whole.write(folder.path / "COMPLETE", datetime.now(UTC).isoformat() + "\n")
-        _pack(folder, progress)
+        if reports:
+            _pack(folder, progress)
 
 
 def _pack(folder: RunFolder, progress: ProgressDisplay) -> None:
-    """Pack a complete run; where that fails it stays as it is, and nothing is lost."""
+    """Pack a complete run; where that fails or is stopped, it stays as it is."""
     try:
         packing.pack(folder)
-    except (LabError, OSError) as error:
+    except (LabError, OSError, ValueError, KeyError, TypeError, MemoryError) as error:
         progress.message(f"The run is complete, but was not packed: {error}; `make report` does it")
+    except KeyboardInterrupt:
+        progress.message("The run is complete, but was not packed: `make report` does it")
 
 
 @contextlib.contextmanager

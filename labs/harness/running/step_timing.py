@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from serving.hardware import machine as machines
 from serving.hardware.gpus import Datasheet
 from serving.hardware.machine import Machine
 from serving.weights import models
+from serving.weights.models import Shape
 
 LEAST_OF_STAND_IN, MOST_OF_STAND_IN = 0.90, 1.18
 """The ends of a band: the engine's own step may take this many times as long as the stand-in step.
@@ -149,21 +151,44 @@ def steps_on_file(points: Sequence[Point], on_file: MachineOnFile) -> Steps:
 
 
 def steps_of_card(setup: Setup, points: Sequence[Point], card: Datasheet) -> Steps:
-    """Find the steps of these points on a GPU that is not here."""
+    """Find the steps of these points on a GPU that is not here, all in the same way."""
+    served = {p.key: _served(setup, p) for p in points}
+    known = all(cards.have_kernels(*one.on(card)) for each in served.values() for one in each)
 
     def at(point: Point) -> tuple[EngineSteps, EngineSteps, EngineSteps]:
-        flags = VllmFlags(with_places(point.variant.flags, setup.places))
-        draft, gpus = flags.speculative_config.get("model"), flags.tensor_parallel_size
-        config = config_of(served_folder(setup, point.variant) / "config.json")
-        steps = cards.steps(config, point.shape, card, gpus, flags.kv_value_bytes)
-        if not draft:
-            return (steps[0], None), (steps[1], None), (steps[2], None)
-        config = config_of(Path(str(draft)) / "config.json")
-        # vLLM divides a draft model like the model itself
-        drafting = cards.steps(config, models.shape_of(config), card, gpus)
-        return (steps[0], drafting[0]), (steps[1], drafting[1]), (steps[2], drafting[2])
+        model, *draft = (
+            cards.steps(one.config, one.shape, card, one.gpus, one.kv_value_bytes, not known)
+            for one in served[point.key]
+        )
+        drafting = draft[0] if draft else (None, None, None)
+        return (model[0], drafting[0]), (model[1], drafting[1]), (model[2], drafting[2])
 
     return {point.key: at(point) for point in points}
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A model as an engine serves it."""
+
+    config: Mapping[str, Any]
+    shape: Shape
+    gpus: int
+    kv_value_bytes: float | None = None
+
+    def on(self, card: Datasheet) -> tuple[Mapping[str, Any], Datasheet, int, float | None]:
+        return self.config, card, self.gpus, self.kv_value_bytes
+
+
+def _served(setup: Setup, point: Point) -> list[_Served]:
+    """Name the model of a point's engine, and its draft model where it has one."""
+    flags = VllmFlags(with_places(point.variant.flags, setup.places))
+    draft, gpus = flags.speculative_config.get("model"), flags.tensor_parallel_size
+    config = config_of(served_folder(setup, point.variant) / "config.json")
+    served = [_Served(config, point.shape, gpus, flags.kv_value_bytes)]
+    if draft:  # vLLM divides it like the model itself
+        config = config_of(Path(str(draft)) / "config.json")
+        served.append(_Served(config, models.shape_of(config), gpus))
+    return served
 
 
 def described(steps: Iterable[tuple[EngineSteps, EngineSteps, EngineSteps]]) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 from labs.harness.filing.published_gpu import FIGURES, Judged
 from labs.harness.judging.quantity import Quantity
@@ -20,22 +20,25 @@ class Scores:
 
     runs: int
     distance: dict[str, Quantity]  # figure -> median of |measured / forecast - 1|
-    in_band: int
-    figures: int
+    ttft_in_band: int
+    ttft_figures: int
+    ttft_p99_in_band: int
 
     @classmethod
     def of(cls, judged: Sequence[Judged]) -> Scores:
         whole = [run for run in judged if not run.run.stage]
         ratios = {name: [abs(run.ratio(name) - 1) for run in whole] for name in FIGURES}
-        hits = [run.in_band(name) for run in whole for name in run.measured]
+        ttft = [name for name in FIGURES if name.startswith("ttft")]
+        hits = [run.in_band(name) for run in whole for name in ttft]
         return cls(
             runs=len(whole),
             distance={
                 name: Quantity.given(median(far) if far else None, "share")
                 for name, far in ratios.items()
             },
-            in_band=sum(hits),
-            figures=len(hits),
+            ttft_in_band=sum(hits),
+            ttft_figures=len(hits),
+            ttft_p99_in_band=sum(run.in_band("ttft_p99_s") for run in whole),
         )
 
 
@@ -44,7 +47,9 @@ class Predictor:
     """How near a predictor came to the mean E2E of the stages that it is known for."""
 
     name: str
-    e2e: Quantity
+    median: Quantity
+    mean: Quantity
+    largest: Quantity
 
 
 def page(judged: Sequence[Judged]) -> Markdown:
@@ -54,7 +59,7 @@ def page(judged: Sequence[Judged]) -> Markdown:
         runs=[run for run in judged if not run.run.stage],
         stages=[run for run in judged if run.run.stage],
         scores=Scores.of(judged),
-        predictors=sorted(_predictors(judged), key=lambda p: p.e2e.value or 0),
+        predictors=sorted(_predictors(judged), key=lambda p: p.mean.value or 0),
         ratio=lambda run, name: Quantity(run.ratio(name), "x"),
     )
 
@@ -74,4 +79,4 @@ def _predictors(judged: Sequence[Judged]) -> Iterator[Predictor]:
         predicted_s[name] = [stage.others[name] for _, stage in stages]
     for name, predictions_s in predicted_s.items():
         far = [abs(p / m - 1) for p, m in zip(predictions_s, measured_s, strict=True)]
-        yield Predictor(name, Quantity(median(far), "share"))
+        yield Predictor(name, *(Quantity(of(far), "share") for of in (median, fmean, max)))
