@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HOUSE = ("labs", "serving", "loadtests", "dashboards", "tests", "Makefile", "pyproject.toml",
-         "README.md")  # fmt: skip
+HOUSE = (
+    *("docs", "labs", "serving", "loadtests", "dashboards", "tests"),
+    *("Makefile", "pyproject.toml", "README.md"),
+)
 LEFT_OUT = ("node_modules", "golden", "weights", "committed", "*.test.js", "locks")
 """What no part of the check reads."""
 LAST_LAB, LAST_ENGINE = '        _lab("quantization_tools"),\n', '        _engine("llama_cpp"),\n'

@@ -96,7 +96,10 @@ def test_a_second_clone_reads_its_own_files(tmp_path: Path) -> None:
             (house / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, house / name)
     makefile = house / "Makefile"
-    makefile.write_text(makefile.read_text().replace("SETTINGS := A ", "SETTINGS := A ABACUS "))
+    page = house / "docs" / "knobs.md"
+    page.parent.mkdir(exist_ok=True)
+    rows = (ROOT / "docs" / "knobs.md").read_text()
+    page.write_text(f"{rows}\n| `ABACUS=1` | Counts by hand. | all |\n")
     run: RunFolder = write_run(house / "results")
     home = makefile / "home"  # which even root cannot make
     done = labs(
@@ -105,7 +108,7 @@ def test_a_second_clone_reads_its_own_files(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("Well-formed runs: 1.\n", "")
     opened = [Path(line) for line in (tmp_path / "opened").read_text().splitlines()]
-    assert {house / "labs" / "harness" / "spec.py", makefile, run.path / "run.json"} <= set(opened)
+    assert {house / "labs" / "harness" / "spec.py", page, run.path / "run.json"} <= set(opened)
     installed = Path(sys.prefix).resolve()  # in the clone that its packages were installed for
     first = {clone for clone in (ROOT, installed.parent) if (clone / "labs").is_dir()}
     of_the_first = [p for p in opened if first & set(p.parents) and installed not in p.parents]

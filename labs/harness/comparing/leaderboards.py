@@ -290,8 +290,7 @@ def _where_found(runs: Sequence[RunFolder]) -> Paragraph:
     return Paragraph(
         (
             f"{_measured_on(runs)} ",
-            published_gpu.in_brief(filed.on_file()),
-            " ",
+            *((brief, " ") if (brief := published_gpu.in_brief(filed.on_file())) else ()),
             parse(READING_FINDINGS),
             " (",
             Link("verdicts", VERDICTS),
