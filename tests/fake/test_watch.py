@@ -154,11 +154,12 @@ def test_a_damaged_run_is_named_and_left_out(
 ) -> None:
     results = tmp_path / "results"
     shutil.copytree(watched.reader.results, results)
-    path = next(results.rglob("requests.jsonl.gz"))
+    path = next(results.rglob("requests.jsonl.xz"))
     path.write_bytes(path.read_bytes()[:-20])
     command = watched.reader.types("import", RESULTS=str(results))
     assert command.wait() == 1
-    assert re.search(rf"{cut.folder.path.name}: left out: .*end-of-stream", command.said)
+    name = cut.folder.path.name
+    assert re.search(rf"{name}: left out: .*requests.jsonl.xz: damaged", command.said)
     assert "not be read: 1;" in command.said
 
 
