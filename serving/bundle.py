@@ -42,7 +42,7 @@ GLIBC = (
 NEVER = ("torchaudio", "torchcodec")
 # Talks to a Grafana, of which there is none; what it needs puts itself in urllib3's place.
 NOT_THERE = ("grafana-client",)
-TESTS_NEED = "pytest\npytest-timeout\n"  # of the dev extra, what runs tests/gpu there
+TESTS_NEED = "pytest\npytest-timeout\npytest-xdist\n"  # of the dev extra, what runs tests/gpu there
 WITHOUT_RESULTS = "`git sparse-checkout set --no-cone '/*' '!/results/'`"
 
 # What a Hopper GPU (H100, H200) does not need to serve random weights with vLLM 0.26, in whose

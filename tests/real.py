@@ -34,7 +34,7 @@ from tests.shallow import shallow
 from tests.sizes import sizes_of
 from tests.startup import sitecustomize
 
-AS_READERS_DO = "labs.harness.commands.cli"  # what the target in the Makefile runs
+AS_READERS_DO = "labs.harness.commands"  # what the target in the Makefile runs
 FRONT_DOOR = "continuous-batching"  # the lab of the README's first command
 AS_VLLM_DOES = "many-samples"  # two engines beside each other, each with a worker of its own
 RUNS = "*/*/*/run.json"

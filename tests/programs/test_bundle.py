@@ -16,6 +16,7 @@ import pytest
 
 from serving import bundle
 from serving.bundle import BundleError, BundleRequest
+from serving.install import ROOT
 from serving.weights import models
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -28,7 +29,7 @@ STAND_IN = {
     "vllm/third_party/deep_gemm/kernel.py": "left out, too",
 }
 CLI = "import sys, further, stand_in\nprint(sys.argv[1:], further.FOUND)\n"
-MODULES = {"cli.py": CLI, "__init__.py": "", "../__init__.py": "", "../../__init__.py": ""}
+MODULES = {"__main__.py": CLI, "__init__.py": "", "../__init__.py": "", "../../__init__.py": ""}
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_the_next_bundle_replaces_the_packages_and_keeps_what_is_the_readers(hom
     mine.touch()
     (lab / ".unbundled" / "site" / "old.py").touch()
     commands = home / "repository" / "labs" / "harness" / "commands"
-    (commands / "cli.py").write_text("print('new')\n")
+    (commands / "__main__.py").write_text("print('new')\n")
     commit(home / "repository")
     assert unpack(make(home), lab)[0] == 0
     assert mine.exists()
@@ -265,6 +266,7 @@ def test_what_the_other_machine_has_is_shown_to_the_resolver_as_it_is(
 
     def uv(*words: str) -> None:
         pinned = Path(words[words.index("--output-file") + 1])
+        seen["of the tests"] = (tmp_path / "tests.in").read_text()
         seen["fixed"] = Path(words[words.index("--constraint") + 1]).read_text()
         seen["preferred"] = pinned.read_text()
         seen["wheels"] = "\n".join(
@@ -276,6 +278,8 @@ def test_what_the_other_machine_has_is_shown_to_the_resolver_as_it_is(
     monkeypatch.setattr(bundle, "uv", uv)
     have = {"torch": "2.11.0+cu130", "transformers": "5.17.0"}
     carried = bundle.resolve(BundleRequest("3.12", have, "0.25.0", 1, lean=True), tmp_path)
+    makefile = (ROOT / "Makefile").read_text()
+    assert ("pytest-xdist" in seen["of the tests"].split()) == ("--dist loadfile" in makefile)
     assert seen["fixed"].split() == ["torch==2.11.0+cu130", "vllm==0.25.0"]
     # a wheel for any platform would lose to the index's own
     assert f"transformers-5.17.0-cp312-cp312-manylinux_2_31_{bundle.ARCH}.whl" in seen["wheels"]

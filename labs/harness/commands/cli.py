@@ -281,6 +281,3 @@ from labs.harness.commands import (  # noqa: E402, F401 - they add their command
 )
 
 __all__ = ["app"]
-
-if __name__ == "__main__":
-    app()
