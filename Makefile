@@ -24,12 +24,16 @@ MAKEOVERRIDES :=  # no other make that a program starts has these settings
 
 # Another vLLM has an environment of its own; to `make bundle`, VLLM= says which one to carry.
 OTHER_VLLM := $(if $(filter bundle,$(MAKECMDGOALS)),,$(value LABS_VLLM))
-ENVIRONMENT := $(if $(OTHER_VLLM),".tools/vllm-$$LABS_VLLM/.venv",.venv)
+# What only reads runs needs neither vLLM nor torch: it does not wait for a set-up of both.
+READING := check-results compare diagnose export gate report score site words
+ALL_SET_UP := $(wildcard .venv/bin/labs .unbundled/bin)
+LIGHT := $(if $(OTHER_VLLM)$(ALL_SET_UP)$(filter-out $(READING),$(or $(MAKECMDGOALS),help)),,--light)
+ENVIRONMENT := $(if $(OTHER_VLLM),".tools/vllm-$$LABS_VLLM/.venv",$(if $(LIGHT),.tools/light/.venv,.venv))
 BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,$(ENVIRONMENT)/bin)
 LABS := $(BIN)/labs
 DENO := DENO_DIR=.cache/deno DENO_NO_UPDATE_CHECK=1 $(BIN)/deno
 PYTHON_HERE := "$${LABS_PYTHON:-python3}"
-INSTALL := $(PYTHON_HERE) -m serving.install $(if $(OTHER_VLLM),--vllm "$$LABS_VLLM")
+INSTALL := $(PYTHON_HERE) -m serving.install $(LIGHT) $(if $(OTHER_VLLM),--vllm "$$LABS_VLLM")
 # Without the setting $1 a command shows what it takes.
 or_help = $(if $(value LABS_$1),,--help)
 # Pages and messages are UTF-8, whatever the locale.
@@ -91,7 +95,7 @@ report: setup ## Compute reports again from recorded runs
 words: setup ## Tell a lab's newest runs again after its page.md was edited, and show what changed
 	@$(LABS) words $(call or_help,LAB)
 
-site: setup ## Write the course and a page for every run as a website
+site: setup ## Write the course and a page for every run as a website, without vLLM where none is installed
 	@$(LABS) site
 
 score: setup ## Show what other tools would have reported for a run
@@ -175,4 +179,4 @@ clean: ## Remove .cache (models made here, data of `make watch`) and the tools' 
 	rm -rf .cache .pytest_cache .ruff_cache .mypy_cache
 
 distclean: clean ## Also remove .venv and .tools, which the next target installs again
-	rm -rf .venv .tools *.egg-info
+	rm -rf .venv .tools

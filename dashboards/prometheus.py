@@ -28,10 +28,11 @@ import requests
 from serving import whole
 from serving.engines import ENGINES
 from serving.inside import guard
-from serving.install import find_prometheus, named_or
+from serving.install import find_prometheus
+from serving.places import PROGRAM, named_or
 from serving.processes.ports import LOOPBACK, free_port
 from serving.processes.process import Process
-from serving.weights.models import CACHE, ROOT
+from serving.weights.models import CACHE
 
 HOME = named_or("LABS_PROMETHEUS_DATA", CACHE / "prometheus").resolve()
 WATCH_PORT = 9090  # of the one that stays up between labs, unless told otherwise
@@ -86,7 +87,7 @@ class PrometheusError(Exception):
 
 def argv(port: int) -> list[str]:
     """Write the configuration and return the command that starts it. Raises PrometheusError."""
-    binary = find_prometheus(ROOT)
+    binary = find_prometheus(PROGRAM)
     if binary is None:
         raise PrometheusError(MISSING)
     prepare()
@@ -429,7 +430,7 @@ def load(samples: Iterable[str]) -> None:
 
     A Prometheus that is running sees them within a minute. Raises PrometheusError.
     """
-    promtool = find_prometheus(ROOT, "promtool")
+    promtool = find_prometheus(PROGRAM, "promtool")
     if promtool is None:
         raise PrometheusError(MISSING)
     try:

@@ -40,8 +40,6 @@ GLIBC = (
 # For sound and video, of which the labs send none. Each fits one build of torch and the system's
 # FFmpeg, and where it does not, its import fails and takes transformers' with it.
 NEVER = ("torchaudio", "torchcodec")
-# Talks to a Grafana, of which there is none; what it needs puts itself in urllib3's place.
-NOT_THERE = ("grafana-client",)
 TESTS_NEED = "pytest\npytest-timeout\npytest-xdist\n"  # of the dev extra, what runs tests/gpu there
 WITHOUT_RESULTS = "`git sparse-checkout set --no-cone '/*' '!/results/'`"
 
@@ -148,7 +146,7 @@ def resolve(request: BundleRequest, work: Path) -> Packages:
     """Find every package that the labs need there, with those it has. Raises BundleError."""
     locked = dict(pins(LOCK))
     lean = LEAN_PACKAGES if request.lean else ()
-    there = {name: locked[name] for name in (*NOT_THERE, *lean) if name in locked} | request.have
+    there = {name: locked[name] for name in lean if name in locked} | request.have
     (work / "there").mkdir()
     python = "cp" + request.python.replace(".", "")
     for name, version in there.items():

@@ -7,6 +7,8 @@ change it goes through the steps again. pip installs uv, and uv the rest, with p
 where files come from. Everything is installed in this folder, except Debian's `venv` module, which
 root installs with apt-get.
 
+With `--light` what only reads runs goes to .tools/light/.venv: no vLLM, no torch.
+
 With `--vllm 0.31.0` the packages go to an environment of their own, .tools/vllm-0.31.0/.venv, and
 .venv does not change: the packages are the same as far as that vLLM permits. That vLLM and what it
 alone needs are in no lock, and are checked against the index's own hashes only.
@@ -36,13 +38,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from serving import platforms
+from serving.places import named_or
 from serving.platforms import PLATFORMS
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN_FOLDER = "inference-serving-lab"  # ours within a folder that a reader names for several things
 OLDEST_PYTHON = (3, 11)
 BUILT_HERE = "urllib3-future"  # its wheel ignores URLLIB3_NO_OVERRIDE
-BUILDERS = ("hatchling", "setuptools>=77")  # build it, and this project
+BUILDERS = ("hatchling",)  # build it, and this project
 TORCH_NEEDS = (  # of what torch installs, its own packages and CUDA's apart
     *("filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy"),
     "typing-extensions",
@@ -153,15 +155,6 @@ def find_prometheus(root: Path, name: str = "prometheus") -> Path | None:
     """Find `prometheus` or `promtool`: on PATH, else in .tools/prometheus; None without it."""
     program = shutil.which(name) or shutil.which(name, path=str(root / ".tools" / "prometheus"))
     return Path(program) if program else None
-
-
-def named_or(variable: str, default: Path) -> Path:
-    """Return our own subfolder of the folder that a variable names; else the default.
-
-    What lies in it is ours to erase, and nothing else is.
-    """
-    named = os.environ.get(variable)
-    return Path(named) / OWN_FOLDER if named else default
 
 
 def scratch_of(root: Path) -> Path:
@@ -531,7 +524,7 @@ def install_other_vllm(root: Path, platform: str, vllm: str, step: Step) -> None
     excluded = home / ".venv" / "excluded.txt"
     excluded.write_text("\n".join(about.unwanted))
     built = ("--no-binary", BUILT_HERE, "--no-build-isolation", "--excludes", str(excluded))
-    needed = (pinned, "--editable", f"{root}[dev]", *built)
+    needed = (pinned, "--editable", f"{root}[run,grafana,dev]", *built)
     for index in dict.fromkeys(("", about.torch_index)):
         if uv(home, step, *needed, index=index):
             return
@@ -629,6 +622,22 @@ def alone(root: Path) -> Iterator[None]:
         yield
 
 
+def set_up_light(root: Path, platform: str) -> None:
+    """Set up .tools/light with what reads runs, in the lock's versions. Raises SetupError."""
+    home, lock = root / ".tools" / "light", lock_of(root, platform)
+    ready = home / ".venv" / "ready"
+    stamp = repr((str(home), sys.version, (root / "pyproject.toml").read_text(), lock.read_text()))
+    if ready.exists() and ready.read_text() == stamp:
+        return
+    print("setting up what reads runs, without vLLM: a minute the first time", flush=True)
+    with Step("virtual environment") as step:
+        make_venv(home, platform, step)
+    with Step("packages") as step:
+        if not uv(home, step, "--no-compile", "--constraint", str(lock), "--editable", str(root)):
+            raise not_installed(home, lock)
+    ready.write_text(stamp)
+
+
 def check_vllm(vllm: str, bundled: bool) -> None:
     """Check that another vLLM can be installed here. Raises SetupError."""
     if vllm and not re.fullmatch(r"\d+(\.\d+)+((a|b|rc|\.post)\d+)?", vllm):
@@ -653,6 +662,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--vllm", default="", metavar="VERSION", help="this vLLM, in an environment of its own"
     )
+    parser.add_argument(
+        "--light", action="store_true", help="only what reads runs, in an environment of its own"
+    )
     options = parser.parse_args(arguments)
     bundled = (ROOT / ".unbundled").exists()  # a bundle brought everything: nothing is fetched
     if bundled and not options.vllm:
@@ -661,12 +673,14 @@ def main(arguments: list[str] | None = None) -> int:
         check_system()
         check_vllm(options.vllm, bundled)
         platform = detect_platform()
-        if not is_ready(ROOT, platform, options.vllm):
+        if options.light or not is_ready(ROOT, platform, options.vllm):
             for signum in (signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
                     signal.signal(signum, signal.default_int_handler)  # ends as tidily as Ctrl-C
             with alone(ROOT):
-                if not is_ready(ROOT, platform, options.vllm):
+                if options.light:
+                    set_up_light(ROOT, platform)
+                elif not is_ready(ROOT, platform, options.vllm):
                     set_up(ROOT, platform, options.vllm)
     except (SetupError, OSError) as error:
         print(f"set-up stopped: {error}", file=sys.stderr)

@@ -56,7 +56,7 @@ def write(name: str) -> None:
         return
     about = PLATFORMS[name]
     vllm = next(line for line in pinned if line.startswith(f"{about.vllm}=="))
-    arguments = ["pyproject.toml", "--extra", name, "--extra", "dev"]
+    arguments = ["pyproject.toml", "--extra", name, "--extra", "grafana", "--extra", "dev"]
     needed = [vllm.split(" ")[0], *BUILDERS]
     if not about.torch_index:
         compile_pins(lock, *arguments, sources=needed)

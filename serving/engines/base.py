@@ -28,6 +28,7 @@ from serving.engines.flags import Flags, Harmless
 from serving.hardware.machine import Machine
 from serving.inside import guard
 from serving.metrics import Snapshot
+from serving.places import how_to_install
 from serving.processes.answers import ask
 from serving.processes.ports import LOOPBACK, free_port
 from serving.processes.process import Process
@@ -204,12 +205,20 @@ class Engine(Server):
     # before it is started
 
     @classmethod
+    def is_installed(cls) -> bool:
+        """Tell whether its package is here."""
+        try:
+            return bool(cls.version())
+        except EngineError:
+            return False
+
+    @classmethod
     def version(cls) -> str:
         """Return the version of its package. Raises EngineError where none is installed."""
         for distribution in cls.distributions:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 return metadata.version(distribution)
-        raise EngineError(f"{cls.title} is not installed here: run `make setup`")
+        raise EngineError(f"{cls.title} is not installed here: {how_to_install('cuda')}")
 
     @classmethod
     def cannot_serve(

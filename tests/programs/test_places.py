@@ -15,7 +15,7 @@ from labs.harness.commands import recorded_runs
 from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder
 from labs.harness.running import run as running
-from serving.install import OWN_FOLDER, named_or
+from serving.places import OWN_FOLDER, named_or
 from serving.weights.models import ROOT
 from tests.unit.builders import write_run
 

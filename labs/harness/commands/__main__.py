@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 from types import FrameType
+
+from serving import places
 
 CLOSED = (
     "error: standard output or standard error is closed: to hide what is printed, send it to"
@@ -26,12 +29,26 @@ def _require_open_streams() -> None:
         sys.exit(1)
 
 
+def _name_places() -> None:
+    """Give modules and child processes the reader's folders, before any module takes its own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--home")
+    parser.add_argument("--results")
+    named, rest = parser.parse_known_args(sys.argv[1:])
+    if named.home:
+        os.environ[places.VARIABLE] = os.path.abspath(named.home)
+    if named.results:
+        os.environ["LABS_RESULTS"] = os.path.abspath(named.results)
+    sys.argv[1:] = rest
+
+
 def main() -> None:
     """Load the commands, and run the one that was typed."""
     _require_open_streams()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _stop)
+    _name_places()
     from serving.hardware.gpus import BY_BUS, ORDER
     from serving.weights.models import CACHE
 

@@ -237,7 +237,7 @@ def start(
     return unfinished
 
 
-@command("all", "labs-all")
+@command("all", "labs-all", needs_vllm=True)
 def run_all(
     quick: bool = False,
     set_: str = "",

@@ -28,6 +28,7 @@ from labs.harness.commands.options import (
     command_words,
     lab_named,
     price_of,
+    require_clone,
     require_known,
 )
 from labs.harness.commands.play import play
@@ -35,7 +36,7 @@ from labs.harness.commands.settings import unread
 from labs.harness.commands.terminal import console, errors, say, show, shown_path
 from labs.harness.comparing import compare, reproduction
 from labs.harness.filing import manifest
-from labs.harness.filing.results import open_run
+from labs.harness.filing.results import RESULTS, open_run
 from labs.harness.questions import QUESTIONS
 from labs.harness.running import derived_models, reproduce
 from labs.harness.running.resolve import (
@@ -56,12 +57,21 @@ from serving.hardware import machine
 from serving.processes.ports import require_port
 from serving.weights import models
 
+HOME = typer.Option(help="The folder of results, models and caches.")
+RUNS = typer.Option(help="The folder of recorded runs, such as a clone's `results`.")
+
 
 @app.callback(
     help="Ask a question about LLM inference serving; answer it by measuring this machine."
 )
-def before_every_command() -> None:
-    """Warn of variables with the prefix of settings that nothing reads."""
+def before_every_command(
+    home: Annotated[str, HOME] = str(models.ROOT),
+    results: Annotated[str, RUNS] = str(RESULTS),
+) -> None:
+    """Warn of variables with the prefix of settings that nothing reads.
+
+    Both folders were taken off the command line before this module was imported.
+    """
     for sentence in unread(os.environ):
         errors.print(f"[bold yellow]warning:[/] {escape(sentence)}")
 
@@ -69,7 +79,7 @@ def before_every_command() -> None:
 LAB_NAME = typer.Argument(help="A lab's name; `labs list` names them all.")
 
 
-@command("run", "lab-<name>")
+@command("run", "lab-<name>", needs_vllm=True)
 def run(
     lab: Annotated[str, LAB_NAME],
     quick: bool = False,
@@ -120,7 +130,7 @@ def list_labs() -> None:
     console.print(table)
 
 
-@command("derive", behind="name")
+@command("derive", behind="name", needs_vllm=True)
 def derive(
     name: str,
     model: str = "",
@@ -142,7 +152,7 @@ def derive(
     console.print(f"The model is in [bold]{shown_path(folder)}[/]")
 
 
-@command("serve")
+@command("serve", needs_vllm=True)
 def serve(
     lab: str,
     variant: str = "",
@@ -194,7 +204,7 @@ def _variant_on_vllm(lab: Lab, name: str) -> Variant:
     return chosen
 
 
-@command("reproduce")
+@command("reproduce", needs_vllm=True)
 def reproduce_run(
     run: Path,
     model: str = "",
@@ -262,6 +272,7 @@ def make_bundle(
     out: Path = Path("bundle"),
 ) -> None:
     """Gather all that a GPU machine without internet needs, in parts with checksums."""
+    require_clone("bundle")
     wanted = bundle.BundleRequest(
         python=python_version,
         have=bundle.read_have(have) if have else {},

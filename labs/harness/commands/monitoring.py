@@ -18,6 +18,7 @@ from labs.harness.running import backfill
 from labs.harness.running.run import run_lock
 from labs.harness.spec import LabError
 from labs.harness.telling import pages
+from serving.places import how_to_install
 from serving.processes.ports import require_port
 
 PANEL = "Prometheus and Grafana"
@@ -89,7 +90,7 @@ def grafana_push(
         from labs.harness.commands.annotations import regions
     except ImportError as error:  # a bundle does not carry its client
         raise LabError(
-            f"{error.name} is not installed here: push from a machine set up by `make setup`"
+            f"{error.name} is not installed here: {how_to_install('grafana')}"
         ) from error
     runs = regions(all_runs(), _print_about)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 import re
@@ -24,8 +25,11 @@ from labs.harness.running.machines_on_file import MachineOnFile, find_machine
 from labs.harness.spec import SLO, Lab, LabError
 from loadtests.records import LONGEST_S
 from loadtests.trace import MOST_PLANNED_ROWS, Tell, TraceRow, read_trace
+from serving.engines.base import EngineError
+from serving.engines.vllm import Vllm
 from serving.forecasting.fleet import ROUTERS
 from serving.hardware.gpus import short_names
+from serving.places import IN_CLONE, how_to_install
 from serving.processes.masking import holds_secret, masked
 
 ALL = "all"  # routers, one after another
@@ -56,14 +60,14 @@ app = typer.Typer(
 
 
 def command(
-    name: str, target: str = "", panel: str = "Labs", behind: str = ""
+    name: str, target: str = "", panel: str = "Labs", behind: str = "", needs_vllm: bool = False
 ) -> Callable[[Command], Command]:
     """Register a function as the command `name`, which make calls for `target`.
 
     Each parameter is the setting of its name (`from_` is FROM), with its type and its default: the
     page of settings says what it does. One whose annotation says more is taken as it is, and the
     one that `behind` names stands behind the command without the name of an option. Expected
-    failures end the command in a sentence.
+    failures end the command in a sentence, as does a vLLM that it needs and that is not there.
     """
 
     def register(function: Command) -> Command:
@@ -77,6 +81,8 @@ def command(
 
         def called(**given: Any) -> None:
             with reported_errors():
+                if needs_vllm:
+                    _require_installed(own_engine=not given.get("endpoint"))
                 function(**given)
 
         called.__doc__, called.__annotations__ = function.__doc__, hints
@@ -87,6 +93,20 @@ def command(
         return function
 
     return register
+
+
+def require_clone(name: str) -> None:
+    """Check that this is no installed package; raises LabError."""
+    if not IN_CLONE:
+        raise LabError(f"`labs {name}` works on a clone of the repository, and in one alone")
+
+
+def _require_installed(own_engine: bool) -> None:
+    """Check for vLLM, or where an engine is there for the load generator. Raises EngineError."""
+    if own_engine:
+        Vllm.version()
+    elif importlib.util.find_spec("locust") is None:
+        raise EngineError(f"Locust is not installed here: {how_to_install('run')}")
 
 
 def _option(row: Setting) -> Any:

@@ -43,6 +43,7 @@ from labs.harness.telling.capacity_plans import Demand
 from labs.harness.telling.document import Paragraph, Section, section
 from loadtests.trace import MOST_ROWS, Tell, TraceRow
 from serving import whole
+from serving.engines.vllm import Vllm
 
 MOST_TOKENS = 131_072  # of a prompt, or an answer
 MOST_DOCUMENTS = 100_000
@@ -92,6 +93,8 @@ def plan_capacity(
         progress.show(page)
         if out:
             whole.write(out, markdown.document(page))
+        if rate or trace:
+            Vllm.version()  # without it a plan ends with memory and one request
 
 
 def _demand(rate: float, lengths: str, documents: str, trace: Path | None, tell: Tell) -> Demand:
@@ -124,7 +127,7 @@ def _demand(rate: float, lengths: str, documents: str, trace: Path | None, tell:
     return Demand(prompt, output, rate, int(count), int(document_tokens))
 
 
-@command("forecast", panel="Forecasts")
+@command("forecast", panel="Forecasts", needs_vllm=True)
 def forecast_lab(
     lab: str,
     machine: str = "",
@@ -217,7 +220,7 @@ def _basis(setup: Setup) -> forecasts.Basis:
     return forecasts.Basis(setup.lab, setup.model.name, setup.machine, not setup.elsewhere, run)
 
 
-@command("judge", panel="Forecasts")
+@command("judge", panel="Forecasts", needs_vllm=True)
 def judge_forecasts(data: Path) -> None:
     """Hold forecasts against runs that others have published, request by request.
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from dashboards import boards
 from labs import LABS
-from labs.harness.commands.options import command, require_known
+from labs.harness.commands.options import command, require_clone, require_known
 from labs.harness.commands.terminal import console, show, show_path, shown_path
 from labs.harness.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
 from labs.harness.filing import export, manifest, packing, score
@@ -143,6 +143,7 @@ def check(
 @command("readme", panel=PANEL)
 def readme(verify: Annotated[bool, VERIFY] = False) -> None:
     """Write the generated parts of README.md, the pages in results/ and the dashboards again."""
+    require_clone("readme")
     if verify and (stale := leaderboards.stale()):
         names = "; ".join(
             os.path.relpath(path) + f" ({why})" * bool(why) for path, why in stale.items()

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
-PAGE = ROOT / "docs" / "knobs.md"
+LABS = Path(__file__).parents[2]
+ROOT = LABS.parent
+PAGE = next(f for place in (ROOT, LABS) if (f := place / "docs" / "knobs.md").exists())
+"""In a clone; or where the package has it. This file needs Python alone, and knows no other."""
 PREFIX = "LABS_"
 SETTING = re.compile(r"^\| `([A-Z_]+)=([^`]*)` \| (.+) \| ([^|]+) \|$", re.M)
 GONE = re.compile(r"^\| ([^|`]+) \| (.+) \|$", re.M)  # behind the page's heading "What went"

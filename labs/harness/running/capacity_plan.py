@@ -132,6 +132,8 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
             " MACHINE or MODEL"
         )
     answer = replace(answer, alone=_request_alone(served, question.demand))
+    if not Vllm.is_installed():  # whose scheduler plays the rest
+        return answer
     with (
         side_by_side(processes(len(question.demand.trace))) as forecasters,
         TemporaryDirectory(prefix="lab-plan-") as folder,

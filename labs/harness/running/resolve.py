@@ -31,6 +31,7 @@ from serving.forecasting.datasheet import reason_against_sharing
 from serving.hardware import machine as machines
 from serving.hardware.gpus import DATASHEETS, Datasheet
 from serving.hardware.machine import IN_FLOAT32, SLOW_BF16, Ceilings, Environment, Machine
+from serving.places import PROGRAM
 from serving.weights import dummy, models
 
 
@@ -322,6 +323,7 @@ def model_of(machine: Machine, wanted: str, weights: str) -> models.Model:
     Raises ModelError and LabError.
     """
     if is_dummy(weights):
+        models.bundled_tokenizer()  # prompts are written with it
         return dummy.resolve(machine, wanted)
     if wanted in dummy.SHAPES and not Path(wanted).exists():
         raise LabError(f"MODEL={wanted} is a shape without weights: give WEIGHTS=dummy with it")
@@ -342,7 +344,7 @@ def model_for(lab: Lab, machine: Machine, wanted: str, weights: str) -> models.M
             f"{lab.name} serves random weights in a shape of its own, {lab.shape}, and MODEL="
             f"{wanted} is no shape that ships with the lab: leave MODEL out"
         )
-    return models.as_served(dummy.resolve(machine, wanted or lab.shape), lab.value_bytes)
+    return models.as_served(model_of(machine, wanted or lab.shape, "dummy"), lab.value_bytes)
 
 
 def require_harmless(lab: Lab, recorded: bool = False) -> None:
@@ -594,7 +596,7 @@ def measured_ceilings(machine: Machine, in_float32: bool, progress: ProgressDisp
 
 def engine_environment(kind: str, model: models.Model, lab: Lab) -> Environment:
     """Describe this machine's software, with the variables that an engine would get here."""
-    environment = machines.environment(models.ROOT, kind)
+    environment = machines.environment(PROGRAM, kind)
     variables = dict(environment.variables)
     for name in dict.fromkeys(v.engine for v in lab.variants):
         own = ENGINES[name].environment(kind, model, lab.all_flags)

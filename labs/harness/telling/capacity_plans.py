@@ -15,6 +15,7 @@ from labs.harness.telling.tables import with_band
 from labs.harness.telling.templates import filled
 from loadtests.trace import TraceRow
 from serving.engines.vllm import ACTIVATION_BYTES, CPU_KV_BYTES, MEMORY_SHARE, PROCESS_BYTES
+from serving.places import how_to_install
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def page(plan: CapacityPlan) -> Markdown:
         and price.api_usd_per_million
         and break_even_millions(price.usd_per_hour, price.api_usd_per_million),
         here=False,
+        how_to_install=how_to_install("cuda"),
         run=plan.run and code(plan.run),
         number=number,
         band=with_band,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from labs.harness.telling.document import Section, parse, section, table
-from serving.weights.models import ROOT
+from serving.places import DOCS
 
-PAGE = ROOT / "docs" / "glossary.md"
+PAGE = DOCS / "glossary.md"
 HEADING = re.compile(r"^## ", re.MULTILINE)
 ROW = re.compile(r"^\| ([^|]+) \| ([^|]+) \| `[^|`]+` \|$", re.MULTILINE)
 
