@@ -37,7 +37,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from serving.forecasting.step import StepTimes
-from serving.hardware import reference_step
+from serving.hardware import gpus, reference_step
 from serving.hardware.reference_step import ReferenceStep
 from serving.weights.models import shape_of
 
@@ -80,7 +80,8 @@ class Decoder:
     def __init__(self, config: dict[str, Any], device: str) -> None:
         import torch
 
-        self.torch, self.device, self.dtype = torch, device, torch.bfloat16
+        self.torch, self.device = torch, device
+        self.dtype = gpus.type_of_16_bits(torch, device)
         self.layers, hidden = config["num_hidden_layers"], config["hidden_size"]
         self.heads = config["num_attention_heads"]
         self.kv_heads = config.get("num_key_value_heads") or self.heads

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, PositiveInt
 
+from serving.hardware import gpus
 from serving.hardware.host_memory import available_bytes
 
 Kernel = Literal["untiled", "tiled"]
@@ -169,11 +170,13 @@ def measure(plan: AttentionPlan) -> AttentionTimes:
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     began = time.monotonic()
     most = memory_set_aside(plan.device) if plan.most_bytes is None else plan.most_bytes
+    of_16_bits = gpus.type_of_16_bits(torch, plan.device)
     wait = torch.cuda.synchronize if plan.device == "cuda" else lambda: None
 
     def attention(kernel: Kernel, tokens: int) -> Callable[[], Any]:
         q, k, v = (
-            torch.randn(1, heads, tokens, head_dim, device=plan.device).bfloat16() for _ in range(3)
+            torch.randn(1, heads, tokens, head_dim, device=plan.device).to(of_16_bits)
+            for _ in range(3)
         )
         backend = getattr(SDPBackend, BACKENDS[kernel])
 

@@ -16,6 +16,7 @@ from typing import Any
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 ORDER, BY_BUS = "CUDA_DEVICE_ORDER", "PCI_BUS_ID"  # NVML's own; CUDA's own begins with the fastest
+BF16_CAPABILITY = (8, 0)  # compute capability of Ampere, the first that multiplies BF16
 FP8_CAPABILITY = (8, 9)  # compute capability of Ada, the first with FP8 tensor cores
 COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}
 VGPU = 2  # nvmlGpuVirtualizationMode_t, nvml.h: the GPU is a virtual machine's share of one
@@ -62,7 +63,7 @@ class Datasheet:
     short_name: str  # by which MACHINE= asks for it
     memory_bytes: int  # as NVML reports it
     memory_bandwidth_bytes_per_s: float
-    bf16_flops_per_s: float
+    bf16_flops_per_s: float  # or of FP16, where it has no BF16
     fp8_flops_per_s: float | None = None
     link_bytes_per_s: float | None = None  # of NVLink to other GPUs, one way; None: it has none
     host_bytes_per_s: float | None = None  # of PCIe to the host's memory, one way
@@ -79,6 +80,8 @@ DATASHEETS = {  # by the name NVML gives: SXM and PCIe cards of one name differ
     "NVIDIA GeForce RTX 4090": Datasheet(
         "rtx-4090", 24564 * 2**20, 1.008e12, 165e12, 330e12, None, 32e9
     ),
+    # FP16, by NVIDIA's "Turing GPU architecture" (WP-09183), appendix on the Tesla T4; PCIe 3.0
+    "Tesla T4": Datasheet("t4", 15360 * 2**20, 0.32e12, 65e12, None, None, 16e9),
 }
 PCIE_4_BYTES_PER_S = 32e9
 """PCIe 4.0 x16, one way, by its specification: taken where no link to the host was measured."""
@@ -87,6 +90,16 @@ PCIE_4_BYTES_PER_S = 32e9
 def short_names() -> list[str]:
     """Name the cards that have a datasheet here."""
     return [sheet.short_name for sheet in DATASHEETS.values()]
+
+
+def type_of_16_bits(torch: Any, device: str) -> Any:
+    """Return the type in which weights of 16 bits are served on `cuda` or `cpu`.
+
+    That is BF16, and on a GPU that has none FP16, which vLLM then takes (`_resolve_auto_dtype` in
+    vllm/config/model.py of 0.32).
+    """
+    lacks = device == "cuda" and torch.cuda.get_device_capability() < BF16_CAPABILITY
+    return torch.float16 if lacks else torch.bfloat16
 
 
 def visible(nvml: ModuleType) -> list[Any]:

@@ -127,7 +127,7 @@ class Ceilings(BaseModel, frozen=True, extra="forbid"):
     """The measured limits of the serving device; a forecast for another may take a datasheet's."""
 
     memory_bandwidth_bytes_per_s: PositiveFloat
-    bf16_flops_per_s: PositiveFloat
+    bf16_flops_per_s: PositiveFloat  # or of FP16, on a GPU that has no BF16
     fp8_flops_per_s: PositiveFloat | None = None  # where the device multiplies FP8
     # of a CPU without instructions for BF16, in whose place labs serve in float32
     fp32_flops_per_s: Annotated[
@@ -329,10 +329,10 @@ def measure_ceilings(machine: Machine) -> Ceilings:
 
 
 def environment(root: Path, kind: str) -> Environment:
-    """Describe the software on this machine, and the checkout at `root`."""
+    """Describe the software on this machine, and the program at `root`, a checkout or none."""
 
     def git(*args: str) -> str | None:
-        if not shutil.which("git"):
+        if not shutil.which("git") or not (root / ".git").exists():
             return None
         out = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
         return out.stdout.strip() if out.returncode == 0 else None
@@ -481,7 +481,9 @@ def _measure(kind: str) -> Ceilings:
         target = torch.empty_like(source)
         return 2 * n_bytes / best_s(lambda: target.copy_(source), 6)
 
-    def matmul_flops_per_s(n: int, dtype: torch.dtype = torch.bfloat16) -> float:
+    of_16_bits = gpus.type_of_16_bits(torch, device)
+
+    def matmul_flops_per_s(n: int, dtype: torch.dtype = of_16_bits) -> float:
         a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
         return float(2 * n**3 / best_s(lambda: a @ b, 5))
 

@@ -25,6 +25,7 @@ from statistics import median
 
 from pydantic import BaseModel, PositiveFloat
 
+from serving.hardware import gpus
 from serving.hardware import machine as machines
 from serving.processes.process import Process
 
@@ -117,12 +118,13 @@ def on_gpu() -> Callable[[], ReferenceStep]:
     """Make the context of a GPU's step; return what times a step and frees its memory again."""
     import torch
 
+    of_16_bits = gpus.type_of_16_bits(torch, "cuda")
     torch.zeros(1, device="cuda")  # the context, before an engine counts what memory is free
 
     def timed() -> ReferenceStep:
         source = torch.ones(GPU_COPY_BYTES, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
-        factor = torch.ones(GPU_FACTOR, GPU_FACTOR, dtype=torch.bfloat16, device="cuda")
+        factor = torch.ones(GPU_FACTOR, GPU_FACTOR, dtype=of_16_bits, device="cuda")
 
         def copy() -> None:
             target.copy_(source)

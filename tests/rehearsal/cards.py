@@ -28,6 +28,7 @@ CUDA = {  # datasheet's short name -> compute capability, multiprocessors
     "l4": ((8, 9), 58),
     "rtx-4090": ((8, 9), 128),
     "l40s": ((8, 9), 142),
+    "t4": ((7, 5), 40),
 }
 CARDS = {
     **{

@@ -232,3 +232,15 @@ def test_where_vllm_is_for_gpus_and_none_answers_nothing_starts(
         else:
             with pytest.raises(gpus.GpuError, match="none answers"):
                 machine.detect()
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "expected"),
+    [("cuda", (7, 5), "FP16"), ("cuda", (8, 0), "BF16"), ("cpu", (7, 5), "BF16")],
+)
+def test_sixteen_bits_are_fp16_where_a_gpu_has_no_bf16(
+    device: str, capability: tuple[int, int], expected: str
+) -> None:
+    cuda = SimpleNamespace(get_device_capability=lambda: capability)
+    torch = SimpleNamespace(cuda=cuda, float16="FP16", bfloat16="BF16")
+    assert gpus.type_of_16_bits(torch, device) == expected

@@ -49,6 +49,7 @@ from serving.hardware import machine as machines
 from serving.hardware.gpus import GpuError
 from serving.hardware.host_memory import available_bytes
 from serving.hardware.machine import GIB, Machine
+from serving.places import PROGRAM
 from serving.platforms import PLATFORMS, platform_of
 from serving.processes.ports import PortTaken, require_port
 from serving.weights import models, quantize
@@ -159,6 +160,8 @@ def _gpus() -> Iterator[Check]:
             yield Check(f"GPU {index}", f"the driver does not tell its memory ({error})", remedy)
             continue
         generations.add(major)
+        if (major, minor) < gpus.BF16_CAPABILITY:
+            yield Check("BF16", "none on this GPU: vLLM serves in FP16")
         taken = memory.free < MEMORY_SHARE * memory.total
         yield Check(
             f"GPU {index}",
@@ -264,16 +267,16 @@ def _model(machine: Machine, wanted: str, weights: str) -> tuple[Model | None, C
 
 @cache
 def _hub_answers() -> bool:
-    from huggingface_hub import constants
-
     try:
+        from huggingface_hub import constants
+
         return requests.head(constants.ENDPOINT, timeout=5).status_code < 500
-    except requests.RequestException:
+    except (ImportError, requests.RequestException):
         return False
 
 
 def _instruments(machine: Machine) -> Iterator[Check]:
-    program = install.find_prometheus(ROOT)
+    program = install.find_prometheus(PROGRAM)
     yield Check(
         "Prometheus",
         str(program or "missing: labs run without the live dashboards"),
