@@ -15,10 +15,11 @@ import pytest
 from labs.harness.filing.results import RunFolder
 from labs.harness.running.diagnosing import ReadingFile
 from serving import install
+from serving.metrics import together
 from serving.places import PROGRAM
 from tests.unit import hostile
 from tests.unit.builders import write_run, write_slowed
-from tests.unit.test_diagnosis import HEALTHY, MODELS, exposed, together
+from tests.unit.test_diagnosis import HEALTHY, MODELS, exposed
 
 HEAVY = {"vllm", "torch", "transformers", "locust", "gevent", "huggingface_hub", "grafana_client"}
 UNREACHABLE = re.compile(r"error sending request|dns error|not found in the cache|Network", re.I)
