@@ -257,18 +257,6 @@ def accepted_length(acceptance: float, draft_tokens: int) -> float:
     return (1 - acceptance ** (draft_tokens + 1)) / (1 - acceptance)
 
 
-def speculative_speedup(
-    acceptance: float, draft_tokens: int, draft_cost: float, verify_cost: float
-) -> float:
-    """The ratio of decode speed with speculation to that without: E[tokens] / (g c + v).
-
-    `draft_cost` c is the time of a draft step and `verify_cost` v that of a verification, both in
-    units of the target's own step. Source: Leviathan et al. 2023, theorem 3.8, with v = 1. It grows
-    with the batch, v = t(B (g + 1)) / t(B), because each sequence brings g + 1 tokens.
-    """
-    return accepted_length(acceptance, draft_tokens) / (draft_tokens * draft_cost + verify_cost)
-
-
 def forward_s(shape: Shape, ceilings: Ceilings, tokens: float, context_bytes: float) -> float:
     """Seconds of a forward pass over `tokens` that reads the weights and `context_bytes` of KV.
 

@@ -16,12 +16,13 @@ from labs.harness.judging.evaluation import TEXTS
 from labs.harness.running import derived_models
 from labs.harness.running.derived_models import RECIPES, about, make, place, with_weights
 from labs.harness.spec import LabError
-from loadtests.prompts import Messages, Writer
+from loadtests.prompts import Writer
 from serving.engines.flags import with_places
 from serving.weights import dummy, models
 from serving.weights.models import Model, ModelError
 from tests.shards import write_shard
 from tests.unit.builders import SHAPE
+from tests.unit.test_prompts import words
 
 MAKER = """
 import pathlib, sys
@@ -46,10 +47,6 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(derived_models, "writer_of", lambda model: Writer(words))
     return Model("lab/base-1B", tmp_path / "base", SHAPE)
-
-
-def words(messages: Messages) -> int:
-    return 5 + sum(len(m["content"].split()) for m in messages)
 
 
 def test_it_is_made_once_and_then_found(model: Model) -> None:
@@ -248,15 +245,6 @@ def test_packed_weights_change_the_bytes_and_nothing_else(model: Model, tmp_path
 def test_a_draft_has_a_shape_of_its_own(model: Model, tmp_path: Path) -> None:
     shape = with_weights(model, "draft", write_model(tmp_path / "draft", 1)).shape
     assert (shape.layers, shape.params, shape.weight_bytes) == (1, 64, 128)
-
-
-def test_other_kv_heads_have_a_shape_of_their_own(model: Model, tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "mha", SHAPE.layers)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 2}))
-    shape = with_weights(model, "mha", folder).shape
-    assert shape.kv_bytes_per_token() == 2 * model.shape.kv_bytes_per_token()
-    assert shape.weight_bytes == 128
 
 
 def test_what_is_known_of_it_is_what_its_maker_wrote_and_its_bytes(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import psutil
 import pytest
 import requests
 
-from dashboards import boards, live, prometheus
+from dashboards import live, prometheus
 from labs.harness.filing.results import RunFolder
 from labs.harness.telling import pages, report
 from serving.processes.ports import free_port
@@ -72,17 +71,6 @@ def test_a_report_that_came_later_is_served_too(folder: RunFolder, home: Path) -
     live.publish(folder.path)
     live.publish(folder.path)
     assert "report.html" in served(home)
-
-
-def test_panels_that_ask_the_engine_alone_are_known(folder: RunFolder, home: Path) -> None:
-    """Of a run on file that has none of its series they are left out."""
-    live.place(folder.path.parents[2])
-    drawn = json.loads((home / "web" / "boards.json").read_text())["boards"]
-    asks = {p["title"]: p["asksEngine"] for board in drawn for p in boards.panels(board)}
-    assert asks["KV cache in use"]
-    assert asks["Requests running and waiting"]
-    assert not asks["TTFT, client and engine"]
-    assert not asks["Verdicts"]
 
 
 @pytest.fixture

@@ -252,32 +252,3 @@ def test_a_call_on_a_page_hands_its_settings_on(call: str, checkout: Checkout) -
     given = dict(word.split("=", 1) for word in words if word not in targets)
     _, environment = checkout.calls()[-1]
     assert settings_of(environment) == {f"LABS_{name}": value for name, value in given.items()}
-
-
-@pytest.mark.parametrize(
-    ("chosen", "processes"),
-    [
-        ("", "4"),
-        ("tests/unit", "2"),
-        ("tests/unit/ tests/golden", "2"),
-        ("tests/unit/test_docs.py", ""),
-        ("tests/unit -k pages", ""),
-        ("tests/%", ""),
-        ("--last-failed --last-failed-no-failures none", ""),
-    ],
-)
-def test_all_tests_and_whole_folders_of_them_run_in_several_processes(
-    chosen: str, processes: str, checkout: Checkout
-) -> None:
-    for folder in ("unit", "golden"):
-        (checkout.home / "tests" / folder).mkdir(parents=True)
-    assert checkout.make("test", f"TESTS={chosen}").returncode == 0
-    argv, environment = checkout.calls()[-1]
-    together = ["--dist", "loadfile", "--no-loadscope-reorder", *chosen.split()]
-    assert argv[1:] == (["-n", processes, *together] if processes else [])
-    assert environment["PYTEST_ADDOPTS"].strip() == ("" if processes else chosen)
-
-
-def test_what_the_tests_start_keeps_its_bytecode(checkout: Checkout) -> None:
-    assert checkout.make("test", PYTHONDONTWRITEBYTECODE="1").returncode == 0
-    assert checkout.calls()[-1][1]["PYTHONDONTWRITEBYTECODE"] == ""

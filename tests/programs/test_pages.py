@@ -12,17 +12,16 @@ from typer.testing import CliRunner
 
 from labs.harness.commands import all_labs
 from labs.harness.commands.cli import app
-from labs.harness.comparing import compare, leaderboards, side_by_side
+from labs.harness.comparing import leaderboards
 from labs.harness.facts.parts import Headline, ReportParts
 from labs.harness.filing import manifest, results
 from labs.harness.filing.newest import newest_runs
 from labs.harness.filing.results import RunFolder, write_json
-from labs.harness.telling import markdown, pages
+from labs.harness.telling import markdown
 from labs.harness.telling.document import Link, Paragraph, Strong, plain_text
 from serving.engines.vllm import Vllm
 from serving.hardware import machine as machines
 from serving.hardware.machine import Machine
-from serving.weights.models import ROOT
 from tests.unit.builders import make_lab, write_run, write_runs_of_others, write_slowed
 
 
@@ -218,21 +217,6 @@ def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(title="Said better")})
     assert {row[-2] for row in leaderboards.leaderboard().rows} == {"unchanged"}
     assert "changed since" not in leaderboards.write_machine(home).read_text()
-
-
-def test_every_page_with_intervals_says_that_they_speak_of_one_sitting(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leaderboards, "LABS", {"tiny": make_lab()})
-    side = compare.read_side(str(folder.path))
-    texts = {
-        "machine": leaderboards.write_machine(folder.path.parent.parent).read_text(),
-        "front": (ROOT / "README.md").read_text(),
-        "collection": leaderboards.PAGE_OF_ALL.with_name(leaderboards.CLAIMS).read_text(),
-        "comparison": markdown.fragment([side_by_side.headline(compare.compare(side, side))]),
-        "run": pages.write(folder).read_text(),
-    }
-    assert not [name for name, text in texts.items() if "one sitting" not in text]
 
 
 def test_a_reproduction_displaces_no_published_run(folder: RunFolder) -> None:

@@ -129,14 +129,6 @@ def test_environment_is_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert process.tail() == "yes too"
 
 
-def test_talk_is_a_line_protocol(tmp_path: Path) -> None:
-    with Process("child", ["cat"], log=tmp_path / "log", talk=True) as process:
-        for line in ("ping\n", "pong\n"):
-            process.stdin.write(line)
-            assert process.stdout.readline() == line
-    assert (tmp_path / "log").read_text() == ""
-
-
 @pytest.fixture
 def family() -> Iterator[list[int]]:
     """Process ids to clear away if a test fails to see them end."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
 
+from labs.harness.changes import parse_changes
 from labs.harness.comparing import reproduction
 from labs.harness.filing.results import (
     Predictions,
@@ -38,6 +40,7 @@ from labs.harness.telling.summary import summarise
 from loadtests import records
 from loadtests.arrivals import AnyArrival, Arrival
 from loadtests.plan import TrialSummary
+from loadtests.prompts import Messages
 from loadtests.records import Chunks, RequestRecord
 from loadtests.workload import Fixed, Workload
 from serving import metrics
@@ -62,6 +65,11 @@ _ARRIVAL: TypeAdapter[AnyArrival] = TypeAdapter(Arrival)
 def parse(text: str) -> AnyArrival:
     """Read an arrival's text form, as a lab reads it."""
     return _ARRIVAL.validate_python(text)
+
+
+def words(messages: Messages) -> int:
+    """Tokens of messages by a tokenizer of words, under a template that adds none."""
+    return sum(len(m["content"].split()) for m in messages)
 
 
 def make_record(
@@ -200,6 +208,14 @@ def make_lab(**fields: Any) -> Lab:
         "most_repeats": 0,
     }
     return Lab(**{**plain, **fields})
+
+
+def changes_next(lab: Lab) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the lab says may be turned next, each with the changes that it names."""
+    for knob in lab.next_knobs:
+        setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
+        assert setting, knob
+        yield knob, parse_changes(setting[2] or setting[3])
 
 
 def write_run(results: Path, day: str = DAY, **fields: Any) -> RunFolder:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from labs.harness.filing import results
+from labs.harness.filing.results import RunFolder
 from tests.runs_of_others import runs_of_others
+from tests.unit.builders import write_run
 
 __all__ = ["runs_of_others"]
 
@@ -29,3 +33,10 @@ def signals_as_found() -> Iterator[None]:
     yield
     for signum, handler in taken.items():
         signal.signal(signum, handler)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run, the only one in the folder of results."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return write_run(tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from labs import LABS
 from labs.harness.judging.signals import CALM_S, GRID_S, is_watched, watched
 from loadtests.arrivals import AnyArrival, Concurrent, Day, Offered, Ramp, Replay
 
@@ -56,16 +55,3 @@ def test_loads_whose_rate_changes_are_watched() -> None:
     assert all(is_watched(load) for load in watches)
     assert not is_watched(Concurrent(users=8))
     assert not is_watched(Offered(times=2))
-
-
-def test_a_reader_can_have_a_day_instead_of_a_ramp() -> None:
-    changes = {
-        "variants": ["unbounded"],
-        "workloads": ["saturated", "mixed", "rising"],
-        "workloads.rising.loads": ["ramp:0.5/1.5", "day:0.3/1.4"],
-    }
-    lab = LABS["overload"].at("cpu", quick=False, changes=changes)
-    assert [str(a) for w in lab.workloads if w.name == "rising" for a in w.loads] == [
-        "ramp:0.5/1.5", "day:0.3/1.4",
-    ]  # fmt: skip
-    assert lab.finds_capacity

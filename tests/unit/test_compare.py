@@ -28,12 +28,6 @@ ALLOWED = gate.thresholds()
 Bounds = tuple[float, float | None, float | None] | None
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    return write_run(tmp_path)
-
-
 def compared(a: RunFolder, b: RunFolder, force: bool = False) -> Comparison:
     """Compare what their summaries say, which tests write by hand."""
     side_a, side_b = (Side(f, None, f.run(), f.summary()) for f in (a, b))
@@ -174,9 +168,7 @@ def test_a_slower_copy_differs_by_as_much_and_fails_the_gate(folder: RunFolder) 
     assert gate.failures(compared(slow, folder), ALLOWED) == []  # faster
 
 
-def test_a_comparison_begins_with_what_to_decide_by_and_ends_with_what_is_missing(
-    folder: RunFolder,
-) -> None:
+def test_a_comparison_begins_with_what_to_decide_by(folder: RunFolder) -> None:
     slow = with_figure(write_slowed(folder, 1.25), "error_rate", 0.1)
     found = compared(folder, slow)
     first, _, rest = side_by_side.headline(found).partition("\n\n")
@@ -186,16 +178,6 @@ def test_a_comparison_begins_with_what_to_decide_by_and_ends_with_what_is_missin
     assert "ITL, p99 (1.25x at on concurrent-2)" in first
     assert "MBU" not in first
     assert rest.startswith("- A: ")
-    summary = slow.summary()
-    summary.measurements["off/short/concurrent-1"].clear()
-    write_json(slow.path / "summary.json", summary)
-    cells = re.findall(
-        r"\| (\w+)(?: comparable)?(?: \([^|]*)? \|$", tables(compared(folder, slow)), re.M
-    )
-    outcomes = [cell for cell in cells if cell in ("differs", "undecided", "same", "not")]
-    in_figures = outcomes[-len(found.rows) :]
-    assert in_figures == sorted(in_figures, key=["differs", "undecided", "same", "not"].index)
-    assert {"differs", "not"} <= set(in_figures)
     faster = side_by_side.headline(compared(slow, folder))
     assert faster.startswith("B is better on Output throughput (1.25x at ")
     same = side_by_side.headline(compared(folder, folder))

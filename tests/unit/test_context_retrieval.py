@@ -14,7 +14,6 @@ from labs.context_retrieval.facts import Facts, facts
 from labs.context_retrieval.lab import (
     admitted,
     arithmetic,
-    reaching,
     step_ratio,
 )
 from labs.harness.filing.results import Predictions, write_gzip, write_json
@@ -29,7 +28,6 @@ from labs.harness.judging.retrieval import (
     text_lengths,
 )
 from labs.harness.spec import Evidence, Lab, Point
-from serving.engines.vllm import Vllm
 from serving.weights.models import Shape
 from tests.unit.builders import CEILINGS, SHAPE
 from tests.unit.judged import context, judged_run
@@ -106,11 +104,6 @@ def test_evidence_reads_a_field_within_a_flag() -> None:
     at = next(p for p in turned.points(SHAPE, CEILINGS) if p.variant.name == "window")
     assert windowed.expected(at) == "64"
     assert told["full"].expected(point("full", "far")) == "None"
-
-
-def test_of_a_models_configuration_only_its_window_may_be_set() -> None:
-    assert Vllm.refusal(reaching(512)) == ""
-    assert "hf-overrides.architectures" in Vllm.refusal({"hf-overrides": {"architectures": ["X"]}})
 
 
 # ----------------------------------------------------------------------------------------- asking

@@ -19,12 +19,10 @@ from labs import LABS
 from labs.harness.judging import judge
 from labs.harness.judging.checks import load
 from labs.harness.judging.metrics import METRICS
-from loadtests import exporter
 from loadtests.exporter import Exporter
 from serving import metrics
 from serving.hardware import telemetry
 from tests.cases import each
-from tests.unit.builders import MACHINE
 
 SCHEMA = Path(
     os.environ.get(
@@ -134,22 +132,6 @@ def _selectors(query: str) -> list[Any]:
     return found
 
 
-@each(("board", "panel"), EVERY)
-def test_every_panel_says_its_unit_and_what_to_see(board: str, panel: dict[str, Any]) -> None:
-    assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
-    says = panel["description"]
-    assert says.endswith("."), panel["title"]
-    assert len(says) > 20, panel["title"]
-
-
-@pytest.mark.parametrize("name", ["lab-live", "generator"])
-def test_load_points_and_warm_up_are_annotations(name: str) -> None:
-    found = BUILT[name]["annotations"]["list"]
-    asks = {a["name"]: asked(a["expr"].replace("$lab", "x")) for a in found if "expr" in a}
-    assert asks == {"Load points": {exporter.LOAD_POINT}, "Warm-up": {exporter.WARM_UP}}
-    assert len({a["iconColor"] for a in found if "expr" in a}) == 2
-
-
 def test_machines_shows_one_load_point_and_averages_nothing() -> None:
     chosen = {v["name"]: v for v in BUILT["machines"]["templating"]["list"]}
     for name in ("at_workload", "at_load"):
@@ -161,35 +143,6 @@ def test_machines_shows_one_load_point_and_averages_nothing() -> None:
             assert "avg" not in target["expr"], panel["title"]
             if series.MEASUREMENT in target["expr"]:
                 assert 'workload="$at_workload",load="$at_load"' in target["expr"]
-
-
-def test_runs_of_a_machine_are_told_apart_however_long_its_name_is() -> None:
-    """A label is cut after so many letters: the run's 25 come first, and some of the machine's."""
-    by_run = [
-        panel
-        for panel in boards.panels(BUILT["machines"])
-        for step in panel.get("transformations", ())
-        if step["options"].get("rowField") == "sitting"
-    ]
-    panels = sum(bool(metric.machines_panel) for metric in METRICS.values())
-    assert len(by_run) == panels
-    for panel in by_run:
-        assert panel["options"]["xTickLabelMaxLength"] >= len(f"{RUN_ID} {MACHINE.slug}")
-        assert '"sitting", " ", "run_id", "machine")' in panel["targets"][0]["expr"]
-
-
-def test_figures_of_compare_have_a_unit_and_an_interval() -> None:
-    found = {panel["title"]: panel for panel in boards.panels(BUILT["compare"])}
-    for title in ("Every figure", "Forecasts"):
-        (renamed,) = (t["options"]["renameByName"] for t in found[title]["transformations"]
-                      if "indexByName" in t["options"])  # fmt: skip
-        assert renamed["unit"] == "Unit"
-    for metric in ("output_tokens_per_s", "goodput_per_s", "tpot_mean_s"):
-        asks = [target["expr"] for target in found[METRICS[metric].title]["targets"]]
-        for name in (series.MEASUREMENT_LOW, series.MEASUREMENT_HIGH):
-            assert any(f"{name}{{" in query for query in asks), metric
-        unit = found[METRICS[metric].title]["fieldConfig"]["defaults"]["unit"]
-        assert unit == boards.UNITS[METRICS[metric].unit]
 
 
 def test_compare_promises_an_interval_where_there_is_one() -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -41,6 +39,7 @@ from labs.harness.telling.templates import MISSING, filled
 from serving import metrics
 from serving.metrics import Histogram, Snapshot, together
 from tests.unit import hostile
+from tests.unit.answering import Answering, answered_by
 from tests.unit.builders import CEILINGS, SHAPE, make_record
 from tests.unit.hostile import says, whole
 from tests.unit.judged import context, judged_run, played
@@ -326,12 +325,6 @@ def test_readings_of_one_engine_are_added() -> None:
 # ----------------------------------------------------------------------------- the predictions
 
 
-def predicted(claim: str) -> float:
-    (one,) = (c for c in LAB.claims if c.name == claim)
-    ((treatment, baseline),) = LAB.pairs(one, points())
-    return one.predict(treatment, baseline).value
-
-
 def points() -> list[Point]:
     return LAB.points(SHAPE, CEILINGS)
 
@@ -537,24 +530,14 @@ def diagnosed(before: list[Any], after: list[Any], *options: str, resets: float 
             return [{"metric": {}, "value": [0, str(resets)]}]
         return before if at == BEGAN else after
 
-    class Asked(BaseHTTPRequestHandler):
+    class Recorded(Answering):
         def do_POST(self) -> None:
             form = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            body = json.dumps({"data": {"result": says_query(form)}}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.reply({"data": {"result": says_query(form)}})
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Asked) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with answered_by(Recorded) as url:
         arguments = ["diagnose", "--prometheus-url", url, "--from", BEGAN, "--to", ENDED, *options]
         done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
-        server.shutdown()
     assert done.exit_code in (0, 1), done.output
     return " ".join(f"{done.output} {done.stderr}".split())
 

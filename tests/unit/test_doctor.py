@@ -298,13 +298,6 @@ def test_on_a_gpu_the_labs_that_can_run_are_planned(monkeypatch: pytest.MonkeyPa
     assert counted == [sum(end <= m for end in ends_min) for m in doctor.SESSIONS_MIN]
 
 
-def test_a_cpu_that_serves_in_float32_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(install, "detect_platform", lambda: "cpu")
-    old = CPU.model_copy(update={"cpu_flags": ("avx2", "avx512f")})
-    assert "float32" in line(doctor._hardware(old), "BF16").state
-    assert "BF16" not in [check.part for check in doctor._hardware(CPU)]
-
-
 def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "detect_platform", lambda: "cuda")
     assert "driver does not answer" in line(doctor._hardware(CPU), "GPU").state

@@ -29,7 +29,6 @@ from labs.harness.telling.document import (
     table,
 )
 from labs.harness.telling.markdown import Inline, Markdown, escaped, inline
-from labs.harness.telling.tables import varying, without_empty_columns
 from labs.harness.telling.templates import filled_text
 from tests.cases import each
 
@@ -252,24 +251,6 @@ def test_text_from_outside_moves_no_cursor_and_clears_no_screen() -> None:
 
 
 # ---------------------------------------------------------------------------------------- tables
-
-
-def test_columns_that_say_the_same_everywhere_are_said_once() -> None:
-    of = table(
-        ("Point", "Errors", "TTFT", "Cost"), [("a", "0%", "1 s", "–"), ("b", "0%", "2 s", "–")]
-    )
-    shown, same = varying(of)
-    assert shown == table(("Point", "TTFT"), [("a", "1 s"), ("b", "2 s")])
-    assert same == [("Errors", "0%")]
-    assert varying(of, keep=("Errors",))[1] == []
-    alone = table(("Point", "Errors"), [("a", "0%")])
-    assert varying(alone) == (alone, [])
-
-
-def test_columns_of_dashes_are_left_out() -> None:
-    of = table(("Point", "Published"), [("a", "–"), ("b", "–")])
-    assert without_empty_columns(of) == table(("Point",), [("a",), ("b",)])
-    assert without_empty_columns(table(("Point",), [])) == table(("Point",), [])
 
 
 def test_what_is_folded_opens_on_a_page_and_is_left_out_on_a_terminal() -> None:

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from labs.harness.filing import engine_series, results
+from labs.harness.filing import engine_series
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.results import RunFolder, write_gzip
 from labs.harness.running import backfill
 from labs.harness.running.engine_series import keep
 from serving import metrics
-from tests.unit.builders import write_run
 from tests.unit.test_backfill import brief_run
 
 Samples = list[tuple[dict[str, str], list[tuple[float, float]]]]
@@ -41,12 +40,6 @@ class Scraped:
             )
             for name in self.names
         ]  # fmt: skip
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    return write_run(tmp_path)
 
 
 def kept(folder: RunFolder, there: Any) -> list[Path]:

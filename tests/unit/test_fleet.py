@@ -2,42 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from serving.forecasting.fleet import ROUTERS, Fleet, Handover, PrefixAware, Split
 from serving.forecasting.plan import SyntheticRequest
-from serving.forecasting.traffic import Delays, Play, Prompt, Traffic, play
-
-NONE = Delays(request_s=0, serial_s=0, response_s=0, client_s=0)
-
-
-class Replica:
-    """Every step takes `step_s` and gives each of its requests a token."""
-
-    def __init__(self, step_s: float = 1.0) -> None:
-        self.now_s, self.step_s = 0.0, step_s
-        self.left: dict[str, int] = {}
-        self.served: list[str] = []
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.left)
-
-    def add(self, request_id: str, prompt: Prompt) -> bool:
-        self.left[request_id] = prompt.output_tokens
-        self.served.append(request_id)
-        return True
-
-    def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
-        self.now_s += self.step_s
-        got = {name: (1, left == 1) for name, left in self.left.items()}
-        self.left = {name: left - 1 for name, left in self.left.items() if left > 1}
-        return got
-
-    def wait_until(self, at_s: float) -> None:
-        self.now_s = max(self.now_s, at_s)
+from serving.forecasting.traffic import Play, Prompt, Traffic, play
+from tests.unit.test_forecasting import NONE, Server
 
 
 def prompt(index: int, output_tokens: int, document: int = 0) -> Prompt:
@@ -53,7 +23,7 @@ def played(fleet: Fleet | Split, at_s: list[float], prompts: list[Prompt]) -> Pl
 
 
 def test_replicas_step_side_by_side_and_an_idle_one_begins_when_a_request_comes() -> None:
-    slow, fast = Replica(10), Replica(1)
+    slow, fast = Server(10), Server(1)
     answers = played(
         Fleet([slow, fast], ROUTERS["round-robin"]()), [0, 2.5], [prompt(0, 2), prompt(1, 3)]
     ).answers
@@ -64,7 +34,7 @@ def test_replicas_step_side_by_side_and_an_idle_one_begins_when_a_request_comes(
 
 
 def test_a_request_that_comes_within_a_step_is_taken_up_in_the_next() -> None:
-    fleet = Fleet([Replica(1)], ROUTERS["round-robin"]())
+    fleet = Fleet([Server(1)], ROUTERS["round-robin"]())
     first, second = played(fleet, [0, 0.5], [prompt(0, 3), prompt(1, 1)]).answers
     assert first.chunks == [(1, 1), (3, 2)]
     assert second.chunks == [(2, 1)]
@@ -72,7 +42,7 @@ def test_a_request_that_comes_within_a_step_is_taken_up_in_the_next() -> None:
 
 @pytest.mark.parametrize(("router", "served"), [("least-loaded", [1, 3]), ("round-robin", [2, 2])])
 def test_a_busy_replica_is_spared_by_load_and_not_by_turns(router: str, served: list[int]) -> None:
-    replicas = [Replica(), Replica()]
+    replicas = [Server(), Server()]
     asked = [prompt(0, 9), prompt(1, 1), prompt(2, 1), prompt(3, 1)]
     played(Fleet(replicas, ROUTERS[router]()), [0, 0, 1.5, 1.6], asked)
     assert [len(replica.served) for replica in replicas] == served
@@ -96,7 +66,7 @@ HANDOVER = Handover(bytes_per_token=2, link_bytes_per_s=100, asked_s=0.5)  # 2 s
 
 
 def test_what_one_engine_has_prefilled_the_other_decodes_once_it_has_come_over() -> None:
-    prefilling, decoding = Replica(10), Replica(1)
+    prefilling, decoding = Server(10), Server(1)
     asked = [prompt(0, 3), prompt(1, 2)]
     first, second = played(Split(prefilling, decoding, HANDOVER), [0, 0], asked).answers
     assert first.chunks == [(13.5, 1), (15.5, 2)]  # 10 + 0.5 + 2 on the link, then its steps
@@ -105,20 +75,20 @@ def test_what_one_engine_has_prefilled_the_other_decodes_once_it_has_come_over()
 
 
 def test_streams_decode_on_while_the_other_engine_prefills() -> None:
-    split = Split(Replica(4), Replica(1), HANDOVER)
+    split = Split(Server(4), Server(1), HANDOVER)
     stream, late = played(split, [0, 4.1], [prompt(0, 9), prompt(1, 1)]).answers
     assert stream.chunks == [(7.5, 1), (15.5, 8)]
     assert late.chunks == [(12.5, 1)]  # prefilled at 8.1, over at 10.6: it waits for a step's end
 
 
 def test_an_engine_that_decodes_may_not_turn_away_what_is_prefilled() -> None:
-    class Full(Replica):
+    class Full(Server):
         def add(self, request_id: str, prompt: Prompt) -> bool:
             return False
 
     with pytest.raises(ValueError, match="prefilled"):
-        played(Split(Replica(), Full(), HANDOVER), [0], [prompt(0, 1)])
-    turned_away, *_ = played(Split(Full(), Replica(), HANDOVER), [0], [prompt(0, 1)]).answers
+        played(Split(Server(), Full(), HANDOVER), [0], [prompt(0, 1)])
+    turned_away, *_ = played(Split(Full(), Server(), HANDOVER), [0], [prompt(0, 1)]).answers
     assert turned_away.turned_away_s == 0
 
 

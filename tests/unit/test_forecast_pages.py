@@ -13,7 +13,6 @@ import pytest
 from labs.harness.filing import engine_series, results
 from labs.harness.filing.results import (
     Band,
-    OnTwoEngines,
     PointForecasts,
     RunFolder,
     write_gzip,
@@ -22,7 +21,6 @@ from labs.harness.filing.results import (
 from labs.harness.judging.judge import Caveat, ForecastAtPoint, Interval
 from labs.harness.judging.metrics import METRICS
 from labs.harness.names import PairName
-from labs.harness.running import run
 from labs.harness.spec import OF_FORECASTS
 from labs.harness.telling import markdown, report, residual_plot, residuals, tables
 from labs.harness.telling.document import plain_text
@@ -97,39 +95,6 @@ def test_the_cache_in_use_stands_beside_what_was_forecast_of_it(folder: RunFolde
     assert "| 50% | 75% |" in alone
 
 
-def test_before_a_run_the_use_of_ample_memory_is_not_shown(folder: RunFolder) -> None:
-    forecasts = folder.predictions().in_virtual_time
-    assert forecasts
-    first, second = forecasts.points
-    ample = {first: KvUse(mean=0.3, peak=0.49), second: KvUse(mean=0.1, peak=0.2)}
-    short = ample | {second: KvUse(mean=0.1, peak=0.5)}
-    shown = [run._for_terminal(forecasts.model_copy(update={"kv_use": u})) for u in (ample, short)]
-    assert [forecasts.kv_use for forecasts in shown] == [{}, short]
-
-
-def test_two_engines_have_a_section_of_their_own_that_says_what_it_is(folder: RunFolder) -> None:
-    """Beside the same point on one engine, as it was forecast; and only where it was."""
-    summarise(folder)
-    assert "on two engines" not in report.write(folder).read_text()
-    before = folder.predictions()
-    assert before.in_virtual_time
-    first, second = before.in_virtual_time.points
-    bands = {"tpot_mean_s": NEAR}
-    split = OnTwoEngines(point=first, link_gbit_per_s=10, bands=bands)
-    shared = OnTwoEngines(point=second, link_gbit_per_s=None, bands=bands)
-    forecasts = before.in_virtual_time.model_copy(update={"on_two": (split, shared)})
-    write_json(
-        folder.path / "predictions.json", before.model_copy(update={"in_virtual_time": forecasts})
-    )
-    assert folder.predictions().in_virtual_time == forecasts
-    _, _, after = report.write(folder).read_text().partition("on two engines, not measured")
-    told, _, _ = after.partition("\n## ")
-    assert told.count("| one, ") == 2
-    assert re.search(r"\| two, .* 10 Gbit/s [^|]*\| 1 s \(", told)
-    assert re.search(r"\| two, [^|]* shared [^|]*\| 1 s \(", told)
-    assert "Forecast alone" in told
-
-
 def write_summary(folder: RunFolder, *caveats: Caveat) -> None:
     """Write the summary with these caveats alone: a run made by hand lacks some evidence."""
     summary = summarise(folder).model_copy(update={"caveats": list(caveats)})
@@ -146,20 +111,6 @@ def test_residuals_are_told_by_figure_and_every_miss_by_name(folder: RunFolder) 
     assert f"| {found[0].machine} | TPOT, mean | 2 | 25% | 1 (50%) | 1 (50%) |" in told
     assert "| 0.50x |" in told
     assert f"]({folder.path.name})" in told  # it has no report, which is written when asked for
-
-
-def test_figures_that_no_report_forecasts_are_told_by_machine(folder: RunFolder) -> None:
-    write_summary(folder)
-    summary = folder.summary()
-    moved = [f.model_copy(update={"metric": "itl_p50_s"}) for f in summary.in_virtual_time]
-    both = [*summary.in_virtual_time, *moved]
-    write_json(folder.path / "summary.json", summary.model_copy(update={"in_virtual_time": both}))
-    found, kept = residuals.of_runs([folder]), residuals.kept_of_runs([folder])
-    assert [r.group for r in kept] == ["ITL, p50"] * 2
-    link = residuals.to_reports(folder.path.parent)
-    told = markdown.document(residuals.page(Scores(found, kept), link))
-    assert f"| {found[0].machine} | ITL, p50 | 2 | 25% | 1 (50%) | 1 (50%) |" in told
-    assert "ITL, p50" not in markdown.document(residuals.page(Scores(found), link))
 
 
 def test_an_older_run_counts_only_among_all_runs(folder: RunFolder, tmp_path: Path) -> None:

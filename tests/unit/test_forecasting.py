@@ -54,11 +54,12 @@ def test_a_few_tokens_read_as_much_of_the_cache_as_one() -> None:
 
 
 class Server:
-    """Every step takes a second and gives each request in it a token; a prompt takes one step."""
+    """Every step takes so long and gives each request in it a token; a prompt takes one step."""
 
-    def __init__(self) -> None:
-        self.now_s = 0.0
+    def __init__(self, step_s: float = 1.0) -> None:
+        self.now_s, self.step_s = 0.0, step_s
         self.left: dict[str, int] = {}
+        self.served: list[str] = []
 
     @property
     def busy(self) -> bool:
@@ -66,10 +67,11 @@ class Server:
 
     def add(self, request_id: str, prompt: Prompt) -> bool:
         self.left[request_id] = prompt.output_tokens
+        self.served.append(request_id)
         return True
 
     def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
-        self.now_s += 1
+        self.now_s += self.step_s
         got = {name: (1, left == 1) for name, left in self.left.items()}
         self.left = {name: left - 1 for name, left in self.left.items() if left > 1}
         return got

@@ -13,13 +13,12 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from labs import LABS
-from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder, TrialResult, write_json
 from labs.harness.telling import chart_data, html, pages, report, site, tables
 from labs.harness.telling.document import Figure, plain_text
 from labs.harness.telling.summary import summarise
 from loadtests import records
-from tests.unit.builders import make_record, make_summary, write_run
+from tests.unit.builders import make_record, make_summary
 
 LIBRARY, IN_ITS_PLACE = get_plotlyjs(), "the library"
 HOSTILE = "</script><script>hacked()</script><img src=x onerror=hacked()>[a](javascript:hacked())"
@@ -62,12 +61,6 @@ class Seen(HTMLParser):
         (text,) = (c for c in self.code if c.startswith('{"colours"'))
         found: dict[str, Any] = json.loads(text)
         return found
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    return write_run(tmp_path)
 
 
 def written(folder: RunFolder) -> Seen:

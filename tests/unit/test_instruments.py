@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 from labs.harness.filing import results
-from labs.harness.judging.judge import Interval
 from labs.harness.telling import instruments, markdown
-from labs.harness.telling.instruments import Alarms, Engine, Sent, Streams
+from labs.harness.telling.instruments import Alarms, Sent, Streams
 from serving.hardware.machine import Machine
 
 MACHINE = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=24 * 2**30)
 DAY = "2026-11-25T19:30:00+00:00"
-
-
-def ratio(value: float, low: float | None = None, high: float | None = None) -> Interval:
-    return Interval(value=value, low=low, high=high, n=4)
 
 
 ROW = Sent(
@@ -69,38 +63,3 @@ def test_a_row_has_units_and_a_dash_for_what_is_not_there(home: Path) -> None:
         " | 5.2 ms | 0.1 ms | – | 21.6 µs |"
     )
     assert table_head.count("|") == row.count("|")
-
-
-def test_the_start_of_all_streams_has_columns_where_a_row_has_timed_it(home: Path) -> None:
-    timed = ROW.model_copy(
-        update={"start_ttft_added_p50_s": 0.0214, "start_ttft_added_p99_s": 0.042}
-    )
-    instruments.keep(MACHINE, "streams", Streams(rows=[ROW], measured_at=DAY))
-    older = instruments.path_of(MACHINE)
-    older.write_text(re.sub(r'\s*"start_\w+": null,', "", older.read_text()))
-    assert "start" not in older.read_text()
-    (bench,) = instruments.published_benches()
-    assert "At the start" not in lines(bench)[2]
-    both = bench.model_copy(update={"streams": Streams(rows=[ROW, timed], measured_at=DAY)})
-    _, _, table_head, _, untimed, row, *_ = lines(both)
-    assert "At the start" in table_head
-    assert "| 5.2 ms | – | – | 0.1 ms |" in untimed
-    assert "| 5.2 ms | 21.4 ms | 42 ms | 0.1 ms |" in row
-    assert table_head.count("|") == untimed.count("|") == row.count("|")
-
-
-def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None:
-    empty = instruments.Bench(machine=MACHINE)
-    engine = Engine(throughput=ratio(1.01, 0.99, 1.03), ttft=ratio(0.9), tpot=ratio(1.0))
-    whole = empty.model_copy(update={"engine": engine, "aa": ALARMS})
-    of_engine, of_aa = (line for line in lines(whole) if line.startswith("- "))
-    assert re.search(r"1\.01 \(0\.99 to 1\.03\).*0\.90.*1\.00", of_engine)
-    assert "2 of 80 claims judged, 2.5% (0.3% to 8.7%), 1 not judged" in of_aa
-    assert not [line for line in lines(empty) if line.startswith("- ")]
-
-
-def test_work_of_others_is_told() -> None:
-    for share, told in ((0.04, False), (0.21, True)):
-        aa = ALARMS.model_copy(update={"cpu_others": share})
-        head = lines(instruments.Bench(machine=MACHINE, aa=aa))[0]
-        assert (f"{share:.0%}" in head) is told

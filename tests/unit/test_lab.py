@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import math
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +40,15 @@ from serving.engines.vllm import KV_MEMORY
 from serving.hardware import gpus
 from serving.weights import models
 from tests.cases import each
-from tests.unit.builders import CEILINGS, SHAPE, make_claim, make_lab, make_point, make_workload
+from tests.unit.builders import (
+    CEILINGS,
+    SHAPE,
+    changes_next,
+    make_claim,
+    make_lab,
+    make_point,
+    make_workload,
+)
 
 # ------------------------------------------------------------------------------------- resolving
 
@@ -279,15 +285,6 @@ def test_a_probe_that_reads_text_is_refused_on_random_weights_whoever_added_it()
     require_no_reading(make_lab(probes=("salt",)))
 
 
-def test_flags_may_be_added() -> None:
-    changes = {"flags.block-size": 32, "variants.on.flags.max-num-seqs": 4}
-    lab = make_lab().at("cpu", quick=False, changes=changes)
-    off, on = lab.variants
-    plain = {"max-model-len": 128, "block-size": 32}
-    assert lab.flags_of(off) == {**plain, "enable-prefix-caching": False}
-    assert lab.flags_of(on) == {**plain, "enable-prefix-caching": True, "max-num-seqs": 4}
-
-
 def test_set_reads_json_and_else_text() -> None:
     text = ' window_s=4  a.b=true\tload=waves:8 loads=["waves:8"] name= x=1=2 '
     assert parse_changes(text) == {
@@ -400,30 +397,15 @@ def test_pairs_meet_what_the_arms_say_and_agree_on_what_both_leave_open() -> Non
     assert paired(treatment=Arm(variant="on", kind="waves")) == []
 
 
-def test_arm_matches_by_all_it_says() -> None:
-    point = make_point("on", "waves:8")
-    assert Arm().matches(point)
-    assert Arm(variant="on", workload="short", load="waves:8", kind="waves").matches(point)
-    others: list[dict[str, str]] = [
-        {"variant": "off"}, {"workload": "long"}, {"load": "waves:4"}, {"kind": "poisson"},
-    ]  # fmt: skip
-    assert not any(Arm(**other).matches(point) for other in others)
-
-
-@pytest.mark.parametrize(
+@each(
     "naming",
     [
         {"claims": (make_claim(treatment=Arm(variant="best")),)},
         {"claims": (make_claim(baseline=Arm(variant="best")),)},
-        {
-            "evidence": (
-                Evidence(arm=Arm(variant="best"), kind="rises", metric=metrics.PREFIX_HITS),
-            )
-        },
+        {"evidence": (Evidence(arm=Arm(variant="best"), kind="rises", metric="x"),)},
         {"probed": ("best",)},
         {"workloads": (make_workload(only=("best", "on")),)},
     ],
-    ids=["treatment", "baseline", "evidence", "probed", "only"],
 )
 def test_unknown_variant_is_refused(naming: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"\['best'\] .* tiny"):
@@ -663,13 +645,6 @@ def test_what_needs_text_is_part_of_the_lab(lab: Lab) -> None:
 
 
 @EVERY
-def test_name_is_the_one_the_list_and_its_file_give(lab: Lab) -> None:
-    assert LABS[lab.name] is lab
-    module: Any = importlib.import_module(f"labs.{lab.name.replace('-', '_')}.lab")
-    assert module.LAB is lab
-
-
-@EVERY
 def test_variants_differ_and_those_with_other_flags_show_it(lab: Lab) -> None:
     """Other weights show in no counter: the engine's command line on file names them.
 
@@ -689,10 +664,7 @@ def test_variants_differ_and_those_with_other_flags_show_it(lab: Lab) -> None:
 @EVERY
 def test_what_to_turn_next_can_be_turned(lab: Lab) -> None:
     digest = resolved(lab.name, "cpu").digest()
-    for knob in lab.next_knobs:
-        setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
-        assert setting, knob
-        changes = parse_changes(setting[2] or setting[3])
+    for knob, changes in changes_next(lab):
         turned = lab.at("cpu", quick=False, changes=changes)
         assert turned.digest() != digest, knob
         for evidence in turned.evidence:
@@ -712,10 +684,7 @@ def test_what_to_turn_next_fits_the_sizes_of_a_quick_run(name: str, dummy: bool)
     """It may name a part that a quick run does without, which then has it."""
     quick = resolved(name, "gpu-80", quick=True, dummy=dummy)
     digest = quick.digest()
-    for knob in quick.next_knobs:
-        setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
-        assert setting, knob
-        changes = parse_changes(setting[2] or setting[3])
+    for knob, changes in changes_next(quick):
         turned = LABS[name].at("gpu-80", True, changes, dummy)
         assert turned.digest() != digest, knob
         longest = max(w.longest_tokens for w in turned.workloads)

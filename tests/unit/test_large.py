@@ -78,8 +78,3 @@ def test_a_long_line_is_thinned_to_what_can_be_seen_and_keeps_its_extremes() -> 
     assert {123_456, 987_654} <= set(drawn_x)
     assert np.array_equal(drawn_y, y[drawn_x])
     assert np.all(np.diff(drawn_x) > 0)
-
-
-def test_a_short_line_is_drawn_as_it_is() -> None:
-    x = np.arange(MOST_DRAWN)
-    assert thinned(x, x) == (x, x)

@@ -70,16 +70,6 @@ def test_beside_a_gpu_they_leave_cores_to_the_engine(monkeypatch: pytest.MonkeyP
     assert found == [1, 1, 2, 8]
 
 
-def test_on_a_cpu_of_two_cores_one_sends(monkeypatch: pytest.MonkeyPatch) -> None:
-    cores(monkeypatch, 2)
-    assert chosen_number(of_loads("concurrent:1024"), cores_for_clients("cpu")) == 1
-
-
-@pytest.mark.parametrize("name", LABS)
-def test_on_a_cpu_no_lab_has_the_users_for_two(name: str) -> None:
-    assert chosen_number(LABS[name].at("cpu", quick=False)) == 1
-
-
 def test_a_lab_on_a_gpu_has_as_many_as_its_users_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cores(monkeypatch, 16)
     told: list[str] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +32,7 @@ from serving.forecasting.step import StepTimes
 from serving.hardware import reference_step
 from serving.hardware.reference_step import ReferenceStep
 from tests.cases import each
-from tests.unit.builders import write_run, write_slowed
+from tests.unit.builders import write_slowed
 
 NO_TIME: Any = {
     "tokens": (1,), "linear_s": (0.0,), "rows": (1,), "head_s": (0.0,), "attention_pair_s": 0.0,
@@ -154,12 +153,6 @@ def test_speeds_of_two_sittings_are_divided_part_by_part() -> None:
 
 
 # ----------------------------------------------------------------------------- in a run's files
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    return write_run(tmp_path)
 
 
 def timed(folder: RunFolder, of: Callable[[int], ReferenceStep]) -> RunFolder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 
 from labs import LABS
 from labs.harness import theory
-from labs.harness.changes import parse_changes
 from labs.harness.facts.context import Context
 from labs.harness.facts.drawing import GREY, plt
 from labs.harness.judging.judge import ForecastAtPoint, is_within
@@ -32,7 +30,7 @@ from serving.hardware import gpus
 from serving.hardware.machine import Ceilings
 from serving.weights import dummy
 from serving.weights.models import Shape, shape_of
-from tests.unit.builders import CEILINGS
+from tests.unit.builders import CEILINGS, changes_next
 from tests.unit.judged import Values, context, judged_run, withheld
 
 LAB = LABS["mixture-of-experts"].at("cpu", quick=False)
@@ -137,10 +135,8 @@ def test_claims_expect_what_their_formula_says_on_every_card(card: dials.Hardwar
 def test_all_requests_fit_the_cache_at_their_longest_whatever_is_turned_next(scale: str) -> None:
     lab = LABS["mixture-of-experts"]
     resolved = lab.at(scale, quick=False)
-    for knob in ("", *resolved.next_knobs):
-        setting = re.match(r"""SET=(["'])(.+?)\1 """, knob)
-        turned = lab.at(scale, False, parse_changes(setting[2])) if setting else resolved
-        assert bool(setting) == bool(knob)
+    for knob, changes in (("", {}), *changes_next(resolved)):
+        turned = lab.at(scale, False, changes)
         weights = shapes(turned.shape)
         for point in turned.points(weights.pop(""), SLOW_MEMORY, weights):
             room = point.flags.kv_cache_memory_bytes / point.shape.kv_bytes_per_token()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from tests.cases import each
 from tests.gpu import test_labs as on_gpu
 from tests.shards import write_shard
 from tests.sizes import sizes_of
+from tests.unit.builders import changes_next
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -274,10 +274,7 @@ def test_what_to_turn_next_can_be_turned_on_every_gpu(
 ) -> None:
     resolved, machine, model = of_the_class(lab, c, random)
     digest = resolved.digest()
-    for knob in resolved.next_knobs:
-        setting = re.match(r"""SET=(?:(["'])(.+?)\1|(\S+)) """, knob)
-        assert setting, knob
-        changes = parse_changes(setting[2] or setting[3])
+    for knob, changes in changes_next(resolved):
         turned = LABS[lab].at(models.scale_of(machine), False, changes, random)
         assert turned.digest() != digest, knob
         require_sizes(turned, model)

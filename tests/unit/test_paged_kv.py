@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,16 +85,6 @@ def test_the_limit_of_contiguous_allocation_is_the_capacity_by_the_longest(
         point(f"{n}/mixed/{mixed.loads[0].name}", lab) for n in ("paged", "large-blocks")
     )
     assert whole.max_num_seqs < admitted(large) < admitted(paged) == paged.load.users
-
-
-def test_what_to_turn_next_keeps_the_capacity() -> None:
-    """A knob of two flags changes both sides of what it compares, and no more."""
-    for scale in ("cpu", "gpu-80"):
-        knobs = LABS["paged-kv"].at(scale, quick=False).next_knobs
-        halved = next(k for k in knobs if "halves" in k)
-        size, blocks = (int(n) for n in re.findall(r"(?:size|override)=(\d+)", halved))
-        paged = point(f"paged/{MIXED}") if scale == "cpu" else None
-        assert size * blocks == (paged.kv_room_tokens if paged else 8192)
 
 
 # -------------------------------------------------------------------------------- the allocator
@@ -222,14 +211,6 @@ def test_allocations_are_by_arithmetic_replayed_and_measured(tmp_path: Path) -> 
     assert (of.gain_measured.value, of.users) == (2.5, 16)
 
 
-def test_the_smaller_the_block_the_more_run(tmp_path: Path) -> None:
-    of = allocated(found(tmp_path)).all
-    running = [a.running for a in of]
-    assert running[1:] == sorted(running[1:])
-    for allocation in of:  # what is preempted has left: the replay is below the arithmetic
-        assert allocation.running == pytest.approx(allocation.admitted, rel=0.15)
-
-
 def test_on_a_gpu_too_there_are_allocations_and_their_answers(tmp_path: Path) -> None:
     """There every engine has `max-num-seqs`; the limit of `contiguous` alone is its own."""
     lab = LABS["paged-kv"].at("gpu-80", quick=False)
@@ -312,12 +293,3 @@ def test_traffic_is_arithmetic_and_requests_do_not_depend_on_it(tmp_path: Path) 
     assert of.tiled.value == pytest.approx(inputs / 1e9)
     assert of.untiled.value == pytest.approx((inputs + scores) / 1e9)
     assert (of.contiguous.value, of.paged.value) == (6, 15)
-
-
-def test_each_question_has_its_answer(tmp_path: Path) -> None:
-    claims = {"admitted": 3.0, "throughput": 2.0, "blocks": 1.8, "heads": 2.0, "context": 0.7}
-    assert told_of(with_claims(found(tmp_path), claims)).answers.keys() == set(LAB.answers)
-
-
-def test_of_what_no_engine_measured_only_arithmetic_is_told(tmp_path: Path) -> None:
-    assert told_of(judged_run(context(tmp_path, LAB, {}))).answers.keys() == {"KV-3"}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any, Literal
 
 import pytest
@@ -19,19 +17,21 @@ from labs.harness.running import probes
 from labs.harness.running.probes import PROBES, ProbedEngine
 from labs.harness.spec import Variant
 from labs.multi_lora.facts import Marks, marks
-from loadtests.prompts import Messages, Writer
+from loadtests.prompts import Writer
 from loadtests.workload import Fixed
 from serving.engines.base import EngineError, Server
 from serving.engines.vllm import Vllm
 from serving.metrics import GENERATION_TOKENS, PREFIX_HITS, PREFIX_QUERIES, REQUESTS
 from serving.weights.adapters import mark_of, marks_in
+from tests.unit.answering import Answering, answered_by
 from tests.unit.builders import make_lab, make_workload
+from tests.unit.test_prompts import words
 
 TENANTS = 3
 Fault = Literal["", "wrong adapter", "base for unknown", "old files", "broken"]
 
 
-class Engine(BaseHTTPRequestHandler):
+class Engine(Answering):
     """Answers as the asked adapter does: with the mark of the tenant whose files it was given."""
 
     fault: Fault
@@ -39,52 +39,40 @@ class Engine(BaseHTTPRequestHandler):
     bodies: list[dict[str, Any]]
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.asked()
         self.bodies.append(body)
         if self.fault == "broken":
-            return self.reply(500, {})
+            return self.reply({}, 500)
         if self.path == "/v1/load_lora_adapter":
             owner = int(Path(body["lora_path"]).name.removeprefix("tenant-"))
             kept = self.owners if self.fault == "old files" else {}
             self.owners[body["lora_name"]] = kept.get(f"old {body['lora_name']}", owner)
             self.owners.setdefault(f"old {body['lora_name']}", owner)
-            return self.reply(200, {})
+            return self.reply({})
         if self.path == "/v1/unload_lora_adapter":
             del self.owners[body["lora_name"]]
-            return self.reply(200, {})
+            return self.reply({})
         assert self.path == "/v1/chat/completions"
         name = body["model"]
         if name not in {*self.owners, "base"} and self.fault != "base for unknown":
-            return self.reply(404, {"error": {"message": f"The model `{name}` does not exist."}})
+            return self.reply({"error": {"message": f"The model `{name}` does not exist."}}, 404)
         mark = mark_of(self.owners[name]) if name in self.owners else ""
         if self.fault == "wrong adapter" and mark == mark_of(1):
             mark = mark_of(2)
         text = f"{mark} so it goes"
-        self.reply(200, {"choices": [{"message": {"content": text}}]})
+        self.reply({"choices": [{"message": {"content": text}}]})
 
     def do_GET(self) -> None:
         """Each chat looks 40 tokens up and finds 30."""
         assert self.path == "/metrics"
         chats = sum("messages" in body for body in self.bodies)
-        self.send(200, "".join(
+        self.reply("".join(
             f"# TYPE {name.removesuffix('_total')} counter\n{name}{{model_name=\"base\"}} {n}\n"
             for name, n in (
                 (REQUESTS, chats), (GENERATION_TOKENS, 4 * chats),
                 (PREFIX_QUERIES, 40 * chats), (PREFIX_HITS, 30 * chats),
             )
         ).encode())  # fmt: skip
-
-    def reply(self, status: int, body: Mapping[str, Any]) -> None:
-        self.send(status, json.dumps(body).encode())
-
-    def send(self, status: int, content: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        pass
 
 
 class Running(Vllm):
@@ -94,14 +82,6 @@ class Running(Vllm):
         Server.__init__(self, "on", "base", url)
         self.log = Path("/dev/null")
         self._log_bytes, self._log_read = -1, {}
-
-
-def words(messages: Messages) -> int:
-    return 5 + sum(len(m["content"].split()) for m in messages)
-
-
-class Listening(ThreadingHTTPServer):
-    request_queue_size = 64  # sixteen connect at once, before a busy machine accepts the first
 
 
 @contextmanager
@@ -115,15 +95,9 @@ def serving(fault: Fault = "", max_model_len: int = 512) -> Iterator[ProbedEngin
         flags={"max-model-len": max_model_len},
         workloads=(make_workload(prompt_tokens=Fixed(tokens=40)),),
     )
-    with Listening(("127.0.0.1", 0), Engine) as server:
-        thread = Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        url, places = f"http://127.0.0.1:{server.server_port}", {"adapters": Path("/adapters")}
-        try:
-            yield ProbedEngine(variant, lab, Running(url), places, Writer(words))
-        finally:
-            server.shutdown()
-            thread.join()
+    with answered_by(Engine) as url:
+        places = {"adapters": Path("/adapters")}
+        yield ProbedEngine(variant, lab, Running(url), places, Writer(words))
 
 
 def tenants(fault: Fault = "") -> dict[str, Any]:

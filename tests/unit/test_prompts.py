@@ -1,6 +1,5 @@
 """Prompts of an exact number of tokens."""
 
-import hashlib
 import random
 import resource
 import shutil
@@ -36,12 +35,6 @@ def bundled() -> CountTokens:
     if not (MODEL / "config.json").exists():
         pytest.skip("the bundled model is not converted yet (`make setup` does it)")
     return counter(str(MODEL))
-
-
-def digest(count: CountTokens) -> str:
-    rng = random.Random("0/chat/text")
-    prompts = [Writer(count).chat(tokens, rng) for tokens in range(40, 72)]
-    return hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]
 
 
 def joined(messages: Messages) -> int:
@@ -130,10 +123,6 @@ def test_a_length_that_no_prompt_has_is_refused(
         Writer(count).chat(tokens, random.Random(0))
 
 
-def test_prompts_are_the_same_on_any_machine_and_python() -> None:
-    assert digest(words) == "618aa2d897e570e0"
-
-
 def request_file(count: CountTokens, lab: str, workload: str, home: Path) -> str:
     """SHA-256 of what a CPU run of a lab sends in its second repeat."""
     resolved = LABS[lab].at("cpu", quick=False)
@@ -162,20 +151,11 @@ def test_and_with_the_bundled_tokenizer(
     assert request_file(bundled, lab, workload, tmp_path)[:16] == PINNED[lab, workload][1]
 
 
-def test_prompts_differ_from_one_another() -> None:
-    rng = random.Random(0)
-    assert len({str(Writer(words).chat(60, rng)) for _ in range(50)}) == 50
-
-
 @pytest.mark.parametrize("extra", [0, 1, 2, 3, 10, 33, 100, 257, 1000])
 def test_length_is_exact_under_the_bundled_tokenizer(bundled: CountTokens, extra: int) -> None:
     writer = Writer(bundled)
     tokens = writer.least_tokens + extra
     assert bundled(writer.chat(tokens, random.Random(extra))) == tokens
-
-
-def test_bundled_tokenizer_gives_the_same_prompts_on_any_machine(bundled: CountTokens) -> None:
-    assert digest(bundled) == "f30ab79cbbb1d6a0"
 
 
 def test_a_lead_has_its_length_without_the_template() -> None:

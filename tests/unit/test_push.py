@@ -9,7 +9,7 @@ import json
 import threading
 import tracemalloc
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dashboards.push import GrafanaError, Region
 from labs.harness.commands.annotations import regions
 from labs.harness.filing.results import RunFolder
 from serving.processes.ports import free_port
+from tests.unit.answering import Answering
 from tests.unit.builders import write_run
 
 TOKEN = "glsa_of_a_test"
@@ -46,34 +47,23 @@ class Stub(ThreadingHTTPServer):
         return [body for m, p, body in self.asked if (m, p) == (method, path)]
 
 
-class Answer(BaseHTTPRequestHandler):
+class Answer(Answering):
     server: Stub
 
     def answer(self) -> None:
         if self.server.garbage is not None:
-            self.send_response(self.server.refuses or 200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(self.server.garbage)))
-            self.end_headers()
-            self.wfile.write(self.server.garbage)
-            return
-        length = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(length)) if length else None
+            return self.reply(self.server.garbage, self.server.refuses or 200)
+        body = self.asked() if int(self.headers.get("Content-Length") or 0) else None
         self.server.asked.append((self.command, self.path, body))
         self.server.tokens.add(self.headers.get("Authorization"))
-        status, found = self.server.refuses or 200, self.reply(body)
+        status, found = self.server.refuses or 200, self.found(body)
         if found is None and status == 200:
             status = 404
-        content = json.dumps(found if status == 200 else {"message": "no"}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        self.reply(found if status == 200 else {"message": "no"}, status)
 
     do_GET = do_POST = do_PUT = answer
 
-    def reply(self, body: Any) -> Any:
+    def found(self, body: Any) -> Any:
         """None: not found."""
         there, notes = self.server.there, self.server.annotations
         path = self.path.partition("?")[0]
@@ -91,9 +81,6 @@ class Answer(BaseHTTPRequestHandler):
         elif path == "/api/folders":
             there.add(f"{path}/{body['uid']}")
         return {"status": "success"}
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture

@@ -1,10 +1,7 @@
 """Every quality figure against numbers worked by hand, and what an engine's answers become."""
 
-import json
 import math
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -21,6 +18,7 @@ from labs.harness.judging.quality import (
     paired_difference,
     per_token,
 )
+from tests.unit.answering import Answering, answered_by
 
 HALF, QUARTER = math.log(0.5), math.log(0.25)
 
@@ -219,13 +217,13 @@ def test_a_worse_engine_fails_the_gate_and_the_same_one_passes() -> None:
 # ---------------------------------------------------------------------------------------- asking
 
 
-class Engine(BaseHTTPRequestHandler):
+class Engine(Answering):
     """Knows every token's probability to be 1/2, the numbers in every text, and no task."""
 
     bodies: list[dict[str, object]]
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.asked()
         self.bodies.append(body)
         if body["model"] != "m":
             self.send_error(404)
@@ -242,25 +240,14 @@ class Engine(BaseHTTPRequestHandler):
                 "prompt_token_ids": ids,
                 "prompt_logprobs": [None, *({str(i): known, "99999": known} for i in ids[1:])],
             }
-        reply = json.dumps({"choices": [choice]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
-
-    def log_message(self, *args: object) -> None:
-        pass
+        self.reply({"choices": [choice]})
 
 
 @pytest.fixture
 def engine() -> Iterator[str]:
     Engine.bodies = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
-        thread = Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-        thread.join()
+    with answered_by(Engine) as url:
+        yield f"{url}/"
 
 
 def test_what_an_engine_says_becomes_answers(engine: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from loadtests import records
 from loadtests.records import OPTIONAL, RequestRecord, read, write
+from tests.cases import each
 from tests.unit.builders import make_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,54 +27,29 @@ OPEN = make_record(TRACE, sent_s=10.2, scheduled_s=10.0)
 FAILED = make_record([])
 
 
-def test_ttft_runs_from_the_schedule_under_open_loop_and_from_the_send_under_closed() -> None:
+def test_figures_of_a_request_by_hand() -> None:
+    """From the schedule under open loop, from the send under closed; up to the last token."""
     assert (OPEN.ttft_s, CLOSED.ttft_s) == pytest.approx((0.5, 0.3))
-
-
-def test_e2e_runs_from_where_ttft_does_to_the_last_token() -> None:
     assert (OPEN.e2e_s, CLOSED.e2e_s) == pytest.approx((0.9, 0.7))
     assert make_record(TRACE, end_s=99.0).e2e_s == pytest.approx(0.9)
-
-
-def test_send_lag_is_kept_apart_and_is_not_known_under_closed_loop() -> None:
-    assert OPEN.send_lag_s == pytest.approx(0.2)
-    assert CLOSED.send_lag_s is None
-
-
-def test_chunk_of_k_tokens_gives_k_intervals_of_a_kth() -> None:
-    assert CLOSED.itl_s == pytest.approx([0.1, 0.1, 0.1, 0.1])
-
-
-def test_chunk_gaps_are_what_a_person_sees() -> None:
+    assert (OPEN.send_lag_s, CLOSED.send_lag_s) == (pytest.approx(0.2), None)
+    assert CLOSED.itl_s == pytest.approx([0.1] * 4)  # a chunk of k tokens has k intervals
     assert CLOSED.chunk_gaps_s == pytest.approx([0.3, 0.1])
-
-
-def test_tpot_leaves_the_first_chunk_out_of_both_time_and_tokens() -> None:
-    assert CLOSED.tpot_s == pytest.approx(0.4 / 4)
-
-
-def test_tpot_counts_the_usage_where_a_server_reports_it_only_at_the_end() -> None:
+    assert CLOSED.tpot_s == pytest.approx(0.4 / 4)  # without the first chunk's time and tokens
     # chunks without usage count as one token each; the answer had 9
     assert make_record([(10.5, 1), (10.9, 1)], output_tokens=9).tpot_s == pytest.approx(0.4 / 8)
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_answer_of_one_chunk_has_no_tpot(tokens: int) -> None:
-    record = make_record([(10.5, tokens)])
-    assert (record.tpot_s, record.itl_s, record.chunk_gaps_s) == (None, [], [])
-    assert record.ttft_s == record.e2e_s == 0.5
-
-
-def test_failed_request_has_no_figures_rather_than_zero() -> None:
-    assert not FAILED.ok
+def test_what_has_no_figure_has_none_rather_than_zero() -> None:
+    for tokens in (1, 5):
+        one = make_record([(10.5, tokens)])
+        assert (one.tpot_s, one.itl_s, one.chunk_gaps_s) == (None, [], [])
+        assert one.ttft_s == one.e2e_s == 0.5
     assert (FAILED.ttft_s, FAILED.tpot_s, FAILED.e2e_s) == (None, None, None)
     assert (FAILED.itl_s, FAILED.chunk_gaps_s) == ([], [])
-
-
-def test_answer_that_broke_off_or_never_came_is_not_ok() -> None:
     assert CLOSED.ok
-    assert not make_record(TRACE, error="reset").ok
-    assert not make_record([], error=None).ok
+    broken = (FAILED, make_record(TRACE, error="reset"), make_record([], error=None))
+    assert not any(record.ok for record in broken)
 
 
 # ------------------------------------------------------------------------------------- the file
@@ -275,25 +251,24 @@ def sse(delta: dict[str, str] | None, tokens: int | None = None) -> str:
 ROLE, TEXT = {"role": "assistant", "content": ""}, {"content": "and"}
 
 
-def test_role_chunk_is_not_a_token(tokens_of: Parse) -> None:
-    lines = [(101.0, sse(ROLE, 0)), (102.0, sse(TEXT, 1)), (103.0, "data: [DONE]\n")]
-    assert tokens_of(lines) == [[[2.0, 1]], 9, 1, None]
-    assert tokens_of([(101.0, sse(ROLE)), (102.0, sse(TEXT))])[0] == [[2.0, 1]]
-
-
-def test_chunks_tokens_are_the_growth_of_the_usage(tokens_of: Parse) -> None:
-    lines = [(101.0, sse(TEXT, 1)), (102.0, sse(TEXT, 5)), (103.0, sse(TEXT, 5))]
-    assert tokens_of(lines)[0] == [[1.0, 1], [2.0, 4]]
-
-
-def test_token_without_text_counts(tokens_of: Parse) -> None:
-    """Half of a multi-byte character, or a special token: the engine has made it."""
-    assert tokens_of([(101.0, sse({"content": ""}, 1))])[0] == [[1.0, 1]]
-
-
-def test_closing_usage_is_not_a_chunk(tokens_of: Parse) -> None:
-    assert tokens_of([(101.0, sse(TEXT, 1)), (102.0, sse(None, 1))]) == [[[1.0, 1]], 9, 1, None]
-    assert tokens_of([(101.0, sse(TEXT)), (102.0, sse(None, 3))]) == [[[1.0, 1]], 9, 3, None]
+@each(
+    ("events", "expected"),
+    [
+        ([sse(ROLE, 0), sse(TEXT, 1), "data: [DONE]\n"], [[[2.0, 1]], 9, 1, None]),
+        ([sse(ROLE), sse(TEXT)], [[[2.0, 1]], None, None, None]),  # the role is no token
+        ([sse(TEXT, 1), sse(TEXT, 5), sse(TEXT, 5)], [[[1.0, 1], [2.0, 4]], 9, 5, None]),
+        # half of a multi-byte character, or a special token: the engine has made it
+        ([sse({"content": ""}, 1)], [[[1.0, 1]], 9, 1, None]),
+        ([sse(TEXT, 1), sse(None, 1)], [[[1.0, 1]], 9, 1, None]),  # the closing usage is no chunk
+        ([sse(TEXT), sse(None, 3)], [[[1.0, 1]], 9, 3, None]),
+        ([": ping\n", sse(TEXT, 1)], [[[2.0, 1]], 9, 1, None]),
+        ([sse(TEXT, 1), 'data: {"error": "no memory"}\n'], [[[1.0, 1]], 9, 1, "no memory"]),
+    ],
+)
+def test_chunks_are_the_growth_of_the_usage(
+    tokens_of: Parse, events: list[str], expected: list[object]
+) -> None:
+    assert tokens_of([*enumerate(events, 101)]) == expected
 
 
 def test_a_refusal_for_lack_of_room_may_come_within_a_stream(tokens_of: Parse) -> None:
@@ -308,34 +283,18 @@ def test_a_refusal_for_lack_of_room_may_come_within_a_stream(tokens_of: Parse) -
         assert make_record([], error=complaint).turned_away == turned_away
 
 
-def test_error_within_the_stream_is_told(tokens_of: Parse) -> None:
-    lines = [(101.0, sse(TEXT, 1)), (102.0, 'data: {"error": "out of memory"}\n')]
-    assert tokens_of(lines) == [[[1.0, 1]], 9, 1, "out of memory"]
-
-
-def test_line_that_is_not_json_is_told_and_earlier_chunks_are_kept(tokens_of: Parse) -> None:
-    chunks, _, _, complaint = tokens_of([(101.0, sse(TEXT, 1)), (102.0, "data: <html>\n")])
-    assert chunks == [[1.0, 1]]
-    assert "<html>" in complaint
-
-
-def test_lines_that_are_not_data_are_passed_over(tokens_of: Parse) -> None:
-    assert tokens_of([(101.0, ": ping\n"), (102.0, sse(TEXT, 1))])[0] == [[2.0, 1]]
-
-
-@pytest.mark.parametrize(
+@each(
     "event",
-    ["5", '{"choices": [{"delta": null}]}', '{"choices": [{}], "usage": {"prompt_tokens": 3}}'],
-)
+    ["<html>", "5", '{"choices": [{"delta": null}]}',
+     '{"choices": [{}], "usage": {"prompt_tokens": 3}}'],
+)  # fmt: skip
 def test_event_of_another_shape_keeps_the_earlier_chunks(tokens_of: Parse, event: str) -> None:
-    assert tokens_of([(101.0, sse(TEXT, 1)), (102.0, f"data: {event}\n")])[0] == [[1.0, 1]]
+    chunks, _, _, complaint = tokens_of([(101.0, sse(TEXT, 1)), (102.0, f"data: {event}\n")])
+    assert chunks == [[1.0, 1]]
+    assert event != "<html>" or event in complaint
 
 
-@pytest.mark.parametrize(
-    "counts",
-    [(9, -1), (-9, 1), (9, 1.5), (9, "2"), (9, True), (9, 2_000_000_000), (9, None)],
-    ids=str,
-)
+@each("counts", [(9, -1), (-9, 1), (9, 1.5), (9, "2"), (9, True), (9, 2_000_000_000), (9, None)])
 def test_a_usage_that_cannot_be_is_no_count(
     tokens_of: Parse, counts: tuple[object, object]
 ) -> None:

@@ -8,36 +8,14 @@ import pytest
 from safetensors import safe_open
 
 from labs import LABS
-from serving import install
 from serving.hardware.gpus import CLASSES, DATASHEETS, class_of
 from serving.hardware.machine import Machine
-from serving.install import SetupError
 from tests.default_models import config_of
-from tests.rehearsal import __main__ as rehearsal
-from tests.rehearsal import environment, quantizations, real, starts
-from tests.rehearsal.__main__ import Part
+from tests.rehearsal import quantizations, real, starts
 from tests.rehearsal.cards import CARDS, VARIABLE, Card, rehearsed
-from tests.rehearsal.checks import Check, last_line, read, write
 from tests.rehearsal.starts import Refused, Start
 
 LLAMA = "NousResearch/Meta-Llama-3.1-8B-Instruct"
-
-
-def test_the_environment_leaves_out_packages_that_the_lock_has_and_keeps_what_vllm_imports() -> (
-    None
-):
-    locked = install.entries(environment.LOCK)
-    for beginning in environment.LEFT_OUT:
-        assert any(name.startswith(beginning) for name in locked), beginning
-    kept = {name for name in locked if not name.startswith(environment.LEFT_OUT)}
-    assert {"vllm", "torch", "triton", "transformers", "uvicorn", "uvloop", "xgrammar"} <= kept
-    assert {install.BUILT_HERE, "hatchling", "setuptools"} <= kept
-
-
-def test_without_a_compiler_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(SetupError, match="no C compiler"):
-        environment.make()
 
 
 def test_there_is_a_card_for_every_class_and_every_datasheet(
@@ -147,24 +125,3 @@ def test_the_files_of_gptq_name_the_layers_that_are_quantized(tmp_path: Path) ->
     assert len(names) == 32 * 7
     assert "model.layers.31.self_attn.o_proj.qweight" in names
     assert not (real.model(tmp_path, LLAMA, "autoawq").path / "model.safetensors").exists()
-
-
-def test_the_table_counts_what_passed_and_failures_are_told_once(tmp_path: Path) -> None:
-    found = [
-        Check(what="engines", name="a", built="by Machete"),
-        Check(what="engines", name="b", error="ValueError: no"),
-        Check(what="engines", name="c", error="no such flag", applies=False),
-    ]
-    write(tmp_path / "checks", found)
-    assert read(tmp_path / "checks") == found
-    parts = [Part("h100", found, 3.2), Part("l4", found, 4.0)]
-    assert rehearsal.table(parts).splitlines()[1].split() == ["h100", "engines", "1", "1", "1", "3"]
-    assert rehearsal.failures(parts) == "  engines, b: ValueError: no (on h100, l4)"
-    left_out = rehearsal.failures(parts, apply=False)
-    assert left_out == "  engines, c: no such flag (on h100, l4)"
-
-
-def test_an_exception_is_told_by_its_last_line_that_says_something() -> None:
-    text = "1 validation error\n  Value error, no such dtype\n    For further information visit x"
-    assert last_line(text) == "Value error, no such dtype"
-    assert last_line(" \n") == "no message"

@@ -16,9 +16,6 @@ from labs.harness.facts.context import JudgedRun
 from labs.harness.filing import results
 from labs.harness.filing.newest import newest_runs
 from labs.harness.filing.results import (
-    Band,
-    PointForecasts,
-    Predictions,
     RunFolder,
     Session,
     Summary,
@@ -40,24 +37,17 @@ from labs.harness.judging.text import (
     ratio_ends,
     ratio_interval,
     ratio_text,
-    verdict_text,
     with_ends,
 )
 from labs.harness.judging.validity import SERVER_BUSY
-from labs.harness.spec import Claim, Prediction
+from labs.harness.spec import Prediction
 from labs.harness.telling import method, plots, report, tables
 from labs.harness.telling.document import parts
 from labs.harness.telling.summary import summarise
 from labs.harness.telling.words import told_by
 from loadtests.arrivals import Waves
-from tests.unit.builders import PREDICTION, make_claim, make_lab, write_run
+from tests.unit.builders import PREDICTION, make_lab
 from tests.unit.judged import page_says
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    return write_run(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -140,14 +130,6 @@ def judgement(outcome: Any, expected: bool | None, effect: Effect | None = None)
         baseline="off", outcome=outcome, expected=expected, effect=effect, prediction=PREDICTION,
         prediction_outcome="open", margin=0.05, why="errors",
     )  # fmt: skip
-
-
-def test_verdict_in_words() -> None:
-    assert verdict_text(judgement("helps", True)) == "helps (as claimed)"
-    none = judgement("no effect", False).model_copy(update={"why": "within 5%"})
-    assert verdict_text(none) == "no effect: within 5% (against the claim)"
-    assert verdict_text(judgement("not valid", None)) == "not valid: errors"
-    assert verdict_text(judgement("inconclusive", None)) == "inconclusive: errors"
 
 
 def test_ratio_without_effect_or_interval_is_a_dash() -> None:
@@ -233,57 +215,6 @@ def test_a_figure_that_is_not_valid_is_shown_and_marked(
         assert re.search(r"\| 2\.97x, not valid \|.* not valid \|", told)
 
 
-def test_a_margin_of_a_claims_own_stands_beside_it(tmp_path: Path) -> None:
-    text = report.write(write_run(tmp_path, claims=(make_claim(margin=0.1),))).read_text()
-    assert "on, 2 users / off, 2 users; equal within 10% |" in text
-
-
-def test_report_begins_with_the_questions_and_what_the_run_says_to_them(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = "- **When does prefix caching help most?** (SO-4) "
-
-    def told(facts: report.Facts) -> str:
-        return report.document(facts, ()).partition("## Validity")[0]
-
-    facts = report.Facts.of(folder)
-    assert f"{asked}This run has no valid figures that would answer it:" in told(facts)
-    less = {"absent": ("on",), "left_out": ("on: vLLM has no kernel for it here",)}
-    cannot = replace(facts, lab=facts.lab.model_copy(update=less))
-    assert f"{asked}This run does not answer it. Left out: on: vLLM has no" in told(cannot)
-    page_says(monkeypatch, "## Answers\n\n### SO-4\n\nWhere much is *shared*.\n")
-    known = replace(facts, residency=None)
-    assert f"{asked}Where much is *shared*.\n" in told(known)
-    twins = replace(known, lab=facts.lab.model_copy(update={"aa": True}))
-    assert "The answer" not in told(twins)
-    headings = re.findall("^## (.*)$", report.write(folder).read_text(), re.MULTILINE)
-    assert headings[:3] == ["The answer", "Validity", "Claim by claim"]
-
-
-def test_each_formula_is_told_once_with_what_it_predicts_and_what_one_claim_alone_assumes() -> None:
-    def predicts(*assumptions: str) -> dict[str, Prediction]:
-        made = Prediction(value=1, formula="2 x", source="Euclid", assumptions=assumptions)
-        return {"a/b/c|d/e/f": made}
-
-    more = make_claim(name="more", title="On is more")
-    sooner = make_claim(name="sooner", metric="ttft_p50_s")
-
-    def told(*claims: Claim, **effects: dict[str, Prediction]) -> str:
-        lab, before = make_lab(claims=claims), Predictions(effects=effects, forecasts={})
-        return report.predicted(lab, before, []).rpartition("\n")[2]
-
-    assert told(
-        make_claim(), more, faster=predicts("flat", "a = 1"), more=predicts("flat", "a = 2")
-    ) == (
-        "- Output throughput, treatment / baseline: `2 x` (Euclid); assumes: flat;"
-        " for *On is faster* a = 1; for *On is more* a = 2"
-    )
-    assert told(make_claim(), sooner, faster=predicts("flat"), sooner=predicts("flat")) == (
-        "- Output throughput, treatment / baseline; TTFT, p50, treatment / baseline: `2 x`"
-        " (Euclid); assumes: flat"
-    )
-
-
 @pytest.mark.parametrize(
     ("kind", "outcome", "said"),
     [
@@ -362,14 +293,6 @@ def test_a_run_held_against_the_ceilings_of_another_machine_says_so(
     )
 
 
-def test_a_run_in_float32_says_so_beside_its_model(folder: RunFolder) -> None:
-    assert "float32" not in report.write(folder).read_text()
-    run = folder.run()
-    wide = run.model_copy(update={"model_shape": {**run.model_shape, "value_bytes": 4}})
-    write_json(folder.path / "run.json", wide)
-    assert "M parameters, served in float32." in report.write(folder).read_text()
-
-
 def test_a_run_with_random_weights_says_so_first(folder: RunFolder) -> None:
     lab = {**folder.run().lab, "left_out": ("quality: there is no text",)}
     changed = {"dummy": True, "model": "llama-8b-dummy", "lab": lab}
@@ -400,16 +323,6 @@ def test_several_gpus_or_copies_are_a_caveat_of_the_predictions(
     caveats = {c.name: c for c in summarise(folder).caveats}
     assert not caveats[name].blocks
     assert says in caveats[name].text
-
-
-@pytest.mark.parametrize("differs", [True, False])
-def test_a_lab_that_has_changed_is_explained_as_it_is_now(
-    differs: bool, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "lesson", lambda lab: ["A request waits."])
-    monkeypatch.setattr(report, "is_stale", lambda run: differs)
-    _, _, explained = report.write(folder).read_text().partition("## How it works")
-    assert explained.split("A request waits.")[0].count("as it is now") == differs
 
 
 def test_report_of_a_failed_trial_has_a_dash_not_a_zero(folder: RunFolder) -> None:
@@ -488,40 +401,6 @@ def test_engines_that_took_turns_are_a_caveat(resident: bool, folder: RunFolder)
 
 
 @pytest.mark.parametrize(
-    ("starts", "resident", "most_repeats", "said"),
-    [
-        (
-            None,
-            True,
-            0,
-            "Each engine was started once: differences between starts are not covered.",
-        ),
-        (2, False, 0, "one was started only 2 times. Fewer than 4 starts"),
-        (1, False, 0, "one was started only 1 time. Fewer than 4 starts"),
-        (4, False, 0, "each was started at least 4 times. Between engines the mean of a start"),
-        (None, True, 8, "an interval of 95% is taken at 97.5%, and one of 90% at 95%"),
-    ],
-)
-def test_a_report_says_what_its_intervals_cover(
-    tmp_path: Path, starts: int | None, resident: bool, most_repeats: int, said: str
-) -> None:
-    folder = write_run(tmp_path, repeats=4, most_repeats=most_repeats)
-    sitting = Session(
-        engine_start_s=1, load_s=1, wall_s=3, resident=resident, there_and_back=True, agreement=[],
-        prometheus=None,
-    )  # fmt: skip
-    write_json(folder.path / "session.json", sitting)
-    for path in folder.path.rglob("trial.json"):
-        trial = results.read_json(path, results.TrialResult)
-        start = starts and min(trial.repeat, starts)
-        write_json(path, trial.model_copy(update={"start": start}))
-    summarise(folder)
-    text = report.write(folder).read_text()
-    assert said in text
-    assert "An interval covers one sitting" in text
-
-
-@pytest.mark.parametrize(
     ("ended_at", "resumed"),
     [
         ("2026-01-01T00:01:40+00:00", False),
@@ -564,19 +443,6 @@ def test_it_is_said_how_often_points_were_measured(
     summary = folder.summary().model_copy(update={"measurements": measured})
     known = method.repeats(make_lab(most_repeats=most_repeats), summary)
     assert (known["text"], known["most"]) == said
-
-
-@pytest.mark.parametrize(
-    ("spread", "said"), [(1.0, "was not known then"), (1.22, "a factor of 1.22")]
-)
-def test_the_width_of_a_band_is_explained(folder: RunFolder, spread: float, said: str) -> None:
-    band = Band(value=100, low=80, high=125)
-    known = PointForecasts(
-        points={"on/short/concurrent-1": {"output_tokens_per_s": band}}, machine_spread=spread
-    )
-    predictions = folder.predictions().model_copy(update={"in_virtual_time": known})
-    write_json(folder.path / "predictions.json", predictions)
-    assert said in report.write(folder).read_text().partition("The band spans")[2]
 
 
 def test_a_terminal_ends_with_the_answer_its_doubt_and_what_to_try_next(folder: RunFolder) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from labs import LABS
 from labs.harness.commands.cli import app
 from labs.harness.comparing import leaderboards, reproduction
-from labs.harness.filing import checks, manifest, results
+from labs.harness.filing import checks, manifest
 from labs.harness.filing.results import Run, RunFolder, write_json, write_packed_json
 from labs.harness.judging.judge import Interval
 from labs.harness.running import reproduce
@@ -25,13 +25,7 @@ from labs.harness.spec import NOT_FILED, LabError
 from serving.hardware.machine import Environment, engine_variables
 from serving.weights.models import file_hashes, files_sha256
 from tests.cases import each
-from tests.unit.builders import make_lab, plain_manifest, write_run, write_slowed
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    return write_run(tmp_path)
+from tests.unit.builders import make_lab, plain_manifest, write_slowed
 
 
 def run_of(name: str, like: Run, aa: bool = False, random: bool = False) -> Run:

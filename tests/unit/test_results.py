@@ -43,12 +43,6 @@ RECORDS = "trials/on/short/concurrent-2/1/requests.jsonl.gz"
 TRIAL = "trials/on/short/concurrent-2/1/trial.json"
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    return write_run(tmp_path)
-
-
 def copy(folder: RunFolder, name: str) -> RunFolder:
     shutil.copytree(folder.path, folder.path.with_name(name))
     return RunFolder(folder.path.with_name(name))

@@ -9,14 +9,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from statistics import fmean
-from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
-from pydantic import ValidationError
 
 from labs import LABS
 from labs.harness.facts.context import JudgedRun
@@ -39,12 +36,13 @@ from labs.harness.spec import Point, Variant
 from labs.many_samples.facts import Facts, facts, probed, solved, weighed
 from labs.many_samples.lab import SAMPLED, hit_rate
 from loadtests.plan import body, read_requests, write_requests
-from loadtests.prompts import Messages, Writer
-from loadtests.workload import Chat, Fixed, Samples
+from loadtests.prompts import Writer
+from loadtests.workload import Fixed, Samples
 from serving import metrics
-from serving.forecasting.traffic import Delays, Prompt, Traffic, play
+from serving.forecasting.traffic import Prompt, Traffic, play
 from serving.weights.models import ROOT
 from tests.cases import each
+from tests.unit.answering import Answering, answered_by
 from tests.unit.builders import (
     CEILINGS,
     SHAPE,
@@ -54,16 +52,13 @@ from tests.unit.builders import (
     make_record,
     make_trial,
     make_workload,
+    words,
 )
 from tests.unit.judged import context, judged_run
-from tests.unit.test_forecasting import Server
-from tests.unit.test_probes import Listening, Running
+from tests.unit.test_forecasting import NONE, Server
+from tests.unit.test_probes import Running
 
 APART, TOGETHER = Samples(count=4), Samples(count=4, together=True)
-
-
-def words(messages: Messages) -> int:
-    return sum(len(m["content"].split()) for m in messages)
 
 
 # ------------------------------------------------------------------------------ what is sent
@@ -87,11 +82,6 @@ def test_apart_prompts_are_repeated_and_together_each_is_asked_for_all_answers(
     workload = make_workload(samples=TOGETHER, prompt_tokens=Fixed(tokens=20))
     write_requests(tmp_path / "r.jsonl", workload.requests(2, 0, Writer(words)), "m")
     assert [r.choices for r in read_requests(tmp_path / "r.jsonl")] == [4, 4]
-
-
-def test_samples_go_with_nothing_else_that_says_how_prompts_are_alike() -> None:
-    with pytest.raises(ValidationError, match="no prefix, chat"):
-        make_workload(samples=APART, chat=Chat(turns=2, grows_tokens=4))
 
 
 # ------------------------------------------------------------------- from the stream's lines
@@ -144,8 +134,7 @@ def test_a_stream_of_several_answers_is_read_answer_by_answer() -> None:
 def answered(choices: int, users: int = 1) -> Any:
     asked = [Prompt(index=i, token_ids=(1, 2), output_tokens=4, choices=choices) for i in range(40)]
     traffic = Traffic(kind="closed", users=users, warmup_s=0, window_s=10, least_counted=2)
-    none = Delays(request_s=0, serial_s=0, response_s=0, client_s=0)
-    return play(Server(), traffic, asked, (), none)
+    return play(Server(), traffic, asked, (), NONE)
 
 
 def test_a_user_sends_again_when_all_answers_are_complete() -> None:
@@ -322,40 +311,24 @@ def test_intervals_are_over_tasks_and_never_without_a_width_that_is_known() -> N
 # ---------------------------------------------------------------------------- the probe, the facts
 
 
-class Solver(BaseHTTPRequestHandler):
+class Solver(Answering):
     """Completes every prompt with the same numbers, as often as it is asked to."""
 
     bodies: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked = self.asked()
         self.bodies.append(asked)
         choices = [{"index": i, "text": f" {i}"} for i in range(asked["n"])]
         usage = {"completion_tokens": 2 * asked["n"]}
-        content = json.dumps({"choices": choices, "usage": usage}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        pass
+        self.reply({"choices": choices, "usage": usage})
 
 
 def test_the_probe_asks_each_task_once_greedily_and_in_rounds_of_samples() -> None:
     variant = Variant(name="on")
-    with Listening(("127.0.0.1", 0), Solver) as server:
-        thread = Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        engine = Running(f"http://127.0.0.1:{server.server_port}")
-        try:
-            found = probes.votes(
-                ProbedEngine(variant, make_lab(variants=(variant,), claims=(), evidence=()),
-                             engine, {}, Writer(words)), each=1,
-            )  # fmt: skip
-        finally:
-            server.shutdown()
-            thread.join()
+    lab = make_lab(variants=(variant,), claims=(), evidence=())
+    with answered_by(Solver) as url:
+        found = probes.votes(ProbedEngine(variant, lab, Running(url), {}, Writer(words)), each=1)
     _, *bodies = Solver.bodies  # the first warms the engine up
     assert [(b["n"], b["temperature"]) for b in bodies] == 7 * [
         (1, 0), (1, 0.7), (4, 0.7), (16, 0.7)

@@ -60,9 +60,3 @@ def test_a_table_has_every_point_under_every_tool(tmp_path: Path) -> None:
     rows = score.table(figures, lab)
     assert len(rows) == 1 + len(figures) * (1 + len(score.OTHER_TOOLS))
     assert [row[1] for row in rows[1:6]] == ["this lab", *(t.name for t in score.OTHER_TOOLS)]
-
-
-def test_the_schedule_is_explained_where_there_is_one() -> None:
-    opened = score.explanations([make_point(load="poisson:1")])
-    assert len(opened) == len(score.explanations([make_point()])) + 1
-    assert any("late generator" in line for line in opened)

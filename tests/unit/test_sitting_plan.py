@@ -12,14 +12,6 @@ from serving.weights.models import ROOT
 START_S = 45.0
 
 
-def test_half_an_hour_on_a_gpu_has_results_of_the_first_labs() -> None:
-    """Where every engine starts by itself, and nothing disturbs a trial."""
-    planned = {p.lab: p for p in plan(FIRST, "gpu-80", START_S)}
-    assert tuple(planned) == FIRST
-    assert sum(p.load_s for p in planned.values()) < 9.5 * 60
-    assert [p.lab for p in planned.values() if p.ends_s < 31 * 60] == [*FIRST[:6]]
-
-
 def test_the_page_on_gpus_tells_the_plan() -> None:
     """Written down from this plan: another size of a lab changes it."""
     planned = [*plan(tuple(dict.fromkeys([*FIRST, *LABS])), "gpu-80", START_S)]

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from labs import LABS
 from labs.harness.commands.cli import app
 from labs.harness.commands.terminal import ConsoleProgress
-from labs.harness.filing import bounded, checks, engine_series, manifest, results
+from labs.harness.filing import bounded, checks, engine_series, manifest
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.results import Run, RunFolder, lab_from_resolved, write_json
 from labs.harness.filing.tracked import tracked_names
@@ -37,15 +37,9 @@ from serving.weights import models
 from serving.weights.models import ModelError
 from tests.cases import each
 from tests.shards import write_shard
-from tests.unit.builders import write_run, write_slowed
+from tests.unit.builders import write_slowed
 
 LAB = next(iter(LABS.values()))
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    return write_run(tmp_path)
 
 
 def labs(*args: str) -> tuple[int, str]:
@@ -64,6 +58,9 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"logits-processors": ["a.b"]}, UNKNOWN),
     ({"trust-remote-code": True}, UNKNOWN),
     ({"hf-overrides": {"auto_map": {}}}, "hf-overrides.auto_map has a value"),
+    ({"attention-config": {"hisparse_config": {}}}, "attention-config.hisparse_config has a value"),
+    ({"structured-outputs-config": {"backend": "../x"}}, "outputs-config.backend has a value"),
+    ({"structured-outputs-config": {"reasoning_parser_plugin": "x.py"}}, "_plugin has a value"),
     ({"host": "0.0.0.0"}, UNKNOWN),
     ({"kv-transfer-config": {"kv_connector": "x"}}, UNKNOWN),
     ({"chat-template": "/etc/passwd"}, UNKNOWN),
@@ -486,9 +483,6 @@ def test_json_that_is_all_brackets_is_not_parsed(
         path.unlink()
     (folder.path / "run.json").write_bytes(b"[" + 5 * 2**20 * b"[]," + b"0]")
     assert peak_bytes(folder.run, "holds more than 4000000 values") < 64 * 2**20
-
-
-# ------------------------------------------------------------------------------------- the terminal
 
 
 # ------------------------------------------------------------------------------- models and bundles

@@ -30,7 +30,7 @@ from labs.structured_output.facts import (
 from labs.structured_output.facts import masks as masks_of
 from labs.structured_output.lab import first_token_ratio, masking, step_ratio
 from loadtests.plan import body
-from loadtests.prompts import Messages, Writer
+from loadtests.prompts import Writer
 from loadtests.structures import (
     FORMS,
     LEAST_TOKENS,
@@ -42,16 +42,10 @@ from loadtests.structures import (
     spec,
 )
 from loadtests.workload import Asked, Fixed
-from serving.engines.flags import FlagValue
-from serving.engines.vllm import Vllm
 from serving.forecasting.step import mask_threads
 from serving.weights import masks
-from tests.unit.builders import CEILINGS, SHAPE, make_record, make_trial, make_workload
+from tests.unit.builders import CEILINGS, SHAPE, make_record, make_trial, make_workload, words
 from tests.unit.judged import context
-
-
-def words(messages: Messages) -> int:
-    return sum(len(m["content"].split()) for m in messages)
 
 
 @pytest.mark.parametrize("mark", ["", "7x3"])
@@ -174,14 +168,6 @@ def test_masks_of_a_large_batch_are_shared_out(
     sequences: int, processors: int, threads: int
 ) -> None:
     assert mask_threads(sequences, processors) == threads
-
-
-def test_a_plug_in_of_ones_own_is_no_harmless_setting() -> None:
-    harmless = {"backend": "xgrammar", "disable_any_whitespace": True}
-    assert Vllm.refusal({"structured-outputs-config": harmless}) == ""
-    for name, value in (("reasoning_parser_plugin", "x.py"), ("backend", "../x")):
-        odd: FlagValue = {name: value}
-        assert "structured-outputs-config" in Vllm.refusal({"structured-outputs-config": odd})
 
 
 # -------------------------------------------------------------------------------- the study

@@ -29,10 +29,6 @@ def test_kv_cache_of_a_token() -> None:
     assert BIG.kv_bytes_per_token(bytes_per_value=1) == 163_840
 
 
-def test_grouped_queries_save_eight_times_the_kv_cache() -> None:
-    assert replace(BIG, kv_heads=64).kv_bytes_per_token() == 8 * BIG.kv_bytes_per_token()
-
-
 def test_one_sequence_decodes_no_faster_than_the_weights_are_read() -> None:
     step_s = theory.decode_step_s(BIG, FAST, batch=1, context_tokens=0)
     assert round(1000 * step_s, 1) == 41.8
@@ -100,23 +96,12 @@ def test_copying_pays_from_where_attention_takes_longer_than_the_link() -> None:
     assert theory.copying_pays_from_tokens(SHAPE, 1e7, slow, kv_value_bytes=1) == 0
 
 
-def test_throughput_of_long_answers_is_batch_over_step() -> None:
-    for batch in (1, 4):
-        step_s = theory.decode_step_s(SHAPE, CEILINGS, batch, 1e6 / 2 + 1)
-        rate = theory.batch_throughput(SHAPE, CEILINGS, batch, prompt_tokens=1, output_tokens=1e6)
-        assert rate == pytest.approx(batch / step_s, rel=1e-5)
-
-
 def test_throughput_gives_every_request_a_prefill_that_makes_its_first_token() -> None:
     # context 10 + 5: a step reads 2000 + 4 x 15 x 32 bytes, 3.92 ms; prefill takes 2.0896 ms
     rate = theory.batch_throughput(SHAPE, CEILINGS, 4, prompt_tokens=10, output_tokens=10)
     assert rate == pytest.approx(10 / (9 * 0.00392 / 4 + 0.0020896))
     only = theory.batch_throughput(SHAPE, CEILINGS, 4, prompt_tokens=10, output_tokens=1)
     assert only == pytest.approx(1 / 0.0020896)
-
-
-def test_equal_lengths_cost_a_static_batch_nothing() -> None:
-    assert theory.static_batching_penalty([24] * 64, batch=8) == 1
 
 
 def test_static_batch_lasts_as_long_as_its_longest_answer() -> None:
@@ -168,14 +153,6 @@ def test_a_draft_yields_its_accepted_beginning_and_one_token(
     acceptance: float, draft_tokens: int, tokens: float
 ) -> None:
     assert theory.accepted_length(acceptance, draft_tokens) == pytest.approx(tokens)
-
-
-def test_speculation_gains_what_it_yields_over_what_it_costs() -> None:
-    # 1.75 tokens for two draft steps of a tenth each and a verification of 1.2 steps
-    assert theory.speculative_speedup(0.5, 2, 0.1, 1.2) == pytest.approx(1.75 / 1.4)
-    assert theory.speculative_speedup(0.0, 2, 0.1, 1.0) == pytest.approx(1 / 1.2)  # a loss
-    # Leviathan et al. 2023, table 1: acceptance 0.8, five tokens, a draft that costs nothing
-    assert theory.speculative_speedup(0.8, 5, 0, 1) == pytest.approx(3.69, abs=0.005)
 
 
 def test_forward_pass_is_the_slower_of_reading_and_computing() -> None:

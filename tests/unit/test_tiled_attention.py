@@ -32,7 +32,6 @@ from labs.tiled_attention.lab import (
     step_ratio,
     ttft_ratio,
 )
-from serving.engines.vllm import Vllm
 from serving.hardware import attention, gpus
 from serving.hardware.attention import AttentionTimes, Kernel, KernelTimes
 from tests.unit.builders import CEILINGS, MACHINE, SHAPE
@@ -113,11 +112,6 @@ def test_splits_are_limited_where_a_gpu_may_be_hoppers(gb: int) -> None:
     assert {"split", "split-near"} <= {c.name for c in lab.claims} or gb < 80
     assert all(w.longest_tokens <= lab.flags_of(v).max_model_len
                for w in lab.workloads for v in lab.variants)  # fmt: skip
-
-
-def test_the_limit_on_splits_is_harmless_and_another_setting_is_not() -> None:
-    assert not Vllm.refusal({"attention-config": {"flash_attn_max_num_splits_for_cuda_graph": 1}})
-    assert Vllm.refusal({"attention-config": {"hisparse_config": {"device_buffer_size": 1}}})
 
 
 # ------------------------------------------------------------------------------------- the fits

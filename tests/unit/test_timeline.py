@@ -15,7 +15,9 @@ from labs.chunked_prefill.plots import timeline as draw_timeline
 from labs.continuous_batching.facts import facts
 from labs.continuous_batching.plots import static
 from labs.harness.facts.context import Context, JudgedRun
+from labs.harness.facts.drawing import reach
 from labs.harness.filing.results import PointForecasts, Predictions, RunFolder, write_json
+from labs.harness.judging.judge import Interval, mean_interval
 from labs.harness.judging.timeline import GRID_S, Timeline, timeline
 from labs.harness.spec import Lab, Variant
 from loadtests import records
@@ -161,16 +163,15 @@ def test_a_long_trial_is_drawn_no_finer_than_the_picture_and_keeps_its_longest_g
     assert of_forecast.edges[at] <= 800.02 <= of_forecast.edges[at + 1]
 
 
-def test_without_a_play_the_streams_tokens_are_drawn_alone(tmp_path: Path) -> None:
-    lab = make_lab(
-        workloads=(make_workload("contended:2/1", intruder=Intruder(prompt_tokens=32)),),
-        claims=(), evidence=(),
-    )  # fmt: skip
-    run = drawn_run(tmp_path, lab, {"off contended:2/1": contended(0.1)}, {})
-    found = chunked.facts(run)
-    assert not found.played
-    assert draw_timeline(run, found)
-    assert len(plt.gcf().axes) == 1
+def test_an_interval_reaches_as_far_below_and_above_as_it_does() -> None:
+    """One of the mean's logarithm is longer above, and never goes below 0."""
+    wide = mean_interval([1.0, 9.0])
+    known = Interval(value=10, low=8, high=11, n=3)
+    alone = Interval(value=10, low=None, high=None, n=1)
+    below, above = reach([wide, known, alone, None], scale=2)
+    assert 0 < below[0] < 2 * wide.value < above[0]
+    assert (below[1:], above[1:]) == ([4, 0, 0], [2, 0, 0])
+    assert reach([known]) == [[pytest.approx(2)], [pytest.approx(1)]]
 
 
 @pytest.mark.parametrize("kept", [True, False])

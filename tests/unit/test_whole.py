@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import errno
 import os
 import stat
@@ -98,26 +97,6 @@ def test_git_ignores_what_a_killed_process_leaves(tmp_path: Path) -> None:
     left = ROOT / "results" / cut_off(whole.file, tmp_path / "x.json").name
     asked = subprocess.run(["git", "check-ignore", "-q", str(left)], cwd=ROOT, check=False)
     assert asked.returncode == 0
-
-
-@pytest.mark.parametrize("house", ["labs", "serving", "dashboards", "bench", "loadtests"])
-def test_only_one_place_renames_what_it_has_written(house: str) -> None:
-    """`unbundle.py` runs alone on a machine without the rest, and `records.py` knows nothing of
-    serving."""
-    apart = {"whole.py", "unbundle.py", "records.py"}
-    calls = {
-        path.name
-        for path in (ROOT / house).rglob("*.py")
-        if "rename" in (text := path.read_text())
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Attribute) and node.attr == "rename"
-    }
-    assert calls <= apart
-
-
-def test_a_makers_record_is_named_and_written_in_one_place() -> None:
-    sources = {path.name: path.read_text() for path in (ROOT / "serving").rglob("*.py")}
-    assert {name for name, text in sources.items() if '"about.json"' in text} == {"models.py"}
 
 
 def test_a_file_in_the_place_of_its_folder_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """How long prompts and answers are."""
 
-import hashlib
 import json
 import random
 import re
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 
 from loadtests.arrivals import Concurrent
 from loadtests.plan import read_requests, write_requests
-from loadtests.prompts import Messages, Writer
+from loadtests.prompts import Writer
 from loadtests.workload import (
     BLOCK,
     Adapters,
@@ -24,18 +23,15 @@ from loadtests.workload import (
     Intruder,
     Prefix,
     Request,
+    Samples,
     Workload,
 )
-from tests.unit.builders import make_workload
+from tests.unit.builders import make_workload, words
 
 VARYING = Exponential(mean_tokens=100, max_tokens=400)
 WORKLOAD = Workload(
     name="chat", prompt_tokens=VARYING, output_tokens=VARYING, loads=(Concurrent(users=1),)
 )
-
-
-def words(messages: Messages) -> int:
-    return sum(len(m["content"].split()) for m in messages)
 
 
 def test_every_block_holds_the_same_lengths_in_another_order() -> None:
@@ -63,18 +59,9 @@ def test_lengths_are_cut_at_the_most_and_never_zero() -> None:
     assert min(Exponential(mean_tokens=1, max_tokens=9).draw(BLOCK, random.Random(0))) == 1
 
 
-def test_fixed_lengths_are_all_the_same() -> None:
-    assert Fixed(tokens=7).draw(3, random.Random(0)) == [7, 7, 7]
-
-
 def test_most_below_mean_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"max_tokens=4 .* mean_tokens="):
         Exponential(mean_tokens=5, max_tokens=4)
-
-
-def test_lengths_are_the_same_on_any_machine_and_python() -> None:
-    lengths = WORKLOAD.lengths(512, seed=3)
-    assert hashlib.sha256(repr(lengths).encode()).hexdigest()[:16] == "13d8eca9213ddcbd"
 
 
 def test_lengths_do_not_depend_on_how_many_are_asked_for() -> None:
@@ -122,11 +109,6 @@ def test_prefix_longer_than_the_prompt_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"prompt_tokens=20 .* 32 tokens"):
         short.requests(1, 0, Writer(words))
-
-
-def test_longest_context_is_the_most_of_both_parts() -> None:
-    mixed = WORKLOAD.model_copy(update={"prompt_tokens": Fixed(tokens=32)})
-    assert mixed.longest_tokens == 32 + 400
 
 
 # ------------------------------------------------------------------------------- how prompts begin
@@ -179,18 +161,10 @@ def test_a_chat_carries_its_earlier_turns_and_begins_anew() -> None:
     assert len({r.messages[1]["content"] for r in requests}) == 3  # a conversation each
 
 
-@pytest.mark.parametrize(
-    ("task", "begins"),
-    [
-        ("story", "Write a story that goes on from here:"),
-        ("quote", "Repeat this text word for"),
-        ("edit", 'Rewrite this text. Use "our" in place of "the": '),
-        ("code", "Rewrite this code with the variable count renamed to total: "),
-    ],
-)
-def test_a_task_comes_first_and_counts(task: str, begins: str) -> None:
-    requests = drawn(5, task=task)
-    assert all(r.messages[-1]["content"].startswith(begins) for r in requests)
+def test_a_task_comes_first_and_counts() -> None:
+    for task in ("story", "quote", "edit", "code"):
+        (asked,) = {r.messages[-1]["content"].partition(":")[0] for r in drawn(5, task=task)}
+        assert len(asked.split()) > 5
 
 
 def test_what_is_to_be_edited_is_in_every_sentence_or_statement() -> None:
@@ -272,6 +246,7 @@ def test_a_planned_request_asks_its_adapter_and_says_whose_it_is(tmp_path: Path)
         ({"prefix": Prefix(tokens=9), "chat": Chat(turns=2, grows_tokens=9)}, "each say how"),
         ({"intruder": Intruder(prompt_tokens=9)}, "or neither"),
         ({"primed": True}, "nothing to prime"),
+        ({"samples": Samples(count=4), "chat": Chat(turns=2, grows_tokens=4)}, "no prefix, chat"),
         ({"loads": ("replay:1",)}, "a replay needs a trace: workloads.short.trace=FILE"),
         ({"trace": ((0.0, 9, 9),), "chat": Chat(turns=2, grows_tokens=9)}, "cannot be combined"),
         ({"loads": ("contended:2/1",)}, "or neither"),
@@ -302,6 +277,7 @@ def test_a_trace_gives_lengths_and_times(tmp_path: Path) -> None:
 
 
 def test_longest_context_counts_every_turn_and_the_intruder() -> None:
+    assert WORKLOAD.longest_tokens == 400 + 400
     assert make_workload(chat=Chat(turns=3, grows_tokens=20)).longest_tokens == 6 + 4 + 2 * 20
     for tokens, longest in ((7, 10), (200, 203)):
         intruder = Intruder(prompt_tokens=tokens, output_tokens=3)

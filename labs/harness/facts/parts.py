@@ -37,11 +37,6 @@ class Headline:
     on_front_page: bool = True  # of the repository; a lesson of the course asks for every one
 
 
-ARITHMETIC = "arithmetic on measured figures"
-IN_PART = "measured in part, else arithmetic"
-IN_PART_FORECAST = "measured in part, else arithmetic and forecast"
-
-
 @dataclass(frozen=True)
 class Pair:
     """Asks how a point's load would go on two engines of its kind; see `OnTwoEngines`."""

@@ -11,8 +11,6 @@ from labs.harness.judging.quantity import Quantity
 from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.templates import filled
 
-WHOLE = ("ttft_mean_s", "tpot_mean_s", "e2e_mean_s")  # which aims are stated for
-
 
 @dataclass(frozen=True)
 class Scores:
