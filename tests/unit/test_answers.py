@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from labs.harness.judging.metrics import METRICS
 from labs.harness.spec import Lab, LabError, Point
 from labs.harness.telling import plots
 from labs.harness.telling.words import told
-from tests.unit.builders import CEILINGS, SHAPE, make_lab
-from tests.unit.judged import ABOUT, context, judged, judged_run, told_of, with_facts
+from tests.unit.builders import CEILINGS, SHAPE
+from tests.unit.judged import ABOUT, context, judged_run, told_of, with_facts
 
 
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
@@ -104,17 +103,3 @@ def test_findings_answers_and_plots_bear_what_is_left_out(name: str, tmp_path: P
             for draw in plots._drawn(lab).values():
                 draw(run)
                 plt.close("all")
-
-
-def test_no_name_of_a_claim_lies_over_the_next(tmp_path: Path) -> None:
-    """A long title takes four lines, and the metric one more."""
-    title = f"With 4 in flight tokens come later from the {'mixture of many experts ' * 3}than here"
-    key = "on/short/concurrent-1"
-    claims = [judged(f"claim-{n}", 1.5, title=title, treatment=key) for n in range(3)]
-    found = judged_run(context(tmp_path, make_lab(), {}), claims)
-    assert plots.effects(found)
-    figure = plt.gcf()
-    figure.canvas.draw()
-    names = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
-    plt.close("all")
-    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(names))

@@ -50,7 +50,3 @@ def test_the_tightest_limit_around_the_process_counts(groups: Path) -> None:
     assert host_memory.available_bytes() == 12 * GIB
     limit(groups / "slice/job", str(8 * GIB), 20)
     assert host_memory.available_bytes() == 0
-
-
-def test_without_control_groups_the_machine_counts() -> None:
-    assert host_memory.available_bytes() == 100 * GIB
