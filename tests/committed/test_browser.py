@@ -282,10 +282,11 @@ def test_a_guess_where_nothing_was_measured_is_held_against_the_prediction(
     assert shown.errors == []
 
 
+@pytest.mark.parametrize("name", ["index.html", f"lessons/{RUNS[0]}.html"])
 def test_a_replay_is_stepped_through_and_played_unless_motion_is_unwelcome(
-    chromium: Browser, site: Path
+    chromium: Browser, site: Path, name: str
 ) -> None:
-    shown = opened(chromium, site / "site" / "lessons" / f"{RUNS[0]}.html")
+    shown = opened(chromium, site / "site" / name)
     tokens = "document.querySelector('#replay .state').innerText.match(/(\\d+) tokens/)[1] * 1"
     whole = shown.js(tokens)
     shown.js("document.getElementById('step').click()")

@@ -280,6 +280,19 @@ def test_a_replay_shows_every_token_of_its_seconds_once(course: Course) -> None:
         assert len(spans) == 1  # side by side over the same seconds
 
 
+def test_the_first_picture_of_the_course_is_a_replay_of_several_requests(
+    texts: dict[str, str],
+) -> None:
+    index = texts["index.html"]
+    pictures = re.findall(r'<(?:img|svg|div class="plot")[^>]*', index)
+    assert [picture.partition(" viewBox")[0] for picture in pictures] == ['<svg class="replay"'] * 2
+    assert all(
+        int(places) > 1 for places in re.findall(r"at most (\d+) at once", "".join(pictures))
+    )
+    data = json.loads(index.partition('id="data">')[2].partition("</script>")[0])
+    assert len(data["replay"]) == 2
+
+
 def usage(engine: str, *readings: tuple[float, float]) -> dict[str, Any]:
     """A trial's series of how full an engine's KV cache was: (seconds from its start, share)."""
     return {

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from typer.main import get_command
@@ -49,6 +50,20 @@ def links(page: Path) -> list[str]:
 def code(page: Path) -> list[str]:
     """What a page shows as code, in a line or in a block of its own."""
     return [t.content for t in tokens(page) if t.type in ("code_inline", "fence")]
+
+
+def test_the_site_is_published_by_pinned_actions_with_few_permissions() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "site.yml").read_text())
+    build, deploy = workflow["jobs"]["build"], workflow["jobs"]["deploy"]
+    assert workflow["permissions"] == {}
+    assert build["permissions"] == {"contents": "read"}
+    assert deploy["permissions"] == {"pages": "write", "id-token": "write"}
+    steps = [*build["steps"], *deploy["steps"]]
+    for action in (step["uses"] for step in steps if "uses" in step):
+        assert re.fullmatch(r"actions/[\w-]+@v\d+\.\d+\.\d+", action), action
+    (command,) = (step["run"] for step in steps if "run" in step)
+    (uploaded,) = (step["with"]["path"] for step in steps if "upload" in step.get("uses", ""))
+    assert command == f"make site OUT={uploaded}"
 
 
 def test_the_readme_is_one_page_and_its_picture_is_small() -> None:

@@ -42,6 +42,7 @@ class Replayed:
     description: str  # what the picture shows, in words
     times: dict[str, Any]
     cache: Cache | None  # None where the trial keeps no reading of it
+    places: int  # that requests took: the most that ran at once
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _replayed(
     }  # fmt: skip
     most = max((n for bar in bars for n in bar.tokens), default=1) if guesses else 0
     picture = _picture(bars, places, span_s, description, clip, most, shown_cache)
-    return Replayed(title, picture, description, times, cache)
+    return Replayed(title, picture, description, times, cache, places)
 
 
 def _picture(

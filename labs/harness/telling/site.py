@@ -73,7 +73,7 @@ from labs.harness.telling.words import Told, told
 from serving import whole
 
 RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
-PAGE_SCRIPT, LESSON_SCRIPT = "page.js", "lesson.js"
+PAGE_SCRIPT, LESSON_SCRIPT, WATCH_SCRIPT = "page.js", "lesson.js", "watch.js"
 PLANNER_SCRIPT, FORECAST_SCRIPT = "planner.js", "forecasts.js"
 SCRIPTS = {  # a script beside the pages: the files that it is made of
     RUN_SCRIPT: RUN_SCRIPTS,
@@ -81,6 +81,7 @@ SCRIPTS = {  # a script beside the pages: the files that it is made of
     LESSON_SCRIPT: (
         "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js",
     ),
+    WATCH_SCRIPT: ("page.js", "plot.js", "replay.js"),
     PLANNER_SCRIPT: ("page.js", "copy.js", "theory.js", "planner.js"),
     FORECAST_SCRIPT: ("page.js", "plot.js", "ratios.js", "forecasts.js"),
 }  # fmt: skip
@@ -453,9 +454,7 @@ class Course:
             e.machine: e for e in sorted(self.entries, key=lambda entry: on_cpu(entry.folder))
         }
         return {
-            "index.html": course_page(
-                "index.html", PAGE_SCRIPT, course=self, show=html.inline, parsed=parse
-            ),
+            "index.html": self.index_page(),
             "questions.html": course_page(
                 "questions.html", PAGE_SCRIPT, topics=self.topics(), show=html.inline, parsed=parse
             ),
@@ -486,6 +485,21 @@ class Course:
                 sections=html.sections(glossary.document(), html.embedded(Path())),
             ),
         }
+
+    def index_page(self) -> str:
+        """Render the index; its first picture is a replay in which several requests run at once."""
+        replays = ((item, item.replayed[1]) for item in self.lessons if item.replayed)
+        several = ((item, panels) for item, panels in replays if all(p.places > 1 for p in panels))
+        watched, panels = next(several, (None, []))
+        return course_page(
+            "index.html",
+            WATCH_SCRIPT if watched else PAGE_SCRIPT,
+            course=self,
+            watched=watched,
+            data={"colours": VARIANTS, "replay": [panel.times for panel in panels]},
+            show=html.inline,
+            parsed=parse,
+        )
 
     def forecasts_page(self) -> str:
         """Render what was predicted beside what came, of every published full run.
