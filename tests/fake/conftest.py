@@ -130,7 +130,7 @@ class Reader:
             "PROMETHEUS_DATA": str(self.home / "prometheus"),
             "SCRATCH": str(self.scratch),
             "DISTURBED": "keep",  # other tests run meanwhile
-            "ENGINE_COMMAND": self._engine_command(engine, first_engine),
+            "ENGINE_COMMAND": self.engine_command(engine, first_engine),
             **settings,
         }
         env = {
@@ -146,7 +146,7 @@ class Reader:
         self.commands.append(command)
         return command
 
-    def _engine_command(self, flags: tuple[str, ...], first: tuple[str, ...]) -> str:
+    def engine_command(self, flags: tuple[str, ...], first: tuple[str, ...]) -> str:
         """Every start keeps its arguments, its log, and what was predicted by then."""
         fake = shlex.join([sys.executable, "-m", "tests.fake.engine", *LAW, *flags])
         here = shlex.quote(str(self.engines))
