@@ -507,6 +507,26 @@ def test_another_vllm_gets_an_environment_of_its_own_once(root: Path, other: Uv)
     assert not install.is_ready(root, "cpu", "0.31.0")
 
 
+def test_what_reads_runs_is_set_up_once_in_the_locks_versions(
+    root: Path, other: Uv, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other.fails = lambda words: True
+    assert install.main(["--light"]) == 1
+    assert "could not install" in capsys.readouterr().err
+    other.fails = lambda words: False
+    other.calls.clear()
+    assert install.main(["--light"]) == 0
+    assert other.homes == {root / ".tools" / "light"}
+    ((*words, _),) = other.calls
+    assert words[-2:] == ["--editable", str(root)]  # and no extra of it
+    assert words[words.index("--constraint") + 1] == str(install.lock_of(root, "cpu"))
+    assert install.main(["--light"]) == 0
+    assert len(other.calls) == 1
+    edit(root / "pyproject.toml")
+    assert install.main(["--light"]) == 0
+    assert len(other.calls) == 2
+
+
 def test_a_vllm_that_is_not_to_be_had_gets_one_sentence_and_leaves_nothing(
     root: Path, other: Uv, capsys: pytest.CaptureFixture[str]
 ) -> None:

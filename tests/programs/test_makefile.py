@@ -252,3 +252,21 @@ def test_a_call_on_a_page_hands_its_settings_on(call: str, checkout: Checkout) -
     given = dict(word.split("=", 1) for word in words if word not in targets)
     _, environment = checkout.calls()[-1]
     assert settings_of(environment) == {f"LABS_{name}": value for name, value in given.items()}
+
+
+@pytest.mark.parametrize(
+    ("goal", "set_up"),
+    [("site", ["--light"]), ("report", ["--light"]), ("plan", []), ("lab-x", [])],
+)
+def test_what_reads_runs_waits_for_no_vllm(
+    goal: str, set_up: list[str], checkout: Checkout
+) -> None:
+    assert checkout.make(goal).returncode == 0
+    assert checkout.calls()[-2][0] == ["install"]  # all is there
+    light = checkout.home / ".tools" / "light"
+    light.mkdir(parents=True)
+    (checkout.home / ".venv").rename(light / ".venv")
+    checkout.make(goal)
+    install = next(argv for argv, _ in checkout.calls()[::-1] if argv[0] == "install")
+    assert install == ["install", *set_up]
+    assert (checkout.calls()[-1][0][0] == LABS) == bool(set_up)  # which is named as it was
