@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.filing.results import PointForecasts, Predictions
+from labs.harness.filing.results import PointForecasts, Predictions, Searched
 from labs.harness.judging.machine_speed import MachineSpeed, PartSpeed
 from labs.harness.running import run as running
 from labs.harness.running.forecast import reason_against, reasons_against
@@ -26,6 +26,7 @@ from labs.harness.running.run import forecast_alone, run_lock
 from labs.harness.running.step_timing import steps_as_timed
 from labs.harness.running.virtual_trials import _traffic, as_one_gpu
 from labs.harness.spec import Lab, LabError
+from labs.harness.telling import tables
 from loadtests.trace import MOST_ROWS
 from serving.engines.vllm_flags import VllmFlags
 from serving.hardware.gpus import Datasheet
@@ -180,6 +181,20 @@ def test_on_a_gpu_flags_that_the_step_cannot_see_have_no_forecast_where_they_dif
     assert set(_reasons("diagnosis", here)) == {"slow-step"}
     for shared in ("default", "in-turn"):  # a flag that all engines have changes no ratio
         assert not _reasons("single-stream", here, variants=[shared])
+
+
+def test_a_page_lists_what_else_was_forecast_by_what_differs() -> None:
+    figures = {"goodput_per_s": 2.5, "tpot_mean_s": 0.04}
+    grid = tuple(
+        Searched(flags={"max-num-seqs": batch, "enforce-eager": True}, figures=figures)
+        for batch in (4, 8)
+    )
+    assert tables.searched(PointForecasts(points={})) is None
+    found = tables.searched(PointForecasts(points={}, searched=grid))
+    assert found
+    assert found.rows[0][0] == "4"
+    assert len(found.header) == 1 + len(tables.OF_SEARCH)
+    assert list(found.rows[1]) == ["8", "2.5 req/s", "–", "40 ms"]
 
 
 @pytest.mark.parametrize("here", [True, False])

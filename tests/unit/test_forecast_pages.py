@@ -13,6 +13,7 @@ import pytest
 from labs.harness.filing import engine_series, results
 from labs.harness.filing.results import (
     Band,
+    OnTwoEngines,
     PointForecasts,
     RunFolder,
     write_gzip,
@@ -21,6 +22,7 @@ from labs.harness.filing.results import (
 from labs.harness.judging.judge import Caveat, ForecastAtPoint, Interval
 from labs.harness.judging.metrics import METRICS
 from labs.harness.names import PairName
+from labs.harness.running import run
 from labs.harness.spec import OF_FORECASTS
 from labs.harness.telling import markdown, report, residual_plot, residuals, tables
 from labs.harness.telling.document import plain_text
@@ -93,6 +95,39 @@ def test_the_cache_in_use_stands_beside_what_was_forecast_of_it(folder: RunFolde
     assert "| 10% | – | 20% | – |" in told
     alone = markdown.fragment([tables.in_virtual_time(make_lab(), forecasts)])
     assert "| 50% | 75% |" in alone
+
+
+def test_before_a_run_the_use_of_ample_memory_is_not_shown(folder: RunFolder) -> None:
+    forecasts = folder.predictions().in_virtual_time
+    assert forecasts
+    first, second = forecasts.points
+    ample = {first: KvUse(mean=0.3, peak=0.49), second: KvUse(mean=0.1, peak=0.2)}
+    short = ample | {second: KvUse(mean=0.1, peak=0.5)}
+    shown = [run._for_terminal(forecasts.model_copy(update={"kv_use": u})) for u in (ample, short)]
+    assert [forecasts.kv_use for forecasts in shown] == [{}, short]
+
+
+def test_two_engines_have_a_section_of_their_own_that_says_what_it_is(folder: RunFolder) -> None:
+    """Beside the same point on one engine, as it was forecast; and only where it was."""
+    summarise(folder)
+    assert "on two engines" not in report.write(folder).read_text()
+    before = folder.predictions()
+    assert before.in_virtual_time
+    first, second = before.in_virtual_time.points
+    bands = {"tpot_mean_s": NEAR}
+    split = OnTwoEngines(point=first, link_gbit_per_s=10, bands=bands)
+    shared = OnTwoEngines(point=second, link_gbit_per_s=None, bands=bands)
+    forecasts = before.in_virtual_time.model_copy(update={"on_two": (split, shared)})
+    write_json(
+        folder.path / "predictions.json", before.model_copy(update={"in_virtual_time": forecasts})
+    )
+    assert folder.predictions().in_virtual_time == forecasts
+    _, _, after = report.write(folder).read_text().partition("on two engines, not measured")
+    told, _, _ = after.partition("\n## ")
+    assert told.count("| one, ") == 2
+    assert re.search(r"\| two, .* 10 Gbit/s [^|]*\| 1 s \(", told)
+    assert re.search(r"\| two, [^|]* shared [^|]*\| 1 s \(", told)
+    assert "Forecast alone" in told
 
 
 def write_summary(folder: RunFolder, *caveats: Caveat) -> None:

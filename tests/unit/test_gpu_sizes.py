@@ -11,6 +11,7 @@ from labs import FIRST, LABS
 from labs.chunked_prefill.lab import long_ttft_s
 from labs.harness import theory
 from labs.harness.spec import Lab, Point, factors
+from labs.prefix_caching.lab import cached_tokens
 from loadtests.plan import LEAST_COUNTED
 from serving.forecasting.datasheet import EXPECTED, MOST_EFFICIENT
 from serving.hardware.gpus import CLASSES
@@ -289,6 +290,14 @@ def test_all_that_a_quick_run_sends_at_once_fits_the_cache(
         own = workload.model_copy(update={"intruder": None}).longest_tokens - shared
         intruding = long.prompt_tokens + long.output_tokens if long else 0
         assert shared + intruding + users * own < room, point.key
+
+
+@EVERY_MODEL
+@EVERY_CARD
+def test_a_quick_run_has_more_prefixes_than_fit_where_it_says_so(card: str, random: bool) -> None:
+    points = points_on(lab_on("prefix-caching", card, random, quick=True), card, random)
+    found = {p.workload.name: cached_tokens(p) for p in points if p.variant.name == "on"}
+    assert found == {"share-0": 0, "share-90": 7200, "many": 0}
 
 
 @EVERY_MODEL

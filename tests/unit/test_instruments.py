@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from labs.harness.filing import results
+from labs.harness.judging.judge import Interval
 from labs.harness.telling import instruments, markdown
-from labs.harness.telling.instruments import Alarms, Sent, Streams
+from labs.harness.telling.instruments import Alarms, Engine, Sent, Streams
 from serving.hardware.machine import Machine
 
 MACHINE = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=24 * 2**30)
@@ -63,3 +65,17 @@ def test_a_row_has_units_and_a_dash_for_what_is_not_there(home: Path) -> None:
         " | 5.2 ms | 0.1 ms | – | 21.6 µs |"
     )
     assert table_head.count("|") == row.count("|")
+
+
+def test_each_part_is_a_sentence_and_one_that_was_not_measured_is_none() -> None:
+    empty = instruments.Bench(machine=MACHINE)
+    throughput, ttft, tpot = (
+        Interval(value=value, low=low, high=high, n=4)
+        for value, low, high in ((1.01, 0.99, 1.03), (0.9, None, None), (1.0, None, None))
+    )
+    engine = Engine(throughput=throughput, ttft=ttft, tpot=tpot)
+    whole = empty.model_copy(update={"engine": engine, "aa": ALARMS})
+    of_engine, of_aa = (line for line in lines(whole) if line.startswith("- "))
+    assert re.search(r"1\.01 \(0\.99 to 1\.03\).*0\.90.*1\.00", of_engine)
+    assert "2 of 80 claims judged, 2.5% (0.3% to 8.7%), 1 not judged" in of_aa
+    assert not [line for line in lines(empty) if line.startswith("- ")]

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 import pytest
+from pydantic import ValidationError
 
 from labs import LABS
 from labs.harness.facts.context import JudgedRun
@@ -37,7 +38,7 @@ from labs.many_samples.facts import Facts, facts, probed, solved, weighed
 from labs.many_samples.lab import SAMPLED, hit_rate
 from loadtests.plan import body, read_requests, write_requests
 from loadtests.prompts import Writer
-from loadtests.workload import Fixed, Samples
+from loadtests.workload import Chat, Fixed, Samples
 from serving import metrics
 from serving.forecasting.traffic import Prompt, Traffic, play
 from serving.weights.models import ROOT
@@ -82,6 +83,11 @@ def test_apart_prompts_are_repeated_and_together_each_is_asked_for_all_answers(
     workload = make_workload(samples=TOGETHER, prompt_tokens=Fixed(tokens=20))
     write_requests(tmp_path / "r.jsonl", workload.requests(2, 0, Writer(words)), "m")
     assert [r.choices for r in read_requests(tmp_path / "r.jsonl")] == [4, 4]
+
+
+def test_samples_go_with_nothing_else_that_says_how_prompts_are_alike() -> None:
+    with pytest.raises(ValidationError, match="no prefix, chat"):
+        make_workload(samples=APART, chat=Chat(turns=2, grows_tokens=4))
 
 
 # ------------------------------------------------------------------- from the stream's lines
