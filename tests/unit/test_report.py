@@ -37,6 +37,7 @@ from labs.harness.judging.text import (
     ratio_ends,
     ratio_interval,
     ratio_text,
+    verdict_text,
     with_ends,
 )
 from labs.harness.judging.validity import SERVER_BUSY
@@ -46,7 +47,7 @@ from labs.harness.telling.document import parts
 from labs.harness.telling.summary import summarise
 from labs.harness.telling.words import told_by
 from loadtests.arrivals import Waves
-from tests.unit.builders import PREDICTION, make_lab
+from tests.unit.builders import PREDICTION, make_lab, write_run
 from tests.unit.judged import page_says
 
 
@@ -138,6 +139,14 @@ def test_ratio_without_effect_or_interval_is_a_dash() -> None:
     ratio = Interval(value=1.5, low=None, high=None, n=1)
     single = judgement("inconclusive", None, Effect(ratio=ratio, spread=None))
     assert (ratio_text(single), ratio_interval(single)) == ("1.50x", "–")
+
+
+def test_verdict_in_words() -> None:
+    assert verdict_text(judgement("helps", True)) == "helps (as claimed)"
+    none = judgement("no effect", False).model_copy(update={"why": "within 5%"})
+    assert verdict_text(none) == "no effect: within 5% (against the claim)"
+    assert verdict_text(judgement("not valid", None)) == "not valid: errors"
+    assert verdict_text(judgement("inconclusive", None)) == "inconclusive: errors"
 
 
 def test_a_ratio_of_arithmetic_means_is_said_to_be_one() -> None:
@@ -398,6 +407,34 @@ def test_engines_that_took_turns_are_a_caveat(resident: bool, folder: RunFolder)
     write_json(folder.path / "session.json", sitting)
     found = [c for c in summarise(folder).caveats if c.name == "engines took turns"]
     assert [c.blocks for c in found] == ([] if resident else [False])
+
+
+@pytest.mark.parametrize(
+    ("starts", "resident", "most_repeats", "said"),
+    [
+        (None, True, 0, "Each engine was started once: differences between starts are not"),
+        (2, False, 0, "one was started only 2 times. Fewer than 4 starts"),
+        (4, False, 0, "each was started at least 4 times. Between engines the mean of a start"),
+        (None, True, 8, "an interval of 95% is taken at 97.5%, and one of 90% at 95%"),
+    ],
+)
+def test_a_report_says_what_its_intervals_cover(
+    tmp_path: Path, starts: int | None, resident: bool, most_repeats: int, said: str
+) -> None:
+    folder = write_run(tmp_path, repeats=4, most_repeats=most_repeats)
+    sitting = Session(
+        engine_start_s=1, load_s=1, wall_s=3, resident=resident, there_and_back=True, agreement=[],
+        prometheus=None,
+    )  # fmt: skip
+    write_json(folder.path / "session.json", sitting)
+    for path in folder.path.rglob("trial.json"):
+        trial = results.read_json(path, results.TrialResult)
+        start = starts and min(trial.repeat, starts)
+        write_json(path, trial.model_copy(update={"start": start}))
+    summarise(folder)
+    text = report.write(folder).read_text()
+    assert said in text
+    assert "An interval covers one sitting" in text
 
 
 @pytest.mark.parametrize(
