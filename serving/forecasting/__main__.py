@@ -7,6 +7,7 @@ step of `TimingPlans` gives its `StepTimes`, a `CopyingPlan` its `Copying`, and 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -47,6 +48,8 @@ def main() -> None:
     os.dup2(2, 1)  # what anything else prints must not mix with the plays
     from serving.forecasting.virtual_engine import VirtualEngine
 
+    gc.freeze()  # what vLLM has imported is never searched for garbage,
+    gc.disable()  # and what a trial leaves only after it
     print("ready", file=out, flush=True)
     engines = Engines(VirtualEngine)
     for line in sys.stdin:
@@ -141,6 +144,8 @@ def _play(plan: ForecastPlan, engines: Engines, out: IO[str]) -> None:
                 found_tokens=found_tokens,
             )
             print(forecast_play.model_dump_json(), file=out, flush=True)
+            del played, forecast_play
+            gc.collect()
 
 
 def _server(

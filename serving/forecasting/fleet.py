@@ -17,7 +17,7 @@ from typing import Protocol
 
 from pydantic import BaseModel
 
-from serving.forecasting.traffic import Delays, Prompt, VirtualServer
+from serving.forecasting.traffic import Prompt, VirtualServer
 
 
 class Handover(BaseModel, frozen=True, extra="forbid"):
@@ -26,11 +26,6 @@ class Handover(BaseModel, frozen=True, extra="forbid"):
     bytes_per_token: float  # of keys and values, in all layers
     link_bytes_per_s: float
     asked_s: float  # from the end of the prefill until the second engine has the request
-
-
-def serial_delays(replicas: int) -> Delays:
-    """Return the delays of a fleet: its servers prepare requests side by side, each in turn."""
-    return Delays(serial_s=Delays().serial_s / replicas)
 
 
 class Router(Protocol):

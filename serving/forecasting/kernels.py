@@ -3,9 +3,11 @@
 A step is what the kernels of its layers and of the output head take, one after another, as a CUDA
 graph replays them, and the host's share that none of them hides (`HOST_S`). `kernel_times/` holds
 the times of matrix products, attention, exchanges between GPUs and routed experts, for each card
-that has them. What lies between their sizes is interpolated by work. Norms, activations and the
-rotary embedding have no table: they take the time of their bytes at the bandwidth that the card's
-own products reach, and at least that of its shortest kernel.
+that has them. What lies between their sizes is interpolated by work. A product of more rows takes
+no less time: where a table says otherwise, those that contradict share their geometric mean (the
+isotonic regression of the logarithms), so that no single outlier decides. Norms, activations and
+the rotary embedding have no table: they take the time of their bytes at the bandwidth that the
+card's own products reach, and at least that of its shortest kernel.
 
 What is not covered: adapters, eager launches, weights of 4 bits, experts of a shape that no table
 has, in 8 bits or spread over GPUs, and sliding windows. Where no table has a request's KV heads, it
@@ -29,11 +31,12 @@ from numpy.typing import NDArray
 from serving.forecasting.step import AttentionTimes, StepTimes
 
 TABLES = Path(__file__).parent / "kernel_times"
-HOST_S = 0.15e-3
+HOST_S = 0.19e-3
 """What the host adds to a step, seconds.
 
 vLLM decodes one stream of an 8B model in BF16 on an H100 at 155 tokens/s, 6.45 ms a token, of which
-its kernels take 6.30 by the tables.
+its kernels take 6.26 by the tables at a context of some hundred tokens
+(`labs/single_stream/published.toml`).
 """
 SMALL_KERNELS = 5  # of a layer: two norms, rotary embedding, writing the cache, activation
 MOST_KV_HEADS = 8  # in the tables of decoding
@@ -211,7 +214,10 @@ def _products(card: str, kind: str) -> _Products:
 
 
 def _filled(all_s: Floats, m: Floats, k: Floats) -> Floats:
-    """Fill what was not timed: from the neighbours in m, or by work from the neighbour in k."""
+    """Fill what was not timed: from the neighbours in m, or by work from the neighbour in k.
+
+    Then let no product take less time than one of fewer rows.
+    """
     for times in all_s:
         for j, row in enumerate(times):
             if np.isnan(row).all():
@@ -219,7 +225,21 @@ def _filled(all_s: Floats, m: Floats, k: Floats) -> Floats:
             elif np.isnan(row).any():
                 known = ~np.isnan(row)
                 times[j] = np.interp(m, m[known], row[known])
+            times[j] = _ascending(times[j])
     return all_s
+
+
+def _ascending(times: Floats) -> Floats:
+    """Let neighbours that descend share their geometric mean, until none does."""
+    pools = list[tuple[float, int]]()  # (logarithm, how many share it)
+    for logarithm in np.log(times).tolist():
+        pools.append((logarithm, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (below, n), (above, m) = pools[-2:]
+            pools[-2:] = [((n * below + m * above) / (n + m), n + m)]
+    logarithms, counts = zip(*pools, strict=True)
+    ascending: Floats = np.exp(np.repeat(logarithms, counts))
+    return ascending
 
 
 def _exchange_s(card: str, gpus: int, sent_bytes: Floats) -> Floats:

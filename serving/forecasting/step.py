@@ -14,10 +14,12 @@ the serving device before any engine exists:
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from itertools import chain
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -139,6 +141,20 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
             reference=self.reference,
         )
 
+    def factor_over(self, other: StepTimes) -> float | None:
+        """Tell how many times as long as there everything takes here; None where parts differ."""
+        factor = self.linear_s[0] / other.linear_s[0]
+        near = other.times(factor)._all_s
+        alike = len(near) == len(self._all_s) and all(map(math.isclose, near, self._all_s))
+        return factor if alike else None
+
+    @property
+    def _all_s(self) -> list[float]:
+        parts = [self.attention_pair_s, self.attention_read_s, self.scheduling_s]
+        if self.attention:
+            parts += chain(self.attention.prefill_s, *self.attention.decode_s)
+        return [*self.linear_s, *self.head_s, *parts]
+
     def seconds(self, step: Step) -> float:
         """Add up the seconds of a step; 0 for an empty one.
 
@@ -185,8 +201,7 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
         return output_tokens * step_s + batch * prompt_s
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A request's share of a step: `tokens` new ones after `context_tokens` in the cache."""
 
     tokens: int

@@ -58,6 +58,10 @@ class Delays(BaseModel, frozen=True, extra="forbid"):
     client_s: float = 0.003  # from the end of an answer until the same user's next send
     refused_s: float = 0.1  # so much later if it was turned away
 
+    def of_servers(self, servers: int) -> Delays:
+        """Return those of servers that prepare requests side by side, each in turn."""
+        return self.model_copy(update={"serial_s": self.serial_s / servers})
+
 
 class Traffic(BaseModel, frozen=True, extra="forbid"):
     """When requests are sent; times are seconds from the trial's start."""

@@ -289,6 +289,7 @@ class VirtualEngine:
         """
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
         given = EngineArgs.from_cli_args(parser.parse_known_args(list(argv))[0])
+        given.skip_tokenizer_init = True  # requests come as tokens
         with _scheduling_as_on_cuda() if on_cuda else contextlib.nullcontext():
             config = given.create_engine_config()
         self.clock = Clock(step_times, draft_times)

@@ -15,6 +15,7 @@ on text, such as a study of activations, is refused.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -49,13 +50,40 @@ DRAFT_LAYERS = 8  # the draft has a layer for each so many of the target's
 
 
 def resolve(machine: Machine, name: str = "") -> Model:
-    """Find a shape that ships with the lab, or the machine's default one. Raises ModelError."""
+    """Find a shape that ships with the lab, or the machine's default one.
+
+    `name` may also be a `config.json`, or the folder of one. Raises ModelError.
+    """
     if not name:
         name = "llama-tiny" if machine.kind == "cpu" else gpus.class_of(machine.memory_bytes).dummy
+    if name not in SHAPES and (path := _config_file(name)):
+        return _of_config(path)
     if name not in SHAPES:
         shapes = "; ".join(f"{shape} ({text})" for shape, text in SHAPES.items())
-        raise ModelError(f"no shape {name!r} ships with the lab for WEIGHTS=dummy; known: {shapes}")
+        raise ModelError(
+            f"no shape {name!r} ships with the lab for WEIGHTS=dummy; known: {shapes};"
+            " any other architecture is given as the path of its config.json"
+        )
     return models.load(_folder(f"{name}{SUFFIX}", config_of(name)), f"{name}{SUFFIX}")
+
+
+def _config_file(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    return path.resolve() if path.is_file() else None
+
+
+def _of_config(path: Path) -> Model:
+    """Make a model of a config alone, named for its file or folder. Raises ModelError."""
+    try:
+        content = path.read_bytes()
+        config = json.loads(content)
+        named = path.parent.name if path.name == "config.json" else path.stem
+        name = f"{named}{SUFFIX}"
+        digest = hashlib.sha256(content).hexdigest()[:8]  # two may have one name
+        return models.load(_folder(f"{name}-{digest}", config), name)
+    except (OSError, ValueError, ModelError) as error:
+        raise ModelError(f"MODEL={path} cannot be read as a config.json: {error}") from error
 
 
 def config_of(name: str) -> dict[str, Any]:

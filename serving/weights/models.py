@@ -361,7 +361,7 @@ def shape_of(config: Mapping[str, Any], value_bytes: int = 2) -> Shape:
     of_heads = str(config.get("model_type", "")).startswith("qwen3")  # norms of Q and K too
     norms = hidden + layers * 2 * (hidden + (head_dim if of_heads else 0))
     embedding = size["vocab"] * hidden
-    tied = bool(config["tie_word_embeddings"])
+    tied = bool(config.get("tie_word_embeddings", False))
     linear = attention + expert * (experts or 1)
     params = linear + norms + layers * hidden * experts + embedding * (1 if tied else 2)
     looked_up = 0 if tied else embedding
@@ -474,6 +474,11 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def files_sha256(folder: Path) -> str:
     """Hash a model's folder: one SHA-256 over the names and hashes of its files."""
     return hashlib.sha256(json.dumps(file_hashes(folder)).encode()).hexdigest()
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether a folder holds weights that can be loaded."""
+    return any(folder.expanduser().glob("*.safetensors"))
 
 
 def is_quantized(folder: Path) -> bool:

@@ -25,6 +25,7 @@ from labs.harness.telling.document import Block
 from labs.harness.telling.forecasts import Latencies, LoadForecast
 from loadtests.trace import TraceRow
 from serving.engines.vllm import ACTIVATION_BYTES
+from serving.forecasting import cards
 from serving.forecasting.plan import ForecastPlan
 from serving.weights.models import ModelError
 from tests.cases import each
@@ -45,7 +46,7 @@ class SilentProgress:
 
 
 def latencies(within: float) -> Latencies:
-    return Latencies(500, within, 0.1, 0.2, 0.01, 0.02, 0.5, 0)
+    return Latencies(500, within, 0.1, 0.2, 0.01, 0.02, 1, 2, within < 0.4, 0.5, 0)
 
 
 def without_playing(monkeypatch: pytest.MonkeyPatch) -> list[ForecastPlan]:
@@ -171,6 +172,7 @@ def test_engines_are_built_for_the_longest_request_and_serve_side_by_side(
     assert {of.engines[0].replicas: of.delays.serial_s for of in capacity} == {
         1: 0.002, 8: 0.002 / 8,
     }  # fmt: skip
+    assert {of.delays.request_s for of in capacity} == {cards.DELAYS.request_s}
     capacity.clear()
     long = (*trace(9), (9.0, 700, 900))
     plan(question(demand=Demand(500, 100, 1.0, trace=long)), SilentProgress())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,23 @@ def test_a_shape_is_a_folder_with_the_bundled_tokenizer_and_no_weights(name: str
 def test_the_default_is_the_classs_on_a_gpu_and_tiny_on_a_cpu() -> None:
     assert dummy.resolve(GPU).name == "llama-8b-dummy"
     assert dummy.resolve(CPU).name == "llama-tiny-dummy"
+
+
+def test_any_config_of_a_known_kind_is_a_model(tmp_path: Path) -> None:
+    """By its path or its folder's; two of one name are two, and what is none is named."""
+    config = json.loads((dummy.HOME / "llama-1b.json").read_text())
+    places = [tmp_path / place / "mine" for place in ("a", "b")]
+    for layers, place in enumerate(places, start=3):
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    found = [dummy.resolve(GPU, str(place)) for place in (*places, places[0] / "config.json")]
+    assert [model.shape.layers for model in found] == [3, 4, 3]
+    assert {model.name for model in found} == {"mine-dummy"}
+    assert [models.load(model.path, "").shape.layers for model in found] == [3, 4, 3]
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(models.ModelError, match=re.escape(str(tmp_path / "config.json"))):
+            dummy.resolve(GPU, str(tmp_path))
 
 
 def test_vllm_is_told_to_draw_the_weights_itself() -> None:

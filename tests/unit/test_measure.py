@@ -11,6 +11,7 @@ from labs.harness.judging.measure import (
     OtherWork,
     Trial,
     expected_pieces,
+    grows,
     influences,
     output_tokens_per_s,
     percentile,
@@ -149,6 +150,17 @@ def test_p99_needs_two_hundred_samples() -> None:
         (None, 0.1 + 0.001 * 178.2)
     )
     assert values["itl_p99_s"] == pytest.approx(0.1)  # 398 samples: two a request
+
+
+@pytest.mark.parametrize(("served_of", "growing"), [(0.8, True), (0.96, False), (1, False)])
+def test_ttft_grows_where_more_arrives_than_is_served(served_of: float, growing: bool) -> None:
+    """Of ten requests a second so many are served, one after another."""
+    sent_s = [0.1 * n for n in range(100)]
+    found = [
+        make_record([(0.5 + at_s / served_of, 1)], sent_s=at_s, scheduled_s=at_s) for at_s in sent_s
+    ]
+    assert grows(found) == growing
+    assert not grows(found[:5])
 
 
 def test_percentile_is_of_raw_samples_by_linear_interpolation() -> None:

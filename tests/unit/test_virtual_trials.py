@@ -15,12 +15,15 @@ import pytest
 from labs.harness.filing.results import SEARCH, TWO_ENGINES
 from labs.harness.running import forecast
 from labs.harness.running.forecaster import ForecastError
+from labs.harness.running.step_timing import Steps
 from labs.harness.running.virtual_trials import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
 from labs.harness.spec import Lab, Point, Variant
 from labs.harness.telling import markdown, tables
-from loadtests.workload import Intruder, Prefix
+from loadtests.workload import Intruder, Prefix, Workload
+from serving.forecasting import cards
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedTrial
-from serving.forecasting.traffic import Play, VirtualAnswer
+from serving.forecasting.traffic import Delays, Play, VirtualAnswer
+from serving.hardware.gpus import DATASHEETS
 from serving.metrics import KvUse
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
 from tests.unit.test_forecasting import TIMES
@@ -114,6 +117,38 @@ def test_every_repeat_is_played_as_expected_and_the_first_at_both_ends_of_the_ba
         assert plays.trial_s == pytest.approx(5)  # with the warm-up
     (plan,) = forecaster.plans
     assert [[t.repeat for t in e.trials] for e in plan.engines] == [[1, 2]] * 4 + [[1]] * 8
+
+
+@pytest.mark.parametrize(
+    ("workload", "apart"),
+    [
+        (make_workload("concurrent:1", "waves:2", "capacity:1.3"), 0),
+        (make_workload("poisson:1"), 2),  # a schedule has times of its own
+        (make_workload("contended:1/2", intruder=Intruder(prompt_tokens=64)), 2),  # as has a period
+    ],
+)
+def test_where_all_times_differ_by_a_factor_one_play_serves_for_the_band(
+    workload: Workload, apart: int
+) -> None:
+    setup = make_setup(lab := make_lab(workloads=(workload,), window_s=40, repeats=1, claims=()))
+    expected, faster, slower = ((TIMES.times(factor), None) for factor in (1, 0.5, 2))
+    steps: Steps = {p.key: (expected, faster, slower) for p in setup.points}
+    trials = replace(make_trials(setup, forecaster := Playing()), steps=steps)
+    found = trials.played(setup.points, (1.0, 2.0, 0.5))
+    assert len(forecaster.plans[0].engines) == (1 + apart) * len(found)
+    for plays in found:
+        ttft, served = (plays.bands(lab)[name] for name in ("ttft_p50_s", "requests_per_s"))
+        assert (ttft.low, ttft.high) == pytest.approx((ttft.value / 2, 2 * ttft.value))
+        assert (served.low, served.high) == pytest.approx((served.value / 2, 2 * served.value))
+
+
+def test_figures_of_a_card_have_its_hosts_delays() -> None:
+    setup = make_setup(make_lab())
+    plans = []
+    for setup.datasheet in (None, DATASHEETS["NVIDIA H100 80GB HBM3"]):
+        make_trials(setup, forecaster := Playing()).played(setup.points, NO_CAPACITIES)
+        plans += forecaster.plans
+    assert [plan.delays for plan in plans] == [Delays(), cards.DELAYS]
 
 
 def test_a_band_holds_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from labs.harness.running.capacity_plan import (
     model_on_file,
     plan,
 )
-from labs.harness.running.forecast import FleetSize
+from labs.harness.running.forecast import FleetSize, rests_on_kernels
 from labs.harness.running.forecaster import side_by_side
 from labs.harness.running.loads_played import processes
 from labs.harness.running.resolve import RunRequest, Setup, machine_of
@@ -44,6 +44,7 @@ from labs.harness.telling.document import Paragraph, Section, section
 from loadtests.trace import MOST_ROWS, Tell, TraceRow
 from serving import whole
 from serving.engines.vllm import Vllm
+from serving.weights import models
 
 MOST_TOKENS = 131_072  # of a prompt, or an answer
 MOST_DOCUMENTS = 100_000
@@ -157,7 +158,7 @@ def forecast_lab(
         on_file = recorded_machine(machine, model)
         if on_file:
             model, weights = model or on_file.model, on_file.weights
-        elif machine and not (model and Path(model).is_dir()):
+        elif machine and not (model and models.has_weights(Path(model))):
             weights = "dummy"  # of a GPU that is not here only the shape counts
         changes = {**objective_changes(slo), **changes_of(set_, tp, seed)}
         rows = trace_of(trace, progress.waiting) if trace else ()
@@ -217,7 +218,10 @@ def _forecast_page(
 
 def _basis(setup: Setup) -> forecasts.Basis:
     run = setup.on_file.run if setup.on_file else ""
-    return forecasts.Basis(setup.lab, setup.model.name, setup.machine, not setup.elsewhere, run)
+    by_kernels = rests_on_kernels(setup)
+    return forecasts.Basis(
+        setup.lab, setup.model.name, setup.machine, not setup.elsewhere, run, by_kernels
+    )
 
 
 @command("judge", panel="Forecasts", needs_vllm=True)

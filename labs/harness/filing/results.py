@@ -353,6 +353,8 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     # point -> `mean` and `peak` with their bands; in runs from before that kept them, none
     kv_bands: Annotated[dict[str, dict[str, Band]], Field(exclude_if=lambda bands: not bands)] = {}
     on_two: Annotated[tuple[OnTwoEngines, ...], Field(exclude_if=lambda two: not two)] = ()
+    # points at which more arrives than is served, so that TTFT grows with the length of the run
+    growing: Annotated[tuple[str, ...], Field(exclude_if=lambda points: not points)] = ()
 
     @property
     def references(self) -> list[ReferenceStep]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
@@ -269,6 +269,24 @@ def percentile(samples: Sequence[float], q: int) -> float | None:
     if len(samples) < LEAST_SAMPLES[q]:
         return None
     return float(np.percentile(samples, q))
+
+
+GROWING = 0.05
+"""Seconds of TTFT that a second of arrivals adds, from which on it is said to grow."""
+
+
+def grows(records: Iterable[RequestRecord]) -> bool:
+    """Tell whether TTFT grows with the length of the run, as more arrives than is served.
+
+    Of an open load each second adds to the queue what was not served of it, so that the slope of
+    TTFT over the time of the send is the arrivals' excess over the capacity.
+    """
+    sent = [(r.sent_s, r.ttft_s) for r in records if r.in_window and r.ttft_s is not None]
+    if len(sent) < LEAST_SAMPLES[90] or len({at_s for at_s, _ in sent}) < 2:
+        return False
+    at_s, ttft_s = np.array(sent).T
+    slope, _ = np.polyfit(at_s, ttft_s, 1)
+    return bool(slope > GROWING)
 
 
 def mean(samples: Sequence[float]) -> float | None:

@@ -35,10 +35,9 @@ from serving.engines.vllm import CPU_KV_BYTES, PROCESS_BYTES, Vllm, usable_bytes
 from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting import cards
 from serving.forecasting.datasheet import reason_against_sharing
-from serving.forecasting.fleet import serial_delays
 from serving.forecasting.plan import ForecastPlan, PlannedEngine, PlannedTrial, SyntheticRequest
 from serving.forecasting.step import Piece, Step, StepTimes
-from serving.forecasting.traffic import Traffic
+from serving.forecasting.traffic import Delays, Traffic
 from serving.hardware.gpus import Datasheet
 from serving.hardware.machine import Machine
 from serving.weights import dummy, models
@@ -77,16 +76,19 @@ class Question:
 
 
 def model_named(machine: Machine, name: str) -> Model:
-    """Find a shape that ships with the lab, or the model in a folder; raises ModelError."""
+    """Find a shape that ships with the lab, a `config.json`, or the model in a folder.
+
+    Raises ModelError.
+    """
     name = name or DEFAULT_SHAPE
-    if not (folder := Path(name)).is_dir():
-        return dummy.resolve(machine, name)
-    if models.is_quantized(folder):
+    given = Path(name)
+    if models.is_quantized(given.parent if given.is_file() else given):
         raise ModelError(
             f"MODEL={name} holds quantized weights: give the model before quantization, and"
             " PRECISION= for how it is to be served"
         )
-    return models.resolve(machine, name)
+    found = models.resolve if models.has_weights(given) else dummy.resolve
+    return found(machine, name)
 
 
 def model_on_file(on_file: MachineOnFile, name: str) -> Model:
@@ -115,6 +117,7 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
         card=machine.model if machine.kind == "gpu" else machine.describe(),
         on_cpu=machine.kind == "cpu",
         run=on_file.run if on_file else "",
+        by_kernels=served.steps[0].attention is not None,
         precision=question.precision,
         gpus=question.gpus,
         demand=question.demand,
@@ -159,6 +162,7 @@ class Served:
     steps: tuple[StepTimes, ...]  # at each of ENDS
     bandwidth_bytes_per_s: float  # of the memory: the datasheet's, or as it was measured
     on_cuda: bool = True
+    delays: Delays = cards.DELAYS
 
     @classmethod
     def of(
@@ -186,6 +190,7 @@ class Served:
             ends_of_band(on_file.step, on_file.spread),
             on_file.ceilings.memory_bandwidth_bytes_per_s,
             on_cuda=machine.kind == "gpu",
+            delays=Delays(),
         )
 
     @property
@@ -445,7 +450,7 @@ class _Player:
         argv = self.served.argv(self._longest_tokens + 1)
         return [
             ForecastPlan(
-                delays=serial_delays(replicas),
+                delays=self.served.delays.of_servers(replicas),
                 engines=(
                     PlannedEngine(
                         argv=argv,

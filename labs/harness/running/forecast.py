@@ -37,6 +37,7 @@ from labs.harness.running.step_timing import (
     config_of,
     described,
     earlier_speeds,
+    have_kernels,
     served_folder,
     steps_as_timed,
     steps_of_card,
@@ -99,6 +100,7 @@ def forecast(
         step_times=described(trials.steps.values()),
         machine_spread=trials.spread,
         searched=searched,
+        growing=tuple(plays.point.key for plays in all_plays if plays.as_timed[0].grows),
     )
 
 
@@ -260,6 +262,12 @@ def _on_two_engines(trials: VirtualTrials, points: Sequence[Point]) -> tuple[OnT
     lab = trials.setup.lab
     pairs = parts_of(lab.name).on_two(points) if lab.findings else ()
     return trials.on_two_engines(pairs) if pairs else ()
+
+
+def rests_on_kernels(setup: Setup) -> bool:
+    """Tell whether the steps of all that is forecast come from published times of kernels."""
+    without = reasons_against(setup)
+    return have_kernels(setup, [p for p in setup.points if p.variant.name not in without])
 
 
 def reasons_against(setup: Setup) -> dict[str, str]:

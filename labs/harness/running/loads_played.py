@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from labs.harness.judging.measure import in_time, percentile
+from labs.harness.judging.measure import grows, in_time, percentile
 from labs.harness.running.forecaster import Forecaster, play_all
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.virtual_trials import records
@@ -68,6 +68,7 @@ def latencies(play: ForecastPlay, slo: SLO) -> Latencies:
     counted = [record for record in records(play.play) if record.in_window]
     ttft_s = [record.ttft_s for record in counted if record.ttft_s is not None]
     tpot_s = [record.tpot_s for record in counted if record.tpot_s is not None]
+    e2e_s = [record.e2e_s for record in counted if record.e2e_s is not None]
     looked_up = play.counters.get("prefix_queries", 0)
     return Latencies(
         requests=len(counted),
@@ -76,6 +77,9 @@ def latencies(play: ForecastPlay, slo: SLO) -> Latencies:
         ttft_p99_s=percentile(ttft_s, 99),
         tpot_p50_s=percentile(tpot_s, 50),
         tpot_p99_s=percentile(tpot_s, 99),
+        e2e_p50_s=percentile(e2e_s, 50),
+        e2e_p99_s=percentile(e2e_s, 99),
+        grows=grows(counted),
         hit_rate=play.counters.get("prefix_hits", 0) / looked_up if looked_up else None,
         preemptions=play.counters["preemptions"],
     )

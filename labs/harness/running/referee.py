@@ -66,8 +66,12 @@ class MeasuredRequest(Request, frozen=True):
 
 
 def drawn(stage: Stage) -> list[Request]:
-    """Draw the requests of a stage, with Poisson arrivals; what was measured is not in them."""
-    gaps_s = np.random.default_rng(0).exponential(1 / stage.rate_per_s, MOST_REQUESTS)
+    """Draw the requests of a stage, with Poisson arrivals; what was measured is not in them.
+
+    Its measured rate is the nominal one, so what is drawn is stretched to have it exactly.
+    """
+    gaps_s = np.random.default_rng(0).exponential(size=MOST_REQUESTS)
+    gaps_s /= gaps_s.mean() * stage.rate_per_s
     return [
         Request(
             arrival_s=arrival_s,
@@ -245,7 +249,6 @@ def _plans(case: _Case, file: Path) -> list[ForecastPlan]:
             "block-size": run.block_tokens,
             "kv-cache-memory-bytes": int(kv_bytes) // run.gpus,
             "max-model-len": longest + 1,
-            "skip-tokenizer-init": True,
             "tensor-parallel-size": run.gpus,
             **run.flags,
         }
@@ -261,6 +264,8 @@ def _plans(case: _Case, file: Path) -> list[ForecastPlan]:
             window_s=requests[-1].arrival_s + 1,
         ),
         ends_only=True,
+        # of a stage's thousands of requests next to none is the first with its text
+        primed=run.stage.texts if run.stage else 0,
     )
     argv = (*Vllm.model_argv(folder), "--load-format", "dummy", *Vllm.flag_argv(flags))
     return [

@@ -152,8 +152,8 @@ def steps_on_file(points: Sequence[Point], on_file: MachineOnFile) -> Steps:
 
 def steps_of_card(setup: Setup, points: Sequence[Point], card: Datasheet) -> Steps:
     """Find the steps of these points on a GPU that is not here, all in the same way."""
+    known = have_kernels(setup, points)
     served = {p.key: _served(setup, p) for p in points}
-    known = all(cards.have_kernels(*one.on(card)) for each in served.values() for one in each)
 
     def at(point: Point) -> tuple[EngineSteps, EngineSteps, EngineSteps]:
         model, *draft = (
@@ -164,6 +164,14 @@ def steps_of_card(setup: Setup, points: Sequence[Point], card: Datasheet) -> Ste
         return (model[0], drafting[0]), (model[1], drafting[1]), (model[2], drafting[2])
 
     return {point.key: at(point) for point in points}
+
+
+def have_kernels(setup: Setup, points: Iterable[Point]) -> bool:
+    """Tell whether times of all kernels of these points' steps were published for the GPU."""
+    card = setup.datasheet
+    return card is not None and all(
+        cards.have_kernels(*one.on(card)) for point in points for one in _served(setup, point)
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
 
@@ -14,7 +14,7 @@ import scipy
 from labs.harness.facts.parts import Pair, ReportParts, parts_of
 from labs.harness.filing.results import Band, OnTwoEngines
 from labs.harness.judging import dose
-from labs.harness.judging.measure import Trial
+from labs.harness.judging.measure import Trial, grows
 from labs.harness.judging.metrics import METRICS, measure
 from labs.harness.judging.signals import Watch, watch
 from labs.harness.judging.timeline import Timeline, timeline
@@ -23,7 +23,7 @@ from labs.harness.running.forecaster import Forecaster
 from labs.harness.running.resolve import Setup
 from labs.harness.running.step_timing import LEAST_OF_STAND_IN, Steps, served_folder
 from labs.harness.spec import Lab, Point
-from loadtests.arrivals import Contended, Replay, Waves, send_times
+from loadtests.arrivals import Contended, Offered, Replay, Waves, send_times
 from loadtests.plan import LEAST_COUNTED, QueueLimits, TrialSummary, most_held_open_s, read_requests
 from loadtests.prompts import Writer
 from loadtests.records import TURNED_AWAY, Chunks, RequestRecord
@@ -31,7 +31,8 @@ from serving import metrics
 from serving.engines.flags import FlagValue, with_places
 from serving.engines.vllm import Vllm, usable_bytes
 from serving.engines.vllm_flags import VllmFlags
-from serving.forecasting.fleet import Handover, serial_delays
+from serving.forecasting import cards
+from serving.forecasting.fleet import Handover
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -98,7 +99,7 @@ class VirtualTrials:
         Raises ForecastError.
         """
         engines = [self._engine(p, 0, FIRST, [capacity_per_s]) for p in points]
-        plays = self._play(engines, Delays())
+        plays = self._play(engines)
         return [measure(self._trial(p, play)) for p, play in zip(points, plays, strict=True)]
 
     def played(self, points: Sequence[Point], capacities: Capacities) -> list[PointPlays]:
@@ -113,16 +114,45 @@ class VirtualTrials:
             {p.key for p in of(points)} for of in (parts.over_time, parts.watched)
         )
         timelines: dict[str, Timeline] = {}  # of each point's first play
+        factors = {p.key: self._factors(p) for p in points}
+        shifted = {key: list[Outcome]() for key in known}
+        apart = [p for p in points if not factors[p.key]]
         engines = [
             *(self._engine(p, 0, self._repeats(p), capacities) for p in points),
-            *(self._engine(p, end, FIRST, capacities) for end in (1, 2) for p in points),
+            *(self._engine(p, end, FIRST, capacities) for end in (1, 2) for p in apart),
         ]
-        for play in self._play(engines, Delays()):
+        for play in self._play(engines):
             trial = self._trial(known[play.key], play)
             if play.key in over_time - timelines.keys():
                 timelines[play.key] = timeline(trial.point, trial.records)
+            if not outcomes[play.key]:  # the first
+                plays = [slowed(play, factor) for factor in factors[play.key]]
+                shifted[play.key] += [Outcome.of(self._trial(trial.point, p), p) for p in plays]
             outcomes[play.key].append(Outcome.of(trial, play, play.key in watched))
-        return [PointPlays.of(p, outcomes[p.key], timelines.get(p.key)) for p in points]
+        return [
+            PointPlays.of(p, [*outcomes[p.key], *shifted[p.key]], timelines.get(p.key))
+            for p in points
+        ]
+
+    def _factors(self, point: Point) -> Sequence[float]:
+        """Return by what factors all times of a play differ at the two ends of the band.
+
+        None where something keeps its own time there: a schedule, or a part of the step. One whose
+        rate is a multiple of the capacity has none, as the capacity differs by the factor, too.
+        """
+        load = point.load
+        scheduled = load.open_loop and not isinstance(load, Offered)
+        if scheduled or isinstance(load, Contended) or self.setup.lab.masking:
+            return ()
+        (expected, drafting), *ends = self.steps[point.key]
+        factors = []
+        for step, draft in ends:
+            factor = step.factor_over(expected)
+            of_draft = draft.factor_over(drafting) if draft and drafting else factor
+            if not factor or not of_draft or not math.isclose(factor, of_draft):
+                return ()
+            factors.append(factor)
+        return factors
 
     def of_a_fleet(self, point: Point, replicas: int, router: str) -> list[ForecastPlan]:
         """Plan the first trial of a point on several of its engines, at each end of the band.
@@ -132,7 +162,7 @@ class VirtualTrials:
         engines = [self._engine(point, end, FIRST, NO_CAPACITIES) for end in (0, 1, 2)]
         return [
             ForecastPlan(
-                delays=serial_delays(replicas),
+                delays=self._delays.of_servers(replicas),
                 engines=(_behind_a_router(engine, replicas, router, ends_only=True),),
             )
             for engine in engines
@@ -146,8 +176,8 @@ class VirtualTrials:
         forecasts = []
         for pair in pairs:
             # every request of a split pair comes to its first engine
-            delays = serial_delays(2) if pair.link_gbit_per_s is None else Delays()
-            plays = self._play([self._pair(pair, end) for end in (0, 1, 2)], delays)
+            servers = 2 if pair.link_gbit_per_s is None else 1
+            plays = self._play([self._pair(pair, end) for end in (0, 1, 2)], servers)
             outcomes = [Outcome.of(self._trial(pair.point, play), play) for play in plays]
             bands = PointPlays.of(pair.point, outcomes).bands(self.setup.lab)
             forecasts.append(
@@ -159,7 +189,12 @@ class VirtualTrials:
             )
         return tuple(forecasts)
 
-    def _play(self, engines: Sequence[PlannedEngine], delays: Delays) -> Iterator[ForecastPlay]:
+    @property
+    def _delays(self) -> Delays:
+        return cards.DELAYS if self.setup.datasheet else Delays()
+
+    def _play(self, engines: Sequence[PlannedEngine], servers: int = 1) -> Iterator[ForecastPlay]:
+        delays = self._delays.of_servers(servers)
         self.forecaster.send(ForecastPlan(delays=delays, engines=tuple(engines)))
         return self.forecaster.plays()
 
@@ -174,7 +209,7 @@ class VirtualTrials:
         engine = self._engine(point, end, FIRST if end else self._repeats(point), NO_CAPACITIES)
         if pair.link_gbit_per_s is None:
             return _behind_a_router(engine, 2, ROUTER)
-        delays = Delays()  # an answer comes back to whoever sent the prompt, who asks once more
+        delays = self._delays  # an answer comes to whoever sent the prompt, who asks once more
         handover = Handover(
             bytes_per_token=point.shape.kv_bytes_per_token(point.flags.kv_value_bytes),
             link_bytes_per_s=pair.link_gbit_per_s * 1e9 / 8,
@@ -338,6 +373,28 @@ def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) 
     )
 
 
+def slowed(play: ForecastPlay, factor: float) -> ForecastPlay:
+    """Return a play in which everything takes `factor` times as long: steps, delays, its window.
+
+    Where nothing else has a time of its own the scheduler does the same.
+    """
+    of = play.play
+    answers = [
+        replace(
+            answer,
+            scheduled_s=answer.scheduled_s and factor * answer.scheduled_s,
+            sent_s=factor * answer.sent_s,
+            chunks=[(factor * at_s, tokens) for at_s, tokens in answer.chunks],
+            turned_away_s=answer.turned_away_s and factor * answer.turned_away_s,
+        )
+        for answer in of.answers
+    ]
+    start_s, end_s = of.window_s
+    window_s = (factor * start_s, factor * end_s)
+    update = {"play": of.model_copy(update={"answers": answers, "window_s": window_s})}
+    return play.model_copy(update=update)
+
+
 def records(play: Play) -> Iterator[RequestRecord]:
     """Present what the clients of a play observed as the records of a trial."""
     for a in play.answers:
@@ -400,6 +457,7 @@ class Outcome:
     sent: int  # requests
     watch: Watch | None  # where its load is watched
     kv_use: KvUse | None
+    grows: bool  # TTFT does with the length of the run
     # in the prefix cache after each request, where chance decides how much is found
     found_tokens: Sequence[int]
 
@@ -411,6 +469,7 @@ class Outcome:
             sent=len(trial.records),
             watch=watch(trial) if watched else None,
             kv_use=play.kv_use,
+            grows=trial.point.load.open_loop and grows(trial.records),
             found_tokens=play.found_tokens if dose.by_chance(trial) else (),
         )
 

@@ -80,6 +80,7 @@ class CapacityPlan:
     fits: tuple[Fit, ...]
     on_cpu: bool = False
     run: str = ""  # on file, that timed the step; empty where a datasheet gives it
+    by_kernels: bool = False  # the step, and not by a datasheet
     alone: Alone | None = None
     rates: Mapping[float, LoadForecast] = field(default_factory=dict)  # by requests/s
     capacity_per_s: Band | None = None
@@ -121,12 +122,14 @@ def page(plan: CapacityPlan) -> Markdown:
         replicas=counted(plan.replicas or 0, plan.device if plan.gpus == 1 else "replica"),
         fleets=loads(("Router",), fleets),
         requests=next((load.expected.requests for load in plan.fleets.values()), 0),
+        grows=any(load.expected.grows for load in (*rates.values(), *fleets.values())),
         several=True,
         break_even=price
         and price.api_usd_per_million
         and break_even_millions(price.usd_per_hour, price.api_usd_per_million),
         here=False,
         how_to_install=how_to_install("cuda"),
+        by_kernels=plan.by_kernels,
         run=plan.run and code(plan.run),
         number=number,
         band=with_band,

@@ -12,7 +12,7 @@ from labs.harness.spec import Lab
 from labs.harness.telling import tables
 from labs.harness.telling.document import Inline, Table, section, table
 from labs.harness.telling.markdown import Markdown, code
-from labs.harness.telling.tables import with_band
+from labs.harness.telling.tables import GROWS, with_band
 from labs.harness.telling.templates import filled
 from serving.hardware.machine import Machine
 
@@ -27,6 +27,9 @@ class Latencies:
     ttft_p99_s: float | None
     tpot_p50_s: float | None
     tpot_p99_s: float | None
+    e2e_p50_s: float | None
+    e2e_p99_s: float | None
+    grows: bool  # TTFT does, and E2E with it, with the length of the run
     hit_rate: float | None
     preemptions: int
 
@@ -56,8 +59,8 @@ def over(values: Sequence[float]) -> Band:
 
 
 Place = tuple[str, ...]  # a cell for each of the first columns
-SEEN = ("Within the objective", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "Prefix hits",
-        "Preemptions")  # fmt: skip
+SEEN = ("Within the objective", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "E2E p50",
+        "E2E p99", "Prefix hits", "Preemptions")  # fmt: skip
 
 
 def loads(places: Sequence[str], forecasts: Mapping[Place, LoadForecast]) -> Table:
@@ -69,10 +72,12 @@ def loads(places: Sequence[str], forecasts: Mapping[Place, LoadForecast]) -> Tab
             [
                 *place,
                 with_band(load.within, "share"),
-                number(seen.ttft_p50_s, "s"),
-                with_band(load.ttft_p99_s, "s"),
+                GROWS if seen.grows else number(seen.ttft_p50_s, "s"),
+                GROWS if seen.grows else with_band(load.ttft_p99_s, "s"),
                 number(seen.tpot_p50_s, "s"),
                 number(seen.tpot_p99_s, "s"),
+                GROWS if seen.grows else number(seen.e2e_p50_s, "s"),
+                GROWS if seen.grows else number(seen.e2e_p99_s, "s"),
                 number(seen.hit_rate, "share"),
                 f"{seen.preemptions:,}",
             ]
@@ -98,15 +103,20 @@ class Basis:
     machine: Machine
     here: bool  # its steps were timed on this machine; else they follow from a datasheet, or
     run: str = ""  # they were timed before this run, on another that is on file
+    by_kernels: bool = False  # and not by a datasheet
 
     def page(self, without: Mapping[str, str], **known: Any) -> Markdown:
         """Build a page of forecasts; `without` says why there are none of some variants."""
         return filled(
             "forecast.md", lab=self.lab, model=self.model, machine=self.machine, here=self.here,
             run=self.run and code(self.run), without=[(code(v), why) for v, why in without.items()],
-            number=number,
+            by_kernels=self.by_kernels, number=number,
             **known,
         )  # fmt: skip
+
+
+ALSO = ("goodput_per_s", "ttft_p50_s", "ttft_p99_s", "e2e_p50_s", "e2e_p99_s")
+"""Metrics that a page of forecasts shows beside those of a report."""
 
 
 def page(basis: Basis, predictions: Predictions) -> Markdown:
@@ -123,7 +133,8 @@ def page(basis: Basis, predictions: Predictions) -> Markdown:
         forecasts.without,
         several=False,
         claims=tables.predictions(lab, predictions, left_out=adapters),
-        points=tables.in_virtual_time(lab, forecasts, also=("goodput_per_s",)),
+        points=tables.in_virtual_time(lab, forecasts, also=ALSO),
+        grows=bool(forecasts.growing),
         searched=tables.searched(forecasts) or "",
         two_engines=tables.on_two_engines(lab, forecasts),
     )
@@ -150,4 +161,5 @@ def page_of_fleets(
         limited=limited,
         fleets=loads(("Point", "Router") if several else ("Point",), told),
         requests=next((fleet.expected.requests for fleet in fleets.values()), 0),
+        grows=any(fleet.expected.grows for fleet in fleets.values()),
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
 from labs.harness.filing.published_gpu import FIGURES, Judged
 from labs.harness.judging.quantity import Quantity
+from labs.harness.telling.document import Table
 from labs.harness.telling.markdown import Markdown
+from labs.harness.telling.tables import Column, figure, tabulated
 from labs.harness.telling.templates import filled
+
+SHOWN_OF_STAGES = {"TTFT mean": "ttft_mean_s", "E2E mean": "e2e_mean_s"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,35 @@ def page(judged: Sequence[Judged]) -> Markdown:
         scores=Scores.of(judged),
         predictors=sorted(_predictors(judged), key=lambda p: p.mean.value or 0),
         ratio=lambda run, name: Quantity(run.ratio(name), "x"),
+        stage_table=_stages([run for run in judged if run.run.stage]),
     )
+
+
+def _stages(stages: Sequence[Judged]) -> Table:
+    """Tabulate measured / forecast of each stage, and measured / predicted by the others."""
+
+    def ratio(title: str, name: str) -> Column[Judged]:
+        return Column(title, lambda run: f"{run.ratio(name):.2f}x")
+
+    def others_ratio(name: str) -> Column[Judged]:
+        def cell(run: Judged) -> str:
+            predicted_s = _others(run).get(name)
+            return f"{run.measured['e2e_mean_s'] / predicted_s:.2f}x" if predicted_s else "–"
+
+        return Column(f"E2E mean, {name}", cell)
+
+    others = dict.fromkeys(name for run in stages for name in _others(run))
+    return tabulated(
+        stages,
+        Column("Stage", lambda run: run.run.name),
+        figure("Requests/s", "rate_per_s"),
+        *(ratio(title, name) for title, name in SHOWN_OF_STAGES.items()),
+        *map(others_ratio, others),
+    )
+
+
+def _others(run: Judged) -> Mapping[str, float]:
+    return run.run.stage.others if run.run.stage else {}
 
 
 def in_brief(judged: Sequence[Judged]) -> Markdown:
@@ -68,13 +100,13 @@ def in_brief(judged: Sequence[Judged]) -> Markdown:
 
 
 def _predictors(judged: Sequence[Judged]) -> Iterator[Predictor]:
-    stages = [(run, run.run.stage) for run in judged if run.run.stage]
+    stages = [run for run in judged if run.run.stage]
     if not stages:
         return
-    measured_s = [run.measured["e2e_mean_s"] for run, _ in stages]
-    predicted_s = {"this lab": [run.forecast["e2e_mean_s"].value for run, _ in stages]}
-    for name in stages[0][1].others:
-        predicted_s[name] = [stage.others[name] for _, stage in stages]
+    measured_s = [run.measured["e2e_mean_s"] for run in stages]
+    predicted_s = {"this lab": [run.forecast["e2e_mean_s"].value for run in stages]}
+    for name in _others(stages[0]):
+        predicted_s[name] = [_others(run)[name] for run in stages]
     for name, predictions_s in predicted_s.items():
         far = [abs(p / m - 1) for p, m in zip(predictions_s, measured_s, strict=True)]
         yield Predictor(name, *(Quantity(of(far), "share") for of in (median, fmean, max)))

@@ -39,6 +39,7 @@ from labs.harness.names import PairName, PointName
 from labs.harness.spec import MARGIN, OF_FORECASTS, Lab, Point
 from labs.harness.telling.document import Table
 from labs.harness.telling.markdown import Inline, code, parse, plain_text
+from loadtests.latencies import E2E, TTFT
 from serving.hardware.gpus import DATASHEETS
 from serving.hardware.machine import Ceilings, Machine
 from serving.metrics import KvUse
@@ -323,15 +324,22 @@ def in_virtual_time(lab: Lab, forecasts: PointForecasts, also: Collection[str] =
         list(forecasts.points),
         Column("Point", lambda key: point_label(key, lab)),
         *(
-            Column(METRICS[metric].title, _band_of(forecasts.points, metric))
+            Column(METRICS[metric].title, _band_of(forecasts.points, metric, forecasts.growing))
             for metric in _forecast_columns(forecasts.points.values(), also)
         ),
         *use,
     )
 
 
-def _band_of(points: Mapping[str, Mapping[str, Band]], metric: str) -> Callable[[str], str]:
-    return lambda key: with_band(points[key].get(metric), METRICS[metric].unit)
+GROWS = "grows"  # in the place of a figure that depends on the length of the run
+
+
+def _band_of(
+    points: Mapping[str, Mapping[str, Band]], metric: str, growing: Collection[str] = ()
+) -> Callable[[str], str]:
+    of = METRICS[metric]
+    depends = growing if of.statistic.latency in (TTFT, E2E) else ()
+    return lambda key: GROWS if key in depends else with_band(points[key].get(metric), of.unit)
 
 
 def _use_of(forecasts: PointForecasts, which: str) -> Callable[[str], str]:
