@@ -104,8 +104,8 @@ score: setup ## Show what other tools would have reported for a run
 compare: setup ## Compare two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.html|x.md|x.json]
 	@$(LABS) compare $(call or_help,A)
 
-reproduce: setup ## Repeat a recorded run and compare the two
-	@$(LABS) reproduce $(call or_help,RUN)
+reproduce: setup ## Repeat a recorded run, or play another tool's benchmark or a published figure here
+	@$(LABS) reproduce $(if $(value LABS_COMMAND)$(filter PUBLISHED,$(TYPED)),,$(call or_help,RUN))
 
 gate: setup ## Fail if a run is worse than another
 	@$(LABS) gate $(call or_help,RUN)

@@ -4,7 +4,8 @@ In a closed loop a user sends, waits for the whole response, and sends again. `C
 keeps that many requests in flight; `Waves(size)` sends that many, waits for *all* of them, and
 sends the next, which is static batching done by the client. In an open loop requests are sent on a
 schedule drawn beforehand, whatever is still outstanding: `Poisson`; `Constant`; `Gamma`, burstier
-than Poisson below a burstiness of 1 and smoother above; `Replay`, at a trace's own times.
+than Poisson below a burstiness of 1 and smoother above; `Replay`, at a trace's own times; `Capped`,
+at those times while no more than so many are in flight.
 `Contended(users, every_s)` is both: that many users in a closed loop, and beside them a request of
 an intruder every so many seconds. `Offered`, `Ramp` and `Day` are open loops whose rate is a
 multiple of the capacity of the engine, which is found before they are sent: `capacity:1.3`
@@ -184,10 +185,9 @@ class Gamma(_OpenLoop, frozen=True):
         return times
 
 
-class Replay(_Arrival, frozen=True):
+class OfTrace(_Arrival, frozen=True):
     """Requests are sent at the times of the workload's trace, `speed` times as fast."""
 
-    kind: Literal["replay"] = "replay"
     speed: PositiveFloat = Field(allow_inf_nan=False)
 
     @property
@@ -200,10 +200,28 @@ class Replay(_Arrival, frozen=True):
         """Whether requests are sent on a schedule: yes, on the trace's."""
         return True
 
+
+class Replay(OfTrace, frozen=True):
+    """Requests are sent at the times of the workload's trace, whatever is outstanding."""
+
+    kind: Literal["replay"] = "replay"
+
     @property
     def users(self) -> int:
         """The number of Locust users, hence of requests that can be outstanding."""
         return REPLAY_USERS
+
+
+class Capped(OfTrace, frozen=True):
+    """As `Replay`, but a request that is due waits while `users` are in flight."""
+
+    kind: Literal["capped"] = "capped"
+    users: PositiveInt = Field(le=MAX_USERS)
+
+    @property
+    def words(self) -> str:
+        """`the trace at 1x its speed, at most 8 in flight`."""
+        return f"{super().words}, at most {self.users} in flight"
 
 
 class OfCapacity(_Arrival, frozen=True):
@@ -326,7 +344,7 @@ HOURS = (
 _KINDS: dict[str, type[_Arrival]] = {
     "concurrent": Concurrent, "waves": Waves, "poisson": Poisson, "constant": Constant,
     "gamma": Gamma, "replay": Replay, "contended": Contended, "capacity": Offered, "ramp": Ramp,
-    "day": Day,
+    "day": Day, "capped": Capped,
 }  # fmt: skip
 
 
@@ -352,7 +370,17 @@ def _short(level: float) -> str:
 
 
 AnyArrival = (
-    Concurrent | Waves | Poisson | Constant | Gamma | Replay | Contended | Offered | Ramp | Day
+    Concurrent
+    | Waves
+    | Poisson
+    | Constant
+    | Gamma
+    | Replay
+    | Contended
+    | Offered
+    | Ramp
+    | Day
+    | Capped
 )
 Arrival = Annotated[
     Annotated[AnyArrival, Field(discriminator="kind")],

@@ -18,7 +18,7 @@ import gevent.event
 from gevent.queue import SimpleQueue
 
 from loadtests.admission import Admission, counts_file
-from loadtests.arrivals import Contended, Replay, Waves, send_times
+from loadtests.arrivals import Contended, OfTrace, Waves, send_times
 from loadtests.connection import Pieces
 from loadtests.plan import (
     LEAST_COUNTED,
@@ -81,7 +81,7 @@ class Load:
         self._order: Iterator[PlannedRequest] = iter(self.requests)
         self._schedule: list[float] | None = None
         duration_s = plan.warmup_s + plan.window_s
-        if isinstance(plan.arrival, Replay):
+        if isinstance(plan.arrival, OfTrace):
             due = [r.due_s / plan.arrival.speed for r in requests if r.due_s is not None]
             self._schedule = [*plan.own_share([at_s for at_s in due if at_s < duration_s])]
         else:
@@ -98,7 +98,7 @@ class Load:
         self.window_end_s = duration_s
         if isinstance(plan.arrival, Waves) and self.users:
             self.window_start_s = float("inf")  # set by the first wave that counts
-        if isinstance(plan.arrival, Replay) and due and max(due) < duration_s:
+        if isinstance(plan.arrival, OfTrace) and due and max(due) < duration_s:
             self.window_end_s = max(due)  # the trace is over, or what was prepared of it
             self.exhausted = len(due) == len(requests)
 

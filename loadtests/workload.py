@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from loadtests.arrivals import Arrival, Contended, Replay
+from loadtests.arrivals import Arrival, Contended, OfTrace
 from loadtests.prompts import TASKS, Messages, Task, Writer
 from loadtests.records import MOST_TOKENS
 from loadtests.structures import LEAST_TOKENS, Spec, Structure, instruction
@@ -259,7 +259,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
             )
         if self.primed and self.prefix is None:
             raise ValueError(f"{self.name}: without a prefix there is nothing to prime")
-        if not self.trace and any(isinstance(a, Replay) for a in self.loads):
+        if not self.trace and any(isinstance(a, OfTrace) for a in self.loads):
             raise ValueError(
                 f"{self.name}: a replay needs a trace: workloads.{self.name}.trace=FILE"
             )

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 class LabError(Exception):
     """The reader asked for something that is not possible; the message says what is."""
 
+    exit_code = 1  # of the command that ends with it
+
 
 class NotApplicable(LabError):
     """The lab's question has no meaning with random weights, or on this kind of machine."""

@@ -425,7 +425,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     slo: SLO
     # prepared for each trial, which ends early if they run out
     requests: Annotated[int, Field(gt=0, le=MOST_REQUESTS)]
-    warmup_s: Seconds
+    warmup_s: Annotated[float, Field(ge=0, le=LONGEST_S, allow_inf_nan=False)]
     # a closed loop and waves hold it open until five requests count: `loadtests/plan.py`
     window_s: Seconds
     repeats: Annotated[int, Field(gt=0, le=1000)] = 5

@@ -69,6 +69,7 @@ class Traffic(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["closed", "waves", "open"]
     users: int = 1  # in a closed loop, or in each wave
     schedule_s: tuple[float, ...] = ()  # of an open loop
+    most_in_flight: int | None = None  # in an open loop: what is due waits beyond them
     intruder_every_s: float | None = None  # beside a closed loop: one of `intruders` in each period
     warmup_s: float
     window_s: float
@@ -190,6 +191,7 @@ class _Trial:
         self.free_s = 0.0  # when the server has prepared all earlier requests
         self.window = [traffic.warmup_s, traffic.warmup_s + traffic.window_s]
         self.counted = self.answered = self.outstanding = 0
+        self.waiting: deque[float | None] = deque()  # when each was due that waits for its turn
         self.least_counted = max(traffic.users, traffic.least_counted)
         self.intruders_left = traffic.least_intruders if traffic.intruder_every_s else 0
         self.intruder_answers_left = self.intruders_left
@@ -256,6 +258,10 @@ class _Trial:
         while self.sends and self._is_due(self.sends[0][0]):
             at_s, _, due_s, intruder = heapq.heappop(self.sends)
             if self.traffic.kind == "closed" and self._load_ends(at_s, intruder):
+                continue
+            most = self.traffic.most_in_flight
+            if most is not None and len(self.unanswered) >= most:
+                self.waiting.append(due_s)
                 continue
             prompt = next(self.intruders if intruder else self.prompts, None)
             if prompt is None:
@@ -385,6 +391,8 @@ class _Trial:
         next_s = at_s + self.delays.client_s + refused * self.delays.refused_s
         self.awaited -= answer.in_window
         if traffic.kind == "open":
+            if self.waiting:
+                self._plan(next_s, self.waiting.popleft())
             return
         if name == getattr(self, "intruder_name", None):  # due a period after the last was
             self.intruder_answers_left -= answer.in_window

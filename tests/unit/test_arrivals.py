@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from loadtests.arrivals import (
     Arrival,
+    Capped,
     Concurrent,
     Constant,
     Contended,
@@ -40,6 +41,7 @@ RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
         ("constant:0.25", Constant(rate_per_s=0.25)),
         ("gamma:8/0.5", Gamma(rate_per_s=8, burstiness=0.5)),
         ("replay:2", Replay(speed=2)),
+        ("capped:1/8", Capped(speed=1, users=8)),
         ("contended:4/2.5", Contended(users=4, every_s=2.5)),
         ("capacity:1.3", Offered(times=1.3)),
         ("ramp:0.5/2.5", Ramp(first=0.5, last=2.5)),

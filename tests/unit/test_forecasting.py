@@ -110,6 +110,15 @@ def test_a_wave_waits_for_all_of_it() -> None:
     assert played.window_s == (0, 7)
 
 
+def test_what_is_due_waits_while_as_many_are_in_flight_as_may_be() -> None:
+    due_s = (0.0, 0.0, 1.0, 2.0, 9.0)
+    played = played_by(
+        [3] * 5, kind="open", schedule_s=due_s, most_in_flight=2, warmup_s=0, window_s=20
+    )
+    assert [a.sent_s for a in played.answers] == [0, 0, 3, 3, 9]
+    assert [a.scheduled_s for a in played.answers] == [*due_s]
+
+
 @pytest.mark.parametrize(("warmup_s", "window"), [(0, (0.0, 6.0)), (20, (6.0, 6.0))])
 def test_no_wave_is_sent_that_the_prompts_do_not_fill(
     warmup_s: float, window: tuple[float, float]

@@ -10,6 +10,7 @@ from labs.harness.filing import score
 from labs.harness.filing.results import RunFolder
 from tests.unit.builders import make_point, make_record, make_trial, write_run
 
+TOOLS = [tool.name for tool in (score.THIS_LAB, *score.OTHER_TOOLS)]
 # sent at 10.5 when it was due at 10; 2 tokens at 11, 1 at 11.2, 4 at 12
 STREAM = [(11.0, 2), (11.2, 1), (12.0, 4)]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -33,12 +32,10 @@ from labs.harness.commands.options import (
 )
 from labs.harness.commands.play import play
 from labs.harness.commands.settings import unread
-from labs.harness.commands.terminal import console, errors, say, show, shown_path
-from labs.harness.comparing import compare, reproduction
-from labs.harness.filing import manifest
-from labs.harness.filing.results import RESULTS, open_run
+from labs.harness.commands.terminal import console, errors, say, shown_path
+from labs.harness.filing.results import RESULTS
 from labs.harness.questions import QUESTIONS
-from labs.harness.running import derived_models, reproduce
+from labs.harness.running import derived_models
 from labs.harness.running.resolve import (
     RunRequest,
     is_dummy,
@@ -48,7 +45,6 @@ from labs.harness.running.resolve import (
     require_harmless,
 )
 from labs.harness.spec import Lab, LabError, Variant
-from labs.harness.telling.document import section, table_of
 from serving import bundle
 from serving.engines import ENGINES
 from serving.engines.flags import with_places
@@ -204,39 +200,6 @@ def _variant_on_vllm(lab: Lab, name: str) -> Variant:
     return chosen
 
 
-@command("reproduce", needs_vllm=True)
-def reproduce_run(
-    run: Path,
-    model: str = "",
-    resume: bool = False,
-    engine_command: str = "",
-    price_per_hour: float = 0.0,
-) -> None:
-    """Repeat a recorded run, and say which of its figures and verdicts came out the same.
-
-    Exit code 0: every verdict was reproduced; 1: one was not, or the repetition failed; 2: the
-    repeats do not decide it.
-    """
-    original = compare.read_side(str(open_run(run).path)).folder
-    original_run = original.run()
-    request = reproduce.request(original_run, model, resume, command_words(engine_command))
-    for note in reproduce.notes(original_run, Vllm.version()):
-        console.print(f"[bold yellow]{escape(note)}[/]")
-    differ = manifest.table(reproduce.differs_here(original_run, request), ("there", "here"))
-    if len(differ) > 1:
-        show(section("What differs here", table_of(differ)))
-    folder = play(replace(request, usd_per_hour=price_of(price_per_hour)))
-    if not folder.complete:
-        raise LabError("some trials of the reproduction failed: RESUME=1 plays them again")
-    result = reproduction.compare_with_original(original, folder)
-    show(section("Reproduced?", reproduction.told(result)))
-    page = folder.path / "reproduction.md"
-    console.print(f"Every figure: [bold]{shown_path(page)}[/]", soft_wrap=True)
-    filed = shown_path(reproduction.file_with_original(result, original))
-    console.print(f"Filed with the original run: [bold]{filed}[/]", soft_wrap=True)
-    raise typer.Exit(result.exit_code)
-
-
 @command("doctor")
 def examine(
     model: str = "",
@@ -289,6 +252,7 @@ from labs.harness.commands import (  # noqa: E402, F401 - they add their command
     monitoring,
     planning,
     recorded_runs,
+    reproducing,
 )
 
 __all__ = ["app"]

@@ -174,7 +174,7 @@ def forecast_lab(
                 unsafe_flags=unsafe_flags, trace=rows,
             )  # fmt: skip
             try:
-                page = _forecast_page(request, size, progress)
+                page = forecast_page(request, size, progress)
             except NotApplicable as reason:
                 page = section(chosen.title, Paragraph(str(reason)))
             except EXPECTED_ERRORS as reason:
@@ -205,7 +205,7 @@ def _fleet_size(replicas: int, router: str, trace: Sequence[TraceRow]) -> FleetS
     return FleetSize(1, routers[:1]) if len(trace) > MOST_ROWS else None
 
 
-def _forecast_page(
+def forecast_page(
     request: RunRequest, size: FleetSize | None, progress: ConsoleProgress
 ) -> Section:
     """Forecast a lab, or its engines as fleets, and tell it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from difflib import unified_diff
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,15 @@ from dashboards import boards
 from labs import LABS
 from labs.harness.commands.options import command, require_clone, require_known
 from labs.harness.commands.terminal import console, show, show_path, shown_path
-from labs.harness.comparing import compare, gate, leaderboards, page, reproduction, side_by_side
+from labs.harness.comparing import (
+    benchmarks,
+    compare,
+    gate,
+    leaderboards,
+    page,
+    reproduction,
+    side_by_side,
+)
 from labs.harness.filing import export, manifest, packing, score
 from labs.harness.filing.committed import committed_runs
 from labs.harness.filing.export import Format as ExportFormat
@@ -23,7 +32,7 @@ from labs.harness.filing.results import RESULTS, RunFolder, all_runs, open_run, 
 from labs.harness.judging.metrics import METRICS
 from labs.harness.spec import LabError
 from labs.harness.telling import pages, report
-from labs.harness.telling.document import bullets, section, table_of
+from labs.harness.telling.document import Section, bullets, section, table_of
 from labs.harness.telling.site import write_lesson, write_site
 from labs.harness.telling.summary import all_problems, summarise
 from serving.weights.models import ROOT
@@ -114,13 +123,34 @@ def site(out: Path = ROOT / "site") -> None:
 
 
 @command("score", panel=PANEL, behind="run")
-def rescore(run: Path) -> None:
-    """Show what other tools would have reported for a run's records, and why they differ."""
-    folder = open_run(run)
+def rescore(run: Path, theirs: Path | None = None) -> None:
+    """Show what other tools would have reported for a run's records, and why they differ.
+
+    `THEIRS=` puts the figures beside it that one of them saved.
+    """
+    show(scored(open_run(run), figures=benchmarks.theirs(theirs) if theirs else ()))
+
+
+def scored(
+    folder: RunFolder, tool: str = "", figures: Sequence[Sequence[float | None]] = ()
+) -> Section:
+    """Tell a run by every tool's definitions, or by one tool's, beside its own figures.
+
+    These are given load by load. Raises LabError where they are of other loads.
+    """
     with readable(folder):
         lab, points = folder.run().rebuilt_lab(), folder.run().points()
-        table = table_of(score.table(score.scores(folder), lab))
-    show(section("One run, every definition", table, bullets(score.explanations(points))))
+        by_point = score.scores(folder)
+    if figures and len(figures) != len(by_point):
+        raise LabError(f"THEIRS has {len(figures)} loads, and the run {len(by_point)}")
+    tools = (score.THIS_LAB.name, tool) if tool else (*next(iter(by_point.values()), {}),)
+    shown: dict[str, dict[str, Sequence[float | None]]] = {
+        key: {name: of[name] for name in tools} for key, of in by_point.items()
+    }
+    for key, row in zip(shown, figures, strict=False):
+        shown[key][score.THEIRS] = row
+    lines = bullets(score.explanations(points, tools))
+    return section("One run, every definition", table_of(score.table(shown, lab)), lines)
 
 
 @command("check", "check-results", PANEL, behind="run")

@@ -175,7 +175,7 @@ def refusal_of(error: OSError) -> str:
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """End expected failures in a sentence and exit code 1; treat SIGTERM and SIGHUP as Ctrl-C.
+    """End expected failures in a sentence and an exit code; treat SIGTERM and SIGHUP as Ctrl-C.
 
     A signal that is ignored, as SIGHUP is under nohup, stays so.
     """
@@ -188,7 +188,7 @@ def reported_errors() -> Iterator[None]:
         yield
     except EXPECTED_ERRORS as error:
         errors.print(f"[bold red]error:[/] {escape(tellable(str(error)))}")
-        raise typer.Exit(1) from None
+        raise typer.Exit(error.exit_code if isinstance(error, LabError) else 1) from None
     except OSError as error:
         errors.print(f"[bold red]error:[/] {escape(refusal_of(error))}")
         raise typer.Exit(1) from None

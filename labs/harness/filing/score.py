@@ -10,7 +10,7 @@ benchmark.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,6 +30,7 @@ COLUMNS = {
     THROUGHPUT.title: THROUGHPUT.unit,
 }
 """Title -> unit of each column, in the order of a tool's figures."""
+THEIRS = "as they reported it"  # the row of another run's figures
 PerRequest = Callable[[RequestRecord], Sequence[float]]
 
 
@@ -172,7 +173,10 @@ def scores(folder: RunFolder) -> dict[str, dict[str, list[float | None]]]:
 def table(
     figures_by_point: Mapping[str, Mapping[str, Sequence[float | None]]], lab: Lab
 ) -> list[list[str]]:
-    """Make a table of each tool's figures at each point; the first row is the header."""
+    """Make a table of each tool's figures at each point; the first row is the header.
+
+    Figures from elsewhere may stand beside them, under a name of their own.
+    """
     rows = [["Point", "Tool", *COLUMNS]]
     for key, tools in figures_by_point.items():
         for place, (tool, figures) in enumerate(tools.items()):
@@ -181,9 +185,10 @@ def table(
     return rows
 
 
-def explanations(points: Sequence[Point]) -> list[str]:
-    """Explain, one sentence each, why the rows of the table differ."""
-    lines = [f"{tool.name}: {tool.definition}." for tool in (THIS_LAB, *OTHER_TOOLS)]
+def explanations(points: Sequence[Point], tools: Collection[str]) -> list[str]:
+    """Explain, one sentence each, why the rows of these tools differ."""
+    defined = [tool for tool in (THIS_LAB, *OTHER_TOOLS) if tool.name in tools]
+    lines = [f"{tool.name}: {tool.definition}." for tool in defined]
     if any(p.load.open_loop for p in points):
         lines.append(
             "Under an open loop the others count from the send: what a late generator adds to the"

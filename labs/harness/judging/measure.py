@@ -34,7 +34,7 @@ import numpy as np
 
 from labs.harness import theory
 from labs.harness.spec import SLO, Point
-from loadtests.arrivals import Concurrent, Contended, Replay
+from loadtests.arrivals import Concurrent, Contended, OfTrace
 from loadtests.latencies import TPOT, Latency
 from loadtests.plan import LEAST_COUNTED, TrialSummary
 from loadtests.records import RequestRecord
@@ -50,7 +50,10 @@ T = TypeVar("T")
 def ran_out(point: Point, summary: TrialSummary) -> bool:
     """Whether a trial would have sent more than was prepared; a trace that is over would not."""
     load, trace = point.load, point.workload.trace
-    over = isinstance(load, Replay) and trace and trace[-1][0] / load.speed <= summary.window_s[1]
+    if isinstance(load, OfTrace):
+        over = bool(trace) and trace[-1][0] / load.speed <= summary.window_s[1]
+    else:
+        over = summary.sent == len(trace)  # a benchmark of so many requests
     return summary.exhausted and not over
 
 

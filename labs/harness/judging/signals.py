@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from labs.harness.judging.measure import Trial, kv_capacity_tokens
-from loadtests.arrivals import AnyArrival, Day, Ramp, Replay
+from loadtests.arrivals import AnyArrival, Day, OfTrace, Ramp
 
 GRID_S = 0.05  # between two readings of a signal
 TRAILING_S = 1.0  # over which answers are gathered for the percentile
@@ -44,7 +44,7 @@ class Watch(BaseModel, frozen=True, extra="forbid"):
 
 def is_watched(load: AnyArrival) -> bool:
     """Tell whether the rate of a load changes within a trial, so that a signal can lead."""
-    return isinstance(load, Ramp | Day | Replay)
+    return isinstance(load, Ramp | Day | OfTrace)
 
 
 def late_from_s(trial: Trial) -> float | None:

@@ -58,6 +58,8 @@ def _lab_of(run: Run) -> Lab:
     checkout_hint = (
         f"`git checkout {commit[:12]}` has it" if commit else "the commit is not on file"
     )
+    if name not in LABS and not run.lab["claims"] and not run.lab["forecasts"]:
+        return run.rebuilt_lab()  # nothing in it predicts, as of another tool's benchmark
     if name not in LABS:
         raise LabError(f"there is no lab {name} in this checkout: {checkout_hint}")
     current_lab = LABS[name]
@@ -90,12 +92,17 @@ def _model_setting(run: Run) -> str:
         return run.model.removesuffix(SUFFIX)
     if run.model == models.default_name(machines.detect()):
         return ""
-    if Path(run.model).exists() or not MODEL_ID.fullmatch(run.model):
+    return harmless_model(run.model)
+
+
+def harmless_model(name: str) -> str:
+    """Return the name of a model that others chose. Raises LabError where it is no id."""
+    if name and (Path(name).exists() or not MODEL_ID.fullmatch(name)):
         raise LabError(
-            f"the run was made with the model {run.model!r}, which here would be a folder that its"
-            " author chose: say which one to serve with MODEL="
+            f"it was made with the model {name!r}, which here would be a folder that its author"
+            " chose: say which one to serve with MODEL="
         )
-    return run.model
+    return name
 
 
 def differs_here(run: Run, run_request: RunRequest) -> list[Fact]:

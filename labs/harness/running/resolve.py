@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class RunRequest:
     quick: bool = False
     aa: bool = False  # the lab's baseline against itself
     changes: dict[str, Any] = field(default_factory=dict)
+    translated: Mapping[str, str] = field(default_factory=dict)  # commands that the lab is made of
     model: str = ""
     weights: str = ""  # `dummy`: random ones
     endpoint: str = ""

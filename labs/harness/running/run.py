@@ -227,7 +227,7 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         digest=lab.digest(),
         scale=scale_of(request, setup.machine),
         quick=request.quick,
-        changes=request.changes,
+        changes={**request.changes, **request.translated},
         endpoint=request.endpoint or None,
         replicas=setup.endpoint.replicas if setup.endpoint else [],
         engine_command=recordable("\n".join(request.engine_command)).splitlines(),

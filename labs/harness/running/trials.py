@@ -261,12 +261,13 @@ class Trials:
     def _planned_s(self, point: Point) -> float:
         """Return the forecast from a trial's start to its last answer, or else its plan.
 
-        On a slow machine a window is held open until enough requests count, which only the forecast
-        knows.
+        On a slow machine a window is held open until enough requests count, and a benchmark of so
+        many requests ends with them, which only the forecast knows.
         """
-        lab = self._setup.lab
-        as_written = lab.warmup_of(point.workload) + lab.window_s
-        return max(as_written, self._forecast_s.get(point.key, 0.0))
+        lab, forecast_s = self._setup.lab, self._forecast_s.get(point.key, 0.0)
+        if point.workload.trace and forecast_s:
+            return forecast_s
+        return max(lab.warmup_of(point.workload) + lab.window_s, forecast_s)
 
     def play(self, point: Point, repeat: int, beside: Sequence[Point] = ()) -> None:
         """Play one trial, with those beside it, and record each; a failure with its reason.

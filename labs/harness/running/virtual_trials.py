@@ -23,7 +23,7 @@ from labs.harness.running.forecaster import Forecaster
 from labs.harness.running.resolve import Setup
 from labs.harness.running.step_timing import LEAST_OF_STAND_IN, Steps, served_folder
 from labs.harness.spec import Lab, Point
-from loadtests.arrivals import Contended, Offered, Replay, Waves, send_times
+from loadtests.arrivals import Capped, Contended, Offered, OfTrace, Waves, send_times
 from loadtests.plan import LEAST_COUNTED, QueueLimits, TrialSummary, most_held_open_s, read_requests
 from loadtests.prompts import Writer
 from loadtests.records import TURNED_AWAY, Chunks, RequestRecord
@@ -351,7 +351,7 @@ def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) 
     """
     load = point.load
     warmup_s, window_s = lab.warmup_of(point.workload), lab.window_s
-    if isinstance(load, Replay):
+    if isinstance(load, OfTrace):
         schedule_s: Sequence[float] = [at / load.speed for at, _, _ in point.workload.trace]
         window_s = max(1e-9, min(window_s, schedule_s[-1] - warmup_s))  # it ends with the trace
     else:
@@ -362,6 +362,7 @@ def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) 
         kind="waves" if isinstance(load, Waves) else "open" if load.open_loop else "closed",
         users=load.users,
         schedule_s=tuple(t for t in schedule_s if t < warmup_s + lab.window_s),
+        most_in_flight=load.users if isinstance(load, Capped) else None,
         intruder_every_s=load.every_s if isinstance(load, Contended) else None,
         warmup_s=warmup_s,
         window_s=window_s,

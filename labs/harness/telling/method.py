@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -137,9 +138,12 @@ def _shared_gpu(residency: Residency) -> dict[str, Any]:
 def _command(run: Run, lab: Lab) -> str:
     """The command that makes the same run."""
     command = f"make lab-{lab.name}{' QUICK=1' if run.quick else ''}{' AA=1' if run.aa else ''}"
+    translated = {name: value for name, value in run.changes.items() if name.isupper()}
+    if translated:  # from another tool's command
+        settings = (f"{name}={shlex.quote(value)}" for name, value in translated.items())
+        command = f"make reproduce {' '.join(settings)}"
     if run.dummy:
         command += f" WEIGHTS=dummy MODEL={run.model.removesuffix(SUFFIX)}"
-    if run.changes:
-        settings = " ".join(f"{k}={v}" for k, v in run.changes.items())
-        command += f" SET='{settings}'"
+    if changes := [f"{k}={v}" for k, v in run.changes.items() if k not in translated]:
+        command += f" SET='{' '.join(changes)}'"
     return command

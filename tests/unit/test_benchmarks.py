@@ -1,0 +1,341 @@
+"""Other tools' command lines, and the labs that play them."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import importlib.util
+import json
+import math
+import random
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from labs.harness.commands.cli import app
+from labs.harness.comparing import benchmarks
+from labs.harness.comparing.benchmarks import Translated, translate
+from labs.harness.comparing.command_lines import TABLE, NotTranslatedError, serve_flags
+from labs.harness.spec import LabError
+from loadtests.trace import TraceRow
+from serving.hardware.gpus import short_names
+from serving.weights.dummy import SHAPES
+from tests.cases import each
+
+VLLM, GUIDE, AIPERF = "vllm bench serve", "guidellm benchmark", "aiperf profile"
+PARSERS = ("serve.py", "datasets/datasets.py", "datasets/utils.py")
+
+
+def loads(translated: Translated) -> list[str]:
+    return [str(load) for w in translated.lab.workloads for load in w.loads]
+
+
+def trace(translated: Translated) -> Sequence[TraceRow]:
+    return translated.lab.workloads[0].trace
+
+
+@pytest.mark.parametrize(
+    ("command", "sent", "requests", "lengths"),
+    [
+        # from vLLM's documentation of its benchmarks
+        (f"{VLLM} --backend vllm --model NousResearch/Hermes-3-Llama-3.1-8B --endpoint"
+         " /v1/completions --dataset-name random --num-prompts 10", ["waves:10"], 10, (1024, 128)),
+        (f"{VLLM} --model m --dataset-name random --random-input-len=1024 --random-output-len 16"
+         " --max-concurrency 4 --num_prompts 80 --request-rate inf --ignore-eos --save-result",
+         ["concurrent:4"], 80, (1024, 16)),
+        (f"{VLLM} --model m --input-len 64 --output-len 8 --num-prompts 30 --request-rate 2"
+         " --max-concurrency 6 --metadata v=1 gpu=x", ["capped:1/6"], 30, (64, 8)),
+        (f"{VLLM} --model m --dataset-name prefix_repetition --num-prompts 25"
+         " --prefix-repetition-prefix-len 512 --prefix-repetition-suffix-len 128"
+         " --prefix-repetition-num-prefixes 5 --prefix-repetition-output-len 32",
+         ["waves:25"], 25, (640, 32)),
+        (f"{VLLM} --model m --num-prompts 3 --max-concurrency 8", ["concurrent:3"], 3, (1024, 128)),
+        # from GuideLLM's, before 0.7 and since
+        (f'{GUIDE} --target "http://localhost:8000" --profile constant --rate 10 --max-seconds 20'
+         ' --data "prompt_tokens=128,output_tokens=256"', ["capped:1/200"], 200, (128, 256)),
+        (f"{GUIDE} run --rate-type concurrent --rate 1,4 --rate 8 --max-requests 12 --data"
+         " '{\"prompt_tokens\": 64, \"output_tokens\": 16}'",
+         ["concurrent:1", "concurrent:4", "concurrent:8"], 12, (64, 16)),
+        ("guidellm run --backend kind=openai_http,target=http://localhost:8000,model=m --data"
+         " kind=synthetic_text,prompt_tokens=256,output_tokens=128 --profile"
+         " kind=poisson,rate=16,max_concurrency=32 --constraint kind=max_requests,count=40"
+         " --seed kind=static,value=7", ["capped:1/32"], 40, (256, 128)),
+        (f"{GUIDE} --profile synchronous --max-requests 4 --data prompt_tokens=9,output_tokens=2",
+         ["concurrent:1"], 4, (9, 2)),
+        # from AIPerf's
+        (f"{AIPERF} --model m --url localhost:8000 --endpoint-type chat --streaming --concurrency"
+         " 10 --request-count 100 --synthetic-input-tokens-mean 300 --output-tokens-mean 50",
+         ["concurrent:10"], 100, (300, 50)),
+        (f"{AIPERF} -m m --request-rate 5.0 --arrival-pattern constant --benchmark-duration 6"
+         " --osl 7", ["capped:1/30"], 30, (550, 7)),
+        (f"{AIPERF} --model m --concurrency 3 --osl 7 --shared-system-prompt-length 50",
+         ["concurrent:3"], 10, (600, 7)),
+    ],
+)  # fmt: skip
+def test_a_command_becomes_its_load(
+    command: str, sent: list[str], requests: int, lengths: tuple[int, int]
+) -> None:
+    translated = translate(command)
+    assert loads(translated) == sent
+    assert [len(w.trace) for w in translated.lab.workloads] == [requests] * len(sent)
+    assert all(row[1:] == lengths for w in translated.lab.workloads for row in w.trace)
+    assert translated.lab.requests == requests
+    assert translated.lab.warmup_s == 0
+
+
+def test_a_shared_prefix_is_shared_here_too() -> None:
+    first = translate(f"{VLLM} --num-prompts 4 --random-input-len 10 --random-prefix-len 90")
+    prefix = first.lab.workloads[0].prefix
+    assert prefix
+    assert (prefix.tokens, prefix.groups) == (90, 1)
+    assert trace(first)[0][1:] == (100, 128)
+    pool = translate(f"{AIPERF} --osl 3 --num-prefix-prompts 6 --prefix-prompt-length 40")
+    prefix = pool.lab.workloads[0].prefix
+    assert prefix
+    assert (prefix.tokens, prefix.groups) == (40, 6)
+
+
+def test_other_tools_lengths_and_times_have_their_distributions() -> None:
+    around = trace(translate(f"{AIPERF} --osl 200 --osl-stddev 20 --concurrency 9"
+                             " --request-count 4000"))  # fmt: skip
+    outputs = [row[2] for row in around]
+    assert (fmean(outputs), stdev(outputs)) == pytest.approx((200, 20), rel=0.05)
+    data = "prompt_tokens=50,prompt_tokens_min=40,prompt_tokens_max=60,output_tokens=5"
+    even = trace(translate(f"{GUIDE} --profile poisson --rate 8 --max-requests 4000 --data {data}"))
+    assert {row[1] for row in even} == {*range(40, 61)}
+    gaps_s = np.diff([row[0] for row in even])
+    assert (gaps_s.mean(), gaps_s.std()) == pytest.approx((1 / 8, 1 / 8), rel=0.06)
+
+
+def test_users_go_on_for_a_time_where_no_number_is_given() -> None:
+    timed = translate(f"{GUIDE} --rate-type concurrent --rate 2 --max-seconds 30 --data"
+                      " prompt_tokens=8,output_tokens=2").lab  # fmt: skip
+    assert timed.window_s == 30
+    counted = translate(f"{GUIDE} --rate-type concurrent --rate 2 --max-requests 5 --data"
+                        " prompt_tokens=8,output_tokens=2").lab  # fmt: skip
+    assert counted.window_s > 1000  # it ends with its requests
+
+
+@each(("command", "named"), [
+    (f"{VLLM} --num-promts 3", "--num-prompts"),
+    (f"{GUIDE} --profil constant", "--profile"),
+    (f"{AIPERF} --concurency 3", "--concurrency"),
+    (f"{GUIDE} --max-requests 3 --data prompt_tokens=3,output_token=4", "output_tokens"),
+    (f"{VLLM} --num-prompts 0", "--num-prompts 0"),
+    (f"{VLLM} --request-rate -1", "--request-rate -1"),
+    (f"{VLLM} --request-rate nan", "--request-rate nan"),
+    (f"{VLLM} --max-concurrency 2.5", "--max-concurrency 2.5"),
+    (f"{VLLM} --random-range-ratio 1", "--random-range-ratio 1"),
+    (f"{VLLM} --num-prompts", "--num-prompts"),
+    (f"{VLLM} --max-concurrency $C", r"\$C"),
+    (f"{VLLM} --model m; rm -rf x", "m;"),
+    (f"{VLLM} 'open", "quot"),
+    (f"{AIPERF} --osl 4 --request-rate 2 --arrival-pattern burst", "gamma"),
+])  # fmt: skip
+def test_what_is_unknown_or_impossible_is_an_error(command: str, named: str) -> None:
+    with pytest.raises(LabError, match=named) as refused:
+        translate(command)
+    assert refused.value.exit_code == 1
+
+
+@each(("command", "named"), [
+    (f"{VLLM} --dataset-name sharegpt --dataset-path x.json", "sharegpt"),
+    (f"{VLLM} --dataset-name mine", "mine"),
+    (f"{VLLM} --num-prompts 2000", "--max-concurrency 1024"),
+    (f"{VLLM} --ramp-up-strategy linear --ramp-up-start-rps 1 --ramp-up-end-rps 2", "--ramp-up"),
+    (f"{GUIDE} --data prompt_tokens=1,output_tokens=2 --max-requests 3", "sweep"),
+    (f"{GUIDE} --profile synchronous --max-requests 3 --data org/dataset", "org/dataset"),
+    (f"{GUIDE} --profile synchronous --data prompt_tokens=1,output_tokens=2", "--max-requests"),
+    (f"{GUIDE} --profile constant --max-requests 3 --data prompt_tokens=1,output_tokens=2",
+     "--rate"),
+    (f"{AIPERF} --concurrency 2", "--output-tokens-mean"),
+    (f"{AIPERF} --osl 3 --input-file trace.jsonl", "trace.jsonl"),
+    (f"{AIPERF} --osl 3 --endpoint-type embeddings", "embeddings"),
+    ("genai-bench benchmark", "genai-bench"),
+])  # fmt: skip
+def test_a_load_that_cannot_be_played_here_is_refused(command: str, named: str) -> None:
+    with pytest.raises(NotTranslatedError, match=named) as refused:
+        translate(command)
+    assert refused.value.exit_code == 2
+
+
+def test_what_is_left_out_is_named_once_and_what_is_off_is_not() -> None:
+    notes = translate(f"{VLLM} --num-warmups 5 --temperature 0 --top-p 0.9 --host h").notes
+    begun = [line.partition(":")[0] for line in notes]
+    assert begun.count("--num-warmups") == begun.count("--top-p") == 1
+    assert "--temperature" not in begun
+    assert any(line.endswith("--host.") for line in notes)
+
+
+def test_a_secret_of_the_command_is_not_recorded() -> None:
+    secret = "hf_" + "a1B2" * 8
+    translated = translate(
+        f"{AIPERF} --osl 3 --api-key {secret}", f"vllm serve m --api-key {secret}"
+    )
+    assert secret not in json.dumps([*translated.recorded.values(), *translated.notes])
+
+
+# ------------------------------------------------------------------------------ the engine's line
+
+
+def test_the_engines_flags_are_the_variants() -> None:
+    model, flags, notes = serve_flags(
+        "vllm serve --enforce-eager org/model -tp 2 --max-model-len 8k --max_num_seqs=16"
+        " --no-enable-prefix-caching --port 1 --trust-remote-code --compilation-config"
+        " '{\"mode\": 0}'"
+    )
+    assert model == "org/model"
+    assert flags == {
+        "enforce-eager": True, "tensor-parallel-size": 2, "max-model-len": 8000, "max-num-seqs": 16,
+        "enable-prefix-caching": False, "compilation-config": {"mode": 0},
+    }  # fmt: skip
+    assert any(line.startswith("--trust-remote-code") for line in notes)
+    variant = translate(f"{VLLM} --model other", "vllm serve org/model -tp 2")
+    assert variant.model == "org/model"
+    assert variant.lab.variants[0].flags == {"tensor-parallel-size": 2}
+
+
+@each("serve", ["vllm run m", "sglang serve m", "vllm serve a b", "vllm serve $MODEL"])
+def test_another_line_is_refused(serve: str) -> None:
+    with pytest.raises(LabError):
+        serve_flags(serve)
+
+
+# ------------------------------------------------------------ against the vLLM that is installed
+
+
+def vllm_source() -> Path:
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
+        pytest.skip("vLLM is not installed")
+    return Path(found.origin).parent / "benchmarks"
+
+
+def parsed_sources() -> Iterable[ast.AST]:
+    for name in PARSERS:
+        yield from ast.walk(ast.parse((vllm_source() / name).read_text()))
+
+
+def functions(*names: str) -> dict[str, Any]:
+    """vLLM's own functions, without importing vLLM."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [n for n in parsed_sources() if isinstance(n, kinds) and n.name in names]
+    known: dict[str, Any] = {"np": np, "math": math, "logger": SimpleNamespace(info=print),
+                             "Iterable": Iterable}  # fmt: skip
+    (unread,) = ast.parse("from __future__ import annotations").body
+    exec(compile(ast.Module([unread, *found], []), "vllm", "exec"), known)
+    return known
+
+
+def test_every_option_of_vllms_parser_is_known() -> None:
+    calls = [n for n in parsed_sources() if isinstance(n, ast.Call)]
+    options = {
+        arg.value
+        for call in calls
+        if getattr(call.func, "attr", "") == "add_argument"
+        for arg in call.args
+        if isinstance(arg, ast.Constant) and str(arg.value).startswith("--")
+    }
+    table = TABLE["vllm bench serve"]
+    known = " ".join([*table["used"].values(), *table["untranslated"], table["unused"]["options"]])
+    assert options - {*known.replace(",", " ").split()} == set()
+    assert len(options) > 80
+
+
+@each("ratio", ["0.4", '{"input": 0.3, "output": 0.5}'])
+def test_lengths_are_those_that_vllm_draws(ratio: str) -> None:
+    known = functions("get_sampling_params", "_resolve_range_ratios")
+    tokenizer = SimpleNamespace(num_special_tokens_to_add=lambda: 0, vocab_size=9)
+    prompts, outputs, _ = known["get_sampling_params"](
+        np.random.default_rng(11), 50, json.loads(ratio), 200, 40, tokenizer
+    )
+    mine = trace(translate(f"{VLLM} --num-prompts 50 --seed 11 --random-input-len 200"
+                           f" --random-output-len 40 --random-range-ratio '{ratio}'"))  # fmt: skip
+    assert [row[1:] for row in mine] == list(zip(prompts, outputs, strict=True))
+
+
+@each("burstiness", ["1", "0.3", "inf"])
+def test_times_are_those_that_vllm_waits_for(burstiness: str) -> None:
+    known = functions("get_request", "_get_current_request_rate")
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    known["asyncio"] = SimpleNamespace(sleep=sleep)
+    known["time"] = SimpleNamespace(time=lambda: 0.0)
+
+    async def play(sent: AsyncIterator[object]) -> int:
+        return len([request async for request in sent])
+
+    random.seed(5)
+    np.random.seed(5)
+    requests = [SimpleNamespace(timestamp=None)] * 40
+    assert asyncio.run(play(known["get_request"](requests, 4.0, float(burstiness)))) == 40
+    mine = trace(translate(f"{VLLM} --num-prompts 40 --seed 5 --request-rate 4"
+                           f" --burstiness {burstiness}"))  # fmt: skip
+    assert [row[0] for row in mine] == pytest.approx(slept, abs=1e-5)
+
+
+# ------------------------------------------------------------------------- figures, and claims
+
+FIGURES = {
+    "vllm bench serve": {"mean_ttft_ms": 120.0, "mean_tpot_ms": 20.0, "mean_itl_ms": 21.0,
+                         "output_throughput": 300.0},
+    "GuideLLM": {"benchmarks": [{"metrics": {
+        "time_to_first_token_ms": {"successful": {"mean": 120.0}},
+        "time_per_output_token_ms": {"successful": {"mean": 20.0}},
+        "inter_token_latency_ms": {"successful": {"mean": 21.0}},
+        "output_tokens_per_second": {"successful": {"mean": 300.0}}}}]},
+    "AIPerf": {"time_to_first_token": {"unit": "ms", "avg": 120.0},
+               "inter_token_latency": {"unit": "ms", "avg": 21.0},
+               "output_token_throughput": {"unit": "tokens/sec", "avg": 300.0}},
+}  # fmt: skip
+
+
+@each("tool", [*FIGURES])
+def test_each_tools_own_file_is_read(tool: str, tmp_path: Path) -> None:
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps(FIGURES[tool]))
+    tpot_s = None if tool == "AIPerf" else 0.02
+    assert benchmarks.theirs(path) == [[0.12, tpot_s, 0.021, 300.0]]
+
+
+def test_a_file_of_another_tool_or_of_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.json"
+    for content in ("{}", "[]", "no JSON", json.dumps({"mean_ttft_ms": "fast"})):
+        path.write_text(content)
+        with pytest.raises(LabError, match="THEIRS"):
+            benchmarks.theirs(path)
+    path.write_text(json.dumps(FIGURES["GuideLLM"]))
+    with pytest.raises(LabError, match="vllm bench serve"):
+        benchmarks.theirs(path, translate(VLLM))
+    with pytest.raises(LabError, match="1 loads, and the command 2"):
+        benchmarks.theirs(path, translate(f"{GUIDE} --rate-type concurrent --rate 1,2"
+                          " --max-requests 3 --data prompt_tokens=1,output_tokens=2"))  # fmt: skip
+
+
+@each("name", [*benchmarks.published_claims()])
+def test_a_published_claim_is_a_command_that_can_be_played(name: str) -> None:
+    claim = benchmarks.published_claims()[name]
+    translated = translate(claim.command, claim.serve)
+    assert translated.model
+    assert claim.card in short_names()
+    assert claim.shape in SHAPES
+
+
+def test_an_unknown_claim_lists_those_that_are_there() -> None:
+    refused = CliRunner().invoke(app, ["reproduce", "--published", "", "--machine", "h100"])
+    assert refused.exit_code == 1
+    assert all(name in refused.output for name in benchmarks.published_claims())
+
+
+@each("settings", [(), ("--command", VLLM, "--published", "x"), ("--run", "x", "--serve", "y")])
+def test_one_thing_is_played_again(settings: tuple[str, ...]) -> None:
+    assert CliRunner().invoke(app, ["reproduce", *settings]).exit_code == 1
