@@ -59,8 +59,10 @@ def test_the_engine_is_sent_what_the_command_says(
 
 def test_such_a_run_is_repeated_as_any_other(reader: Reader, tmp_path: Path) -> None:
     folder, _ = played(reader, tmp_path, "--max-concurrency 8")
-    repeated = {"RUN": str(folder.path), "MODEL": HERE}
-    reader.types("reproduce", engine=ENGINE, program=LABS_WITHOUT_PROMETHEUS, **repeated).wait()
+    reader.types(
+        "reproduce", engine=ENGINE, program=LABS_WITHOUT_PROMETHEUS,
+        RUN=str(folder.path), MODEL=HERE,
+    ).wait()  # fmt: skip
     runs = [RunFolder(path.parent).run() for path in reader.results.glob("*/*/*/run.json")]
     assert {run.digest for run in runs} == {folder.run().digest}
     assert {run.reproduces for run in runs} == {"", folder.run().run_id}
