@@ -16,7 +16,9 @@ import scipy
 
 from bench import BenchError, truth
 from bench.console import aim, console, tell
-from labs.harness.filing.results import MachineFile, RunFolder, write_json
+from labs.harness.filing.recorded import MachineFile
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.judge import CONFIDENCE, Judgement
 from labs.harness.telling import instruments
 from serving.hardware import gpus

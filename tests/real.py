@@ -16,7 +16,9 @@ from dashboards import boards
 from dashboards.prometheus import Prometheus
 from labs import LABS
 from labs.harness.changes import parse_changes
-from labs.harness.filing.results import MachineFile, Run, RunFolder, write_json
+from labs.harness.filing.recorded import MachineFile, Run
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.running.chat_writer import writer_of
 from labs.harness.running.counts import ENGINE_METRICS
 from labs.harness.running.resolve import absent_engines, require_compiler

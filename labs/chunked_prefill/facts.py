@@ -10,7 +10,7 @@ import scipy
 
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.parts import Pair
-from labs.harness.filing.results import Band, OnTwoEngines
+from labs.harness.filing.computed import Band, OnTwoEngines
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.quantity import Quantity
 from labs.harness.spec import Point

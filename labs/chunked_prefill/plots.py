@@ -64,7 +64,8 @@ def timeline(run: JudgedRun, _facts: Facts) -> bool:
     """
     drawn = []
     for point in run.points:
-        if point.workload.intruder is None or not run.folder.has_records(point.key, 1):
+        trial = run.folder.trial_result(point, 1)
+        if point.workload.intruder is None or trial is None or trial.failed:
             continue
         all_records = run.folder.records(point.key, 1)
         long_prompts = [

@@ -19,7 +19,7 @@ from labs.context_retrieval.lab import (
 )
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.offloading import CopyOrCompute
-from labs.harness.filing.results import AT
+from labs.harness.filing.computed import AT
 from labs.harness.judging.judge import (
     CONFIDENCE,
     TWO_ONE_SIDED,

@@ -16,7 +16,7 @@ from labs.harness.facts.steps import (
     nearer_ceiling,
 )
 from labs.harness.facts.sweep import StepLine, concurrency_sweep, step_line
-from labs.harness.filing.results import Agreement
+from labs.harness.filing.recorded import Agreement
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.spec import Point

@@ -39,7 +39,8 @@ def static(run: JudgedRun, facts: Facts) -> bool:
     for column, pair in enumerate(chosen):
         for row, (point, colour) in enumerate(zip(pair, (BOUND, BLUE), strict=True)):
             ax = axes[row][column]
-            if not run.folder.has_records(point.key, 1):
+            first = run.folder.trial_result(point, 1)
+            if first is None or first.failed:
                 continue
             found = run.folder.records(point.key, 1)
             spans = [(r.chunks[0][0], r.chunks[-1][0]) for r in found if r.chunks]

@@ -232,14 +232,6 @@ class Prediction(BaseModel, frozen=True, extra="forbid"):
     assumptions: tuple[str, ...] = ()
     source: str = ""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_tolerance(cls, fields: Any) -> Any:
-        """Pass over the `tolerance` that earlier files have; nothing is judged by it any more."""
-        if not isinstance(fields, dict):
-            return fields
-        return {name: value for name, value in fields.items() if name != "tolerance"}
-
 
 class Arm(BaseModel, frozen=True, extra="forbid"):
     """An arm selects points: each field that is given must match, one that is None matches any."""

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Literal
 
 from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.filing.results import Searched
+from labs.harness.filing.computed import Searched
 from labs.harness.judging.measure import in_time
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.quantity import Quantity

@@ -18,7 +18,8 @@ from labs import LABS
 from labs.harness.changes import parse_changes
 from labs.harness.facts.parts import parts_of
 from labs.harness.filing import engine_series, results
-from labs.harness.filing.results import RunFolder, write_gzip
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_gzip
 from labs.harness.page import lesson
 from labs.harness.questions import QUESTIONS, TOPICS
 from labs.harness.telling import chart_data, dials, replay, residuals

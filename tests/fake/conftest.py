@@ -25,7 +25,9 @@ import pytest
 
 from labs import LABS as EVERY_LAB
 from labs.harness.changes import parse_changes
-from labs.harness.filing.results import MachineFile, RunFolder, write_json
+from labs.harness.filing.recorded import MachineFile
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.vllm import Vllm
 from serving.hardware import gpus, machine

@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 from labs import LABS as EVERY_LAB
 from labs.harness.commands import cli
 from labs.harness.filing import results
-from labs.harness.filing.results import Predictions, RunFolder, TrialResult
+from labs.harness.filing.computed import Predictions
+from labs.harness.filing.recorded import TrialResult
+from labs.harness.filing.results import RunFolder
 from loadtests import generator
 from loadtests.records import RequestRecord
 from serving.hardware import gpus

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from labs.harness.filing.results import TrialResult
+from labs.harness.filing.recorded import TrialResult
 from tests.fake.conftest import Command, Reader, reading, still_alive
 from tests.processes import listening_sockets, still_listening
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-from labs.harness.filing.results import MachineFile, RunFolder, write_json
+from labs.harness.filing.recorded import MachineFile
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from serving.hardware.gpus import DATASHEETS
 from serving.hardware.machine import Machine
 from tests.fake.conftest import CEILINGS, Command, Reader

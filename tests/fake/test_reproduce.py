@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,10 @@ def assert_nothing_is_worse(gate: Command) -> None:
 
 
 def found(folder: RunFolder) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads((folder.path / "reproduction.json").read_text())
+    filed = folder.path.parent / folder.run().reproduces / "reproductions"
+    plain: dict[str, Any] = json.loads(
+        lzma.decompress((filed / f"{folder.path.name}.json.xz").read_bytes())
+    )
     return plain
 
 

@@ -19,7 +19,8 @@ import pytest
 from labs import LABS
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.parts import kept
-from labs.harness.filing.results import Predictions, RunFolder, Summary
+from labs.harness.filing.computed import Predictions, Summary
+from labs.harness.filing.results import RunFolder
 from labs.harness.spec import Point
 from labs.harness.telling import plots
 from labs.harness.telling.html import as_address

@@ -16,7 +16,8 @@ from labs.harness.comparing import leaderboards
 from labs.harness.facts.parts import Headline, ReportParts
 from labs.harness.filing import manifest, results
 from labs.harness.filing.newest import newest_runs
-from labs.harness.filing.results import RunFolder, write_json
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.telling import markdown
 from labs.harness.telling.document import Link, Paragraph, Strong, plain_text
 from serving.engines.vllm import Vllm

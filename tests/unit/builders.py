@@ -16,14 +16,10 @@ from pydantic import TypeAdapter
 
 from labs.harness.changes import parse_changes
 from labs.harness.comparing import reproduction
-from labs.harness.filing.results import (
-    Predictions,
-    Run,
-    RunFolder,
-    TrialResult,
-    snapshot_json,
-    write_json,
-)
+from labs.harness.filing.computed import Predictions
+from labs.harness.filing.recorded import Run, TrialResult, snapshot_json
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.measure import Trial
 from labs.harness.spec import (
     SLO,

@@ -12,7 +12,10 @@ import pytest
 
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.parts import parts_of, plain
-from labs.harness.filing.results import RunFolder, Summary, TrialResult, snapshot_json, write_json
+from labs.harness.filing.computed import Summary
+from labs.harness.filing.recorded import TrialResult, snapshot_json
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletion
 from labs.harness.judging.judge import Caveat, Effect, Interval, Judgement
 from labs.harness.page import read

@@ -14,7 +14,9 @@ import pytest
 import requests
 
 from dashboards import live, prometheus, series
-from labs.harness.filing.results import RunFolder, Session, write_json
+from labs.harness.filing.recorded import Session
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.judge import ForecastResult, Interval, prediction_outcome
 from labs.harness.judging.text import claim_outcome
 from labs.harness.running import backfill
@@ -156,7 +158,7 @@ def test_what_became_of_predictions_is_told_in_the_words_of_the_report(tmp_path:
     )  # fmt: skip
     summary = folder.summary().model_copy(update={"forecasts": [forecast]})
     write_json(folder.path / "summary.json", summary)
-    figures = "\n".join(backfill._figures(folder))
+    figures = "\n".join(backfill._figures(folder, 1.0))
     forecasts, verdicts = (
         Counter(re.findall(rf'^{name}{{.*prediction="(.*?)"', figures, re.MULTILINE))
         for name in (series.FORECAST_OUTCOME, series.VERDICT)

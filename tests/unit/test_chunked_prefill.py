@@ -12,13 +12,8 @@ import pytest
 from labs.chunked_prefill.facts import TokenBudgets, facts, token_budgets
 from labs.chunked_prefill.lab import context_tokens
 from labs.harness.facts.context import Context
-from labs.harness.filing.results import (
-    Band,
-    OnTwoEngines,
-    PointForecasts,
-    Predictions,
-    write_json,
-)
+from labs.harness.filing.computed import Band, OnTwoEngines, PointForecasts, Predictions
+from labs.harness.filing.writing import write_json
 from labs.harness.spec import SLO, Variant
 from loadtests.workload import Intruder
 from tests.unit.builders import make_lab, make_point, make_workload

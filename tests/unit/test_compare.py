@@ -15,7 +15,8 @@ from labs.harness.comparing import compare, gate, page, side_by_side
 from labs.harness.comparing.compare import Side, read_side
 from labs.harness.comparing.comparison import ComparedFigure, Comparison, VerdictPair
 from labs.harness.filing import results
-from labs.harness.filing.results import RunFolder, write_json
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.judge import Contrast, ForecastResult, Interval, contrast
 from labs.harness.spec import MARGIN, LabError, Prediction, digest_of
 from labs.harness.telling.document import plain_text

@@ -16,7 +16,8 @@ from labs.context_retrieval.lab import (
     arithmetic,
     step_ratio,
 )
-from labs.harness.filing.results import Predictions, write_gzip, write_json
+from labs.harness.filing.computed import Predictions
+from labs.harness.filing.writing import write_gzip, write_json
 from labs.harness.judging import retrieval
 from labs.harness.judging.evaluation import DEPTHS, EvaluationClient
 from labs.harness.judging.retrieval import (

@@ -9,7 +9,8 @@ import pytest
 
 from labs.continuous_batching.facts import Facts, facts
 from labs.harness import theory
-from labs.harness.filing.results import Agreement, Session, write_json
+from labs.harness.filing.recorded import Agreement, Session
+from labs.harness.filing.writing import write_json
 from labs.harness.spec import Variant
 from tests.unit.builders import SHAPE, make_lab, make_workload
 from tests.unit.judged import context, judged, judged_run

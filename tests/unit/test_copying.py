@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.filing.results import Band, PointForecasts, Predictions, Run
+from labs.harness.filing.computed import Band, PointForecasts, Predictions
+from labs.harness.filing.recorded import Run
 from labs.harness.names import PairName
 from labs.harness.running.copied_text import lookup_of, share_copied
 from labs.harness.running.run import predict

@@ -28,7 +28,7 @@ from labs.diagnosis.facts import (
 from labs.diagnosis.lab import INJECTED, SIGNATURES, running
 from labs.diagnosis.plots import draw_coefficients, draw_signatures
 from labs.harness.commands.cli import app
-from labs.harness.filing.results import snapshot_json
+from labs.harness.filing.recorded import snapshot_json
 from labs.harness.judging.diagnosis import Cause, Reading, TooLittle, diagnose
 from labs.harness.judging.quantity import Quantity
 from labs.harness.running.diagnosing import ReadingFile, between

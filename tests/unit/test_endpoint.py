@@ -11,7 +11,8 @@ import pytest
 
 from labs import LABS
 from labs.harness.commands.terminal import ConsoleProgress
-from labs.harness.filing.results import MachineFile, write_json
+from labs.harness.filing.recorded import MachineFile
+from labs.harness.filing.writing import write_json
 from labs.harness.running.resolve import RunRequest, measured_ceilings, resolve, scale_of
 from labs.harness.spec import LabError
 from serving import metrics

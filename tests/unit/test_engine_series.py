@@ -10,7 +10,8 @@ import pytest
 
 from labs.harness.filing import engine_series
 from labs.harness.filing.bounded import DamagedError
-from labs.harness.filing.results import RunFolder, write_gzip
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_gzip
 from labs.harness.running import backfill
 from labs.harness.running.engine_series import keep
 from serving import metrics
@@ -76,7 +77,11 @@ def test_an_import_puts_them_back_at_their_times(tmp_path: Path) -> None:
     kept(folder, Scraped(metrics.KV_USAGE))
     trials = backfill._trials(folder)
     since = {trial.name: 0.0 for trial in trials}
-    told = [line for line in backfill._client(folder, since) if line.startswith(metrics.KV_USAGE)]
+    told = [
+        line
+        for line in backfill._all(folder, trials, since, False)
+        if line.startswith(metrics.KV_USAGE)
+    ]
     assert len(told) == 2 * len(trials)
     first = trials[0]
     expected = (
@@ -86,7 +91,11 @@ def test_an_import_puts_them_back_at_their_times(tmp_path: Path) -> None:
     )
     assert told[0] == expected
     late = dict.fromkeys(since, 1.0)  # what Prometheus has scraped already is not told again
-    told = [line for line in backfill._client(folder, late) if line.startswith(metrics.KV_USAGE)]
+    told = [
+        line
+        for line in backfill._all(folder, trials, late, False)
+        if line.startswith(metrics.KV_USAGE)
+    ]
     assert len(told) == len(trials)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.filing.results import PointForecasts, Predictions, Searched
+from labs.harness.filing.computed import PointForecasts, Predictions, Searched
 from labs.harness.judging.machine_speed import MachineSpeed, PartSpeed
 from labs.harness.running import run as running
 from labs.harness.running.forecast import reason_against, reasons_against

@@ -11,14 +11,9 @@ from pathlib import Path
 import pytest
 
 from labs.harness.filing import engine_series, results
-from labs.harness.filing.results import (
-    Band,
-    OnTwoEngines,
-    PointForecasts,
-    RunFolder,
-    write_gzip,
-    write_json,
-)
+from labs.harness.filing.computed import Band, OnTwoEngines, PointForecasts
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_gzip, write_json
 from labs.harness.judging.judge import Caveat, ForecastAtPoint, Interval
 from labs.harness.judging.metrics import METRICS
 from labs.harness.names import PairName

@@ -13,8 +13,11 @@ from labs import LABS
 from labs.harness.comparing import compare, leaderboards, side_by_side
 from labs.harness.facts.parts import Headline, ReportParts
 from labs.harness.filing import results
+from labs.harness.filing.computed import Band, PointForecasts
 from labs.harness.filing.newest import newest_runs
-from labs.harness.filing.results import Band, PointForecasts, RunFolder, all_runs, write_json
+from labs.harness.filing.recorded import MachineFile
+from labs.harness.filing.results import RunFolder, all_runs
+from labs.harness.filing.writing import write_json
 from labs.harness.page import read
 from labs.harness.telling import dials, markdown, residuals, site
 from labs.harness.telling.document import parts, plain_text
@@ -88,7 +91,7 @@ def test_two_gpus_are_compared_by_what_stands_in_with_a_caveat(
     other = GPU.model_copy(update={"count": 2})
     beside = _changed(quick, "20260103", machine=other)
     for folder in (quick, beside):
-        write_json(folder.path.parents[1] / "machine.json", results.MachineFile(
+        write_json(folder.path.parents[1] / "machine.json", MachineFile(
             machine=folder.run().machine, ceilings=folder.run().ceilings
         ))  # fmt: skip
     a, b = (str(folder.path.parents[1]) for folder in (quick, beside))

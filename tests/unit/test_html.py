@@ -13,7 +13,9 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from labs import LABS
-from labs.harness.filing.results import RunFolder, TrialResult, write_json
+from labs.harness.filing.recorded import TrialResult
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.telling import chart_data, html, pages, report, site, tables
 from labs.harness.telling.document import Figure, plain_text
 from labs.harness.telling.summary import summarise

@@ -198,7 +198,7 @@ def test_machinery_knows_no_lab(path: Path) -> None:
 
 WRITES_DOWN_A_MOMENT = {  # modules that do nothing else with the wall clock, which may jump
     "bench/__main__.py",
-    "labs/harness/filing/results.py",
+    "labs/harness/filing/writing.py",
     "labs/harness/running/run.py",
     "loadtests/load.py",
     "serving/hardware/machine.py",

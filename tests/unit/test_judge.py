@@ -318,11 +318,6 @@ def test_a_wrong_prediction_seldom_holds(true_ratio: float) -> None:
     assert fmean(held) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(held))
 
 
-def test_predictions_on_file_are_read_with_the_tolerance_that_they_had() -> None:
-    on_file = {**PREDICTION.model_dump(), "tolerance": 0.3}
-    assert Prediction.model_validate(on_file) == PREDICTION
-
-
 Values = Mapping[str, Mapping[int, Mapping[str, float | None]]]
 
 

@@ -13,7 +13,7 @@ import pytest
 from labs.harness.facts.context import Context
 from labs.harness.facts.offloading import CopyOrCompute
 from labs.harness.facts.quality import quality
-from labs.harness.filing.results import write_gzip
+from labs.harness.filing.writing import write_gzip
 from labs.harness.spec import Variant
 from labs.kv_quantization.facts import MemoryLadder, context_slope, memory_ladder, onsets
 from loadtests.workload import Fixed

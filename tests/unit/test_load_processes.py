@@ -11,7 +11,7 @@ import pytest
 
 from labs import LABS
 from labs.harness.filing import manifest
-from labs.harness.filing.results import Run
+from labs.harness.filing.recorded import Run
 from labs.harness.running.load_processes import chosen_number, cores_for_clients, most_users
 from labs.harness.running.reproduce import request as request_again
 from labs.harness.running.resolve import RunRequest, lab_of, with_load_processes

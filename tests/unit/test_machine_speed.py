@@ -13,7 +13,10 @@ import pytest
 
 from labs.harness.comparing import compare, reproduction, side_by_side
 from labs.harness.filing import results
-from labs.harness.filing.results import PointForecasts, RunFolder, TrialResult, write_json
+from labs.harness.filing.computed import PointForecasts
+from labs.harness.filing.recorded import TrialResult
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.machine_speed import (
     MOST_SPREAD,
     MachineSpeed,

@@ -12,7 +12,9 @@ import pytest
 from labs import LABS
 from labs.harness.commands.options import recorded_machine
 from labs.harness.filing import results
-from labs.harness.filing.results import Band, PointForecasts, RunFolder, write_json
+from labs.harness.filing.computed import Band, PointForecasts
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.running import capacity_plan, machines_on_file, resolve
 from labs.harness.running.capacity_plan import Question, plan
 from labs.harness.running.forecast import reasons_against, steps_of

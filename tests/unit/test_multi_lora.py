@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from labs.harness.facts.context import Context
-from labs.harness.filing.results import write_gzip
+from labs.harness.filing.writing import write_gzip
 from labs.harness.spec import Variant
 from labs.multi_lora.facts import Marks, TenantLeaks, adapter_cost, tenant_leaks, tenant_memory
 from loadtests.workload import Adapters

@@ -13,7 +13,7 @@ import pytest
 
 from labs import LABS
 from labs.harness.filing.manifest import is_stale
-from labs.harness.filing.results import Run
+from labs.harness.filing.recorded import Run
 from labs.harness.judging.checks.expected import Expected
 from labs.harness.judging.validity import caveats_of
 from labs.harness.running.resolve import with_engines_here

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from labs import LABS
 from labs.harness.facts.context import JudgedRun
-from labs.harness.filing.results import PointForecasts, Predictions, Searched, write_json
+from labs.harness.filing.computed import PointForecasts, Predictions, Searched
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.quantity import Quantity
 from labs.harness.judging.signals import BATCH, KV, QUEUE, SIGNALS, TTFT, Watch, Watched
 from labs.harness.spec import Lab, LabError, Point, Variant

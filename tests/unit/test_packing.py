@@ -10,16 +10,23 @@ import lzma
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from labs.harness.filing import bounded, engine_series, packed, packing, quality_columns
 from labs.harness.filing.bounded import DamagedError
-from labs.harness.filing.results import RunFolder, write_gzip
-from labs.harness.running import resume
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.sampling import sampling_of
+from labs.harness.filing.writing import write_gzip
+from labs.harness.judging.evaluation import Passage
+from labs.harness.judging.quality import _first as first_of
+from labs.harness.judging.quality import kl_divergence
+from labs.harness.running import backfill, resume
 from labs.harness.telling.summary import all_problems, computed, summarise
 from loadtests import records
 from loadtests.records import Chunks, RequestRecord
@@ -64,13 +71,14 @@ def read(folder: RunFolder) -> dict[str, Any]:
     points, lab = manifest.points(), manifest.rebuilt_lab()
     return {
         "manifest": manifest,
-        "predictions": run.predictions(),
-        "filed": run.summary(),
+        "predictions": packing.rounded(run.predictions().model_dump(mode="json")),
+        "filed": packing.rounded(run.summary().model_dump(mode="json")),
         "trials": [(r, t and t.records, t and t.engine) for _, r, t in run.trials(points, lab)],
         "series": run.series(POINT, 1),
         "telemetry": run.telemetry(POINT, 1),
         "probes": run.probe_results(),
-        "sampling": run.sampling(points, lab),
+        "count": run.count(),
+        "sampling": sampling_of(run, points, lab),
     }
 
 
@@ -109,6 +117,52 @@ def test_packed_files_are_read_without_this_code(folder: RunFolder) -> None:
     assert len(requests) == len(told(folder)["trials"])
     ttft_s = [us / 1e6 for us in requests[f"{POINT}/1"]["first_chunk_us"]]
     assert ttft_s == [r.chunks[0][0] - r.sent_s for r in folder.records(POINT, 1)]
+
+
+def test_what_does_not_come_back_as_it_was_is_not_packed(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = told(folder)
+    to_columns, sync = packed.to_columns, packing._sync
+
+    def shifting(block: Sequence[RequestRecord]) -> packed.Columns:
+        columns = to_columns(block)
+        return {**columns, "sent_us": [us + 2 for us in columns["sent_us"]]}
+
+    def damaging(path: Path) -> None:
+        sync(path)
+        if packed.SERIES in path.name:
+            path.write_bytes(lzma.compress(b"{}\n"))
+
+    for owner, name, fault in ((packed, "to_columns", shifting), (packing, "_sync", damaging)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fault)
+            with pytest.raises(DamagedError):
+                packing.pack(folder)
+        assert told(folder) == before
+        assert not folder.is_packed
+    assert packing.pack(folder)
+
+
+def test_two_that_pack_one_run_take_turns(folder: RunFolder) -> None:
+    before = contents(folder)
+    packs = threading.Thread(target=packing.pack, args=(RunFolder(folder.path),))
+    with packing._alone(folder.path):
+        packs.start()
+        packs.join(0.2)
+        assert packs.is_alive()
+        assert contents(folder) == before
+    packs.join()
+    assert contents(folder) != before
+    assert not packing.pack(folder)
+
+
+def test_figures_keep_nine_digits_and_times_a_microsecond() -> None:
+    tie = 0.44749999999999995  # which a page rounds down
+    figures = {"share": [1 / 3, 2 / 3e7, tie], "unix_s": 1764547200.1234567, "count": 12345678901}
+    shares = [0.333333333, 6.66666667e-8, tie]
+    kept = {"share": shares, "unix_s": 1764547200.123457, "count": 12345678901}
+    assert packing.rounded(figures) == kept
 
 
 STEPS = (
@@ -173,25 +227,42 @@ def test_a_run_that_was_killed_while_it_was_packed_is_not_continued(
         assert resume.unfinished(run) is None
 
 
-def test_records_are_parsed_once_unless_they_are_too_many(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    packing.pack(folder)
-    parsed = list[packed.Columns]()
-    of_columns = packed.of_columns
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[packed.Columns]:
+    """The blocks of requests that were made records."""
+    parsed, of_columns = list[packed.Columns](), packed.of_columns
 
     def counted(columns: packed.Columns) -> list[RequestRecord]:
         parsed.append(columns)
         return of_columns(columns)
 
     monkeypatch.setattr(packed, "of_columns", counted)
-    before = told(folder), len(parsed)
-    assert before[1] == len(before[0]["trials"])
+    return parsed
+
+
+def test_records_are_parsed_once_unless_they_are_too_many(
+    folder: RunFolder, parsed: list[packed.Columns], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packing.pack(folder)
+    parsed.clear()
+    before = told(folder)
+    once = len(parsed)
+    assert once == len(before["trials"])
     monkeypatch.setattr(packed, "MOST_KEPT_CHUNKS", 3)
     (folder.path / packed.TRIALS).touch()  # it is another file now
-    again = told(folder)
-    assert again == before[0]
-    assert len(parsed) > 2 * before[1]
+    assert told(folder) == before
+    assert len(parsed) > 3 * once
+
+
+def test_an_import_reads_a_packed_run_twice_and_no_trial_by_itself(
+    folder: RunFolder, parsed: list[packed.Columns], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packing.pack(folder)
+    parsed.clear()
+    monkeypatch.setattr(packed, "MOST_KEPT_CHUNKS", 3)
+    trials = backfill._trials(folder)[::-1]  # for their lengths
+    assert list(backfill._all(folder, trials, {trials[0].name: 0.0, trials[-1].name: 0.0}, False))
+    assert len(parsed) == 2 * len(trials)
 
 
 def odd_records() -> list[RequestRecord]:
@@ -215,41 +286,46 @@ def test_a_block_of_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert list(packed.blocks([])) == []
 
 
-def known(*logprobs: float, start: int = 0) -> dict[str, float]:
-    return {str(start + place): logprob for place, logprob in enumerate(logprobs)}
-
-
-def probe(*known_of: dict[str, float]) -> dict[str, Any]:
-    passage = {"token_ids": [0] * len(known_of), "known": list(known_of)}
+def probe(*known: dict[int, float]) -> dict[str, Any]:
+    known_of = [{str(i): logprob for i, logprob in of.items()} for of in known]
+    passage = {"token_ids": [0] * len(known), "known": known_of}
     return {"answers": [{"model": "m", "passages": [passage], "took_s": 1.0}]}
 
 
-def test_logprobs_of_sixteen_bits_come_back_to_their_last_decimal() -> None:
-    probes = {
-        "quality-base": probe(known(-0.83307, -2.58307, -3.33307)),
-        "quality-other": probe(known(-0.41234, -2.66234)),
-    }
-    names, taken = list(probes), dict(probes)
-    columns = quality_columns.take(taken, names)
+def kept(*of_variants: dict[int, float]) -> list[Mapping[int, float]]:
+    """What comes out of the columns of a text of one token, 0, that these variants scored."""
+    taken = {f"quality-{number}": probe(known) for number, known in enumerate(of_variants)}
+    columns = quality_columns.take(taken, list(taken))
     assert columns
-    assert "passages" not in taken["quality-base"]["answers"][0]
-    quality_columns.restore(taken, columns)
-    assert taken == probes
+    assert all("passages" not in of["answers"][0] for of in taken.values())
+    quality_columns.restore(taken, orjson.loads(orjson.dumps(columns)))
+    passages = [Passage.model_validate(of["answers"][0]["passages"][0]) for of in taken.values()]
+    return [passage.known[0] for passage in passages]
+
+
+def test_logprobs_of_sixteen_bits_come_back_to_their_last_decimal() -> None:
+    base, other = {3: -0.83307, 0: -2.58307, 2: -3.33307}, {0: -0.41234, 3: -2.66234}
+    again = kept(base, other)
+    assert [list(known.values()) for known in again] == [[*base.values()], [-2.66234, -0.41234]]
+    assert [known[0] for known in again] == [-2.58307, -0.41234]
 
 
 def test_a_logprob_between_the_steps_is_near_and_what_no_figure_needs_is_left_out() -> None:
-    base, other = known(-0.12345, -2.71828), {**known(-0.2, -3.1), "7": -0.1, "9": -5.0}
-    taken = {"quality-base": probe(base), "quality-other": probe(other)}
-    columns = quality_columns.take(taken, list(taken))
-    assert columns
-    quality_columns.restore(taken, columns)
-    found = [of["answers"][0]["passages"][0]["known"][0] for of in taken.values()]
-    assert found[0] == pytest.approx(base, abs=1.3e-4)
-    assert found[1] == pytest.approx({i: p for i, p in other.items() if i != "9"}, abs=1.3e-4)
+    base, other = {0: -0.12345, 1: -2.71828}, {0: -0.2, 1: -3.1, 7: -0.1, 9: -5.0}
+    again = kept(base, other)
+    assert [*again[0].values()] == pytest.approx([-0.12345, -2.71828], abs=1.3e-4)
+    assert [*again[1].values()] == pytest.approx([-0.2, -3.1, -0.1], abs=1.3e-4)
+    assert kl_divergence(*again) == pytest.approx(kl_divergence(base, other), rel=1e-3)
+
+
+def test_of_tokens_that_tie_for_the_likeliest_the_same_one_counts() -> None:
+    tied = {9: -0.5, 4: -0.5, 0: -2.0}
+    (again,) = kept(tied)
+    assert first_of(again) == first_of(tied) == 4
 
 
 def test_probes_of_other_texts_stay_as_they_are() -> None:
-    taken = {"quality-base": probe(known(-1.0)), "quality-on": probe(known(-1.0), known(-2.0))}
+    taken = {"quality-base": probe({0: -1.0}), "quality-on": probe({0: -1.0}, {0: -2.0})}
     assert quality_columns.take(taken, list(taken)) is None
     assert quality_columns.take({}, []) is None
 
@@ -290,6 +366,4 @@ def test_records_of_a_trial_that_is_not_there_are_missed(folder: RunFolder) -> N
     packing.pack(folder)
     with pytest.raises(DamagedError, match="no requests of"):
         folder.records(POINT, 9)
-    assert not folder.has_records(POINT, 9)
-    assert folder.has_records(POINT, 1)
     assert records.OPTIONAL == ("text", "model", "choice", "alike_tokens")

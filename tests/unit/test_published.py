@@ -10,7 +10,7 @@ from labs import LABS
 from labs.harness.facts import parts
 from labs.harness.facts.parts import ReportParts, parts_of
 from labs.harness.facts.published import Published
-from labs.harness.filing.results import write_json
+from labs.harness.filing.writing import write_json
 from labs.harness.telling import report
 from tests.unit.builders import write_run
 from tests.unit.judged import page_says

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from labs.harness.filing.computed import Band
 from labs.harness.filing.published_gpu import FIGURES, Judged, PublishedRun, Stage
-from labs.harness.filing.results import Band
 from labs.harness.running import referee
 from labs.harness.spec import LabError
 from labs.harness.telling import published_gpu

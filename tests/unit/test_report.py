@@ -14,14 +14,12 @@ from labs import LABS
 from labs.harness.comparing import leaderboards
 from labs.harness.facts.context import JudgedRun
 from labs.harness.filing import results
+from labs.harness.filing.bounded import read_json
+from labs.harness.filing.computed import Summary
 from labs.harness.filing.newest import newest_runs
-from labs.harness.filing.results import (
-    RunFolder,
-    Session,
-    Summary,
-    TrialResult,
-    write_json,
-)
+from labs.harness.filing.recorded import MachineFile, Session, TrialResult
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.judge import Caveat, Effect, Interval, Judgement, PredictionOutcome
 from labs.harness.judging.text import (
     between,
@@ -293,8 +291,8 @@ def test_a_run_held_against_the_ceilings_of_another_machine_says_so(
 ) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     run, summary = folder.run(), folder.summary()
-    own = results.MachineFile(machine=run.machine, ceilings=run.ceilings)
-    results.write_json(tmp_path / run.machine.slug / "machine.json", own)
+    own = MachineFile(machine=run.machine, ceilings=run.ceilings)
+    write_json(tmp_path / run.machine.slug / "machine.json", own)
     other = run.machine.model_copy(update={"caches_bytes": {"L1": 48 * 2**10, "L1i": 2**16}})
     older = run.model_copy(update={"machine": other})
     assert f"another CPU of the same name: {run.machine.describe()}.**" in report.notes(
@@ -428,7 +426,7 @@ def test_a_report_says_what_its_intervals_cover(
     )  # fmt: skip
     write_json(folder.path / "session.json", sitting)
     for path in folder.path.rglob("trial.json"):
-        trial = results.read_json(path, results.TrialResult)
+        trial = read_json(path, TrialResult)
         start = starts and min(trial.repeat, starts)
         write_json(path, trial.model_copy(update={"start": start}))
     summarise(folder)

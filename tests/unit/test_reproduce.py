@@ -17,7 +17,9 @@ from labs import LABS
 from labs.harness.commands.cli import app
 from labs.harness.comparing import leaderboards, reproduction
 from labs.harness.filing import checks, manifest
-from labs.harness.filing.results import Run, RunFolder, write_json, write_packed_json
+from labs.harness.filing.recorded import Run
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json, write_packed_json
 from labs.harness.judging.judge import Interval
 from labs.harness.running import reproduce
 from labs.harness.running.resolve import RunRequest, lab_of
@@ -113,8 +115,6 @@ def test_a_copy_is_reproduced_and_says_so_on_disk(folder: RunFolder) -> None:
     assert (found.outcome, found.exit_code) == ("reproduced", 0)
     assert {a.answer for a in found.answers} == {"reproduced"}
     assert found.likeliest_cause == ""
-    on_disk = json.loads((again.path / "reproduction.json").read_text())
-    assert on_disk["outcome"] == "reproduced"
     assert "The run as a whole: reproduced" in (again.path / "reproduction.md").read_text()
     assert checks.problems(again) == []
 

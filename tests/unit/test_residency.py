@@ -11,7 +11,10 @@ import pytest
 
 from labs import LABS
 from labs.harness.changes import parse_changes
-from labs.harness.filing.results import Residency, RunFolder, TrialResult, write_json
+from labs.harness.filing.recorded import Residency, TrialResult
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.sampling import took_turns
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.idle_neighbours import PROOF_S, STEPS, slowdown, times_as_long
 from labs.harness.running.clock import CLOSING_S, Clock, TimeUsedUp
 from labs.harness.running.engines import Engines, resident_groups, shares_of_gpu
@@ -134,13 +137,13 @@ def test_the_host_has_room_for_all_of_them_and_a_resumed_run_goes_on_as_it_began
     setup: Any = SimpleNamespace(
         lab=lab_of("prefix-caching"), endpoint=None, machine=H100, model=LLAMA_8B, weights={}
     )
-    for free_bytes, took_turns, groups in (
+    for free_bytes, in_turn, groups in (
         (2**37, None, 1), (2**33, None, 2), (2**37, True, 2), (2**33, False, 1),
     ):  # fmt: skip
         monkeypatch.setattr(
             "labs.harness.running.engines.available_bytes", lambda free=free_bytes: free
         )
-        assert len(resident_groups(setup, took_turns)) == groups
+        assert len(resident_groups(setup, in_turn)) == groups
 
 
 # ---------------------------------------------------------------------------------- idle neighbours
@@ -206,7 +209,7 @@ def test_engines_share_a_gpu_once_idle_ones_are_shown_to_be_harmless(folder: Run
     assert (kept.in_turn, len(kept.alone), len(kept.beside)) == ("", STEPS, STEPS)
     assert kept.shares == harness.engines.shares == {"off": 0.37, "on": 0.37}
     run = folder.run()
-    assert folder.took_turns(run.points(), run.rebuilt_lab()) is False
+    assert took_turns(folder, run.points(), run.rebuilt_lab()) is False
 
 
 def test_engines_that_slow_the_gpu_down_while_idle_take_turns(folder: RunFolder) -> None:
@@ -266,7 +269,7 @@ def test_a_call_that_is_killed_in_a_joint_start_goes_on_in_turn(folder: RunFolde
     assert kept
     assert (kept.in_turn, len(kept.alone)) == (CUT_SHORT, STEPS)
     run = folder.run()
-    assert folder.took_turns(run.points(), run.rebuilt_lab()) is True
+    assert took_turns(folder, run.points(), run.rebuilt_lab()) is True
 
 
 def test_after_a_joint_start_that_failed_an_engines_start_has_to_fit(folder: RunFolder) -> None:
@@ -310,7 +313,7 @@ def test_a_run_whose_engines_could_not_share_the_gpu_goes_on_in_turn(folder: Run
     points, lab = run.points(), run.rebuilt_lab()
     for in_turn, expected in (("too slow", True), ("", None)):
         write_json(folder.residency_file, Residency(shares={"off": 0.4}, in_turn=in_turn))
-        assert folder.took_turns(points, lab) is expected
+        assert took_turns(folder, points, lab) is expected
     played = TrialResult(point=points[0].key, repeat=1)
     write_json(folder.trial_folder(points[0], 1) / "trial.json", played)
     again = OnOneGpu(folder)

@@ -17,20 +17,13 @@ import pytest
 
 from labs.harness.filing import checks, results
 from labs.harness.filing.checks import problems
-from labs.harness.filing.results import (
-    RunFolder,
-    Summary,
-    TrialResult,
-    all_runs,
-    open_run,
-    require_room,
-    snapshot_from_json,
-    snapshot_json,
-    write_json,
-)
+from labs.harness.filing.computed import Summary
+from labs.harness.filing.recorded import TrialResult, snapshot_from_json, snapshot_json
+from labs.harness.filing.results import RunFolder, all_runs, open_run
+from labs.harness.filing.writing import require_room, write_gzip, write_json
 from labs.harness.judging.judge import ForecastAtPoint, ForecastResult, Interval
 from labs.harness.running import resume
-from labs.harness.spec import Arm, LabError, Prediction, digest_of
+from labs.harness.spec import Arm, LabError, Prediction
 from labs.harness.telling.summary import all_problems, summarise, unlike
 from loadtests import records
 from serving import metrics
@@ -90,51 +83,6 @@ def test_trials_read_back(folder: RunFolder) -> None:
     ]
     assert [(a.prompt_tokens, a.output_tokens) for a in trial.asked] == [(6, 4)] * 8
     assert trial.summary == result.summary
-
-
-SINCE_FORMAT_1 = {
-    "lab": ("studies", "probes", "probed", "findings", "most_repeats", "most_s", "starts",
-            "load_processes", "aa", "left_out"),
-    "workloads": ("task", "primed", "trace", "chat", "intruder", "adapters", "keep_text", "only",
-                  "warmup_s"),
-    "run": ("dummy", "weights", "about", "model_revision", "model_files", "derived_sha256",
-            "reproduces", "served", "template_tokens", "endpoint_metrics"),
-}  # fmt: skip
-
-
-def _as_the_first_format_had_it(folder: RunFolder) -> RunFolder:
-    """Without the fields that were added since, in a folder with the digest of what is left."""
-    run = json.loads((folder.path / "run.json").read_text())
-    lab = run["lab"]
-    for at, names in (
-        (lab, SINCE_FORMAT_1["lab"]),
-        *((workload, SINCE_FORMAT_1["workloads"]) for workload in lab["workloads"]),
-        *((variant, ("weights",)) for variant in lab["variants"]),
-        *((claim, ("coupled",)) for claim in lab["claims"]),
-        (lab["slo"], ("itl_s",)),
-        (run, SINCE_FORMAT_1["run"]),
-    ):
-        for name in names:
-            del at[name]
-    run |= {"format_version": 1, "digest": digest_of(lab)}
-    old = RunFolder(folder.path.with_name(f"20251124T000000Z-{run['digest']}"))
-    folder.path.rename(old.path)
-    (old.path / "run.json").write_text(json.dumps(run))
-    for path in old.path.rglob("trial.json"):
-        trial = json.loads(path.read_text())
-        for name in ("start", "cpu_others", "cpu_engine", "gpu_others", "discarded"):
-            del trial[name]
-        del trial["summary"]["lost_share"]
-        path.write_text(json.dumps(trial))
-    return old
-
-
-def test_a_year_old_run_still_loads_and_says_the_same(folder: RunFolder) -> None:
-    before = folder.summary()
-    old = _as_the_first_format_had_it(folder)
-    assert problems(old) == []
-    assert summarise(old) == before
-    assert len(list(old.trials(old.run().points(), old.run().rebuilt_lab()))) > 4
 
 
 def test_failed_trial_is_null_with_its_reason(folder: RunFolder) -> None:
@@ -227,7 +175,7 @@ def test_lab_that_was_edited_after_the_run_is_a_problem(folder: RunFolder) -> No
 
 def text_of(text: str) -> Callable[[RunFolder], None]:
     def write(folder: RunFolder) -> None:
-        results.write_gzip(folder.path / "probes" / "p-on.json.gz", {"said": text})
+        write_gzip(folder.path / "probes" / "p-on.json.gz", {"said": text})
 
     return write
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from labs import LABS
 from labs.harness.facts.context import JudgedRun
-from labs.harness.filing.results import write_gzip
+from labs.harness.filing.writing import write_gzip
 from labs.harness.judging.checks.expected import Expected
 from labs.harness.judging.measure import output_tokens_per_s, requests_per_s
 from labs.harness.judging.quantity import Quantity

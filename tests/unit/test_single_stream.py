@@ -12,7 +12,8 @@ from labs.harness import theory
 from labs.harness.facts.context import Context
 from labs.harness.facts.drawing import plt
 from labs.harness.facts.steps import Pass, decode_s
-from labs.harness.filing.results import Band, PointForecasts, Predictions, write_json
+from labs.harness.filing.computed import Band, PointForecasts, Predictions
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.quantity import Quantity
 from labs.harness.spec import Variant
 from labs.single_stream.facts import Facts, facts, flag_effects

@@ -23,8 +23,10 @@ from labs.harness.commands.cli import app
 from labs.harness.commands.terminal import ConsoleProgress
 from labs.harness.filing import bounded, checks, engine_series, manifest
 from labs.harness.filing.bounded import DamagedError
-from labs.harness.filing.results import Run, RunFolder, lab_from_resolved, write_json
-from labs.harness.filing.tracked import tracked_names
+from labs.harness.filing.committed import tracked_names
+from labs.harness.filing.recorded import Run, lab_from_resolved
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.running import reproduce
 from labs.harness.running.chat_writer import writer_of
 from labs.harness.running.resolve import RunRequest, require_harmless, resolve

@@ -16,7 +16,9 @@ from labs.continuous_batching.facts import facts
 from labs.continuous_batching.plots import static
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.drawing import reach
-from labs.harness.filing.results import PointForecasts, Predictions, RunFolder, write_json
+from labs.harness.filing.computed import PointForecasts, Predictions
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.judge import Interval, mean_interval
 from labs.harness.judging.timeline import GRID_S, Timeline, timeline
 from labs.harness.spec import Lab, Variant

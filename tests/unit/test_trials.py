@@ -17,7 +17,10 @@ from typing import Any, cast
 import pytest
 import requests
 
-from labs.harness.filing.results import Discarded, RunFolder, TrialResult, snapshot_json, write_json
+from labs.harness.filing.recorded import Discarded, TrialResult, snapshot_json
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.sampling import played_s, transports_s
+from labs.harness.filing.writing import write_json
 from labs.harness.running.clock import Clock
 from labs.harness.running.counts import Counts
 from labs.harness.running.resolve import keeps_disturbed
@@ -233,7 +236,7 @@ def test_a_run_that_goes_on_knows_what_transport_takes_as_its_report_does(tmp_pa
     folder = write_run(tmp_path)
     run = folder.run()
     points, lab = run.points(), run.rebuilt_lab()
-    on_file = folder.transports_s(points, lab, run.expected(folder.predictions()))
+    on_file = transports_s(folder, points, lab, run.expected(folder.predictions()))
     assert {variant: len(of) for variant, of in on_file.items()} == {"off": 2, "on": 2}
     assert Script(folder, [])._transports_s == on_file
 
@@ -453,7 +456,7 @@ def test_a_trial_records_how_busy_the_api_server_was_in_its_window(
 def test_what_was_discarded_counts_as_time_of_the_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     lab, points = folder.run().rebuilt_lab(), folder.run().points()
-    before_s = folder.played_s(points, lab)
+    before_s = played_s(folder, points, lab)
     result = folder.trial_result(points[0], 1)
     assert result
     lost = Discarded(
@@ -461,7 +464,7 @@ def test_what_was_discarded_counts_as_time_of_the_run(tmp_path: Path) -> None:
     )
     longer = result.model_copy(update={"discarded": (lost,), "took_s": result.took_s + 1})
     write_json(folder.trial_folder(points[0], 1) / "trial.json", longer)
-    assert folder.played_s(points, lab) == before_s + 9
+    assert played_s(folder, points, lab) == before_s + 9
 
 
 def test_a_disturbed_first_trial_of_a_call_is_measured_again_only_where_it_fits(

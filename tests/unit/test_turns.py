@@ -13,14 +13,11 @@ from typing import Any
 
 import pytest
 
-from labs.harness.filing.results import (
-    PointForecasts,
-    RunFolder,
-    Session,
-    TrialResult,
-    Undecided,
-    write_json,
-)
+from labs.harness.filing.computed import PointForecasts
+from labs.harness.filing.recorded import Session, TrialResult, Undecided
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.sampling import sampling_of, starts_on_file, took_turns
+from labs.harness.filing.writing import write_json
 from labs.harness.running import run as running
 from labs.harness.running.clock import Clock, TimeUsedUp
 from labs.harness.running.counts import Counts
@@ -85,7 +82,7 @@ class Noted(Harness):
         )
         progress: Any = SimpleNamespace(message=self.steps.append, expect=lambda seconds: None)
         prometheus: Any = SimpleNamespace(forget=lambda kind: None)
-        on_file = folder.starts_on_file(points, lab)
+        on_file = starts_on_file(folder, points, lab)
         engines = NotedEngines(setup, folder, prometheus, progress, on_file)
         self.noted, self.dead = engines.noted, engines.dead
         trials = NotedTrials(setup, folder, engines, progress)
@@ -162,7 +159,7 @@ def test_a_resumed_run_goes_on_with_its_engines_as_they_were(
 
     def groups(free_bytes: float) -> int:
         monkeypatch.setattr("labs.harness.running.engines.available_bytes", lambda: free_bytes)
-        return len(resident_groups(setup, folder.took_turns(points, lab)))
+        return len(resident_groups(setup, took_turns(folder, points, lab)))
 
     assert (groups(2**60), groups(1)) == (1, 2)  # nothing is on file
     failed = TrialResult(point=points[0].key, repeat=1, failed="no memory")
@@ -194,7 +191,7 @@ def write_session(folder: RunFolder, resident: bool, there_and_back: bool) -> No
 
 def starts_of(folder: RunFolder) -> dict[str, dict[int, int]]:
     run = folder.run()
-    starts = folder.sampling(run.points(), run.rebuilt_lab()).starts
+    starts = sampling_of(folder, run.points(), run.rebuilt_lab()).starts
     return {point: dict(of_point) for point, of_point in starts.items()}
 
 
@@ -213,16 +210,6 @@ def test_a_later_sitting_goes_on_counting_starts(folder: RunFolder) -> None:
     assert Noted(folder).goes(2, starts=2) == "on 2"
     assert starts_of(folder)["on/short/concurrent-1"] == {1: 1, 2: 3}
     assert starts_of(folder)["on/short/concurrent-2"] == {1: 1, 2: 2}
-
-
-def test_a_run_from_before_trials_knew_their_start_has_it_from_its_sitting(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, repeats=3)
-    assert starts_of(folder) == {}
-    for resident, back, expected in (
-        (True, False, None), (False, False, {1: 1, 2: 1, 3: 1}), (False, True, {1: 1, 2: 2, 3: 2}),
-    ):  # fmt: skip
-        write_session(folder, resident, back)
-        assert starts_of(folder).get("on/short/concurrent-1") == expected
 
 
 def _interrupt(as_expected: bool) -> None:
@@ -405,7 +392,7 @@ def test_undecided_points_are_repeated_in_turn_too(
     harness.repeat_undecided(until=time.monotonic() + 1000)
     assert " ".join(harness.noted) == "off 3 on 3 on 4 off 4"
     assert written == [[3], [4]]
-    assert folder.sampling(harness.setup.points, harness.setup.lab).looks == 2
+    assert sampling_of(folder, harness.setup.points, harness.setup.lab).looks == 2
 
 
 @pytest.mark.usefixtures("written")
@@ -423,10 +410,10 @@ def test_where_no_time_is_left_for_any_repeat_the_lab_looks_once_whatever_it_wou
 
     monkeypatch.setattr("labs.harness.running.harness.summarise", look)
     lab, points = harness.setup.lab, harness.setup.points
-    assert folder.sampling(points, lab).looks == 2
+    assert sampling_of(folder, points, lab).looks == 2
     harness.repeat_undecided(until=time.monotonic() + 1)
     assert "most_s=420" in harness.steps[-1]
-    assert folder.sampling(points, lab).looks == 1
+    assert sampling_of(folder, points, lab).looks == 1
     harness.repeat_undecided(until=time.monotonic() + 1000)  # when the run is resumed
     assert not harness.noted
 
@@ -488,7 +475,7 @@ def test_a_resumed_run_goes_on_with_the_points_it_had_gone_on_with(folder: RunFo
     harness.noted.clear()
     harness.repeat_undecided(until=time.monotonic())
     assert not harness.noted
-    assert folder.sampling(harness.setup.points, harness.setup.lab).looks == 2
+    assert sampling_of(folder, harness.setup.points, harness.setup.lab).looks == 2
     harness.repeat_undecided(until=time.monotonic() + 1000)
     assert " ".join(harness.noted) == "off 4"
 

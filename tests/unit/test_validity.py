@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from labs.harness.ask import echoes
-from labs.harness.filing.results import Band, PointForecasts, Predictions, write_json
+from labs.harness.filing.computed import Band, PointForecasts, Predictions
+from labs.harness.filing.sampling import transports_s
+from labs.harness.filing.writing import write_json
 from labs.harness.judging import dose
 from labs.harness.judging.checks.expected import TRANSPORT_S, Expected, Served, usual_transport_s
 from labs.harness.judging.checks.run import CachedRepeats
@@ -307,7 +309,7 @@ def test_transport_is_taken_from_the_variants_own_trials(tmp_path: Path) -> None
     expected = run.expected(folder.predictions())
 
     def usual_s() -> Mapping[str, float]:
-        return expected.with_transport(folder.transports_s(points, lab, expected)).transport_s
+        return expected.with_transport(transports_s(folder, points, lab, expected)).transport_s
 
     assert usual_s() == pytest.approx({"off": 0.001, "on": 0.001}, abs=5e-5)
     (one,) = (p for p in points if p.variant.name == "on" and is_one_stream(p))

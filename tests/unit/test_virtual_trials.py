@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from labs.harness.filing.results import SEARCH, TWO_ENGINES
+from labs.harness.filing.computed import SEARCH, TWO_ENGINES
 from labs.harness.running import forecast
 from labs.harness.running.forecaster import ForecastError
 from labs.harness.running.step_timing import Steps

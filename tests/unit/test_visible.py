@@ -13,7 +13,8 @@ from rich.markup import escape
 
 from labs.harness.comparing import page, side_by_side
 from labs.harness.comparing.compare import compare_named
-from labs.harness.filing.results import RunFolder, write_json
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.telling import markdown, pages, report, terminal
 from labs.harness.telling.document import Code, Link, bullets, section, table
 from labs.harness.telling.summary import summarise

@@ -10,7 +10,7 @@ import pytest
 
 from labs import LABS
 from labs.harness.facts.quality import Quality, quality
-from labs.harness.filing.results import write_gzip
+from labs.harness.filing.writing import write_gzip
 from labs.harness.spec import Variant
 from labs.weight_quantization.facts import facts, outliers, phases
 from tests.unit.builders import make_lab, make_workload

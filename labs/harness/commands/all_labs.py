@@ -30,8 +30,9 @@ from labs.harness.commands.terminal import (
 from labs.harness.comparing import leaderboards
 from labs.harness.errors import did_you_mean
 from labs.harness.filing.archive import write_here
-from labs.harness.filing.bounded import DamagedError
-from labs.harness.filing.results import RESULTS, RunFolder, moment, read_json, write_json
+from labs.harness.filing.bounded import DamagedError, read_json
+from labs.harness.filing.results import RESULTS, RunFolder
+from labs.harness.filing.writing import moment, write_json
 from labs.harness.running.clock import Clock, TimeUsedUp
 from labs.harness.running.resolve import RunRequest
 from labs.harness.running.resume import CannotResume
@@ -143,9 +144,11 @@ class Sitting(BaseModel, extra="forbid"):
 
     def _finished(self, lab: str) -> int:
         """Count the trials and probes that a lab has on file."""
-        home = RESULTS / self.machine / lab
-        found = (home.glob(pattern) for pattern in ("*/trials/**/trial.json", "*/probes/*.gz"))
-        return sum(len(list(paths)) for paths in found)
+        count = 0
+        for run in (RESULTS / self.machine / lab).glob("*"):
+            with contextlib.suppress(DamagedError):  # of a run that cannot be read nothing is done
+                count += RunFolder(run).count()
+        return count
 
     def order(self, labs: Iterable[str]) -> list[str]:
         """Put labs that failed behind those that have not been tried or only ran out of time.

@@ -23,7 +23,10 @@ import requests
 from labs import LABS
 from labs.harness.commands import all_labs
 from labs.harness.commands.options import PORT
-from labs.harness.filing.results import LEAST_FREE_BYTES, RESULTS, MachineFile, read_json
+from labs.harness.filing.bounded import read_json
+from labs.harness.filing.recorded import MachineFile
+from labs.harness.filing.results import RESULTS
+from labs.harness.filing.writing import LEAST_FREE_BYTES
 from labs.harness.running import derived_models
 from labs.harness.running.resolve import (
     RunRequest,

@@ -33,16 +33,10 @@ from labs.harness.comparing.comparison import (
 from labs.harness.filing import manifest
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.checks import unreadable
+from labs.harness.filing.computed import Summary
 from labs.harness.filing.newest import newest_of
-from labs.harness.filing.results import (
-    Run,
-    RunFolder,
-    Summary,
-    fresh_knobs,
-    open_run,
-    readable,
-    runs_of,
-)
+from labs.harness.filing.recorded import Run, fresh_knobs
+from labs.harness.filing.results import RunFolder, open_run, readable, runs_of
 from labs.harness.judging.judge import (
     CONFIDENCE,
     Caveat,

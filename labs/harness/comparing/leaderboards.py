@@ -28,7 +28,8 @@ from labs.harness.filing import published_gpu as filed
 from labs.harness.filing.committed import committed_runs
 from labs.harness.filing.machine_names import legend, short_name
 from labs.harness.filing.newest import marks, newest_runs, on_cpu
-from labs.harness.filing.results import Run, RunFolder, Session
+from labs.harness.filing.recorded import Run, Session
+from labs.harness.filing.results import RunFolder
 from labs.harness.judging.judge import Judgement
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import (

@@ -5,10 +5,10 @@ the two intervals have nothing in common, and else *undecided*: what the repetit
 what the original says, or it is not valid. Where the original decided nothing there is nothing to
 reproduce.
 
-The result is written beside the repetition and its records, as reproduction.json and .md. It is
-also kept with the original, in `reproductions/`, packed: some kilobytes, by which a collection of
-results says for each run whether others measured the same. Who adds a remark there by hand unpacks
-the file (`xz -d`), and packs it again (`xz`).
+The result is told beside the repetition and its records, in reproduction.md. It is kept with the
+original, in `reproductions/`, packed: some kilobytes, by which a collection of results says for
+each run whether others measured the same. Who adds a remark there by hand unpacks the file
+(`xz -d`), and packs it again (`xz`).
 """
 
 from __future__ import annotations
@@ -29,16 +29,11 @@ from labs.harness.comparing.comparison import (
     VerdictPair,
 )
 from labs.harness.filing import manifest
-from labs.harness.filing.bounded import DamagedError
+from labs.harness.filing.bounded import DamagedError, read_json
 from labs.harness.filing.committed import tracked
 from labs.harness.filing.manifest import Fact
-from labs.harness.filing.results import (
-    RunFolder,
-    all_runs,
-    read_json,
-    write_json,
-    write_packed_json,
-)
+from labs.harness.filing.results import RunFolder, all_runs
+from labs.harness.filing.writing import write_packed_json
 from labs.harness.judging.judge import Judgement, VerdictKind, verdict_kind
 from labs.harness.judging.text import ONE_SITTING
 from labs.harness.telling import markdown
@@ -51,7 +46,7 @@ FILED, PACKED_JSON = "reproductions", ".json.xz"
 
 
 def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
-    """Compare a repetition with its original, and write reproduction.json and .md beside it.
+    """Compare a repetition with its original, and write reproduction.md beside it.
 
     Raises LabError where the two are not comparable.
     """
@@ -79,7 +74,6 @@ def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
             "likeliest_cause": likeliest_cause(comparison.verdicts, rows, comparison.differences),
         }
     )
-    write_json(new.path / "reproduction.json", result)
     page = section(f"The run as a whole: {result.outcome}", told(result, every_figure=True))
     whole.write(new.path / "reproduction.md", markdown.document(page))
     return result

@@ -6,7 +6,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from labs.harness.filing.results import Predictions, Run, RunFolder, Summary
+from labs.harness.filing.computed import Predictions, Summary
+from labs.harness.filing.recorded import Run
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.sampling import sampling_of
 from labs.harness.judging.judge import (
     Caveat,
     Effect,
@@ -144,7 +147,7 @@ class Context:
 
 
 def _sampling(context: Context) -> Sampling:
-    sampling = context.folder.sampling(context.points, context.lab)
+    sampling = sampling_of(context.folder, context.points, context.lab)
     return replace(sampling, influences=context.influences)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dashboards.palette import BLUE, BOUND, ORANGE
 from labs.harness.facts.steps import Parts
-from labs.harness.filing.results import Band
+from labs.harness.filing.computed import Band
 from labs.harness.judging.judge import ForecastAtPoint, Interval
 from labs.harness.judging.quantity import Quantity
 

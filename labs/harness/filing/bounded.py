@@ -14,13 +14,15 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
+from pydantic import BaseModel, ValidationError
 
 from labs.harness.spec import LabError
 from loadtests.records import values_at_most
 
+M = TypeVar("M", bound=BaseModel)
 MOST_JSON_BYTES = 16 * 2**20
 MOST_UNPACKED_BYTES = 256 * 2**20  # of one gzipped file
 MOST_LINES_BYTES = 2**30  # of a packed file that is read line by line: a run's requests
@@ -64,6 +66,26 @@ def parsed(path: Path) -> Any:
         return orjson.loads(unpacked_json(path))
     except orjson.JSONDecodeError as error:
         raise DamagedError(f"{path}: {error}") from error
+
+
+def read_json(path: Path, kind: type[M]) -> M:
+    """Read a model from JSON; raises DamagedError, which names the file and the field."""
+    return validated(path, unpacked_json(path) if path.suffix == ".xz" else text(path), kind)
+
+
+def validated(path: Path, content: str | bytes, kind: type[M]) -> M:
+    """Read a model from JSON that a file held; raises DamagedError as `read_json` does."""
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise DamagedError(f"{path}{first_error(error)}") from error
+
+
+def first_error(error: ValidationError) -> str:
+    """Say where a model's content is first wrong, and how, behind the name of what holds it."""
+    first = error.errors()[0]
+    place = f", {'.'.join(map(str, first['loc']))}" if first["loc"] else ""
+    return f"{place}: {first['msg']}"
 
 
 def lines(path: Path) -> Iterator[bytes]:
@@ -144,7 +166,7 @@ def _unpacked(path: Path, most_bytes: int) -> Iterator[bytes]:
     _require_regular(path, most_bytes)
     size = 0
     try:
-        for chunk in _xz_chunks(path) if path.suffix == ".xz" else _gzip_chunks(path):
+        for chunk in _gzip_chunks(path) if path.suffix == ".gz" else _xz_chunks(path):
             size += len(chunk)
             if size > most_bytes:
                 raise DamagedError(f"{path} unpacks to more than {most_bytes / 2**20:.0f} MiB")

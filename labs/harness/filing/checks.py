@@ -10,8 +10,8 @@ from pathlib import Path
 
 from labs.harness.filing import bounded
 from labs.harness.filing.bounded import DamagedError
+from labs.harness.filing.committed import tracked_names
 from labs.harness.filing.results import UNREADABLE, RunFolder, first_line, readable
-from labs.harness.filing.tracked import tracked_names
 from labs.harness.names import TrialName
 from labs.harness.spec import digest_of
 from serving.processes import masking

@@ -1,16 +1,33 @@
 """Tells which results git tracks: pages that are generated from results include no others.
 
-A reader's own runs lie in the same folders as the published ones; `git add` publishes a run.
+A reader's own runs lie in the same folders as the published ones; `git add` publishes a run. The
+folders that git is asked about may come from anybody.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder, all_runs
-from labs.harness.filing.tracked import tracked_names
+
+
+def tracked_names(folder: Path, *patterns: str) -> list[str]:
+    """Name the files below a folder that git tracks, relative to it; none without a repository.
+
+    A repository's own configuration may name programs that git starts: of those that listing files
+    would start, none is.
+    """
+    if shutil.which("git") is None or not folder.is_dir():
+        return []
+    harmless = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+    command = ["git", *harmless, "-C", str(folder), "ls-files", "-z", *patterns]
+    names = subprocess.run(command, capture_output=True, text=True).stdout.split("\0")
+    return [name for name in names if name]
 
 
 def tracked(paths: Iterable[Path], within: Path) -> list[Path]:

@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from labs import LABS
-from labs.harness.filing.results import Run, RunFolder, fresh_knobs
+from labs.harness.filing.recorded import Run, fresh_knobs
+from labs.harness.filing.results import RunFolder
 from labs.harness.spec import Lab, LabError
 
 NOTHING = "not recorded"

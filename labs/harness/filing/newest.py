@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from labs import LABS
 from labs.harness.filing.checks import unreadable
 from labs.harness.filing.committed import committed_runs
-from labs.harness.filing.results import Run, RunFolder, all_runs
+from labs.harness.filing.recorded import Run
+from labs.harness.filing.results import RunFolder, all_runs
 
 
 def newest_runs(quick: bool = False, committed: bool = False) -> list[RunFolder]:

@@ -27,8 +27,9 @@ from typing import Any
 
 import orjson
 
-from labs.harness.filing import bounded, quality_columns
+from labs.harness.filing import bounded, engine_series, quality_columns
 from labs.harness.filing.bounded import DamagedError
+from labs.harness.filing.recorded import TrialResult
 from loadtests import records
 from loadtests.records import RequestRecord
 from serving.hardware.telemetry import Sample
@@ -50,48 +51,44 @@ AS_RECORDED = (
 Columns = dict[str, Any]
 
 
-class Kept:
-    """Keeps the records of trials for whoever asks next; the oldest go where they are too many."""
+class KeptRecords:
+    """Keeps the records of trials for whoever asks next; all go where there are too many."""
 
     def __init__(self) -> None:
         self._of: dict[object, list[RequestRecord]] = {}
         self._chunks = 0
-
-    def get(self, trial: object) -> list[RequestRecord] | None:
-        """Return the records of a trial; None where they are not kept."""
-        return self._of.get(trial)
+        self.get = self._of.get
 
     def put(self, trial: object, found: list[RequestRecord]) -> None:
         """Keep the records of a trial."""
+        chunks = sum(len(record.chunks) for record in found)
+        if self._chunks + chunks > MOST_KEPT_CHUNKS:
+            self._of.clear()
+            self._chunks = 0
         self._of[trial] = found
-        self._chunks += _chunks(found)
-        while self._chunks > MOST_KEPT_CHUNKS and len(self._of) > 1:
-            self._chunks -= _chunks(self._of.pop(next(iter(self._of))))
-
-
-def _chunks(found: Sequence[RequestRecord]) -> int:
-    return sum(len(record.chunks) for record in found)
+        self._chunks += chunks
 
 
 class PackedRun:
-    """Reads the packed files of one run; each is parsed once, but for records that are too many."""
+    """Reads the packed files of one run; each is parsed once, but for records that are too many.
+
+    Trials are named `variant/workload/load/repeat`, probes `<probe>-<variant>`. What cannot be read
+    raises DamagedError. `lasting.LastingRun` reads the same of a run that is not packed.
+    """
 
     def __init__(self, home: Path) -> None:
         self._home = home
-        self._kept = Kept()
+        self.predictions_file, self.summary_file = home / PREDICTIONS, home / SUMMARY
+        self._kept = KeptRecords()
         self._stream = self._trials_records()
 
-    @functools.cached_property
-    def trials(self) -> dict[str, bytes]:
-        """Map each trial to its own line. Raises DamagedError."""
-        lines = {}
-        for line in bounded.lines(self._home / TRIALS):
-            about = self._parsed(TRIALS, line)
-            lines[f"{about.get('point')}/{about.get('repeat')}"] = line
-        return lines
+    def trial_result(self, trial: str) -> TrialResult | None:
+        """Return what is known of a trial beside its requests; None where it did not end."""
+        line = self._trials.get(trial)
+        return None if line is None else bounded.validated(self._home / TRIALS, line, TrialResult)
 
     def records(self, trial: str) -> list[RequestRecord]:
-        """Read the records of a trial. Raises DamagedError where there are none."""
+        """Return the records of a trial's requests; an error where there are none."""
         if (kept := self._kept.get(trial)) is not None:
             return kept
         for _ in range(2):
@@ -102,15 +99,9 @@ class PackedRun:
             self._stream = self._trials_records()  # it may have been passed over
         raise DamagedError(f"{self._home / REQUESTS} has no requests of {trial}")
 
-    def has_records(self, trial: str) -> bool:
-        """Whether the file has requests of a trial. Raises DamagedError."""
-        if self._kept.get(trial) is not None:
-            return True
-        return trial in self._names
-
-    def series(self, trial: str) -> list[Columns]:
+    def series(self, trial: str) -> list[engine_series.Kept]:
         """Return what was kept of the engine in a trial; [] where nothing was."""
-        return self._by_trial(SERIES).get(trial, [])
+        return engine_series.of_plain(self._series.get(trial, []), self._home / SERIES)
 
     def telemetry(self, trial: str) -> list[Sample]:
         """Return what was sampled of the hardware in a trial; [] where nothing was."""
@@ -118,20 +109,43 @@ class PackedRun:
         try:
             return [
                 Sample(**dict(zip(names, row, strict=True)))
-                for columns in self._by_trial(TELEMETRY).get(trial, [])
+                for columns in self._telemetry.get(trial, [])
                 for row in zip(*(columns[name] for name in names), strict=True)
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedError(f"{self._home / TELEMETRY}, {trial}: {error!r}") from error
 
-    @functools.cached_property
-    def _names(self) -> set[str]:
-        """Name the trials that have requests."""
-        return {str(self._parsed(REQUESTS, line).get("trial")) for line in self._lines(REQUESTS)}
+    def probe(self, name: str) -> Any:
+        """Return what a probe found; None where it was not made."""
+        return self.probes().get(name)
+
+    def probes(self) -> dict[str, Any]:
+        """Return what each probe found, by its name."""
+        return dict(self._probes)
+
+    def count(self) -> int:
+        """Count the trials and probes on file."""
+        return len(self._trials) + sum(1 for _ in self._lines(PROBES))
 
     @functools.cached_property
-    def probes(self) -> dict[str, Any]:
-        """Map a probe with its variant to what it found. Raises DamagedError."""
+    def _trials(self) -> dict[str, bytes]:
+        """Map each trial to its own line."""
+        lines = {}
+        for line in bounded.lines(self._home / TRIALS):
+            about = self._parsed(TRIALS, line)
+            lines[f"{about.get('point')}/{about.get('repeat')}"] = line
+        return lines
+
+    @functools.cached_property
+    def _series(self) -> dict[str, list[Columns]]:
+        return self._by_trial(SERIES)
+
+    @functools.cached_property
+    def _telemetry(self) -> dict[str, list[Columns]]:
+        return self._by_trial(TELEMETRY)
+
+    @functools.cached_property
+    def _probes(self) -> dict[str, Any]:
         parsed = [self._parsed(PROBES, line) for line in self._lines(PROBES)]
         try:
             found = {line["probe"]: line["result"] for line in parsed}
@@ -154,16 +168,11 @@ class PackedRun:
         return parsed
 
     def _by_trial(self, name: str) -> dict[str, list[Columns]]:
-        found: dict[str, list[Columns]] = self._parsed_files.setdefault(name, {})
-        if not found:
-            for line in self._lines(name):
-                parsed = self._parsed(name, line)
-                found.setdefault(str(parsed.pop("trial", "")), []).append(parsed)
+        found: dict[str, list[Columns]] = {}
+        for line in self._lines(name):
+            parsed = self._parsed(name, line)
+            found.setdefault(str(parsed.pop("trial", "")), []).append(parsed)
         return found
-
-    @functools.cached_property
-    def _parsed_files(self) -> dict[str, dict[str, list[Columns]]]:
-        return {}
 
     def _trials_records(self) -> Iterator[tuple[str, list[RequestRecord]]]:
         """Yield trial by trial, as they lie in the file."""

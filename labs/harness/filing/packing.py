@@ -5,13 +5,21 @@ has COMPLETE, its files are packed (`filing.packed` names them). The last to app
 the disk, is `trials.jsonl.xz`: with it the run is packed, and only then do the trials' folders go.
 So a run that was killed in between is read as well as before or after, and packing it again ends
 what was begun. The same run gives the same bytes.
+
+Each file is read back before it counts, and the requests of a trial have to come out of their
+columns as they went in, to a microsecond: else the run stays as it was. Of two commands that pack
+one run at once, the second waits. What the lab computed (predictions, the summary) and what was
+recorded of a trial beside its requests keeps nine significant digits, and a microsecond at least.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import itertools
 import lzma
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -21,7 +29,9 @@ from typing import Any
 import orjson
 from pydantic import BaseModel
 
-from labs.harness.filing import packed, quality_columns
+from labs.harness.filing import bounded, packed, quality_columns
+from labs.harness.filing.bounded import DamagedError
+from labs.harness.filing.computed import Summary
 from labs.harness.filing.packed import (
     PREDICTIONS,
     PROBES,
@@ -32,11 +42,14 @@ from labs.harness.filing.packed import (
     TELEMETRY,
     TRIALS,
 )
-from labs.harness.filing.results import RunFolder, Summary, TrialResult, write_json
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.names import TrialName
 from serving import whole
 
-PRESET = 6
+# for text: no alignment of bytes (pb), and a dictionary that a reader has memory for
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME, "pb": 0, "lc": 2}]
+DIGITS, LEAST_DECIMALS = 9, 6
 Line = dict[str, Any]
 
 
@@ -45,14 +58,26 @@ def pack(folder: RunFolder) -> bool:
     if not folder.complete:
         return False
     home = folder.path
-    begun = (home / TRIALS).exists()
-    if not begun:
-        _write_all(folder)
-    left = [home / name for name in ("trials", "probes", "predictions.json", "summary.json")]
-    removed = [path for path in left if path.exists()]
-    for path in removed:
-        _remove(path)
-    return bool(removed) or not begun
+    with _alone(home):
+        begun = folder.is_packed
+        if not begun:
+            _write_all(folder)
+        files = [home / name for name in ("predictions.json", "summary.json")]
+        left = [path for path in (home / "trials", home / "probes", *files) if path.exists()]
+        for path in left:
+            path.unlink() if path in files else shutil.rmtree(path)
+    return bool(left) or not begun
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Wait until no other process packs this run, and keep others from it."""
+    handle = os.open(home, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_summary(folder: RunFolder, summary: Summary) -> None:
@@ -64,7 +89,24 @@ def write_summary(folder: RunFolder, summary: Summary) -> None:
 
 
 def _write_json(path: Path, model: BaseModel) -> None:
-    _write(path, [model.model_dump(mode="json")])
+    _write(path, [rounded(model.model_dump(mode="json"))])
+
+
+def rounded(value: Any) -> Any:
+    """Round every float in plain data to what is kept of it.
+
+    One that would become short, as 0.44749999999999995 would 0.4475, stays as it is: a page that
+    shows fewer digits would round it to the other side.
+    """
+    if isinstance(value, dict):
+        return {name: rounded(of) for name, of in value.items()}
+    if isinstance(value, list):
+        return [rounded(of) for of in value]
+    if isinstance(value, float) and value and math.isfinite(value):
+        before_point = math.floor(math.log10(abs(value))) + 1
+        shorter = round(value, max(LEAST_DECIMALS, DIGITS - before_point))
+        return value if len(repr(shorter)) < DIGITS - 1 else shorter
+    return value
 
 
 def _write_all(folder: RunFolder) -> None:
@@ -72,6 +114,7 @@ def _write_all(folder: RunFolder) -> None:
     run, home = folder.run(), folder.path
     lab = run.rebuilt_lab()
     results = folder.trial_results(run.points(), lab)
+    trials = [TrialName(result.point, result.repeat) for result in results]
     _write_json(home / PREDICTIONS, folder.predictions())
     _write_json(home / SUMMARY, folder.summary())
     probes = folder.probe_results()
@@ -80,10 +123,24 @@ def _write_all(folder: RunFolder) -> None:
     if scored and (columns := quality_columns.take(probes, scored)):
         _write(home / QUALITY, [columns])
     _write(home / PROBES, ({"probe": name, "result": of} for name, of in probes.items()))
-    _write(home / REQUESTS, _requests(folder, results))
-    _write(home / SERIES, _series(folder, results))
-    _write(home / TELEMETRY, _telemetry(folder, results))
-    _write(home / TRIALS, (result.model_dump(mode="json") for result in results))
+    _write(home / REQUESTS, (line for trial in trials for line in _requests(folder, trial)))
+    _write(
+        home / SERIES,
+        (
+            {"trial": str(trial), **kept.model_dump()}
+            for trial in trials
+            for kept in folder.series(trial.point, trial.repeat)
+        ),
+    )
+    _write(
+        home / TELEMETRY,
+        (
+            {"trial": str(trial), **packed.sample_columns(samples)}
+            for trial in trials
+            if (samples := folder.telemetry(trial.point, trial.repeat))
+        ),
+    )
+    _write(home / TRIALS, (rounded(result.model_dump(mode="json")) for result in results))
 
 
 def _place(probe: str, variants: list[str]) -> int:
@@ -92,27 +149,24 @@ def _place(probe: str, variants: list[str]) -> int:
     return variants.index(max(matching, key=len)) if matching else len(variants)
 
 
-def _requests(folder: RunFolder, results: Iterable[TrialResult]) -> Iterator[Line]:
-    for result in results:
-        if folder.has_records(result.point, result.repeat):
-            for block in packed.blocks(folder.records(result.point, result.repeat)):
-                yield {"trial": _name(result), **packed.to_columns(block)}
+def _requests(folder: RunFolder, trial: TrialName) -> Iterator[Line]:
+    for block in packed.blocks(folder.records(trial.point, trial.repeat)):
+        columns = packed.to_columns(block)
+        again = packed.of_columns(columns)
+        if not _alike([record.fields for record in block], [record.fields for record in again]):
+            raise DamagedError(f"{folder.path}: {trial} cannot be put into columns")
+        yield {"trial": str(trial), **columns}
 
 
-def _series(folder: RunFolder, results: Iterable[TrialResult]) -> Iterator[Line]:
-    for result in results:
-        for kept in folder.series(result.point, result.repeat):
-            yield {"trial": _name(result), **kept.model_dump()}
-
-
-def _telemetry(folder: RunFolder, results: Iterable[TrialResult]) -> Iterator[Line]:
-    for result in results:
-        if samples := folder.telemetry(result.point, result.repeat):
-            yield {"trial": _name(result), **packed.sample_columns(samples)}
-
-
-def _name(result: TrialResult) -> str:
-    return str(TrialName(result.point, result.repeat))
+def _alike(value: Any, again: Any) -> bool:
+    """Compare plain data; times may differ by less than a microsecond."""
+    if isinstance(value, dict):
+        return value.keys() == again.keys() and all(_alike(of, again[n]) for n, of in value.items())
+    if isinstance(value, list | tuple):
+        return len(value) == len(again) and all(map(_alike, value, again))
+    if isinstance(value, float) and isinstance(again, float):
+        return abs(value - again) < 1e-6
+    return bool(value == again)
 
 
 def _write(path: Path, lines: Iterable[Line]) -> None:
@@ -122,11 +176,19 @@ def _write(path: Path, lines: Iterable[Line]) -> None:
     if first is None:
         path.unlink(missing_ok=True)  # of a packing that was killed
         return
+    written = hashlib.sha256()
     with whole.file(path) as half:
-        with half.open("wb") as raw, lzma.LZMAFile(raw, "wb", preset=PRESET) as file:
+        with half.open("wb") as raw, lzma.LZMAFile(raw, "wb", filters=FILTERS) as file:
             for line in itertools.chain([first], remaining):
-                file.write(orjson.dumps(line, option=orjson.OPT_NON_STR_KEYS) + b"\n")
+                text = orjson.dumps(line, option=orjson.OPT_NON_STR_KEYS) + b"\n"
+                written.update(text)
+                file.write(text)
         _sync(half)
+        read_back = hashlib.sha256()
+        for text in bounded.lines(half):
+            read_back.update(text + b"\n")
+        if read_back.digest() != written.digest():
+            raise DamagedError(f"{path} reads back otherwise than it was written")
     _sync(path.parent)
 
 
@@ -138,10 +200,3 @@ def _sync(path: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

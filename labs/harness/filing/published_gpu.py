@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, Field, TypeAdapter
 
 from labs.harness.filing import results
-from labs.harness.filing.results import Band
+from labs.harness.filing.computed import Band
 from serving import whole
 from serving.engines.flags import FlagValue
 

@@ -1,9 +1,11 @@
 """Puts the logprobs of a run's quality probes into columns, and restores the probes from them.
 
 Every variant of a run scores the same texts, and figures compare two of them over the tokens that
-both know. So a position's token ids stand there once for all: those that the first variant, the
-base, knows, the likeliest first, then others that two variants or more know. What a single other
-variant knows enters no figure and is left out, except the token that it finds likeliest.
+both know. So a position's tokens stand there once for all: those that the first variant, the base,
+knows, the likeliest first, then others that two variants or more know. What a single other variant
+knows enters no figure and is left out, except the token that it finds likeliest. Figures ask which
+token is the text's own, and which each variant finds likeliest: these have their ids, and of the
+others, which are half of such a file, it is enough that they are told apart.
 
 A logprob is kept as how far it lies below the likeliest of its position, in whole steps of
 2**-`grid` nat: of a base from one id to the next, of another variant by its difference to the
@@ -18,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 DECIMALS = 5  # of an engine's logprobs
+UNNAMED = 1 << 31  # above every token's id: these and the following stand for ids that are not kept
 GRIDS = range(3, 12)
 AS_RECORDED = 2.1 * 10**-DECIMALS  # two rounded logprobs may differ by so much from their step
 Known = Mapping[int, float]
@@ -79,7 +82,7 @@ def _columns(token_ids: Sequence[int], evaluations: Sequence[Sequence[Known]]) -
         ids = list(dict.fromkeys([*by_rank, token, *firsts, *shared]))
         grid = _grid(known, tops, ids)
         columns["grid"].append(grid)
-        columns["ids"].append(ids)
+        columns["ids"].append([i if i in (token, *firsts) else None for i in ids])
         steps = [
             [round((top - of[i]) * _steps_a_nat(grid)) if i in of else None for i in ids]
             for of, top in zip(known, tops, strict=True)
@@ -134,8 +137,10 @@ def _restored(passage: Mapping[str, Any], number: int) -> list[dict[str, float]]
         top = passage["likeliest"][number][place]
         positions.append(
             {
-                str(i): round(top - step / _steps_a_nat(grid), DECIMALS)
-                for i, step in zip(ids, steps, strict=True)
+                str(UNNAMED + rank if i is None else i): round(
+                    top - step / _steps_a_nat(grid), DECIMALS
+                )
+                for rank, (i, step) in enumerate(zip(ids, steps, strict=True))
                 if step is not None
             }
         )

@@ -69,7 +69,7 @@ class Statistic:
 class Metric:
     """A trial-level metric and where a reader meets it."""
 
-    name: str  # its key in summary.json, in lab files, and as a label in Prometheus
+    name: str  # its key in summaries, in lab files, and as a label in Prometheus
     title: str
     unit: Unit
     better: Literal["higher", "lower"]

@@ -12,7 +12,8 @@ import time
 import orjson
 from pydantic import ValidationError
 
-from labs.harness.filing.results import RunFolder, write_gzip
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_gzip
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.resolve import Setup
 from labs.harness.running.side_process import ask

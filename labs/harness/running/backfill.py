@@ -11,10 +11,13 @@ loading twice changes nothing and a run that lost its Prometheus half-way is mad
 from __future__ import annotations
 
 import math
+import pickle
+import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import requests
 from prometheus_client import CollectorRegistry, Gauge
@@ -24,7 +27,8 @@ from dashboards import prometheus, series
 from dashboards.prometheus import Prometheus, PrometheusError
 from labs.harness.filing import engine_series
 from labs.harness.filing.bounded import DamagedError
-from labs.harness.filing.results import Run, RunFolder, readable
+from labs.harness.filing.recorded import Run
+from labs.harness.filing.results import RunFolder, readable
 from labs.harness.judging.judge import Interval
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import claim_outcome, counted, outcome_text
@@ -86,11 +90,11 @@ def load(folders: Sequence[RunFolder], report: Callable[[RunFolder, str], None])
             loads = _loads(folders, own_prometheus, report, damaged)
         if watch and watch.own:  # it reads new blocks when it starts
             prometheus.unwatch()
-        for folder, since, figures in loads:
+        for folder, trials, since, figures in loads:
             try:
                 with readable(folder):
                     if since or figures:
-                        prometheus.load(_all(folder, since, figures))
+                        prometheus.load(_all(folder, trials, since, figures))
             except DamagedError as error:
                 damaged.append(folder)
                 report(folder, f"left out: {error}")
@@ -112,18 +116,18 @@ def _loads(
     own_prometheus: Prometheus,
     report: Callable[[RunFolder, str], None],
     damaged: list[RunFolder],
-) -> list[tuple[RunFolder, _Since, bool]]:
+) -> list[tuple[RunFolder, list[_Played], _Since, bool]]:
     """List what Prometheus lacks of each run, without records: runs may be many.
 
     A run that cannot be read is reported, and added to those that are damaged. Raises LabError.
     """
-    loads: list[tuple[RunFolder, _Since, bool]] = []
+    loads: list[tuple[RunFolder, list[_Played], _Since, bool]] = []
     for folder in folders:
         try:
             with readable(folder):
                 trials = _trials(folder)
             if trials:
-                loads.append((folder, *_missing(folder, trials, own_prometheus)))
+                loads.append((folder, trials, *_missing(folder, trials, own_prometheus)))
             else:
                 report(folder, "left out, as none of its trials has finished")
         except requests.RequestException as error:  # not "no samples"
@@ -136,8 +140,8 @@ def _loads(
 
 def load_figures(folder: RunFolder) -> None:
     """Add the figures of a run that Prometheus has just followed; none where every trial failed."""
-    if _trials(folder):
-        prometheus.load(_figures(folder))
+    if trials := _trials(folder):
+        prometheus.load(_figures(folder, _end_unix_s(trials)))
 
 
 _Since = dict[tuple[str, int], float]
@@ -205,23 +209,49 @@ def _end_unix_s(trials: Sequence[_Played]) -> float:
     return max(t.end_unix_s for t in trials)
 
 
-def _all(folder: RunFolder, since: _Since, figures: bool) -> Iterator[str]:
-    yield from _client(folder, since)
+def _all(
+    folder: RunFolder, trials: Sequence[_Played], since: _Since, figures: bool
+) -> Iterator[str]:
+    with tempfile.TemporaryFile() as spool:
+        places = _spool(folder, since, spool)
+        yield from _client(folder, [t for t in trials if t.name in since], since, spool, places)
     if figures:
-        yield from _figures(folder)
+        yield from _figures(folder, _end_unix_s(trials))
 
 
-def _client(folder: RunFolder, since: _Since) -> Iterator[str]:
+def _spool(folder: RunFolder, since: _Since, spool: IO[bytes]) -> dict[tuple[str, int], int]:
+    """Copy the records of these trials to where each can be sought; return its place there.
+
+    They are wanted in the order of play. A packed run has them in another, in which it is read once
+    here: for one that lies before the last, it would be read from the beginning.
+    """
+    places = {}
+    run = folder.run()
+    for point, result, trial in folder.trials(run.points(), run.rebuilt_lab()):
+        if trial and (point.key, result.repeat) in since:
+            places[point.key, result.repeat] = spool.tell()
+            pickle.dump(trial.records, spool)
+        del trial  # before the next one is read
+    return places
+
+
+def _client(
+    folder: RunFolder,
+    trials: Sequence[_Played],
+    since: _Since,
+    spool: IO[bytes],
+    places: Mapping[tuple[str, int], int],
+) -> Iterator[str]:
     """Write what the exporter would have shown at every second of these trials."""
     lab = folder.run().rebuilt_lab()
     by_variant: dict[str, Exporter] = {}  # only the variant under load has samples
-    for trial in _trials(folder):
-        if (since_s := since.get(trial.name)) is None:
-            continue
+    for trial in trials:
+        since_s = since[trial.name]
         point, start = trial.point, trial.start_unix_s
         client = by_variant.setdefault(point.variant.name, Exporter())
         client.begin(_plan(lab, folder.path.name, trial))
-        found = folder.records(point.key, trial.repeat)
+        spool.seek(places[trial.name])
+        found: list[RequestRecord] = pickle.load(spool)
         trial_records = sorted(
             (r for r in found if r.over_s > since_s or not since_s),
             key=lambda record: record.over_s,
@@ -283,12 +313,11 @@ def _scrape(registry: CollectorRegistry, at_unix_s: float) -> Iterator[str]:
             yield f"{line} {at_unix_s:.3f}"
 
 
-def _figures(folder: RunFolder) -> Iterator[str]:
+def _figures(folder: RunFolder, ended: float) -> Iterator[str]:
     run, summary = folder.run(), folder.summary()
     registry = CollectorRegistry()
     gauges = {name: Gauge(name, name, labels, registry=registry)
               for name, labels in _LABELS.items()}  # fmt: skip
-    ended = _end_unix_s(_trials(folder))
     run_labels = {"lab": run.lab["name"], "run_id": folder.path.name, "machine": run.machine.slug}
 
     def put(name: str, value: float | None, **labels: str) -> None:

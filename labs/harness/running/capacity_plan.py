@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from labs.harness import theory
-from labs.harness.filing.results import Band
+from labs.harness.filing.computed import Band
 from labs.harness.running.forecaster import Forecaster, side_by_side
 from labs.harness.running.loads_played import forecast_loads, processes
 from labs.harness.running.machines_on_file import DEFAULT_BUDGET_TOKENS, MachineOnFile

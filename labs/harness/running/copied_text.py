@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from labs.harness.filing.results import Band
+from labs.harness.filing.computed import Band
 from labs.harness.running.forecaster import Forecaster
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.resolve import Setup

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from dashboards.prometheus import Prometheus
-from labs.harness.filing.results import Agreement
+from labs.harness.filing.recorded import Agreement
 from loadtests.records import RequestRecord
 from serving import metrics
 from serving.engines.base import Server

@@ -14,13 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel, PositiveFloat, field_validator
 
-from labs.harness.filing.bounded import DamagedError
-from labs.harness.filing.results import (
-    read_json,
-    snapshot_from_json,
-    snapshot_json,
-    write_json,
-)
+from labs.harness.filing.bounded import DamagedError, read_json
+from labs.harness.filing.recorded import snapshot_from_json, snapshot_json
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.diagnosis import Reading
 from labs.harness.spec import LabError
 from serving import metrics

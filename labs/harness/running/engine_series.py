@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dashboards import series
 from dashboards.prometheus import Prometheus
 from labs.harness.filing.engine_series import FILE, LABELS, Kept
-from labs.harness.filing.results import RunFolder, write_gzip
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_gzip
 from labs.harness.spec import Lab, Point
 
 A_SCRAPE_S = 1.0  # the last one may come so much later than what it shows

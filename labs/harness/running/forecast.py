@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from labs.harness.facts.parts import parts_of
-from labs.harness.filing.results import (
+from labs.harness.filing.computed import (
     SEARCH,
     TWO_ENGINES,
     Band,

@@ -18,14 +18,10 @@ import requests
 
 from dashboards import live
 from dashboards.prometheus import Prometheus
-from labs.harness.filing.results import (
-    RESULTS,
-    Residency,
-    RunFolder,
-    Undecided,
-    write_gzip,
-    write_json,
-)
+from labs.harness.filing.recorded import Residency, Undecided
+from labs.harness.filing.results import RESULTS, RunFolder
+from labs.harness.filing.sampling import starts_on_file
+from labs.harness.filing.writing import write_gzip, write_json
 from labs.harness.judging.idle_neighbours import PROOF_S, STEPS, slowdown
 from labs.harness.judging.judge import may_be_decided
 from labs.harness.running.counts import Counts
@@ -373,7 +369,7 @@ def open_harness(
         load = LoadGenerator(setup, exporter_port, log)
         exits.callback(load.stop)
         reference = _reference(setup, folder, progress, exits)
-        on_file = folder.starts_on_file(setup.points, setup.lab)
+        on_file = starts_on_file(folder, setup.points, setup.lab)
         engines = Engines(setup, logs, prometheus, labels, progress, on_file)
         exits.callback(engines.unload)
         counts = Counts(folder.path.name, exporter_port)

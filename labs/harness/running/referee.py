@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
+from labs.harness.filing.computed import Band
 from labs.harness.filing.published_gpu import FIGURES, Judged, PublishedRun, Stage
-from labs.harness.filing.results import Band
 from labs.harness.running.forecaster import Forecaster, play_all
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.virtual_trials import as_one_gpu, records

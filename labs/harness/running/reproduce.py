@@ -14,7 +14,7 @@ from pathlib import Path
 from labs import LABS
 from labs.harness.filing import manifest
 from labs.harness.filing.manifest import Fact
-from labs.harness.filing.results import Run, lab_from_resolved
+from labs.harness.filing.recorded import Run, lab_from_resolved
 from labs.harness.running.resolve import RunRequest, engine_environment, model_for, require_harmless
 from labs.harness.spec import Lab, LabError
 from serving.hardware import machine as machines

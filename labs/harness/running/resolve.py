@@ -10,7 +10,10 @@ from typing import Any
 
 from labs.harness.errors import did_you_mean
 from labs.harness.facts.parts import findings_of
-from labs.harness.filing.results import RESULTS, MachineFile, read_json, require_room, write_json
+from labs.harness.filing.bounded import read_json
+from labs.harness.filing.recorded import MachineFile
+from labs.harness.filing.results import RESULTS
+from labs.harness.filing.writing import require_room, write_json
 from labs.harness.judging.metrics import trial_metrics
 from labs.harness.judging.text import ADMISSION_BY_CLIENT, ceilings_text
 from labs.harness.running import derived_models, machines_on_file

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from labs.harness.filing import manifest
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.manifest import Fact
-from labs.harness.filing.results import RESULTS, Run, RunFolder
+from labs.harness.filing.recorded import Run
+from labs.harness.filing.results import RESULTS, RunFolder
 from labs.harness.spec import LabError
 
 # A file that is only added to git changes this; the commit and the settings are compared.

@@ -15,15 +15,11 @@ from pathlib import Path
 from dashboards import live
 from dashboards.prometheus import PrometheusError
 from labs.harness.filing import packing
-from labs.harness.filing.results import (
-    PointForecasts,
-    Predictions,
-    Run,
-    RunFolder,
-    Session,
-    run_id,
-    write_json,
-)
+from labs.harness.filing.computed import PointForecasts, Predictions
+from labs.harness.filing.recorded import Run, Session
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.sampling import played_s, took_turns
+from labs.harness.filing.writing import run_id, write_json
 from labs.harness.judging.checks.expected import Served
 from labs.harness.names import PairName
 from labs.harness.running import backfill, engine_series
@@ -140,8 +136,8 @@ def _measure(
     `began` is the run's start on the monotonic clock. Raises EngineError where no engine starts.
     """
     lab = setup.lab
-    groups = resident_groups(setup, folder.took_turns(setup.points, lab))
-    until = time.monotonic() + lab.most_s - folder.played_s(setup.points, lab)
+    groups = resident_groups(setup, took_turns(folder, setup.points, lab))
+    until = time.monotonic() + lab.most_s - played_s(folder, setup.points, lab)
     setup.clock.preparations_s.append(round(time.monotonic() - began, 1))
     with open_harness(setup, folder, work, progress, groups) as harness:
         trips = harness.play_lab()

@@ -16,14 +16,10 @@ from statistics import fmean
 import psutil
 import requests
 
-from labs.harness.filing.results import (
-    FULL,
-    Discarded,
-    RunFolder,
-    TrialResult,
-    snapshot_json,
-    write_json,
-)
+from labs.harness.filing.recorded import Discarded, TrialResult, snapshot_json
+from labs.harness.filing.results import FULL, RunFolder
+from labs.harness.filing.sampling import transports_s
+from labs.harness.filing.writing import write_json
 from labs.harness.judging.checks.expected import Expected
 from labs.harness.judging.measure import (
     OtherWork,
@@ -354,7 +350,7 @@ class Trials:
     @cached_property
     def _transports_s(self) -> dict[str, dict[tuple[str, int], float]]:
         """How long transport took by the rule of the report: on file, from where a run goes on."""
-        return self._folder.transports_s(self._setup.points, self._setup.lab, self._expected)
+        return transports_s(self._folder, self._setup.points, self._setup.lab, self._expected)
 
     def _disturbed(self, played: Sequence[Played]) -> dict[str, Discarded]:
         """Say by point what disturbed an attempt, so that it is to be measured again.

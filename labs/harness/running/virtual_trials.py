@@ -12,7 +12,7 @@ from statistics import fmean, geometric_mean, stdev
 import scipy
 
 from labs.harness.facts.parts import Pair, ReportParts, parts_of
-from labs.harness.filing.results import Band, OnTwoEngines
+from labs.harness.filing.computed import Band, OnTwoEngines
 from labs.harness.judging import dose
 from labs.harness.judging.measure import Trial, grows
 from labs.harness.judging.metrics import METRICS, measure

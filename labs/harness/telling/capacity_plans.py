@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from labs.harness.filing.results import Band
+from labs.harness.filing.computed import Band
 from labs.harness.judging.text import counted, number
 from labs.harness.spec import SLO
 from labs.harness.telling.document import Inline, Table, table

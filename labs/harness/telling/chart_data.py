@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from dashboards.palette import BOUND, VARIANTS
-from labs.harness.filing.results import Run, RunFolder, Summary, TrialResult
+from labs.harness.filing.computed import Summary
+from labs.harness.filing.recorded import Run, TrialResult
+from labs.harness.filing.results import RunFolder
 from labs.harness.judging.judge import Interval, borne_out_between
 from labs.harness.judging.measure import Trial
 from labs.harness.judging.metrics import METRICS, Metric, by_repeat, columns, shown_first

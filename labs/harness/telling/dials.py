@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from labs.harness.filing.computed import Summary
 from labs.harness.filing.newest import marks
-from labs.harness.filing.results import UNREADABLE, Run, Summary
+from labs.harness.filing.recorded import Run
+from labs.harness.filing.results import UNREADABLE
 from labs.harness.judging.judge import Interval
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import ceilings_text

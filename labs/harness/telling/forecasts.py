@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labs.harness.filing.results import Band, PointForecasts, Predictions
+from labs.harness.filing.computed import Band, PointForecasts, Predictions
 from labs.harness.judging.text import number, point_label
 from labs.harness.spec import Lab
 from labs.harness.telling import tables

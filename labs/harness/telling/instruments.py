@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from labs.harness.filing import results
+from labs.harness.filing.bounded import read_json
 from labs.harness.filing.committed import tracked
 from labs.harness.judging.judge import Interval
 from labs.harness.judging.text import number, value_with_interval
@@ -116,7 +117,7 @@ def keep(machine: Machine, name: str, part: Part) -> Path:
 def published_benches() -> list[Bench]:
     """Read what was published of every machine, GPUs first; raises DamagedError."""
     paths = tracked(sorted(results.RESULTS.glob(f"*/{FILE}")), results.RESULTS)
-    benches = [results.read_json(path, Bench) for path in paths]
+    benches = [read_json(path, Bench) for path in paths]
     return sorted(benches, key=lambda bench: bench.machine.kind == "cpu")
 
 

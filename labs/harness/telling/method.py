@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from labs.harness.filing.results import Residency, Run, Session, Summary
+from labs.harness.filing.computed import Summary
+from labs.harness.filing.recorded import Residency, Run, Session
 from labs.harness.judging.idle_neighbours import times_as_long
 from labs.harness.judging.judge import (
     CONFIDENCE,

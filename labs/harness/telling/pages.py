@@ -21,7 +21,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from labs import LABS
-from labs.harness.filing.results import Run, RunFolder
+from labs.harness.filing.recorded import Run
+from labs.harness.filing.results import RunFolder
 from labs.harness.telling import chart_data, html, report
 from labs.harness.telling.document import Figure, parts, plain_text
 from labs.harness.telling.visible import visible, visible_data

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from labs.harness import theory
-from labs.harness.filing.results import Run
+from labs.harness.filing.recorded import Run
 from labs.harness.judging.text import number
 from labs.harness.telling.dials import Hardware, cards, shipped_shape
 from labs.harness.telling.document import Table, table

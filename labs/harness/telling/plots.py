@@ -30,7 +30,8 @@ from labs.harness.facts.drawing import (
 )
 from labs.harness.facts.parts import OwnPlot, kept, own_plots
 from labs.harness.facts.sweep import concurrency_sweep
-from labs.harness.filing.results import RunFolder, Summary
+from labs.harness.filing.computed import Summary
+from labs.harness.filing.results import RunFolder
 from labs.harness.judging.judge import Interval, borne_out_between
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import point_label

@@ -1,6 +1,6 @@
 """The report of a run: what `report.md` and `digest.md` name, taken from the files of the run.
 
-No figure is computed here: numbers come from summary.json.
+No figure is computed here: numbers come from the run's summary.
 """
 
 from __future__ import annotations
@@ -16,18 +16,10 @@ from typing import Any
 from labs import LABS
 from labs.harness.facts.parts import published_of
 from labs.harness.facts.published import Part
+from labs.harness.filing.computed import AT, PointForecasts, Predictions, Summary
 from labs.harness.filing.manifest import is_stale
-from labs.harness.filing.results import (
-    AT,
-    PointForecasts,
-    Predictions,
-    Residency,
-    Run,
-    RunFolder,
-    Session,
-    Summary,
-    measured_elsewhere,
-)
+from labs.harness.filing.recorded import Residency, Run, Session
+from labs.harness.filing.results import RunFolder, measured_elsewhere
 from labs.harness.judging.judge import Caveat
 from labs.harness.judging.machine_speed import at_forecast
 from labs.harness.judging.metrics import METRICS, main_columns

@@ -27,9 +27,11 @@ from labs import LABS
 from labs.harness.facts.parts import parts_of
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.committed import committed_runs
+from labs.harness.filing.computed import Summary
 from labs.harness.filing.manifest import is_stale
 from labs.harness.filing.newest import marks, newest_of, on_cpu
-from labs.harness.filing.results import Run, RunFolder, Summary, all_runs, readable
+from labs.harness.filing.recorded import Run
+from labs.harness.filing.results import RunFolder, all_runs, readable
 from labs.harness.judging.judge import AGREEMENT, Judgement
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import (

@@ -14,13 +14,10 @@ from labs.harness.facts.parts import parts_of, plain
 from labs.harness.filing import engine_series, packing
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.checks import contradictions, problems
-from labs.harness.filing.results import (
-    Predictions,
-    Run,
-    RunFolder,
-    Session,
-    Summary,
-)
+from labs.harness.filing.computed import Predictions, Summary
+from labs.harness.filing.recorded import Run, Session
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.sampling import transports_s
 from labs.harness.judging import dose
 from labs.harness.judging.checks.expected import Expected
 from labs.harness.judging.checks.run import CachedRepeats, Making
@@ -133,7 +130,7 @@ def computed(folder: RunFolder) -> Summary:
     run = folder.run()
     lab, points, predictions = run.rebuilt_lab(), run.points(), folder.predictions()
     expected = run.expected(predictions)
-    expected = expected.with_transport(folder.transports_s(points, lab, expected))
+    expected = expected.with_transport(transports_s(folder, points, lab, expected))
     measured = _measure(folder, lab, points, expected)
     values, caveats = measured.values, measured.caveats
     pairs = [

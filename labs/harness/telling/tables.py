@@ -9,14 +9,8 @@ from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 from labs.harness.facts.parts import published_of
-from labs.harness.filing.results import (
-    Band,
-    OnTwoEngines,
-    PointForecasts,
-    Predictions,
-    Session,
-    Summary,
-)
+from labs.harness.filing.computed import Band, OnTwoEngines, PointForecasts, Predictions, Summary
+from labs.harness.filing.recorded import Session
 from labs.harness.judging.judge import ForecastAtPoint, Judgement
 from labs.harness.judging.machine_speed import MachineSpeed
 from labs.harness.judging.metrics import METRICS, columns

@@ -15,7 +15,9 @@ import jinja2
 
 from labs.harness.facts.context import ratio_of_claim
 from labs.harness.facts.parts import kept, parts_of
-from labs.harness.filing.results import Run, RunFolder, Summary
+from labs.harness.filing.computed import Summary
+from labs.harness.filing.recorded import Run
+from labs.harness.filing.results import RunFolder
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.judging.text import point_label
 from labs.harness.judging.validity import SERVER_BUSY
