@@ -209,6 +209,9 @@ def test_allocations_are_by_arithmetic_replayed_and_measured(tmp_path: Path) -> 
     assert (exact.useful.value, exact.wasted.value, exact.half_block.value) == (1, 0, 0)
     assert (exact.in_decode.known, exact.variant) == (False, None)
     assert (of.gain_measured.value, of.users) == (2.5, 16)
+    assert of.gain_replayed.value == pytest.approx(small.running / 6)
+    running = [a.running for a in of.all[1:]]
+    assert running == sorted(running)  # the smaller the block, the more
 
 
 def test_on_a_gpu_too_there_are_allocations_and_their_answers(tmp_path: Path) -> None:
