@@ -86,6 +86,18 @@ def test_every_engine_plays_the_trace_behind_every_router(played: list[ForecastP
     assert text.count("| least-loaded | 50% |") == 2
 
 
+@pytest.mark.parametrize(
+    ("replicas", "by_client", "said"), [(4, True, True), (4, False, False), (1, True, False)]
+)
+def test_a_limit_that_clients_hold_is_told_to_be_one_on_all_replicas(
+    played: list[ForecastPlan], replicas: int, by_client: bool, said: bool
+) -> None:
+    lab = make_lab(flags={"max-num-queued-reqs": 3}, admission_by_client=by_client)
+    setup = make_setup(lab.replaying(TRACE))
+    found = found_of(setup, FleetSize(replicas, ("round-robin",)))
+    assert ("limit on all replicas" in told(setup, found, replicas)) == said
+
+
 def test_of_a_labs_own_loads_the_open_ones_are_shared(played: list[ForecastPlan]) -> None:
     lab = make_lab(workloads=(make_workload("concurrent:2", "poisson:2"),), claims=(), evidence=())
     found = found_of(make_setup(lab), FleetSize(2, ("round-robin",)))
