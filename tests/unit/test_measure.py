@@ -18,7 +18,7 @@ from labs.harness.judging.measure import (
     percentiles,
     stalls_s,
 )
-from labs.harness.judging.metrics import METRICS, measure
+from labs.harness.judging.metrics import METRICS, measure, trial_metrics
 from loadtests.records import RequestRecord
 from loadtests.workload import Intruder, Samples
 from serving import metrics
@@ -94,6 +94,14 @@ def test_every_metric_by_hand() -> None:
     work = OtherWork(server_core_share=0.25)
     values = measure(replace(trial, usd_per_hour=3.6, other_work=work))
     assert values == pytest.approx(EXPECTED)
+
+
+def test_times_and_what_is_lost_or_paid_are_better_where_lower() -> None:
+    times = {name for name in trial_metrics() if METRICS[name].unit == "s"}
+    assert {name for name in trial_metrics() if METRICS[name].better == "lower"} == times | {
+        "error_rate", "turned_away_rate", "usd_per_million_tokens", "preemptions",
+        "prefill_pieces", "joules_per_token", "server_core_share",
+    }  # fmt: skip
 
 
 def test_units_are_those_of_the_names() -> None:
