@@ -34,8 +34,10 @@ LABS := $(BIN)/labs
 DENO := DENO_DIR=.cache/deno DENO_NO_UPDATE_CHECK=1 $(BIN)/deno
 PYTHON_HERE := "$${LABS_PYTHON:-python3}"
 INSTALL := $(PYTHON_HERE) -m serving.install $(LIGHT) $(if $(OTHER_VLLM),--vllm "$$LABS_VLLM")
-# Without the setting $1 a command shows what it takes.
-or_help = $(if $(value LABS_$1),,--help)
+# A target is explained by Python alone, as it is typed: with HELP=1, where no recipe runs, and in the
+# place of a command that lacks the setting $1.
+EXPLAIN := labs/harness/commands/settings.py --help
+with = $(if $(value LABS_$1),$(LABS) $2,$(PYTHON_HERE) $(EXPLAIN) $@ $@ --)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
@@ -53,6 +55,12 @@ $(error $(REFUSED))
 endif
 endif
 
+ifneq ($(value LABS_HELP),)
+SHELL := python3
+.SHELLFLAGS = $(EXPLAIN) $@ $(MAKECMDGOALS) --
+.ONESHELL:
+endif
+
 help: ## List the targets
 	@cat docs/targets.txt
 
@@ -66,52 +74,52 @@ labs: setup ## List the labs with the questions they answer
 	@$(LABS) list
 
 lab-%: setup ## Run a lab: predict, measure, judge, report
-	@$(LABS) run $(if $(value LABS_HELP),--help,'$*')
+	@$(LABS) run '$*'
 
 forecast: setup ## Forecast labs without running them
-	@$(LABS) forecast $(call or_help,LAB)
+	@$(call with,LAB,forecast)
 
 plan: setup ## Plan capacity without a GPU
-	@$(LABS) plan $(call or_help,MACHINE)
+	@$(call with,MACHINE,plan)
 
 judge: setup ## Hold forecasts against GPU runs that others have published
-	@$(LABS) judge $(call or_help,DATA)
+	@$(call with,DATA,judge)
 
 labs-all: setup ## Run every lab in order, continuing where it stopped
 	@$(LABS) all
 
 derive: setup ## Make a derived model or a study by hand
-	@$(LABS) derive $(call or_help,NAME)
+	@$(call with,NAME,derive)
 
 serve: setup ## Start a variant's engine
 	@$(LABS) serve
 
 diagnose: setup ## Say what a running server's metrics point to
-	@$(LABS) diagnose $(if $(value LABS_PROMETHEUS_URL),,$(call or_help,ENDPOINT))
+	@$(call with,$(if $(value LABS_PROMETHEUS_URL),PROMETHEUS_URL,ENDPOINT),diagnose)
 
 report: setup ## Compute reports again from recorded runs
 	@$(LABS) report
 
 words: setup ## Tell a lab's newest runs again after its page.md was edited, and show what changed
-	@$(LABS) words $(call or_help,LAB)
+	@$(call with,LAB,words)
 
 site: setup ## Write the course and a page for every run as a website, without vLLM where none is installed
 	@$(LABS) site
 
 score: setup ## Show what other tools would have reported for a run
-	@$(LABS) score $(call or_help,RUN)
+	@$(call with,RUN,score)
 
 compare: setup ## Compare two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.html|x.md|x.json]
-	@$(LABS) compare $(call or_help,A)
+	@$(call with,A,compare)
 
 reproduce: setup ## Repeat a recorded run, or play another tool's benchmark or a published figure here
-	@$(LABS) reproduce $(if $(value LABS_COMMAND)$(filter PUBLISHED,$(TYPED)),,$(call or_help,RUN))
+	@$(if $(value LABS_COMMAND)$(filter PUBLISHED,$(TYPED)),$(LABS) reproduce,$(call with,RUN,reproduce))
 
 gate: setup ## Fail if a run is worse than another
-	@$(LABS) gate $(call or_help,RUN)
+	@$(call with,RUN,gate)
 
 export: setup ## Write a run as tables, or in the format of vllm bench serve
-	@$(LABS) export $(call or_help,RUN)
+	@$(call with,RUN,export)
 
 check-results: setup ## Check that recorded runs are readable and complete
 	@$(LABS) check
@@ -132,7 +140,7 @@ stack: setup ## Start Prometheus and Grafana in containers
 	@$(LABS) stack
 
 grafana-push: setup ## Send dashboards and runs to a running Grafana: GRAFANA_URL=.. (and GRAFANA_TOKEN)
-	@$(LABS) grafana-push $(call or_help,GRAFANA_URL)
+	@$(call with,GRAFANA_URL,grafana-push)
 
 COMPONENTS := dashboards/preview/node_modules/.whole
 $(COMPONENTS):

@@ -15,7 +15,6 @@ import shutil
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from plotly.offline import get_plotlyjs
 
@@ -50,7 +49,6 @@ def place(results: Path, script_hashes: Sequence[str] = ()) -> None:
     drawn = [json.loads(path.read_text()) for path in sorted(boards.FOLDER.glob("*.json"))]
     for panel in (panel for board in drawn for panel in boards.panels(board)):
         panel["needs"] = boards.NEEDS.get(panel["title"])
-        panel["asksEngine"] = _asks_engine(panel)
     (web / "boards.json").write_text(json.dumps({"boards": drawn, "colours": palette.VARIANTS}))
 
 
@@ -73,8 +71,3 @@ def publish(run: Path) -> None:
             published.hardlink_to(path)
         except OSError:  # on another disk
             shutil.copyfile(path, published, follow_symlinks=False)
-
-
-def _asks_engine(panel: dict[str, Any]) -> bool:
-    """Tell whether a panel asks for the engine's own series alone, which not every run has kept."""
-    return all("vllm:" in target["expr"] for target in panel["targets"])

@@ -33,14 +33,14 @@ from serving.weights.models import ROOT
 from tests import with_vllm
 from tests.fake.conftest import CEILINGS
 from tests.shallow import shallow
-from tests.sizes import sizes_of
+from tests.sizes import sizes_of, with_every_part
 from tests.startup import sitecustomize
 
 AS_READERS_DO = "labs.harness.commands"  # what the target in the Makefile runs
 FRONT_DOOR = "continuous-batching"  # the lab of the README's first command
 AS_VLLM_DOES = "many-samples"  # two engines beside each other, each with a worker of its own
 RUNS = "*/*/*/run.json"
-BRIEF = "warmup_s=0.5 window_s=2"
+BRIEF = "warmup_s=0.5 window_s=2 repeats=1 most_repeats=0"
 MOST_SERIES = 5000  # of one run in Prometheus
 
 
@@ -110,7 +110,7 @@ def derived_for(lab: str) -> list[str]:
 
 def in_sizes_for_a_cpu(lab: str) -> Lab:
     """The lab as a test runs it on a CPU, but for its windows."""
-    changes = parse_changes(f"{sizes_of(lab).real} {sizes_of(lab).cpu}")
+    changes = parse_changes(f"{with_every_part(lab)} {sizes_of(lab).real} {sizes_of(lab).cpu}")
     return LABS[lab].at(models.scale_of(machine.cpu()), quick=True, changes=changes)
 
 
@@ -146,7 +146,7 @@ def lab_on_a_cpu(lab: str, results: Path, command: str = "tests.small") -> None:
         require_something_to_compare(in_sizes_for_a_cpu(lab), model)
     except (EngineError, NotApplicable) as error:
         pytest.skip(str(error))
-    settings = f"{BRIEF} {sizes.real} {sizes.cpu}"
+    settings = f"{BRIEF} {with_every_part(lab)} {sizes.real} {sizes.cpu}"
     command = AS_READERS_DO if lab == FRONT_DOOR else command
     folder = quick_run(lab, results, settings, model=model, command=command)
     check_run(folder, makes_sense=sizes.layers is None)

@@ -97,22 +97,20 @@ function frameOf(panel) {
 async function drawPanel(panel, range, turn) {
   const inside = byId(`panel-${panel.id}`);
   if (!inside) return;
-  const nothing = panel.needs ? `nothing recorded: it needs ${panel.needs}` : "nothing recorded";
+  const box = inside.parentElement;
   try {
     const drawn = transformed(panel.transformations, await frames(ask, panel, state.values, range));
     if (turn !== state.turn) return;
     if (panel.type === "table") {
       inside.className = "scroll"; // it may have said that Prometheus did not answer
-      inside.replaceChildren(table(panel, drawn) ?? nothing);
+      const rows = table(panel, drawn);
+      box.hidden = !rows;
+      inside.replaceChildren(...(rows ? [rows] : []));
       return;
     }
     const { traces, layout, height_rem } = FIGURES[panel.type](panel, drawn, state.colourOf, range);
-    if (!traces.length) {
-      drawEmpty(inside, nothing);
-      inside.parentElement.hidden = panel.asksEngine;
-      return;
-    }
-    inside.parentElement.hidden = false;
+    box.hidden = !traces.length;
+    if (box.hidden) return;
     if (panel.type === "timeseries") {
       traces.unshift(namesUnderPointer(state.played, range));
       layout.shapes.unshift(...bands(state.played));
@@ -122,7 +120,9 @@ async function drawPanel(panel, range, turn) {
     if (height_rem) inside.style.height = `${height_rem}rem`;
     await Plotly.react(inside, traces, layout, { displayModeBar: false, responsive: true });
   } catch (error) {
-    if (turn === state.turn) drawEmpty(inside, `Prometheus did not answer: ${error.message}`);
+    if (turn !== state.turn) return;
+    box.hidden = false;
+    drawEmpty(inside, `Prometheus did not answer: ${error.message}`);
   }
 }
 
@@ -151,15 +151,16 @@ async function draw() {
   document.body.dataset.drawn = String(turn);
 }
 
-/** Says how many panels show nothing but the engine's own series, where this run has none. */
+/** Hides the headings that nothing follows, and names the panels without data, with what each needs. */
 function hiddenPanels() {
-  const hidden = document.querySelectorAll("#panels section[hidden]").length;
   for (const head of document.querySelectorAll("#panels h2")) {
     let next = head.nextElementSibling;
     while (next?.matches("section[hidden]")) next = next.nextElementSibling;
     head.toggleAttribute("hidden", next?.tagName !== "SECTION");
   }
-  return hidden ? ` Not shown: ${hidden} panel${hidden === 1 ? "" : "s"} of the engine's own series, of which nothing is recorded here for this run.` : "";
+  const empty = state.board.panels.filter(({ id }) => byId(`panel-${id}`)?.parentElement.hidden);
+  const named = empty.map(({ title, needs }) => needs ? `${title} (needs ${needs})` : title);
+  return named.length ? ` Without data, and not shown: ${named.join("; ")}.` : "";
 }
 
 function tellUnanswered(error) {

@@ -37,7 +37,7 @@ from labs.harness.errors import LabError as LabError  # a part of the vocabulary
 from labs.harness.errors import NotApplicable as NotApplicable
 from labs.harness.errors import did_you_mean
 from labs.harness.names import PointName
-from labs.harness.page import CLAIMS, Page, page_of, sizes_of
+from labs.harness.page import CLAIMS, HEADLINE, Page, page_of, sizes_of
 from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
 from loadtests.plan import QueueLimits
 from loadtests.records import LONGEST_S
@@ -340,16 +340,21 @@ NOTHING_ELSE: dict[str, Any] = {
 """What is about a lab's own question, and has no meaning once its engines are put to another."""
 NOT_FILED = ("acceptance", "guessed", "masking", "arithmetic", "searched", "made_here")
 """The fields of a lab that are in no file; what they predicted and what was served are on file."""
-ONE_LOOK: dict[str, Any] = {"most_repeats": 0, "starts": 1}
-"""What a quick run of any lab does without, unless the lab says otherwise."""
+QUICK: dict[str, Any] = {"repeats": 3, "most_repeats": 0, "starts": 1}
+"""What a quick run of any lab makes do with, unless the lab says otherwise.
+
+Fewer than three repeats give no interval that decides anything.
+"""
 NOT_SET = 1  # load processes of a lab that does not say how many
 WITHOUT = "without"  # of sizes: the names of the variants and workloads that they do without
 NOT_QUICK = "not in a quick run on this kind of machine"
-QUICK_OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"repeats": 3}}
+QUICK_OF_KIND: dict[str, dict[str, Any]] = {
+    "cpu": {"curve_repeats": 1, "most_repeats": 6, "most_s": 100.0}
+}
 """What a quick run of any lab has on a kind of machine, whatever the lab says.
 
-One repeat gives no interval, hence no verdict, and on a GPU most of a run's time goes into starting
-its engines.
+On a CPU it is about the claim of the lab's headline alone (`Lab.decides`), so that it ends with a
+verdict within about three minutes. On a GPU most of a run's time goes into starting its engines.
 """
 OF_KIND: dict[str, dict[str, Any]] = {"gpu": {"most_s": 1800.0, "slo.tpot_s": 0.05}}
 """Sizes of every lab on a kind of machine.
@@ -382,8 +387,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     of GPU memory (`gpu-24`) override those of the kind, and `quick` overrides both. A quick run on
     one kind of machine (`gpu-quick`), or on one class of it (`gpu-80-quick`), may differ from one
     elsewhere. Under `without` each lists the variants and workloads that it does without; of these
-    a report says only those that a quick run leaves out. On a GPU a quick run has three repeats,
-    whatever `quick` says.
+    a report says only those that a quick run leaves out.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
@@ -421,7 +425,9 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
     # a closed loop and waves hold it open until five requests count: `loadtests/plan.py`
     window_s: Seconds
     repeats: Annotated[int, Field(gt=0, le=1000)] = 5
-    # of the points that no claim compares, where these shall have fewer; 0: `repeats`
+    # the claims whose points are repeated until they are decided; all where none is named
+    decides: Annotated[tuple[str, ...], Field(exclude_if=lambda names: not names)] = ()
+    # of the points that none of these compares, where those shall have fewer; 0: `repeats`
     curve_repeats: Annotated[int, Field(ge=0, le=1000, exclude_if=lambda number: not number)] = 0
     # of the points whose claims are undecided after `repeats`; no more than `repeats`: never
     most_repeats: Annotated[int, Field(ge=0, le=1000)] = 10
@@ -542,16 +548,17 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         Applied in this order: the sizes of every lab on this kind of machine, the lab's own of the
         scale, those of a quick run (the lab's, then those of the kind, then those of the class),
         the flags of every engine on a GPU where the lab has none, or those of float32 on a CPU
-        that serves in it, what random weights (`dummy`)
-        leave out, what a quick run does without, and the reader's changes. A change of `variants`
-        or `workloads` lists the names of those that are kept; what a change names, a quick run
-        has. Raises LabError for a change that does not fit; the message names the field and the
-        known ones.
+        that serves in it, what random weights (`dummy`) leave out, what a quick run does without
+        (on a CPU all that its headline's claim does not compare, and loads that no claim does,
+        unless the reader lists parts), and the reader's changes. A change of `variants` or
+        `workloads` lists the names of those that are kept; what a change names, a quick run has.
+        Raises LabError for a change that does not fit; the message names the field and the known
+        ones.
         """
         kind = scale.partition("-")[0]
         names = list(dict.fromkeys((kind, scale)))
         own = [self.scales.get(name, {}) for name in names]
-        short = ONE_LOOK | self.quick | QUICK_OF_KIND.get(kind, {})
+        short = QUICK | self.quick | QUICK_OF_KIND.get(kind, {})
         brief = [short, *(self.scales.get(f"{n}-quick", {}) for n in names)] if quick else []
         never, gone = ({n for layer in of for n in layer.get(WITHOUT, ())} for of in (own, brief))
         sizes = [{k: v for k, v in layer.items() if k != WITHOUT} for layer in (*own, *brief)]
@@ -563,7 +570,13 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         if dummy:
             lab = lab._without(self.needs_text)
             lab = self.dummy(lab) if self.dummy else lab
+        brief_on_cpu = quick and kind == "cpu" and not parts_kept(changes or {})[1]
+        if brief_on_cpu and (headline := lab._headline()):
+            lab = lab.model_copy(update={"decides": (headline.name,)})
+            gone |= lab._beside(headline)
         lab = lab._but(gone - lab._named_by(changes or {}), NOT_QUICK)
+        if lab.decides:
+            lab = lab._at_compared_loads()
         changes, kept = parts_kept(changes or {})
         if changes or dummy or gone:  # else nothing has been left out since it was checked
             lab = lab._changed(changes)
@@ -593,12 +606,56 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         flags = {**widened(self.flags), **ENGINES[DEFAULT_ENGINE].in_float32}
         return self.model_copy(update={"flags": flags, "variants": variants})
 
+    def _headline(self) -> Claim | None:
+        """Return the claim of the headline on the lab's page, or else its first, if it has any."""
+        page = page_of(self.name)
+        name = page[HEADLINE].named.get("claim") if page else None
+        named = [claim for claim in self.claims if claim.name == name]
+        return next(iter([*named, *self.claims]), None)
+
+    def _beside(self, claim: Claim) -> set[str]:
+        """Name the variants and workloads that a claim does not compare.
+
+        What the capacity is found with is none of them.
+        """
+        arms = (claim.treatment, claim.baseline)
+        variants, workloads = {a.variant for a in arms}, {a.workload for a in arms}
+        if self.finds_capacity:
+            variants.add(self.variants[0].name)
+            workloads.add(self.workloads[0].name)
+        compared = {v.name for v in self.variants if variants & {v.name, None}}
+        compared |= {w.name for w in self.workloads if workloads & {w.name, None}}
+        return {*self._part_names()} - compared
+
+    def _at_compared_loads(self) -> Lab:
+        """Keep of each workload the loads that a claim compares, all where none does."""
+        arms = [arm for claim in self.claims for arm in (claim.treatment, claim.baseline)]
+
+        def compared(workload: Workload, load: Arrival) -> bool:
+            finds = self.finds_capacity and load == self.workloads[0].loads[0]
+            return finds or any(
+                arm.workload in (workload.name, None)
+                and arm.load in (str(load), None)
+                and arm.kind in (load.kind, None)
+                for arm in arms
+            )
+
+        workloads = tuple(
+            w.model_copy(update={"loads": loads})
+            for w in self.workloads
+            for loads in [tuple(of for of in w.loads if compared(w, of)) or w.loads]
+        )
+        return self.model_copy(update={"workloads": workloads})
+
     def _named_by(self, changes: Mapping[str, Any]) -> set[str]:
         """Name the variants and workloads that changes speak of, and those that they need."""
         _, kept = parts_kept(changes)
         paths = [path.split(".") for path in changes]
         named = {name for names in kept.values() for name in names}
         named |= {path[1] for path in paths if path[0] in ("variants", "workloads") and path[1:]}
+        claims = {path[1] for path in paths if path[0] == "claims" and path[1:]}
+        arms = [a for c in self.claims if c.name in claims for a in (c.treatment, c.baseline)]
+        named |= {name for a in arms for name in (a.variant, a.workload) if name}
         return named.union(*(w.only for w in self.workloads if w.name in named))
 
     def _but(self, gone: set[str], why: str = "") -> Lab:
@@ -844,10 +901,16 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
         Where no claim is left, as of one variant alone, all points have `repeats`.
         """
-        arms = [arm for claim in self.claims for arm in (claim.treatment, claim.baseline)]
+        arms = [arm for claim in self.deciding for arm in (claim.treatment, claim.baseline)]
         if not self.curve_repeats or not arms or any(arm.matches(point) for arm in arms):
             return self.repeats
         return min(self.curve_repeats, self.repeats)
+
+    @property
+    def deciding(self) -> list[Claim]:
+        """The claims whose points are repeated until these are decided."""
+        named = [claim for claim in self.claims if claim.name in self.decides]
+        return named or [*self.claims]
 
     @property
     def sets_load_processes(self) -> bool:

@@ -502,13 +502,20 @@ def test_the_planner_says_what_fits_and_what_does_not(chromium: Browser, site: P
     assert "make plan MACHINE=" in shown.js("document.getElementById('flags').innerText")
     given("users", "4096")
     assert "the others wait in the queue" in shown.js(answer)
-    given("users", "0.0001")  # no number of requests: the page's own value holds
+    for name, value in (("users", "0.0001"), ("prompt", "-5")):
+        given(name, value)
+        assert "from 1 to" in shown.js(answer)  # refused, and nothing is computed from another
+        assert not shown.js("document.getElementById('planned').checkVisibility()")
+        given(name, "128")
     assert shown.js(answer).startswith("It fits: ")
     options = shown.js("[...document.querySelector('[name=machine]').options].map(o => o.text)")
     given("machine", str(options.index("L4")))
     models = shown.js("[...document.querySelector('[name=model]').options].map(o => o.text)")
     given("model", str(next(i for i, name in enumerate(models) if "experts" in name)))
     assert "does not fit" in shown.js(answer)
+    assert "It fits with weights in " in shown.js(answer)
+    assert "tok" not in shown.js("document.getElementById('flags').innerText")  # no rate
+    assert "it does not fit" in shown.js("document.getElementById('planned').innerText")
     assert shown.js("document.documentElement.scrollWidth <= innerWidth")
     assert shown.errors == []
 

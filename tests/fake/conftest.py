@@ -36,7 +36,7 @@ from serving.weights import models
 from serving.weights.models import ROOT
 from tests.fake import forked
 from tests.processes import lives
-from tests.sizes import BRIEF, sizes_of
+from tests.sizes import BRIEF, sizes_of, with_every_part
 
 Json = dict[str, Any]
 TOKEN = "hf_" + "a1B2" * 8  # a stranger's, in the command of every engine: nothing may keep it
@@ -234,10 +234,11 @@ Finish = Callable[[str], Finished]
 def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
     """Runs a lab to its end, once; many tests look at what it left."""
     done: dict[str, Finished] = {}
-    changes = {name: parse_changes(sizes_of(name).fake) for name in EVERY_LAB}
+    sizes = {name: f"{with_every_part(name)} {sizes_of(name).fake}" for name in EVERY_LAB}
+    changes = {name: parse_changes(text) for name, text in sizes.items()}
     scale = models.scale_of(machine.cpu())
     resolved = [lab.at(scale, True, changes[name]) for name, lab in EVERY_LAB.items()]
-    too_large = parse_changes(f"{sizes_of('chunked-prefill').fake} {TOO_LARGE}")
+    too_large = parse_changes(f"{sizes['chunked-prefill']} {TOO_LARGE}")
     resolved.append(EVERY_LAB["chunked-prefill"].at(scale, True, too_large))
     # vLLM's parser takes ten seconds to import: once, not for every lab
     on_vllm = [(lab, v) for lab in resolved for v in lab.variants if v.engine == DEFAULT_ENGINE]
@@ -247,7 +248,7 @@ def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
         def finish(lab: str) -> Finished:
             if lab not in done:
                 someone = readers.enter_context(reading(tmp_path_factory.mktemp(lab) / "reader"))
-                settings = f"{BRIEF} {sizes_of(lab).fake}"
+                settings = f"{BRIEF} {sizes[lab]}"
                 command = someone.types(
                     "run", lab, QUICK="1", SET=settings, program=LABS_WITH_FAKE_MODELS
                 )

@@ -424,7 +424,10 @@ def test_a_lab_against_itself_is_one_engine_twice_and_counts_its_false_alarms(
     assert run.argv["base"] == run.argv["base-again"]
     assert {j.metric for j in summary.judgements} == {"output_tokens_per_s", "tpot_mean_s"}
     alarms = sum(j.outcome in ("helps", "hurts") for j in summary.judgements)
-    assert f"False alarms: {alarms} of 4" in (twins.folder.path / "report.md").read_text()
+    assert (
+        f"False alarms: {alarms} of {len(summary.judgements)}"
+        in (twins.folder.path / "report.md").read_text()
+    )
     assert run.ad_hoc
     assert {c.name for c in summary.caveats if c.blocks} <= TOO_BUSY, summary.caveats
 

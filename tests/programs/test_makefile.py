@@ -156,9 +156,9 @@ def test_the_prefixed_name_holds_for_every_call_and_the_command_line_goes_before
         ("zzzz", "there is no make zzzz: `make` lists"),
         ("lab-x PP=2", "PP= went: use `SET=flags.pipeline-parallel-size=2`"),
         ("watch-stop", "make watch-stop went: use `make stop`"),
-        ("forecast LAB=x RATE=4", "RATE= would change nothing here: make forecast takes LAB="),
+        ("forecast LAB=x RATE=4", "RATE= would change nothing here: make forecast takes HELP="),
         ("report SET=x PRICE_PER_HOUR=2", "SET=, PRICE_PER_HOUR= would change nothing here"),
-        ("stop QUICK=1", "QUICK= would change nothing here: make stop takes PLATFORM="),
+        ("stop QUICK=1", "QUICK= would change nothing here: make stop takes HELP="),
         ("labs-all AA=1", "AA= would change nothing here"),
         ("lab-x A'B`>made-by-make`=1", "there is no A'B"),
     ],
@@ -193,19 +193,34 @@ def test_secrets_keep_their_names(checkout: Checkout) -> None:
 @pytest.mark.parametrize(
     ("target", "setting", "argv"),
     [
-        ("lab-x", "HELP=1", ["run", "--help"]),
-        ("lab-x", "HELP=", ["run", "x"]),
-        ("derive", "NAME=", ["derive", "--help"]),
-        ("derive", "NAME=fp8", ["derive"]),
-        ("compare", "A=", ["compare", "--help"]),
-        ("compare", "A=there", ["compare"]),
+        ("lab-x", "HELP=", [LABS, "run", "x"]),
+        ("derive", "NAME=", ["install"]),
+        ("derive", "NAME=fp8", [LABS, "derive"]),
+        ("compare", "A=", ["install"]),
+        ("compare", "A=there", [LABS, "compare"]),
     ],
 )
 def test_a_command_without_what_it_needs_shows_what_it_takes(
     target: str, setting: str, argv: list[str], checkout: Checkout
 ) -> None:
-    assert checkout.make(target, setting).returncode == 0
-    assert checkout.calls()[-1][0] == [LABS, *argv]
+    done = checkout.make(target, setting)
+    assert done.returncode == 0
+    assert checkout.calls()[-1][0] == argv
+    assert (f"  {setting}" in done.stdout) == (argv == ["install"])
+
+
+@pytest.mark.parametrize("goal", ["lab-x", "test", "compare", "check", "clean", "unbundle"])
+def test_help_runs_nothing_and_has_the_settings_as_they_are_typed(
+    goal: str, checkout: Checkout
+) -> None:
+    (checkout.home / ".cache").mkdir()
+    done = checkout.make(goal, "HELP=1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert checkout.calls() == []
+    assert (checkout.home / ".cache").exists()
+    own = [row for row in settings() if row.fits(goal) and "all" not in row.targets]
+    assert all(f"  {row.typed}\n" in done.stdout for row in own)
+    assert done.stdout.count(f"make {goal}: ") == 1
 
 
 @pytest.mark.parametrize(
@@ -256,7 +271,7 @@ def test_a_call_on_a_page_hands_its_settings_on(call: str, checkout: Checkout) -
 
 @pytest.mark.parametrize(
     ("goal", "set_up"),
-    [("site", ["--light"]), ("report", ["--light"]), ("plan", []), ("lab-x", [])],
+    [("site", ["--light"]), ("report", ["--light"]), ("serve", []), ("lab-x", [])],
 )
 def test_what_reads_runs_waits_for_no_vllm(
     goal: str, set_up: list[str], checkout: Checkout

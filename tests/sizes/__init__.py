@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 from dataclasses import dataclass
 
+from labs import LABS
 from serving.weights.quantize import Tool
 from tests.shallow import LAYERS
 
@@ -38,6 +40,16 @@ def sizes_of(lab: str) -> Sizes:
     if not isinstance(sizes, Sizes):
         raise TypeError(f"{name}.SIZES is no Sizes")
     return sizes
+
+
+def with_every_part(lab: str) -> str:
+    """SET of all parts of a lab, which QUICK=1 on a CPU would do without; a later one has fewer."""
+    at = LABS[lab].at("cpu", quick=False)
+    names = {
+        "variants": [variant.name for variant in at.variants],
+        "workloads": [workload.name for workload in at.workloads],
+    }
+    return " ".join(f"{part}={json.dumps(of, separators=(',', ':'))}" for part, of in names.items())
 
 
 def answers_of(tokens: int, *workloads: str) -> str:

@@ -95,7 +95,8 @@ def test_seventy_billion_parameters_fit_one_card_of_80_gb_in_eight_bits_at_most(
     assert bf16.kv_bytes_per_token == 327_680  # 2 x 80 layers x 8 KV heads x 128 x 2 bytes
     text = markdown.document(capacity_plans.page(answer))
     assert re.search(r"does not fit: 141\.1 GB", text)
-    assert ", ".join(fitting) in text
+    ways = " or ".join([*(f"PRECISION={precision}" for precision in fitting), "TP=2"])
+    assert f"It fits with {ways}.**" in text
     assert "One request alone" not in text
 
 

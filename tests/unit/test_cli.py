@@ -37,7 +37,7 @@ LAB = next(iter(LABS))
 FORECAST = f"forecast --lab {LAB} --machine h100 --model llama-8b"
 
 
-NOT_OPTIONS = {"DISTURBED", "HELP", "PROMETHEUS_DATA"}  # read by what a command calls
+NOT_OPTIONS = {"DISTURBED", "HELP", "PROMETHEUS_DATA", "VERBOSE"}  # read by what a command calls
 
 pytestmark = pytest.mark.usefixtures("signals_as_found")
 
@@ -181,7 +181,8 @@ def test_serve_serves_the_weights_of_the_variant_and_no_other_engine(
 
 def test_commands_are_those_the_makefile_calls() -> None:
     """And they take what the page of settings says of their targets."""
-    recipes = re.findall(r"^([a-z%-]+):.*(?:\n\t.*)*?\n\t.*?\$\(LABS\) ([a-z-]+)", MAKEFILE, re.M)
+    called = r"(?:\$\(LABS\) |\$\(call with,.*,)([a-z-]+)"
+    recipes = re.findall(rf"^([a-z%-]+):.*(?:\n\t.*)*?\n\t.*?{called}", MAKEFILE, re.M)
     commands = get_command(app).commands  # type: ignore[attr-defined]
     assert set(commands) == {command for _, command in recipes}
     for target, command in recipes:

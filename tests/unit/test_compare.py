@@ -44,7 +44,8 @@ def effects(found: Comparison) -> list[ComparedFigure]:
 
 
 def tables(found: Comparison) -> Markdown:
-    return side_by_side.tables(found, found.rows, "Figures", found.forced)
+    rows = side_by_side.comparable(found)
+    return side_by_side.tables(found, rows, "Figures", found.forced, found.loads)
 
 
 def edited(folder: RunFolder, machine: str = MACHINE.model, **lab: object) -> RunFolder:
@@ -176,13 +177,21 @@ def test_a_comparison_begins_with_what_to_decide_by(folder: RunFolder) -> None:
     assert first.startswith("B is worse on Output throughput (0.80x at 3 of 4 points); ")
     assert "better" not in first
     assert "Error rate (from 0)" in first
-    assert "ITL, p99 (1.25x at on concurrent-2)" in first
+    assert re.search(r"ITL, p99 \([^)]* to [^)]*, 1.25x at on, 2 users\)", first)
     assert "MBU" not in first
     assert rest.startswith("- A: ")
+    summary = slow.summary()
+    summary.measurements["off/short/concurrent-1"].clear()
+    write_json(slow.path / "summary.json", summary)
+    (only,) = re.findall("as only A has it: (.*)", side_by_side.headline(compared(folder, slow)))
+    assert "off, 1 user" in only  # a whole place
     faster = side_by_side.headline(compared(slow, folder))
-    assert faster.startswith("B is better on Output throughput (1.25x at ")
+    assert re.match("At off, . users?, B is better on Output throughput [(].* 1.25x[)]", faster)
     same = side_by_side.headline(compared(folder, folder))
     assert same.startswith("No figure of B is shown to be better or worse than A's.")
+    side_a, side_b = (Side(f, "on", f.run(), f.summary()) for f in (folder, slow))
+    one, *_ = side_by_side.headline(compare.compare(side_a, side_b)).split("\n\n")
+    assert re.match("At . users?, `on` is worse on ", one)
 
 
 def test_a_margin_lets_pass_what_it_says(folder: RunFolder, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_change_that_does_not_fit_is_refused_with_what_would(
 
 
 def test_some_variants_and_workloads_are_kept_with_all_that_speaks_of_no_other() -> None:
-    whole = LABS["kv-quantization"].at("cpu", quick=True)
+    whole = LABS["kv-quantization"].at("cpu", quick=False)
     kept = ["fp8", "bf16"]
     some = LABS["kv-quantization"].at("cpu", quick=True, changes={"variants": kept})
     assert [v.name for v in some.variants] == ["bf16", "fp8"]  # in the lab's order
@@ -113,10 +113,9 @@ def test_some_variants_and_workloads_are_kept_with_all_that_speaks_of_no_other()
     ]  # fmt: skip
     assert [c.name for c in some.claims] == [c.name for c in whole.claims if c.name != "batch"]
     assert {e.arm.variant for e in some.evidence} == set(kept)
-    assert (some.probes, set(some.probed)) == (whole.probes, set(kept))
+    assert (some.probes, set(some.probed)) == (("quality-quick",), set(kept))
     near = LABS["kv-quantization"].at("cpu", True, {"variants": kept, "workloads": ["near"]})
     assert [c.name for c in near.claims] == ["capacity", "near"]
-    assert near.window_s == whole.window_s
     tight = {"variants": ["bf16-tight"], "variants.bf16-tight.flags.max-num-seqs": 4}
     alone = LABS["kv-quantization"].at("cpu", True, tight)
     assert (alone.probes, alone.probed, alone.claims) == ((), (), ())
@@ -135,12 +134,14 @@ def test_a_quick_run_on_a_gpu_may_have_sizes_of_its_own() -> None:
     own = {
         "gpu-24": {"window_s": 9}, "gpu-quick": {"window_s": 5}, "gpu-80-quick": {"window_s": 3},
     }  # fmt: skip
-    lab = make_lab(scales=own, quick={"window_s": 1, "repeats": 2})
+    lab = make_lab(scales=own, quick={"window_s": 1})
     assert [lab.at("gpu-80", quick).window_s for quick in (True, False)] == [3, lab.window_s]
     resolved = [lab.at(scale, quick) for scale in ("cpu", "gpu-24") for quick in (True, False)]
     assert [one.window_s for one in resolved] == [1, lab.window_s, 5, 9]
-    assert lab.at("gpu-24", quick=True).repeats == 3
-    assert lab.at("cpu", quick=True).repeats == 2
+    quick = [lab.at(scale, quick=True) for scale in ("gpu-24", "cpu")]
+    assert [(of.repeats, of.rounds, of.decides) for of in quick] == [
+        (3, 3, ()), (3, 6, ("faster",))
+    ]  # fmt: skip
 
 
 BRIEF = make_lab(
@@ -161,8 +162,8 @@ def test_a_quick_run_may_do_without_some_parts_and_says_so() -> None:
     assert [c.name for c in lab.claims] == ["faster"]
     assert lab.left_out == (f"far, long: {NOT_QUICK}",)
     assert [w.name for w in BRIEF.at("gpu-80", quick=True).workloads] == ["short"]
-    for scale, quick in (("gpu-80", False), ("cpu", True)):
-        whole = BRIEF.at(scale, quick)
+    for scale in ("gpu-80", "cpu"):
+        whole = BRIEF.at(scale, quick=False)
         assert (len(whole.variants), len(whole.workloads), whole.left_out) == (3, 3, ())
 
 
@@ -216,11 +217,41 @@ def test_a_layer_may_lead_into_what_another_brought() -> None:
     assert [lab.requests_of(w) for w in lab.workloads] == [5]
 
 
-def test_labs_go_on_until_their_claims_are_decided_but_not_where_quick() -> None:
+def test_a_quick_run_on_a_cpu_repeats_what_its_first_claim_compares_and_little_else() -> None:
+    first = make_claim(
+        treatment=Arm(variant="on", workload="short", load="concurrent:2"),
+        baseline=Arm(variant="off", workload="short", load="concurrent:2"),
+    )
+    other = make_claim(name="one", treatment=Arm(variant="on", load="concurrent:1"),
+                       baseline=Arm(variant="off", load="concurrent:1"))  # fmt: skip
+    loads = tuple(Concurrent(users=users) for users in (1, 2, 4))
+    short = make_workload().model_copy(update={"loads": loads})
+    long = make_workload(name="long").model_copy(update={"loads": loads})
+    third = Variant(name="third")
+    lab = make_lab(
+        variants=(Variant(name="off"), Variant(name="on"), third), claims=(first, other),
+        workloads=(short, long),
+    )  # fmt: skip
+
+    def played(**changes: Any) -> dict[str, int]:
+        at = lab.at("cpu", quick=True, changes=changes)
+        return {p.key: at.repeats_of(p) for p in at.points(SHAPE, CEILINGS)}
+
+    assert played() == {
+        f"{name}/short/concurrent-{users}": repeats
+        for name in ("off", "on")
+        for users, repeats in ((1, 1), (2, 3))
+    }
+    assert lab.at("cpu", quick=True).left_out == (f"third, long: {NOT_QUICK}",)
+    assert len(played(workloads=["long", "short"])) == 3 * (3 + 3)  # what a reader lists, whole
+    assert any(key.startswith("third/") for key in played(**{"variants.third.flags.x": 1}))
+
+
+def test_labs_go_on_until_their_claims_are_decided_quick_ones_with_little_time() -> None:
     lab = make_lab(repeats=5, most_repeats=10)
     at = [lab.at("cpu", False), lab.at("gpu-80", False), lab.at("cpu", True)]
     assert [(lab.looks, lab.rounds, lab.most_s, lab.starts) for lab in at] == [
-        (2, 10, 420, 2), (2, 10, 1800, 2), (1, 5, 420, 1),
+        (2, 10, 420, 2), (2, 10, 1800, 2), (2, 6, 100, 1),
     ]  # fmt: skip
     longer = make_lab(scales={"gpu": {"most_s": 60}}, quick={"starts": 2})
     assert (longer.at("gpu", False).most_s, longer.at("cpu", True).starts) == (60, 2)
@@ -599,8 +630,9 @@ def test_a_quick_run_on_a_gpu_has_repeats_enough_for_an_interval(lab: Lab) -> No
         quick = resolved(lab.name, scale, quick=True)
         assert (quick.repeats, quick.starts, quick.looks) == (3, 1, 1), scale
     assert lab.at("gpu-80", True, {"repeats": 1}).repeats == 1
-    assert resolved(lab.name, "cpu", quick=True).repeats == lab.quick.get("repeats", lab.repeats)
-    assert lab.quick.get("repeats", 0) < 3
+    on_cpu = resolved(lab.name, "cpu", quick=True)
+    assert (on_cpu.repeats, on_cpu.rounds, len(on_cpu.deciding)) == (3, 6, 1)
+    assert not {"repeats", "most_repeats"} & lab.quick.keys()
 
 
 def unsent(lab: Lab) -> set[str]:

@@ -13,6 +13,7 @@ import pytest
 from labs import LABS
 from labs.harness.comparing import leaderboards
 from labs.harness.facts.context import JudgedRun
+from labs.harness.facts.parts import Headline
 from labs.harness.filing import results
 from labs.harness.filing.bounded import read_json
 from labs.harness.filing.computed import Summary
@@ -40,7 +41,7 @@ from labs.harness.judging.text import (
 )
 from labs.harness.judging.validity import SERVER_BUSY
 from labs.harness.spec import Prediction
-from labs.harness.telling import method, plots, report, tables
+from labs.harness.telling import headlines, method, plots, report, tables
 from labs.harness.telling.document import parts
 from labs.harness.telling.summary import summarise
 from labs.harness.telling.words import told_by
@@ -492,8 +493,8 @@ def test_a_terminal_ends_with_the_answer_its_doubt_and_what_to_try_next(folder: 
     titles = [parts(section)[0] for section in sections]
     assert titles == ["Every point", "Claim by claim", "Validity", "The answer"]
     last = sections[-1].splitlines()
-    assert [line.partition(":**")[0] for line in last[-3:]] == [
-        "- **Doubt", "- **Try next", "- **Next lab"
+    assert [re.split(":?[*]{2}", line)[1] for line in last[-4:]] == [
+        "Doubt", "The whole run", "Try next", "Next lab"
     ]  # fmt: skip
     assert f'`make lab-{names[0]} SET="a=1"` tells more' in last[-2]
     assert f"`make lab-{names[1]}`" in last[-1]
@@ -514,3 +515,16 @@ def test_the_ends_of_an_interval_are_no_further_than_a_thousandfold(
     low: float | None, high: float | None, words: str
 ) -> None:
     assert ratio_ends(Interval(value=1.0, low=low, high=high, n=3)) == words
+
+
+def test_a_ratio_below_one_is_told_as_how_many_times_less(folder: RunFolder) -> None:
+    judged = next(j for j in folder.summary().judgements if j.effect)
+    assert judged.effect
+    ratio = Interval(value=0.1, low=0.08, high=0.125, n=5)
+    prediction = judged.prediction.model_copy(update={"value": 0.5})
+    update = {"effect": judged.effect.model_copy(update={"ratio": ratio}), "prediction": prediction}
+    headline = Headline("faster", "Doing it", "the figure")
+    for metric, less in (("tpot_mean_s", "shorter"), ("output_tokens_per_s", "lower")):
+        told = headlines.told(judged.model_copy(update={**update, "metric": metric}), headline)
+        said = f"Doing it: the figure is 10 times {less} (8.00 to 12.5; predicted 2.00: "
+        assert told.startswith(said)

@@ -366,12 +366,17 @@ def undecided(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The judgements that the lab finds: one pair is inconclusive, of at most four repeats."""
     set_lab(folder, most_repeats=4)
     pair = SimpleNamespace(
+        claim="faster",
         outcome="inconclusive",
         effect=True,
         treatment="on/short/concurrent-1",
         baseline="off/short/concurrent-1",
     )
-    judged = [pair]
+    not_decided_by = SimpleNamespace(**{**vars(pair), "claim": "other"})  # no claim of the lab
+    not_decided_by.treatment, not_decided_by.baseline = (
+        f"{name}/short/concurrent-2" for name in ("on", "off")
+    )
+    judged = [pair, not_decided_by]
     found = SimpleNamespace(judgements=judged, measurements={})
     monkeypatch.setattr("labs.harness.running.harness.summarise", lambda _: found)
     return judged

@@ -56,10 +56,14 @@ def main() -> None:
     # Matplotlib's list of fonts is kept here, whatever HOME is
     os.environ.setdefault("MPLCONFIGDIR", str(CACHE / "matplotlib"))
     from labs.harness.commands.cli import app
+    from labs.harness.commands.options import USAGE_ERROR, as_typed
     from labs.harness.commands.terminal import refusal_of
 
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except USAGE_ERROR as error:
+        print(f"error: {as_typed(error)}", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:  # of a help, or a list, that cannot be printed
         sys.exit(f"error: {refusal_of(error)}")
 

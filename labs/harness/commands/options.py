@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import os
 import re
 import shlex
 import shutil
@@ -46,9 +47,9 @@ BOUNDS: dict[str, tuple[float, float | None]] = {  # least and most; None: no li
     "SECONDS": (1, None),
     "TP": (1, None),
 }
+# click's, which typer has within it and does not name
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 Command = TypeVar("Command", bound=Callable[..., None])
-REFERENCE = re.compile(r" \(\[[^]]*\]\([^)]*\)\)")  # a link in parentheses
-LINK, WORDS_OF_LINK = re.compile(r"\[([^]]*)\]\([^)]*\)"), r"\1"
 
 
 app = typer.Typer(
@@ -128,8 +129,17 @@ def _argument(row: Setting) -> Any:
 
 def _help(row: Setting) -> str:
     """Say how a setting is typed behind make, and what it does; its links are left out."""
-    does = LINK.sub(WORDS_OF_LINK, REFERENCE.sub("", row.does))
-    return f"[cyan]{escape(row.typed)}[/]  {escape(does)}"
+    return f"[cyan]{escape(row.typed)}[/]  {escape(row.words)}"
+
+
+def as_typed(error: Any) -> str:
+    """Say what is wrong with a call, a value by the name of its setting as it is typed."""
+    variable = getattr(getattr(error, "param", None), "envvar", None)
+    if not isinstance(variable, str):
+        return str(error.format_message())
+    name = variable.removeprefix(PREFIX)
+    given = f"={os.environ[variable]}" if variable in os.environ else "="
+    return f"{name}{given}: {error.message or 'it is needed here'}"
 
 
 def price_of(usd_per_hour: float) -> float | None:

@@ -1,7 +1,7 @@
 """Settings and targets, as make and the command line read them: from the tables of docs/knobs.md.
 
-The Makefile runs this file where a call has settings, or a target that it does not know, before
-anything is installed. So it needs Python alone.
+The Makefile runs this file where a call has settings, or a target that it does not know, and to
+explain a target, before anything is installed. So it needs Python alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,9 @@ PREFIX = "LABS_"
 SETTING = re.compile(r"^\| `([A-Z_]+)=([^`]*)` \| (.+) \| ([^|]+) \|$", re.M)
 GONE = re.compile(r"^\| ([^|`]+) \| (.+) \|$", re.M)  # behind the page's heading "What went"
 PHONY = re.compile(r"^\.PHONY: (.+)$", re.M)
+REFERENCE = re.compile(r" \(\[[^]]*\]\([^)]*\)\)")  # a link in parentheses
+LINK, WORDS_OF_LINK = re.compile(r"\[([^]]*)\]\([^)]*\)"), r"\1"
+DOES = re.compile(r"^([a-z%-]+):[^#\n]*## (.+)$", re.M)  # a target of the Makefile
 ONE_LAB = "lab-<name>"
 ALL = "all"  # in the column of targets
 
@@ -34,6 +38,11 @@ class Setting:
     typed: str
     does: str  # Markdown
     targets: tuple[str, ...]  # names, `lab-<name>` for every lab; `all` for every target
+
+    @property
+    def words(self) -> str:
+        """What it does, without links."""
+        return LINK.sub(WORDS_OF_LINK, REFERENCE.sub("", self.does))
 
     def fits(self, target: str) -> bool:
         """Tell whether a target takes it."""
@@ -99,6 +108,19 @@ def refusal(goals: Sequence[str], given: Sequence[str]) -> str:
     return f"{', '.join(wrong)} would change nothing here: {typed} takes {takes}"
 
 
+def explanation(goal: str) -> str:
+    """Say what a target does, and how each of its settings is typed behind it."""
+    does = dict(DOES.findall((ROOT / "Makefile").read_text(encoding="utf-8")))
+    own = [row for row in settings() if row.fits(goal) and ALL not in row.targets]
+    shared = ", ".join(row.name + "=" for row in settings() if ALL in row.targets)
+    lines = [f"make {goal}: {does.get('lab-%' if goal.startswith('lab-') else goal, '')}", ""]
+    for row in own:
+        lines.append(f"  {row.typed}")
+        lines += [f"    {line}" for line in textwrap.wrap(row.words, 90)]
+    lines += [""] * bool(own)
+    return "\n".join([*lines, f"As every target it takes {shared} (docs/knobs.md)."])
+
+
 def is_taken(goal: str, name: str) -> bool:
     """Tell whether a target takes a setting."""
     return any(row.name == name and row.fits(goal) for row in settings())
@@ -122,6 +144,9 @@ def unread(environment: Iterable[str]) -> Iterator[str]:
             yield f"{name} in the environment is not a setting and is ignored: {meant}"
 
 
-if __name__ == "__main__":  # GOALS -- SETTINGS
-    place = sys.argv.index("--")
-    print(refusal(sys.argv[1:place], sys.argv[place + 1 :]))
+if __name__ == "__main__":  # GOALS -- SETTINGS, or --help TARGET GOALS -- what it would have run
+    words = sys.argv[1 : sys.argv.index("--")]
+    if words[:1] != ["--help"]:
+        print(refusal(words, sys.argv[len(words) + 2 :]))
+    elif words[1] in words[2:]:
+        print(explanation(words[1]))

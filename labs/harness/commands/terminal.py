@@ -30,7 +30,7 @@ from serving.processes.masking import tellable
 from serving.processes.ports import PortTaken
 from serving.weights.models import ModelError
 
-console = PlainConsole(width=None if sys.stdout.isatty() else 120)
+console = PlainConsole(width=None if sys.stdout.isatty() else 100)
 errors = PlainConsole(stderr=True, soft_wrap=True)
 EXPECTED_ERRORS = (
     LabError,

@@ -52,7 +52,7 @@ from labs.harness.judging.machine_speed import Part, relative_speed
 from labs.harness.judging.metrics import METRICS, by_repeat, compared_metrics
 from labs.harness.judging.text import counted
 from labs.harness.names import PointName, TrialName
-from labs.harness.spec import LabError, Point
+from labs.harness.spec import MARGIN, LabError, Point
 from labs.harness.telling.summary import checked
 from serving.inside.guard import HERE
 from serving.weights.models import ROOT
@@ -203,6 +203,7 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
         facts=facts,
         differences=[fact for fact in facts if fact.differs],
         unrecorded=manifest.unrecorded(*manifests),
+        loads={p.load.name: p.load.words for p in (*a.points, *b.points)},
     )
 
 
@@ -358,15 +359,21 @@ def _by_ratio(ratio: Interval, p: float, margin: float) -> tuple[Outcome, str]:
     """Decide by a ratio's interval, and say why."""
     assert ratio.low is not None
     assert ratio.high is not None
-    within = f"{100 * margin:g}%"
+    same, undecided = usual_reasons(margin)
     if is_within(ratio.low, margin) and is_within(ratio.high, margin):
-        return "same", f"within {within}"
+        return "same", same
     beyond = not is_within(ratio.value, margin)
     if beyond and p < 1 - CONFIDENCE:
         return "differs", ""
     if beyond and not ratio.low <= 1 <= ratio.high:
         return "undecided", "may be chance among so many figures"
-    return "undecided", f"the interval reaches beyond {within}"
+    return "undecided", undecided
+
+
+def usual_reasons(margin: float = MARGIN) -> tuple[str, str]:
+    """Say why figures are the same, and why they mostly are undecided."""
+    within = f"{100 * margin:g}%"
+    return f"within {within}", f"the interval reaches beyond {within}"
 
 
 def _verdicts(a: Sequence[Judgement], b: Sequence[Judgement]) -> list[VerdictPair]:

@@ -178,6 +178,7 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     facts: list[Fact] = Field(default=[], exclude=True)  # of both manifests, likeliest cause first
     differences: list[Fact]  # among them
     unrecorded: list[str]
+    loads: dict[str, str] = Field(default={}, exclude=True)  # name -> in words
 
     @property
     def figure_counts(self) -> str:

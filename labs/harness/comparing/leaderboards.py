@@ -48,6 +48,7 @@ from labs.harness.judging.text import (
 from labs.harness.questions import QUESTIONS
 from labs.harness.telling import (
     computed,
+    headlines,
     instruments,
     markdown,
     method,
@@ -334,12 +335,8 @@ def _decided(runs: Sequence[RunFolder]) -> Iterator[tuple[RunFolder, Judgement, 
 def _headline(folder: RunFolder, judgement: Judgement, headline: Headline) -> Inline:
     run = folder.run()
     gpu = "" if on_cpu(folder) else f" on {run.machine.name.removeprefix('NVIDIA ')}"
-    return (
-        Link(headline.done, os.path.relpath(folder.path / "report.md", ROOT)),
-        f"{gpu}{marks(run)}: {ratio_text(judgement).removesuffix('x')} times {headline.figure}"
-        f" ({ratio_interval(judgement)}; predicted {ratio_number(judgement.prediction.value)}:"
-        f" {claim_outcome(judgement)}){_earlier(run)}.",
-    )
+    done = Link(headline.done, os.path.relpath(folder.path / "report.md", ROOT))
+    return headlines.told(judgement, headline, done, f"{gpu}{marks(run)}", _earlier(run))
 
 
 def _to_report(folder: RunFolder, page_folder: Path, words: Inline) -> Inline:

@@ -6,10 +6,13 @@ The sentences are those of the templates `compared.md` and `two_sides.md`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
+from labs.harness.comparing.compare import usual_reasons
 from labs.harness.comparing.comparison import (
     ComparedFigure,
     Comparison,
@@ -26,12 +29,15 @@ from labs.harness.judging.text import (
     ratio_number,
     times_with_interval,
 )
+from labs.harness.spec import MARGIN
 from labs.harness.telling import markdown
 from labs.harness.telling.document import Figure, Section, bullets, section, table_of
-from labs.harness.telling.markdown import Markdown
+from labs.harness.telling.markdown import Markdown, code
 from labs.harness.telling.templates import filled
 from serving import whole
 
+Placed: TypeAlias = tuple[ComparedFigure, str]  # a figure and its place
+MOST_PLACES = 3  # each of which a comparison tells by itself
 FIRST_OUTCOMES = ("differs", "undecided", "same", "not comparable")
 
 
@@ -46,7 +52,7 @@ def document(
             found.lab,
             headline(found),
             (figures or {}).get(found.lab),
-            tables(found, found.rows, "Figures", found.forced),
+            tables(found, comparable(found), "Figures", found.forced, found.loads),
         )
         for found in comparisons
     ]
@@ -58,20 +64,79 @@ def headline(found: Comparison) -> Markdown:
     kinds = ("metric",) if found.same_hardware else ("metric", "effect")
     decided = [
         row
-        for row in found.rows
+        for row in comparable(found)
         if row.kind in kinds and METRICS[row.metric].across_machines != "listed"
     ]
-    places = {where for _, where in placed(decided)}
+    there = placed(decided, found.loads)
     return filled(
         "compared.md",
         found=found,
-        better=changes(decided, better=True),
-        worse=changes(decided, better=False),
-        only_place=places.pop() if len(places) == 1 else "",
+        a=_name(found.a, "A"),
+        b=_name(found.b, "B"),
+        moved=_moved(there),
+        only_a=_only(found, "B"),
+        only_b=_only(found, "A"),
         cause=manifest.likeliest_cause(found.differences, ("in A", "in B")),
         speeds=speeds("B's machine", found, "A's"),
+        margin=f"{MARGIN:.0%}",
         one_sitting=ONE_SITTING,
     )
+
+
+def _name(side: str, letter: str) -> Markdown:
+    """Call a side by its variant where it is one, else by its letter."""
+    _, colon, variant = Path(side).name.partition(":")
+    return code(variant) if colon else Markdown(letter)
+
+
+def _moved(there: Sequence[Placed]) -> list[dict[str, Any]]:
+    """Say on what B is better or worse, place by place; where these are many, of all at once.
+
+    The place with the largest change comes first.
+    """
+
+    def told(place: str, at: Sequence[Placed]) -> dict[str, Any]:
+        found = {name: changes(at, better=name == "better") for name in ("better", "worse")}
+        return {"place": place, **found}
+
+    differing = [(row, where) for row, where in there if row.outcome == "differs"]
+    largest = sorted(differing, key=lambda at: -_size(at[0]))
+    moved = list(dict.fromkeys(where for _, where in largest))
+    if len(moved) > MOST_PLACES:
+        return [told("", there)]
+    only = len({where for _, where in there}) == 1
+    return [told("" if only else m, [at for at in there if at[1] == m]) for m in moved]
+
+
+def _size(row: ComparedFigure) -> float:
+    """Return how large a change is, as the logarithm of its ratio; infinite from or to nothing."""
+    return abs(math.log(row.contrast.ratio.value)) if row.contrast else math.inf
+
+
+def _only(found: Comparison, lacking: Literal["A", "B"]) -> list[str]:
+    """Name what one side alone has: whole places, and else the figure with its place."""
+    places: dict[str, list[ComparedFigure]] = {}
+    for row, where in placed(found.rows, found.loads):
+        places.setdefault(where, []).append(row)
+    missing = f"missing in {lacking}"
+    return [
+        text
+        for where, rows in places.items()
+        for text in (
+            [where]
+            if all(row.why == missing for row in rows)
+            else [f"{row.title} at {where}" for row in rows if row.why == missing]
+        )
+    ]
+
+
+def comparable(found: Comparison) -> list[ComparedFigure]:
+    """Return the figures that both sides have; what the outcome says by itself is no reason."""
+    return [
+        row.model_copy(update={"why": "" if row.why in usual_reasons() else row.why})
+        for row in found.rows
+        if not row.why.startswith("missing in")
+    ]
 
 
 @dataclass(frozen=True)
@@ -92,11 +157,11 @@ class Change:
         return f"{count} {self.of} points"
 
 
-def changes(rows: Sequence[ComparedFigure], better: bool) -> list[Change]:
+def changes(there: Sequence[Placed], better: bool) -> list[Change]:
     """List the figures on which B is shown to be better, or else worse."""
     found = []
-    of_figure: dict[str, list[tuple[ComparedFigure, str]]] = {}
-    for row, where in placed(rows):
+    of_figure: dict[str, list[Placed]] = {}
+    for row, where in there:
         if row.outcome != "not comparable":
             of_figure.setdefault(row.title, []).append((row, where))
     for title, of in of_figure.items():
@@ -112,7 +177,14 @@ def changes(rows: Sequence[ComparedFigure], better: bool) -> list[Change]:
 
 
 def _span(rows: Sequence[ComparedFigure]) -> str:
-    """Write how far the ratios reach, and where a side has next to nothing, which has no ratio."""
+    """Write how far the ratios reach, and where a side has next to nothing, which has no ratio.
+
+    Of a single row, write both sides as well.
+    """
+    if len(rows) == 1 and rows[0].contrast:
+        (row,) = rows
+        ratio = ratio_number(rows[0].contrast.ratio.value)
+        return f"{number(row.a, row.unit)} to {number(row.b, row.unit)}, {ratio}x"
     ratios = sorted(row.contrast.ratio.value for row in rows if row.contrast)
     ends = dict.fromkeys(f"{ratio_number(ratio)}x" for ratio in (*ratios[:1], *ratios[-1:]))
     texts = [" to ".join(ends)] if ends else []
@@ -131,20 +203,22 @@ def tables(
     rows: Sequence[ComparedFigure],
     title: str,
     forced: str = "",
+    loads: Mapping[str, str] | None = None,
 ) -> Markdown:
     """Tabulate two sides: verdicts, these figures, and what may explain how they differ.
 
     Figures that differ come first, those that cannot be compared last. Each heading says why the
     two are not comparable, where that was `forced`.
     """
-    in_order = sorted(placed(rows), key=lambda pair: FIRST_OUTCOMES.index(pair[0].outcome))
+    of_verdicts = _places([v.where for v in found.verdicts], loads)
+    in_order = sorted(placed(rows, loads), key=lambda pair: FIRST_OUTCOMES.index(pair[0].outcome))
     return filled(
         "two_sides.md",
         found=found,
         title=title,
         mark=f" (FORCED: {forced})" if forced else "",
         figures=in_order,
-        verdicts=list(zip(found.verdicts, _places([v.where for v in found.verdicts]), strict=True)),
+        verdicts=list(zip(found.verdicts, of_verdicts, strict=True)),
         differences=table_of(manifest.table(found.differences, ("A", "B"))),
         with_ratio=with_ratio,
         number=number,
@@ -160,19 +234,23 @@ def with_ratio(outcome: str, ratio: Interval | None) -> str:
     return f"{outcome}, {times_with_interval(ratio)}"
 
 
-def placed(rows: Sequence[ComparedFigure]) -> list[tuple[ComparedFigure, str]]:
+def placed(rows: Sequence[ComparedFigure], loads: Mapping[str, str] | None = None) -> list[Placed]:
     """Give each row its place, in as few words as tell the places apart."""
-    return list(zip(rows, _places([row.where for row in rows]), strict=True))
+    return list(zip(rows, _places([row.where for row in rows], loads), strict=True))
 
 
-def _places(wheres: Sequence[str]) -> list[str]:
-    """Shorten the names of points, or of pairs, by the parts that never vary."""
+def _places(wheres: Sequence[str], loads: Mapping[str, str] | None = None) -> list[str]:
+    """Shorten the names of points, or of pairs, by the parts that never vary.
+
+    `loads` has the words for the names of loads.
+    """
     points = [point.split("/") for where in wheres for point in where.split(" / ")]
     varied = [i for i, parts in enumerate(zip(*points, strict=True)) if len(set(parts)) > 1]
 
     def short(point: str) -> str:
         parts = point.split("/")
-        return " ".join(parts[i] for i in varied or [-1])
+        words = [(loads or {}).get(parts[i], parts[i]) for i in varied or [-1]]
+        return (", " if loads else " ").join(words)
 
     return [" / ".join(short(p) for p in where.split(" / ")) for where in wheres]
 

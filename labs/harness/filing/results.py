@@ -321,14 +321,17 @@ def _newest_last(manifests: Iterable[Path]) -> list[RunFolder]:
 
 
 def open_run(path: Path) -> RunFolder:
-    """Open the run in a folder.
+    """Open the run in a folder, or the newest one of a lab.
 
     The path is taken from the working directory or from the checkout; raises LabError where neither
-    holds a run.
+    holds a run, and no lab of that name has one.
     """
-    folder = next((p for p in (path, ROOT / path) if (p / "run.json").exists()), None)
+    newest = _newest_last(RESULTS.glob(f"*/{path.name}/*/run.json")) if len(path.parts) == 1 else []
+    folders = [path, ROOT / path, *(run.path for run in newest[-1:])]
+    folder = next((p for p in folders if (p / "run.json").exists()), None)
     if folder is None:
         raise LabError(
-            f"{path} is not a run: give a folder with run.json, results/<machine>/<lab>/<run>"
+            f"{path} is not a run: give a folder with run.json, results/<machine>/<lab>/<run>, or"
+            " the name of a lab for its newest run"
         )
     return RunFolder(folder.resolve())  # names of machine, lab and run come from the whole path

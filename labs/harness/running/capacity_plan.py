@@ -126,7 +126,7 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
         fits=fits,
     )
     if served.room_tokens < question.demand.tokens:
-        return answer
+        return answer if on_file else replace(answer, enough_gpus=_enough_gpus(question))
     longest = max((prompt + output for _, prompt, output in question.demand.trace), default=0)
     if (longest := max(longest, math.ceil(question.demand.tokens))) > served.most_tokens:
         raise LabError(
@@ -261,6 +261,20 @@ def _fits(question: Question, machine: Machine, sheet: Datasheet) -> Iterator[Fi
             continue
         memory_bytes = question.gpus * usable_bytes(machine.memory_bytes)
         yield served.fit(precision, memory_bytes, question.demand)
+
+
+def _enough_gpus(question: Question) -> int | None:
+    """Return the fewest GPUs that share each layer so that it fits; None for no number of them."""
+    machine, sheet = machine_of(question.card)
+    for gpus in (2, 4, 8):
+        if sheet is None or gpus <= question.gpus:
+            continue
+        if reason_against_sharing(question.model.shape, sheet, gpus):
+            continue
+        served = Served.of(question.model, question.precision, machine, sheet, gpus)
+        if served.room_tokens >= question.demand.tokens:
+            return gpus
+    return None
 
 
 def _request_alone(served: Served, demand: Demand) -> Alone:

@@ -287,10 +287,11 @@ class Harness:
         if (chosen := self.folder.undecided()) is None:
             if not (keys := self._goes_on()):
                 summary = summarise(self.folder)
+                deciding = {claim.name for claim in self.setup.lab.deciding}
                 keys = {
                     key
                     for j in summary.judgements
-                    if may_be_decided(j, summary.measurements)
+                    if j.claim in deciding and may_be_decided(j, summary.measurements)
                     for key in (j.treatment, j.baseline)
                 }
             chosen = Undecided(points=tuple(p.key for p in points if p.key in keys))

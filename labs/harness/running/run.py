@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import tempfile
 import time
@@ -107,16 +108,19 @@ def _write_and_show_predictions(
         predictions = predict(setup, in_virtual_time(setup, work, progress))
         write_json(folder.path / "predictions.json", predictions)
     forecasts = predictions.in_virtual_time
-    predicted = report.predicted(
-        setup.lab,
-        predictions,
-        [
-            tables.in_virtual_time(setup.lab, _for_terminal(forecasts)) if forecasts else None,
-            tables.searched(forecasts) if forecasts else None,
-            on_two_engines(setup.lab, forecasts) if forecasts else None,
-            tables.predictions(setup.lab, predictions),
-        ],
-    )
+    if os.environ.get("LABS_VERBOSE"):
+        predicted = report.predicted(
+            setup.lab,
+            predictions,
+            [
+                tables.in_virtual_time(setup.lab, _for_terminal(forecasts)) if forecasts else None,
+                tables.searched(forecasts) if forecasts else None,
+                on_two_engines(setup.lab, forecasts) if forecasts else None,
+                tables.predictions(setup.lab, predictions),
+            ],
+        )
+    else:
+        predicted = report.predicted_in_brief(setup.lab, predictions)
     if predicted:
         progress.show(predicted)
 

@@ -56,7 +56,7 @@ from serving.metrics import Snapshot
 from serving.processes import masking
 
 BESIDE = "of a trial beside it: "  # how a reason begins that is another trial's
-MOST_AGAIN = 2  # how often a disturbed trial is measured again
+MOST_AGAIN, MOST_AGAIN_QUICK = 2, 1  # how often a disturbed trial is measured again
 REST_S = 0.25
 """In which an engine finishes what follows an answer's last token, before it is suspended: with
 speculation it drafts once more. Suspended in the middle of that, vLLM 0.32 may answer the next
@@ -268,10 +268,12 @@ class Trials:
     def play(self, point: Point, repeat: int, beside: Sequence[Point] = ()) -> None:
         """Play one trial, with those beside it, and record each; a failure with its reason.
 
-        A disturbed trial is measured again, at most twice, and those beside it with it. Only the
-        checks decide that, never a figure, and the last attempt counts, whatever they say of it.
+        A disturbed trial is measured again, at most twice, or once in a quick run on a CPU, and
+        those beside it with it. Only the checks decide that, never a figure, and the last attempt
+        counts, whatever they say of it.
         """
         lab, left = self._setup.lab, [point, *beside]
+        most_again = MOST_AGAIN_QUICK if lab.decides else MOST_AGAIN
         of = max(repeat, lab.repeats_of(point))
         name = f"{self._labels(left)}, repeat {repeat} of {of}"
         discarded: dict[str, tuple[Discarded, ...]] = {each.key: () for each in left}
@@ -288,7 +290,7 @@ class Trials:
             for p in played:
                 beside_s = (p.result.took_s or 0) - self._planned_s(p.point)
                 self._beside_s = max(self._beside_s, beside_s)
-            if not attempts or tries > MOST_AGAIN or self._setup.keep_disturbed:
+            if not attempts or tries > most_again or self._setup.keep_disturbed:
                 break
             left = [p.point for p in played]
             if not self._setup.clock.fits(self.trial_s(*left)):
@@ -300,7 +302,7 @@ class Trials:
             self._again += len(left)
             checks = sorted({check for attempt in attempts.values() for check in attempt.reasons})
             self._progress.message(
-                f"{name} is measured again ({tries} of at most {MOST_AGAIN}), as DISTURBED=keep was"
+                f"{name} is measured again ({tries} of at most {most_again}), as DISTURBED=keep was"
                 f" not given: {', '.join(checks)}"
             )
         ended += played

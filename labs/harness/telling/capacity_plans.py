@@ -81,6 +81,7 @@ class CapacityPlan:
     on_cpu: bool = False
     run: str = ""  # on file, that timed the step; empty where a datasheet gives it
     by_kernels: bool = False  # the step, and not by a datasheet
+    enough_gpus: int | None = None  # that share each layer, where it does not fit fewer
     alone: Alone | None = None
     rates: Mapping[float, LoadForecast] = field(default_factory=dict)  # by requests/s
     capacity_per_s: Band | None = None

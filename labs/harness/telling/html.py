@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -26,6 +27,7 @@ from labs.harness.telling.markdown import (
 )
 
 UNQUOTED = " !$'()*+,-./:;<=>?@[]_~{}|^"  # in a data address within double quotation marks
+STACKED = "Claim"  # the first heading of a table whose rows a phone shows one below the other
 Picture = Callable[[str, str, Markup], Markup]  # of a file, with its words and its caption
 
 
@@ -77,7 +79,25 @@ def fragment(blocks: Iterable[str], picture: Picture, label: str = "", level: in
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{int(token.tag[1]) + level - 1}"
         token.meta["label"] = label
+    _name_cells(tokens)
     return Markup(RENDERER.render(tokens, READER.options, {"picture": picture}))
+
+
+def _name_cells(tokens: Sequence[Token]) -> None:
+    """Give each cell of a table of claims the name of its column, under which a phone shows it."""
+    table, heads, column = None, list[str](), 0
+    for token, following in pairwise(tokens):
+        if token.type == "table_open":
+            table, heads = token, []
+        elif token.type == "th_open":
+            heads.append(plain_text(Markdown(following.content)))
+        elif token.type == "tr_open":
+            column = 0
+        elif token.type == "td_open" and table and heads[0] == STACKED:
+            table.meta["stacked"] = " stacked claims"
+            if column:
+                token.attrSet("data-of", heads[column])
+            column += 1
 
 
 def inline(content: Inline) -> Markup:
@@ -90,8 +110,8 @@ class _Renderer(RendererHTML):
 
     def table_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
         """A wide one scrolls in a box of its own, which a keyboard can reach."""
-        box = Markup('<div class="table" role="region" aria-label="{}" tabindex="0"><table>\n')
-        return box.format(tokens[idx].meta["label"])
+        box = Markup('<div class="table{}" role="region" aria-label="{}" tabindex="0"><table>\n')
+        return box.format(tokens[idx].meta.get("stacked", ""), tokens[idx].meta["label"])
 
     def table_close(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
         return "</table></div>\n"

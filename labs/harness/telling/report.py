@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from labs import LABS
-from labs.harness.facts.parts import published_of
+from labs.harness.facts.parts import parts_of, published_of
 from labs.harness.facts.published import Part
 from labs.harness.filing.computed import AT, PointForecasts, Predictions, Summary
 from labs.harness.filing.manifest import is_stale
@@ -31,12 +31,13 @@ from labs.harness.judging.text import (
     one_load,
     point_label,
     predictions_text,
+    verdict_text,
 )
 from labs.harness.judging.validity import BLOCKED, OVER_REQUESTS
 from labs.harness.page import lesson
 from labs.harness.questions import QUESTIONS
 from labs.harness.spec import Lab, Point, Prediction
-from labs.harness.telling import markdown, method, tables
+from labs.harness.telling import headlines, markdown, method, tables
 from labs.harness.telling.document import Figure, parts
 from labs.harness.telling.forecasts import on_two_engines
 from labs.harness.telling.markdown import Markdown
@@ -148,8 +149,34 @@ def digest(facts: Facts) -> Markdown:
         claims_in_brief=tables.without_column(known["claims"], tables.HELD),
         main_points=tables.points(facts.points, facts.lab, facts.summary, main_columns()),
         command_of_lab=f"make lab-{facts.lab.name}",
+        headline=_headline(facts),
+        whole=_whole(facts),
         next_lab=LABS[names[place % len(names)]] if place else None,
     )
+
+
+def _headline(facts: Facts) -> dict[str, str] | None:
+    """The verdict on the claim that the lab puts forward; None where the run has none on it."""
+    headline = parts_of(facts.lab.name).headline
+    judged = facts.summary.judgements if headline and not facts.run.aa else ()
+    for judgement in judged:
+        if headline and judgement.claim == headline.claim and judgement.ratio:
+            return {
+                "text": headlines.told(judgement, headline),
+                "verdict": verdict_text(judgement),
+            }
+    return None
+
+
+def _whole(facts: Facts) -> dict[str, Any] | None:
+    """What the whole lab has beyond a quick run of it; None of any other run."""
+    run = facts.run
+    if not run.quick or run.aa or facts.lab.name not in LABS:
+        return None
+    lab = LABS[facts.lab.name].at(run.scale, quick=False, dummy=run.dummy)
+    played = {name for point in facts.points for name in point.name.parts}
+    parts = dict.fromkeys([v.name for v in lab.variants] + [w.name for w in lab.workloads])
+    return {"parts": [name for name in parts if name not in played], "repeats": lab.repeats}
 
 
 def predicted(
@@ -160,7 +187,15 @@ def predicted(
         "predicted.md",
         tables=[table for table in shown_tables if table],
         formulas=formulas(lab, predictions),
+        brief=False,
     )
+
+
+def predicted_in_brief(lab: Lab, predictions: Predictions) -> Markdown:
+    """Build what a terminal shows of these where the reader did not ask for more: the claims'."""
+    without = lab.model_copy(update={"forecasts": ()})
+    shown = tables.predictions(without, predictions) or tables.predictions(lab, predictions)
+    return filled("predicted.md", tables=[shown] if shown else [], formulas=[], brief=True)
 
 
 def notes(run: Run, summary: Summary) -> Markdown:

@@ -32,15 +32,38 @@ function timed(shape, machine, { reading, computing, step_s }, asked) {
   };
 }
 
+const NUMBERS = ["prompt", "output", "users", "ttft", "tpot"];
+
+/** What is asked, and a sentence about a number that cannot be; a page whose plan is refused has no figure. */
 function asked() {
-  const number = (name) => {
-    const { min, max, value, defaultValue } = field(name);
-    const given = Number(value);
-    return given >= Number(min) && given <= Number(max) ? Math.round(given) : Number(defaultValue);
-  };
-  const numbers = ["prompt", "output", "users", "ttft", "tpot"].map((n) => [n, number(n)]);
+  const wrong = NUMBERS.map(field).find(({ min, max, value }) =>
+    !(Number(value) >= Number(min) && Number(value) <= Number(max)));
+  const numbers = NUMBERS.map((name) => [name, Math.round(Number(field(name).value))]);
+  const name = wrong?.parentElement.textContent.trim();
   return { ...Object.fromEntries(numbers), bits: Number(field("bits").value),
-           kv: Number(field("kv").value) };
+           kv: Number(field("kv").value),
+           refused: wrong && `${name}: give a number from ${wrong.min} to ${sized(Number(wrong.max))}.` };
+}
+
+/** For how many tokens, and for how many such requests, a machine has room beside the weights. */
+function roomOf(machine, model, want) {
+  const shape = quantized(model.shape, want.bits);
+  const bytes = facts.share * machine.memory - heldBytes(shape) - facts.activations;
+  const tokens = bytes > 0 ? kvTokens(shape, bytes, want.kv, facts.block) : 0;
+  return { tokens, requests: Math.floor(tokens / (want.prompt + want.output)) };
+}
+
+/** What would make it fit: fewer bits on this machine, and the machines that hold it as it is. */
+function fitting(machine, model, want) {
+  const chosen = (name, value) => [...field(name).options].find((of) => Number(of.value) === value).text;
+  const smaller = [[8, want.kv], [4, want.kv], [want.bits, 1], [8, 1], [4, 1]]
+    .filter(([bits, kv]) => bits <= want.bits && kv <= want.kv)
+    .find(([bits, kv]) => roomOf(machine, model, { ...want, bits, kv }).requests >= 1);
+  const machines = facts.machines.filter((of) => roomOf(of, model, want).requests >= 1);
+  const ways = smaller ? [`with weights in ${chosen("bits", smaller[0])} and keys and values in ${chosen("kv", smaller[1])}`] : [];
+  if (machines.length) ways.push(`as it is on ${machines.slice(0, 4).map((of) => of.name).join(", ")}`);
+  return ways.length ? `It fits ${ways.join(", or ")}.`
+    : "It fits no machine of this page: take a smaller model, or shorter prompts.";
 }
 
 function lessonCell(part) {
@@ -66,10 +89,12 @@ function verdict(limit, { low, high }) {
   return high <= limit ? "yes" : low > limit ? "no" : "perhaps";
 }
 
-function answered(want, room, times, known) {
-  if (room.tokens <= 0) return "It does not fit: the weights alone leave no room for keys and values.";
+function answered(want, room, times, known, machine, model) {
   if (room.requests < 1) {
-    return `No request fits: one has ${sized(want.prompt + want.output)} tokens, and the cache has room for ${sized(room.tokens)}.`;
+    const why = room.tokens > 0
+      ? `one request has ${sized(want.prompt + want.output)} tokens, and the cache has room for ${sized(room.tokens)}`
+      : "the weights alone leave no room for keys and values";
+    return `It does not fit: ${why}. ${fitting(machine, model, want)}`;
   }
   const place = room.requests >= want.users
     ? `It fits: ${sized(room.requests)} such requests have room at once, and ${want.users} are asked for.`
@@ -128,15 +153,22 @@ function plan() {
   const machine = facts.machines[field("machine").value];
   const model = facts.models[field("model").value];
   const want = asked();
+  const answer = document.getElementById("answer");
+  document.getElementById("planned").hidden = Boolean(want.refused);
+  if (want.refused) {
+    answer.textContent = want.refused;
+    document.getElementById("flags").replaceChildren();
+    return;
+  }
   const shape = quantized(model.shape, want.bits);
-  const bytes = facts.share * machine.memory - heldBytes(shape) - facts.activations;
-  const tokens = bytes > 0 ? kvTokens(shape, bytes, want.kv, facts.block) : 0;
-  const room = { tokens, requests: Math.floor(tokens / (want.prompt + want.output)) };
+  const room = roomOf(machine, model, want);
+  const fits = room.requests >= 1;
   const times = spans(shape, machine, want);
   const known = Boolean(machine.card);
-  document.getElementById("answer").textContent = answered(want, room, times, known);
+  answer.textContent = answered(want, room, times, known, machine, model);
   const line = (name, part, say, sign, unit = "") => {
     const { expected, low, high, bound } = times[part];
+    if (!fits) return [name, "–", "–", "–", "it does not fit", part];
     return [name, known ? say(expected) + unit : "–",
       known ? `${say(low)}${unit} to ${say(high)}${unit}` : "–",
       `${sign} ${say(bound)}${unit}`, "forecast", part];
@@ -147,7 +179,7 @@ function plan() {
     ["Memory of the machine", inGb(machine.memory), "", "", given, ""],
     ["Memory bandwidth", `${sized(machine.bytes_per_s / 1e9)} GB/s`, "", "", given, "stream"],
     ["Keys and values of a token", `${sized(kvBytesPerToken(shape, want.kv))} B`, "", "", "arithmetic", "kv"],
-    ["Tokens of context that have room", sized(tokens), "", "", "arithmetic", "fits"],
+    ["Tokens of context that have room", sized(room.tokens), "", "", "arithmetic", "fits"],
     ["Such requests that have room at once", sized(room.requests), "", "", "arithmetic", "fits"],
     line("TTFT of a prompt alone", "ttft", inTime, "at least"),
     line(`TPOT with ${want.users} in flight`, "tpot", inTime, "at least"),
@@ -161,7 +193,8 @@ function plan() {
     : "No efficiency is published for such a machine, so there is a bound alone; a run of the"
       + " lesson's lab measures how near it comes.";
   document.getElementById("basis").textContent = `Its figures: ${machine.told}. ${basis}`;
-  document.getElementById("flags").replaceChildren(...commands(machine, model, want, times).map(listed));
+  const typed = fits ? commands(machine, model, want, times) : [];
+  document.getElementById("flags").replaceChildren(...typed.map(listed));
   copyable();
 }
 
