@@ -112,7 +112,8 @@ IN_ENGINE = (1.0, 1.25, 1.5)  # limits on requests, in multiples of the batch: 1
 def searched(points: Sequence[Point]) -> list[Point]:
     """List a grid of batches and of limits at the flood, of which only a forecast is made.
 
-    The batches are the powers of two from the smallest that is measured to the largest.
+    The batches are the powers of two from the smallest that is measured to twice the largest, so
+    that the best one has neighbours on both sides.
     """
     measured = {
         (p.flags.max_num_seqs, limit): p
@@ -123,7 +124,7 @@ def searched(points: Sequence[Point]) -> list[Point]:
         return []
     smallest, largest = (of(batch for batch, _ in measured) for of in (min, max))
     base = next(iter(measured.values()))
-    batches = [2**i for i in range(largest.bit_length()) if smallest <= 2**i <= largest]
+    batches = [2**i for i in range(largest.bit_length() + 1) if smallest <= 2**i <= 2 * largest]
     grid = dict.fromkeys((b, math.ceil(times * b)) for b in batches for times in IN_ENGINE)
 
     def limited(batch: int, limit: int) -> Variant:

@@ -12,7 +12,8 @@ vendor's figure that engines were seen to reach, and a fixed time for the host a
 - **1.2 ms** a step beside both: what is left of vLLM's 155 tokens/s for one stream of an 8B model
   in BF16 on an H100 after reading at 85%. Between 0.4 ms, where scheduling overlaps the step, and
   1.6 ms: a 1B model, for which Hazy Research found vLLM 2.5 times slower than a kernel that reaches
-  78% of the bandwidth, leaves 1.5 ms.
+  78% of the bandwidth, leaves 1.5 ms. A pass of a draft model is launched and not scheduled: it
+  takes 0.4 ms of that on any of these engines (`as_draft`).
 
 Where several GPUs share each layer (tensor parallelism), each reads and computes an equal part, and
 they exchange results over NVLink: they add up two vectors a token in each layer, and one for the
@@ -31,6 +32,7 @@ execution (no published cost of its launches), and kernels that are slow at some
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from serving.forecasting.step import StepTimes
@@ -38,7 +40,7 @@ from serving.hardware.gpus import Datasheet
 from serving.weights.models import Shape
 
 MOST_LINKED = 8  # GPUs that NVLink joins in one machine
-SIZES = tuple(2**i for i in range(15))  # of steps, in tokens, and of rows of the output head
+SIZES = tuple(2**i for i in range(15))  # of steps, in tokens, and of rows; with the ridge's own
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ MOST_EFFICIENT = Efficiency(0.92, 0.75, step_s=0.4e-3, linking=0.81, exchange_s=
 LEAST_EFFICIENT = Efficiency(0.78, 0.43, step_s=1.6e-3, linking=0.45, exchange_s=19e-6)
 ENDS = (EXPECTED, MOST_EFFICIENT, LEAST_EFFICIENT)
 """The steps of a band: as expected, on a faster and on a slower engine."""
+
+
+def as_draft(times: StepTimes) -> StepTimes:
+    """Return the times of a draft model's pass, which the target's step has scheduled already."""
+    launches_s = min(times.scheduling_s, MOST_EFFICIENT.step_s)
+    return times.model_copy(update={"scheduling_s": launches_s})
 
 
 def reason_against_sharing(shape: Shape, card: Datasheet, gpus: int) -> str | None:
@@ -107,19 +115,26 @@ def step_times(
         sent_bytes = all_bytes * (gpus - 1) / gpus
         return efficiency.exchange_s + sent_bytes / (card.link_bytes_per_s * efficiency.linking)
 
+    def sizes(read_bytes: float, params: float, flops_per_s: float) -> tuple[int, ...]:
+        """Add the tokens from which computing takes longer than reading: a bend."""
+        ridge = math.ceil(read_bytes / bandwidth * flops_per_s / (2 * params))
+        return tuple(sorted({*SIZES, min(max(ridge, 1), SIZES[-1])}))
+
+    tokens = sizes(shape.step_bytes(SIZES[-1]) - head_bytes, layer_params, linear)
+    rows = sizes(head_bytes, shape.head_params, bf16)
     attention_flops_per_pair = 4 * shape.layers * shape.heads * shape.head_dim
     return StepTimes(
-        tokens=SIZES,
+        tokens=tokens,
         linear_s=tuple(
             max((shape.step_bytes(n) - head_bytes) / bandwidth, 2 * layer_params * n / linear)
             + (2 * shape.layers + 1) * exchange_s(2 * shape.hidden * n * 2)
-            for n in SIZES
+            for n in tokens
         ),
-        rows=SIZES,
+        rows=rows,
         head_s=tuple(
             max(head_bytes / bandwidth, 2 * shape.head_params * n / bf16)
             + exchange_s(shape.vocab * n * 2)
-            for n in SIZES
+            for n in rows
         ),
         attention_pair_s=attention_flops_per_pair / bf16,
         attention_read_s=shape.kv_bytes_per_token(kv_value_bytes) / bandwidth,

@@ -13,6 +13,7 @@ from serving.forecasting.datasheet import (
     LEAST_EFFICIENT,
     MOST_EFFICIENT,
     Efficiency,
+    as_draft,
     step_times,
 )
 from serving.forecasting.step import Piece, Step
@@ -32,6 +33,22 @@ def test_one_stream_decodes_at_the_published_rate() -> None:
     """vLLM's 155 tokens/s for an 8B model in BF16 on an H100."""
     step_s = step_times(shape("llama-8b"), H100, EXPECTED).seconds(ALONE)
     assert 1 / step_s == pytest.approx(155, rel=0.02)
+
+
+def test_a_step_bends_where_computing_takes_longer_than_reading() -> None:
+    """At 0.51 x 989 TFLOP/s and 0.85 x 3.35 TB/s, 2 bytes a weight: 177.1 tokens, in 16 bits."""
+    times = step_times(shape("llama-8b"), H100, EXPECTED)
+    assert 178 in times.tokens
+    at = dict(zip(times.tokens, times.linear_s, strict=True))
+    assert at[178] == pytest.approx(at[128], rel=0.01)
+    assert at[256] / at[178] == pytest.approx(256 / 177.1, rel=0.01)
+
+
+def test_a_pass_of_a_draft_is_launched_and_not_scheduled() -> None:
+    target, draft = (step_times(shape(name), H100, EXPECTED) for name in ("llama-8b", "llama-1b"))
+    a_pass = as_draft(draft)
+    assert a_pass.seconds(ALONE) == pytest.approx(draft.seconds(ALONE) - 0.8e-3)
+    assert as_draft(target.model_copy(update={"scheduling_s": 0.15e-3})).scheduling_s == 0.15e-3
 
 
 def test_a_small_model_is_further_from_the_bandwidth() -> None:

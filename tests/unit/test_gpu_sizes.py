@@ -134,6 +134,27 @@ def test_prompts_that_return_were_evicted_and_are_all_in_the_hosts_memory(
                 if v.name in at]  # fmt: skip
 
 
+@EVERY_MODEL
+@EVERY_CARD
+@each(
+    ("name", "workload"),
+    [("kv-quantization", "far"), ("context-retrieval", "far"), ("diagnosis", "context")],
+)
+def test_long_contexts_are_each_users_own_and_fit_the_cache(
+    card: str, random: bool, name: str, workload: str
+) -> None:
+    """One that all share would be read once from memory, and by the others from the L2."""
+    for point in points_on(lab_on(name, card, random), card, random):
+        if point.workload.name != workload:
+            continue
+        flags, prefix, users = point.flags, point.workload.prefix, point.load.users
+        assert prefix
+        assert prefix.groups == users
+        kv_bytes = flags.kv_cache_memory_bytes
+        room = theory.kv_tokens(point.shape, kv_bytes, flags.kv_value_bytes, block=16)
+        assert users * max(map(sum, point.lengths)) < room, point.key
+
+
 DRAFTS = {  # class of memory -> weights of the published draft and KV of a token, in bytes
     16: (0.99e9, 12_288),
     24: (0.99e9, 12_288),
@@ -287,9 +308,10 @@ def test_all_that_a_quick_run_sends_at_once_fits_the_cache(
             continue
         prefix, long = workload.prefix, workload.intruder
         shared = prefix.tokens if prefix and flags.enable_prefix_caching else 0
+        contexts = min(users, prefix.groups) if prefix else 0
         own = workload.model_copy(update={"intruder": None}).longest_tokens - shared
         intruding = long.prompt_tokens + long.output_tokens if long else 0
-        assert shared + intruding + users * own < room, point.key
+        assert contexts * shared + intruding + users * own < room, point.key
 
 
 @EVERY_MODEL

@@ -19,6 +19,7 @@ from serving.engines.flags import FlagValue, with_places
 from serving.engines.vllm import Vllm
 from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting import cards
+from serving.forecasting.datasheet import as_draft
 from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import PASSES, QUICK_PASSES, TimingPlan
 from serving.hardware import machine as machines
@@ -160,8 +161,9 @@ def steps_of_card(setup: Setup, points: Sequence[Point], card: Datasheet) -> Ste
             cards.steps(one.config, one.shape, card, one.gpus, one.kv_value_bytes, not known)
             for one in served[point.key]
         )
-        drafting = draft[0] if draft else (None, None, None)
-        return (model[0], drafting[0]), (model[1], drafting[1]), (model[2], drafting[2])
+        drafting = map(as_draft, draft[0]) if draft else (None, None, None)
+        expected, faster, slower = zip(model, drafting, strict=True)
+        return expected, faster, slower
 
     return {point.key: at(point) for point in points}
 
