@@ -253,7 +253,8 @@ def _answer_panels() -> tuple[Panel, ...]:
             "What each claim came to: the ratio of treatment to baseline with its 95% interval,"
             " and the ratio predicted before anything ran. An interval covers one sitting. A"
             " prediction p held where the 90% interval lies within p / 1.25 and 1.25 p, is refuted"
-            " where it lies wholly outside, else open; trivial: p is about 1.",
+            " where it lies wholly outside, else open; in brackets is the measured effect, the"
+            " ratio's logarithm, as a share of the predicted one. Trivial: p is about 1.",
             Column("Claim", "title", width=330),
             Column("Verdict", "outcome", width=100, colours=OUTCOMES),
             Column("Prediction", "prediction", width=110, colours=PREDICTIONS),

@@ -209,7 +209,10 @@ class Signatures:
     @property
     def slow(self) -> list[Signature]:
         """Those of causes that may make tokens slower."""
-        wanted = ("slow step", "large budget", "speculation", "long context")
+        wanted = (
+            "slow step", "long context", "cold cache", "long neighbour", "large budget",
+            "speculation",
+        )  # fmt: skip
         return [r for r in self._of(wanted) if r.knows("TPOT", "Long gaps", "Prefill")]
 
     def _of(self, causes: Sequence[str]) -> list[Signature]:

@@ -224,6 +224,13 @@ class Setting:
     tpot: Figure  # s, mean
     usd_per_million_tokens: Quantity  # where a price was given
 
+    @property
+    def usd_at_one_an_hour(self) -> Quantity:
+        """US dollars for a million output tokens of a machine that costs one dollar an hour."""
+        rate = self.throughput.measured.value
+        usd = 1e6 / 3600 / rate if rate else None
+        return Quantity.given(usd, why="no throughput was measured")
+
     def figure(self, rate: Rate) -> Figure:
         return self.goodput if rate == "goodput" else self.throughput
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -23,7 +24,11 @@ from labs.harness.judging.judge import (
 )
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.spec import Point, Prediction
+from serving.forecasting import kernels
+from serving.forecasting.kernels import Decoder
+from serving.forecasting.step import Piece
 from serving.hardware.attention import AttentionTimes, Kernel, KernelTimes
+from serving.weights import dummy, models
 
 MB, GB_PER_S = 1e6, 1e9  # bytes, and bytes a second
 KERNELS: tuple[Kernel, ...] = ("untiled", "tiled")
@@ -34,6 +39,10 @@ class Facts:
     tiling: Tiling | None  # None: attention was not timed by itself
     long_prompts: Prompts | None
     long_contexts: tuple[Contexts, ...]  # of each variant
+
+    @property
+    def on_a_card(self) -> OnCard:
+        return on_a_card()
 
 
 def facts(run: JudgedRun) -> Facts:
@@ -399,6 +408,42 @@ def samples(
 ) -> list[tuple[float, float]]:
     """List the metric of each repeat of the points with the place of its point."""
     return [(at(p), s) for p in points for row in run.rows(p) if (s := row.get(metric))]
+
+
+# ------------------------------------------------------------- the same on a GPU, as published
+
+CARD, MODEL = "h100", "llama-8b"
+NEAR_TOKENS, FAR_TOKENS = 8192, 65_536
+
+
+@dataclass(frozen=True)
+class OnCard:
+    """At which rate the attention of one request reads its keys and values, split by default."""
+
+    card: str
+    heads: int
+    kv_heads: int
+    near_tokens: int
+    near_rate: Quantity
+    far_tokens: int
+    far_rate: Quantity
+
+
+@cache
+def on_a_card() -> OnCard:
+    """Divide the bytes of a context by the times of vLLM's kernel that others published."""
+    config = dummy.config_of(MODEL)
+    attention, decoder = kernels.step_times(Decoder.of(config), CARD).attention, Decoder.of(config)
+    assert attention
+
+    def rate(tokens: int) -> Quantity:
+        read_bytes = tokens * models.shape_of(config).kv_bytes_per_token(2)
+        return Quantity(read_bytes / attention.seconds([Piece(1, tokens - 1)]) / 1e12, "TB/s")
+
+    return OnCard(
+        CARD.upper(), decoder.heads, decoder.kv_heads,
+        NEAR_TOKENS, rate(NEAR_TOKENS), FAR_TOKENS, rate(FAR_TOKENS),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------ TPOT over the context

@@ -349,6 +349,8 @@ def routed(shape: Shape, tokens: int) -> Routed:
 # ----------------------------------------------------------------------- what training would change
 
 TOKENS_TRAINED = 10_000_000
+PTQ_TOKENS = 128 * 2048
+"""Calibration tokens of GPTQ and SparseGPT (Frantar et al. 2023): 128 segments of 2,048."""
 
 
 @dataclass(frozen=True)
@@ -370,8 +372,17 @@ class Training:
     rate: Quantity  # of this machine, measured
     calibrate: Effort
     train: Effort
-    times_as_much: Quantity  # FLOP to train / to calibrate
     made_s: Quantity  # what pruning took
+
+    @property
+    def ptq_tokens(self) -> int:
+        return PTQ_TOKENS
+
+    @property
+    def times_as_much(self) -> Quantity:
+        """FLOP to train / to pass PTQ's calibration tokens forward once."""
+        a_token = self.calibrate.flop / self.calibrate.tokens
+        return (self.train.flop / (a_token * PTQ_TOKENS)).in_unit("1")
 
 
 def training(run: Context, studied: Sparsities) -> Training | None:
@@ -393,7 +404,6 @@ def training(run: Context, studied: Sparsities) -> Training | None:
         rate=Quantity(rate / 1e12, "TFLOP/s"),
         calibrate=calibrate,
         train=train,
-        times_as_much=(train.flop / calibrate.flop).in_unit("1"),
         made_s=Quantity(run.run.about.get("wanda-50", {}).get("seconds"), "s", why="not made here"),
     )
 

@@ -12,6 +12,7 @@ from labs.harness.facts.weights import KindsOfWeights, kinds_of_weights
 from labs.harness.judging.judge import is_within
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.spec import MARGIN
+from labs.weight_quantization.lab import KINDS
 from serving.forecasting import cards
 from serving.forecasting.datasheet import EXPECTED, step_times
 from serving.forecasting.step import Piece, Step
@@ -19,6 +20,8 @@ from serving.hardware.gpus import DATASHEETS
 from serving.weights import dummy, models
 
 BASE = "bf16"
+CONTROL = "w4a16-gptq"
+"""Weights alone: products stay in 16 bits, so that a prefill has the same arithmetic."""
 InputKind = Literal["q_proj", "o_proj", "gate_proj", "down_proj"]  # by the layer that it enters
 
 
@@ -119,6 +122,13 @@ class Gain:
     variant: str
     ratio: Quantity
 
+    @property
+    def beats(self) -> Literal["yes", "no", "open", "not valid"]:
+        """Whether it is shown to give more throughput than 16 bits."""
+        if self.ratio.low is None or self.ratio.high is None:
+            return "not valid"
+        return "yes" if self.ratio.low > 1 else "no" if self.ratio.high < 1 else "open"
+
 
 @dataclass(frozen=True)
 class AtLoad:
@@ -126,6 +136,11 @@ class AtLoad:
 
     users: int
     gains: tuple[Gain, ...]
+
+    @property
+    def first(self) -> Gain | None:
+        """The fastest format: one recipe of each, as two differ in speed by chance alone."""
+        return next((gain for gain in self.gains if gain.variant in KINDS), None)
 
 
 def throughput(run: Context) -> tuple[AtLoad, ...]:
@@ -154,7 +169,7 @@ def beside_base(run: Context, workload: str, users: int, metric: str) -> dict[st
 # --------------------------------------------------------------------- the same on a GPU, forecast
 
 FEW, MANY, CONTEXT_TOKENS = 1, 256, 512
-PRECISIONS = {"8 bits, activations too (INT8 or FP8)": "fp8", "4 bits": "w4a16-gptq"}
+PRECISIONS = {"W8A8": "fp8", "W4A16": "w4a16-gptq"}
 
 
 @dataclass(frozen=True)
@@ -176,6 +191,14 @@ class OnCard:
     many: int
     context: int
     weights: tuple[OfPrecision, ...]
+
+    @property
+    def first_for_few(self) -> str:
+        return max(self.weights, key=lambda of: of.few.value or 0).name
+
+    @property
+    def first_for_many(self) -> str:
+        return max(self.weights, key=lambda of: of.many.value or 0).name
 
 
 @cache
@@ -218,8 +241,14 @@ class InPhases:
     def is_valid(self) -> bool:
         return self.decode.known and self.prefill.known
 
-
-Explained = Literal["both", "decode", "prefill", "neither", "open", "not valid"]
+    @property
+    def gains(self) -> Literal["decode", "both", "neither", "prefill", "open"]:
+        """Which phases are shown to take less time."""
+        if not (is_settled(self.decode) and is_settled(self.prefill)):
+            return "open"
+        if is_faster(self.decode):
+            return "both" if is_faster(self.prefill) else "decode"
+        return "prefill" if is_faster(self.prefill) else "neither"
 
 
 @dataclass(frozen=True)
@@ -233,23 +262,16 @@ class Phases:
         return [of for of in self.variants if of.is_valid]
 
     @property
+    def control(self) -> InPhases | None:
+        return next((of for of in self.valid if of.variant == CONTROL), None)
+
+    @property
     def not_in_decode(self) -> list[str]:
         return [of.variant for of in self.valid if not is_faster(of.decode)]
 
     @property
     def in_prefill_too(self) -> list[str]:
         return [of.variant for of in self.valid if is_faster(of.prefill)]
-
-    @property
-    def explained(self) -> Explained:
-        """Of which phases the bytes alone explain the time."""
-        if not self.valid:
-            return "not valid"
-        if not all(is_settled(of.decode) and is_settled(of.prefill) for of in self.valid):
-            return "open"
-        if self.not_in_decode:
-            return "neither" if self.in_prefill_too else "prefill"
-        return "decode" if self.in_prefill_too else "both"
 
 
 def phases(run: Context) -> Phases | None:

@@ -23,6 +23,7 @@ from labs.harness.filing.writing import write_gzip
 from labs.harness.page import lesson
 from labs.harness.questions import QUESTIONS, TOPICS
 from labs.harness.telling import chart_data, dials, replay, residuals
+from labs.harness.telling.computed import computed
 from labs.harness.telling.document import Figure, parse, plain_text
 from labs.harness.telling.pages import PLOTLY, STYLE, page
 from labs.harness.telling.site import (
@@ -96,8 +97,8 @@ def test_a_question_is_answered_by_the_run_that_answers_it(
     for of in asked:
         assert of.id.partition("-")[0] in TOPICS
         assert of.kind.startswith(("measured", "arithmetic on measured")) == bool(of.answers)
-        if of.computed:
-            assert plain_text(of.computed) in seen.read
+        if answer := computed(of.id):
+            assert plain_text(answer.answer.brief) in seen.read
 
 
 def test_a_quick_or_changed_run_displaces_no_full_one(

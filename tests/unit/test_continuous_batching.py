@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from labs.continuous_batching.facts import Facts, facts
 from labs.harness import theory
 from labs.harness.filing.recorded import Agreement, Session
 from labs.harness.filing.writing import write_json
+from labs.harness.judging.quantity import Quantity
 from labs.harness.spec import Variant
 from tests.unit.builders import SHAPE, make_lab, make_workload
 from tests.unit.judged import context, judged, judged_run
@@ -112,3 +114,6 @@ def test_counts_that_differ_are_told(
     assert both
     assert both.agreement == agreement
     assert [longer.value for longer in both.client_longer_s] == pytest.approx([0.002, 0.002])
+    # 100 tokens a second are 360,000 an hour, for one dollar
+    priced = replace(both, tokens_per_s=Quantity(100, "tok/s"))
+    assert priced.usd_per_million_tokens.value == pytest.approx(1 / 0.36)

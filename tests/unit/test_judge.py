@@ -23,6 +23,7 @@ from labs.harness.judging.judge import (
     VerdictKind,
     _explain,
     effect,
+    effect_outcome,
     in_band,
     judge,
     judge_forecast,
@@ -308,6 +309,35 @@ def test_what_became_of_a_prediction(
     measured = Interval(value=2.0, low=low, high=high, n=2)
     assert prediction_outcome(prediction, measured) == outcome
     assert prediction_outcome(prediction, None) == "open"
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "off", "outcome", "foreseen"),
+    [
+        (2.0, 2.0, 0.02, "held", 1.0),
+        (1.27, 1.52, 0.01, "refuted", 1.75),  # within 25%, and nearly twice the cost
+        (1.27, 1.40, 0.03, "open", 1.41),
+        (0.80, 0.93, 0.01, "refuted", 0.33),
+        (1.27, 1.0, 0.01, "refuted", 0.0),
+        (1.20, 0.99, 0.01, "refuted", -0.06),  # the other way
+        (1.06, 1.02, 0.10, "held", None),  # below what two twins differ by: the ratio alone
+        (1.04, 1.00, 0.01, "held", None),  # within the margin
+        (8.0, 6.6, 0.01, "held", 0.91),
+        (8.0, 5.0, 0.01, "refuted", 0.77),  # 40% of a large effect are no 25% of its ratio
+    ],
+)
+def test_a_prediction_holds_where_its_effect_was_foreseen_too(
+    predicted: float, measured: float, off: float, outcome: str, foreseen: float | None
+) -> None:
+    """The standard error of the logarithm is `off` / 1.96, so that the floor is `off`."""
+    prediction = PREDICTION.model_copy(update={"value": predicted})
+    ratio = Interval(value=measured, low=None, high=None, n=5)
+    found = Effect(ratio=ratio, spread=None, error=off / 1.96, freedom=1e6).with_interval()
+    assert effect_outcome(prediction, found, MARGIN) == outcome
+    judgement = judged(FASTER).model_copy(update={"effect": found, "prediction": prediction})
+    assert judgement.foreseen == (
+        foreseen if foreseen is None else pytest.approx(foreseen, abs=0.01)
+    )
 
 
 @pytest.mark.parametrize("true_ratio", [1.6, 2.5])

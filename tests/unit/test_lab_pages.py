@@ -9,15 +9,18 @@ import pytest
 from jinja2 import nodes
 
 from labs import LABS
+from labs.harness.comparing.answers import on_a_gpu
 from labs.harness.facts.parts import own_plots
 from labs.harness.judging.quantity import CHANGE, POINTS, Quantity
-from labs.harness.page import ANSWERS, FINDINGS, PLOTS, PageError, page_of, read
-from labs.harness.telling.templates import SHARED, filled_text
+from labs.harness.page import ANSWERS, FINDINGS, GPU, PLOTS, PageError, page_of, read
+from labs.harness.telling.templates import FOLDERS, SHARED, filled_text
+from tests.cases import each
 
 PAGES = {name: page for name in LABS if (page := page_of(name))}
 NO_PROSE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}|`[^`]*`|95%", re.S)
 MEASURED = re.compile(r"\d[\d,.]*\s?(x|%|ms|s|tok/s|req/s|GB/s|TFLOP/s)(?![\w-])")
 FILLED = (ANSWERS, FINDINGS, PLOTS)
+TEMPLATES, _ = FOLDERS
 INCLUDED = {path.name: path.read_text() for path in SHARED.glob("*.md")}
 
 
@@ -60,15 +63,29 @@ def test_a_page_computes_and_compares_no_numbers(name: str) -> None:
             assert all(isinstance(s, nodes.Const) and isinstance(s.value, str) for s in sides), part
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_an_answer_is_forty_words_before_its_fold(name: str) -> None:
+COMPUTED = {path.stem: path.read_text() for path in TEMPLATES.glob("computed_*.md")}
+SAID = COMPUTED | {
+    f"{name}/{id}": part.text
+    for name, page in PAGES.items()
+    for id, part in page[ANSWERS].parts.items()
+}
+
+
+@each("said", SAID)
+def test_an_answer_is_forty_words_before_its_fold(said: str) -> None:
     """A figure counts as one word, whatever its interval; of branches the longest counts."""
-    for id, answer in PAGES[name][ANSWERS].parts.items():
-        before, *_ = answer.text.partition("<details>")
-        branches = re.split(r"\{%\s*(?:el(?:se|if)|endif)[^%]*%\}", before)
-        plain = [re.sub(r"\{%.*?%\}", "", branch, flags=re.S) for branch in branches]
-        words = [len(re.sub(r"\{\{.*?\}\}", "figure", text, flags=re.S).split()) for text in plain]
-        assert max(words) <= 40, id
+    before, fold, _ = SAID[said].partition("<details>")
+    assert fold or said not in COMPUTED
+    branches = re.split(r"\{%\s*(?:el(?:se|if)|endif)[^%]*%\}", before)
+    plain = [re.sub(r"\{%.*?%\}", "", branch, flags=re.S) for branch in branches]
+    words = [len(re.sub(r"\{\{.*?\}\}", "figure", text, flags=re.S).split()) for text in plain]
+    assert max(words) <= 40
+
+
+def test_every_question_that_labs_answer_says_what_a_gpu_would_change() -> None:
+    asked = {id for lab in LABS.values() for id in lab.answers}
+    assert {id for id in asked if not on_a_gpu(id)} == set()
+    assert {id for page in PAGES.values() for id in page[GPU].named} == asked
 
 
 PAGE = """# Beads

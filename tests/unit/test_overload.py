@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_the_capacity_is_found_in_a_closed_loop() -> None:
         LABS["overload"].at("cpu", quick=False, changes={"workloads": ["mixed"]})
 
 
-@pytest.mark.parametrize(("scale", "settings"), [("cpu", 12), ("gpu-80", 14)])
+@pytest.mark.parametrize(("scale", "settings"), [("cpu", 15), ("gpu-80", 14)])
 def test_a_grid_of_batches_and_limits_is_forecast_beside_what_is_measured(
     scale: str, settings: int
 ) -> None:
@@ -70,7 +71,7 @@ def test_a_grid_of_batches_and_limits_is_forecast_beside_what_is_measured(
     assert len(set(flags)) == len(flags) == settings
     assert not set(flags) & set(measured)
     assert {batch for batch, _ in flags} == (
-        {2, 4, 8, 16, 32} if scale == "cpu" else {8, 16, 32, 64, 128}
+        {2, 4, 8, 16, 32, 64} if scale == "cpu" else {64, 128, 256, 512, 1024}
     )
     assert all(batch <= limit for batch, limit in flags if limit)
     assert {(p.workload.name, str(p.load)) for p in grid} == {("flood", "capacity:4")}
@@ -174,6 +175,12 @@ def test_the_best_flags_may_differ_for_goodput_and_for_throughput(tmp_path: Path
     unbounded, capped, _ = found.tried
     assert (found.goodput.measured, found.throughput.measured) == (capped, unbounded)
     assert (found.goodput.foreseen, found.goodput.searched) == ("not forecast", None)
+    # 8 tokens a second are 28,800 an hour; no larger batch than 2 was offered
+    assert found.throughput.measured
+    assert found.throughput.measured.usd_at_one_an_hour.value == pytest.approx(1e6 / 28_800)
+    assert found.throughput.at_edge
+    larger = replace(found.tried[1], batch=4)
+    assert not replace(found, tried=(unbounded, larger)).throughput.at_edge
     not_valid = best_flags(overloaded(tmp_path / "b", not_valid=CAPPED)).goodput
     assert (not_valid.measured, not_valid.all_are_valid) == (unbounded, False)
 
@@ -228,3 +235,9 @@ def test_alarms_stand_beside_those_in_virtual_time(tmp_path: Path) -> None:
         (0, 2), (1, 1),
     ]  # fmt: skip
     assert of.first is None  # as none led in every trial
+    # one that led in both trials is first, and 29 s are too late for a replica that takes 30 s
+    early = replace(queue, measured=replace(queue.measured, led=2, lead_s=Quantity(29, "s")))
+    both = replace(of, measured=replace(of.measured, broken=2), alarms=(early,))
+    assert (both.first, both.is_in_time) == (early, False)
+    in_time = replace(early, measured=replace(early.measured, lead_s=Quantity(31, "s")))
+    assert replace(both, alarms=(early, in_time)).is_in_time

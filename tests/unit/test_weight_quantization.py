@@ -12,7 +12,7 @@ from labs import LABS
 from labs.harness.facts.quality import Quality, quality
 from labs.harness.filing.writing import write_gzip
 from labs.harness.spec import Variant
-from labs.weight_quantization.facts import facts, outliers, phases
+from labs.weight_quantization.facts import facts, on_a_gpu, outliers, phases
 from tests.unit.builders import make_lab, make_workload
 from tests.unit.judged import answered, context, judged_run, told_of, withheld
 
@@ -108,36 +108,53 @@ def test_outliers_by_what_they_cost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("decode_ms", "prefill_ms", "explained"),
+    ("decode_ms", "prefill_ms", "gains"),
     [
-        (5, 100, "both"),
-        (5, 50, "decode"),
-        (12, 100, "prefill"),
-        (12, 50, "neither"),
+        (5, 100, "decode"),
+        (5, 50, "both"),
+        (12, 100, "neither"),
+        (12, 50, "prefill"),
         ((7, 13), 100, "open"),
         (5, (60, 130), "open"),
     ],
 )
 def test_fewer_bytes_are_held_against_both_phases(
-    decode_ms: Any, prefill_ms: Any, explained: str, tmp_path: Path
+    decode_ms: Any, prefill_ms: Any, gains: str, tmp_path: Path
 ) -> None:
     """Half the bytes, beside 10 ms in decode and 100 ms in prefill."""
     lab = make_lab(
-        variants=(Variant(name="bf16"), Variant(name="w8a8", weights="w8a8")), claims=(),
-        workloads=(make_workload(name="decode"), make_workload(name="prefill")), evidence=(),
+        variants=(Variant(name="bf16"), Variant(name="w4a16-gptq", weights="w4a16-gptq")),
+        workloads=(make_workload(name="decode"), make_workload(name="prefill")),
+        claims=(), evidence=(),
     )  # fmt: skip
     run = context(tmp_path, lab, {
         "bf16/decode/concurrent-1": {"tpot_mean_s": 0.010},
         "bf16/prefill/concurrent-1": {"ttft_mean_s": 0.100},
-        "w8a8/decode/concurrent-1": {"tpot_mean_s": np.divide(decode_ms, 1000).tolist()},
-        "w8a8/prefill/concurrent-1": {"ttft_mean_s": np.divide(prefill_ms, 1000).tolist()},
-    }, halved=["w8a8"])  # fmt: skip
+        "w4a16-gptq/decode/concurrent-1": {"tpot_mean_s": np.divide(decode_ms, 1000).tolist()},
+        "w4a16-gptq/prefill/concurrent-1": {"ttft_mean_s": np.divide(prefill_ms, 1000).tolist()},
+    }, halved=["w4a16-gptq"])  # fmt: skip
     valid = phases(run)
     not_valid = phases(withheld(run, "bf16/decode/concurrent-1", ("tpot_mean_s",)))
     assert valid
     assert not_valid
-    assert (valid.explained, valid.variants[0].bytes_ratio) == (explained, 0.5)
-    assert not_valid.explained == "not valid"
+    assert valid.control
+    assert (valid.control.gains, valid.control.bytes_ratio) == (gains, 0.5)
+    assert not_valid.control is None
+
+
+def test_a_gpu_reverses_the_order_of_the_formats() -> None:
+    """Llama 8B on an H100: 16.1 GB, in 4 bits 5.7 of which 1.05 are an embedding table.
+
+    One stream reads 15 GB at 2.85 TB/s, 5.3 ms, or 4.7 GB, 1.6 ms, and takes 1.2 ms beside that:
+    6.5 / 2.8 = 2.3. With 256 in flight 16 bits take 256 x 14e9 FLOP at 504 TFLOP/s, 7.1 ms, and
+    4 bits the same, FP8 half of that.
+    """
+    by_name = {of.name: of for of in on_a_gpu().weights}
+    eight, four = by_name["W8A8"], by_name["W4A16"]
+    assert (on_a_gpu().first_for_few, on_a_gpu().first_for_many) == (four.name, eight.name)
+    assert four.few.value == pytest.approx(2.3, rel=0.05)
+    assert four.many.value == pytest.approx(1, abs=0.02)
+    assert 1.3 < (eight.many.value or 0) < 2
 
 
 def test_weights_that_are_not_valid_are_not_ranked(tmp_path: Path) -> None:
@@ -151,6 +168,11 @@ def test_weights_that_are_not_valid_are_not_ranked(tmp_path: Path) -> None:
     (valid,), (rest,) = (facts(run).throughput for run in (judged_run(found), without))
     assert [gain.variant for gain in valid.gains] == ["w8a8", "w4a16-awq"]
     assert [gain.ratio.value for gain in valid.gains] == pytest.approx([2, 1.5])
+    assert valid.first
+    assert rest.first
+    assert (valid.first.beats, rest.first.variant, rest.first.beats) == (
+        "yes", "w8a8", "not valid",  # AWQ is of the same format as GPTQ
+    )  # fmt: skip
     assert [(gain.variant, gain.ratio.known) for gain in rest.gains] == [
         ("w4a16-awq", True), ("w8a8", False),
     ]  # fmt: skip

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jinja2
 
 from labs import LABS
-from labs.harness.comparing import reproduction
+from labs.harness.comparing import answers, reproduction
 from labs.harness.comparing.comparison import (
     ANSWER_OF_OUTCOME,
     Reproduction,
@@ -47,7 +47,6 @@ from labs.harness.judging.text import (
 )
 from labs.harness.questions import QUESTIONS
 from labs.harness.telling import (
-    computed,
     headlines,
     instruments,
     markdown,
@@ -67,13 +66,12 @@ from labs.harness.telling.document import (
     Strong,
     Table,
     bullets,
-    joined,
     named_table,
     parse,
     section,
     table,
 )
-from labs.harness.telling.words import told_by
+from labs.harness.telling.words import Told, told_by
 from serving import whole
 from serving.weights.models import ROOT
 
@@ -89,6 +87,7 @@ SITTING = "labs-all.md"  # of a machine, for its reader: git ignores it
 FORECASTS = "forecasts.md"  # how near predictions came
 PUBLISHED = "published-gpu.md"  # to what others measured on GPUs
 README = ROOT / PAGE
+QUESTIONS_PAGE = ROOT / "docs" / "questions.md"
 CLAIMS, REPEATED, INSTRUMENTS = "claims.md", "repeated.md", "instruments.md"
 PAGE_OF_ALL = Path(__file__).with_name("collection.md")
 MARKS = {"helps": "▲", "hurts": "▼", "no effect": "=", "inconclusive": "?", "not valid": "×"}
@@ -184,6 +183,10 @@ def _pages() -> dict[Path, str]:
         results.RESULTS / FORECASTS: markdown.document(
             residuals.page(scores, residuals.to_reports(results.RESULTS))
         ),
+        QUESTIONS_PAGE: _filled(
+            PAGE_OF_ALL.with_name(QUESTIONS_PAGE.name),
+            questions=answers.by_question(_told(runs), QUESTIONS_PAGE.parent),
+        ),
         results.RESULTS / PUBLISHED: markdown.document(published_gpu.page(filed.on_file())),
         **{
             home / PAGE: markdown.document(_machine(machine_runs, committed=True))
@@ -226,6 +229,10 @@ def generated_parts(text: str, runs: Sequence[RunFolder]) -> str:
 def _standing_first(runs: Sequence[RunFolder]) -> list[RunFolder]:
     """Put runs of labs as they are now before stale ones, then GPUs first, then the newest."""
     return sorted(sorted(runs, key=lambda folder: folder.path.name, reverse=True), key=_standing)
+
+
+def _told(runs: Sequence[RunFolder]) -> list[tuple[RunFolder, Told]]:
+    return [(folder, told_by(folder)) for folder in _standing_first(runs)]
 
 
 def _standing(folder: RunFolder) -> tuple[bool, bool, bool]:
@@ -361,7 +368,7 @@ def _collection(runs: Sequence[RunFolder]) -> str:
         marks=[Paragraph((", ".join(marks_used),))],
         matrix=[*marked, _matrix(runs)],
         machines=[machines],
-        questions=[_questions(runs)],
+        questions=[answers.in_brief(_told(runs))],
     )
 
 
@@ -407,45 +414,6 @@ def _what_marks_mean(runs: Sequence[RunFolder]) -> list[Block]:
 def _meanings(runs: Sequence[RunFolder]) -> list[str]:
     quick, dummy = any(f.run().quick for f in runs), any(f.run().dummy for f in runs)
     return [*[STANDS_IN] * quick, *[RANDOM_WEIGHTS] * dummy]
-
-
-def _questions(runs: Sequence[RunFolder]) -> Table:
-    """Tabulate every question with its answers: runs that measured it, and what is computed."""
-    rows: list[list[Inline]] = []
-    answered = [(folder, told_by(folder).answers.keys()) for folder in runs]
-    for id, question in QUESTIONS.items():
-        reports = {lab: links for lab in LABS if (links := _answering(id, lab, answered))}
-        measured = [(Code(lab), ": ", joined(links, ", ")) for lab, links in reports.items()]
-        without = computed.computed(id)
-        answers: list[Inline] = [
-            *measured,
-            *([computed.answer_with_command(without)] if without else []),
-        ]
-        if not measured:
-            answers += _would_answer(id)
-        rows.append([id, question, computed.kind_of(id, reports), joined(answers, "; ")])
-    return table(("Id", "Question", "Kind", "Answer"), rows)
-
-
-def _answering(
-    id: str, lab: str, answered: Sequence[tuple[RunFolder, Collection[str]]]
-) -> list[Inline]:
-    """Link the runs of a lab that answer a question: not those that lack figures for it."""
-    return [
-        _to_report(f, results.RESULTS, short_name(f.run().machine))
-        for f, ids in answered
-        if id in ids and f.run().lab["name"] == lab
-    ]
-
-
-def _would_answer(id: str) -> list[Inline]:
-    """Say what would measure a question that no run answers."""
-    asking = [Code(f"make lab-{lab.name}") for lab in LABS.values() if id in lab.answers]
-    if asking:
-        return [(joined(asking, " or "), " measures it")]
-    if computed.computed(id):
-        return []
-    return [("no lab asks it yet: ", Link("adding one", "../CONTRIBUTING.md#add-a-lab"))]
 
 
 def _reproduced(page_folder: Path) -> Table:

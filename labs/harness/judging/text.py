@@ -188,8 +188,13 @@ def outcome_text(
 
 
 def claim_outcome(judgement: Judgement) -> str:
-    """Write what became of a claim's prediction, and whether the prediction was about 1."""
+    """Write what became of a claim's prediction, and how large the effect is beside the forecast.
+
+    Or whether the prediction was about 1.
+    """
     outcome = outcome_text(judgement.prediction_outcome, judgement.prediction, judgement.ratio)
+    if (foreseen := judgement.foreseen) is not None:
+        return f"{outcome} ({foreseen:.0%} of the effect)"
     return outcome + ", trivial" * judgement.trivial
 
 

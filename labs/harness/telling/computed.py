@@ -18,10 +18,11 @@ from labs.harness.questions import QUESTIONS
 from labs.harness.telling.capacity_plans import break_even_millions
 from labs.harness.telling.dials import shipped_shape
 from labs.harness.telling.forecasts import over
-from labs.harness.telling.markdown import Inline, Markdown, code
+from labs.harness.telling.markdown import Inline, code
 from labs.harness.telling.planner import BLOCK_TOKENS, kv_room_tokens
 from labs.harness.telling.tables import with_band
 from labs.harness.telling.templates import filled
+from labs.harness.telling.words import Answer
 from serving.engines.vllm import MEMORY_SHARE, usable_bytes
 from serving.forecasting import cards
 from serving.forecasting.step import Piece, Step
@@ -38,7 +39,7 @@ class Computed:
     """Holds an answer, what kind of answer it is, and the command that gives one for the reader."""
 
     kind: str
-    text: Markdown
+    answer: Answer
     command: str
 
 
@@ -49,10 +50,10 @@ def computed(id: str) -> Computed | None:
 
 
 def answer_with_command(answer: Computed) -> Inline:
-    """Write an answer with its kind and with the command that computes another example."""
+    """Write an answer in brief with its kind, and the command that computes another example."""
     kind = answer.kind[0].upper() + answer.kind[1:]
     before, after = f"{kind}, nothing measured: ", " For your own figures: "
-    return before, answer.text, after, code(answer.command)
+    return before, answer.answer.brief, after, code(answer.command)
 
 
 def kind_of(id: str, labs: Iterable[str]) -> str:
@@ -110,7 +111,7 @@ def _large_model() -> Computed:
         room={"eight": room(eight, 2), "four": room(four, 2), "both": room(four, 1)},
     )
     command = f"make plan MACHINE={sheet.short_name} MODEL={name} PRECISION=w4a16-gptq RATE=2"
-    return Computed("arithmetic", text, command)
+    return Computed("arithmetic", Answer.of(text), command)
 
 
 def _documents() -> Computed:
@@ -139,13 +140,14 @@ def _documents() -> Computed:
         budget=budget, documents=documents, replicas=replicas, each=documents // replicas,
         users=users, kept=f"{kept:,.0f}", cold_s=prefill_s(prompt, 0),
         warm_s=prefill_s(prompt - document, document), piece_s=prefill_s(budget, prompt - budget),
+        step_s=prefill_s(1, prompt),
         cold_per_s=answered_per_s(0), warm_per_s=answered_per_s(document),
     )  # fmt: skip
     command = (
         f"make plan MACHINE={sheet.short_name} RATE=60 LENGTHS={prompt}/{answer}"
         f" DOCUMENTS={documents}/{document} REPLICAS={replicas}"
     )
-    return Computed("forecast", text, command)
+    return Computed("forecast", Answer.of(text), command)
 
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # requests in flight
@@ -186,7 +188,7 @@ def _rent_or_buy() -> Computed:
         f"make plan MACHINE={sheet.short_name} RATE=10 LENGTHS={prompt}/{output}"
         f" PRICE_PER_HOUR={usd_per_hour:.2f} API_PRICE={per_output_usd:.2f}"
     )
-    return Computed("arithmetic and forecast", text, command)
+    return Computed("arithmetic and forecast", Answer.of(text), command)
 
 
 def _smaller_cache() -> Computed:
@@ -199,9 +201,8 @@ def _smaller_cache() -> Computed:
         example=example, context=context, window=window, whole=_gb(each * context),
         eight=_gb(eight * context), windowed=_gb(each * window), halved=_gb(each * context / 2),
     )  # fmt: skip
-    return Computed(
-        "arithmetic and forecast", text, "make plan MACHINE=h100 MODEL=llama-8b LENGTHS=32000/500"
-    )
+    command = "make plan MACHINE=h100 MODEL=llama-8b LENGTHS=32000/500"
+    return Computed("arithmetic and forecast", Answer.of(text), command)
 
 
 _ANSWERS: Mapping[str, Callable[[], Computed]] = {

@@ -19,7 +19,7 @@ from labs import LABS
 from labs.harness.filing.machine_names import short_name
 from labs.harness.filing.newest import marks, newest_of, on_cpu
 from labs.harness.filing.results import RunFolder
-from labs.harness.judging.judge import AGREEMENT, Interval, in_band
+from labs.harness.judging.judge import AGREEMENT, EFFECT_AGREEMENT, Interval, in_band
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.text import number, point_label, ratio_number
 from labs.harness.spec import OF_FORECASTS
@@ -52,6 +52,7 @@ class Residual:
     interval: Interval  # measured
     unit: str
     band: tuple[float, float] | None  # within which the forecast itself expected the figure
+    effect: float | None = None  # of a claim: the measured effect / the forecast one, of logarithms
 
     @property
     def measured(self) -> float:
@@ -143,6 +144,7 @@ def residuals(folder: RunFolder) -> list[Residual]:
             interval=j.effect.ratio,
             unit="x",
             band=None,
+            effect=j.foreseen,
         )
         for j in summary.judgements
         if j.effect and j.outcome != "not valid" and j.prediction.kind == "point"
@@ -345,15 +347,23 @@ def _grouped(
             median_distance([r.share for r in mine]),
             f"{sum(r.near for r in mine)} ({sum(r.near for r in mine) / len(mine):.0%})",
             _within_text(mine),
+            _effects_text(mine),
         ]
         for cells, mine in groups.items()
     ]
-    return table((*header, "Number", "Median distance", "Within 25%", "Within their band"), rows)
+    columns = ("Number", "Median distance", "Within 25%", "Within their band", "Effects within 40%")
+    return table((*header, *columns), rows)
 
 
 def _within_text(mine: Sequence[Residual]) -> str:
     known = [r.within for r in mine if r.within is not None]
     return f"{sum(known)} ({sum(known) / len(known):.0%})" if known else "–"
+
+
+def _effects_text(mine: Sequence[Residual]) -> str:
+    least, largest = 1 / EFFECT_AGREEMENT, EFFECT_AGREEMENT
+    known = [least <= r.effect <= largest for r in mine if r.effect is not None]
+    return _share(known)[0] if known else "–"
 
 
 def _misses(misses: Sequence[Residual], paces: Mapping[Path, float], link: LinkTo) -> Table:

@@ -58,7 +58,7 @@ from labs.harness.telling import (
     residual_plot,
     residuals,
 )
-from labs.harness.telling.document import Inline, parse
+from labs.harness.telling.document import Inline, Paragraph, parse
 from labs.harness.telling.pages import (
     LESSONS,
     PLOTLY,
@@ -430,10 +430,12 @@ class Asked:
         return computed.kind_of(self.id, (answer.lesson.lab.name for answer in self.answers))
 
     @property
-    def computed(self) -> Inline | None:
+    def computed(self) -> Markup:
         """The answer that needs no run, where there is one."""
-        answer = computed.computed(self.id)
-        return computed.answer_with_command(answer) if answer else None
+        if not (answer := computed.computed(self.id)):
+            return Markup()
+        brief = Paragraph(computed.answer_with_command(answer))
+        return html.fragment([brief, answer.answer.depth], html.embedded(Path()))
 
 
 class Course:

@@ -8,7 +8,7 @@ nothing is left before its fold, as it lacks a quantity, is none, and says why.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jinja2
@@ -38,6 +38,12 @@ class Answer:
 
     brief: Markdown
     depth: Markdown
+
+    @classmethod
+    def of(cls, text: Markdown) -> Answer:
+        """Part an answer at its fold; `brief` is empty where nothing stands before that."""
+        brief, fold, depth = text.partition(FOLD)
+        return cls(Markdown(" ".join(brief.split())), Markdown(f"{fold}{depth}"))
 
     @property
     def whole(self) -> Markdown:
@@ -124,11 +130,12 @@ def told(run: Run, lab: Lab, summary: Summary) -> Told:
 
 def _answer(text: Markdown, limited: Markdown) -> Answer | None:
     """Part an answer at its fold; None where nothing stands before that."""
-    brief, fold, depth = text.partition(FOLD)
-    if not brief.strip():
+    answer = Answer.of(text)
+    if not answer.brief:
         return None
-    depth = "\n\n".join(part for part in (f"{fold}{depth}", limited) if part)
-    return Answer(Markdown(" ".join(brief.split())), Markdown(depth))
+    return replace(
+        answer, depth=Markdown("\n\n".join(part for part in (answer.depth, limited) if part))
+    )
 
 
 def _known(run: Run, lab: Lab, summary: Summary, facts: Any) -> dict[str, Any]:
