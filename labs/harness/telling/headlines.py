@@ -5,7 +5,7 @@ from __future__ import annotations
 from labs.harness.facts.parts import Headline
 from labs.harness.judging.judge import Interval, Judgement
 from labs.harness.judging.metrics import METRICS
-from labs.harness.judging.text import claim_outcome, ratio_ends, ratio_number
+from labs.harness.judging.text import ratio_ends, ratio_number
 from labs.harness.telling.markdown import Inline, Markdown
 from labs.harness.telling.templates import filled
 
@@ -33,7 +33,7 @@ def told(
         times=ratio_number(ratio.value),
         ends=ratio_ends(ratio),
         predicted=ratio_number(predicted),
-        outcome=claim_outcome(judgement),
+        outcome=judgement.prediction_outcome + ", trivial" * judgement.trivial,
         earlier=earlier,
     )
 
