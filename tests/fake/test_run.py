@@ -83,7 +83,7 @@ def test_it_ends_well_and_completely(lab: str, finish: Finish) -> None:
     assert not summary.failed
     trials = {(point.key, repeat) for point, repeat, records in _trials(finished) if records}
     points = folder.run().points()
-    assert trials == {(p.key, r) for p in points for r in range(1, resolved.repeats + 1)}
+    assert trials == {(p.key, r) for p in points for r in range(1, resolved.repeats_of(p) + 1)}
     assert set(summary.measurements) == {p.key for p in points}
 
 

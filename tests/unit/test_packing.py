@@ -71,7 +71,7 @@ def read(folder: RunFolder) -> dict[str, Any]:
     points, lab = manifest.points(), manifest.rebuilt_lab()
     return {
         "manifest": manifest,
-        "predictions": packing.rounded(run.predictions().model_dump(mode="json")),
+        "predictions": run.predictions(),
         "filed": packing.rounded(run.summary().model_dump(mode="json")),
         "trials": [(r, t and t.records, t and t.engine) for _, r, t in run.trials(points, lab)],
         "series": run.series(POINT, 1),

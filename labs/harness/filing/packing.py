@@ -8,8 +8,8 @@ what was begun. The same run gives the same bytes.
 
 Each file is read back before it counts, and the requests of a trial have to come out of their
 columns as they went in, to a microsecond: else the run stays as it was. Of two commands that pack
-one run at once, the second waits. What the lab computed (predictions, the summary) and what was
-recorded of a trial beside its requests keeps nine significant digits, and a microsecond at least.
+one run at once, the second waits. What is computed again from the rest (the summary) keeps nine
+significant digits, and a microsecond at least.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from pydantic import BaseModel
 
 from labs.harness.filing import bounded, packed, quality_columns
 from labs.harness.filing.bounded import DamagedError
@@ -83,13 +82,14 @@ def _alone(home: Path) -> Iterator[None]:
 def write_summary(folder: RunFolder, summary: Summary) -> None:
     """Write what was computed from the trials of a run, in the form that the run has."""
     if folder.is_packed:
-        _write_json(folder.path / SUMMARY, summary)
+        _write_packed_summary(folder.path, summary)
     else:
         write_json(folder.path / "summary.json", summary)
 
 
-def _write_json(path: Path, model: BaseModel) -> None:
-    _write(path, [rounded(model.model_dump(mode="json"))])
+def _write_packed_summary(home: Path, summary: Summary) -> None:
+    """Write what can be computed again, and so needs fewer digits than what was recorded."""
+    _write(home / SUMMARY, [rounded(summary.model_dump(mode="json"))])
 
 
 def rounded(value: Any) -> Any:
@@ -115,8 +115,8 @@ def _write_all(folder: RunFolder) -> None:
     lab = run.rebuilt_lab()
     results = folder.trial_results(run.points(), lab)
     trials = [TrialName(result.point, result.repeat) for result in results]
-    _write_json(home / PREDICTIONS, folder.predictions())
-    _write_json(home / SUMMARY, folder.summary())
+    _write(home / PREDICTIONS, [folder.predictions().model_dump(mode="json")])
+    _write_packed_summary(home, folder.summary())
     probes = folder.probe_results()
     scored = [name for name in probes if name.startswith("quality-")]
     scored.sort(key=lambda name: _place(name, [variant.name for variant in lab.variants]))
@@ -140,7 +140,7 @@ def _write_all(folder: RunFolder) -> None:
             if (samples := folder.telemetry(trial.point, trial.repeat))
         ),
     )
-    _write(home / TRIALS, (rounded(result.model_dump(mode="json")) for result in results))
+    _write(home / TRIALS, (result.model_dump(mode="json") for result in results))
 
 
 def _place(probe: str, variants: list[str]) -> int:
