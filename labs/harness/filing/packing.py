@@ -8,8 +8,7 @@ what was begun. The same run gives the same bytes.
 
 Each file is read back before it counts, and the requests of a trial have to come out of their
 columns as they went in, to a microsecond: else the run stays as it was. Of two commands that pack
-one run at once, the second waits. What is computed again from the rest (the summary) keeps nine
-significant digits, and a microsecond at least.
+one run at once, the second waits.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import fcntl
 import hashlib
 import itertools
 import lzma
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -48,7 +46,6 @@ from serving import whole
 
 # for text: no alignment of bytes (pb), and a dictionary that a reader has memory for
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME, "pb": 0, "lc": 2}]
-DIGITS, LEAST_DECIMALS = 9, 6
 Line = dict[str, Any]
 
 
@@ -82,31 +79,9 @@ def _alone(home: Path) -> Iterator[None]:
 def write_summary(folder: RunFolder, summary: Summary) -> None:
     """Write what was computed from the trials of a run, in the form that the run has."""
     if folder.is_packed:
-        _write_packed_summary(folder.path, summary)
+        _write(folder.path / SUMMARY, [summary.model_dump(mode="json")])
     else:
         write_json(folder.path / "summary.json", summary)
-
-
-def _write_packed_summary(home: Path, summary: Summary) -> None:
-    """Write what can be computed again, and so needs fewer digits than what was recorded."""
-    _write(home / SUMMARY, [rounded(summary.model_dump(mode="json"))])
-
-
-def rounded(value: Any) -> Any:
-    """Round every float in plain data to what is kept of it.
-
-    One that would become short, as 0.44749999999999995 would 0.4475, stays as it is: a page that
-    shows fewer digits would round it to the other side.
-    """
-    if isinstance(value, dict):
-        return {name: rounded(of) for name, of in value.items()}
-    if isinstance(value, list):
-        return [rounded(of) for of in value]
-    if isinstance(value, float) and value and math.isfinite(value):
-        before_point = math.floor(math.log10(abs(value))) + 1
-        shorter = round(value, max(LEAST_DECIMALS, DIGITS - before_point))
-        return value if len(repr(shorter)) < DIGITS - 1 else shorter
-    return value
 
 
 def _write_all(folder: RunFolder) -> None:
@@ -116,7 +91,7 @@ def _write_all(folder: RunFolder) -> None:
     results = folder.trial_results(run.points(), lab)
     trials = [TrialName(result.point, result.repeat) for result in results]
     _write(home / PREDICTIONS, [folder.predictions().model_dump(mode="json")])
-    _write_packed_summary(home, folder.summary())
+    _write(home / SUMMARY, [folder.summary().model_dump(mode="json")])
     probes = folder.probe_results()
     scored = [name for name in probes if name.startswith("quality-")]
     scored.sort(key=lambda name: _place(name, [variant.name for variant in lab.variants]))
