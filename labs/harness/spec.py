@@ -570,7 +570,8 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
         if dummy:
             lab = lab._without(self.needs_text)
             lab = self.dummy(lab) if self.dummy else lab
-        brief_on_cpu = quick and kind == "cpu" and not parts_kept(changes or {})[1]
+        whole = self.aa or parts_kept(changes or {})[1]  # an A/A lab was made brief before
+        brief_on_cpu = quick and kind == "cpu" and not whole
         if brief_on_cpu and (headline := lab._headline()):
             lab = lab.model_copy(update={"decides": (headline.name,)})
             gone |= lab._beside(headline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ def tpots(folder: RunFolder) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("repetition", "factor"), [("same", 1.0), ("slow", SLOWER)])
 def test_an_engine_differs_by_its_factor(history: History, repetition: str, factor: float) -> None:
     ratios = [a["row"]["contrast"]["ratio"]["value"] for a in tpots(getattr(history, repetition))]
-    assert ratios == pytest.approx([factor] * 3, rel=0.35)
+    assert len(ratios) == 3
+    # one trial of a point may fall into a busy moment
+    assert statistics.median(ratios) == pytest.approx(factor, rel=0.35)
 
 
 def test_a_slower_engine_is_not_reproduced(history: History) -> None:

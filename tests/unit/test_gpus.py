@@ -157,9 +157,10 @@ def test_every_command_has_cuda_count_gpus_as_nvml_does(
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     seen = list[str]()
     monkeypatch.setattr(
-        "labs.harness.commands.cli.app", lambda: seen.append(os.environ[gpus.ORDER])
+        "labs.harness.commands.cli.app", lambda **_: seen.append(os.environ[gpus.ORDER])
     )
-    main()
+    with pytest.raises(SystemExit):
+        main()
     assert seen == [order]
     assert (gpus.ORDER in machine.engine_variables(os.environ)) == bool(given)
 

@@ -55,7 +55,7 @@ def test_a_vllm_that_cannot_limit_its_queue_is_not_told_to(
     found = [*starts.of_lab("overload", "real", True, machine, tmp_path, limits_queues)]
     argv = {start.variant: " ".join(start.argv) for start in found}
     assert len(argv) == 6
-    assert ("--max-num-queued-reqs 48" in argv["capped"]) == limits_queues
+    assert ("--max-num-queued-reqs 320" in argv["capped"]) == limits_queues
     assert any("queued" in words for words in argv.values()) == limits_queues
 
 

@@ -17,6 +17,7 @@ from labs.continuous_batching.plots import static
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.drawing import reach
 from labs.harness.filing.computed import PointForecasts, Predictions
+from labs.harness.filing.recorded import TrialResult
 from labs.harness.filing.results import RunFolder
 from labs.harness.filing.writing import write_json
 from labs.harness.judging.judge import Interval, mean_interval
@@ -31,6 +32,7 @@ from tests.unit.builders import (
     make_lab,
     make_point,
     make_record,
+    make_summary,
     make_workload,
     write_run,
 )
@@ -97,7 +99,10 @@ def drawn_run(
     folder, points = RunFolder(home / "run"), lab.points(SHAPE, CEILINGS)
     by_load = {f"{p.variant.name} {p.load}": p for p in points}
     for name, trial in trials.items():
-        records.write(folder.trial_folder(by_load[name], 1) / "requests.jsonl.gz", trial)
+        point = by_load[name]
+        records.write(folder.trial_folder(point, 1) / "requests.jsonl.gz", trial)
+        result = TrialResult(point=point.key, repeat=1, summary=make_summary())
+        write_json(folder.trial_folder(point, 1) / "trial.json", result)
     forecasts = PointForecasts(
         points={}, timelines={by_load[name].key: of for name, of in played.items()}
     )
