@@ -154,6 +154,9 @@ def test_what_is_unknown_or_impossible_is_an_error(command: str, named: str) -> 
     (f"{GUIDE} --profile synchronous --data prompt_tokens=1,output_tokens=2", "--max-requests"),
     (f"{GUIDE} --profile constant --max-requests 3 --data prompt_tokens=1,output_tokens=2",
      "--rate"),
+    (f"{GUIDE} --profile constant --rate 9 --max-seconds 1e9"
+     " --data prompt_tokens=1,output_tokens=2", "9,000,000,000"),
+    (f"{VLLM} --num-prompts 9000000 --request-rate 1", "9,000,000 requests"),
     (f"{AIPERF} --concurrency 2", "--output-tokens-mean"),
     (f"{AIPERF} --osl 3 --input-file trace.jsonl", "trace.jsonl"),
     (f"{AIPERF} --osl 3 --endpoint-type embeddings", "embeddings"),

@@ -51,6 +51,7 @@ REPEATS = 3
 LONG_S = 3600.0  # the window of a closed loop that ends with its requests
 GUIDELLM_AT_ONCE = 512  # the cap of GuideLLM's throughput profile, unless it is told otherwise
 EVENLY = math.inf  # the burstiness of equal gaps
+MOST_REQUESTS = 100_000  # of a load whose lengths and times are drawn
 CPU_KV_BYTES = 2**30  # of a variant that does not say how large its cache is
 Lengths = Sequence[tuple[int, int]]  # prompt and output tokens of each request
 
@@ -165,7 +166,7 @@ def _vllm(options: Options) -> Benchmark:
     if options.text("ramp"):
         impossible("ramp", given=options.option("ramp"))
     seed, burstiness = options.whole("seed", 0, 0), options.number("burstiness", 1.0)
-    requests, rate = options.whole("prompts", 1000), options.number("rate", math.inf)
+    requests, rate = _count(options.whole("prompts", 1000)), options.number("rate", math.inf)
     if dataset == "random":
         prefix_tokens, groups = options.whole("prefix_tokens", 0, 0), 1
         lengths = _uniform(options, requests, seed)
@@ -259,7 +260,7 @@ def _guidellm(options: Options) -> Benchmark:
     for level in levels:
         if kind in ("synchronous", "concurrent", "throughput"):
             users = number("--rate", str(level).removesuffix(".0"), None, 1, whole=True)
-            lengths = _around(rng, data, fields, requests or MOST_ROWS)
+            lengths = _around(rng, data, fields, _count(requests or MOST_ROWS))
             loads.append(Load(lengths, (), users, None if requests else seconds))
             continue
         rate = number("--rate", level)
@@ -291,7 +292,7 @@ def _aiperf(options: Options) -> Benchmark:
     data["prompt_tokens"] = data["prompt_tokens"] or "550"
     data |= {f"{name}_stdev": options.text(name.replace("tokens", "spread")) for name in [*data]}
     seed, notes = options.whole("seed", 0, 0), [note("own_draws", tool=options.tool)]
-    count = _count(requests, seconds, rate) if rate else requests or MOST_ROWS
+    count = _count(requests, seconds, rate) if rate else _count(requests or MOST_ROWS)
     lengths = _around(np.random.default_rng(seed), data, ("prompt_tokens", "output_tokens"), count)
     groups = options.whole("prefixes", 0, 0)
     shared = options.whole("prefix_tokens" if groups else "system_tokens", 0, 0)
@@ -318,9 +319,15 @@ READERS: Mapping[str, Callable[[Options], Benchmark]] = dict(
 )
 
 
-def _count(requests: int | None, seconds: float | None, rate: float) -> int:
-    """Count the requests of an open loop: as many as are asked for, or come in the time."""
-    return int(min(requests or math.inf, max(1, rate * (seconds or math.inf))))
+def _count(requests: int | None, seconds: float | None = None, rate: float = math.inf) -> int:
+    """Count the requests of a load: as many as are asked for, or come in the time at this rate.
+
+    Raises NotTranslatedError for more than can be drawn.
+    """
+    count = min(requests or math.inf, max(1, rate * (seconds or math.inf)))
+    if count > MOST_REQUESTS:
+        impossible("many", given=count, most=MOST_REQUESTS)
+    return int(count)
 
 
 def _around(
