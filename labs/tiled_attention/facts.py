@@ -24,10 +24,11 @@ from labs.harness.judging.judge import (
 )
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.spec import Point, Prediction
+from labs.tiled_attention.lab import splits_ratio
 from serving.forecasting import kernels
 from serving.forecasting.kernels import Decoder
 from serving.forecasting.step import Piece
-from serving.hardware.attention import AttentionTimes, Kernel, KernelTimes
+from serving.hardware.attention import AttentionTimes, Kernel, KernelTimes, SplitTimes
 from serving.weights import dummy, models
 
 MB, GB_PER_S = 1e6, 1e9  # bytes, and bytes a second
@@ -39,6 +40,7 @@ class Facts:
     tiling: Tiling | None  # None: attention was not timed by itself
     long_prompts: Prompts | None
     long_contexts: tuple[Contexts, ...]  # of each variant
+    splits: Splits | None  # None: a step's attention was not timed split
 
     @property
     def on_a_card(self) -> OnCard:
@@ -50,6 +52,7 @@ def facts(run: JudgedRun) -> Facts:
         tiling(run) if run.finds("tiling") else None,
         prompts(run) if run.finds("long-prompts") else None,
         contexts(run) if run.finds("long-contexts") else (),
+        splits(run),
     )
 
 
@@ -270,6 +273,62 @@ def longest(run: JudgedRun, at: Length, untiled: KernelTimes, tiled: KernelTimes
 def left_out(key: str, why: str) -> LeftOut:
     kernel, _, tokens = key.partition("/")
     return LeftOut("tiled" if kernel == "tiled" else "untiled", int(tokens), why)
+
+
+# ----------------------------------------------------------------------- keys in several pieces
+
+
+@dataclass(frozen=True)
+class Split:
+    """Attention of a step over one batch, its keys whole and split."""
+
+    kv_heads: int  # of all requests
+    whole_s: Quantity  # the least of the passes
+    split_s: Quantity
+    ratio: Quantity  # split / whole, of the means
+    predicted: Quantity
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What splitting each KV head's keys among all processors changed."""
+
+    processors: int
+    tokens: int  # of context
+    batches: tuple[Split, ...]
+
+    @property
+    def one(self) -> Split:
+        """One KV head alone."""
+        return self.batches[0]
+
+    @property
+    def most(self) -> Split:
+        """The most KV heads."""
+        return self.batches[-1]
+
+
+def splits(run: JudgedRun) -> Splits | None:
+    times = run.folder.attention_times()
+    if times is None or not times.splits:
+        return None
+    processors = times.processors
+    return Splits(
+        processors,
+        times.splits[0].tokens,
+        tuple(split(of, processors) for of in times.splits),
+    )
+
+
+def split(of: SplitTimes, processors: int) -> Split:
+    change = effect(dict(enumerate(of.split_s)), dict(enumerate(of.whole_s)))
+    return Split(
+        of.kv_heads,
+        Quantity(min(of.whole_s), "s"),
+        Quantity(min(of.split_s), "s"),
+        Quantity.of(change.ratio if change else None, RATIO, "no interval"),
+        Quantity(splits_ratio(of.kv_heads, processors), RATIO),
+    )
 
 
 # ------------------------------------------------------------------------- TTFT over the prompt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from labs.harness import theory
 from labs.harness.ask import (
     counter,
@@ -127,6 +129,14 @@ def split_ratio(split: Point, unsplit: Point) -> float:
     return step_s(split, 1.0) / step_s(unsplit, share)
 
 
+def splits_ratio(kv_heads: int, processors: int) -> float:
+    """Predict attention's time with each KV head's keys split among all processors / whole.
+
+    A piece is work for one processor: whole heads take turns where there are more than processors.
+    """
+    return kv_heads / processors / math.ceil(kv_heads / processors)
+
+
 @predicts(
     "max(FLOP / rate, bytes / bandwidth)",
     "no launch, scheduling or sampling cost",
@@ -204,7 +214,7 @@ LAB = Lab(
     evidence=EVIDENCE,
     attention_tokens=(1024, 2048, 4096, 8192, 16384),
     arithmetic=arithmetic,
-    findings=("tiling", "long-prompts", "long-contexts"),
+    findings=("tiling", "long-prompts", "long-contexts", "splits"),
     plots=("growth", "lengths"),
     slo=SLO(ttft_s=10, tpot_s=0.2),
     requests=64,

@@ -8,6 +8,12 @@ the same random inputs. Every query attends to every key: with a causal mask a t
 half of its tiles, which is another saving and would be counted as one of tiling. Every query head
 has keys and values of its own, so that copying shared ones is not timed either.
 
+On a CPU a step of decode over a long context is timed as well, with each KV head's keys in one
+piece and cut into as many as there are processors (Flash-Decoding, Dao et al. 2023): a piece is
+work for one processor, and the parts are put together by their softmax's denominators. It runs on
+every processor of the process, not on the engine's alone. On a GPU PyTorch's kernel may choose
+splits by itself, so that it has no side without them; there the engine is asked.
+
 Memory is the most that PyTorch holds at once beyond the inputs, as its own allocator records it.
 Time is taken several times, kernels and lengths in turn. What does not fit the memory that is set
 aside, or is refused by the kernel, is named with the reason and has no figures.
@@ -25,6 +31,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +72,15 @@ class KernelTimes(BaseModel, frozen=True, extra="forbid"):
     times_s: tuple[FiniteFloat, ...]  # in the order of the passes
 
 
+class SplitTimes(BaseModel, frozen=True, extra="forbid"):
+    """Attention of one decode step, the keys of each KV head in one piece and in several."""
+
+    kv_heads: PositiveInt  # of all requests of the batch
+    tokens: PositiveInt  # of context
+    whole_s: tuple[FiniteFloat, ...]  # in the order of the passes
+    split_s: tuple[FiniteFloat, ...]  # in as many pieces as there are processors
+
+
 class AttentionTimes(BaseModel, frozen=True, extra="forbid"):
     """What was timed, and what was left out with the reason (`untiled/16384` -> why)."""
 
@@ -76,6 +92,8 @@ class AttentionTimes(BaseModel, frozen=True, extra="forbid"):
     most_bytes: NonNegativeInt
     timed: tuple[KernelTimes, ...]
     left_out: dict[str, str]
+    processors: PositiveInt = 1  # among which keys were split
+    splits: tuple[SplitTimes, ...] = ()
     took_s: FiniteFloat
 
     def at(self, kernel: Kernel) -> dict[int, KernelTimes]:
@@ -105,6 +123,10 @@ def _shared_memory_bytes() -> int | None:
     properties = torch.cuda.get_device_properties(0)
     size_bytes = getattr(properties, "shared_memory_per_multiprocessor", None)
     return None if size_bytes is None else int(size_bytes)
+
+
+def _no_wait() -> None:
+    """A CPU's work is done when its call returns."""
 
 
 def seconds_of(work: Callable[[], object], wait: Callable[[], None]) -> float:
@@ -171,7 +193,7 @@ def measure(plan: AttentionPlan) -> AttentionTimes:
     began = time.monotonic()
     most = memory_set_aside(plan.device) if plan.most_bytes is None else plan.most_bytes
     of_16_bits = gpus.type_of_16_bits(torch, plan.device)
-    wait = torch.cuda.synchronize if plan.device == "cuda" else lambda: None
+    wait = torch.cuda.synchronize if plan.device == "cuda" else _no_wait
 
     def attention(kernel: Kernel, tokens: int) -> Callable[[], Any]:
         q, k, v = (
@@ -236,18 +258,76 @@ def measure(plan: AttentionPlan) -> AttentionTimes:
     )
 
 
+SPLIT_TOKENS, SPLIT_PASSES = 16384, 15  # of context, and how often a batch is timed both ways
+
+
+def attend_split(q: Any, k: Any, v: Any, pieces: int) -> Any:
+    """Attend over the keys of each KV head in so many pieces: on a CPU, one processor's work each.
+
+    `q` is (KV heads, query heads of each, head dim), `k` and `v` are (KV heads, tokens, head dim).
+    """
+    import torch
+
+    heads, queries, dim = q.shape
+
+    def cut(x: Any) -> Any:
+        return x.view(heads * pieces, 1, -1, dim)
+
+    parts, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.repeat_interleave(pieces, 0).unsqueeze(1), cut(k), cut(v)
+    )
+    weights = log_sums.reshape(heads, pieces, queries, 1).softmax(1)
+    return (parts.view(heads, pieces, queries, dim) * weights).sum(1)
+
+
+def measure_splits(plan: AttentionPlan, processors: int) -> tuple[SplitTimes, ...]:
+    """Time one step's attention whole and split, in turn, on all processors of a CPU.
+
+    The batches have one KV head, those of one request, and two for each processor.
+    """
+    import torch
+
+    config = json.loads(plan.config.read_text())
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    dim = config.get("head_dim") or config["hidden_size"] // heads
+    tokens = SPLIT_TOKENS // processors * processors
+    timed = []
+    with torch.inference_mode():
+        for batch in sorted({1, kv_heads, 2 * processors}):
+            q, k, v = (
+                torch.randn(batch, n, dim).bfloat16() for n in (heads // kv_heads, tokens, tokens)
+            )
+            whole, split = (partial(attend_split, q, k, v, n) for n in (1, processors))
+            times_s = [
+                (seconds_of(whole, _no_wait), seconds_of(split, _no_wait))
+                for _ in range(SPLIT_PASSES)
+            ]
+            whole_s, split_s = zip(*times_s, strict=True)
+            timed.append(
+                SplitTimes(kv_heads=batch, tokens=tokens, whole_s=whole_s, split_s=split_s)
+            )
+    return tuple(timed)
+
+
 def main() -> None:
     """Read the plan, keep to the engine's cores, and print the figures as the last line."""
     logging.disable(logging.WARNING)
     plan = AttentionPlan.model_validate_json(sys.stdin.readline())
-    if plan.cores:
-        os.sched_setaffinity(0, plan.cores)
     import torch
 
-    if plan.cores:
-        torch.set_num_threads(len(plan.cores))
     torch.manual_seed(0)
-    print(measure(plan).model_dump_json(), flush=True)
+    processors, splits = sorted(os.sched_getaffinity(0)), tuple[SplitTimes, ...]()
+    if plan.device == "cpu" and len(processors) > 1:
+        torch.set_num_threads(len(processors))
+        splits = measure_splits(plan, len(processors))
+        print(f"timed a step's attention split among {len(processors)} processors", flush=True)
+    if plan.cores:
+        os.sched_setaffinity(0, plan.cores)
+        torch.set_num_threads(len(plan.cores))
+    times = measure(plan)
+    timed = {"processors": len(processors), "splits": splits} if splits else {}
+    print(times.model_copy(update=timed).model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":

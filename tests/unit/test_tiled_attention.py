@@ -35,7 +35,7 @@ from labs.tiled_attention.lab import (
     ttft_ratio,
 )
 from serving.hardware import attention, gpus
-from serving.hardware.attention import AttentionTimes, Kernel, KernelTimes
+from serving.hardware.attention import AttentionTimes, Kernel, KernelTimes, SplitTimes
 from tests.unit.builders import CEILINGS, MACHINE, SHAPE
 from tests.unit.judged import context, judged_run, told_of, with_facts
 
@@ -307,6 +307,18 @@ def test_a_context_that_costs_nothing_is_not_given_a_rate(tmp_path: Path) -> Non
     }
     (found,) = facts(measured(tmp_path, flat)).long_contexts
     assert (found.adds, found.rate.low) == (False, None)
+
+
+def test_one_head_gains_from_splits_what_idle_processors_add(tmp_path: Path) -> None:
+    """Two processors: one head leaves one idle, three take two turns, four none."""
+    taken = [SplitTimes(kv_heads=n, tokens=64, whole_s=(whole, 1.1 * whole), split_s=(n, 1.1 * n))
+             for n, whole in ((1, 2), (3, 4), (4, 4))]  # fmt: skip
+    times = times_of().model_copy(update={"processors": 2, "splits": tuple(taken)})
+    found = facts(measured(tmp_path, SERVED, times)).splits
+    assert found
+    assert [b.ratio.value for b in found.batches] == pytest.approx([1 / 2, 3 / 4, 1])
+    assert [b.predicted.value for b in found.batches] == [1 / 2, 3 / 4, 1]
+    assert facts(measured(tmp_path / "older", SERVED, times_of())).splits is None
 
 
 def test_both_plots_are_drawn(tmp_path: Path) -> None:

@@ -62,3 +62,16 @@ def test_a_kernel_that_refuses_is_left_out(tmp_path: Path, monkeypatch: pytest.M
     found = attention.measure(plan(tmp_path))
     assert not found.timed
     assert set(found.left_out.values()) == {"No available kernel."}
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 8])
+def test_split_keys_give_the_attention_of_a_textbook(pieces: int) -> None:
+    q, k, v = (torch.randn(3, n, 16) for n in (2, 64, 64))
+    scores = q @ k.transpose(1, 2) / 16**0.5
+    torch.testing.assert_close(attention.attend_split(q, k, v, pieces), scores.softmax(-1) @ v)
+
+
+def test_a_head_a_request_and_a_batch_are_timed_both_ways(tmp_path: Path) -> None:
+    found = attention.measure_splits(plan(tmp_path), 3)
+    assert [(s.kv_heads, s.tokens) for s in found] == [(1, 16383), (2, 16383), (6, 16383)]
+    assert all(len(s.whole_s) == len(s.split_s) == attention.SPLIT_PASSES for s in found)

@@ -302,8 +302,8 @@ class Trials:
             self._again += len(left)
             checks = sorted({check for attempt in attempts.values() for check in attempt.reasons})
             self._progress.message(
-                f"{name} is measured again ({tries} of at most {most_again}), as DISTURBED=keep was"
-                f" not given: {', '.join(checks)}"
+                f"{name}: measured again ({tries} of {most_again} times), disturbed by:"
+                f" {', '.join(checks)}"
             )
         ended += played
         for p in ended:
