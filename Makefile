@@ -109,7 +109,7 @@ site: setup ## Write the course and a page for every run as a website, without v
 score: setup ## Show what other tools would have reported for a run
 	@$(call with,RUN,score)
 
-compare: setup ## Compare two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.html|x.md|x.json]
+compare: setup ## Compare two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.md|x.json]
 	@$(call with,A,compare)
 
 reproduce: setup ## Repeat a recorded run, or play another tool's benchmark or a published figure here
@@ -118,7 +118,7 @@ reproduce: setup ## Repeat a recorded run, or play another tool's benchmark or a
 gate: setup ## Fail if a run is worse than another
 	@$(call with,RUN,gate)
 
-export: setup ## Write a run as tables, or in the format of vllm bench serve
+export: setup ## Write a run as tables
 	@$(call with,RUN,export)
 
 check-results: setup ## Check that recorded runs are readable and complete

@@ -12,27 +12,24 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bench import BenchError, aa, engine, streams
-from bench.console import console
+from bench import BenchError, engine, streams
 from labs.harness.running.machine_load import OtherLoad
 from labs.harness.telling import instruments
+from labs.harness.telling.terminal import PlainConsole, show
 from loadtests import generator
 from serving.engines.base import EngineError
 from serving.hardware import machine as machines
 from serving.weights.models import ModelError
 
-PARTS = {"streams": streams.measure, "engine": engine.measure, "aa": aa.measure}
-MAIN = ("streams", "engine")
-HELP = """Measure the lab's own instruments and print each figure beside its aim.
+PARTS = {"streams": streams.measure, "engine": engine.measure}
+console = PlainConsole()
+HELP = """Measure the lab's own instruments (docs/instruments.md has the aims).
 
 [bold]streams[/] (4 min): what our Locust adds to TTFT and to chunk gaps,
 and the CPU it costs, against a server that records what it really sent.
 
 [bold]engine[/] (3 min): vLLM's throughput under our Locust and under
 `vllm bench serve`: the same requests, in turns on one engine.
-
-[bold]aa[/] (8 min, only when asked for): twenty runs of a lab against
-itself on a fake engine whose speed varies; the false alarms among them.
 
 The figures are this machine's, now: close what else runs on it. What a
 part finds is kept in results/ as soon as it is there. The exit code is 0
@@ -46,7 +43,7 @@ def main(
         typer.Option(
             envvar="LABS_PART", help=f"Only this part, again for another: {', '.join(PARTS)}."
         ),
-    ] = list(MAIN),  # noqa: B006
+    ] = list(PARTS),  # noqa: B006
     keep: Annotated[
         Path | None, typer.Option(help="Keep records, truth and logs in this new folder.")
     ] = None,
@@ -87,6 +84,8 @@ def measured(name: str, work: Path) -> bool:
         }
     )
     path = instruments.keep(machines.detect(), name, dated)
+    found = instruments.Bench.model_validate({"machine": machines.detect(), name: dated})
+    show(console, instruments.told([found]))
     console.print(f"[dim]{name}: kept in {os.path.relpath(path)}[/]")
     return True
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from bench import BenchError
-from bench.console import aim, console, table, tell, within
+from bench import BenchError, tell
 from bench.load import RunningLocust, locust, trial
 from labs.harness.judging.judge import Interval, contrast
 from labs.harness.telling import instruments
@@ -181,7 +180,8 @@ def measure(work: Path) -> instruments.Engine:
                     delta = after.since(before).values
                     tokens = (delta[metrics.PROMPT_TOKENS], delta[metrics.GENERATION_TOKENS])
                     counted[name].add(tokens)
-    show(answers, counted)
+    if len(set().union(*counted.values())) > 1:
+        raise BenchError(f"the tools did not send the same work, by the engine's counts: {counted}")
     throughput, ttft, tpot = (ratio_of(answers, of) for of in (rate, ttft_ms, tpot_ms))
     return instruments.Engine(throughput=throughput, ttft=ttft, tpot=tpot)
 
@@ -195,43 +195,3 @@ def ratio_of(
     found = contrast(ours, theirs, paired=True)
     assert found
     return found.ratio
-
-
-def show(
-    answers: Mapping[str, Sequence[Sequence[AnswerTimes]]],
-    counted: Mapping[str, set[tuple[float, float]]],
-) -> None:
-    """Print every run of every tool, the aim for throughput, and whether the latencies agree."""
-    clients_table = table(
-        f"The same {REQUESTS} requests on the same engine, {USERS} at a time",
-        *("client", "output tok/s, each run", "mean", "TTFT mean (ms)", "TPOT mean (ms)"),
-        *("engine's tokens, in + out",),
-    )
-    for name, runs in answers.items():
-        rates = [rate(run) for run in runs]
-        clients_table.add_row(
-            name,
-            " ".join(f"{r:.0f}" for r in rates),
-            f"{mean(rates):.1f}",
-            f"{mean(ttft_ms(run) for run in runs):.1f}",
-            f"{mean(tpot_ms(run) for run in runs):.2f}",
-            ", ".join(f"{p:.0f} + {g:.0f}" for p, g in sorted(counted[name])),
-        )
-    console.print(clients_table)
-    console.print(
-        "[dim]Output tokens / (last token - first send), computed alike for both from each tool's"
-        " own stamps. vllm bench's TTFT is to its first event, which may be the role chunk.[/]"
-    )
-    ratio = ratio_of(answers, rate)
-    wide = ratio.low is not None and ratio.low < 0.97 < ratio.value
-    doubt = "the interval includes the bound" if wide else ""
-    figure = f"throughput under {OURS} / {THEIRS}{within(ratio)}"
-    aim(figure, ratio.value, 0.97, at_least=True, doubt=doubt)
-    for latency, of in (("TTFT", ttft_ms), ("TPOT", tpot_ms)):
-        ratio = ratio_of(answers, of)
-        if ratio.low and ratio.high:
-            agree = "they agree" if ratio.low <= 1 <= ratio.high else "they differ"
-            text = f"Mean {latency}, {OURS} / {THEIRS}: {ratio.value:.3f}{within(ratio)}: {agree}"
-            console.print(text)
-    if len(set().union(*counted.values())) > 1:
-        console.print("[red]The tools did not send the same work: see the engine's counts.[/]")

@@ -346,20 +346,6 @@ class Engine(Server):
         """
         return None
 
-    @classmethod
-    def gpu_memory_bytes(cls, flags: Flags, shape: Shape) -> int | None:
-        """Estimate, generously, the memory that it takes of the one GPU that it uses.
-
-        None where that is not known, or it uses several: engines are then started one after
-        another.
-        """
-        return None
-
-    @classmethod
-    def gpu_share_flags(cls, share: float) -> Flags:
-        """Return the flags by which it takes this share of a GPU's memory, beside other engines."""
-        return {}
-
     # while it runs
 
     @classmethod

@@ -64,17 +64,6 @@ SINCE = dict.fromkeys(QUEUE_LIMITS, "0.32")
 """Flag -> the first vLLM known to have it, where not every one that the labs support has it."""
 MEMORY_SHARE = 0.92  # of a GPU's memory, which vLLM 0.32 takes by default
 ACTIVATION_BYTES = 10**9  # at least, beside weights and KV cache on a GPU
-CONTEXT_BYTES = 2**30
-"""Of a GPU: CUDA's context, libraries and the buffers of attention, as in the worked example of
-vLLM's `memory_profiling` (vllm/utils/mem_utils.py of 0.26 and 0.32)."""
-GRAPHS_BYTES = 3 * 2**30
-"""Of a GPU: captured CUDA graphs. vLLM's first engine said that they take 1 to 3 GiB."""
-ACTIVATION_VALUES = 32
-"""For each token of a step, in hidden sizes: an MLP of Llama's shape holds about 15 (gate, up and
-their product of 3.5 each, and what attention reads and writes); twice that for copies."""
-LOGIT_COPIES = 4  # in float32, for each request of a batch
-SHARE_FLAG = "gpu-memory-utilization"
-DEFAULT_BATCHED_TOKENS, DEFAULT_SEQS = 16_384, 1024  # vLLM's own on large GPUs, at most
 PROCESS_BYTES = 2 * 2**30  # on the host, beside its weights and KV cache
 CPU_KV_BYTES = 4 * 2**30  # counted where no size is given
 ADMIN_TIMEOUT_S = 30.0
@@ -406,40 +395,6 @@ class Vllm(Engine):
         further_servers = vllm_flags.api_server_count - 1
         copies_bytes = vllm_flags.copies * (kv_bytes + PROCESS_BYTES + shape.held_bytes)
         return round(copies_bytes + further_servers * cls.server_bytes)
-
-    @classmethod
-    def gpu_memory_bytes(cls, flags: Flags, shape: Shape) -> int | None:
-        """Estimate its memory: weights, KV cache, and what is beside them at the most.
-
-        None where the lab sets the share itself or leaves the KV cache's size to vLLM, for several
-        GPUs, and with what is not counted here: a draft model, adapters, an offloaded KV cache.
-        """
-        vllm_flags = VllmFlags(flags)
-        sized = "kv-cache-memory-bytes" in flags and SHARE_FLAG not in flags
-        alone = vllm_flags.devices == 1 and not vllm_flags.uses_ray
-        uncounted = (
-            "model" in vllm_flags.speculative_config
-            or flags.get("enable-lora")
-            or vllm_flags.kv_offloading_bytes
-        )
-        if not (sized and alone) or uncounted:
-            return None
-        tokens = vllm_flags.integer("max-num-batched-tokens", DEFAULT_BATCHED_TOKENS)
-        activations = 2 * ACTIVATION_VALUES * tokens * shape.hidden
-        logits = 4 * LOGIT_COPIES * vllm_flags.at_once(DEFAULT_SEQS) * shape.vocab
-        graphs = 0 if vllm_flags.enforce_eager else GRAPHS_BYTES
-        beside = CONTEXT_BYTES + graphs + activations + logits
-        return round(shape.held_bytes + vllm_flags.held_kv_bytes(shape) + beside)
-
-    @classmethod
-    def gpu_share_flags(cls, share: float) -> Flags:
-        """Return the flag by which it starts where no more than this share of memory is free.
-
-        It does not start where less is free than this flag says, by default 0.92
-        (`request_memory`). Where `kv-cache-memory-bytes` is set, nothing is sized by it
-        (`determine_available_memory`; both in vllm/v1/worker of 0.26 and 0.32).
-        """
-        return {SHARE_FLAG: share}
 
     # while it runs
 

@@ -36,7 +36,6 @@ EACH_S, LEAST_TIMES = 0.04, 3  # of each kind of work, in one step
 ANSWER_LIMIT_S = 20.0
 FIRST_ANSWER_LIMIT_S = 90.0  # on a GPU it imports PyTorch first, maybe from a cold disk
 NUMPY_THREADS = "OPENBLAS_NUM_THREADS"  # the variable that NumPy's own builds heed
-START_S = 20.0  # until the first answer, where that is asked for at once: an estimate
 
 
 class ReferenceStep(BaseModel, frozen=True, extra="forbid"):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.comparing import compare, page
 from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder
 from labs.harness.telling import pages, report
@@ -223,27 +222,6 @@ def test_a_name_that_is_code_does_not_run(
     assert "hacked()" in page.js("document.getElementById('trial-table').textContent")
     assert page.js("window.ran") == 0
     assert page.errors == []
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_a_comparison_is_drawn_and_its_figures_are_chosen(
-    chromium: Browser, site: Path, width: int, scheme: str, tmp_path: Path
-) -> None:
-    run = str(folder_of(site, RUNS[0]).path)
-    whole, variant = compare.read_side(run), compare.read_side(f"{run}:base")
-    found = [compare.compare(variant, variant), compare.compare(whole, whole)]
-    page.write(found, [], tmp_path / "x.html")
-    shown = opened(chromium, tmp_path / "x.html", width, scheme)
-    for place in (0, 1):
-        assert shown.js(f"document.querySelectorAll('#ratios-{place} .main-svg').length > 0")
-    shown.js("document.getElementById('figures-0').focus()")
-    shown.choose("figures-0", "kind TPOT, mean")
-    points = "document.getElementById('ratios-0').data.flatMap(t => t.x)"
-    tpot = [r for r in found[0].rows if r.figure == "tpot_mean_s" and r.contrast]
-    assert shown.js(points) == [1] * len(tpot)
-    assert shown.js("document.documentElement.scrollWidth <= innerWidth")
-    assert shown.errors == []
-    assert [u for u in shown.requested if u.startswith("file:")] == [(tmp_path / "x.html").as_uri()]
 
 
 def test_without_scripts_every_table_and_picture_is_there(chromium: Browser, site: Path) -> None:

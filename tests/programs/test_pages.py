@@ -13,13 +13,12 @@ from typer.testing import CliRunner
 from labs.harness.commands import all_labs
 from labs.harness.commands.cli import app
 from labs.harness.comparing import leaderboards
+from labs.harness.comparing.on_file import OnFile
 from labs.harness.facts.parts import Headline, ReportParts
 from labs.harness.filing import manifest, results
 from labs.harness.filing.newest import newest_runs
 from labs.harness.filing.results import RunFolder
 from labs.harness.filing.writing import write_json
-from labs.harness.telling import markdown
-from labs.harness.telling.document import Link, Paragraph, Strong, plain_text
 from serving.engines.vllm import Vllm
 from serving.hardware import machine as machines
 from serving.hardware.machine import Machine
@@ -113,11 +112,11 @@ def test_a_stale_page_is_named_until_it_is_written(
 
 @pytest.mark.usefixtures("readme")
 def test_a_claim_that_is_undecided_is_no_finding_of_the_front_page(folder: RunFolder) -> None:
-    assert len(leaderboards._headlines([folder])) == 1
+    assert len(leaderboards.headlined([OnFile(folder)])) == 1
     summary = folder.summary()
     undecided = [j.model_copy(update={"expected": None}) for j in summary.judgements]
     write_json(folder.path / "summary.json", summary.model_copy(update={"judgements": undecided}))
-    assert leaderboards._headlines([folder]) == []
+    assert leaderboards.headlined([OnFile(folder)]) == []
 
 
 def test_the_front_page_has_a_run_of_the_lab_as_it_is_before_a_stale_one_and_marks_the_latter(
@@ -128,17 +127,19 @@ def test_the_front_page_has_a_run_of_the_lab_as_it_is_before_a_stale_one_and_mar
     stale = {old.path}
     runs = {folder.run().run_id: folder for folder in (old, new)}
     monkeypatch.setattr(manifest, "is_stale", lambda run: runs[run.run_id].path in stale)
-    (told,) = leaderboards._headlines([old, new])
-    assert new.path.name in markdown.fragment([Paragraph(told)])
-    assert "changed since" not in plain_text(told)
+
+    def told() -> tuple[str, bool]:
+        (found,) = leaderboards.headlined(leaderboards.standing_first(map(OnFile, (old, new))))
+        assert found.run.folder.path.name in found.text
+        return found.run.folder.path.name, "changed since" in found.text
+
+    assert told() == (new.path.name, False)
     stale.add(new.path)
-    (told,) = leaderboards._headlines([old, new])
-    assert "changed since" in plain_text(told)
+    assert told() == (new.path.name, True)
     stale.remove(old.path)
-    (told,) = leaderboards._headlines([new, old])
-    assert old.path.name in markdown.fragment([Paragraph(told)])
+    assert told() == (old.path.name, False)
     monkeypatch.setattr(leaderboards, "MOST_HEADLINES", 0)
-    assert leaderboards._headlines([new, old]) == []
+    assert leaderboards.headlined([OnFile(new), OnFile(old)]) == []
 
 
 # ----------------------------------------------------------------------------- beside git
@@ -198,27 +199,23 @@ def test_the_run_that_makes_a_page_stale_is_named(
     assert all(named in refused.output for named in ("TOP.md", run, newer.name))
 
 
-def test_the_leaderboard_has_every_machine_and_marks_what_is_stale(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leaderboards, "LABS", {"tiny": make_lab()})
-    monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab()})
-    row, _ = leaderboards.leaderboard().rows
-    machine = folder.run().machine
-    assert [plain_text(cell) for cell in row] == [
-        "tiny", "On is faster", machine.name, "2.97x", "2.84 to 3.10", "–", "helps",
-        "refuted (157% of the effect)",
-        "unchanged", "–",
-    ]  # fmt: skip
-    report = f"{machine.slug}/tiny/{folder.path.name}/report.md"
-    assert row[2] == Link(machine.name, report)
-    monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(window_s=5)})
-    assert {row[-2] for row in leaderboards.leaderboard().rows} == {Strong("changed")}
+def test_what_is_stale_is_marked(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (leaderboards, manifest):
+        monkeypatch.setattr(module, "LABS", {"tiny": make_lab()})
     home = folder.path.parent.parent
-    assert "changed since" in leaderboards.write_machine(home).read_text()
+
+    def settings_changed() -> bool:
+        runs = [OnFile(f) for f in newest_runs()]
+        (run,) = {claim.run for claim in leaderboards.claims(runs, committed=False)}
+        page = leaderboards.write_machine(home).read_text()
+        assert ("changed since" in page) == run.is_stale
+        return run.is_stale
+
+    assert not settings_changed()
+    monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(window_s=5)})
+    assert settings_changed()
     monkeypatch.setattr(manifest, "LABS", {"tiny": make_lab(title="Said better")})
-    assert {row[-2] for row in leaderboards.leaderboard().rows} == {"unchanged"}
-    assert "changed since" not in leaderboards.write_machine(home).read_text()
+    assert not settings_changed()
 
 
 def test_a_reproduction_displaces_no_published_run(folder: RunFolder) -> None:

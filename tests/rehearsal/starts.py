@@ -8,7 +8,6 @@ from pathlib import Path
 
 from labs import LABS
 from labs.harness.running.derived_models import NEED_NO_WEIGHTS
-from labs.harness.running.engines import shares_of_gpu
 from labs.harness.running.resolve import (
     RunRequest,
     lab_of,
@@ -93,19 +92,14 @@ def of_lab(
               if name not in NEED_NO_WEIGHTS}  # fmt: skip
     places = {name: derived.path for name, derived in serves.items()}
     own = {v.name: serves[v.weights] for v in lab.variants if v.weights}
-    shares = shares_of_gpu(lab, machine, model, own)
     for variant in lab.variants:
         flags = with_places(lab.engine_flags_of(variant), places)
         served = own.get(variant.name, model)
         variables = {
             **Vllm.environment("gpu", served, lab.all_flags), **Vllm.controls(flags),
         }  # fmt: skip
-        ways = {variant.name: flags}
-        if share := shares.get(variant.name):
-            ways[f"{variant.name}, sharing"] = {**flags, **Vllm.gpu_share_flags(share)}
-        for way, given in ways.items():
-            argv = Vllm.server_argv(served, given, PORT)
-            yield Start(name, way, weights, quick, tuple(argv), tuple(variables.items()))
+        argv = Vllm.server_argv(served, flags, PORT)
+        yield Start(name, variant.name, weights, quick, tuple(argv), tuple(variables.items()))
 
 
 def _derived(model: Model, name: str, home: Path) -> Model:

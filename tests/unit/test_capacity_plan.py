@@ -21,8 +21,8 @@ from labs.harness.running.resolve import machine_of
 from labs.harness.spec import SLO, LabError
 from labs.harness.telling import capacity_plans, markdown
 from labs.harness.telling.capacity_plans import Demand
-from labs.harness.telling.document import Block
 from labs.harness.telling.forecasts import Latencies, LoadForecast
+from labs.harness.telling.markdown import Markdown
 from loadtests.trace import TraceRow
 from serving.engines.vllm import ACTIVATION_BYTES
 from serving.forecasting import cards
@@ -42,7 +42,7 @@ class SilentProgress:
 
     def part_done(self, text: str, remaining_s: float) -> None: ...
 
-    def show(self, content: Block) -> None: ...
+    def show(self, content: Markdown) -> None: ...
 
 
 def latencies(within: float) -> Latencies:

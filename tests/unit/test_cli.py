@@ -276,7 +276,7 @@ def test_a_damaged_run_is_one_sentence(
 
 
 def test_export_says_what_it_wrote(two: tuple[str, str], tmp_path: Path) -> None:
-    code, said = labs("export", "--run", two[0], "--as", "csv", "--out", str(tmp_path / "out"))
+    code, said = labs("export", "--run", two[0], "--out", str(tmp_path / "out"))
     assert (code, "requests.csv, measurements.csv" in said) == (0, True)
     assert (tmp_path / "out" / "requests.csv").exists()
 

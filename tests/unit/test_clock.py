@@ -73,12 +73,13 @@ def test_labs_come_in_the_order_that_is_asked_for_or_by_value() -> None:
         all_labs.chosen(" , ", False)
 
 
-def test_labs_that_failed_are_tried_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labs_that_were_begun_are_tried_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(all_labs, "FOLDER", tmp_path)
     state = all_labs.start(quick=True, model="", fresh=True)
-    state.fail("single-stream")
     state.starts_s = [20.0]
-    state.fail("single-stream")
+    state.begin("single-stream")
     again = all_labs.start(quick=True, model="", fresh=False)
     assert again.order(["single-stream", "multi-lora"]) == ["multi-lora", "single-stream"]
     assert again.starts_s == [20.0]

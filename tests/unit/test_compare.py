@@ -11,7 +11,7 @@ from typing import Literal
 
 import pytest
 
-from labs.harness.comparing import compare, gate, page, side_by_side
+from labs.harness.comparing import compare, gate, side_by_side
 from labs.harness.comparing.compare import Side, read_side
 from labs.harness.comparing.comparison import ComparedFigure, Comparison, VerdictPair
 from labs.harness.filing import results
@@ -19,11 +19,9 @@ from labs.harness.filing.results import RunFolder
 from labs.harness.filing.writing import write_json
 from labs.harness.judging.judge import Contrast, ForecastResult, Interval, contrast
 from labs.harness.spec import MARGIN, LabError, Prediction, digest_of
-from labs.harness.telling.document import plain_text
 from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.summary import summarise
 from tests.unit.builders import MACHINE, make_claim, write_run, write_slowed
-from tests.unit.test_html import Seen
 
 ALLOWED = gate.thresholds()
 Bounds = tuple[float, float | None, float | None] | None
@@ -403,8 +401,6 @@ def test_another_load_is_refused_and_forced_it_is_said_on_every_table(folder: Ru
     headings = re.findall("^# .*$", tables(found), re.M)
     assert len(headings) > 2
     assert all(heading.endswith(forced) for heading in headings)
-    said = Seen(page.page([found], [])).read
-    assert said.count("FORCED: they were not sent the same load: window_s") == len(headings) + 1
 
 
 def test_what_is_no_other_load(folder: RunFolder) -> None:
@@ -556,24 +552,3 @@ def test_machines_are_compared_lab_by_lab_wherever_their_folders_lie(
     assert "<svg" in page.with_name("compared-tiny.svg").read_text()
     with pytest.raises(LabError, match="two machines"):
         compare.compare_named(str(here), str(folder.path))
-
-
-def test_the_page_has_the_words_and_tables_of_the_markdown_and_every_fact(
-    folder: RunFolder,
-) -> None:
-    found = compared(folder, write_slowed(folder, 1.25))
-    seen = Seen(page.page([found], ["other: B has no run of it"]))
-    words = " ".join(seen.read.split())
-    lines = [line for line in tables(found).splitlines() if line and "---" not in line]
-    cells = [cell for line in lines for cell in line.strip("|# ").split(" | ")]
-    assert len(cells) > 50
-    assert all(plain_text(Markdown(cell)).strip() in words for cell in cells)
-    assert all(fact.what in words for fact in found.facts)
-    assert "other: B has no run of it" in words
-    (drawn,) = seen.data["comparisons"]
-    place = ("Output throughput", "on concurrent-1")
-    (rate,) = (r for r in drawn["rows"] if (r["kind"], r["where"]) == place)
-    assert (rate["outcome"], round(rate["value"], 3)) == ("differs", 0.8)
-    seen = Seen(page.page([compared(folder, edited(folder, machine="Slide rule"))], []))
-    marked = [attrs for tag, attrs in seen.tags if tag == "tr" and attrs.get("class") == "differs"]
-    assert len(marked) == 1

@@ -7,12 +7,11 @@ import re
 import pytest
 
 from labs import LABS
-from labs.harness.comparing import answers
+from labs.harness.comparing import answers, leaderboards
 from labs.harness.facts.parts import parts_of
 from labs.harness.questions import QUESTIONS
 from labs.harness.running.capacity_plan import model_named, plan
 from labs.harness.running.resolve import machine_of
-from labs.harness.telling import markdown
 from labs.harness.telling.computed import CARD, answer_with_command, computed, kind_of
 from labs.harness.telling.dials import shipped_shape
 from labs.harness.telling.document import plain_text
@@ -104,7 +103,7 @@ def test_a_command_has_settings_that_exist(id: str) -> None:
 
 def test_every_question_says_how_it_is_answered_or_what_would_answer_it() -> None:
     assert {"SD-4", "SD-5", "SD-6"} <= set(COMPUTED)
-    page = markdown.fragment([answers.in_brief([])])
+    page = leaderboards.collection([], answers.asked([]))
     rows = [line for line in page.splitlines() if re.match(r"\| [A-Z]{2}-\d", line)]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == list(QUESTIONS)
     for id, row in zip(QUESTIONS, rows, strict=True):

@@ -15,20 +15,16 @@ from rich.markup import escape
 from labs.harness.judging.text import literal
 from labs.harness.telling import html, markdown, terminal
 from labs.harness.telling.document import (
-    Code,
-    Emphasis,
     Figure,
     Link,
     Paragraph,
-    Strong,
     bullets,
-    joined,
     parse,
     plain_text,
     section,
     table,
 )
-from labs.harness.telling.markdown import Inline, Markdown, escaped, inline
+from labs.harness.telling.markdown import Inline, Markdown, code, emphasis, escaped, inline, strong
 from labs.harness.telling.templates import filled_text
 from tests.cases import each
 
@@ -83,14 +79,14 @@ def words(text: str) -> str:
 def test_text_from_outside_is_never_markup(text: str) -> None:
     seen = read_back(Paragraph(text))
     assert (words(seen.text), seen.tags) == (words(text), {"p"})
-    seen = read_back(bullets([text, ("of ", Strong("x"), text)]))
+    seen = read_back(bullets([text, ("of ", strong("x"), text)]))
     assert words(seen.text) == words(f"{text} of x{text}")
     assert seen.tags == {"ul", "li", "strong"}
     filled, _ = filled_text("{{ text }}\n\n- {{ text }} of *it*\n", {"text": text})
     seen = read_back(filled)
     assert words(seen.text) == words(f"{text} {text} of it")
     assert seen.tags == {"p", "ul", "li", "em"}
-    seen = read_back(section(text, table([text, "b"], [[text, Code(text)]])))
+    seen = read_back(section(text, table([text, "b"], [[text, code(text)]])))
     assert words(seen.text) == words(f"{text} {text} b {text} {text}")
     assert seen.tags == {"h1", "table", "thead", "tbody", "tr", "th", "td", "code"}
 
@@ -101,7 +97,7 @@ def test_html_has_the_same_text_and_no_tag_of_its_own(text: str) -> None:
         "Title",
         note(text),
         Paragraph((text, Link(text, "x.md"))),
-        section(text, bullets([Code(text), Emphasis(text)]), table([text], [[text]])),
+        section(text, bullets([code(text), emphasis(text)]), table([text], [[text]])),
     )
     seen = Read(html.introduction(document, html.embedded(Path())))
     assert words(seen.text) == words(f"{text} {text}{text}")
@@ -118,7 +114,7 @@ def test_html_has_the_same_text_and_no_tag_of_its_own(text: str) -> None:
 @each("text", FROM_OUTSIDE)
 def test_a_terminal_has_the_same_text(text: str) -> None:
     console = Console(file=io.StringIO(), width=80)
-    terminal.show(console, bullets([(text, Code(text), Strong(text))]))
+    terminal.show(console, bullets([(text, code(text), strong(text))]))
     told = f"{text}`{text}`{text}"
     assert "".join(written_on(console).split()) == "".join(told.split())
 
@@ -136,7 +132,7 @@ def test_a_links_address_ends_no_link_and_runs_nothing(address: str) -> None:
     "parts",
     [
         ("[a]", "(b)"), (parse("[a]"), "(b)"), ("<", parse("b>")), ("&", parse("amp;")),
-        ("a\\", Code("b")), ("!", Link("a", "b.md")), ("a\\", Strong("b")),
+        ("a\\", code("b")), ("!", Link("a", "b.md")), ("a\\", strong("b")),
     ],
 )  # fmt: skip
 def test_two_texts_beside_each_other_make_no_mark(parts: tuple[str, str]) -> None:
@@ -154,8 +150,8 @@ def test_html_in_markdown_never_reaches_a_page() -> None:
 
 
 def test_what_is_made_of_markdown_as_text_is_text() -> None:
-    assert Read(html.inline(f"{Strong('a')} b")).tags == set()
-    assert Read(html.inline(Strong("a") + " b")).tags == set()
+    assert Read(html.inline(f"{strong('a')} b")).tags == set()
+    assert Read(html.inline(strong("a") + " b")).tags == set()
 
 
 @each("text", FROM_OUTSIDE)
@@ -168,9 +164,9 @@ def test_what_was_written_literally_is_read_back(text: str) -> None:
     ("notation", "content"),
     [
         ("plain [b](c) <b>", "plain [b](c) <b>"),
-        ("`a*b*` c", (Code("a*b*"), " c")),
-        ("*a b* and **c**", (Emphasis("a b"), " and ", Strong("c"))),
-        ("**a *b* `c`**", Strong(("a ", Emphasis("b"), " ", Code("c")))),
+        ("`a*b*` c", (code("a*b*"), " c")),
+        ("*a b* and **c**", (emphasis("a b"), " and ", strong("c"))),
+        ("**a *b* `c`**", strong(("a ", emphasis("b"), " ", code("c")))),
         ("2 * 3 * 4, a*b*c, `open, **open", "2 * 3 * 4, a*b*c, `open, **open"),
         (r"\*a\* \`b\` \\ \n", ("*", "a", "*", " ", "`", "b", "`", " ", "\\", r" \n")),
     ],
@@ -181,11 +177,11 @@ def test_the_notation_has_three_marks_and_a_backslash(notation: str, content: In
 
 def test_blocks_as_markdown() -> None:
     document = section(
-        ("On ", Emphasis("x")),
-        Paragraph(joined(["one", "two"], "\n")),
+        ("On ", emphasis("x")),
+        Paragraph("one\ntwo"),
         section("Inner", bullets([("see ", Link("it", "a b.md"))]), Figure("x.svg", "A plot.")),
         section("Empty", bullets([]), table(["a"], []), None),
-        section("Numbers", table(["a", "b"], [["x|y", Code("|")]])),
+        section("Numbers", table(["a", "b"], [["x|y", code("|")]])),
     )
     assert markdown.document(document) == (
         "# On *x*\n\none\ntwo\n\n## Inner\n\n- see [it](<a b.md>)\n\n"
@@ -195,7 +191,7 @@ def test_blocks_as_markdown() -> None:
 
 
 def test_code_that_holds_backticks_is_read_back() -> None:
-    assert read_back(Paragraph(("a ", Code("`b`` c`")))).text.strip() == "a `b`` c`"
+    assert read_back(Paragraph(("a ", code("`b`` c`")))).text.strip() == "a `b`` c`"
 
 
 def test_a_row_has_as_many_cells_as_the_header() -> None:
@@ -210,8 +206,8 @@ def test_a_terminal_shows_styles_and_no_markup_of_its_own() -> None:
         section(
             "Title",
             note("[red]note"),
-            bullets([("a ", Strong("bold"), " [b] ", Emphasis("c"), Link(" link", "x.md"))]),
-            table(["Name", "Figure"], [["[dim]x", "1"], ["y", Strong("22")], ["", "3"]]),
+            bullets([("a ", strong("bold"), " [b] ", emphasis("c"), Link(" link", "x.md"))]),
+            table(["Name", "Figure"], [["[dim]x", "1"], ["y", strong("22")], ["", "3"]]),
             Figure("x.svg", "A plot."),
         ),
     )
@@ -237,7 +233,7 @@ def test_text_from_outside_moves_no_cursor_and_clears_no_screen() -> None:
         section(
             hostile,
             note(hostile),
-            bullets([hostile, Code(hostile)]),
+            bullets([hostile, code(hostile)]),
             table([hostile, "x"], [[hostile, "1"]]),
         ),
     )

@@ -11,6 +11,7 @@ import pytest
 
 from labs import LABS
 from labs.harness.comparing import compare, leaderboards, side_by_side
+from labs.harness.comparing.on_file import OnFile
 from labs.harness.facts.parts import Headline, ReportParts
 from labs.harness.filing import results
 from labs.harness.filing.computed import Band, PointForecasts
@@ -102,17 +103,19 @@ def test_two_gpus_are_compared_by_what_stands_in_with_a_caveat(
 def test_a_gpu_comes_first_in_every_table_and_its_quick_runs_are_marked(
     cpu: RunFolder, quick: RunFolder
 ) -> None:
-    board, gpu = leaderboards.leaderboard(), "NVIDIA Soroban 80GB"
-    assert [plain_text(row[2]) for row in board.rows] == [
-        f"{gpu} {MARKED}", MACHINE.name, f"{gpu} {MARKED}", MACHINE.name,
-    ]  # fmt: skip
-    text = leaderboards._collection(newest_runs())
+    def collection(*folders: RunFolder) -> str:
+        return leaderboards.collection([OnFile(folder) for folder in folders], [])
+
+    claims = leaderboards.claims([OnFile(folder) for folder in newest_runs()], committed=False)
+    assert [claim.run.folder.path for claim in claims] == [quick.path, cpu.path] * 2
+    assert {claim.run.marks for claim in claims} == {f" {MARKED}", ""}
+    text = collection(*newest_runs())
     assert text.index(f"[{TOLD}](") < text.index(f"[{MACHINE.describe()}](")
     assert (text.count("*(quick)*: "), text.count("*(random weights)*: ")) == (1, 1)
-    assert "*(quick)*" not in leaderboards._collection([cpu])
-    told = leaderboards._collection([cpu, on_gpu(cpu, "20260107", dummy=True)])
+    assert "*(quick)*" not in collection(cpu)
+    told = collection(cpu, on_gpu(cpu, "20260107", dummy=True))
     assert (told.count("*(quick)*"), told.count("*(random weights)*: ")) == (0, 1)
-    page = markdown.document(leaderboards._machine([quick], committed=True))
+    page = leaderboards.machine_page([OnFile(quick)], committed=True)
     assert page.count(MARKED) == 1 + 2 + 1  # its row, its claims, its answer
     assert "*(quick)*" in page
 
@@ -124,7 +127,7 @@ def test_the_front_page_says_whether_a_gpu_is_behind_its_findings_and_names_it(
     cpu: RunFolder, quick: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def front(*runs: RunFolder) -> str:
-        return leaderboards.generated_parts(README, runs)
+        return leaderboards.generated_parts(README, [OnFile(folder) for folder in runs])
 
     def marks(*runs: RunFolder) -> list[bool]:
         return [mark in front(*runs) for mark in ("*(quick)*: ", "*(random weights)*: ")]

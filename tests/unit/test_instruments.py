@@ -10,7 +10,7 @@ import pytest
 
 from labs.harness.filing import results
 from labs.harness.judging.judge import Interval
-from labs.harness.telling import instruments, markdown
+from labs.harness.telling import instruments
 from labs.harness.telling.instruments import Alarms, Engine, Sent, Streams
 from serving.hardware.machine import Machine
 
@@ -53,12 +53,12 @@ def test_a_part_replaces_itself_and_leaves_the_others(home: Path) -> None:
 
 def lines(bench: instruments.Bench) -> list[str]:
     """As results/README.md shows it."""
-    return markdown.fragment(instruments.blocks(bench)).splitlines()
+    return instruments.told([bench]).splitlines()
 
 
 def test_a_row_has_units_and_a_dash_for_what_is_not_there(home: Path) -> None:
     instruments.keep(MACHINE, "streams", Streams(rows=[ROW], measured_at=DAY))
-    head, _, table_head, _, row, *_ = lines(*instruments.published_benches())
+    head, _, table_head, _, row = lines(*instruments.published_benches())
     assert head == f"**{MACHINE.describe()}**, 2026-11-25:"
     assert row == (
         "| 2 | 64, a chunk every 10 ms, 4 tokens each, SSE comments | 5,926 | 99.7% | 0 | 0.81 ms"

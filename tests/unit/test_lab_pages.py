@@ -20,7 +20,7 @@ PAGES = {name: page for name in LABS if (page := page_of(name))}
 NO_PROSE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}|`[^`]*`|95%", re.S)
 MEASURED = re.compile(r"\d[\d,.]*\s?(x|%|ms|s|tok/s|req/s|GB/s|TFLOP/s)(?![\w-])")
 FILLED = (ANSWERS, FINDINGS, PLOTS)
-TEMPLATES, _ = FOLDERS
+TEMPLATES, _, COMPARING = FOLDERS
 INCLUDED = {path.name: path.read_text() for path in SHARED.glob("*.md")}
 
 

@@ -59,17 +59,6 @@ def test_a_vllm_that_cannot_limit_its_queue_is_not_told_to(
     assert any("queued" in words for words in argv.values()) == limits_queues
 
 
-def test_engines_that_fit_a_gpu_together_are_rehearsed_with_their_shares(tmp_path: Path) -> None:
-    def argv(card: Card) -> dict[str, str]:
-        found = starts.of_lab("prefix-caching", "real", True, with_one(card), tmp_path)
-        return {start.variant: " ".join(start.argv) for start in found}
-
-    on_80_gb = argv(CARDS["h100"])
-    assert {*on_80_gb} == {"off", "on", "off, sharing", "on, sharing"}
-    assert on_80_gb["on, sharing"] == f"{on_80_gb['on']} --gpu-memory-utilization 0.37"
-    assert {*argv(CARDS["l4"])} == {"off", "on"}
-
-
 def test_a_lab_that_needs_real_weights_is_left_out_with_random_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from labs import LABS
 from labs.harness.commands.cli import app
 from labs.harness.comparing import leaderboards, reproduction
+from labs.harness.comparing.on_file import OnFile
 from labs.harness.filing import checks, manifest
 from labs.harness.filing.recorded import Run
 from labs.harness.filing.results import RunFolder
@@ -240,12 +241,16 @@ def test_sittings_on_the_same_hardware_tell_how_far_ratios_lie_apart(
     shutil.rmtree(folder.path.with_name(repetition_of(path)))
     for module in (leaderboards, manifest):
         monkeypatch.setattr(module, "LABS", {"tiny": make_lab()})
-    leaderboard = leaderboards.leaderboard()
-    (row,) = leaderboard.rows[:1]
-    assert row[leaderboard.header.index("Between sittings")] == "10.0% (2 ratios)"
+
+    def pooled_by_lab() -> tuple[float, int]:
+        claims = leaderboards.claims([OnFile(folder)], committed=False)
+        (spread,) = {claim.between_sittings for claim in claims}
+        assert spread
+        return spread.spread, spread.ratios
+
+    assert pooled_by_lab() == pytest.approx((0.1, 2))
     write_packed_json(path, moved.model_copy(update={"verdicts": apart[:1]}))
-    (row,) = leaderboards.leaderboard().rows[:1]
-    assert row[leaderboard.header.index("Between sittings")] == "10.0% (1 ratio)"
+    assert pooled_by_lab() == pytest.approx((0.1, 1))
 
 
 def test_a_remark_by_hand_is_shown_and_outlives_another_answer(

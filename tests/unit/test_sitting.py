@@ -69,11 +69,6 @@ def packed(home: Path) -> dict[str, bytes]:
     return found
 
 
-def finish_trial(home: Path, lab: str, number: int = 1) -> None:
-    path = home / lab / "run" / "trials" / "v" / "w" / str(number) / "trial.json"
-    whole.write(path, "{}")
-
-
 @pytest.mark.parametrize(
     "fault",
     [RuntimeError("CUDA error"), ValueError("no figure"), KeyError("metric"), MemoryError()],
@@ -161,70 +156,28 @@ def test_who_stops_a_call_stops_all_of_it_and_has_its_archive(
     assert f"{FIRST}/run/run.json" in packed(home)
 
 
-def test_a_lab_at_which_calls_are_killed_comes_last_from_the_third_on(
-    sit: Callable[..., tuple[int, str, list[str]]], home: Path
-) -> None:
-    """As one that needs more memory than there is: the call cannot record how it ended."""
-
-    def killed_at(*labs: str) -> Play:
-        def play(lab: str) -> None:
-            if lab in labs:
-                raise SystemExit(137)
-            raise NotApplicable("not here")
-
-        return play
-
-    assert sit(killed_at(FIRST))[2] == [FIRST]
-    assert sit(killed_at(FIRST))[2] == [FIRST]
-    _, said, played = sit(killed_at(FIRST, SECOND))
-    assert played == [SECOND]
-    assert f"{FIRST} was begun 2 times" in said
-    assert sit(killed_at(FIRST, SECOND))[2] == [SECOND]
-    assert sit(killed_at(FIRST, SECOND))[2] == [THIRD, FIRST]
-    _, said, played = sit(killed_at(FIRST, SECOND))  # the one that was tried less often
-    assert played == [THIRD, SECOND]
-    code, said, played = sit(killed_at(FIRST, SECOND))
-    assert (code, played) == (1, [THIRD])  # a caller that waits for an end has one
-    for lab in (FIRST, SECOND):
-        assert f"{lab}: 3 calls" in said
-        assert f"`make lab-{lab}`" in said
-    assert "`make labs-all`" not in said
-    finish_trial(home, FIRST)  # as by `make lab-<name>`
-    assert sit(killed_at())[2] == [THIRD, FIRST]
-
-
-@pytest.mark.parametrize("end", [LabError("the port is taken"), KeyboardInterrupt()])
-def test_what_a_call_could_tell_or_a_person_stopped_is_not_held_against_a_lab(
-    sit: Callable[..., tuple[int, str, list[str]]], end: BaseException
-) -> None:
-    def play(lab: str) -> None:
-        raise end
-
-    for _ in range(5):
-        assert sit(play, FIRST)[2] == [FIRST]
-
-
-def test_an_interrupt_by_a_time_limit_is_held_against_a_lab(
+@pytest.mark.parametrize(
+    ("end", "seconds", "comes_last"),
+    [
+        (SystemExit(137), 0, True),  # as one that needs more memory than there is
+        (KeyboardInterrupt(), 60, True),  # by a time limit
+        (KeyboardInterrupt(), 0, False),  # by a person
+        (LabError("the port is taken"), 0, True),
+    ],
+)
+def test_a_lab_that_fails_or_in_which_a_call_is_killed_comes_last(
     sit: Callable[..., tuple[int, str, list[str]]],
+    end: BaseException,
+    seconds: int,
+    comes_last: bool,
 ) -> None:
     def play(lab: str) -> None:
-        raise KeyboardInterrupt
+        if lab == FIRST:
+            raise end
+        raise NotApplicable("not here")
 
-    for _ in range(3):
-        assert sit(play, FIRST, seconds=60)[2] == [FIRST]
-    assert sit(play, FIRST, seconds=60)[::2] == (1, [])
-
-
-def test_a_lab_that_finishes_a_trial_in_each_call_keeps_its_place(
-    sit: Callable[..., tuple[int, str, list[str]]], home: Path
-) -> None:
-    for number in range(5):
-
-        def play(lab: str, number: int = number) -> None:
-            finish_trial(home, lab, number)
-            raise SystemExit(137)
-
-        assert sit(play)[2] == [FIRST]
+    sit(play, seconds=seconds)
+    assert sit(play, seconds=seconds)[2][0] == (SECOND if comes_last else FIRST)
 
 
 def test_a_begin_that_the_clock_ends_is_not_held_against_a_lab(
@@ -251,4 +204,4 @@ def test_a_lab_that_is_begun_anew_within_a_call_is_counted_once(
     assert sit(play, FIRST)[2] == [FIRST, FIRST]
     (record,) = all_labs.FOLDER.glob("*.json")
     state = all_labs.Sitting.model_validate_json(record.read_text())
-    assert state.labs[FIRST].in_vain == 2
+    assert state.labs[FIRST].ended_early == 2

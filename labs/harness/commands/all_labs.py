@@ -48,15 +48,12 @@ from serving.weights.models import CACHE, ROOT, scale_of
 
 FOLDER = CACHE
 THE_SAME_CALL = "the same call (without FRESH=1)"
-MOST_IN_VAIN = 2  # calls that were ended in a lab that finished nothing; then it comes last
 
 
 class Tried(BaseModel, extra="forbid"):
     """Records what became of a lab that was begun."""
 
-    failed: bool = False  # the last time that it was tried, for another reason than time
-    in_vain: int = 0  # calls that were ended in it since it last finished something
-    on_file: int = -1  # trials and probes that it had finished at its last begin
+    ended_early: int = 0  # how often it failed, or the call was killed in it
     run: str = ""  # the folder of its complete run
 
 
@@ -94,16 +91,14 @@ class Sitting(BaseModel, extra="forbid"):
 
     def begin(self, lab: str) -> bool:
         """Record that a lab is being run; true where it was begun before, so that it is resumed."""
-        begun_before, finished = lab in self.labs, self._finished(lab)
-        tried = self.labs.setdefault(lab, Tried())
-        tried.in_vain = tried.in_vain + 1 if tried.on_file == finished else 1
-        tried.on_file = finished
+        begun_before = lab in self.labs
+        self.labs.setdefault(lab, Tried()).ended_early += 1  # a killed call cannot tell later
         self.save()
         return begun_before
 
     def excuse(self, lab: str) -> None:
         """Record that the last begin of a lab ended in a way that is not held against it."""
-        self.labs[lab].in_vain -= 1
+        self.labs[lab].ended_early -= 1
         self.save()
 
     def finish(self, lab: str, run: Path) -> None:
@@ -111,52 +106,9 @@ class Sitting(BaseModel, extra="forbid"):
         self.labs[lab] = Tried(run=os.path.relpath(run, ROOT))
         self.save()
 
-    def fail(self, lab: str) -> None:
-        """Record that a lab was not finished for another reason than time."""
-        self.labs.setdefault(lab, Tried()).failed = True
-        self.save()
-
-    def give_up(self, labs: Iterable[str]) -> list[str]:
-        """Take labs to have failed at which calls were ended again and again, and return these.
-
-        A call that is killed, for want of memory or by a time limit, cannot record that itself.
-        """
-        given_up = [
-            lab
-            for lab in labs
-            if self._stands_still(lab, MOST_IN_VAIN) and not self.labs[lab].failed
-        ]
-        for lab in given_up:
-            self.fail(lab)
-        return given_up
-
-    def is_hopeless(self, lab: str) -> bool:
-        """Tell whether calls were ended in this lab once more after it was taken to have failed.
-
-        Such a lab comes after all others, and to begin it again would end this call, too.
-        """
-        return self._stands_still(lab, MOST_IN_VAIN + 1)
-
-    def _stands_still(self, lab: str, times: int) -> bool:
-        """Tell whether so many calls were ended in a lab that finished nothing in them."""
-        tried = self.labs.get(lab, Tried())
-        return tried.in_vain >= times and tried.on_file == self._finished(lab)
-
-    def _finished(self, lab: str) -> int:
-        """Count the trials and probes that a lab has on file."""
-        count = 0
-        for run in (RESULTS / self.machine / lab).glob("*"):
-            with contextlib.suppress(DamagedError):  # of a run that cannot be read nothing is done
-                count += RunFolder(run).count()
-        return count
-
     def order(self, labs: Iterable[str]) -> list[str]:
-        """Put labs that failed behind those that have not been tried or only ran out of time.
-
-        Of those that failed, the ones that were begun in vain most often come last.
-        """
-        tried = {lab: self.labs.get(lab, Tried()) for lab in labs}
-        return sorted(tried, key=lambda lab: tried[lab].failed * (1 + tried[lab].in_vain))
+        """Put labs behind the others that failed, or in which calls were killed, more often."""
+        return sorted(labs, key=lambda lab: self.labs.get(lab, Tried()).ended_early)
 
     def page(self) -> Path | None:
         """Write the page of the machine that ran; None where no lab was finished."""
@@ -289,9 +241,8 @@ def run_all(
         console.print(f"To be done: {', '.join(left)}. The same call goes on with them.")
         raise typer.Exit(os.EX_TEMPFAIL)
     if outcome.not_finished:
-        again = [name for name in outcome.not_finished if not state.is_hopeless(name)]
-        if again:
-            console.print(f"Call `make labs-all` again: it runs only {', '.join(again)}.")
+        again = ", ".join(outcome.not_finished)
+        console.print(f"Call `make labs-all` again: it runs only {again}.")
         raise typer.Exit(1)
     if clock.bounded:
         console.print("Everything is done: FRESH=1 starts over.")
@@ -315,23 +266,11 @@ def _play_all(
     clock, outcome = request.clock, _Outcome()
     host = machines.detect()
     check_flags([name for name in names if name not in state.done], [request], host)
-    for name in state.give_up(names):
-        console.print(
-            f"{name} was begun {state.labs[name].in_vain} times without finishing a trial: it is"
-            " taken to have failed, and comes last"
-        )
     for number, name in enumerate(state.order(names), 1):
         lab = LABS[name]
         console.print(f"\n[bold]Lab {number} of {len(names)}: {lab.title}[/]")
         if name in state.done:
             console.print(f"Done by an earlier call: {escape(state.done[name])}")
-            continue
-        if state.is_hopeless(name):
-            outcome.not_finished[name] = (
-                f"{state.labs[name].in_vain} calls were ended in it before it finished a trial, so"
-                f" it is not begun again: `make lab-{name}` runs it alone"
-            )
-            console.print(f"Not begun again: {outcome.not_finished[name]}")
             continue
         try:
             clock.require(clock.preparation_s(host.kind) + clock.start_s(host.kind), lab.name)
@@ -345,7 +284,6 @@ def _play_all(
             console.print(f"Skipped: {escape(str(reason))}")
         except Exception as error:
             outcome.not_finished[name] = _what_stopped(error, name, host.slug)
-            state.fail(name)
             errors.print(f"[bold red]error:[/] {escape(outcome.not_finished[name])}")
             _pack_between(archive_file)
         else:
@@ -353,7 +291,6 @@ def _play_all(
                 state.finish(name, folder.path)
             else:
                 outcome.not_finished[name] = "some of its trials failed"
-                state.fail(name)
             _pack_between(archive_file)
         finally:  # what this call measured helps the next one to plan
             state.starts_s = list(clock.starts_s)
@@ -365,22 +302,20 @@ def _play_all(
 def _begin_or_continue(request: RunRequest, state: Sitting) -> RunFolder:
     """Run the request's lab, anew where its unfinished run cannot be continued.
 
-    Only an end of the whole call is held against it; in a call without a time limit, Ctrl-C is a
-    person's own decision, and is not.
+    That the time of a call ends is not held against it, nor that it does not apply; in a call
+    without a time limit, Ctrl-C is a person's own decision, and is not.
     """
     resume = state.begin(request.lab.name)
-    excused = (Exception,) if request.clock.bounded else (Exception, KeyboardInterrupt)
+    excused = (TimeUsedUp, NotApplicable, *((KeyboardInterrupt,) * (not request.clock.bounded)))
     try:
         try:
-            folder = play(replace(request, resume=resume), THE_SAME_CALL)
+            return play(replace(request, resume=resume), THE_SAME_CALL)
         except CannotResume as reason:
             console.print(f"{escape(str(reason))}. It is started anew.")
-            folder = play(replace(request, resume=False), THE_SAME_CALL)
+            return play(replace(request, resume=False), THE_SAME_CALL)
     except excused:
         state.excuse(request.lab.name)
         raise
-    state.excuse(request.lab.name)
-    return folder
 
 
 def _what_stopped(error: Exception, lab: str, machine_slug: str) -> str:

@@ -40,7 +40,8 @@ from labs.harness.running.run import forecast_alone, forecast_fleets_alone
 from labs.harness.spec import LabError, NotApplicable, duration_s_of
 from labs.harness.telling import capacity_plans, forecasts, markdown, published_gpu
 from labs.harness.telling.capacity_plans import Demand
-from labs.harness.telling.document import Paragraph, Section, section
+from labs.harness.telling.document import Paragraph, section
+from labs.harness.telling.markdown import Markdown
 from loadtests.trace import MOST_ROWS, Tell, TraceRow
 from serving import whole
 from serving.engines.vllm import Vllm
@@ -207,7 +208,7 @@ def _fleet_size(replicas: int, router: str, trace: Sequence[TraceRow]) -> FleetS
 
 def forecast_page(
     request: RunRequest, size: FleetSize | None, progress: ConsoleProgress
-) -> Section:
+) -> Markdown:
     """Forecast a lab, or its engines as fleets, and tell it."""
     if size:
         setup, fleets = forecast_fleets_alone(request, size, progress)

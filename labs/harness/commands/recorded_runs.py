@@ -20,19 +20,18 @@ from labs.harness.comparing import (
     compare,
     gate,
     leaderboards,
-    page,
     reproduction,
     side_by_side,
 )
 from labs.harness.filing import export, manifest, packing, score
 from labs.harness.filing.committed import committed_runs
-from labs.harness.filing.export import Format as ExportFormat
 from labs.harness.filing.newest import newest_runs
 from labs.harness.filing.results import RESULTS, RunFolder, all_runs, open_run, readable
 from labs.harness.judging.metrics import METRICS
 from labs.harness.spec import LabError
 from labs.harness.telling import pages, report
-from labs.harness.telling.document import Section, bullets, section, table_of
+from labs.harness.telling.document import bullets, section, table_of
+from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.site import write_lesson, write_site
 from labs.harness.telling.summary import all_problems, summarise
 from serving.weights.models import ROOT
@@ -133,7 +132,7 @@ def rescore(run: Path, theirs: Path | None = None) -> None:
 
 def scored(
     folder: RunFolder, tool: str = "", figures: Sequence[Sequence[float | None]] = ()
-) -> Section:
+) -> Markdown:
     """Tell a run by every tool's definitions, or by one tool's, beside its own figures.
 
     These are given load by load. Raises LabError where they are of other loads.
@@ -200,10 +199,12 @@ def compare_two(
     out: Path | None = None,
 ) -> None:
     """Compare two runs, variants or machines: what differs, and by how much."""
+    if out and out.suffix not in (".md", ".json"):
+        raise LabError(f"OUT={out}: a comparison is written as Markdown (x.md) or JSON (x.json)")
     comparisons, refused = compare.compare_named(a, b, force)
     if out:
-        writers = {".html": page.write, ".json": side_by_side.write_json}
-        writers.get(out.suffix, side_by_side.write)(comparisons, refused, out)
+        write = side_by_side.write_json if out.suffix == ".json" else side_by_side.write
+        write(comparisons, refused, out)
     show(side_by_side.document(comparisons, refused))
     if out:
         console.print(f"Written: [bold]{escape(str(out))}[/]")
@@ -230,12 +231,11 @@ def pass_gate(
 @command("export", panel=PANEL)
 def export_run(
     run: Path,
-    as_: ExportFormat = "csv",
     out: Path | None = None,
 ) -> None:
-    """Write a run as CSV tables, or as the result files of vllm bench serve."""
+    """Write a run as CSV tables."""
     folder = open_run(run)
     with readable(folder):
-        written = export.export(folder, as_, out or ROOT / "exports" / folder.path.name)
+        written = export.export(folder, out or ROOT / "exports" / folder.path.name)
     console.print(f"{len(written)} files in [bold]{shown_path(written[0].parent)}[/]:")
     console.print(escape(", ".join(path.name for path in written)), style="dim")

@@ -20,7 +20,7 @@ from dashboards.prometheus import PrometheusError
 from dashboards.stack import StackError
 from labs.harness.spec import LabError
 from labs.harness.telling import terminal
-from labs.harness.telling.document import Block
+from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.terminal import PlainConsole
 from loadtests.generator import GeneratorError
 from serving.bundle import BundleError
@@ -103,7 +103,7 @@ class ConsoleProgress:
         self._progress.update(self._task, total=done + remaining_s, completed=done, remaining=left)
         console.print(f"{self._elapsed()} {escape(text)} [dim]({left})[/]")
 
-    def show(self, content: Block) -> None:
+    def show(self, content: Markdown) -> None:
         show(content)
 
 
@@ -122,7 +122,7 @@ def say(text: str) -> None:
     console.print(escape(text), soft_wrap=True)
 
 
-def show(content: Block) -> None:
+def show(content: Markdown) -> None:
     """Print a part of a document."""
     terminal.show(console, content)
 

@@ -37,7 +37,7 @@ from labs.harness.filing.writing import write_packed_json
 from labs.harness.judging.judge import Judgement, VerdictKind, verdict_kind
 from labs.harness.judging.text import ONE_SITTING
 from labs.harness.telling import markdown
-from labs.harness.telling.document import Link, Section, parse, section
+from labs.harness.telling.document import Link, parse, section
 from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.templates import filled
 from serving import whole
@@ -181,7 +181,7 @@ def _files(original: RunFolder) -> list[Path]:
     return sorted((original.path / FILED).glob(f"*{PACKED_JSON}"), reverse=True)
 
 
-def page(original: RunFolder) -> Section:
+def page(original: RunFolder) -> Markdown:
     """Write how every published repetition of a run came out, for its `reproductions/`."""
     title = parse(original.run().lab["title"])
     results = filed_with(original, committed=True)

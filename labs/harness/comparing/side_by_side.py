@@ -31,7 +31,7 @@ from labs.harness.judging.text import (
 )
 from labs.harness.spec import MARGIN
 from labs.harness.telling import markdown
-from labs.harness.telling.document import Figure, Section, bullets, section, table_of
+from labs.harness.telling.document import Figure, bullets, section, table_of
 from labs.harness.telling.markdown import Markdown, code
 from labs.harness.telling.templates import filled
 from serving import whole
@@ -45,7 +45,7 @@ def document(
     comparisons: Sequence[Comparison],
     refused: Sequence[str],
     figures: Mapping[str, Figure] | None = None,
-) -> Section:
+) -> Markdown:
     """Build a document of comparisons, each with its figure by lab, and what was not compared."""
     labs = [
         section(

@@ -260,19 +260,6 @@ class Undecided(BaseModel, frozen=True, extra="forbid"):
     once: Annotated[bool, Field(exclude_if=lambda once: not once)] = False
 
 
-class Residency(BaseModel, frozen=True, extra="forbid"):
-    """Records how the engines of a run shared one GPU, or why they took turns after all.
-
-    The machine's own speed was timed before any of them was loaded, and with all of them loaded and
-    idle.
-    """
-
-    shares: dict[str, FiniteFloat]  # of the GPU's memory, by variant: --gpu-memory-utilization
-    alone: tuple[ReferenceStep, ...] = ()
-    beside: tuple[ReferenceStep, ...] = ()  # none where not all of them started
-    in_turn: str = ""  # why they took turns; empty where they stayed loaded together
-
-
 class Agreement(BaseModel, frozen=True, extra="forbid"):
     """One count over the trials of a session, from three sources; None where it is not known."""
 
@@ -296,6 +283,10 @@ class Session(BaseModel, frozen=True, extra="forbid"):
     agreement: list[Agreement]
     prometheus: str | None  # why there was no Prometheus; None where there was one
     ended_at: str | None = None
+
+    @property
+    def load_min(self) -> float:
+        return self.load_s / 60
 
 
 def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:

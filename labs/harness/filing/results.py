@@ -8,7 +8,6 @@ results/<machine>/<lab>/<UTC>-<digest>/
     run.json            the resolved lab, seeds, argv, environment
     undecided.json      the points that were chosen for more repeats, if any were
     session.json        how the last session went
-    residency.json      on a GPU: how engines shared it, or why they took turns
     predictions, trials, probes, summary
                         while it lasts each by itself (`filing.lasting`), then packed into a few
                         files (`filing.packed`)
@@ -37,7 +36,6 @@ from labs.harness.filing.lasting import LastingRun
 from labs.harness.filing.packed import PackedRun
 from labs.harness.filing.recorded import (
     MachineFile,
-    Residency,
     Run,
     Session,
     TrialResult,
@@ -177,16 +175,6 @@ class RunFolder:
         """Read how the last session went, if one ended."""
         path = self.path / "session.json"
         return read_json(path, Session) if path.exists() else None
-
-    @property
-    def residency_file(self) -> Path:
-        """Return the path of how engines shared a GPU."""
-        return self.path / "residency.json"
-
-    def residency(self) -> Residency | None:
-        """Read how engines shared a GPU; None where they were never to."""
-        path = self.residency_file
-        return read_json(path, Residency) if path.exists() else None
 
     def probe_file(self, probe: str, variant: str) -> Path:
         """Return the path of a probe's result on a variant's engine, until the run is packed."""

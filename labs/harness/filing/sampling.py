@@ -34,15 +34,9 @@ def played_s(folder: RunFolder, points: Sequence[Point], lab: Lab) -> float:
 
 
 def took_turns(folder: RunFolder, points: Sequence[Point], lab: Lab) -> bool | None:
-    """Tell whether engines took turns in the trials that succeeded.
-
-    Where none has, they do if it was found that they cannot share the GPU; else None.
-    """
+    """Tell whether engines took turns in the trials that succeeded; None where none has."""
     starts = [r.start for r in folder.trial_results(points, lab) if r.failed is None]
-    if starts:
-        return any(start is not None for start in starts)
-    residency = folder.residency()
-    return True if residency and residency.in_turn else None
+    return any(start is not None for start in starts) if starts else None
 
 
 def sampling_of(folder: RunFolder, points: Sequence[Point], lab: Lab) -> Sampling:

@@ -39,7 +39,7 @@ class Clock:
     ends: float = math.inf  # on the monotonic clock
     starts_s: deque[float] = field(default_factory=_latest)
     preparations_s: deque[float] = field(default_factory=_latest)
-    played: bool = False  # a trial or a probe, in this call, or tried how engines share a GPU
+    played: bool = False  # a trial or a probe, in this call
     longest_probe_s: float | None = None  # of this call
 
     @classmethod

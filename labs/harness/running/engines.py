@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 import time
 from collections import Counter
@@ -15,30 +14,22 @@ import numpy as np
 from dashboards.prometheus import Prometheus
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.resolve import Setup
-from labs.harness.spec import Lab, Variant
+from labs.harness.spec import Variant
 from serving.engines import ENGINES
 from serving.engines.base import Engine, Server
 from serving.engines.flags import with_places
 from serving.hardware import machine as machines
 from serving.hardware.host_memory import available_bytes
-from serving.hardware.machine import Machine
-from serving.weights.models import Model
-
-MOST_OF_GPU = 0.9
-"""Of a GPU's memory, for all engines together: the process that times the machine has some, too."""
-HOST_BYTES = 6 * 2**30
-"""On the host, for each engine on a GPU: its processes and their libraries. An estimate that no run
-has tried."""
 
 Groups = list[list[Variant]]  # variants that stay loaded together
 Trip = list[tuple[list[Variant], list[int]]]  # groups one after another, the repeats of each
 
 
 def resident_groups(setup: Setup, took_turns: bool | None = None) -> Groups:
-    """Return all variants as one group where host memory admits it, else a group for each.
+    """Return all variants as one group where a CPU's memory admits it, else a group for each.
 
-    That is the host's memory on a CPU, and one GPU's on a GPU. A run that is resumed goes on as it
-    began, whatever memory is free now: `took_turns` says how that was.
+    On a GPU engines take turns. A run that is resumed goes on as it began, whatever memory is free
+    now: `took_turns` says how that was.
     """
     variants = list(setup.lab.variants)
     if len(variants) == 1 or setup.endpoint:
@@ -60,36 +51,15 @@ def groups_in_turn(setup: Setup) -> Groups:
 
 
 def _fit_together(setup: Setup) -> bool:
-    """Tell whether the engines of all variants fit into this machine's memory at the same time."""
+    """Tell whether the engines of all variants fit into a CPU's memory at the same time."""
     if setup.machine.kind == "gpu":
-        shares = shares_of_gpu(setup.lab, setup.machine, setup.model, setup.weights)
-        return bool(shares) and len(shares) * HOST_BYTES < 0.7 * available_bytes()
+        return False
     need = [
         ENGINES[v.engine].host_memory_bytes(setup.lab.flags_of(v), setup.model.shape)
         for v in setup.lab.variants
     ]
     known = [n for n in need if n is not None]
     return known == need and sum(known) < 0.7 * available_bytes()
-
-
-def shares_of_gpu(
-    lab: Lab, machine: Machine, model: Model, weights: Mapping[str, Model]
-) -> dict[str, float]:
-    """Return the share of one GPU's memory that each variant's engine takes beside all others.
-
-    Each gets what it needs. Empty for one engine, and where they do not fit together, or it is not
-    known whether they do. `weights` holds what variants serve that do not serve `model`.
-    """
-    if len(lab.variants) == 1:
-        return {}
-    shares = dict[str, float]()
-    for v in lab.variants:
-        shape = weights.get(v.name, model).shape
-        need = ENGINES[v.engine].gpu_memory_bytes(lab.flags_of(v), shape)
-        if need is None:
-            return {}
-        shares[v.name] = math.ceil(1000 * need / machine.memory_bytes) / 1000
-    return shares if sum(shares.values()) <= MOST_OF_GPU else {}
 
 
 def order_of_engines(groups: Groups, repeats: Sequence[int], starts: int) -> list[Trip]:
@@ -124,7 +94,6 @@ class Engines:
         self.start_s = 0.0  # spent on waiting for engines so far
         self.started = 0  # engines so far
         self.starts = Counter(on_file or {})  # of each variant
-        self.shares = dict[str, float]()  # of one GPU's memory, where engines share it
         self._setup, self._logs, self._progress = setup, logs, progress
         self._prometheus, self._labels = prometheus, labels
         self._serving: dict[str, Server] = {}
@@ -138,19 +107,11 @@ class Engines:
         if not anew and self._serving.keys() == {v.name for v in group}:
             return False
         self.unload()
-        self.shares = self.shares_for(group)
         with self._timed_start():  # at the same time, with one limit: their imports take long
             starting = [(v, self._start_counted(v)) for v in group]
             for variant, engine in starting:
                 self._wait(variant, engine)
         return True
-
-    def shares_for(self, group: Sequence[Variant]) -> dict[str, float]:
-        """Return each engine's share of a GPU's memory; none where it has the GPU to itself."""
-        setup = self._setup
-        if len(group) == 1 or setup.machine.kind != "gpu":
-            return {}
-        return shares_of_gpu(setup.lab, setup.machine, setup.model, setup.weights)
 
     def unload(self) -> None:
         for engine in self._serving.values():
@@ -178,8 +139,7 @@ class Engines:
         """Tell whether the engines are the lab's own and compute on the CPU, as all else here does.
 
         Then they are suspended while others are measured, and give way to the load generator on its
-        core. What an idle one costs is told in docs/forecasts.md#what-idle-engines-cost. Those that
-        share a GPU are shown to be harmless before anything is measured.
+        core. What an idle one costs is told in docs/forecasts.md#what-idle-engines-cost.
         """
         return self._setup.machine.kind == "cpu" and self._setup.endpoint is None
 
@@ -235,12 +195,10 @@ class Engines:
         if setup.endpoint:
             self._serving[variant.name] = setup.endpoint
             return setup.endpoint
-        kind, share = ENGINES[variant.engine], self.shares.get(variant.name)
-        flags = setup.lab.engine_flags_of(variant)
-        engine = kind(
+        engine = ENGINES[variant.engine](
             variant.name,
             setup.weights.get(variant.name, setup.model),
-            with_places({**flags, **(kind.gpu_share_flags(share) if share else {})}, setup.places),
+            with_places(setup.lab.engine_flags_of(variant), setup.places),
             kind=setup.machine.kind,
             log=self._logs / f"engine-{variant.name}.log",
             command=setup.engine_command,

@@ -18,11 +18,10 @@ import requests
 
 from dashboards import live
 from dashboards.prometheus import Prometheus
-from labs.harness.filing.recorded import Residency, Undecided
+from labs.harness.filing.recorded import Undecided
 from labs.harness.filing.results import RESULTS, RunFolder
 from labs.harness.filing.sampling import starts_on_file
 from labs.harness.filing.writing import write_gzip, write_json
-from labs.harness.judging.idle_neighbours import PROOF_S, STEPS, slowdown
 from labs.harness.judging.judge import may_be_decided
 from labs.harness.running.counts import Counts
 from labs.harness.running.engines import Engines, Groups, groups_in_turn, order_of_engines
@@ -37,7 +36,6 @@ from labs.harness.telling.summary import summarise
 from serving.engines.base import EngineError
 from serving.hardware import gpus, reference_step, telemetry
 from serving.hardware.reference_step import ReferenceTimer
-from serving.processes.masking import tellable
 from serving.processes.ports import LOOPBACK, free_port
 
 # an answer that is not as it should be costs its probe alone
@@ -47,21 +45,8 @@ PROBE_ERRORS = (
 )  # fmt: skip
 
 
-NOT_ALL_START = "not all start beside one another"
-NOT_TIMED = "the machine's own speed cannot be timed, which would show what idle ones change"
-CUT_SHORT = "a call ended before it was shown that all start, and that idle ones change nothing"
-NO_ROOM = "when the run was resumed, the memory that was free did not hold all of them"
-
-
 class NotTogether(EngineError):
-    """Signals that engines that were to stay loaded together cannot; the message says why.
-
-    `error` is that of the engine that did not start, if any.
-    """
-
-    def __init__(self, why: str, error: str = "") -> None:
-        super().__init__(why)
-        self.error = error
+    """Signals that engines that were to stay loaded together do not all start; says why."""
 
 
 @dataclass
@@ -77,26 +62,18 @@ class Harness:
     counts: Counts
     groups: Groups
     failed_to_start: set[str] = field(default_factory=set)  # names of variants
-    residency: Residency | None = None  # of engines that share a GPU, in this sitting
 
     def play_lab(self) -> int:
         """Play the lab's own repeats; return how many trips through all engines that took.
 
         Engines that do not start together take turns, so that what cannot start alone costs its own
-        trials. So do those that slow a GPU down while idle. Raises EngineError where no variant's
-        engine starts.
+        trials. Raises EngineError where no variant's engine starts.
         """
-        if len(self.groups) > 1:
-            self._note_turns()
         try:
             return self._play_trips()
         except NotTogether as error:
-            if error.error:
-                self.progress.message(error.error)
-            self.progress.message(f"Engines take turns, since {error}")
-            self._file_residency(error)
-            if self.residency:  # the next call goes on in turn, so that a start has to fit again
-                self.setup.clock.played = True
+            self.progress.message(str(error))
+            self.progress.message("Engines take turns, since not all start beside one another")
         self.groups = groups_in_turn(self.setup)
         self.trials.take_turns()
         return self._play_trips()
@@ -147,21 +124,16 @@ class Harness:
         in_turn = len(self.groups) > 1
         starts = in_turn or any(self.engines.alive(variant) is None for variant in group)
         start_s = clock.start_s(self.setup.machine.kind) if starts else 0.0
-        if self._must_be_harmless(group):  # asked first, by a process that is only starting
-            start_s += reference_step.START_S + PROOF_S
         parts = played_together(self.setup, group, due)
         first_s = self.trials.trial_s(*(point for point, _ in parts[0])) if due else 0.0
         clock.require(start_s + first_s, f"starting {names}, and its first trial,")
         try:
-            if self._load(group, anew=in_turn):
+            if self.engines.load(group, anew=in_turn):
                 self.progress.expect(self.trials.remaining_s)
-        except NotTogether:
-            self.engines.unload()
-            raise
         except EngineError as error:
             self.engines.unload()
             if len(group) > 1 and not self.trials.any_recorded:
-                raise NotTogether(NOT_ALL_START, str(error)) from error
+                raise NotTogether(str(error)) from error
             self.failed_to_start.update(v.name for v in group)
             none_starts = len(self.failed_to_start) == len(self.setup.lab.variants)
             if none_starts and not self.trials.any_recorded:
@@ -176,50 +148,6 @@ class Harness:
             self.trials.play(point, repeat, beside)
         for variant in group if probe else ():
             self._probe(variant)
-
-    def _must_be_harmless(self, group: Sequence[Variant]) -> bool:
-        """Tell whether these engines share a GPU, and nothing has shown yet what idle ones cost."""
-        sharing = len(group) > 1 and self.setup.machine.kind == "gpu"
-        return sharing and self.residency is None and not self.trials.any_recorded
-
-    def _load(self, group: Sequence[Variant], anew: bool) -> bool:
-        """Have the engines of the group serve; return whether any had to be started.
-
-        Raises EngineError, and NotTogether where those that share a GPU slow it down while idle.
-        """
-        if not self._must_be_harmless(group):
-            return self.engines.load(group, anew)
-        self.progress.waiting("timing the machine before the engines share it")
-        alone = self.trials.time_machine(STEPS)
-        self.residency = Residency(shares=self.engines.shares_for(group), alone=alone)
-        if not alone:
-            raise NotTogether(NOT_TIMED)
-        self._file_residency(NotTogether(CUT_SHORT))  # until then, should this call be killed
-        self.engines.load(group, anew)
-        self.progress.waiting("timing the machine beside the engines, which are idle")
-        beside = self.trials.time_machine(STEPS)
-        self.residency = self.residency.model_copy(update={"beside": beside, "in_turn": ""})
-        if why := slowdown(alone, beside) if beside else NOT_TIMED:
-            raise NotTogether(why)
-        self._file_residency()
-        return True
-
-    def _file_residency(self, not_together: NotTogether | None = None) -> None:
-        """Keep with the run how engines share a GPU, or why they take turns; else do nothing."""
-        if self.residency is None:
-            return
-        if not_together:
-            first_line = not_together.error.partition("\n")[0]
-            why = ": ".join(filter(None, [str(not_together), first_line]))
-            self.residency = self.residency.model_copy(update={"in_turn": tellable(why)})
-        write_json(self.folder.residency_file, self.residency)
-
-    def _note_turns(self) -> None:
-        """Say that engines take turns after all, where an earlier sitting filed how they share."""
-        filed = self.folder.residency()
-        if filed and not filed.in_turn:
-            taking_turns = filed.model_copy(update={"in_turn": NO_ROOM})
-            write_json(self.folder.residency_file, taking_turns)
 
     def play_repeats(self, group: Sequence[Variant], repeats: Collection[int]) -> None:
         """Play the group's trials of these repeats; after their last its engines are probed."""

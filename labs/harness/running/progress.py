@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from labs.harness.telling.document import Block
+from labs.harness.telling.markdown import Markdown
 
 
 class ProgressDisplay(Protocol):
@@ -22,5 +22,5 @@ class ProgressDisplay(Protocol):
     def part_done(self, text: str, remaining_s: float) -> None:
         """Show what a finished trial or probe brought, and the seconds that remain after it."""
 
-    def show(self, content: Block) -> None:
+    def show(self, content: Markdown) -> None:
         """Show a part of a document."""

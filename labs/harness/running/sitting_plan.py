@@ -23,9 +23,8 @@ REQUEST_TOKENS = 250  # that are written in the time that each request takes bes
 class Planned:
     """A lab's engines and trials, and when it will have ended, in seconds after the first one.
 
-    Engines are taken to start one after another; those that fit one GPU together start at once, and
-    the lab ends sooner. The latest is where every trial of every lab is disturbed, and played as
-    often as it may be.
+    Engines start one after another. The latest is where every trial of every lab is disturbed, and
+    played as often as it may be.
     """
 
     lab: str

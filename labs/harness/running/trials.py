@@ -410,15 +410,6 @@ class Trials:
             self._write(point, TrialResult(point=point.key, repeat=repeat, failed=why))
             self._left -= 1
 
-    def time_machine(self, steps: int) -> tuple[ReferenceStep, ...]:
-        """Time the machine itself so many times, beside idle engines; none where that fails.
-
-        One more comes first and does not count: the device leaves its idle clock.
-        """
-        timed = [self._time_reference() for _ in range(steps + 1)][1:]
-        known = tuple(step for step in timed if step is not None)
-        return known if len(known) == steps else ()
-
     def _time_reference(self) -> ReferenceStep | None:
         """Time the machine itself, beside idle engines; None once that has failed."""
         if self._reference is None:

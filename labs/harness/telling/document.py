@@ -7,26 +7,18 @@ message can never become markup. Whole pages of sentences are templates (`tellin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Sequence
 
 from labs.harness.telling import markdown
 from labs.harness.telling.markdown import FOLD_END, FOLDED, Markdown, inline, plain_text
 from labs.harness.telling.markdown import Inline as Inline
-from labs.harness.telling.markdown import code as Code
-from labs.harness.telling.markdown import emphasis as Emphasis
 from labs.harness.telling.markdown import link as Link
 from labs.harness.telling.markdown import parse as parse
-from labs.harness.telling.markdown import strong as Strong
 
 __all__ = [
-    "Block", "Bullets", "Code", "Emphasis", "Figure", "Inline", "Link", "Paragraph",
-    "Section", "Strong", "Table", "bullets", "joined", "named_table", "parse", "parts",
-    "plain_text", "section", "table", "table_of",
+    "Figure", "Inline", "Link", "Paragraph", "Table", "bullets", "parse", "parts", "plain_text",
+    "section", "table", "table_of",
 ]  # fmt: skip
-Block: TypeAlias = Markdown
-Bullets: TypeAlias = Markdown
-Section: TypeAlias = Markdown  # or a whole document, which is the outermost one
 
 
 class Paragraph(Markdown):
@@ -75,7 +67,7 @@ class Figure(Markdown):
         return made
 
 
-def section(title: Inline, *blocks: Block | None, folded: bool = False) -> Markdown:
+def section(title: Inline, *blocks: Markdown | None, folded: bool = False) -> Markdown:
     """A heading and the blocks that hold anything; nothing without one of these.
 
     A document is the outermost section. A `folded` one is shown when the reader opens it.
@@ -87,7 +79,7 @@ def section(title: Inline, *blocks: Block | None, folded: bool = False) -> Markd
     return markdown.fragment([heading, *inner]) if any(blocks) else Markdown()
 
 
-def _deeper(block: Block) -> Block:
+def _deeper(block: Markdown) -> Markdown:
     return Markdown(re.sub(r"^#{1,6} ", r"#\g<0>", block, flags=re.M))
 
 
@@ -113,14 +105,3 @@ def table_of(rows: Sequence[Sequence[Inline]]) -> Table:
     """A table of rows of which the first is the header; without rows an empty one."""
     header, *body = rows or ((),)
     return Table(header, body)
-
-
-def named_table(rows: Sequence[Mapping[str, Inline]]) -> Table:
-    """A table of rows whose cells have the names of their columns."""
-    return table(list(rows[0]) if rows else (), (list(row.values()) for row in rows))
-
-
-def joined(parts: Iterable[Inline], separator: str) -> Inline:
-    """Text with `separator` between the parts, as `str.join` does it for plain text."""
-    spread = [piece for part in parts for piece in (separator, part)]
-    return tuple(spread[1:])

@@ -16,17 +16,9 @@ from labs.harness.filing import results
 from labs.harness.filing.bounded import read_json
 from labs.harness.filing.committed import tracked
 from labs.harness.judging.judge import Interval
-from labs.harness.judging.text import number, value_with_interval
-from labs.harness.telling.document import (
-    Block,
-    Inline,
-    Paragraph,
-    Strong,
-    Table,
-    bullets,
-    parse,
-    table,
-)
+from labs.harness.judging.text import value_with_interval
+from labs.harness.telling.markdown import Markdown
+from labs.harness.telling.templates import filled
 from serving import whole
 from serving.hardware.machine import Machine
 
@@ -63,6 +55,17 @@ class Sent(BaseModel, frozen=True, extra="forbid"):
     cpu_s_per_chunk: float | None  # of the processes that send
     all_cpu_s_per_chunk: float | None  # with the one that records
 
+    @property
+    def what(self) -> str:
+        """The streams: `64, a chunk every 10 ms`."""
+        tokens = f", {self.tokens_per_chunk} tokens each" if self.tokens_per_chunk > 1 else ""
+        shape = f", {self.shape}" if self.shape else ""
+        return f"{self.streams}, a chunk every {1000 * self.gap_s:g} ms{tokens}{shape}"
+
+    @property
+    def cpu_us_per_chunk(self) -> float | None:
+        return None if self.cpu_s_per_chunk is None else 1e6 * self.cpu_s_per_chunk
+
 
 class Streams(Part, frozen=True):
     rows: list[Sent]
@@ -77,7 +80,7 @@ class Engine(Part, frozen=True):
 
 
 class Alarms(Part, frozen=True):
-    """A lab's baseline against itself on the fake engine, whose speed varies."""
+    """A lab's baseline against itself on a fake engine, as it was measured until December 2026."""
 
     lab: str
     runs: int
@@ -101,6 +104,30 @@ class Bench(BaseModel, frozen=True, extra="ignore"):
     engine: Engine | None = None
     aa: Alarms | None = None
 
+    @property
+    def parts(self) -> list[Part]:
+        return [part for _, part in self if isinstance(part, Part)]
+
+    @property
+    def days(self) -> list[str]:
+        """The days on which it was measured."""
+        return sorted({part.measured_at[:10] for part in self.parts})
+
+    @property
+    def cpu_others(self) -> float:
+        """The largest share of the CPU time that other work took."""
+        return max((part.cpu_others for part in self.parts), default=0.0)
+
+    @property
+    def is_busy(self) -> bool:
+        return self.cpu_others > QUIET
+
+    @property
+    def start_timed(self) -> bool:
+        """Tell whether the streams' first requests were timed: in older files they were not."""
+        rows = self.streams.rows if self.streams else ()
+        return any(row.start_ttft_added_p50_s is not None for row in rows)
+
 
 def path_of(machine: Machine) -> Path:
     return results.RESULTS / machine.slug / FILE
@@ -121,71 +148,6 @@ def published_benches() -> list[Bench]:
     return sorted(benches, key=lambda bench: bench.machine.kind == "cpu")
 
 
-# ------------------------------------------------------------------------------------ as a document
-
-COLUMNS = ("Load processes", "Streams", "Chunks/s", "Delivered", "Lost", "TTFT added, p50", "p99")
-AT_START = ("At the start, p50", "p99")
-MORE_COLUMNS = ("Gap error, p50", "p99", "CPU per chunk")
-
-
-def blocks(bench: Bench) -> list[Block]:
-    """Show a machine's table and sentences."""
-    heading = Paragraph((Strong(bench.machine.describe()), f"{_days_measured(bench)}:"))
-    streams = [_streams(bench.streams.rows)] if bench.streams else []
-    return [heading, *streams, bullets(map(parse, _sentences(bench)))]
-
-
-def _days_measured(bench: Bench) -> str:
-    """Say on which days it was measured, and how much of the CPU other work took."""
-    parts = [part for _, part in bench if isinstance(part, Part)]
-    days = sorted({part.measured_at[:10] for part in parts})
-    other_work_share = max((part.cpu_others for part in parts), default=0.0)
-    busy = (
-        f" (other work took up to {other_work_share:.0%} of the CPU time)"
-        if other_work_share > QUIET
-        else ""
-    )
-    return f", {' and '.join(days)}{busy}"
-
-
-def _streams(rows: Sequence[Sent]) -> Table:
-    """Make the table of the streams; files from before the start was timed have no such columns."""
-    timed = any(row.start_ttft_added_p50_s is not None for row in rows)
-    columns = (*COLUMNS, *(AT_START if timed else ()), *MORE_COLUMNS)
-    return table(columns, [_row(row, timed) for row in rows])
-
-
-def _row(row: Sent, start_timed: bool) -> list[Inline]:
-    tokens = f", {row.tokens_per_chunk} tokens each" if row.tokens_per_chunk > 1 else ""
-    shape = f", {row.shape}" if row.shape else ""
-    at_start = (row.start_ttft_added_p50_s, row.start_ttft_added_p99_s) if start_timed else ()
-    added = (row.ttft_added_p50_s, row.ttft_added_p99_s)
-    times = (*added, *at_start, row.gap_error_p50_s, row.gap_error_p99_s)
-    cpu = row.cpu_s_per_chunk
-    return [
-        f"{row.load_processes}",
-        f"{row.streams}, a chunk every {1000 * row.gap_s:g} ms{tokens}{shape}",
-        f"{row.chunks_per_s:,.0f}",
-        f"{row.delivered:.1%}",
-        f"{row.lost}",
-        *(number(time, "s") for time in times),
-        "–" if cpu is None else f"{1e6 * cpu:.1f} µs",
-    ]
-
-
-def _sentences(bench: Bench) -> list[str]:
-    sentences = []
-    if engine := bench.engine:
-        sentences.append(
-            f"The lab's Locust / `vllm bench serve`, the same requests on one vLLM: throughput"
-            f" {value_with_interval(engine.throughput)}, mean TTFT"
-            f" {value_with_interval(engine.ttft)}, mean TPOT {value_with_interval(engine.tpot)}."
-        )
-    if aa := bench.aa:
-        sentences.append(
-            f"A lab against itself (`{aa.lab}`, `AA=1`, {aa.runs} runs on a fake engine whose speed"
-            f" varies): a false alarm in {aa.alarms} of {aa.judged} claims judged, {aa.rate:.1%}"
-            f" ({aa.low:.1%} to {aa.high:.1%}), {aa.not_judged} not judged; the ratio varies by"
-            f" {aa.spread:.1%} between repeats."
-        )
-    return sentences
+def told(benches: Sequence[Bench]) -> Markdown:
+    """Show each machine's table and sentences."""
+    return filled("benches.md", benches=benches, with_interval=value_with_interval)

@@ -8,8 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from labs.harness.filing.computed import Summary
-from labs.harness.filing.recorded import Residency, Run, Session
-from labs.harness.judging.idle_neighbours import times_as_long
+from labs.harness.filing.recorded import Run, Session
 from labs.harness.judging.judge import (
     CONFIDENCE,
     ENOUGH_STARTS,
@@ -20,16 +19,13 @@ from labs.harness.judging.judge import (
 from labs.harness.judging.text import ceilings_text, counted
 from labs.harness.spec import Lab
 from labs.harness.telling import tables
-from serving.engines.vllm import SHARE_FLAG
 from serving.hardware.machine import VLLM
 from serving.weights.dummy import SUFFIX
 
 CLOCKS_DIFFER_S = 5.0  # of a session's length and of its begin and end, in whole seconds
 
 
-def known(
-    run: Run, lab: Lab, session: Session | None, residency: Residency | None
-) -> dict[str, Any]:
+def known(run: Run, lab: Lab, session: Session | None) -> dict[str, Any]:
     """What a reader needs to make the run again."""
     env = run.environment
     return {
@@ -50,8 +46,6 @@ def known(
         "several_engines": len(lab.variants) > 1,
         "session": session,
         "times": _times(run, session) if session else None,
-        "residency": _shared_gpu(residency) if residency else None,
-        "share_flag": SHARE_FLAG,
         "command": _command(run, lab),
         "commit": (env.git_commit or "unknown")[:12]
         + (" with uncommitted changes" if env.git_dirty else ""),
@@ -119,20 +113,6 @@ def _times(run: Run, session: Session) -> dict[str, Any]:
         "load": f"{session.load_s:.0f}",
         "overhead": f"{overhead_s:.0f}",
         "overhead_share": f"{overhead_s / session.wall_s:.0%}",
-    }
-
-
-def _shared_gpu(residency: Residency) -> dict[str, Any]:
-    """How engines shared a GPU, and what those that were idle changed; or why they did not."""
-    ratios = (
-        times_as_long(residency.alone, residency.beside)
-        if residency.alone and residency.beside
-        else {}
-    )
-    return {
-        "in_turn": residency.in_turn,
-        "shares": [f"{name} {share:g}" for name, share in residency.shares.items()],
-        "times_as_long": [(part, f"{ratio:.2f}") for part, ratio in ratios.items()],
     }
 
 

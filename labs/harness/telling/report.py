@@ -18,7 +18,7 @@ from labs.harness.facts.parts import parts_of, published_of
 from labs.harness.facts.published import Part
 from labs.harness.filing.computed import AT, PointForecasts, Predictions, Summary
 from labs.harness.filing.manifest import is_stale
-from labs.harness.filing.recorded import Residency, Run, Session
+from labs.harness.filing.recorded import Run, Session
 from labs.harness.filing.results import RunFolder, measured_elsewhere
 from labs.harness.judging.judge import Caveat
 from labs.harness.judging.machine_speed import at_forecast
@@ -61,7 +61,6 @@ class Facts:
     predictions: Predictions
     session: Session | None
     summary: Summary
-    residency: Residency | None = None
 
     @cached_property
     def told(self) -> Told:
@@ -78,7 +77,6 @@ class Facts:
             folder.predictions(),
             folder.session(),
             folder.summary(),
-            folder.residency(),
         )
 
 
@@ -222,7 +220,7 @@ def _known(facts: Facts) -> dict[str, Any]:
         "lab": lab,
         "summary": summary,
         **_noted(run, summary),
-        **method.known(run, lab, facts.session, facts.residency),
+        **method.known(run, lab, facts.session),
         "questions": questions(facts),
         "weaknesses": weaknesses(summary.caveats, lab),
         "measured_again": measured_again(summary),

@@ -21,10 +21,20 @@ from markupsafe import Markup
 from labs.harness.judging.quantity import Quantity
 from labs.harness.judging.text import counted, number
 from labs.harness.page import LABS
-from labs.harness.telling.markdown import FOLD_END, FOLD_START, Markdown, code, escaped, parse
+from labs.harness.telling.markdown import (
+    FOLD_END,
+    FOLD_START,
+    Markdown,
+    code,
+    escaped,
+    link,
+    parse,
+    strong,
+)
 
 SHARED = LABS / "harness" / "facts"  # what the pages of several labs include
-FOLDERS = (Path(__file__).parent / "templates", SHARED)
+COMPARING = LABS / "harness" / "comparing"  # the pages of results/ and README.md
+FOLDERS = (Path(__file__).parent / "templates", SHARED, COMPARING)
 MISSING, END = "\ue000", "\ue001"  # around why a quantity is missing; no font has these
 _RESERVED = dict.fromkeys(map(ord, (MISSING, END)))
 _WHY = re.compile(f"{MISSING}(.*?){END}", re.S)
@@ -107,9 +117,12 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "code": code,
         "counted": counted,
+        "in_unit": number,
+        "link": link,
         "gb": lambda of_bytes: f"{of_bytes / 1e9:.1f} GB",
         "notation": parse,
         "shown": format,
+        "strong": strong,
     }
     return environment
 
