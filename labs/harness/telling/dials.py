@@ -189,6 +189,23 @@ def predicted(lab: Lab, name: str) -> list[tuple[str, float]]:
     return predictions
 
 
+def pair_of(lab: Lab, claim: Claim, on: Hardware) -> Points:
+    """The first two points that a claim compares, as they are by default on this hardware.
+
+    Empty where there are none. One whose weights have no known shape there has the base model's.
+    """
+    resolved = lab.at(on.scale, quick=False)
+    drawn = _briefly(resolved) if on.card else resolved
+    claims = (c for c in drawn.claims if c.name == claim.name)
+    pairs = [pair for c in claims for pair in drawn.pairs(c, _points(drawn, on))]
+    return tuple(_on(point, on.ceilings) for point in pairs[0]) if pairs else ()
+
+
+def has_shapes(points: Points, on: Hardware) -> bool:
+    """Whether the shape of everything that these points serve is known there."""
+    return all(not p.variant.weights or p.variant.name in on.weights for p in points)
+
+
 def _one_a_function(asked: Sequence[Asked]) -> list[Asked]:
     """The first of all that one function predicts."""
     return list({of.predict: of for of in reversed(asked)}.values())[::-1]
@@ -328,8 +345,7 @@ def _pair(lab: Lab, claim: Asked, points: list[Point], on: Hardware) -> Points |
         pairs += [(p,) for p in points if claim.arm.matches(p)][-1:]
     if not pairs:
         return None
-    unknown = [p for p in pairs[0] if p.variant.weights and p.variant.name not in on.weights]
-    return None if unknown else pairs[0]
+    return pairs[0] if has_shapes(pairs[0], on) else None
 
 
 def _restricted(lab: Lab, pair: Sequence[Point]) -> Lab:

@@ -57,6 +57,7 @@ from labs.harness.telling import (
     planner,
     residual_plot,
     residuals,
+    worksheets,
 )
 from labs.harness.telling.document import Inline, Paragraph, parse
 from labs.harness.telling.pages import (
@@ -81,7 +82,7 @@ SCRIPTS = {  # a script beside the pages: the files that it is made of
     RUN_SCRIPT: RUN_SCRIPTS,
     PAGE_SCRIPT: ("page.js",),
     LESSON_SCRIPT: (
-        "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js",
+        "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js", "worksheet.js",
     ),
     WATCH_SCRIPT: ("page.js", "plot.js", "replay.js"),
     PLANNER_SCRIPT: ("page.js", "copy.js", "theory.js", "planner.js"),
@@ -365,6 +366,14 @@ class Lesson:
         """What the lab's own formulas predict as one setting is turned."""
         runs = [(e.run, e.summary) for e in self.entries]
         return dials.dials(self.lab, runs, self.claim.name)
+
+    @cached_property
+    def worksheets(self) -> list[worksheets.Worksheet]:
+        """What a reader computes: for the machine of the newest run, and for a card."""
+        newest = sorted(self.entries, key=lambda entry: entry.run.started_at)[-1:]
+        measured = [dials.Hardware.of(entry.run) for entry in newest]
+        card = [of for of in dials.cards_of(self.lab) if of.name in computed.CARD]
+        return worksheets.worksheets(self.lab, measured + card)
 
     def rows(self) -> Iterator[Row]:
         """Every claim of the runs, machine beside machine."""
