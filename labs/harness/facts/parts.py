@@ -18,8 +18,9 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from labs.harness.facts.context import JudgedRun
+from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.published import Part, Published, PublishedFigures
+from labs.harness.judging.diagnosis import Reading
 from labs.harness.page import ANSWERS, FINDINGS, HEADLINE, folder_of, page_of
 from labs.harness.spec import Point
 
@@ -45,7 +46,23 @@ class Pair:
     link_gbit_per_s: float | None
 
 
-FROM_FACTS = ("facts", "over_time", "watched", "on_two")  # functions that `facts.py` may have
+@dataclass(frozen=True)
+class BlindTrial:
+    """A trial whose cause a reader of the course names, from what the engine counted."""
+
+    cause: str
+    now: Reading
+    healthy: Reading  # of the same service
+    foretold: Mapping[str, str]  # a figure -> where it goes with this cause, by prediction
+
+
+FROM_FACTS = (
+    "facts",
+    "over_time",
+    "watched",
+    "on_two",
+    "blind",
+)  # functions that `facts.py` may have
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,8 @@ class ReportParts:
     watched: Callable[[Sequence[Point]], Sequence[Point]] = lambda _: ()
     # what is forecast on two engines, which no run has, of the points that have a forecast
     on_two: Callable[[Sequence[Point]], Sequence[Pair]] = lambda _: ()
+    # the trials whose cause is to be named
+    blind: Callable[[Context], Sequence[BlindTrial]] = lambda _: ()
     published: PublishedFigures = field(default_factory=dict)
     headline: Headline | None = None
 

@@ -24,6 +24,7 @@ from plotly.offline import get_plotlyjs
 from dashboards.palette import BOUND, VARIANTS
 from dashboards.prometheus import WATCH_PORT
 from labs import LABS
+from labs.harness.facts.context import Context
 from labs.harness.facts.parts import parts_of
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.committed import committed_runs
@@ -59,6 +60,7 @@ from labs.harness.telling import (
     residuals,
     worksheets,
 )
+from labs.harness.telling.diagnoses import Case
 from labs.harness.telling.document import Inline, Paragraph, parse
 from labs.harness.telling.pages import (
     LESSONS,
@@ -82,7 +84,8 @@ SCRIPTS = {  # a script beside the pages: the files that it is made of
     RUN_SCRIPT: RUN_SCRIPTS,
     PAGE_SCRIPT: ("page.js",),
     LESSON_SCRIPT: (
-        "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js", "worksheet.js",
+        "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js",
+        "worksheet.js", "blind.js",
     ),
     WATCH_SCRIPT: ("page.js", "plot.js", "replay.js"),
     PLANNER_SCRIPT: ("page.js", "copy.js", "theory.js", "planner.js"),
@@ -368,6 +371,15 @@ class Lesson:
         return dials.dials(self.lab, runs, self.claim.name)
 
     @cached_property
+    def cases(self) -> list[Case]:
+        """Trials whose cause the reader names, on every machine, in an order that tells nothing."""
+        blind = parts_of(self.lab.name).blind
+        cases = (
+            Case.of(t, entry.machine) for entry in self.entries for t in blind(_context(entry))
+        )
+        return sorted(cases, key=lambda case: [*case.figures.values()])
+
+    @cached_property
     def worksheets(self) -> list[worksheets.Worksheet]:
         """What a reader computes: for the machine of the newest run, and for a card."""
         newest = sorted(self.entries, key=lambda entry: entry.run.started_at)[-1:]
@@ -401,6 +413,11 @@ class Lesson:
             setting, explanation = _split(knob)
             commands.append((f"make lab-{self.lab.name} {setting}", explanation))
         return commands
+
+
+def _context(entry: Entry) -> Context:
+    """The view of a run for whatever reads its trials, and none of its figures."""
+    return Context(entry.folder, entry.run, entry.run.rebuilt_lab(), entry.run.points(), {})
 
 
 def _split(knob: str) -> tuple[str, str]:
@@ -508,6 +525,7 @@ class Course:
             "index.html",
             WATCH_SCRIPT if watched else PAGE_SCRIPT,
             course=self,
+            blind=next((item for item in self.lessons if item.cases), None),
             watched=watched,
             data={"colours": VARIANTS, "replay": [panel.times for panel in panels]},
             show=html.inline,
