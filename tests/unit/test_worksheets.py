@@ -8,7 +8,7 @@ import pytest
 
 from labs import LABS
 from labs.harness.page import WORKSHEET, Page, PageError, Section, page_of
-from labs.harness.telling import worksheets
+from labs.harness.telling import teaching, worksheets
 from labs.harness.telling.dials import cards, cards_of, pair_of
 
 (CARD,) = (card for card in cards() if card.card == "h100")
@@ -60,3 +60,13 @@ def test_every_lesson_has_a_worksheet_without_a_run(name: str) -> None:
     assert len(page[WORKSHEET].named) == len(items) >= 3
     assert all(item.count("?") == 1 for item in items)
     worksheets.worksheets(LABS[name], cards_of(LABS[name]))  # raises where a question has no key
+
+
+def test_a_teacher_has_the_key_and_no_minutes_that_no_run_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (task,) = ask(monkeypatch, f"`{CLAIM}`: What is left?")
+    sheets = worksheets.worksheets(LAB, [CARD])
+    taught = teaching.Taught.of(LAB.name, sheets, None, None)
+    assert [[*answers] for _, answers in taught.key] == [[task.answer]]
+    assert (taught.run_min, taught.engines) == (None, None)

@@ -53,7 +53,7 @@ class BlindTrial:
     cause: str
     now: Reading
     healthy: Reading  # of the same service
-    foretold: Mapping[str, str]  # a figure -> where it goes with this cause, by prediction
+    foretold: Mapping[Any, str]  # a figure -> where it goes with this cause, by prediction
 
 
 FROM_FACTS = (

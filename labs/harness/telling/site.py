@@ -58,6 +58,7 @@ from labs.harness.telling import (
     planner,
     residual_plot,
     residuals,
+    teaching,
     worksheets,
 )
 from labs.harness.telling.diagnoses import Case
@@ -379,13 +380,24 @@ class Lesson:
         )
         return sorted(cases, key=lambda case: [*case.figures.values()])
 
+    @property
+    def newest(self) -> Entry | None:
+        return max(self.entries, key=lambda entry: entry.run.started_at, default=None)
+
     @cached_property
     def worksheets(self) -> list[worksheets.Worksheet]:
         """What a reader computes: for the machine of the newest run, and for a card."""
-        newest = sorted(self.entries, key=lambda entry: entry.run.started_at)[-1:]
-        measured = [dials.Hardware.of(entry.run) for entry in newest]
+        measured = [dials.Hardware.of(self.newest.run)] if self.newest else []
         card = [of for of in dials.cards_of(self.lab) if of.name in computed.CARD]
         return worksheets.worksheets(self.lab, measured + card)
+
+    @property
+    def taught(self) -> teaching.Taught:
+        """What a teacher plans with."""
+        run, session = (
+            (self.newest.run, self.newest.folder.session()) if self.newest else (None, None)
+        )
+        return teaching.Taught.of(self.lab.name, self.worksheets, run, session)
 
     def rows(self) -> Iterator[Row]:
         """Every claim of the runs, machine beside machine."""
@@ -508,6 +520,14 @@ class Course:
                 parsed=parse,
             ),
             "planner.html": self.planner_page(),
+            "teach.html": course_page(
+                "teach.html",
+                PAGE_SCRIPT,
+                lessons=[(item, item.taught) for item in self.lessons],
+                words=teaching.WORDS_A_MINUTE,
+                question_min=teaching.QUESTION_MIN,
+                show=html.inline,
+            ),
             "forecasts.html": self.forecasts_page(),
             "glossary.html": course_page(
                 "glossary.html",
