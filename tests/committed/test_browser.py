@@ -285,8 +285,9 @@ def test_a_worksheet_marks_an_answer_on_the_chosen_machine(chromium: Browser, si
 
 
 def test_a_cause_is_named_for_one_trial_after_another(
-    chromium: Browser, committed: Path, tmp_path: Path
+    chromium: Browser, committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(results, "RESULTS", committed / "results")
     run = RunFolder(committed / "results" / in_git.newest("diagnosis"))
     shown = opened(chromium, write_lesson(tmp_path, [run], "diagnosis"), 390)
     cause = "document.querySelector('.case:not([hidden])').dataset.cause"
