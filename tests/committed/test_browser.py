@@ -284,6 +284,19 @@ def test_a_worksheet_marks_an_answer_on_the_chosen_machine(chromium: Browser, si
     assert shown.errors == []
 
 
+def test_questions_are_searched_by_all_words(chromium: Browser, site: Path) -> None:
+    shown = opened(chromium, site / "site" / "questions.html", 390)
+    count = "document.querySelectorAll('details.question:not([hidden])').length"
+    every = shown.js(count)
+    shown.js(
+        "(e => { e.value = 'chunked prefill'; e.dispatchEvent(new Event('input')); })"
+        "(document.getElementById('search'))"
+    )
+    assert 0 < shown.js(count) < every
+    assert f"of {every} questions" in shown.js("document.getElementById('found').innerText")
+    assert shown.errors == []
+
+
 def test_a_cause_is_named_for_one_trial_after_another(
     chromium: Browser, committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

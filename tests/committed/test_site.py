@@ -98,6 +98,11 @@ def test_a_question_is_answered_by_the_run_that_answers_it(
     for of in asked:
         assert of.id.partition("-")[0] in TOPICS
         assert of.kind.startswith(("measured", "arithmetic on measured")) == bool(of.answers)
+        for lab in of.by_lab:  # nothing of an answer in brief is lost or told twice
+            for answered, row in lab.rows:
+                together = " ".join(part for part in (lab.mechanism, row) if part)
+                assert together == answered.answer.brief
+                assert row
         if answer := computed(of.id):
             assert plain_text(answer.answer.brief) in seen.read
 

@@ -29,6 +29,7 @@ from labs.harness.facts.parts import parts_of
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.committed import committed_runs
 from labs.harness.filing.computed import Summary
+from labs.harness.filing.machine_names import short_name
 from labs.harness.filing.manifest import is_stale
 from labs.harness.filing.newest import marks, newest_of, on_cpu
 from labs.harness.filing.recorded import Run
@@ -63,6 +64,7 @@ from labs.harness.telling import (
 )
 from labs.harness.telling.diagnoses import Case
 from labs.harness.telling.document import Inline, Paragraph, parse
+from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.pages import (
     LESSONS,
     PLOTLY,
@@ -75,7 +77,7 @@ from labs.harness.telling.pages import (
     web,
 )
 from labs.harness.telling.replay import Replayed, replay
-from labs.harness.telling.words import Told, told
+from labs.harness.telling.words import Answer, Told, told
 from serving import whole
 
 RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
@@ -92,6 +94,7 @@ SCRIPTS = {  # a script beside the pages: the files that it is made of
     PLANNER_SCRIPT: ("page.js", "copy.js", "theory.js", "planner.js"),
     FORECAST_SCRIPT: ("page.js", "plot.js", "ratios.js", "forecasts.js"),
 }  # fmt: skip
+BY_RUN = "by-run"  # the section of forecasts that each run's own page tells
 DISTANCES = (  # of a measured ratio from what was predicted, up or down: at most, class, in words
     (1.1, "off-10", "within 10%"),
     (AGREEMENT, "off-25", "within 25%"),
@@ -201,6 +204,11 @@ class Entry:
     def stale(self) -> bool:
         """Whether the lab's settings have changed since the run."""
         return is_stale(self.run)
+
+    @property
+    def short_name(self) -> str:
+        """The machine as tables name it, with the run's marks."""
+        return short_name(self.run.machine) + marks(self.run)
 
     @property
     def marked_name(self) -> str:
@@ -448,9 +456,45 @@ def _split(knob: str) -> tuple[str, str]:
 class RunAnswer:
     """An answer to a question from one run."""
 
-    body: Markup
+    answer: Answer
     lesson: Lesson
     entry: Entry
+
+    @property
+    def body(self) -> Markup:
+        return html.fragment([self.answer.whole], html.embedded(Path()))
+
+
+SENTENCE = re.compile(r"(?<=\.) (?=[A-Z*`])")
+
+
+@dataclass(frozen=True)
+class LabAnswer:
+    """What a lab answers to a question: what all of its machines say alike, and a row for each."""
+
+    mechanism: Markdown
+    rows: Sequence[tuple[RunAnswer, Markdown]]
+
+    @classmethod
+    def of(cls, answers: Sequence[RunAnswer]) -> LabAnswer:
+        """Take what the brief answers begin with alike, in whole sentences, out of each of them."""
+        said = [SENTENCE.split(of.answer.brief) for of in answers]
+        alike = 0
+        while len(said) > 1 and all(
+            len(one) > alike + 1 and one[alike] == said[0][alike] for one in said
+        ):
+            alike += 1
+        rows = [Markdown(" ".join(one[alike:])) for one in said]
+        return cls(Markdown(" ".join(said[0][:alike])), list(zip(answers, rows, strict=True)))
+
+    @property
+    def lesson(self) -> Lesson:
+        return self.rows[0][0].lesson
+
+    @property
+    def depth(self) -> Markup:
+        """What stands behind the fold of the first machine's answer."""
+        return html.fragment([self.rows[0][0].answer.depth], html.embedded(Path()))
 
 
 @dataclass(frozen=True)
@@ -461,6 +505,11 @@ class Asked:
     question: str
     answers: Sequence[RunAnswer]
     asking: Sequence[Lesson]
+
+    @property
+    def by_lab(self) -> list[LabAnswer]:
+        labs = dict.fromkeys(answer.lesson.lab.name for answer in self.answers)
+        return [LabAnswer.of([a for a in self.answers if a.lesson.lab.name == lab]) for lab in labs]
 
     @property
     def kind(self) -> str:
@@ -498,7 +547,12 @@ class Course:
         return {
             "index.html": self.index_page(),
             "questions.html": course_page(
-                "questions.html", PAGE_SCRIPT, topics=self.topics(), show=html.inline, parsed=parse
+                "questions.html",
+                PAGE_SCRIPT,
+                topics=self.topics(),
+                machines=sorted({(e.short_name, e.machine) for e in self.newest}),
+                show=html.inline,
+                parsed=parse,
             ),
             "machines.html": course_page(
                 "machines.html",
@@ -567,7 +621,7 @@ class Course:
             PLOTLY,
             FORECAST_SCRIPT,
             intro=html.introduction(document, no_picture),
-            sections=html.sections(document, no_picture),
+            sections=[of for of in html.sections(document, no_picture) if of.id != BY_RUN],
             pictures=list(residual_plot.pictures(scores.reported, titles)),
             titles=titles,
             lessons={item.lab.name: item.href for item in self.lessons},
@@ -635,11 +689,7 @@ class Course:
 
     def answers(self, id: str, of: Lesson) -> list[RunAnswer]:
         """Give the answers of a lesson's runs to a question, each from its own run."""
-        return [
-            RunAnswer(html.fragment([answer.whole], html.embedded(Path())), of, e)
-            for e in of.entries
-            if (answer := e.told.answers.get(id))
-        ]
+        return [RunAnswer(answer, of, e) for e in of.entries if (answer := e.told.answers.get(id))]
 
     def topics(self) -> list[tuple[str, list[Asked]]]:
         """Give every question under its topic: its answers, and the lessons that ask it."""
