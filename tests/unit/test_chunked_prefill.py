@@ -131,14 +131,14 @@ def test_prefill_apart_pays_from_a_link_on_and_never_when_the_other_machine_is_t
     """Twice the link halves what its time exceeds that of an endless one."""
     lab = LABS["chunked-prefill"]
     (card,) = (card for card in cards() if card.card == "h100")
-    pair = pair_of(lab, next(c for c in lab.claims if c.name == "ttft"), card)
+    chunked, whole = pair_of(lab, next(c for c in lab.claims if c.name == "ttft"), card)
 
     def apart(link: float, speed: float = 1) -> float:
-        return long_prompt_apart(*pair, gbit_per_s=link, speed=speed).value
+        return long_prompt_apart(chunked, whole, gbit_per_s=link, speed=speed).value
 
     assert apart(20) - apart(1e9) == pytest.approx((apart(10) - apart(1e9)) / 2)
     assert apart(1e9, speed=4) < apart(1e9) < 1 < apart(1e9, speed=0.5)
-    one, two = (machines_for_prefill(*pair, speed=speed).value for speed in (1, 2))
+    one, two = (machines_for_prefill(chunked, whole, speed=speed).value for speed in (1, 2))
     assert two == pytest.approx(one / 2)
 
 

@@ -318,8 +318,8 @@ def _curves(
                 ]
                 if curve := _curve(knob, base, curve_points, setting):
                     yield number, m, curve
-            for name, (words, usual, values) in _parameters(claim):
-                own = [(v, _predicted(claim, pair, alike[m], **{name: v})) for v in values]
+            for name, (words, usual, tries) in _parameters(claim):
+                own = [(v, _predicted(claim, pair, alike[m], **{name: v})) for v in tries]
                 if curve := _curve(words, usual, own, ""):
                     yield number, m, curve
 
