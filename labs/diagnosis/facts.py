@@ -10,6 +10,7 @@ from typing import Literal
 from labs.diagnosis.lab import ALONE, INJECTED, REFERENCE, SIGNATURES, Direction, Figure
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.fits import polynomial
+from labs.harness.facts.parts import BlindTrial
 from labs.harness.judging.diagnosis import (
     BUDGET_CLAIM,
     HITS_LOST,
@@ -129,6 +130,20 @@ def told_apart(run: Context) -> ToldApart:
     name, metric = BUDGET_CLAIM
     changed_later = any(c.name == name and c.metric != metric for c in run.lab.claims)
     return ToldApart(tuple(named), changed_later)
+
+
+def blind(run: Context) -> list[BlindTrial]:
+    """Choose trials for a reader: the first with each cause, and those that were named wrongly."""
+    if (reference := run.once(healthy)) is None:
+        return []
+    chosen: list[BlindTrial] = []
+    for (variant, workload), cause in INJECTED.items():
+        of_cause = readings(run, variant, workload)
+        for repeat, now in of_cause.items():
+            found = diagnosis(now, reference)
+            if found and (repeat == min(of_cause) or found.cause != cause):
+                chosen.append(BlindTrial(cause, now, reference, SIGNATURES[cause]))
+    return chosen
 
 
 def diagnosis(reading: Reading, reference: Reading) -> Diagnosis | None:

@@ -170,6 +170,14 @@ def ridge_batch(shape: Shape, ceilings: Ceilings) -> float:
     return read_s * ceilings.flops_per_s / (2 * shape.matmul_params)
 
 
+def even_context_tokens(shape: Shape, batch: float, kv_value_bytes: float | None = None) -> float:
+    """Tokens of context at which a decode step reads as many bytes of KV as of weights.
+
+    Beyond it a longer context, and no longer the weights, sets the step's time.
+    """
+    return shape.step_bytes(batch) / (batch * shape.kv_bytes_per_token(kv_value_bytes))
+
+
 def experts_needed(experts: int, per_token: int, tokens: float) -> float:
     """Expected experts of a layer that a step over so many tokens needs: E (1 - (1 - k/E)^B).
 
@@ -304,3 +312,21 @@ def throughput_of(point: Point, batch: float | None = None) -> float:
     return batch_throughput(
         point.shape, point.ceilings, at_once, point.prompt_tokens, point.output_tokens
     )
+
+
+def weights_read_of(point: Point) -> float:
+    """Seconds in which a step of a point's requests reads the weights, at the measured rate."""
+    weight_bytes = point.shape.step_bytes(point.load.users)
+    return weight_bytes / point.ceilings.memory_bandwidth_bytes_per_s
+
+
+def kv_read_of(point: Point) -> float:
+    """Seconds in which such a step reads the keys and values of all contexts."""
+    kv_bytes = point.kv_bytes(point.flags.kv_value_bytes)
+    return kv_bytes / point.ceilings.memory_bandwidth_bytes_per_s
+
+
+def arithmetic_of(point: Point) -> float:
+    """Seconds that the arithmetic of such a step takes at the measured rate."""
+    flops = decode_flops(point.shape, point.load.users, point.context_tokens)
+    return flops / point.ceilings.flops_per_s

@@ -12,7 +12,7 @@ import pytest
 from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder
 from labs.harness.telling import pages, report
-from labs.harness.telling.site import write_site
+from labs.harness.telling.site import write_lesson, write_site
 from tests.browser import Browser, Page, browser, find
 from tests.committed import in_git
 from tests.unit.builders import write_run
@@ -244,6 +244,56 @@ def test_a_lesson_takes_a_guess_before_it_shows_the_answer(
     shown.press("Enter")
     assert shown.js(answer)
     assert "You guessed less than half" in shown.js("document.getElementById('guessed').innerText")
+    assert shown.js("document.documentElement.scrollWidth <= innerWidth")
+    assert shown.errors == []
+
+
+def test_a_worksheet_marks_an_answer_on_the_chosen_machine(chromium: Browser, site: Path) -> None:
+    shown = opened(chromium, site / "site" / "lessons" / f"{RUNS[0]}.html", 390)
+    shown.choose("worksheet-machine", "sheet-2")
+    task = "document.querySelector('#sheet-2 .task')"
+    shown.js(f"{task}.querySelector('input').value = JSON.parse({task}.dataset.marking).key")
+    shown.js(f"{task}.querySelector('input').focus()")
+    shown.press("Enter")
+    assert shown.js(f"{task}.querySelector('.marked').matches('.right')")
+    assert shown.js(f"{task}.querySelector('details').open")
+    assert shown.js("document.querySelectorAll('.sheet:not([hidden])').length") == 1
+    assert shown.js("document.documentElement.scrollWidth <= innerWidth")
+    assert shown.errors == []
+
+
+def test_questions_are_searched_by_all_words(chromium: Browser, site: Path) -> None:
+    shown = opened(chromium, site / "site" / "questions.html", 390)
+    count = "document.querySelectorAll('details.question:not([hidden])').length"
+    every = shown.js(count)
+    shown.js(
+        "(e => { e.value = 'chunked prefill'; e.dispatchEvent(new Event('input')); })"
+        "(document.getElementById('search'))"
+    )
+    assert 0 < shown.js(count) < every
+    assert f"of {every} questions" in shown.js("document.getElementById('found').innerText")
+    assert shown.errors == []
+
+
+def test_a_cause_is_named_for_one_trial_after_another(
+    chromium: Browser, committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", committed / "results")
+    run = RunFolder(committed / "results" / in_git.newest("diagnosis"))
+    shown = opened(chromium, write_lesson(tmp_path, [run], "diagnosis"), 390)
+    cause = "document.querySelector('.case:not([hidden])').dataset.cause"
+    buttons = "[...document.querySelectorAll('button.cause')]"
+    button = f"{buttons}.find(b => (b.textContent === {cause}) === %s)"
+    said = "document.getElementById('blind-said')"
+    shown.js(f"({button % 'false'}).click()")
+    assert shown.js(f"{said}.matches('.wrong')")
+    shown.js(f"({button % 'true'}).click()")
+    assert shown.js(f"{said}.matches('.right')")
+    assert shown.js("document.getElementById('blind-score').innerText").startswith("0 of 1")
+    before = shown.js("[...document.querySelectorAll('.case')].findIndex(c => !c.hidden)")
+    shown.js("document.getElementById('blind-next').click()")
+    after = shown.js("[...document.querySelectorAll('.case')].findIndex(c => !c.hidden)")
+    assert before != after
     assert shown.js("document.documentElement.scrollWidth <= innerWidth")
     assert shown.errors == []
 

@@ -11,6 +11,7 @@ from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.drawing import BANDS, GREY
 from labs.harness.filing.results import RunFolder
 from labs.harness.judging.judge import Interval
+from labs.harness.telling import plots
 from labs.harness.telling.plots import plots_of
 from tests.committed import in_git
 
@@ -22,6 +23,16 @@ def test_however_wide_an_interval_ends_within_its_plot(
     monkeypatch.setattr(Context, "interval", lambda *_: wide)
     plots_of("chunked-prefill")["stall"](_judged(committed, "chunked-prefill"))
     assert all(ax.get_ylim()[1] > 2000 for ax in plt.gcf().axes)  # in ms
+    plt.close("all")
+
+
+def test_one_wild_interval_does_not_flatten_the_others() -> None:
+    wild = Interval(value=1.0, low=0.001, high=1000.0, n=3)
+    usual = Interval(value=1.2, low=1.1, high=1.3, n=3)
+    _, ax = plt.subplots()
+    assert plots._clip(ax, [usual, wild], [2.0])
+    assert (0.1, 10) < ax.get_xlim() < (1, 10)
+    assert not plots._clip(ax, [usual])
     plt.close("all")
 
 

@@ -20,6 +20,7 @@ from labs.diagnosis.facts import (
     Coefficients,
     Level,
     Moved,
+    blind,
     coefficients,
     facts,
     signatures,
@@ -365,6 +366,11 @@ def test_trials_are_named_blind_and_counted(tmp_path: Path) -> None:
     assert told.matrix["healthy"] == told.matrix["cold cache"]
     (wrong,) = told.wrong
     assert (wrong.injected, wrong.named, wrong.repeats) == ("cold cache", "healthy", (1, 2, 3, 4))
+    cases = [diagnoses.Case.of(trial, "a machine") for trial in blind(run)]
+    wrongly = [case for case in cases if case.named != case.cause]
+    assert (len(cases), len(wrongly)) == (7 + LAB.repeats, LAB.repeats)
+    assert not any(case.mark for case in wrongly)
+    assert all(case.mark for case in cases if case.cause not in ("healthy", "cold cache"))
     moved = signatures(run)
     assert [row.injected for row in moved.late] == ["burst", "long neighbour", "cold cache"]
     assert (moved.predicted, moved.seen) == (36, 31)

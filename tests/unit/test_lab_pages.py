@@ -12,7 +12,7 @@ from labs import LABS
 from labs.harness.comparing.answers import on_a_gpu
 from labs.harness.facts.parts import own_plots
 from labs.harness.judging.quantity import CHANGE, POINTS, Quantity
-from labs.harness.page import ANSWERS, FINDINGS, GPU, PLOTS, PageError, page_of, read
+from labs.harness.page import ANSWERS, FINDINGS, GPU, PLOTS, WORKSHEET, PageError, page_of, read
 from labs.harness.telling.templates import FOLDERS, SHARED, filled_text
 from tests.cases import each
 
@@ -30,7 +30,7 @@ def parts(name: str) -> dict[str, str]:
         for section in FILLED
         for part, of in PAGES[name][section].parts.items()
     }
-    return own | INCLUDED
+    return own | INCLUDED | {WORKSHEET: PAGES[name][WORKSHEET].text}
 
 
 @pytest.mark.parametrize("name", PAGES)

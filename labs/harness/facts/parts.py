@@ -12,16 +12,17 @@ import importlib
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from labs.harness.facts.context import JudgedRun
+from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.published import Part, Published, PublishedFigures
+from labs.harness.judging.diagnosis import Reading
 from labs.harness.page import ANSWERS, FINDINGS, HEADLINE, folder_of, page_of
-from labs.harness.spec import Point
+from labs.harness.spec import Point, Prediction
 
 OwnPlot = Callable[[JudgedRun, Any], bool]
 """Draws the current figure from a run and its lab's facts; False where there is nothing to draw."""
@@ -45,7 +46,34 @@ class Pair:
     link_gbit_per_s: float | None
 
 
-FROM_FACTS = ("facts", "over_time", "watched", "on_two")  # functions that `facts.py` may have
+@dataclass(frozen=True)
+class BlindTrial:
+    """A trial whose cause a reader of the course names, from what the engine counted."""
+
+    cause: str
+    now: Reading
+    healthy: Reading  # of the same service
+    foretold: Mapping[Any, str]  # a figure -> where it goes with this cause, by prediction
+
+
+@dataclass(frozen=True)
+class Dialled:
+    """A closed form that no run measures, drawn over settings and over parameters of its own."""
+
+    title: str
+    axis: str
+    unit: str
+    claim: str  # whose points it is about
+    form: Callable[..., Prediction]
+    parameters: Mapping[str, tuple[str, float, Sequence[float]]]  # name -> words, usual, to try
+
+    def at(self, **chosen: float) -> Callable[..., Prediction]:
+        """The closed form with its parameters as usual, but for those that are given."""
+        usual = {name: value for name, (_, value, _) in self.parameters.items()}
+        return partial(self.form, **(usual | chosen))
+
+
+FROM_FACTS = ("facts", "over_time", "watched", "on_two", "blind", "dialled")  # in a `facts.py`
 
 
 @dataclass(frozen=True)
@@ -61,6 +89,9 @@ class ReportParts:
     watched: Callable[[Sequence[Point]], Sequence[Point]] = lambda _: ()
     # what is forecast on two engines, which no run has, of the points that have a forecast
     on_two: Callable[[Sequence[Point]], Sequence[Pair]] = lambda _: ()
+    # the trials whose cause is to be named
+    blind: Callable[[Context], Sequence[BlindTrial]] = lambda _: ()
+    dialled: Sequence[Dialled] = ()
     published: PublishedFigures = field(default_factory=dict)
     headline: Headline | None = None
 

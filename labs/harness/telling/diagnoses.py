@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from labs.harness.judging.diagnosis import Diagnosis, Reading
+from labs.harness.facts.parts import BlindTrial
+from labs.harness.judging.diagnosis import Diagnosis, Reading, diagnose
 from labs.harness.judging.text import between, number
 from labs.harness.telling.document import Table
 from labs.harness.telling.markdown import Markdown
@@ -29,6 +32,44 @@ MEANINGS = {
     "slow step": "Look at the engine and the machine: eager mode, CUDA graphs, number types,"
     " kernels, clocks, other work.",
 }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trial for a reader who is to name what was wrong, and what gives it away."""
+
+    machine: str
+    cause: str
+    named: str  # by the rule, from the same figures
+    figures: Mapping[str, tuple[str, str]]  # name -> healthy, and in this trial
+    mark: Markdown  # what the figures say, where the rule named the cause
+    meaning: str
+    foretold: str
+
+    @property
+    def by_cause(self) -> tuple[str, str]:
+        """The cause, and what was predicted of it."""
+        return self.cause, self.foretold
+
+    @classmethod
+    def of(cls, trial: BlindTrial, machine: str) -> Case:
+        found = diagnose(trial.now, trial.healthy)
+        now, healthy = _figures(trial.now), _figures(trial.healthy)
+        mark = next((mark for mark in found.marks if mark.cause == trial.cause), None)
+        return cls(
+            machine,
+            trial.cause,
+            found.cause,
+            {name: (healthy[name], now[name]) for name in now if name not in NOT_COMPARED},
+            filled("mark.md", mark=mark) if mark else Markdown(),
+            MEANINGS.get(trial.cause, ""),
+            ", ".join(f"{figure} {WAYS[way]}" for figure, way in trial.foretold.items()),
+        )
+
+
+WAYS = {"rises": "up", "falls": "down", "stays": "as before"}
+NOT_COMPARED = ("Requests finished", "In decode, mean", "Waiting at the end")
+"""Figures that tell nothing between trials and a reference of several, which has no duration."""
 
 
 def page(

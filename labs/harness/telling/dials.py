@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from labs.harness.facts.parts import Dialled, parts_of
 from labs.harness.filing.computed import Summary
 from labs.harness.filing.newest import marks
 from labs.harness.filing.recorded import Run
@@ -49,7 +50,7 @@ NAMES = {  # of settings, by the end of their path
     "mask_s": "time to fill a mask, s",
 }
 
-Asked = Claim | Forecast  # a ratio of two points, or a figure of one
+Asked = Claim | Forecast | Dialled  # a ratio of two points, a figure of one, or what no run has
 Points = tuple[Point, ...]
 
 
@@ -141,6 +142,7 @@ def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dic
     claims = [
         *_one_a_function(sorted(lab.claims, key=lambda c: c.name != first)),
         *_one_a_function(lab.forecasts),
+        *parts_of(lab.name).dialled,
     ]
     curves = [
         {"claim": c, "machine": m, **curve}
@@ -189,12 +191,31 @@ def predicted(lab: Lab, name: str) -> list[tuple[str, float]]:
     return predictions
 
 
-def _one_a_function(asked: Sequence[Asked]) -> list[Asked]:
+def pair_of(lab: Lab, claim: Claim, on: Hardware) -> Points:
+    """The first two points that a claim compares, as they are by default on this hardware.
+
+    Empty where there are none. One whose weights have no known shape there has the base model's.
+    """
+    resolved = lab.at(on.scale, quick=False)
+    drawn = _briefly(resolved) if on.card else resolved
+    claims = (c for c in drawn.claims if c.name == claim.name)
+    pairs = [pair for c in claims for pair in drawn.pairs(c, _points(drawn, on))]
+    return tuple(_on(point, on.ceilings) for point in pairs[0]) if pairs else ()
+
+
+def has_shapes(points: Points, on: Hardware) -> bool:
+    """Whether the shape of everything that these points serve is known there."""
+    return all(not p.variant.weights or p.variant.name in on.weights for p in points)
+
+
+def _one_a_function(asked: Sequence[Claim | Forecast]) -> list[Claim | Forecast]:
     """The first of all that one function predicts."""
     return list({of.predict: of for of in reversed(asked)}.values())[::-1]
 
 
 def _described(asked: Asked) -> dict[str, str]:
+    if isinstance(asked, Dialled):
+        return {"name": "", "title": asked.title, "axis": asked.axis, "unit": asked.unit}
     metric = METRICS[asked.metric]
     if isinstance(asked, Claim):
         title = f"{plain_text(parse(asked.title))} ({metric.title}, treatment / baseline)"
@@ -209,6 +230,8 @@ def _measured(asked: Asked, run: Run, summary: Summary) -> list[tuple[Interval, 
     if isinstance(asked, Claim):
         judged = [j for j in summary.judgements if j.claim == asked.name][:1]
         return [(j.ratio, j.outcome) for j in judged if j.ratio]
+    if isinstance(asked, Dialled):
+        return []
     keys = [point.key for point in run.points() if asked.arm.matches(point)][-1:]
     return [
         (f.measured, f"prediction {f.outcome}")
@@ -222,6 +245,8 @@ def _named(knob: str) -> dict[str, Any]:
 
     Paths of workloads that are turned together, with blanks between, are named without them.
     """
+    if "." not in knob:
+        return {"name": knob, "per": 1}  # no path: it is in words
     path, *other_paths = knob.split(" ")
     steps = path.split(".")
     owned = steps[0] in ("workloads", "variants")
@@ -293,6 +318,14 @@ def _curves(
                 ]
                 if curve := _curve(knob, base, curve_points, setting):
                     yield number, m, curve
+            for name, (words, usual, tries) in _parameters(claim):
+                own = [(v, _predicted(claim, pair, alike[m], **{name: v})) for v in tries]
+                if curve := _curve(words, usual, own, ""):
+                    yield number, m, curve
+
+
+def _parameters(asked: Asked) -> Sequence[tuple[str, tuple[str, float, Sequence[float]]]]:
+    return [*asked.parameters.items()] if isinstance(asked, Dialled) else []
 
 
 def _curve(
@@ -322,14 +355,17 @@ def _pair(lab: Lab, claim: Asked, points: list[Point], on: Hardware) -> Points |
     None where there is none, or it serves weights whose shape is not known.
     """
     pairs: list[Points] = []
-    if isinstance(claim, Claim):
+    if isinstance(claim, Dialled):
+        pairs += [
+            pair for c in lab.claims if c.name == claim.claim for pair in lab.pairs(c, points)
+        ]
+    elif isinstance(claim, Claim):
         pairs += lab.pairs(claim, points)
     else:
         pairs += [(p,) for p in points if claim.arm.matches(p)][-1:]
     if not pairs:
         return None
-    unknown = [p for p in pairs[0] if p.variant.weights and p.variant.name not in on.weights]
-    return None if unknown else pairs[0]
+    return pairs[0] if has_shapes(pairs[0], on) else None
 
 
 def _restricted(lab: Lab, pair: Sequence[Point]) -> Lab:
@@ -405,12 +441,13 @@ def _loads(pair: Points) -> str:
     return f"workloads.{of}.loads={loads}"
 
 
-def _predicted(claim: Asked, pair: Points, on: Hardware) -> float | None:
+def _predicted(claim: Asked, pair: Points, on: Hardware, **chosen: float) -> float | None:
     """What a claim predicts of points with the hardware's ceilings; None where nothing is."""
+    predict = claim.at(**chosen) if isinstance(claim, Dialled) else claim.predict
     try:
         if not all(map(_fits, pair)):
             return None
-        value = claim.predict(*(_on(point, on.ceilings) for point in pair)).value
+        value = predict(*(_on(point, on.ceilings) for point in pair)).value
     except (LabError, *UNREADABLE):
         return None
     return value if math.isfinite(value) and value > 0 else None

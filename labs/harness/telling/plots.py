@@ -116,9 +116,10 @@ def effects(run: JudgedRun) -> str | None:
             ax, row, j.ratio, color=BLUE, capsize=4,
             label="measured, 95% interval" if row == 0 else None,
         )  # fmt: skip
+    clipped = _clip(ax, [j.ratio for j in judged][::-1], [j.prediction.value for j in judged])
     _name_ratios(ax, names, "treatment / baseline")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    return "Each claim's measured ratio with its interval, and its prediction."
+    return "Each claim's measured ratio with its interval, and its prediction." + GOES_ON * clipped
 
 
 def ratios(rows: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
@@ -128,7 +129,10 @@ def ratios(rows: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
     figure, ax = plt.subplots(figsize=(8, 1 + 0.2 * len(rows)))
     for row, (_, ratio, differs) in enumerate(reversed(rows)):
         _draw_ratio(ax, row, ratio, color=BOUND if differs else BLUE, ms=4, capsize=2)
-    label = "B / A with its 95% interval (orange: differs)"
+    clipped = _clip(ax, [ratio for _, ratio, _ in rows][::-1])
+    label = "B / A with its 95% interval (orange: differs" + (
+        "; arrow: goes on)" if clipped else ")"
+    )
     _name_ratios(ax, [name for name, *_ in rows], label, fontsize=7)
     _save(figure, path)
     plt.close(figure)
@@ -137,6 +141,30 @@ def ratios(rows: Sequence[tuple[str, Interval, bool]], path: Path) -> bool:
 
 def _draw_ratio(ax: Axes, row: int, ratio: Interval | None, **style: Any) -> None:
     ax.errorbar(ratio.value if ratio else np.nan, row, xerr=reach([ratio]), fmt="o", **style)
+
+
+BEYOND = 4  # times all ratios: as far as a picture shows an interval
+GOES_ON = " An arrow is where an interval goes on beyond the picture; the tables have its ends."
+
+
+def _clip(ax: Axes, rows: Sequence[Interval | None], others: Sequence[float] = ()) -> bool:
+    """End the axis where a few wide intervals would flatten all else; return whether any goes on.
+
+    `rows` are drawn from the bottom; `others` are to be in sight, too.
+    """
+    values = [v for v in (*(r.value for r in rows if r), *others) if v > 0]
+    if not values:
+        return False
+    left, right = min(values) / BEYOND, max(values) * BEYOND
+    ends = [(row, r.low, r.high) for row, r in enumerate(rows) if r]
+    to_left = [row for row, low, _ in ends if low is not None and low < left]
+    to_right = [row for row, _, high in ends if high is not None and high > right]
+    ax.plot([left] * len(to_left), to_left, "<", color=GREY, clip_on=False)
+    ax.plot([right] * len(to_right), to_right, ">", color=GREY, clip_on=False)
+    if to_left or to_right:
+        ax.set_xscale("log")
+        ax.set_xlim(left, right)
+    return bool(to_left or to_right)
 
 
 def _name_ratios(ax: Axes, names: Sequence[str], label: str, **style: Any) -> None:

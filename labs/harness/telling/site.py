@@ -24,10 +24,12 @@ from plotly.offline import get_plotlyjs
 from dashboards.palette import BOUND, VARIANTS
 from dashboards.prometheus import WATCH_PORT
 from labs import LABS
+from labs.harness.facts.context import Context
 from labs.harness.facts.parts import parts_of
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.committed import committed_runs
 from labs.harness.filing.computed import Summary
+from labs.harness.filing.machine_names import short_name
 from labs.harness.filing.manifest import is_stale
 from labs.harness.filing.newest import marks, newest_of, on_cpu
 from labs.harness.filing.recorded import Run
@@ -57,8 +59,12 @@ from labs.harness.telling import (
     planner,
     residual_plot,
     residuals,
+    teaching,
+    worksheets,
 )
+from labs.harness.telling.diagnoses import Case
 from labs.harness.telling.document import Inline, Paragraph, parse
+from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.pages import (
     LESSONS,
     PLOTLY,
@@ -71,7 +77,7 @@ from labs.harness.telling.pages import (
     web,
 )
 from labs.harness.telling.replay import Replayed, replay
-from labs.harness.telling.words import Told, told
+from labs.harness.telling.words import Answer, Told, told
 from serving import whole
 
 RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
@@ -82,11 +88,13 @@ SCRIPTS = {  # a script beside the pages: the files that it is made of
     PAGE_SCRIPT: ("page.js",),
     LESSON_SCRIPT: (
         "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js",
+        "worksheet.js", "blind.js",
     ),
     WATCH_SCRIPT: ("page.js", "plot.js", "replay.js"),
     PLANNER_SCRIPT: ("page.js", "copy.js", "theory.js", "planner.js"),
     FORECAST_SCRIPT: ("page.js", "plot.js", "ratios.js", "forecasts.js"),
 }  # fmt: skip
+BY_RUN = "by-run"  # the section of forecasts that each run's own page tells
 DISTANCES = (  # of a measured ratio from what was predicted, up or down: at most, class, in words
     (1.1, "off-10", "within 10%"),
     (AGREEMENT, "off-25", "within 25%"),
@@ -196,6 +204,11 @@ class Entry:
     def stale(self) -> bool:
         """Whether the lab's settings have changed since the run."""
         return is_stale(self.run)
+
+    @property
+    def short_name(self) -> str:
+        """The machine as tables name it, with the run's marks."""
+        return short_name(self.run.machine) + marks(self.run)
 
     @property
     def marked_name(self) -> str:
@@ -366,6 +379,34 @@ class Lesson:
         runs = [(e.run, e.summary) for e in self.entries]
         return dials.dials(self.lab, runs, self.claim.name)
 
+    @cached_property
+    def cases(self) -> list[Case]:
+        """Trials whose cause the reader names, on every machine, in an order that tells nothing."""
+        blind = parts_of(self.lab.name).blind
+        cases = (
+            Case.of(t, entry.machine) for entry in self.entries for t in blind(_context(entry))
+        )
+        return sorted(cases, key=lambda case: [*case.figures.values()])
+
+    @property
+    def newest(self) -> Entry | None:
+        return max(self.entries, key=lambda entry: entry.run.started_at, default=None)
+
+    @cached_property
+    def worksheets(self) -> list[worksheets.Worksheet]:
+        """What a reader computes: for the machine of the newest run, and for a card."""
+        measured = [dials.Hardware.of(self.newest.run)] if self.newest else []
+        card = [of for of in dials.cards_of(self.lab) if of.name in computed.CARD]
+        return worksheets.worksheets(self.lab, measured + card)
+
+    @property
+    def taught(self) -> teaching.Taught:
+        """What a teacher plans with."""
+        run, session = (
+            (self.newest.run, self.newest.folder.session()) if self.newest else (None, None)
+        )
+        return teaching.Taught.of(self.lab.name, self.worksheets, run, session)
+
     def rows(self) -> Iterator[Row]:
         """Every claim of the runs, machine beside machine."""
         titles = {claim.name: claim.title for claim in self.lab.claims}
@@ -394,6 +435,11 @@ class Lesson:
         return commands
 
 
+def _context(entry: Entry) -> Context:
+    """The view of a run for whatever reads its trials, and none of its figures."""
+    return Context(entry.folder, entry.run, entry.run.rebuilt_lab(), entry.run.points(), {})
+
+
 def _split(knob: str) -> tuple[str, str]:
     """Take `SET="a=1" tells what` apart; a shell's own rules say where the setting ends."""
     words = knob.split(" ")
@@ -410,9 +456,45 @@ def _split(knob: str) -> tuple[str, str]:
 class RunAnswer:
     """An answer to a question from one run."""
 
-    body: Markup
+    answer: Answer
     lesson: Lesson
     entry: Entry
+
+    @property
+    def body(self) -> Markup:
+        return html.fragment([self.answer.whole], html.embedded(Path()))
+
+
+SENTENCE = re.compile(r"(?<=\.) (?=[A-Z*`])")
+
+
+@dataclass(frozen=True)
+class LabAnswer:
+    """What a lab answers to a question: what all of its machines say alike, and a row for each."""
+
+    mechanism: Markdown
+    rows: Sequence[tuple[RunAnswer, Markdown]]
+
+    @classmethod
+    def of(cls, answers: Sequence[RunAnswer]) -> LabAnswer:
+        """Take what the brief answers begin with alike, in whole sentences, out of each of them."""
+        said = [SENTENCE.split(of.answer.brief) for of in answers]
+        alike = 0
+        while len(said) > 1 and all(
+            len(one) > alike + 1 and one[alike] == said[0][alike] for one in said
+        ):
+            alike += 1
+        rows = [Markdown(" ".join(one[alike:])) for one in said]
+        return cls(Markdown(" ".join(said[0][:alike])), list(zip(answers, rows, strict=True)))
+
+    @property
+    def lesson(self) -> Lesson:
+        return self.rows[0][0].lesson
+
+    @property
+    def depth(self) -> Markup:
+        """What stands behind the fold of the first machine's answer."""
+        return html.fragment([self.rows[0][0].answer.depth], html.embedded(Path()))
 
 
 @dataclass(frozen=True)
@@ -423,6 +505,11 @@ class Asked:
     question: str
     answers: Sequence[RunAnswer]
     asking: Sequence[Lesson]
+
+    @property
+    def by_lab(self) -> list[LabAnswer]:
+        labs = dict.fromkeys(answer.lesson.lab.name for answer in self.answers)
+        return [LabAnswer.of([a for a in self.answers if a.lesson.lab.name == lab]) for lab in labs]
 
     @property
     def kind(self) -> str:
@@ -460,7 +547,12 @@ class Course:
         return {
             "index.html": self.index_page(),
             "questions.html": course_page(
-                "questions.html", PAGE_SCRIPT, topics=self.topics(), show=html.inline, parsed=parse
+                "questions.html",
+                PAGE_SCRIPT,
+                topics=self.topics(),
+                machines=sorted({(e.short_name, e.machine) for e in self.newest}),
+                show=html.inline,
+                parsed=parse,
             ),
             "machines.html": course_page(
                 "machines.html",
@@ -482,6 +574,14 @@ class Course:
                 parsed=parse,
             ),
             "planner.html": self.planner_page(),
+            "teach.html": course_page(
+                "teach.html",
+                PAGE_SCRIPT,
+                lessons=[(item, item.taught) for item in self.lessons],
+                words=teaching.WORDS_A_MINUTE,
+                question_min=teaching.QUESTION_MIN,
+                show=html.inline,
+            ),
             "forecasts.html": self.forecasts_page(),
             "glossary.html": course_page(
                 "glossary.html",
@@ -499,6 +599,7 @@ class Course:
             "index.html",
             WATCH_SCRIPT if watched else PAGE_SCRIPT,
             course=self,
+            blind=next((item for item in self.lessons if item.cases), None),
             watched=watched,
             data={"colours": VARIANTS, "replay": [panel.times for panel in panels]},
             show=html.inline,
@@ -520,7 +621,7 @@ class Course:
             PLOTLY,
             FORECAST_SCRIPT,
             intro=html.introduction(document, no_picture),
-            sections=html.sections(document, no_picture),
+            sections=[of for of in html.sections(document, no_picture) if of.id != BY_RUN],
             pictures=list(residual_plot.pictures(scores.reported, titles)),
             titles=titles,
             lessons={item.lab.name: item.href for item in self.lessons},
@@ -588,11 +689,7 @@ class Course:
 
     def answers(self, id: str, of: Lesson) -> list[RunAnswer]:
         """Give the answers of a lesson's runs to a question, each from its own run."""
-        return [
-            RunAnswer(html.fragment([answer.whole], html.embedded(Path())), of, e)
-            for e in of.entries
-            if (answer := e.told.answers.get(id))
-        ]
+        return [RunAnswer(answer, of, e) for e in of.entries if (answer := e.told.answers.get(id))]
 
     def topics(self) -> list[tuple[str, list[Asked]]]:
         """Give every question under its topic: its answers, and the lessons that ask it."""

@@ -114,7 +114,22 @@ function filtered(form) {
   filter();
 }
 
-document.querySelectorAll("main table").forEach(sortable);
+// Of the page of questions: those that have all words, in the question or in what answers it.
+function searched(input) {
+  const questions = [...document.querySelectorAll("details.question")];
+  const said = questions.map((of) => of.textContent.toLowerCase());
+  input.addEventListener("input", () => {
+    const wanted = input.value.toLowerCase().split(/\s+/);
+    questions.forEach((of, place) => of.hidden = !wanted.every((word) => said[place].includes(word)));
+    for (const topic of document.querySelectorAll("main section")) {
+      topic.hidden = !topic.querySelector("details.question:not([hidden])");
+    }
+    const shown = questions.filter((of) => !of.hidden).length;
+    document.getElementById("found").textContent = input.value ? `${shown} of ${questions.length} questions` : "";
+  });
+}
+
+document.querySelectorAll("main table:has(thead)").forEach(sortable);
 const boxes = [...document.querySelectorAll(".table")];
 boxes.forEach(fitted);
 addEventListener("resize", () => boxes.forEach(fitted));
@@ -122,5 +137,6 @@ document.querySelectorAll("details").forEach((fold) =>
   fold.addEventListener("toggle", () => fold.querySelectorAll(".table").forEach(fitted)));
 addEventListener("hashchange", unfold);
 unfold();
+if (document.getElementById("search")) searched(document.getElementById("search"));
 if (document.getElementById("filter")) filtered(document.getElementById("filter"));
 if (!document.getElementById("data")) themed(() => {});
