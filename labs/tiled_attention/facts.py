@@ -40,7 +40,7 @@ class Facts:
     tiling: Tiling | None  # None: attention was not timed by itself
     long_prompts: Prompts | None
     long_contexts: tuple[Contexts, ...]  # of each variant
-    splits: Splits | None  # None: a step's attention was not timed split
+    splits: Splits | None = None  # a step's attention was not timed split
 
     @property
     def on_a_card(self) -> OnCard:

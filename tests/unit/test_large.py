@@ -28,7 +28,7 @@ def page_data(folder: RunFolder) -> None:
 
 
 def export_csv(folder: RunFolder) -> None:
-    export.export(folder, "csv", folder.path / "tables")
+    export.export(folder, folder.path / "tables")
 
 
 @pytest.mark.parametrize(
