@@ -187,13 +187,24 @@ def _pages() -> dict[Path, str]:
             PAGE_OF_ALL.with_name(QUESTIONS_PAGE.name),
             questions=answers.by_question(_told(runs), QUESTIONS_PAGE.parent),
         ),
-        results.RESULTS / PUBLISHED: markdown.document(published_gpu.page(filed.on_file())),
+        **_published(filed.on_file()),
         **{
             home / PAGE: markdown.document(_machine(machine_runs, committed=True))
             for home, machine_runs in _by_machine(runs).items()
         },
         **{f.path / FILED / PAGE: markdown.document(reproduction.page(f)) for f in _repeated()},
     }
+
+
+def _published(judged: Sequence[filed.Judged]) -> dict[Path, str]:
+    """Return the page of published runs, and its picture where there are any."""
+    from labs.harness.telling import published_gpu_plot  # imports matplotlib
+
+    picture = filed.PICTURE if judged else ""
+    pages = {PUBLISHED: markdown.document(published_gpu.page(judged, picture))}
+    if picture:
+        pages[picture] = published_gpu_plot.picture(judged)
+    return {results.RESULTS / name: page for name, page in pages.items()}
 
 
 def _repeated() -> list[RunFolder]:

@@ -25,6 +25,7 @@ from dashboards.palette import BOUND, VARIANTS
 from dashboards.prometheus import WATCH_PORT
 from labs import LABS
 from labs.harness.facts.parts import parts_of
+from labs.harness.filing import published_gpu, results
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.committed import committed_runs
 from labs.harness.filing.computed import Summary
@@ -515,6 +516,9 @@ class Course:
         document = residuals.page(scores, self.page_of)
         titles = {item.lab.name: item.lab.title for item in self.lessons}
         no_picture = html.embedded(Path())  # the document has none
+        others = html.embedded(results.RESULTS)(
+            published_gpu.PICTURE, "Figures over the rate of arrivals", Markup()
+        )
         return course_page(
             "forecasts.html",
             PLOTLY,
@@ -522,6 +526,7 @@ class Course:
             intro=html.introduction(document, no_picture),
             sections=html.sections(document, no_picture),
             pictures=list(residual_plot.pictures(scores.reported, titles)),
+            others=others if published_gpu.on_file() else "",
             titles=titles,
             lessons={item.lab.name: item.href for item in self.lessons},
             data={
