@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -358,10 +359,55 @@ def tokenizer(model_path: str) -> Tokenize:
     cuts = backend is not None and cuts_before_spaces(backend)
     encode = by_piece(whole) if cuts else whole
 
+    render = _Frames(lambda messages: _rendered(loaded, messages))
+
     def tokenize(messages: Messages) -> Sequence[int]:
-        return encode(_rendered(loaded, messages))
+        return encode(render(messages))
 
     return tokenize
+
+
+class _Frames:
+    """Renders messages; a chat template is run once for all that differ in plain text alone.
+
+    What it writes about the texts depends on who speaks, for which it is tried with several texts:
+    one that changes a text, or looks into it, is run each time.
+    """
+
+    PLAIN = re.compile(r"""\w[\w .,;'"(){}=*+]*(?:[<>] [\w .,;'"(){}=*+]*)*(?<! )""")
+    TRIED = ("a", 'The keeper\'s "box", at noon. x = (7 * 2);')
+
+    def __init__(self, render: Callable[[Messages], str]) -> None:
+        self._render = render
+        self._frames: dict[tuple[str, ...], list[str] | None] = {}  # pieces about the texts
+
+    def __call__(self, messages: Messages) -> str:
+        texts = [message["content"] for message in messages]
+        if not all(map(self.PLAIN.fullmatch, texts)):
+            return self._render(messages)
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._frames:
+            self._frames[roles] = self._frame(roles)
+        if (frame := self._frames[roles]) is None:
+            return self._render(messages)
+        return _joined(frame, texts)
+
+    def _frame(self, roles: Sequence[str]) -> list[str] | None:
+        def rendered(texts: Sequence[str]) -> str:
+            pairs = zip(roles, texts, strict=True)
+            return self._render([{"role": role, "content": text} for role, text in pairs])
+
+        marks = [f"text{place}of{len(roles)}" for place in range(len(roles))]
+        frame = re.split("|".join(marks), rendered(marks))
+        tried = [marks, *([f"{text} {mark}" for mark in marks] for text in self.TRIED)]
+        right = len(frame) == len(marks) + 1 and all(
+            _joined(frame, texts) == rendered(texts) for texts in tried
+        )
+        return frame if right else None
+
+
+def _joined(frame: Sequence[str], texts: Sequence[str]) -> str:
+    return "".join(chain.from_iterable(zip(frame, texts, strict=False))) + frame[-1]
 
 
 def _rendered(loaded: Any, messages: Messages) -> str:

@@ -20,7 +20,7 @@ from labs.harness.running.capacity_plan import Question, plan
 from labs.harness.running.resolve import machine_of
 from labs.harness.spec import SLO, LabError
 from labs.harness.telling import capacity_plans, markdown
-from labs.harness.telling.capacity_plans import Demand
+from labs.harness.telling.capacity_plans import Assumed, Demand
 from labs.harness.telling.forecasts import Latencies, LoadForecast
 from labs.harness.telling.markdown import Markdown
 from loadtests.trace import TraceRow
@@ -113,6 +113,20 @@ def test_the_capacity_lies_between_the_rates_that_meet_the_objective_and_do_not(
     assert "Break-even" in text
     assert "| 173 |" in text  # 24 h x 3.6 USD/h / 0.5 USD
     assert "nothing was measured" in text
+
+
+def test_a_limit_in_flight_and_the_kv_blocks_are_played_and_told(
+    capacity: list[ForecastPlan],
+) -> None:
+    answer = plan(question(in_flight=24, kv_blocks=2000, replicas=3), SilentProgress())
+    assert answer.assumed == Assumed(kv_blocks=2000, block_tokens=16, batch=1024, in_flight=24)
+    engines = [engine for planned in capacity for engine in planned.engines]
+    assert {e.replicas: e.trials[0].traffic.most_in_flight for e in engines} == {1: 24, 3: 72}
+    held = engines[0].argv[engines[0].argv.index("--kv-cache-memory-bytes") + 1]
+    assert int(held) == 2000 * 16 * 131_072  # 2 x 32 layers x 8 KV heads x 128 x 2 bytes
+    text = markdown.document(capacity_plans.page(answer))
+    for figure in ("2,000 KV blocks of 16 tokens", "1,024 requests", "24 in flight"):
+        assert figure in text
 
 
 @pytest.mark.usefixtures("capacity")

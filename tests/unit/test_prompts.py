@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 
 from labs import LABS
 from loadtests import plan
-from loadtests.prompts import CountTokens, Messages, Writer, counter
+from loadtests.prompts import CountTokens, Messages, Writer, _Frames, counter
 from serving.weights.models import BUNDLED, CACHE
 
 MODEL = CACHE / "models" / BUNDLED
@@ -73,6 +73,37 @@ def with_template(template: str, folder: Path) -> CountTokens:
     shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / "chat_template.jinja").write_text(template)
     return counter(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("write", "text", "runs"),
+    [
+        ("<s>{0}\n{1}</s>", "plain (words), x > 3;", 0),
+        ("<s>{0}\n{1}</s>{0}", "plain", 10),
+        ("<s>{0}\n{1}</s>", "a </s> in it", 10),
+        ("<s>{0}\n{1}</s>", "a space behind ", 10),
+        ("<s>{0}\n{1!r}</s>", "it's", 10),  # repr changes the marks about a text with an apostrophe
+    ],
+)
+def test_a_template_is_run_once_for_plain_texts_that_it_does_not_change(
+    write: str, text: str, runs: int
+) -> None:
+    run: list[Messages] = []
+
+    def render(messages: Messages) -> str:
+        run.append(messages)
+        return write.format(*(message["content"] for message in messages))
+
+    frames = _Frames(render)
+    chats = [
+        [{"role": "system", "content": "Go on."}, {"role": "user", "content": f"{i} {text}"}]
+        for i in range(11)
+    ]
+    rendered = [frames(chat) for chat in chats[:1]]
+    run.clear()
+    rendered += [frames(chat) for chat in chats[1:]]
+    assert len(run) == runs
+    assert rendered == [render(chat) for chat in chats]
 
 
 @pytest.mark.usefixtures("bundled")

@@ -11,7 +11,7 @@ from labs.harness.filing.computed import Band
 from labs.harness.filing.published_gpu import FIGURES, Judged, PublishedRun, Stage
 from labs.harness.running import referee
 from labs.harness.spec import LabError
-from labs.harness.telling import published_gpu
+from labs.harness.telling import published_gpu, published_gpu_plot
 
 HEADER = "arrival_s,prompt_tokens,output_tokens,prompt_id,ttft_s,e2e_s"
 DESCRIBED = """
@@ -121,6 +121,18 @@ def test_scores_count_what_lies_in_its_band() -> None:
     page = published_gpu.page(runs)
     assert "| x | 25% | 25% | 25% |" in page  # 1.65 for 1.32
     assert "| this lab | 16.7% | 16.7% | 16.7% |" in page  # 1.1 for 1.32
+
+
+def test_a_picture_has_a_row_for_each_model_on_each_card() -> None:
+    stage = Stage(
+        rate_per_s=1, prompt_tokens=1, output_tokens=2, texts=1, measured={}, others={"x": 1.65}
+    )
+    on_two = judged(RUN.model_copy(update={"model_name": "them/N", "gpus": 2, "stage": stage}), 1)
+    bare = on_two.model_copy(update={"measured": {"e2e_mean_s": 1.0}})  # as of some stages
+    drawn = published_gpu_plot.picture([judged(RUN, 1.1), judged(RUN, 1.2), bare])
+    for text, times in ((">M on H100<", 1), (">N on 2 x H100<", 1), (">mean TTFT (ms)<", 1),
+                        (">mean E2E (s)<", 2), (">x<", 1)):  # fmt: skip
+        assert drawn.count(text) == times, text
 
 
 def test_a_page_without_runs_says_so() -> None:

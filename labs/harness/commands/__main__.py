@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -49,6 +50,7 @@ def main() -> None:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _stop)
     _name_places()
+    gc.set_threshold(100_000)  # most objects are modules', which stay: fewer searches for garbage
     from serving.hardware.gpus import BY_BUS, ORDER
     from serving.weights.models import CACHE
 

@@ -39,6 +39,8 @@ A_PORT = (1, 65535)
 BOUNDS: dict[str, tuple[float, float | None]] = {  # least and most; None: no limit
     "API_PRICE": (0, None),
     "GRAFANA_PORT": A_PORT,
+    "IN_FLIGHT": (0, None),
+    "KV_BLOCKS": (0, None),
     "PORT": A_PORT,
     "PRICE_PER_HOUR": (0, None),
     "PROMETHEUS_PORT": A_PORT,

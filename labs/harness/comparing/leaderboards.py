@@ -140,12 +140,12 @@ def _pages() -> dict[Path, str]:
         ),
         results.RESULTS / FORECASTS: residuals.page(scores, residuals.to_reports(results.RESULTS)),
         QUESTIONS_PAGE: answers.page(asked, QUESTIONS_PAGE.parent),
-        results.RESULTS / PUBLISHED: published_gpu.page(filed.on_file()),
         **{r.folder.path / FILED / PAGE: reproduction.page(r.folder) for r in repeated},
     }
     return {
         README: generated_parts(README.read_text(), runs),
         **{path: markdown.document(text) for path, text in pages.items()},
+        **_published(filed.on_file()),
         **{
             home / PAGE: machine_page(of_machine, committed=True)
             for home, of_machine in _by_machine(runs).items()
@@ -164,6 +164,17 @@ def _texts(page_folder: Path) -> dict[str, Any]:
         "verdict": verdict_text,
         "one_sitting": ONE_SITTING,
     }
+
+
+def _published(judged: Sequence[filed.Judged]) -> dict[Path, str]:
+    """Return the page of published runs, and its picture where there are any."""
+    from labs.harness.telling import published_gpu_plot  # imports matplotlib
+
+    picture = filed.PICTURE if judged else ""
+    pages = {PUBLISHED: markdown.document(published_gpu.page(judged, picture))}
+    if picture:
+        pages[picture] = published_gpu_plot.picture(judged)
+    return {results.RESULTS / name: page for name, page in pages.items()}
 
 
 def _by_machine(runs: Iterable[OnFile]) -> dict[Path, list[OnFile]]:

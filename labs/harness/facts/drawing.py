@@ -46,7 +46,7 @@ MOST_DRAWN = 20_000  # points of one line; a page has few of them
 def draw_forecasts(
     ax: Axes,
     x: Sequence[float],
-    forecasts: Sequence[ForecastAtPoint | None],
+    forecasts: Sequence[ForecastAtPoint | Band | None],
     scale: float = 1,
     colour: str = GREY,
     label: str = "forecast, with its band",
@@ -198,12 +198,13 @@ def legend_above(ax: Axes) -> None:
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
 
 
-def legend_of_all(figure: Figure, axes: Iterable[Axes]) -> None:
+def legend_of_all(figure: Figure, axes: Iterable[Axes], columns: int | None = None) -> None:
     """Put one legend above all axes of a figure, with each of their labels once."""
     known = (zip(*ax.get_legend_handles_labels(), strict=True) for ax in axes)
     by_label = {label: drawn for of in known for drawn, label in of}
+    ncols = columns or len(by_label)
     figure.legend(
-        by_label.values(), by_label, loc="outside upper center", ncols=len(by_label), frameon=False
+        by_label.values(), by_label, loc="outside upper center", ncols=ncols, frameon=False
     )
 
 

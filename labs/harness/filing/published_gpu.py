@@ -7,6 +7,7 @@ forecasts, and the hash of the requests' file, which is theirs and is not here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 from pydantic import BaseModel, Field, TypeAdapter
 
@@ -17,6 +18,7 @@ from serving.engines.flags import FlagValue
 
 FIGURES = ("ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "tpot_mean_s", "e2e_mean_s", "e2e_p99_s")
 FILE = "published-gpu.json"
+PICTURE = "published-gpu.svg"  # beside it, and beside the page
 
 
 class Stage(BaseModel, frozen=True, extra="forbid"):
@@ -44,6 +46,8 @@ class PublishedRun(BaseModel, frozen=True, extra="forbid"):
     vllm: str
     kv_blocks: int = Field(ge=1)
     block_tokens: int = Field(default=16, ge=1)
+    # requests that its client, or a router, kept open at most; None: no limit
+    most_in_flight: Annotated[int | None, Field(ge=1, exclude_if=lambda most: most is None)] = None
     flags: Mapping[str, FlagValue]  # by vLLM's own names
     remark: str = ""  # what to know of it, such as the cause of a miss
 
@@ -58,6 +62,11 @@ class Judged(BaseModel, frozen=True, extra="forbid"):
     in_flight: float  # requests, on average: rate x E2E
     measured: Mapping[str, float]
     forecast: Mapping[str, Band]
+
+    @property
+    def others(self) -> Mapping[str, float]:
+        """The `e2e_mean_s` that others predicted, by the predictor's name."""
+        return self.run.stage.others if self.run.stage else {}
 
     def ratio(self, figure: str) -> float:
         """Return measured / forecast."""

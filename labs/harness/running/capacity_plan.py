@@ -27,7 +27,7 @@ from labs.harness.running.resolve import machine_of
 from labs.harness.running.step_timing import ends_of_band
 from labs.harness.running.virtual_trials import as_one_gpu, defaults_on_a_gpu
 from labs.harness.spec import SLO, LabError
-from labs.harness.telling.capacity_plans import Alone, CapacityPlan, Demand, Fit, Price
+from labs.harness.telling.capacity_plans import Alone, Assumed, CapacityPlan, Demand, Fit, Price
 from labs.harness.telling.forecasts import LoadForecast, over
 from loadtests.arrivals import Poisson
 from serving.engines.flags import FlagValue
@@ -70,6 +70,8 @@ class Question:
     gpus: int = 1  # that share each layer of a replica
     replicas: int | None = None  # None: as many as the demand needs
     routers: tuple[str, ...] = ()
+    in_flight: int | None = None  # requests of each replica at most, as its clients limit them
+    kv_blocks: int | None = None  # of each replica; None: what the weights leave of the memory
     usd_per_hour: float | None = None
     api_usd_per_million: float | None = None
     on_file: MachineOnFile | None = None  # in the place of the GPU
@@ -127,6 +129,7 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
     )
     if served.room_tokens < question.demand.tokens:
         return answer if on_file else replace(answer, enough_gpus=_enough_gpus(question))
+    served = served.with_blocks(question.kv_blocks)
     longest = max((prompt + output for _, prompt, output in question.demand.trace), default=0)
     if (longest := max(longest, math.ceil(question.demand.tokens))) > served.most_tokens:
         raise LabError(
@@ -134,7 +137,16 @@ def plan(question: Question, progress: ProgressDisplay) -> CapacityPlan:
             f" {served.most_tokens:,} at most: shorten LENGTHS or the TRACE, or choose another"
             " MACHINE or MODEL"
         )
-    answer = replace(answer, alone=_request_alone(served, question.demand))
+    answer = replace(
+        answer,
+        alone=_request_alone(served, question.demand),
+        assumed=Assumed(
+            int(served.room_tokens) // served.flags.block_size,
+            served.flags.block_size,
+            served.flags.max_num_seqs,
+            question.in_flight,
+        ),
+    )
     if not Vllm.is_installed():  # whose scheduler plays the rest
         return answer
     with (
@@ -193,6 +205,14 @@ class Served:
             delays=Delays(),
         )
 
+    def with_blocks(self, blocks: int | None) -> Served:
+        """Give its KV cache so many blocks; None leaves it as it is."""
+        if blocks is None:
+            return self
+        block_bytes = self.flags.block_size * self.model.shape.kv_bytes_per_token()
+        held = {"kv-cache-memory-bytes": int(blocks * block_bytes)}
+        return replace(self, flags=VllmFlags({**self.flags, **held}))
+
     @property
     def room_tokens(self) -> float:
         """The tokens for which the KV cache has room."""
@@ -234,6 +254,7 @@ def defaults_on_a_cpu(machine: Machine, shape: Shape) -> VllmFlags:
     return VllmFlags(
         {
             "block-size": 16,
+            "max-num-seqs": 128,
             "kv-cache-memory-bytes": int(min(CPU_KV_BYTES, left_bytes)),
             "enforce-eager": True,
         }
@@ -304,6 +325,7 @@ def _estimate_per_s(served: Served, question: Question) -> float:
         if batch > 1 and (
             request_s / demand.output_tokens > question.slo.tpot_s
             or batch * demand.tokens > served.room_tokens
+            or (question.in_flight and batch > question.in_flight)
         ):
             break
         best = batch / request_s
@@ -446,6 +468,7 @@ class _Player:
     ) -> list[ForecastPlan]:
         """Write the requests of a load, and plan its plays at each end of the band."""
         file = self.folder / f"{len([*self.folder.iterdir()])}.jsonl"
+        in_flight = self.question.in_flight
         with file.open("w") as lines:
             lines.writelines(f"{request.model_dump_json()}\n" for request in load.requests)
         trial = PlannedTrial(
@@ -457,6 +480,7 @@ class _Player:
             traffic=Traffic(
                 kind="open",
                 schedule_s=load.schedule_s,
+                most_in_flight=in_flight and replicas * in_flight,
                 warmup_s=load.counted_from_s,
                 window_s=max(1e-9, load.schedule_s[-1] - load.counted_from_s),
             ),

@@ -260,6 +260,7 @@ def _plans(case: _Case, file: Path) -> list[ForecastPlan]:
         traffic=Traffic(
             kind="open",
             schedule_s=tuple(request.arrival_s for request in requests),
+            most_in_flight=run.most_in_flight,
             warmup_s=0,
             window_s=requests[-1].arrival_s + 1,
         ),

@@ -48,6 +48,16 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Assumed:
+    """Holds what a plan takes a replica to have: its KV cache, and its limits on requests."""
+
+    kv_blocks: int
+    block_tokens: int
+    batch: int  # requests in a step at most
+    in_flight: int | None  # that its clients keep open at most; None: no limit
+
+
+@dataclass(frozen=True)
 class Alone:
     """Holds the figures of one request with the GPU to itself."""
 
@@ -83,6 +93,7 @@ class CapacityPlan:
     by_kernels: bool = False  # the step, and not by a datasheet
     enough_gpus: int | None = None  # that share each layer, where it does not fit fewer
     alone: Alone | None = None
+    assumed: Assumed | None = None  # where it fits
     rates: Mapping[float, LoadForecast] = field(default_factory=dict)  # by requests/s
     capacity_per_s: Band | None = None
     replicas: int | None = None

@@ -176,10 +176,15 @@ def _name_ratios(ax: Axes, names: Sequence[str], label: str, **style: Any) -> No
 
 
 def _save(figure: matplotlib.figure.Figure, path: Path) -> None:
+    whole.write(path, as_svg(figure))
+
+
+def as_svg(figure: matplotlib.figure.Figure) -> str:
+    """Return a figure as the text of a file."""
     svg = io.StringIO()
     # not pyplot's own function, which draws the figure once more afterwards
     figure.savefig(svg, metadata={"Date": None})
-    whole.write(path, visible(compact(svg.getvalue())))
+    return visible(compact(svg.getvalue()))
 
 
 WIDE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)

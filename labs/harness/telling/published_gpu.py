@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -54,10 +54,11 @@ class Predictor:
     largest: Quantity
 
 
-def page(judged: Sequence[Judged]) -> Markdown:
-    """Write the page."""
+def page(judged: Sequence[Judged], picture: str = "") -> Markdown:
+    """Write the page, with its picture where that is a file beside it."""
     return filled(
         "published_gpu.md",
+        picture=picture,
         runs=[run for run in judged if not run.run.stage],
         stages=[run for run in judged if run.run.stage],
         scores=Scores.of(judged),
@@ -75,12 +76,12 @@ def _stages(stages: Sequence[Judged]) -> Table:
 
     def others_ratio(name: str) -> Column[Judged]:
         def cell(run: Judged) -> str:
-            predicted_s = _others(run).get(name)
+            predicted_s = run.others.get(name)
             return f"{run.measured['e2e_mean_s'] / predicted_s:.2f}x" if predicted_s else "–"
 
         return Column(f"E2E mean, {name}", cell)
 
-    others = dict.fromkeys(name for run in stages for name in _others(run))
+    others = dict.fromkeys(name for run in stages for name in run.others)
     return tabulated(
         stages,
         Column("Stage", lambda run: run.run.name),
@@ -88,10 +89,6 @@ def _stages(stages: Sequence[Judged]) -> Table:
         *(ratio(title, name) for title, name in SHOWN_OF_STAGES.items()),
         *map(others_ratio, others),
     )
-
-
-def _others(run: Judged) -> Mapping[str, float]:
-    return run.run.stage.others if run.run.stage else {}
 
 
 def in_brief(judged: Sequence[Judged]) -> Markdown:
@@ -105,8 +102,8 @@ def _predictors(judged: Sequence[Judged]) -> Iterator[Predictor]:
         return
     measured_s = [run.measured["e2e_mean_s"] for run in stages]
     predicted_s = {"this lab": [run.forecast["e2e_mean_s"].value for run in stages]}
-    for name in _others(stages[0]):
-        predicted_s[name] = [_others(run)[name] for run in stages]
+    for name in stages[0].others:
+        predicted_s[name] = [run.others[name] for run in stages]
     for name, predictions_s in predicted_s.items():
         far = [abs(p / m - 1) for p, m in zip(predictions_s, measured_s, strict=True)]
         yield Predictor(name, *(Quantity(of(far), "share") for of in (median, fmean, max)))

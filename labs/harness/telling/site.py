@@ -26,6 +26,7 @@ from dashboards.prometheus import WATCH_PORT
 from labs import LABS
 from labs.harness.facts.context import Context
 from labs.harness.facts.parts import parts_of
+from labs.harness.filing import published_gpu, results
 from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.committed import committed_runs
 from labs.harness.filing.computed import Summary
@@ -616,6 +617,9 @@ class Course:
         document = residuals.page(scores, self.page_of)
         titles = {item.lab.name: item.lab.title for item in self.lessons}
         no_picture = html.embedded(Path())  # the document has none
+        others = html.embedded(results.RESULTS)(
+            published_gpu.PICTURE, "Figures over the rate of arrivals", Markup()
+        )
         return course_page(
             "forecasts.html",
             PLOTLY,
@@ -623,6 +627,7 @@ class Course:
             intro=html.introduction(document, no_picture),
             sections=[of for of in html.sections(document, no_picture) if of.id != BY_RUN],
             pictures=list(residual_plot.pictures(scores.reported, titles)),
+            others=others if published_gpu.on_file() else "",
             titles=titles,
             lessons={item.lab.name: item.href for item in self.lessons},
             data={
