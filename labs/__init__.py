@@ -40,6 +40,7 @@ def _labs() -> dict[str, Lab]:
             _lab("multi_lora"),
             _lab("structured_output"),
             _lab("many_samples"),
+            _lab("determinism"),
             _lab("serving_engines"),
             _lab("quantization_tools"),
         )

@@ -52,6 +52,7 @@ QUESTIONS: dict[str, str] = {
     "ME-2": "How do I gate quality after quantization?",
     "ME-3": "Why does retrieval from a long context drop when quantized?",
     "ME-4": "Latency is unstable: queue, preemption, cache miss, or a neighbour's prefill?",
+    "ME-5": "Why is temperature 0 not the same text twice?",
     "SD-1": "Why does a larger batch raise throughput and latency?",
     "SD-2": "How do I set up an interactive chat service?",
     "SD-3": "How do I set up a service for batches of documents?",

@@ -134,6 +134,7 @@ class Api:
             mark=_mark(engine.adapters.get(model)) or _beginning(body.get("structured_outputs")),
             salt=str(body.get("cache_salt") or ""),
             top=body.get("prompt_logprobs"),
+            logprobs=bool(body.get("logprobs")),
             chat=chat,
             stream=stream,
             usage=usage,

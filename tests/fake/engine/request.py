@@ -28,6 +28,7 @@ class Request:
     mark: str  # its first word
     salt: str
     top: int | None  # how many of the prompt's logprobs are wanted at each position
+    logprobs: bool  # those of the answer's tokens are wanted
     chat: bool
     stream: bool
     usage: bool  # a last chunk with the usage
