@@ -102,8 +102,8 @@ def _whole_choice(request: Request) -> str:
         answer = f'"message":{{"role":"assistant","content":"{text}","refusal":null}}'
     else:
         answer = f'"text":"{text}"'
-    known = dumps(_logprobs(request)).decode() if request.logprobs else "null"
-    choice = f'{answer},"logprobs":{known},"finish_reason":"{request.finish}","stop_reason":null'
+    own = dumps(_logprobs(request)).decode() if request.logprobs else "null"
+    choice = f'{answer},"logprobs":{own},"finish_reason":"{request.finish}","stop_reason":null'
     if request.top is not None:
         ids = [crc32(str(token).encode()) % 50_000 for token in request.prompt]
         known = dumps([None, *(_prompt_logprobs(token, request.top) for token in ids[1:])])
