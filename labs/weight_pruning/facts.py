@@ -1,19 +1,19 @@
-"""What zeros in the weights cost, what they gain, and what gains more."""
+"""What zeros in the weights cost, what they gain, and what training gains."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from labs.harness import theory
 from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.quality import Quality, perplexity, perplexity_ratio, quality
+from labs.harness.facts.quality import Beside, Quality, perplexity, perplexity_ratio, quality
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.spec import Point
-from labs.weight_pruning.lab import bytes_ratio, energy_gone, energy_gone_2_4
+from labs.weight_pruning.lab import SERVED, bytes_ratio, energy_gone, energy_gone_2_4
 from serving.weights import dummy, models
 from serving.weights.models import Shape
 
@@ -29,19 +29,19 @@ class Facts:
     sparsities: Sparsities | None  # None: not studied
     kernels: Kernels | None  # None: nothing was pruned
     experts: Experts
-    smaller: Training | None  # None: not studied
+    training: Training | None  # None: not studied
     quality: Quality | None  # None: the probe did not run
 
 
 def facts(run: JudgedRun) -> Facts:
-    studied = sparsities(run.run.about.get("sparsity", {}))
+    scored = quality(run)
     return Facts(
-        zeros(run),
-        studied,
+        zeros(run, scored),
+        sparsities(run.run.about.get("sparsity", {})),
         kernels(run),
         experts(),
-        training(run, studied) if studied else None,
-        quality(run),
+        training(run),
+        scored,
     )
 
 
@@ -65,6 +65,7 @@ class Served:
     tpot_s: Quantity  # at one stream
     slower: Quantity  # TPOT / the dense model's
     many: Quantity  # throughput at the largest load / the dense model's
+    perplexity: Quantity  # on the engine / the dense model's
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,17 @@ class Zeros:
     variants: tuple[Served, ...]
 
 
-def zeros(run: Context) -> Zeros:
+def zeros(run: Context, scored: Quality | None) -> Zeros:
     users = max(p.load.users for p in run.points)
     shapes = {p.variant.name: p.shape for p in run.points}
-    return Zeros(users, tuple(served(run, name, shape, users) for name, shape in shapes.items()))
+    treatments = scored.treatments if scored else {}
+    return Zeros(
+        users,
+        tuple(served(run, n, shape, users, treatments.get(n)) for n, shape in shapes.items()),
+    )
 
 
-def served(run: Context, variant: str, shape: Shape, users: int) -> Served:
+def served(run: Context, variant: str, shape: Shape, users: int, scored: Beside | None) -> Served:
     weights = next(v.weights for v in run.lab.variants if v.name == variant)
     about = run.run.about.get(weights, {})
     return Served(
@@ -94,6 +99,7 @@ def served(run: Context, variant: str, shape: Shape, users: int) -> Served:
         tpot_s=run.quantity(alone(run, variant), "tpot_mean_s").brief,
         slower=beside_dense(run, variant, 1, "tpot_mean_s"),
         many=beside_dense(run, variant, users, "output_tokens_per_s"),
+        perplexity=scored.perplexity_ratio if scored else Quantity.missing("not asked", RATIO),
     )
 
 
@@ -277,7 +283,7 @@ def kernels(run: Context) -> Kernels | None:
         for name, (of, zeros) in FORMS.items()
     }
     forms[EIGHT_BITS] = form(0, 1 / each)
-    slower = (beside_dense(run, v.name, 1, "tpot_mean_s") for v in run.lab.variants)
+    slower = (beside_dense(run, name, 1, "tpot_mean_s") for name in SERVED)
     measured = next((ratio for ratio in slower if ratio.known), Quantity.missing("none", RATIO))
     return Kernels(Quantity(share, "share"), forms, measured)
 
@@ -346,81 +352,98 @@ def routed(shape: Shape, tokens: int) -> Routed:
     )
 
 
-# ----------------------------------------------------------------------- what training would change
-
-TOKENS_TRAINED = 10_000_000
-PTQ_TOKENS = 128 * 2048
-"""Calibration tokens of GPTQ and SparseGPT (Frantar et al. 2023): 128 segments of 2,048."""
+# ---------------------------------------------------------------------------- what training changed
 
 
 @dataclass(frozen=True)
-class Effort:
-    """What it takes to pass so many tokens through the model."""
+class Trained:
+    """A model on held-out text, and what making it took."""
 
-    tokens: int
+    perplexity: float
+    ratio: Quantity  # to the perplexity of its reference, paired by passage
+    tokens: int | None  # passed through it; None: nothing was
     flop: Quantity
-    takes: Quantity  # at the machine's measured rate
+    took: Quantity
+
+
+@dataclass(frozen=True)
+class Bits:
+    """A way of rounding each, to so many bits; the reference is the plain fine-tuned model."""
+
+    bits: int
+    nearest: Trained
+    gptq: Trained
+    qat: Trained
+    qat_over_gptq: Quantity  # their ratio of perplexity
+    times_as_long: Quantity  # seconds of QAT / of GPTQ
+
+    @property
+    def better(self) -> Literal["qat", "gptq", "neither"]:
+        """Which one the interval favours."""
+        low, high = self.qat_over_gptq.low or 0, self.qat_over_gptq.high or math.inf
+        return "qat" if high < 1 else "gptq" if low > 1 else "neither"
 
 
 @dataclass(frozen=True)
 class Training:
-    """What training could win back, and what it takes, beside what pruning took."""
+    """What minutes of training did, by the study of it."""
 
-    lost: Quantity  # ratio of perplexity at half of the weights, by Wanda
-    half_params: Quantity  # of a model with half of the layers / this one's
-    half_step: Quantity  # bytes that its decode reads at one stream / this one's
-    rate: Quantity  # of this machine, measured
-    calibrate: Effort
-    train: Effort
-    made_s: Quantity  # what pruning took
-
-    @property
-    def ptq_tokens(self) -> int:
-        return PTQ_TOKENS
-
-    @property
-    def times_as_much(self) -> Quantity:
-        """FLOP to train / to pass PTQ's calibration tokens forward once."""
-        a_token = self.calibrate.flop / self.calibrate.tokens
-        return (self.train.flop / (a_token * PTQ_TOKENS)).in_unit("1")
+    file: Trained  # as it came
+    file_nearest: Trained  # the file rounded to nearest, beside the file
+    spread: Trained  # the file off its grid, beside the file
+    spread_nearest: Trained  # that rounded to nearest, beside that
+    plain: Trained  # that fine-tuned, beside the file
+    bits: tuple[Bits, ...]
+    kept: Trained  # half of the layers, beside the file
+    distilled: Trained
+    texts_tokens: int
+    scored_tokens: int
+    held_out_sha256: str  # its beginning
 
 
-def training(run: Context, studied: Sparsities) -> Training | None:
-    point = alone(run, run.points[0].variant.name)
-    if point is None:
+def training(run: Context) -> Training | None:
+    """Read the study of training; None where the run has none."""
+    about = run.run.about.get("training", {})
+    if "loss_nats" not in about:
         return None
-    shape, half = point.shape, half_of(point.shape, studied.pruned_params)
-    half_bytes, whole_bytes = (
-        theory.decode_bytes(of, 1, point.context_tokens) for of in (half, shape)
-    )
-    rate = point.ceilings.flops_per_s
-    calibrate = effort(2 * shape.matmul_params, studied.calibration_tokens, rate)
-    train = effort(6 * shape.matmul_params, TOKENS_TRAINED, rate)
-    at_half = studied.at("50")
+    nats, sizes = about["loss_nats"], about["passages_tokens"]
+    params = run.points[0].shape.matmul_params
+    half = params - (run.points[0].shape.params - about["params"])
+
+    def trained(name: str, to: str, made: str = "", flop_a_token: float = 0) -> Trained:
+        effort = about["efforts"].get(made)
+        ratio = perplexity_ratio(nats[name], nats[to], sizes)
+        return Trained(
+            perplexity(nats[name], sizes),
+            ratio.brief if name == to else ratio,
+            effort and effort["tokens"],
+            Quantity(effort and flop_a_token * effort["tokens"] / 1e12, "TFLOP", why="not trained"),
+            Quantity(effort and effort["seconds"], "s", why="not trained"),
+        )
+
+    def at(bits: int) -> Bits:
+        gptq, qat = f"plain-gptq-{bits}", f"qat-{bits}"
+        by_gptq = trained(gptq, "plain", f"gptq-{bits}", 2 * params)
+        by_qat = trained(qat, "plain", qat, 6 * params)
+        return Bits(
+            bits,
+            trained(f"plain-nearest-{bits}", "plain"),
+            by_gptq,
+            by_qat,
+            perplexity_ratio(nats[qat], nats[gptq], sizes),
+            by_qat.took / by_gptq.took,
+        )
+
     return Training(
-        lost=at_half.by["wanda"].ratio if at_half else Quantity.missing("not studied", RATIO),
-        half_params=Quantity(half.params / shape.params, RATIO),
-        half_step=Quantity(half_bytes / whole_bytes, RATIO),
-        rate=Quantity(rate / 1e12, "TFLOP/s"),
-        calibrate=calibrate,
-        train=train,
-        made_s=Quantity(run.run.about.get("wanda-50", {}).get("seconds"), "s", why="not made here"),
+        file=trained("file", "file"),
+        file_nearest=trained("file-nearest-4", "file"),
+        spread=trained("spread", "file"),
+        spread_nearest=trained("spread-nearest-4", "spread"),
+        plain=trained("plain", "file", "plain", 6 * params),
+        bits=tuple(at(int(n.removeprefix("qat-"))) for n in nats if n.startswith("qat-")),
+        kept=trained("kept", "file"),
+        distilled=trained("distilled", "file", "distilled", 6 * half),
+        texts_tokens=about["calibration_tokens"],
+        scored_tokens=sum(sizes),
+        held_out_sha256=about["held_out_sha256"][:12],
     )
-
-
-def half_of(shape: Shape, pruned: int) -> Shape:
-    """The shape of a model with half of the layers: half of the pruned weights, and of the KV."""
-    return replace(
-        shape,
-        layers=shape.layers // 2,
-        params=shape.params - pruned // 2,
-        matmul_params=shape.matmul_params - pruned // 2,
-        weight_bytes=shape.weight_bytes - shape.value_bytes * pruned // 2,
-    )
-
-
-def effort(flop_a_token: int, tokens: int, flops_per_s: float) -> Effort:
-    flop = flop_a_token * tokens
-    took_s = flop / flops_per_s
-    takes = Quantity(took_s / 3600, "h") if took_s > 3600 else Quantity(took_s, "s")
-    return Effort(tokens, Quantity(flop / 1e12, "TFLOP"), takes)

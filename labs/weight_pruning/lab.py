@@ -1,4 +1,4 @@
-"""Zeros in the weights: half of them, or two of each four, beside the dense model."""
+"""Zeros in the weights, anywhere or in a pattern, and half of the layers, beside a dense model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ from math import erf, exp, pi, sqrt
 from statistics import NormalDist
 
 from labs.harness import theory
-from labs.harness.ask import counter, predicts, sends, unchanged, users
+from labs.harness.ask import counter, falls, predicts, rises, sends, unchanged, users
 from labs.harness.spec import SLO, Claim, Lab, Point, Variant
 from labs.harness.theory import ROOFLINE
 from serving import metrics
 
 SAME_SPEED = 0.15
 """The margin of equality in speed, which tells from any gain by leaving zeros out: see the page."""
+
+
+def step_ratio(treatment: Point, baseline: Point) -> float:
+    """Divide the roofline's seconds of a decode step."""
+    treated_s, untreated_s = (theory.forward_of(p, p.kv_bytes()) for p in (treatment, baseline))
+    return treated_s / untreated_s
 
 
 STORED = predicts(
@@ -26,13 +32,29 @@ STORED = predicts(
 @STORED
 def same_step(pruned: Point, dense: Point) -> float:
     """Predict equality: a stored zero is read and multiplied as any other weight."""
-    step_s, dense_s = (theory.forward_of(p, p.kv_bytes()) for p in (pruned, dense))
-    return step_s / dense_s
+    return step_ratio(pruned, dense)
 
 
 @STORED
 def same_rate(pruned: Point, dense: Point) -> float:
-    return 1 / same_step(pruned, dense).value
+    return 1 / step_ratio(pruned, dense)
+
+
+SHORTER = predicts(
+    "max((weight + KV bytes) / bandwidth, FLOP / rate), half of the layers / all",
+    "launching operations takes no time; it halves with the layers, the output matrix does not",
+    source=ROOFLINE,
+)
+
+
+@SHORTER
+def shorter_step(half: Point, dense: Point) -> float:
+    return step_ratio(half, dense)
+
+
+@SHORTER
+def higher_rate(half: Point, dense: Point) -> float:
+    return 1 / step_ratio(half, dense)
 
 
 # --------------------------------------------------------------- what sparsity is, by arithmetic
@@ -83,31 +105,31 @@ def bytes_ratio(form: str, share: float, bits: int = 16) -> float:
 
 DENSE = Variant(name="dense")
 SERVED = ("wanda-50", "wanda-2-4")
+HALF = "half-depth"
 ONE, MANY = users(1, 16)
 
 
+TPOT, RATE = "tpot_mean_s", "output_tokens_per_s"
+
+
 def same_tpot(name: str, variant: str) -> Claim:
-    return unchanged(
-        name, "tpot_mean_s", f"{variant} / dense", "decode", ONE, by=same_step, margin=SAME_SPEED
-    )
+    sides = f"{variant} / dense"
+    return unchanged(name, TPOT, sides, "decode", ONE, by=same_step, margin=SAME_SPEED)
 
 
 def same_throughput(name: str, variant: str) -> Claim:
-    return unchanged(
-        name,
-        "output_tokens_per_s",
-        f"{variant} / dense",
-        "decode",
-        MANY,
-        by=same_rate,
-        margin=SAME_SPEED,
-    )
+    sides = f"{variant} / dense"
+    return unchanged(name, RATE, sides, "decode", MANY, by=same_rate, margin=SAME_SPEED)
 
 
 LAB = Lab(
     name="weight-pruning",
     answers=("CO-4", "CO-5", "CO-6", "CO-8"),
-    variants=(DENSE, *(DENSE.but(name, weights=name) for name in SERVED)),
+    variants=(
+        DENSE,
+        *(DENSE.but(name, weights=name) for name in SERVED),
+        DENSE.but(HALF, weights="training"),
+    ),
     flags={
         "max-model-len": 1024,
         "enable-prefix-caching": True,  # for the needles: what the loads send shares nothing
@@ -120,6 +142,8 @@ LAB = Lab(
         same_tpot("pattern-one", "wanda-2-4"),
         same_throughput("half-many", "wanda-50"),
         same_throughput("pattern-many", "wanda-2-4"),
+        falls("depth-one", TPOT, f"{HALF} / dense", "decode", ONE, by=shorter_step),
+        rises("depth-many", RATE, f"{HALF} / dense", "decode", MANY, by=higher_rate),
     ),
     evidence=(counter(metrics.PREEMPTIONS, "stays"),),
     studies=("sparsity",),

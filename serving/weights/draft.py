@@ -20,7 +20,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -85,14 +85,18 @@ def answers(tokenizer: Any, model: Any, prompts: Sequence[dict[str, Any]]) -> li
 
 def prune(model: Any, layers: int) -> None:
     """Keep the first `layers` - 1 layers and the last one, with embeddings and output matrix."""
+    keep(model, [*range(layers - 1), len(model.base_model.layers) - 1])
+
+
+def keep(model: Any, places: Sequence[int]) -> None:
+    """Keep the layers at these places, with embeddings and output matrix."""
     import torch
 
     config, body = model.config, model.base_model
-    places = [*range(layers - 1), len(body.layers) - 1]
     body.layers = torch.nn.ModuleList(body.layers[i] for i in places)
     for place, layer in enumerate(body.layers):
         layer.self_attn.layer_idx = place  # its place in the KV cache
-    config.num_hidden_layers = layers
+    config.num_hidden_layers = len(places)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in places]
 
@@ -159,53 +163,68 @@ def lookup(held_out: Sequence[TargetAnswer], first: int = ANSWER_TOKENS) -> dict
     }
 
 
-def distil(
+def fit(
     model: Any,
-    taught: Sequence[TargetAnswer],
-    held_out: Sequence[TargetAnswer],
+    texts: Sequence[TargetAnswer],
+    loss: Callable[[Sequence[TargetAnswer]], Any],
     epochs: int,
+    learning_rate: float,
     seed: int,
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+    batch: int = BATCH,
 ) -> int:
-    """Train the layers towards the target's distribution (forward KL); return the steps taken.
+    """Train the layers and the last norm, in float32, on texts; return the steps taken.
 
-    The whole vocabulary would cost more than the layers. So the distribution covers the tokens that
-    the target wrote and, drawn again at each step, a sample of the other tokens (Jean et al. 2015).
+    `loss` computes that of a batch and its gradients. Embeddings and output matrix stay.
     """
     import torch
 
     torch.manual_seed(seed)
-    rng, progress = random.Random(seed), Progress()
-    matrix = model.get_output_embeddings().weight
+    rng = random.Random(seed)
     model.requires_grad_(False)
     parts = (model.base_model.layers, model.base_model.norm)
     weights = [p.requires_grad_() for part in parts for p in part.float().parameters()]
-    steps = epochs * -(-len(taught) // BATCH)
+    steps = epochs * -(-len(texts) // batch)
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=WARMUP
+        optimizer, learning_rate, total_steps=steps + 1, pct_start=WARMUP
     )
-    written = torch.tensor([token for answer in taught for token in answer.tokens])
     for epoch in range(epochs):
-        order = rng.sample(taught, len(taught))
-        for start in range(0, len(order), BATCH):
-            batch = order[start : start + BATCH]
-            sampled = torch.randint(len(matrix), (OTHER_TOKENS,))
-            rows = matrix[torch.cat([written, sampled]).unique().to(matrix.device)]
-            target_logits = torch.cat([a.states for a in batch]) @ rows.T
-            draft_logits = states(model, batch).to(rows.dtype) @ rows.T
-            torch.nn.functional.kl_div(
-                draft_logits.float().log_softmax(-1),
-                target_logits.float().log_softmax(-1),
-                log_target=True,
-                reduction="batchmean",
-            ).backward()
+        order = rng.sample(texts, len(texts))
+        for start in range(0, len(order), batch):
+            loss(order[start : start + batch])
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        share = acceptance(model, held_out)["all"]
-        progress.show(f"{share:.0%} of held-out tokens guessed; epochs", epoch + 1, epochs)
+        after_epoch(epoch + 1)
     return steps
+
+
+def towards_target(model: Any, texts: Sequence[TargetAnswer]) -> Callable[..., None]:
+    """Return the loss towards the target's distribution (forward KL) over batches of these texts.
+
+    The whole vocabulary would cost more than the layers. So the distribution covers the tokens that
+    the texts hold and, drawn again at each step, a sample of the other tokens (Jean et al. 2015).
+    """
+    import torch
+
+    matrix = model.get_output_embeddings().weight
+    written = torch.tensor([token for answer in texts for token in answer.tokens])
+
+    def loss(batch: Sequence[TargetAnswer]) -> None:
+        sampled = torch.randint(len(matrix), (OTHER_TOKENS,))
+        rows = matrix[torch.cat([written, sampled]).unique().to(matrix.device)]
+        target_logits = torch.cat([a.states for a in batch]).to(rows.dtype) @ rows.T
+        draft_logits = states(model, batch).to(rows.dtype) @ rows.T
+        torch.nn.functional.kl_div(
+            draft_logits.float().log_softmax(-1),
+            target_logits.float().log_softmax(-1),
+            log_target=True,
+            reduction="batchmean",
+        ).backward()
+
+    return loss
 
 
 def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
@@ -225,7 +244,14 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
     prune(model, LAYERS)
     untrained = acceptance(model, held_out)["all"]
     print(f"before training it guesses {untrained:.0%} of the held-out tokens", flush=True)
-    steps = distil(model, taught, held_out, EPOCHS, SEED)
+    progress = Progress()
+
+    def show(epoch: int) -> None:
+        share = acceptance(model, held_out)["all"]
+        progress.show(f"{share:.0%} of held-out tokens guessed; epochs", epoch, EPOCHS)
+
+    loss = towards_target(model, taught)
+    steps = fit(model, taught, loss, EPOCHS, LEARNING_RATE, SEED, show)
     model = model.bfloat16()
     within = {n: acceptance(model, held_out, n) for n in WITHIN_TOKENS}
     model.save_pretrained(out)

@@ -47,6 +47,22 @@ SPARSITY = {
     "calibration_tokens": 2048,
     "seconds": 1.0,
 }
+TRAINING = {
+    "params": 80_000_000,
+    "passages_tokens": [10, 20],
+    "loss_nats": {
+        name: [30.0 + n, 60.0 + 2.1 * n]
+        for n, name in enumerate(
+            ("plain", "file", "qat-4", "plain-gptq-4", "plain-nearest-4", "file-nearest-4",
+             "spread", "spread-nearest-4", "distilled", "kept")
+        )
+    },
+    "efforts": {
+        name: {"tokens": 1000, "seconds": 1.0} for name in ("plain", "gptq-4", "qat-4", "distilled")
+    },
+    "calibration_tokens": 500,
+    "held_out_sha256": "0" * 64,
+}  # fmt: skip
 MASKS = {
     "processors": 2,
     "vocabulary": 49_152,
@@ -104,6 +120,9 @@ def make(
     if name == "draft":
         config["num_hidden_layers"] = DRAFT_LAYERS
         (folder / "about.json").write_text(json.dumps({"acceptance": ACCEPTANCE}))
+    if name == "training":
+        config["num_hidden_layers"] //= 2
+        (folder / "about.json").write_text(json.dumps(TRAINING))
     if name in ("mha", "mqa"):
         config["num_key_value_heads"] = kv_heads_of(name, config)
     (folder / "config.json").write_text(json.dumps(config))

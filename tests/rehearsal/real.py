@@ -48,6 +48,8 @@ def derived_config(config: dict[str, Any], name: str) -> dict[str, Any]:
         return dummy.quantized(config, precision)
     if name in ("mha", "mqa"):
         return {**config, "num_key_value_heads": kv_heads_of(name, config)}
+    if name == "training":
+        return {**config, "num_hidden_layers": config["num_hidden_layers"] // 2}
     if name == "draft":
         layers = max(1, config["num_hidden_layers"] // dummy.DRAFT_LAYERS)
         return {**config, "num_hidden_layers": layers}

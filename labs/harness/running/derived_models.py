@@ -106,7 +106,7 @@ def structures(path: Path, model: Model, share: float) -> Path:
 def scored_texts(path: Path, model: Model, share: float) -> Path:
     """Write the texts that a study calibrates on and scores, and the tasks, as one JSON object.
 
-    Of what is scored it writes this share, from the beginning.
+    Of what is scored it writes this share, from the beginning, and the share.
     """
     held_out, tasks = read_passages("held_out.txt"), task_blocks()
     texts = {
@@ -114,6 +114,7 @@ def scored_texts(path: Path, model: Model, share: float) -> Path:
         "held_out": held_out[: math.ceil(share * len(held_out))],
         "tasks": tasks[: math.ceil(share * len(tasks))],
         "examples": SHOTS,
+        "share": share,
     }
     return whole.write(path, orjson.dumps(texts))
 
@@ -166,6 +167,14 @@ RECIPES: dict[str, Recipe] = {
         2,
         source=scored_texts,
         quick_share=0.25,
+    ),
+    "training": Recipe(
+        "the served model with half of its layers, distilled, and a study of training around"
+        " rounding",
+        "training",
+        6,
+        source=scored_texts,
+        quick_share=0.2,
     ),
     "mha": Recipe(
         "the served model with a KV head for each query head, copied", "kv_heads", 1, "mha"
