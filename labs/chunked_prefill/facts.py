@@ -13,6 +13,7 @@ from labs.chunked_prefill.lab import context_tokens, long_prompt_tokens, long_tt
 from labs.harness import theory
 from labs.harness.ask import predicts
 from labs.harness.facts.context import Context, JudgedRun
+from labs.harness.facts.offloading import OnOneCard, on_one_card
 from labs.harness.facts.parts import Dialled, Pair
 from labs.harness.filing.computed import Band, OnTwoEngines
 from labs.harness.judging.metrics import METRICS
@@ -64,6 +65,14 @@ class Handover:
     kv: Quantity
     prefill_s: Quantity
     needed: Quantity  # of the link, to send it in the time of the prefill
+
+    @property
+    def example(self) -> OnOneCard:
+        return on_one_card()
+
+    @property
+    def needed_by_example(self) -> Quantity:
+        return Quantity(8 * (self.example.even.value or 0.0), "Gbit/s")
 
 
 @dataclass(frozen=True)

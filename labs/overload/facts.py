@@ -61,6 +61,7 @@ class Admission:
     forecast_capacity_per_s: Quantity
     slo_ttft_s: Quantity
     slo_tpot_s: Quantity
+    window_s: Quantity  # of each trial, within its load
     offers: tuple[Offer, ...]
 
     @property
@@ -93,6 +94,7 @@ def admission(run: JudgedRun) -> Admission:
         run.foreseen(first, "requests_per_s"),
         Quantity(run.lab.slo.ttft_s, "s"),
         Quantity(run.lab.slo.tpot_s, "s"),
+        Quantity(run.lab.window_s, "s"),
         tuple(of for of in offers if of),
     )
 
@@ -266,6 +268,7 @@ class BestFlags:
     times: float | None  # the capacity
     tried: tuple[Setting, ...]
     searched: tuple[Setting, ...]  # none in older runs
+    prompt_tokens: float | None  # of a request, on average
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -306,9 +309,14 @@ def best_flags(run: JudgedRun) -> BestFlags:
     """Read the points of the heaviest offered load, and what was forecast beside them."""
     loads = {p.key: p.load.times for p in run.points if isinstance(p.load, Offered)}
     most = max(loads.values(), default=None)
-    tried = tuple(tried_setting(run, p) for p in run.points if loads.get(p.key, 0) == most)
+    heaviest = [p for p in run.points if loads.get(p.key, 0) == most]
     played = run.predictions.in_virtual_time
-    return BestFlags(most, tried, tuple(map(searched_setting, played.searched if played else ())))
+    return BestFlags(
+        most,
+        tuple(tried_setting(run, p) for p in heaviest),
+        tuple(map(searched_setting, played.searched if played else ())),
+        heaviest[0].prompt_tokens if heaviest else None,
+    )
 
 
 RATES = ("goodput_per_s", "output_tokens_per_s", "tpot_mean_s")  # of a setting
@@ -446,8 +454,6 @@ def signal(
 
 # ------------------------------------------------- with thresholds that were set beforehand
 
-REPLICA_S = 30.0  # that a replica takes to start, at least: it loads its weights and warms up
-
 
 @dataclass(frozen=True)
 class Said:
@@ -503,11 +509,6 @@ class Alarms:
         """The signal that led by most after that one."""
         led = [a for a in self.alarms if a.measured.lead_s.known and a != self.first]
         return max(led, key=lambda a: a.measured.lead_s.value or 0.0, default=None)
-
-    @property
-    def is_in_time(self) -> bool:
-        """Whether the first alarm leaves the time that a replica takes to start."""
-        return self.first is not None and (self.first.measured.lead_s.value or 0.0) >= REPLICA_S
 
 
 def alarms(run: JudgedRun) -> tuple[Alarms, ...]:

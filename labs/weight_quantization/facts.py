@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.quality import Quality, perplexity, perplexity_ratio, quality
+from labs.harness.facts.steps import decode_step, prompt_pass
 from labs.harness.facts.weights import KindsOfWeights, kinds_of_weights
 from labs.harness.judging.judge import is_within
 from labs.harness.judging.quantity import RATIO, Quantity
@@ -256,6 +257,9 @@ class Phases:
     """Whether fewer bytes of weights speed up decode alone, as theory has it."""
 
     variants: tuple[InPhases, ...]
+    decode_flop_per_byte: float  # of the base, with one request
+    prefill_flop_per_byte: float
+    ridge_flop_per_byte: float
 
     @property
     def valid(self) -> list[InPhases]:
@@ -283,7 +287,15 @@ def phases(run: Context) -> Phases | None:
         for name in decode
         if name in prefill
     )
-    return Phases(measured) if measured else None
+    one, prompt = (run.point(BASE, name, "concurrent:1") for name in ("decode", "prefill"))
+    if not measured or one is None or prompt is None:
+        return None
+    return Phases(
+        measured,
+        decode_step(run, one, 1).flop_per_byte,
+        prompt_pass(run, prompt).flop_per_byte,
+        one.ceilings.ridge_flops_per_byte,
+    )
 
 
 def is_settled(times: Quantity) -> bool:

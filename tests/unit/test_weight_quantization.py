@@ -138,6 +138,7 @@ def test_fewer_bytes_are_held_against_both_phases(
     assert valid
     assert not_valid
     assert valid.control
+    assert valid.decode_flop_per_byte < valid.prefill_flop_per_byte
     assert (valid.control.gains, valid.control.bytes_ratio) == (gains, 0.5)
     assert not_valid.control is None
 
