@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from statistics import fmean
 from typing import Any, Literal
 
@@ -12,6 +13,14 @@ from labs.harness.facts.context import JudgedRun
 from labs.harness.judging.judge import Interval
 from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.judging.sampling import canonical, gain_over_tasks, over_tasks, pass_at, vote_at
+from labs.harness.judging.steps import (
+    chosen,
+    end_of,
+    found_at_end,
+    found_by_steps,
+    is_step,
+    steps_right,
+)
 from labs.harness.spec import Point
 from labs.many_samples.lab import hit_rate
 from serving.weights import dummy, models
@@ -29,11 +38,13 @@ class Facts:
     task_kinds: tuple[Kind, ...]
     larger_model: LargerModel | None
     verifier: Verifier | None
+    stepwise: Stepwise | None = None  # None where no sums were asked step by step
 
 
 def facts(run: JudgedRun) -> Facts:
-    if (probe := probed(run)) is None:
-        return Facts(costs(run), None, (), None, None)
+    by_steps = stepwise(asked) if (asked := probed(run, "steps")) else None
+    if (probe := probed(run, "votes")) is None:
+        return Facts(costs(run), None, (), None, None, by_steps)
     point, tasks = run.points[0], solved(probe)
     vote = voting(probe, tasks)
     return Facts(
@@ -42,6 +53,7 @@ def facts(run: JudgedRun) -> Facts:
         kinds(tasks, vote.most.samples),
         larger_models(point, tasks, vote),
         verifier(point, tasks, vote),
+        by_steps,
     )
 
 
@@ -212,9 +224,9 @@ def in_points(gain: Interval) -> Quantity:
     return 100 * Quantity.of(gain)
 
 
-def probed(run: JudgedRun) -> Probe | None:
-    """Read the first variant's answers to tasks, if any was asked."""
-    probes = (run.folder.probe_result("votes", v.name) for v in run.lab.variants)
+def probed(run: JudgedRun, probe: str) -> Probe | None:
+    """Read the first variant's answers to the tasks of a probe, if any was asked."""
+    probes = (run.folder.probe_result(probe, v.name) for v in run.lab.variants)
     return next((p for p in probes if p and p["tasks"]), None)
 
 
@@ -439,3 +451,250 @@ def verifier(point: Point, tasks: Sequence[Solved], vote: Voting) -> Verifier:
     passed = [t.passes(most.samples) for t in tasks]
     gap = in_points(gain_over_tasks(voted, passed))
     return Verifier(most.samples, most.tokens, gap, reader(1), reader(STEPS))
+
+
+# ------------------------------------------------------------- vote, revise, or search by steps
+
+Method = Literal["one", "vote", "end", "step", "revision", "revisions' vote"]
+ERRORS = (0.0, 0.05, 0.1, 0.2)  # of a checker, as a chance at each thing that it checks
+FORESEEN = (1, 2, 4, 8, 16, 32)  # steps
+
+
+@dataclass(frozen=True)
+class Summed:
+    """What was drawn for one sum, and what of it is right."""
+
+    steps: int
+    expected: str
+    ends: tuple[str | None, ...]  # of all whole solutions of all rounds
+    right: tuple[int, ...]  # steps of each of them before the first wrong one
+    searched: Mapping[int, tuple[int, ...]]  # right candidates of each step, by how many there are
+    revised: tuple[str | None, ...]  # ends, one after another
+
+    @property
+    def reached(self) -> int:
+        """Steps of whole solutions that follow none but right ones."""
+        return sum(min(right + 1, self.steps) for right in self.right)
+
+    def by_end(self, n: int, error: float = 0.0) -> float:
+        """How often the solution that a check of ends keeps out of n is right."""
+        return chosen(self.ends.count(self.expected), len(self.ends), n, error)
+
+    def by_step(self, n: int, error: float = 0.0) -> float:
+        """How often a search ends right that keeps one of n candidates for each step.
+
+        Once a wrong one is kept the sum is lost; up to there the candidates are those recorded.
+        """
+        return prod(chosen(right, n, n, error) for right in self.searched[n])
+
+    def solved(self, method: Method, n: int) -> float:
+        match method:
+            case "one" | "vote":
+                return vote_at(n, self.ends, self.expected)
+            case "end":
+                return self.by_end(n)
+            case "step":
+                return self.by_step(n)
+            case "revision":
+                return float(self.revised[n - 1] == self.expected)
+            case _:
+                return vote_at(n, self.revised[:n], self.expected)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a method makes of the tokens of so many whole solutions."""
+
+    method: Method
+    samples: int
+    solved: Quantity
+    over_vote: Quantity  # of as many, in points
+    tokens: float  # of output, mean over tasks
+    seconds: Quantity  # of the engine, likewise
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What checks find in sums of so many steps, by the formulas."""
+
+    steps: int
+    by_end: Quantity
+    by_step: Quantity
+
+    @property
+    def gain(self) -> Quantity:
+        return 100 * (self.by_step - self.by_end).in_unit("1")
+
+
+@dataclass(frozen=True)
+class Length:
+    """Sums of so many steps: a check of the end and of each step, measured and forecast."""
+
+    steps: int
+    tasks: int
+    samples: int
+    accuracy: Quantity  # of a step that follows none but right ones
+    by_end: Quantity
+    by_step: Quantity
+    gain: Quantity  # of a check of steps over one of the end, in points
+    forecast: Foreseen
+
+
+@dataclass(frozen=True)
+class Erring:
+    """What checks are worth that err with this chance at each thing they check."""
+
+    error: Quantity
+    samples: int
+    by_end: Quantity
+    by_step: Quantity
+
+
+@dataclass(frozen=True)
+class Stepwise:
+    """What voting, revising and searching make of the same tokens, with exact checks."""
+
+    tasks: int
+    right_ends: int  # of whole solutions
+    by_luck: int  # of these, behind a wrong step
+    accuracy: Quantity
+    spent: tuple[Spent, ...]
+    lengths: tuple[Length, ...]
+    foreseen: tuple[Foreseen, ...]  # at the accuracy of all steps, with the fewest candidates
+    erring: tuple[Erring, ...]
+
+    @property
+    def few(self) -> dict[Method, Spent]:
+        """What each method makes of the tokens of as many solutions as were revised."""
+        samples = self.spent[-1].samples
+        return {s.method: s for s in self.spent if s.samples == samples}
+
+    @property
+    def lengths_of_few(self) -> list[Length]:
+        return [of for of in self.lengths if of.samples == self.spent[-1].samples]
+
+    @property
+    def erring_of_few(self) -> list[Erring]:
+        return [of for of in self.erring if of.samples == self.spent[-1].samples]
+
+    @property
+    def waits(self) -> Quantity:
+        """How many times as long a search takes as a vote of as many tokens, about."""
+        return self.few["step"].seconds / self.few["vote"].seconds
+
+    @property
+    def revision_waits(self) -> Quantity:
+        return self.few["revision"].seconds / self.few["vote"].seconds
+
+    @property
+    def parted(self) -> Foreseen:
+        """Where the formulas have a check of steps gain most."""
+        return max(self.foreseen, key=lambda of: of.gain.value or 0)
+
+
+def stepwise(probe: Probe) -> Stepwise:
+    asked, tasks = probe["tasks"], [*map(summed, probe["tasks"])]
+    numbers = sorted(tasks[0].searched)
+    accuracy = step_accuracy(tasks)
+    revised = len(tasks[0].revised)
+    methods: list[tuple[Method, int]] = [
+        *((method, n) for n in numbers for method in ("vote", "end", "step")),
+        *((method, revised) for method in ("revision", "revisions' vote")),
+    ]
+    return Stepwise(
+        tasks=len(tasks),
+        right_ends=sum(t.ends.count(t.expected) for t in tasks),
+        by_luck=sum(
+            end == t.expected and right < t.steps
+            for t in tasks
+            for end, right in zip(t.ends, t.right, strict=True)
+        ),
+        accuracy=accuracy,
+        spent=tuple(spent(asked, tasks, *of) for of in [("one", 1), *methods]),
+        lengths=tuple(
+            length([t for t in tasks if t.steps == steps], n)
+            for steps in sorted({t.steps for t in tasks})
+            for n in numbers
+        ),
+        foreseen=tuple(foreseen(accuracy, steps, numbers[0]) for steps in FORESEEN),
+        erring=tuple(
+            Erring(
+                error=Quantity(error, "share"),
+                samples=n,
+                by_end=Quantity.of(over_tasks([t.by_end(n, error) for t in tasks]), "share"),
+                by_step=Quantity.of(over_tasks([t.by_step(n, error) for t in tasks]), "share"),
+            )
+            for error in ERRORS
+            for n in numbers
+        ),
+    )
+
+
+def summed(task: Probe) -> Summed:
+    steps = task["steps"]
+    whole = [text for r in task["rounds"] for text in r["texts"]]
+    return Summed(
+        steps=len(steps),
+        expected=steps[-1].split()[-1],
+        ends=tuple(end_of(text, len(steps)) for text in whole),
+        right=tuple(steps_right(text, steps) for text in whole),
+        searched={
+            search["n"]: tuple(
+                sum(is_step(text, step) for text in drawn["texts"])
+                for drawn, step in zip(search["steps"], steps, strict=True)
+            )
+            for search in task["searches"]
+        },
+        revised=tuple(end_of(r["texts"][0], len(steps)) for r in task["revisions"]),
+    )
+
+
+def step_accuracy(tasks: Sequence[Summed]) -> Quantity:
+    right = sum(sum(t.right) for t in tasks)
+    return Quantity(right / sum(t.reached for t in tasks), "share")
+
+
+def spent(asked: Sequence[Probe], tasks: Sequence[Summed], method: Method, n: int) -> Spent:
+    def requests(task: Probe) -> list[Probe]:
+        match method:
+            case "one" | "vote" | "end":
+                return [r for r in task["rounds"] if r["n"] == n]
+            case "step":
+                return [step for s in task["searches"] if s["n"] == n for step in s["steps"]]
+            case _:
+                return [*task["revisions"][:n]]
+
+    solved = [t.solved(method, n) for t in tasks]
+    over_vote = gain_over_tasks([t.solved("vote", n) for t in tasks], solved)
+    return Spent(
+        method=method,
+        samples=n,
+        solved=Quantity.of(over_tasks(solved), "share"),
+        over_vote=Quantity.missing("it is the vote")
+        if method in ("one", "vote")
+        else in_points(over_vote),
+        tokens=fmean(sum(r["tokens"] for r in requests(task)) for task in asked),
+        seconds=Quantity(fmean(sum(r["took_s"] for r in requests(task)) for task in asked), "s"),
+    )
+
+
+def length(tasks: Sequence[Summed], n: int) -> Length:
+    steps, accuracy = tasks[0].steps, step_accuracy(tasks)
+    by_end, by_step = [t.by_end(n) for t in tasks], [t.by_step(n) for t in tasks]
+    return Length(
+        steps=steps,
+        tasks=len(tasks),
+        samples=n,
+        accuracy=accuracy,
+        by_end=Quantity.of(over_tasks(by_end), "share"),
+        by_step=Quantity.of(over_tasks(by_step), "share"),
+        gain=in_points(gain_over_tasks(by_end, by_step)),
+        forecast=foreseen(accuracy, steps, n),
+    )
+
+
+def foreseen(accuracy: Quantity, steps: int, n: int) -> Foreseen:
+    p = accuracy.value or 0
+    return Foreseen(
+        steps, *(Quantity(found(p, steps, n), "share") for found in (found_at_end, found_by_steps))
+    )

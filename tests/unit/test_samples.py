@@ -400,7 +400,7 @@ def test_a_vote_that_gains_nothing_has_no_price(
 def test_a_larger_model_is_weighed_by_the_seconds_of_samples(tmp_path: Path) -> None:
     """An answer here takes 0.2 s, and a sample more 30 ms."""
     run = of_tasks(tmp_path, 14, 0)
-    found, probe, point = facts(run).larger_model, probed(run), run.points[0]
+    found, probe, point = facts(run).larger_model, probed(run, "votes"), run.points[0]
     assert found
     assert probe
     tasks = solved(probe)
