@@ -185,7 +185,7 @@ def test_what_the_same_tokens_buy(tmp_path: Path) -> None:
     assert few["step"].solved.value == pytest.approx(1 / 2)
     assert few["revision"].solved.value == 1
     assert few["revisions' vote"].solved.value == pytest.approx(1 / 2)  # a tie of two and two
-    assert few["vote"].solved.value < few["end"].solved.value
+    assert 0 < (few["vote"].solved.value or 0) < (1 - missed) / 2
     assert [few[m].tokens for m in ("vote", "end", "step", "revision")] == [32, 32, 64, 32]
     assert [few[m].seconds.value for m in ("vote", "step", "revision")] == [0.5, 1, 2]
     assert (found.waits.value, found.revision_waits.value) == (2, 4)
