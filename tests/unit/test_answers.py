@@ -20,7 +20,7 @@ from tests.unit.judged import ABOUT, context, judged_run, told_of, with_facts
 
 @pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 def test_a_run_of_which_nothing_came_invents_nothing(lab: Lab, tmp_path: Path) -> None:
-    """What a cache holds is arithmetic all the same, and what training does was not run: both say so."""
+    """What a cache holds is arithmetic, and what training does was not run: both say so."""
     lab = lab.model_copy(update={"requests": 64})
     run = judged_run(context(tmp_path, lab, {}, about=ABOUT))
     given = {id: str(blocks) for id, blocks in told_of(run).answers.items()}
