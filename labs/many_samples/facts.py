@@ -469,6 +469,7 @@ class Summed:
     ends: tuple[str | None, ...]  # of all whole solutions of all rounds
     right: tuple[int, ...]  # steps of each of them before the first wrong one
     searched: Mapping[int, tuple[int, ...]]  # right candidates of each step, by how many there are
+    found: Mapping[int, str | None]  # the end of each search, by the same number
     revised: tuple[str | None, ...]  # ends, one after another
 
     @property
@@ -481,9 +482,10 @@ class Summed:
         return chosen(self.ends.count(self.expected), len(self.ends), n, error)
 
     def by_step(self, n: int, error: float = 0.0) -> float:
-        """How often a search ends right that keeps one of n candidates for each step.
+        """How often a search keeps the right one of n candidates for each step.
 
-        Once a wrong one is kept the sum is lost; up to there the candidates are those recorded.
+        Once a wrong one is kept the sum counts as lost, whatever its end; up to there the
+        candidates are those recorded.
         """
         return prod(chosen(right, n, n, error) for right in self.searched[n])
 
@@ -494,7 +496,7 @@ class Summed:
             case "end":
                 return self.by_end(n)
             case "step":
-                return self.by_step(n)
+                return float(self.found[n] == self.expected)
             case "revision":
                 return float(self.revised[n - 1] == self.expected)
             case _:
@@ -645,8 +647,15 @@ def summed(task: Probe) -> Summed:
             )
             for search in task["searches"]
         },
+        found={search["n"]: end_of_search(search, steps) for search in task["searches"]},
         revised=tuple(end_of(r["texts"][0], len(steps)) for r in task["revisions"]),
     )
+
+
+def end_of_search(search: Probe, steps: Sequence[str]) -> str | None:
+    """Read the end of the last candidate that a search kept: a right one, else the first."""
+    last = search["steps"][-1]["texts"]
+    return end_of(next((text for text in last if is_step(text, steps[-1])), last[0]), 1)
 
 
 def step_accuracy(tasks: Sequence[Summed]) -> Quantity:
@@ -680,7 +689,8 @@ def spent(asked: Sequence[Probe], tasks: Sequence[Summed], method: Method, n: in
 
 def length(tasks: Sequence[Summed], n: int) -> Length:
     steps, accuracy = tasks[0].steps, step_accuracy(tasks)
-    by_end, by_step = [t.by_end(n) for t in tasks], [t.by_step(n) for t in tasks]
+    by_end = [t.solved("end", n) for t in tasks]
+    by_step = [t.solved("step", n) for t in tasks]
     return Length(
         steps=steps,
         tasks=len(tasks),

@@ -366,7 +366,7 @@ def test_disturbed_trials_are_measured_again_twice_and_then_have_no_verdict(
     command = reader.types("run", BATCHING, SET=PAIRS, program=SLOWED, DISTURBED="")
     assert command.wait() == 0, command.said
     results = _results(command.folder)
-    assert len(results) == command.said.count("(2 of at most 2)") == 5
+    assert len(results) == command.said.count("(2 of 2 times)") == 5
     for result in results:
         assert len(result.discarded) == 2
         assert all("generator's loop lagged" in d.reasons for d in result.discarded)

@@ -25,7 +25,7 @@ from labs.harness.judging.steps import (
 from labs.harness.running import probes
 from labs.harness.running.probes import ProbedEngine
 from labs.harness.spec import Variant
-from labs.many_samples.facts import Stepwise, facts
+from labs.many_samples.facts import Stepwise, end_of_search, facts
 from loadtests.prompts import Writer
 from tests.cases import each
 from tests.unit.answering import Answering, answered_by
@@ -201,6 +201,15 @@ def test_measured_stands_beside_a_forecast_from_the_accuracy_of_steps(tmp_path: 
     assert four.forecast.by_end.value == pytest.approx(1 - (1 - (49 / 84) ** 2) ** 4)
     assert four.forecast.by_step.value == pytest.approx((1 - (35 / 84) ** 4) ** 2)
     assert found.parted.gain.value == max(of.gain.value or 0 for of in found.foreseen) > 0
+
+
+def test_a_search_is_judged_by_its_end_as_whole_solutions_are() -> None:
+    """The first candidate goes on from where none is right, and may end right by luck."""
+    step = STEPS[-1]
+    last = [{"texts": texts} for texts in (["0"], ["99 + 5 = 18", "0"])]
+    assert end_of_search({"steps": last}, STEPS) == step.split()[-1]
+    last[-1] = {"texts": ["0", step]}
+    assert end_of_search({"steps": last}, STEPS) == step.split()[-1]
 
 
 def test_a_check_that_errs_is_worth_less(tmp_path: Path) -> None:
