@@ -207,13 +207,13 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
         [making.tokens_in(tokenizer, passage) for passage in given[of]]
         for of in ("calibration", "held_out")
     )
+    passages = passages[: math.ceil(given["share"] * len(passages))]  # fewer in a quick run
     model = model.float()
     with torch.no_grad():
         texts = [
             TargetAnswer("passage", p[:1], p[1:], making.states(model, [p[:1]], [p[1:]]))
             for p in passages
         ]
-    share: float = given["share"]
     tokens = sum(len(text.tokens) for text in texts)
     nats: dict[str, list[float]] = {}
     efforts: dict[str, dict[str, float]] = {}
@@ -231,9 +231,6 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
         took_s = round(time.monotonic() - began, 1)
         efforts[name] = {"tokens": epochs * tokens, "seconds": took_s}
 
-    def some(epochs: int) -> int:
-        return max(1, round(share * epochs))
-
     def off_grid() -> Any:
         model = making.load(base)[1].float()
         torch.manual_seed(SEED)
@@ -248,8 +245,8 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
     score("spread")
     for bits in BITS:
         score(f"spread-nearest-{bits}", all_to_nearest(model, bits, group))
-    with effort("plain", some(EPOCHS)):
-        finetune(model, texts, some(EPOCHS))
+    with effort("plain", EPOCHS):
+        finetune(model, texts, EPOCHS)
     score("plain")
     for bits in BITS:
         score(f"plain-nearest-{bits}", all_to_nearest(model, bits, group))
@@ -258,15 +255,15 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
         score(f"plain-gptq-{bits}", weights)
     for bits in BITS:
         model = off_grid()
-        with effort(f"qat-{bits}", some(EPOCHS)):
-            finetune(model, texts, some(EPOCHS), bits, group)
+        with effort(f"qat-{bits}", EPOCHS):
+            finetune(model, texts, EPOCHS, bits, group)
         score(f"qat-{bits}", all_to_nearest(model, bits, group))
     model = making.load(base)[1].float()
     draft.keep(model, kept)
     score("kept")
-    loss, epochs = draft.towards_target(model, texts), some(DISTIL_EPOCHS)
-    with effort("distilled", epochs):
-        draft.fit(model, texts, loss, epochs, DISTIL_LEARNING_RATE, SEED, batch=BATCH)
+    loss = draft.towards_target(model, texts)
+    with effort("distilled", DISTIL_EPOCHS):
+        draft.fit(model, texts, loss, DISTIL_EPOCHS, DISTIL_LEARNING_RATE, SEED, batch=BATCH)
     _save(tokenizer, model, out)
     model = model.float()  # of what was saved, in 16 bits
     score("distilled")
@@ -278,7 +275,7 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
         "loss_nats": nats,
         "efforts": efforts,
         "held_out_sha256": sha256(given["held_out"]),
-        "calibration_sha256": sha256(given["calibration"]),
+        "calibration_sha256": sha256(given["calibration"][: len(passages)]),
         "calibration_tokens": tokens,
         "seed": SEED,
     }
