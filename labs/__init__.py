@@ -31,6 +31,7 @@ def _labs() -> dict[str, Lab]:
             _lab("tiled_attention"),
             _lab("paged_kv"),
             _lab("prefix_caching"),
+            _lab("prefix_routing"),
             _lab("kv_quantization"),
             _lab("speculative_decoding"),
             _lab("weight_quantization"),

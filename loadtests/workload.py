@@ -78,16 +78,36 @@ Lengths = Annotated[Fixed | Exponential, Field(discriminator="kind")]
 class Prefix(BaseModel, frozen=True, extra="forbid"):
     """The first `tokens` of every prompt's text are shared by the requests of a group.
 
-    Requests take the groups in turn. With several `documents` the shared text consists of that many
-    pieces of equal length, as a retrieval system would insert them; `shuffled` puts the pieces in
-    another order for every request. The first tokens of the chat template, which all requests
-    share, are not counted here.
+    Requests take the groups in turn. With `favourite` they draw them: that share of all takes the
+    first group, and the rest is drawn evenly from the others. With several `documents` the shared
+    text consists of that many pieces of equal length, as a retrieval system would insert them;
+    `shuffled` puts the pieces in another order for every request. The first tokens of the chat
+    template, which all requests share, are not counted here.
     """
 
     tokens: Tokens
     groups: Count = 1
     documents: Count = 1
     shuffled: bool = False
+    favourite: Annotated[
+        float | None, Field(ge=0, le=1, exclude_if=lambda favourite: favourite is None)
+    ] = None
+
+    @model_validator(mode="after")
+    def _has_others(self) -> Self:
+        if self.favourite is not None and self.groups == 1:
+            raise ValueError("favourite is a share beside that of other groups: groups=2 or more")
+        return self
+
+    def drawn(self, n: int, rng: random.Random) -> list[int]:
+        """Return the group of each of n requests."""
+        if self.favourite is None:
+            return [i % self.groups for i in range(n)]
+        others = self.groups - 1
+        # the same draw on every Python version, as random() is
+        return [
+            0 if rng.random() < self.favourite else 1 + int(rng.random() * others) for _ in range(n)
+        ]
 
 
 class Chat(BaseModel, frozen=True, extra="forbid"):
@@ -259,6 +279,8 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
             )
         if self.primed and self.prefix is None:
             raise ValueError(f"{self.name}: without a prefix there is nothing to prime")
+        if self.primed and self.prefix and self.prefix.favourite is not None:
+            raise ValueError(f"{self.name}: only groups that are taken in turn can be primed")
         if not self.trace and any(isinstance(a, OfTrace) for a in self.loads):
             raise ValueError(
                 f"{self.name}: a replay needs a trace: workloads.{self.name}.trace=FILE"
@@ -378,6 +400,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
             ]
             return prompts, writer.alike([("", _text(prompt)) for prompt in prompts])
         leads: list[list[str]] = [[task] if (task := TASKS[self.task]) else []]
+        group_of = [0] * len(asked)
         if self.prefix:
             documents = self.prefix.documents
             tokens = self.prefix.tokens // documents  # of each
@@ -385,9 +408,10 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
                 [writer.lead(tokens, rng) for _ in range(documents)]
                 for _ in range(min(len(asked), self.prefix.groups))
             ]
+            group_of = [group % len(leads) for group in self.prefix.drawn(len(asked), rng)]
         prompts, texts = [], []
         for i, own in enumerate(asked):
-            pieces = leads[i % len(leads)]
+            pieces = leads[group_of[i]]
             if self.prefix and self.prefix.shuffled:
                 pieces = sorted(pieces, key=lambda _: rng.random())
             lead = " ".join(pieces)
@@ -399,7 +423,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
             # prefixes, too, begin alike by chance, which tells where a cache loses them all
             of_leads = writer.alike([("", " ".join(pieces)) for pieces in leads])
             alike = [
-                None if own is None else max(own, of_leads[i % len(leads)] or 0)
+                None if own is None else max(own, of_leads[group_of[i]] or 0)
                 for i, own in enumerate(alike)
             ]
         return prompts, alike

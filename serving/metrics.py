@@ -67,6 +67,8 @@ COUNTERS = (
 )
 GAUGES = (RUNNING, WAITING, KV_USAGE, CACHE_CONFIG)
 SPECULATION = (SPEC_DRAFTS, SPEC_DRAFTED, SPEC_ACCEPTED, SPEC_ACCEPTED_AT)
+BY_REPLICA = (REQUESTS, PREFIX_QUERIES, PREFIX_HITS)
+"""The counters that are also kept of each replica by itself: `of_replica`."""
 MOST = 1e18  # that an engine can have counted, in any unit; sums and rates of it stay finite
 
 
@@ -75,9 +77,15 @@ def position(index: int) -> str:
     return f"{SPEC_ACCEPTED_AT}:{index}"
 
 
+def of_replica(metric: str, replica: int) -> str:
+    """Name the counter of one replica of several behind a router."""
+    return f"{metric}:{replica}"
+
+
 def is_counter(name: str) -> bool:
     with_a_setting = (*SPECULATION, TURNED_AWAY, KV_LOADED_BYTES)
-    return name in (*COUNTERS, *with_a_setting) or name.startswith(f"{SPEC_ACCEPTED_AT}:")
+    of_each = tuple(f"{metric}:" for metric in (SPEC_ACCEPTED_AT, *BY_REPLICA))
+    return name in (*COUNTERS, *with_a_setting) or name.startswith(of_each)
 
 
 def is_known(name: str) -> bool:
@@ -232,6 +240,12 @@ def across(readings: Sequence[Snapshot]) -> Snapshot:
     ValueError where their histograms have other buckets.
     """
     whole = together(readings)
+    for metric in BY_REPLICA:
+        whole.values.update(
+            (of_replica(metric, replica), each.values[metric])
+            for replica, each in enumerate(readings)
+            if metric in each.values
+        )
     for name, combine in ((RUNNING, sum), (WAITING, sum), (KV_USAGE, max)):
         if values := [each.values[name] for each in readings if name in each.values]:
             whole.values[name] = combine(values)

@@ -36,6 +36,7 @@ QUESTIONS: dict[str, str] = {
     "SA-3": "How are requests of different adapters batched?",
     "SA-4": "What is tenant leakage, and how do I rule it out?",
     "SA-5": "Which signal should scale the service?",
+    "SA-6": "Does it matter which replica gets a request?",
     "CO-1": "Which to quantize: weights alone, activations too, or the KV cache?",
     "CO-2": "What is the outlier problem?",
     "CO-3": "What do AWQ and SmoothQuant each solve?",

@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 
 from serving.engines.base import Engine
+from serving.engines.flags import Flags
+from serving.engines.routed import Routed
+from serving.engines.vllm_flags import VllmFlags
 
 
 def _engine(module: str) -> tuple[str, type[Engine]]:
@@ -27,3 +30,9 @@ ENGINES: dict[str, type[Engine]] = dict(
         _engine("llama_cpp"),
     )
 )
+
+
+def engine_of(name: str, flags: Flags) -> type[Engine]:
+    """Return the engine of a name, or with a router's flags what stands before several of it."""
+    routed = name == DEFAULT_ENGINE and VllmFlags(flags).router
+    return Routed if routed else ENGINES[name]

@@ -84,6 +84,16 @@ class Server(ABC):
         return
 
     @property
+    def engine_urls(self) -> Sequence[str]:
+        """The addresses of the engines that compute: its own, unless it stands before others."""
+        return (self.url,)
+
+    @property
+    def scraped(self) -> Mapping[str, str]:
+        """The addresses whose `/metrics` Prometheus reads, by a label where they are several."""
+        return {"": self.url}
+
+    @property
     def request_fields(self) -> Mapping[str, object]:
         """The fields that it needs otherwise in a request's body; None leaves a field out."""
         return {}
@@ -184,8 +194,7 @@ class Engine(Server):
         self.log = log
         self._log_bytes, self._log_read = -1, dict[str, dict[str, str]]()  # size when last read
         self.flags = flags
-        own = self.server_command(flags)
-        self.argv = [*(command or own), *self.server_argv(model, flags, port)]
+        self.argv = self.whole_argv(command or self.server_command(flags), model, flags, port)
         env = {
             **self.environment(kind, model, beside),
             **self.controls(flags),
@@ -251,6 +260,13 @@ class Engine(Server):
     def server_command(cls, flags: Flags) -> Sequence[str]:
         """Return what starts its server with these flags; the arguments follow."""
         return cls.command
+
+    @classmethod
+    def whole_argv(
+        cls, command: Sequence[str], model: Model, flags: Flags, port: int
+    ) -> Sequence[str]:
+        """Return the command with its arguments."""
+        return [*command, *cls.server_argv(model, flags, port)]
 
     @classmethod
     @abstractmethod
@@ -375,12 +391,12 @@ class Engine(Server):
         return next(iter(exceptions(log)[::-1]), "its log names no exception")
 
     def snapshot(self) -> Snapshot | None:
-        text = metrics_text(self.url)
         try:
-            reading = self.read_metrics(text or "")
+            readings = [self.read_metrics(metrics_text(url) or "") for url in self.engine_urls]
+            if not all(map(self.has_shown, readings)):
+                return None
+            reading = metrics.across(readings) if len(readings) > 1 else readings[0]
         except ValueError:  # not in Prometheus's format
-            return None
-        if not self.has_shown(reading):
             return None
         reading.info.update(self._logged())
         return reading
@@ -402,8 +418,7 @@ class Engine(Server):
             if reason := self.died():
                 raise EngineError(reason)
             with contextlib.suppress(requests.RequestException):
-                url = f"{self.url}{self.ready_path}"
-                if ask("GET", url, within_s=2, most_bytes=MOST_READY_BYTES, headers={}).ok:
+                if all(map(self._is_ready, {*self.engine_urls, self.url})):
                     return
             if (elapsed := self.age_s) >= timeout_s:
                 raise EngineError(
@@ -412,6 +427,11 @@ class Engine(Server):
                 )
             waiting(elapsed)
             time.sleep(0.25)
+
+    def _is_ready(self, base: str) -> bool:
+        """Ask one of its servers whether it serves. Raises requests.RequestException."""
+        url = f"{base}{self.ready_path}"
+        return ask("GET", url, within_s=2, most_bytes=MOST_READY_BYTES, headers={}).ok
 
     @property
     def age_s(self) -> float:

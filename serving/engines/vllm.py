@@ -128,6 +128,10 @@ class Vllm(Engine):
     )
 
     @classmethod
+    def flag_argv(cls, flags: Flags) -> list[str]:
+        return super().flag_argv(VllmFlags(flags).without_router())
+
+    @classmethod
     def server_command(cls, flags: Flags) -> Sequence[str]:
         return SEVERAL_SERVERS if VllmFlags(flags).api_server_count > 1 else cls.command
 
@@ -214,6 +218,8 @@ class Vllm(Engine):
         starts, such as whether a length fits memory.
         """
         cls.require_not_set_by_lab(flag_sets)
+        if any(VllmFlags(f).replicas > 1 and not VllmFlags(f).router for f in flag_sets):
+            raise EngineError("replicas stand behind a router: give a router-policy, too")
         if any(VllmFlags(f).api_server_count > 1 and f.get("enable-lora") for f in flag_sets):
             raise EngineError(
                 "vLLM has one API server where adapters come and go: leave api-server-count out"
@@ -431,7 +437,7 @@ class Vllm(Engine):
         A file is read again only where its size or time of change is another than before.
         """
         try:
-            url = f"{self.url}/v1/models"
+            url = f"{self.engine_urls[0]}/v1/models"
             answer = requests.get(url, headers=guard.headers(), timeout=ADMIN_TIMEOUT_S)
             roots = {card["id"]: str(card["root"]) for card in answer.json()["data"]}
         except (requests.RequestException, KeyError, TypeError, ValueError):
@@ -462,12 +468,13 @@ class Vllm(Engine):
         """Have it forget all cached prefixes. Raises EngineError where it says it did not."""
         if not VllmFlags(self.flags).enable_prefix_caching:
             return  # there is nothing to forget
-        url = f"{self.url}/reset_prefix_cache"
-        answer = requests.post(url, headers=guard.headers(), timeout=ADMIN_TIMEOUT_S)
-        answer.raise_for_status()
-        # versions before 0.31 answer with nothing
-        if answer.content and not answer.json().get("success", True):
-            raise EngineError(f"the engine {self.name} did not reset its prefix cache")
+        for each in self.engine_urls:
+            url = f"{each}/reset_prefix_cache"
+            answer = requests.post(url, headers=guard.headers(), timeout=ADMIN_TIMEOUT_S)
+            answer.raise_for_status()
+            # versions before 0.31 answer with nothing
+            if answer.content and not answer.json().get("success", True):
+                raise EngineError(f"the engine {self.name} did not reset its prefix cache")
 
     def load_adapter(self, name: str, folder: Path) -> None:
         self._adapter("load", {"lora_name": name, "lora_path": str(folder)})

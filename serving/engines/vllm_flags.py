@@ -14,6 +14,7 @@ from serving.engines.flags import (
     Bytes,
     Count,
     Derived,
+    FlagValue,
     Harmless,
     Seed,
     Servers,
@@ -28,6 +29,15 @@ from serving.weights.models import Shape
 
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")
+ROUTER_FLAGS = (
+    "replicas",
+    "router-policy",
+    "router-cache-threshold",
+    "router-balance-abs-threshold",
+    "router-balance-rel-threshold",
+)
+"""The lab's own: how many such engines stand behind a router (`serving/engines/routed.py`), and the
+router's flags by its names, with `router-` before them."""
 LEAST_BLOCK_TOKENS = 16  # counted where no size of a block is given
 
 
@@ -51,6 +61,7 @@ class VllmFlags(TypedFlags):
     max_lora_rank = WholeNumber(16)
     tensor_parallel_size = WholeNumber(1)  # devices that share each layer
     api_server_count = WholeNumber(1)  # processes that answer, in front of all engine cores
+    replicas = WholeNumber(1)  # engines behind a router
 
     def at_once(self, requests: int) -> int:
         """Return how many of so many requests are in a step: all, or as many as its limit says."""
@@ -74,6 +85,16 @@ class VllmFlags(TypedFlags):
     def without_queue_limits(self) -> VllmFlags:
         """Return these flags without those that limit the queue."""
         return VllmFlags({flag: at for flag, at in self.items() if flag not in QUEUE_LIMITS})
+
+    @property
+    def router(self) -> dict[str, FlagValue]:
+        """The router's flags by its own names; empty where requests go to the engine itself."""
+        named = {flag.removeprefix("router-"): self.get(flag) for flag in ROUTER_FLAGS[1:]}
+        return {flag: value for flag, value in named.items() if value is not None}
+
+    def without_router(self) -> VllmFlags:
+        """Return the flags of each engine behind the router."""
+        return VllmFlags({flag: at for flag, at in self.items() if flag not in ROUTER_FLAGS})
 
     @property
     def sliding_window(self) -> int | None:
@@ -165,8 +186,8 @@ class VllmFlags(TypedFlags):
 
     @property
     def copies(self) -> int:
-        """The copies of the model that share the requests: data parallelism."""
-        return self.integer("data-parallel-size", 1)
+        """The copies of the model that share the requests: data parallelism, replicas, or both."""
+        return self.replicas * self.integer("data-parallel-size", 1)
 
     @property
     def uses_ray(self) -> bool:
@@ -215,6 +236,9 @@ class StructuredOutputs(BaseModel, frozen=True, extra="forbid", strict=True):
 
     backend: Word | None = None
     disable_any_whitespace: bool | None = None
+
+
+Policy = Literal["round_robin", "power_of_two", "cache_aware", "random", "consistent_hash"]
 
 
 class VllmHarmless(Harmless, frozen=True):
@@ -285,3 +309,9 @@ class VllmHarmless(Harmless, frozen=True):
     disable_custom_all_reduce: bool = False
     distributed_executor_backend: Literal["mp", "ray", "uni"] = "mp"
     data_parallel_backend: Literal["mp", "ray"] = "mp"
+    # engines behind a router
+    replicas: Servers = 1
+    router_policy: Policy = "round_robin"
+    router_cache_threshold: float = 0
+    router_balance_abs_threshold: Count = 0
+    router_balance_rel_threshold: float = 0

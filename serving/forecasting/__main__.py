@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from serving.forecasting.copying import CopyingPlan, copying
-from serving.forecasting.fleet import ROUTERS, Fleet, Split
+from serving.forecasting.fleet import Fleet, Split
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -155,7 +155,7 @@ def _server(
     if engine.handover:
         prefilling, decoding = replicas
         return Split(prefilling, decoding, engine.handover)
-    return replicas[0] if len(replicas) == 1 else Fleet(replicas, ROUTERS[trial.router]())
+    return replicas[0] if len(replicas) == 1 else Fleet(replicas, trial.routing.router())
 
 
 def _prime(server: VirtualServer, prompts: Iterable[Prompt]) -> None:

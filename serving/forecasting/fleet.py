@@ -62,16 +62,16 @@ class LeastLoaded:
 class PrefixAware:
     """Sends a request where its prompt's beginning was last sent, unless the load is uneven.
 
-    The rule is that of SGLang's cache-aware router: affinity while the load is balanced, the least
-    loaded replica else. Balanced means that no replica has more than `IMBALANCE_REQUESTS` and
-    `IMBALANCE_RATIO` times as many outstanding requests as the least loaded one. It remembers the
-    beginning of each prompt for ever, which is more than a replica's cache does.
+    The rule is that of SGLang's cache-aware router, and of vLLM's: affinity while the load is
+    balanced, the least loaded replica else. Balanced means that no replica has more than so many
+    outstanding requests more than the least loaded one, or than so many times as many. It remembers
+    the beginning of each prompt for ever, which is more than a replica's cache does.
     """
 
     BEGINNING_TOKENS = 64  # prompts that agree in so many are taken to share a document
-    IMBALANCE_REQUESTS, IMBALANCE_RATIO = 32, 1.1
 
-    def __init__(self) -> None:
+    def __init__(self, imbalance_requests: int = 32, imbalance_ratio: float = 1.1) -> None:
+        self.imbalance_requests, self.imbalance_ratio = imbalance_requests, imbalance_ratio
         self.by_load = LeastLoaded()
         self.sent_to: dict[tuple[int, ...], int] = {}
 
@@ -79,7 +79,7 @@ class PrefixAware:
         """Return the replica that has seen this beginning, or the least loaded one."""
         beginning = prompt.token_ids[: self.BEGINNING_TOKENS]
         most, least = max(outstanding), min(outstanding)
-        balanced = most - least <= self.IMBALANCE_REQUESTS or most <= self.IMBALANCE_RATIO * least
+        balanced = most - least <= self.imbalance_requests or most <= self.imbalance_ratio * least
         if not balanced or beginning not in self.sent_to:
             self.sent_to[beginning] = self.by_load.choose(prompt, outstanding)
         return self.sent_to[beginning]
@@ -90,6 +90,20 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "least-loaded": LeastLoaded,
     "prefix-aware": PrefixAware,
 }
+
+
+class Routing(BaseModel, frozen=True, extra="forbid"):
+    """Says by which rule requests go to replicas, and when a prefix-aware one balances them."""
+
+    rule: str = "round-robin"
+    imbalance_requests: int = 32
+    imbalance_ratio: float = 1.1
+
+    def router(self) -> Router:
+        """Make the router; it has seen no request."""
+        if self.rule == "prefix-aware":
+            return PrefixAware(self.imbalance_requests, self.imbalance_ratio)
+        return ROUTERS[self.rule]()
 
 
 class SideBySide:

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from serving.forecasting.copying import Copied
-from serving.forecasting.fleet import Handover
+from serving.forecasting.fleet import Handover, Routing
 from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Play, Prompt, Traffic
@@ -33,7 +33,7 @@ class PlannedTrial(BaseModel, frozen=True, extra="forbid"):
     masking: Masking | None = None  # where the answers have a structure
     primed: int = 0  # so many of the first requests are sent beforehand, one after another
     traffic: Traffic
-    router: str = "round-robin"  # of requests to replicas: `serving/forecasting/fleet.py`
+    routing: Routing = Routing()  # of requests to replicas
     ends_only: bool = False  # an answer keeps its first chunk, and joins all others
 
 

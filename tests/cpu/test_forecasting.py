@@ -26,7 +26,7 @@ from labs.harness.telling.capacity_plans import CapacityPlan, Demand
 from labs.harness.theory import experts_needed
 from loadtests.prompts import tokenizer
 from serving.forecasting.copying import Copied
-from serving.forecasting.fleet import ROUTERS, Handover
+from serving.forecasting.fleet import ROUTERS, Handover, Routing
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -281,7 +281,13 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
 
     def fleet(router: str) -> PlannedEngine:
         return engine(
-            router, "documents", CACHING, EVERY_FIVE, router=router, ends_only=True, replicas=2
+            router,
+            "documents",
+            CACHING,
+            EVERY_FIVE,
+            routing=Routing(rule=router),
+            ends_only=True,
+            replicas=2,
         )
 
     in_pieces = "--max-num-batched-tokens 128"

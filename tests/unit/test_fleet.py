@@ -56,7 +56,7 @@ def test_prompts_of_a_document_stay_together_while_the_load_is_even() -> None:
     again = [router.choose(prompt(i, 1, document=1), [30, 3, 3]) for i in range(2, 6)]
     assert set(again) == {first}
     overloaded = [0, 0, 0]
-    overloaded[first] = 2 * PrefixAware.IMBALANCE_REQUESTS
+    overloaded[first] = 2 * router.imbalance_requests
     moved = router.choose(prompt(7, 1, document=1), overloaded)
     assert moved != first
     assert router.choose(prompt(8, 1, document=1), [0, 0, 0]) == moved  # and stays there

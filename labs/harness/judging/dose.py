@@ -199,7 +199,7 @@ def _shared(trial: Trial, record: RequestRecord, cache: _Cache) -> _Shared:
             return _Shared(0, 0)
         before = _looked_up_tokens(trial, record) - chat.grows_tokens
         # with several users the turn before may still be under way
-        alone = users == 1 and cache.holds(2, longest)
+        alone = users == 1 and cache.holds(2, longest) and trial.point.flags.replicas == 1
         return _Shared(before if alone else 0, before)
     if workload.samples:
         whole_prompt = _looked_up_tokens(trial, record)
@@ -210,6 +210,8 @@ def _shared(trial: Trial, record: RequestRecord, cache: _Cache) -> _Shared:
     prefix = workload.prefix
     if prefix is None:
         return _Shared(0, 0)
+    if prefix.favourite is not None or trial.point.flags.replicas > 1:
+        return _Shared(0, prefix.tokens)  # what is found depends on chance, and on the router
     if prefix.groups > 1 and cache.loses(prefix.groups - 1, longest):
         return _Shared(0, 0)
     stays = cache.holds(prefix.groups + users, longest)

@@ -537,6 +537,16 @@ def prefix_hit_rate(trial: Trial) -> float | None:
     return values.get(metrics.PREFIX_HITS, 0.0) / queries if queries else None
 
 
+def busiest_share(trial: Trial) -> float | None:
+    """Requests that the busiest replica completed / all; a share. None where there is only one.
+
+    It covers the whole trial, as the engines count.
+    """
+    values = trial.engine.values if trial.engine else {}
+    done = [at for name, at in values.items() if name.startswith(f"{metrics.REQUESTS}:")]
+    return max(done) / sum(done) if sum(done) else None
+
+
 def counter_increase(trial: Trial, metric: str) -> float | None:
     """The increase of an engine's counter over the whole trial, warm-up and drain included."""
     return trial.engine.values.get(metric) if trial.engine else None

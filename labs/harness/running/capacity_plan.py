@@ -35,6 +35,7 @@ from serving.engines.vllm import CPU_KV_BYTES, PROCESS_BYTES, Vllm, usable_bytes
 from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting import cards
 from serving.forecasting.datasheet import reason_against_sharing
+from serving.forecasting.fleet import Routing
 from serving.forecasting.plan import ForecastPlan, PlannedEngine, PlannedTrial, SyntheticRequest
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Delays, Traffic
@@ -476,7 +477,7 @@ class _Player:
             repeat=1,
             requests=file,
             ends_only=True,
-            router=router,
+            routing=Routing(rule=router),
             traffic=Traffic(
                 kind="open",
                 schedule_s=load.schedule_s,

@@ -15,7 +15,7 @@ from dashboards.prometheus import Prometheus
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.resolve import Setup
 from labs.harness.spec import Variant
-from serving.engines import ENGINES
+from serving.engines import ENGINES, engine_of
 from serving.engines.base import Engine, Server
 from serving.engines.flags import with_places
 from serving.hardware import machine as machines
@@ -195,10 +195,11 @@ class Engines:
         if setup.endpoint:
             self._serving[variant.name] = setup.endpoint
             return setup.endpoint
-        engine = ENGINES[variant.engine](
+        flags = setup.lab.engine_flags_of(variant)
+        engine = engine_of(variant.engine, flags)(
             variant.name,
             setup.weights.get(variant.name, setup.model),
-            with_places(setup.lab.engine_flags_of(variant), setup.places),
+            with_places(flags, setup.places),
             kind=setup.machine.kind,
             log=self._logs / f"engine-{variant.name}.log",
             command=setup.engine_command,
@@ -225,6 +226,6 @@ class Engines:
         self.start_s += time.monotonic() - began
         serves = f"{engine.title} ({variant.name}) serves at {engine.url}"
         self._progress.message(f"{serves} after {engine.age_s:.0f} s")
-        if engine.shown_metrics():
-            labels = {**self._labels, "variant": variant.name}
-            self._prometheus.scrape("engine", engine.url, labels)
+        for replica, url in engine.scraped.items() if engine.shown_metrics() else ():
+            labels = {**self._labels, "variant": variant.name, "replica": replica}
+            self._prometheus.scrape("engine", url, {k: v for k, v in labels.items() if v})

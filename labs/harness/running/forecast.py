@@ -46,6 +46,7 @@ from labs.harness.running.step_timing import (
 from labs.harness.running.trials import requests_file
 from labs.harness.running.virtual_trials import (
     NO_CAPACITIES,
+    PLAYED_AS,
     PointPlays,
     VirtualTrials,
     write_prompts,
@@ -284,6 +285,8 @@ def reason_against(setup: Setup, variant: Variant) -> str | None:
         return "the engine is not the vLLM of this environment"
     if flags.speculative_config and setup.lab.acceptance is None:
         return "how many drafts are accepted is not known beforehand"
+    if (policy := flags.router.get("policy")) and str(policy) not in PLAYED_AS:
+        return f"the policy {policy} of a router is not played"
     if flags.kv_offloading_bytes:
         return "copying keys and values back from the host's memory was not timed"
     if setup.datasheet:

@@ -27,7 +27,7 @@ from labs.harness.running.progress import ProgressDisplay
 from labs.harness.spec import NO_TEXT, Claim, Forecast, Lab, LabError, NotApplicable, Point
 from loadtests.prompts import Writer
 from loadtests.trace import TraceRow
-from serving.engines import ENGINES
+from serving.engines import ENGINES, engine_of
 from serving.engines.base import EngineError, Unsupported
 from serving.engines.endpoint import Endpoint
 from serving.forecasting.datasheet import reason_against_sharing
@@ -373,7 +373,8 @@ def require_devices(lab: Lab, machine: Machine) -> None:
     """
     for variant in lab.variants:
         try:
-            ENGINES[variant.engine].require_devices(variant.name, lab.flags_of(variant), machine)
+            flags = lab.flags_of(variant)
+            engine_of(variant.engine, flags).require_devices(variant.name, flags, machine)
         except Unsupported as reason:
             raise NotApplicable(str(reason)) from reason
 

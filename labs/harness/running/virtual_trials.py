@@ -32,7 +32,7 @@ from serving.engines.flags import FlagValue, with_places
 from serving.engines.vllm import Vllm, usable_bytes
 from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting import cards
-from serving.forecasting.fleet import Handover
+from serving.forecasting.fleet import Handover, Routing
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -51,7 +51,28 @@ Capacities = Sequence[float | None]
 """The requests/s that are served at the expected, a faster and a slower step; None: unknown."""
 NO_CAPACITIES: Capacities = (None, None, None)
 FIRST = [(1, 1.0)]  # the only play at an end of the band, or at all: the first repeat
-ROUTER = "least-loaded"  # of requests to two engines that both do all
+BY_LOAD = Routing(rule="least-loaded")  # of requests to two engines that both do all
+
+PLAYED_AS = {
+    "round_robin": "round-robin", "power_of_two": "least-loaded", "cache_aware": "prefix-aware",
+}  # fmt: skip
+"""vLLM's router's policy -> the rule that plays it. Of two replicas both are always drawn by its
+power of two, which of more of them are is chance."""
+
+
+def routing_of(flags: VllmFlags) -> Routing | None:
+    """Return the rule by which the engine's router sends requests; None where it has no router.
+
+    Raises KeyError for a policy that is not played.
+    """
+    if not (router := flags.router):
+        return None
+    limits = {
+        "balance-abs-threshold": "imbalance_requests",
+        "balance-rel-threshold": "imbalance_ratio",
+    }
+    given = {field: router[flag] for flag, field in limits.items() if flag in router}
+    return Routing.model_validate({"rule": PLAYED_AS[str(router["policy"])], **given})
 
 
 def write_prompts(requests: Mapping[str, Sequence[Path]], writer: Writer) -> dict[str, list[Path]]:
@@ -163,7 +184,7 @@ class VirtualTrials:
         return [
             ForecastPlan(
                 delays=self._delays.of_servers(replicas),
-                engines=(_behind_a_router(engine, replicas, router, ends_only=True),),
+                engines=(_behind_a_router(engine, replicas, Routing(rule=router), ends_only=True),),
             )
             for engine in engines
         ]
@@ -208,7 +229,7 @@ class VirtualTrials:
         point = pair.point
         engine = self._engine(point, end, FIRST if end else self._repeats(point), NO_CAPACITIES)
         if pair.link_gbit_per_s is None:
-            return _behind_a_router(engine, 2, ROUTER)
+            return _behind_a_router(engine, 2, BY_LOAD)
         delays = self._delays  # an answer comes to whoever sent the prompt, who asks once more
         handover = Handover(
             bytes_per_token=point.shape.kv_bytes_per_token(point.flags.kv_value_bytes),
@@ -242,7 +263,7 @@ class VirtualTrials:
         if setup.elsewhere and setup.machine.kind == "gpu":
             defaults = defaults_on_a_gpu(setup.machine, point.shape, point.engine_flags)
             flags = as_one_gpu({**defaults, **flags})
-        return PlannedEngine(
+        planned = PlannedEngine(
             argv=(
                 *Vllm.model_argv(served_folder(setup, point.variant)),
                 *(("--load-format", "dummy") if setup.model.dummy else ()),
@@ -255,6 +276,8 @@ class VirtualTrials:
                 self._planned(point, repeat, pace, capacities[end]) for repeat, pace in plays
             ),
         )
+        routing = routing_of(point.flags)
+        return _behind_a_router(planned, point.flags.replicas, routing) if routing else planned
 
     def _planned(
         self, point: Point, repeat: int, pace: float, capacity_per_s: float | None
@@ -276,7 +299,7 @@ class VirtualTrials:
 
 
 def _behind_a_router(
-    engine: PlannedEngine, replicas: int, router: str, ends_only: bool = False
+    engine: PlannedEngine, replicas: int, routing: Routing, ends_only: bool = False
 ) -> PlannedEngine:
     """Plan so many of an engine behind a router.
 
@@ -292,7 +315,7 @@ def _behind_a_router(
             "most_prompt_tokens": most_tokens and replicas * most_tokens,
         }
         traffic = trial.traffic.model_copy(update=limits)
-        changes = {"router": router, "ends_only": ends_only, "traffic": traffic}
+        changes = {"routing": routing, "ends_only": ends_only, "traffic": traffic}
         trials.append(trial.model_copy(update=changes))
     return engine.model_copy(update={"replicas": replicas, "trials": tuple(trials)})
 

@@ -1,0 +1,169 @@
+"""Prefix routing: what is asked of it. Its words stand in page.md, its sizes in sizes.toml."""
+
+from __future__ import annotations
+
+from labs.harness import theory
+from labs.harness.ask import counter, falls, forecast, predicts, rises, sends, unchanged, users
+from labs.harness.spec import SLO, Lab, Point, Variant
+from labs.harness.theory import KWON
+from loadtests.workload import Prefix, Workload
+from serving import metrics
+
+AWARE = "cache_aware"
+CHE = "Fagin, Asymptotic miss ratios over independent references, J. Comput. Syst. Sci., 1977"
+
+
+def keeps_together(point: Point) -> bool:
+    """Whether requests that begin alike go to the same replica."""
+    return point.flags.router.get("policy") == AWARE
+
+
+def documents_seen(point: Point) -> float:
+    """Return the documents that a replica is asked about: its share of them, or all."""
+    prefix, replicas = point.workload.prefix, point.flags.replicas
+    if not prefix:
+        return 0
+    return prefix.groups / replicas if keeps_together(point) else prefix.groups
+
+
+def documents_held(point: Point) -> float:
+    """Return the documents whose blocks a replica's cache holds beside its running requests."""
+    flags, prefix = point.flags, point.workload.prefix
+    if not prefix:
+        return 0
+    blocks = point.kv_room_tokens // flags.block_size
+    of_prompt = -(-(point.prompt_tokens + point.output_tokens) // flags.block_size)
+    of_document = prefix.tokens // flags.block_size
+    running = point.load.users / flags.replicas * of_prompt
+    return max(0.0, (blocks - running) / of_document)
+
+
+def found_share(point: Point) -> float:
+    """Return the share of a prompt's tokens that are found again, once the cache is warm.
+
+    Of documents that are drawn evenly, a cache that forgets the least recently used one finds any
+    with the chance held / seen.
+    """
+    prefix, block = point.workload.prefix, point.flags.block_size
+    if not prefix:
+        return 0
+    chance = min(1.0, documents_held(point) / documents_seen(point))
+    return chance * (prefix.tokens // block * block) / point.prompt_tokens
+
+
+@predicts(
+    "held / seen of the one / held / seen of the other, each at most 1",
+    "documents are drawn evenly, and the least recently used one is forgotten",
+    "the first request of each document is one of many",
+    source=f"LRU: {CHE}; blocks: {KWON}",
+)
+def hits_ratio(aware: Point, blind: Point) -> float:
+    return found_share(aware) / found_share(blind)
+
+
+@predicts(
+    "t_prefill(tokens left) of the one / of the other",
+    "prefill runs at one rate, and no request waits for another",
+    source=KWON,
+)
+def ttft_ratio(one: Point, other: Point) -> float:
+    def first_s(point: Point) -> float:
+        return theory.first_token_of(point, found_share(point) * point.prompt_tokens)
+
+    return first_s(one) / first_s(other)
+
+
+def busiest(point: Point) -> float:
+    """Return the share of the requests at the busiest replica."""
+    prefix, even = point.workload.prefix, 1 / point.flags.replicas
+    limited = "balance-abs-threshold" in point.flags.router
+    if not keeps_together(point) or limited or not prefix or prefix.favourite is None:
+        return even
+    others = (prefix.groups - 1) // point.flags.replicas  # that share a replica with the favourite
+    return prefix.favourite + others * (1 - prefix.favourite) / (prefix.groups - 1)
+
+
+@predicts(
+    "(favourite + its neighbours' share) / (1 / replicas)",
+    "documents are shared out evenly among replicas",
+    "under a limit on the imbalance, as without affinity, each replica gets as many",
+)
+def busiest_ratio(one: Point, other: Point) -> float:
+    return busiest(one) / busiest(other)
+
+
+@predicts("1", "a router reads the head and the text of a request, which takes no time")
+def no_cost(through: Point, past: Point) -> float:
+    return 1.0
+
+
+@predicts("chance held / seen, as a share of a prompt's tokens", source=f"{CHE}; {KWON}")
+def hit_rate(point: Point) -> float:
+    return found_share(point)
+
+
+def routed(name: str, policy: str, replicas: int = 2, **more: int | float) -> Variant:
+    """Put so many replicas behind a router with this policy."""
+    limits = {f"router-{flag.replace('_', '-')}": value for flag, value in more.items()}
+    several = {"replicas": replicas} if replicas > 1 else {}
+    return Variant(name=name, flags={**several, "router-policy": policy, **limits})
+
+
+def asks(name: str, favourite: float, *only: str, documents: int = 12) -> Workload:
+    """Ask about documents that are drawn: one is the favourite, the others are drawn evenly."""
+    prefix = Prefix(tokens=224, groups=documents, favourite=favourite)
+    return sends(name, 256, 4, FOUR, prefix=prefix, only=only)
+
+
+(ONE, FOUR) = users(1, 4)
+TWO = ("round-robin", "power-of-two", "cache-aware")
+HITS, BUSIEST, TTFT = "prefix_hit_rate", "busiest_share", "ttft_mean_s"
+
+LAB = Lab(
+    name="prefix-routing",
+    answers=("SA-6",),
+    variants=(
+        Variant(name="direct"),
+        routed("passed-on", "round_robin", replicas=1),
+        routed("round-robin", "round_robin"),
+        routed("power-of-two", "power_of_two"),
+        routed("cache-aware", AWARE),
+        routed("balanced", AWARE, balance_abs_threshold=1),
+    ),
+    flags={
+        "max-model-len": 512,
+        "max-num-seqs": 8,
+        "enforce-eager": True,
+        "block-size": 32,
+        "enable-prefix-caching": True,
+        "kv-cache-memory-bytes": 48 * 2**20,
+    },
+    workloads=(
+        asks("documents", 1 / 12, *TWO),
+        asks("favourite", 0.7, "round-robin", "cache-aware", "balanced"),
+        sends("unlike", 256, 4, FOUR, only=("round-robin", "cache-aware")),
+        sends("alone", 256, 4, ONE, only=("direct", "passed-on")),
+    ),
+    claims=(
+        rises("hits", HITS, "cache-aware / round-robin", "documents", FOUR, by=hits_ratio),
+        falls("ttft", TTFT, "cache-aware / round-robin", "documents", FOUR, by=ttft_ratio),
+        unchanged("by-load", HITS, "power-of-two / round-robin", "documents", FOUR, by=hits_ratio,
+                  margin=0.2),
+        rises("hot", BUSIEST, "cache-aware / round-robin", "favourite", FOUR, by=busiest_ratio),
+        falls("limited", BUSIEST, "balanced / cache-aware", "favourite", FOUR, by=busiest_ratio),
+        unchanged("unlike", TTFT, "cache-aware / round-robin", "unlike", FOUR, by=ttft_ratio,
+                  margin=0.1),
+        unchanged("router", TTFT, "passed-on / direct", "alone", ONE, by=no_cost),
+    ),
+    forecasts=(forecast("hit-rate", HITS, hit_rate, workload="documents"),),
+    evidence=(
+        counter(metrics.PREFIX_HITS, "rises", workload="documents"),
+        counter(metrics.PREEMPTIONS, "stays"),
+    ),
+    findings=("replicas", "more-replicas"),
+    slo=SLO(ttft_s=1, tpot_s=0.2),
+    requests=400,
+    warmup_s=4,  # until each replica has seen the documents
+    window_s=5,
+    repeats=3,
+)  # fmt: skip

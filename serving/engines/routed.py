@@ -1,0 +1,109 @@
+"""Replicas of vLLM behind a router, which the labs take for one engine.
+
+The router is vLLM's own, a Rust program from PyPI: <https://github.com/vllm-project/router>. What
+is asked of the engine itself, such as its metrics or to forget its prefixes, is asked of each
+replica; a request goes to the router, with the head that the load generator gives it. Observed
+with vllm-router 0.1.17.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from serving.engines.base import EngineError, Unsupported
+from serving.engines.flags import Flags
+from serving.engines.vllm import Vllm
+from serving.engines.vllm_flags import VllmFlags
+from serving.hardware.machine import Machine
+from serving.places import how_to_install
+from serving.processes.ports import LOOPBACK, free_port
+from serving.weights.models import Model
+
+PACKAGE = "vllm_router"
+PLAIN: Flags = {
+    "disable-retries": True,  # what fails counts once
+    "disable-circuit-breaker": True,
+    "max-concurrent-requests": 100_000,  # no limit of its own
+    "request-timeout-secs": 86_400,
+    "worker-startup-timeout-secs": 3_600,
+    "worker-startup-check-interval": 1,
+    "log-level": "warning",
+}
+"""Flags under which the router passes on each request once, at once, whatever became of others."""
+
+
+class Routed(Vllm):
+    """A router, and the replicas of vLLM that it sends requests to."""
+
+    title = "vLLM behind a router"
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        plan = json.loads(self.argv[-1])
+        self._replicas, self._router_metrics = plan["urls"], plan["metrics"]
+
+    @classmethod
+    def whole_argv(
+        cls, command: Sequence[str], model: Model, flags: Flags, port: int
+    ) -> Sequence[str]:
+        vllm_flags, metrics_port = VllmFlags(flags), free_port()
+        ports = [free_port() for _ in range(vllm_flags.replicas)]
+        urls = [f"http://{LOOPBACK}:{each}" for each in ports]
+        own = {
+            **PLAIN,
+            **vllm_flags.router,
+            "worker-urls": urls,
+            "host": LOOPBACK,
+            "port": port,
+            "prometheus-host": LOOPBACK,
+            "prometheus-port": metrics_port,
+        }
+        plan = {
+            "replicas": [[*command, *cls.server_argv(model, flags, each)] for each in ports],
+            "router": [sys.executable, "-m", f"{PACKAGE}.launch_router", *router_argv(own)],
+            "urls": urls,
+            "metrics": f"http://{LOOPBACK}:{metrics_port}",
+        }
+        return [sys.executable, "-m", "serving.inside.replicas", json.dumps(plan)]
+
+    @property
+    def engine_urls(self) -> Sequence[str]:
+        return self._replicas
+
+    @property
+    def scraped(self) -> Mapping[str, str]:
+        replicas = {str(i): url for i, url in enumerate(self._replicas)}
+        return {**replicas, "router": self._router_metrics}
+
+    @classmethod
+    def require_devices(cls, variant: str, flags: Flags, machine: Machine) -> None:
+        """Check for the router, and on a CPU for a core for each replica. Raises EngineError."""
+        vllm_flags = VllmFlags(flags)
+        if not importlib.util.find_spec(PACKAGE):
+            raise Unsupported(
+                f"{variant} needs vllm-router, which is not installed here:"
+                f" {how_to_install('cuda' if machine.kind == 'gpu' else 'cpu')}"
+            )
+        if machine.kind == "cpu" and vllm_flags.copies > machine.count:
+            raise EngineError(
+                f"{variant} has {vllm_flags.copies} copies of the model, and this machine"
+                f" {machine.count} cores: give as many replicas as cores, or fewer"
+            )
+        super().require_devices(variant, vllm_flags.without_router(), machine)
+
+
+def router_argv(flags: Flags) -> list[str]:
+    """Turn the router's flags into arguments; it has no `--no-` form.
+
+    {"policy": "random", "disable-retries": True} -> ["--policy", "random", "--disable-retries"]
+    """
+    argv: list[str] = []
+    for name, value in flags.items():
+        if value is not False:
+            values = value if isinstance(value, list) else [] if value is True else [str(value)]
+            argv += [f"--{name}", *values]
+    return argv
