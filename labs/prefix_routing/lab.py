@@ -124,7 +124,7 @@ LAB = Lab(
     answers=("SA-6",),
     variants=(
         Variant(name="direct"),
-        routed("passed-on", "round_robin", replicas=1),
+        routed("passed-on", AWARE, replicas=1),
         routed("round-robin", "round_robin"),
         routed("power-of-two", "power_of_two"),
         routed("cache-aware", AWARE),

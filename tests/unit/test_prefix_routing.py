@@ -94,7 +94,9 @@ def test_a_router_stands_before_vllm_where_a_policy_is_given() -> None:
 
 def test_the_routers_rule_is_played_with_its_limits() -> None:
     limited = VllmFlags({"router-policy": "cache_aware", "router-balance-abs-threshold": 1})
-    assert routing_of(limited) == Routing(rule="prefix-aware", imbalance_requests=1)
+    assert routing_of(limited) == Routing(
+        rule="prefix-aware", imbalance_requests=1, imbalance_ratio=1.5
+    )
     assert routing_of(VllmFlags({"block-size": 32})) is None
     with pytest.raises(KeyError):
         routing_of(VllmFlags({"router-policy": "consistent_hash"}))

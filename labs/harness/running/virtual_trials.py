@@ -63,16 +63,17 @@ power of two, which of more of them are is chance."""
 def routing_of(flags: VllmFlags) -> Routing | None:
     """Return the rule by which the engine's router sends requests; None where it has no router.
 
+    Its limits are by default those of vllm-router 0.1.17.
+
     Raises KeyError for a policy that is not played.
     """
     if not (router := flags.router):
         return None
-    limits = {
-        "balance-abs-threshold": "imbalance_requests",
-        "balance-rel-threshold": "imbalance_ratio",
-    }
-    given = {field: router[flag] for flag, field in limits.items() if flag in router}
-    return Routing.model_validate({"rule": PLAYED_AS[str(router["policy"])], **given})
+    return Routing(
+        rule=PLAYED_AS[str(router["policy"])],
+        imbalance_requests=int(str(router.get("balance-abs-threshold", 64))),
+        imbalance_ratio=float(str(router.get("balance-rel-threshold", 1.5))),
+    )
 
 
 def write_prompts(requests: Mapping[str, Sequence[Path]], writer: Writer) -> dict[str, list[Path]]:
