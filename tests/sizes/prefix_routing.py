@@ -1,6 +1,8 @@
 from tests.sizes import Sizes
 
 SIZES = Sizes(
-    fake='variants=["round-robin","cache-aware"] workloads=["documents"]',
-    cpu='variants=["round-robin","cache-aware"] workloads=["documents"]',
+    # the record of requests and starts is one engine's: the router has one replica
+    fake='variants=["direct","passed-on"] workloads=["alone"]',
+    cpu='variants=["round-robin","cache-aware"] workloads=["documents"]'
+    " workloads.documents.prefix.groups=4",
 )
