@@ -513,6 +513,7 @@ class Spent:
     over_vote: Quantity  # of as many, in points
     tokens: float  # of output, mean over tasks
     seconds: Quantity  # of the engine, likewise
+    over_end: Quantity = Quantity.missing("it is no search")  # over a check of as many ends, points
 
 
 @dataclass(frozen=True)
@@ -674,16 +675,20 @@ def spent(asked: Sequence[Probe], tasks: Sequence[Summed], method: Method, n: in
                 return [*task["revisions"][:n]]
 
     solved = [t.solved(method, n) for t in tasks]
-    over_vote = gain_over_tasks([t.solved("vote", n) for t in tasks], solved)
+    over_vote, over_end = (
+        in_points(gain_over_tasks([t.solved(other, n) for t in tasks], solved))
+        for other in ("vote", "end")
+    )
     return Spent(
         method=method,
         samples=n,
         solved=Quantity.of(over_tasks(solved), "share"),
         over_vote=Quantity.missing("it is the vote")
         if method in ("one", "vote")
-        else in_points(over_vote),
+        else over_vote,
         tokens=fmean(sum(r["tokens"] for r in requests(task)) for task in asked),
         seconds=Quantity(fmean(sum(r["took_s"] for r in requests(task)) for task in asked), "s"),
+        over_end=over_end if method == "step" else Quantity.missing("it is no search"),
     )
 
 
