@@ -503,6 +503,9 @@ class Summed:
                 return vote_at(n, self.revised[:n], self.expected)
 
 
+NO_SEARCH = Quantity.missing("it is no search")
+
+
 @dataclass(frozen=True)
 class Spent:
     """What a method makes of the tokens of so many whole solutions."""
@@ -513,7 +516,7 @@ class Spent:
     over_vote: Quantity  # of as many, in points
     tokens: float  # of output, mean over tasks
     seconds: Quantity  # of the engine, likewise
-    over_end: Quantity = Quantity.missing("it is no search")  # over a check of as many ends, points
+    over_end: Quantity = NO_SEARCH  # over a check of as many ends, in points
 
 
 @dataclass(frozen=True)
@@ -683,12 +686,10 @@ def spent(asked: Sequence[Probe], tasks: Sequence[Summed], method: Method, n: in
         method=method,
         samples=n,
         solved=Quantity.of(over_tasks(solved), "share"),
-        over_vote=Quantity.missing("it is the vote")
-        if method in ("one", "vote")
-        else over_vote,
+        over_vote=Quantity.missing("it is the vote") if method in ("one", "vote") else over_vote,
         tokens=fmean(sum(r["tokens"] for r in requests(task)) for task in asked),
         seconds=Quantity(fmean(sum(r["took_s"] for r in requests(task)) for task in asked), "s"),
-        over_end=over_end if method == "step" else Quantity.missing("it is no search"),
+        over_end=over_end if method == "step" else NO_SEARCH,
     )
 
 

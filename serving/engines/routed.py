@@ -3,7 +3,8 @@
 The router is vLLM's own, a Rust program from PyPI: <https://github.com/vllm-project/router>. What
 is asked of the engine itself, such as its metrics or to forget its prefixes, is asked of each
 replica; a request goes to the router, with the head that the load generator gives it. Observed
-with vllm-router 0.1.17.
+with vllm-router 0.1.13, which compares prompts as texts. 0.1.17 has a replica tokenize each prompt,
+which vLLM refuses without `--enable-scale-out`; it then sends the prompt anywhere.
 """
 
 from __future__ import annotations

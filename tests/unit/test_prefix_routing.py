@@ -25,7 +25,7 @@ from serving.inside.replicas import environment_of
 from serving.metrics import Snapshot, across
 from tests.unit.builders import CEILINGS, SHAPE, make_trial
 
-BLOCKS = {"flags.kv-cache-memory-bytes": 65 * 32 * int(SHAPE.kv_bytes_per_token())}
+BLOCKS = {"flags.kv-cache-memory-bytes": 44 * 32 * int(SHAPE.kv_bytes_per_token())}
 LAB = LABS["prefix-routing"].at("cpu", False, BLOCKS)
 POINTS = {p.key: p for p in LAB.points(SHAPE, CEILINGS)}
 
@@ -36,18 +36,18 @@ def point(variant: str, workload: str = "documents") -> Point:
 
 def test_caches_add_up_only_where_requests_are_kept_together() -> None:
     aware, blind = point("cache-aware"), point("round-robin")
-    assert (lab.documents_seen(aware), lab.documents_seen(blind)) == (6, 12)
-    # 65 blocks, without two running requests of 9; a document has 7
-    assert lab.documents_held(blind) == pytest.approx(47 / 7)
-    assert lab.found_share(blind) == pytest.approx(47 / 7 / 12 * 224 / 256)
-    assert lab.found_share(aware) == pytest.approx(224 / 256)
+    assert (lab.documents_seen(aware), lab.documents_seen(blind)) == (4, 8)
+    # 44 blocks, without two running requests of 9; a document has 7
+    assert lab.documents_held(blind) == pytest.approx(26 / 7)
+    assert lab.found_share(blind) == pytest.approx(26 / 7 / 8 * 224 / 256)
+    assert lab.found_share(aware) == pytest.approx(26 / 7 / 4 * 224 / 256)
     assert lab.hits_ratio(point("power-of-two"), blind).value == 1
 
 
 def test_the_favourites_replica_is_the_busiest_unless_the_imbalance_is_limited() -> None:
     assert lab.busiest(point("round-robin", "favourite")) == 0.5
-    # the favourite's 0.7, and 5 of the 11 others
-    assert lab.busiest(point("cache-aware", "favourite")) == pytest.approx(0.7 + 5 * 0.3 / 11)
+    # the favourite's 0.7, and 3 of the 7 others
+    assert lab.busiest(point("cache-aware", "favourite")) == pytest.approx(0.7 + 3 * 0.3 / 7)
     assert lab.busiest(point("balanced", "favourite")) == 0.5
 
 

@@ -63,7 +63,7 @@ power of two, which of more of them are is chance."""
 def routing_of(flags: VllmFlags) -> Routing | None:
     """Return the rule by which the engine's router sends requests; None where it has no router.
 
-    Its limits are by default those of vllm-router 0.1.17.
+    Its limits are by default those of vllm-router 0.1.13.
 
     Raises KeyError for a policy that is not played.
     """
