@@ -1,10 +1,10 @@
 """Replicas of vLLM behind a router, which the labs take for one engine.
 
-The router is vLLM's own, a Rust program from PyPI: <https://github.com/vllm-project/router>. What
-is asked of the engine itself, such as its metrics or to forget its prefixes, is asked of each
-replica; a request goes to the router, with the head that the load generator gives it. Observed
-with vllm-router 0.1.13, which compares prompts as texts. 0.1.17 has a replica tokenize each prompt,
-which vLLM refuses without `--enable-scale-out`; it then sends the prompt anywhere.
+The router is SGLang's, a Rust program from PyPI: <https://github.com/sgl-project/sglang>. What is
+asked of the engine itself, such as its metrics or to forget its prefixes, is asked of each replica;
+a request goes to the router, with the head that the load generator gives it. Observed with
+sglang-router 0.3.2. vLLM's own, vllm-router 0.1.13 to 0.1.17, compares no texts of chats: 0.1.17
+has a replica tokenize each, which vLLM 0.32 refuses without `--enable-scale-out`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serving.engines.base import EngineError, Unsupported
+from serving.engines.base import MOST_READY_BYTES, EngineError, Unsupported
 from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.engines.vllm_flags import VllmFlags
 from serving.hardware.machine import Machine
 from serving.places import how_to_install
+from serving.processes.answers import ask
 from serving.processes.ports import LOOPBACK, free_port
 from serving.weights.models import Model
 
-PACKAGE = "vllm_router"
+PACKAGE = "sglang_router"
 PLAIN: Flags = {
     "disable-retries": True,  # what fails counts once
     "disable-circuit-breaker": True,
-    "max-concurrent-requests": 100_000,  # no limit of its own
     "request-timeout-secs": 86_400,
     "worker-startup-timeout-secs": 3_600,
+    "health-check-interval-secs": 3_600,  # each replica is watched as the engines are
     "worker-startup-check-interval": 1,
-    "log-level": "warning",
+    "log-level": "error",
 }
 """Flags under which the router passes on each request once, at once, whatever became of others."""
 
@@ -75,6 +76,11 @@ class Routed(Vllm):
     def engine_urls(self) -> Sequence[str]:
         return self._replicas
 
+    def _is_ready(self, base: str) -> bool:
+        """Ask a replica for its health, and the router whether it knows that of all."""
+        url = f"{base}/readiness" if base == self.url else f"{base}{self.ready_path}"
+        return ask("GET", url, within_s=2, most_bytes=MOST_READY_BYTES, headers={}).ok
+
     @property
     def scraped(self) -> Mapping[str, str]:
         replicas = {str(i): url for i, url in enumerate(self._replicas)}
@@ -86,7 +92,7 @@ class Routed(Vllm):
         vllm_flags = VllmFlags(flags)
         if not importlib.util.find_spec(PACKAGE):
             raise Unsupported(
-                f"{variant} needs vllm-router, which is not installed here:"
+                f"{variant} needs sglang-router, which is not installed here:"
                 f" {how_to_install('cuda' if machine.kind == 'gpu' else 'cpu')}"
             )
         if machine.kind == "cpu" and vllm_flags.copies > machine.count:

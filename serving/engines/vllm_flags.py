@@ -238,7 +238,7 @@ class StructuredOutputs(BaseModel, frozen=True, extra="forbid", strict=True):
     disable_any_whitespace: bool | None = None
 
 
-Policy = Literal["round_robin", "power_of_two", "cache_aware", "random", "consistent_hash"]
+Policy = Literal["round_robin", "power_of_two", "cache_aware", "random"]
 
 
 class VllmHarmless(Harmless, frozen=True):

@@ -99,7 +99,7 @@ def test_the_routers_rule_is_played_with_its_limits() -> None:
     )
     assert routing_of(VllmFlags({"block-size": 32})) is None
     with pytest.raises(KeyError):
-        routing_of(VllmFlags({"router-policy": "consistent_hash"}))
+        routing_of(VllmFlags({"router-policy": "random"}))
 
 
 def test_replicas_have_cores_and_gpus_of_their_own_or_share_the_only_gpu() -> None:

@@ -56,14 +56,14 @@ BY_LOAD = Routing(rule="least-loaded")  # of requests to two engines that both d
 PLAYED_AS = {
     "round_robin": "round-robin", "power_of_two": "least-loaded", "cache_aware": "prefix-aware",
 }  # fmt: skip
-"""vLLM's router's policy -> the rule that plays it. Of two replicas both are always drawn by its
+"""The router's policy -> the rule that plays it. Of two replicas both are always drawn by its
 power of two, which of more of them are is chance."""
 
 
 def routing_of(flags: VllmFlags) -> Routing | None:
     """Return the rule by which the engine's router sends requests; None where it has no router.
 
-    Its limits are by default those of vllm-router 0.1.13.
+    Its limits are by default those of sglang-router 0.3.2.
 
     Raises KeyError for a policy that is not played.
     """
