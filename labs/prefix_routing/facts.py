@@ -8,7 +8,7 @@ from statistics import fmean
 from labs.harness.facts.context import JudgedRun
 from labs.harness.judging.quantity import Quantity
 from labs.harness.spec import Point
-from labs.prefix_routing.lab import documents_held
+from labs.prefix_routing.lab import documents_held, keeps_together
 from serving import metrics
 
 REPLICAS = (2, 4, 8, 16, 32, 64)
@@ -46,7 +46,8 @@ class Facts:
 
 def facts(run: JudgedRun) -> Facts:
     several = [p for p in run.points if p.flags.replicas > 1]
-    asked = next((p for p in several if p.workload.name == "documents"), None)
+    on_documents = (p for p in several if p.workload.name == "documents" and not keeps_together(p))
+    asked = next(on_documents, None)
     prefix = asked.workload.prefix if asked else None
     return Facts(
         routed=tuple(found for p in several if (found := routed(run, p))),
