@@ -40,6 +40,7 @@ KV_LOADED_BYTES = "vllm:kv_offload_load_bytes_total"  # from the host's memory, 
 TURNED_AWAY = "vllm:admission_rejections_total"  # by a limit on what waits; of vLLM 0.32, not 0.26
 LORA = "vllm:lora_requests_info"
 ENGINE_CONFIG = "engine_config"  # not a metric: the settings that the engine logs
+ROUTER = "router"  # nor is this: the policy and limits that a router logs, and its replicas
 EVEN_ROUTING = (
     "lab_even"  # its `routing` where `serving.inside.random_weights.EvenRouting` routes tokens
 )
@@ -95,6 +96,7 @@ def is_known(name: str) -> bool:
         LORA,
         ENGINE_CONFIG,
         ENGINE_ARGUMENTS,
+        ROUTER,
         ZEROS,
         SERVED,
     )

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-import numpy as np
-
 from labs.harness import theory
-from labs.harness.ask import counter, falls, forecast, predicts, rises, sends, unchanged, users
+from labs.harness.ask import (
+    counter,
+    echoes,
+    falls,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    unchanged,
+    users,
+)
 from labs.harness.spec import SLO, Lab, Point, Variant
 from labs.harness.theory import KWON
 from loadtests.workload import Prefix, Workload
@@ -47,9 +55,9 @@ def documents_held(point: Point) -> float:
     of_answer = -(-(point.prompt_tokens + point.output_tokens) // block) - of_document
     running = point.load.users / flags.replicas
     room = point.kv_room_tokens // block - RESERVED_BLOCKS - running * of_answer
-    questions = list(accumulate(seen / (seen - others) for others in range(seen)))
-    needed = [0.0, *(of_document * c + of_question * q for c, q in enumerate(questions, 1))]
-    return float(np.interp(room, needed, range(seen + 1)))
+    more = [of_document + of_question * seen / (seen - held) for held in range(seen)]  # for another
+    held = sum(needed <= room for needed in accumulate(more))
+    return held if held == seen else held + max(0.0, room - sum(more[:held])) / more[held]
 
 
 def found_share(point: Point) -> float:
@@ -130,6 +138,7 @@ def asks(name: str, favourite: float, *only: str, documents: int = 8) -> Workloa
 
 
 (ONE, FOUR) = users(1, 4)
+ROUTED = ("passed-on", "round-robin", "power-of-two", "cache-aware", "balanced")
 TWO = ("round-robin", "power-of-two", "cache-aware")
 HITS, BUSIEST, TTFT = "prefix_hit_rate", "busiest_share", "ttft_mean_s"
 
@@ -170,6 +179,10 @@ LAB = Lab(
     ),
     forecasts=(forecast("hit-rate", HITS, hit_rate, workload="documents"),),
     evidence=(
+        counter(metrics.of_replica(metrics.REQUESTS, 0), "absent", "direct"),
+        *echoes(metrics.ROUTER, "policy", dict.fromkeys(ROUTED, "--router-policy")),
+        *echoes(metrics.ROUTER, "balance_abs_threshold",
+                {"balanced": "--router-balance-abs-threshold"}),
         counter(metrics.PREFIX_HITS, "rises", workload="documents"),
         counter(metrics.PREEMPTIONS, "stays"),
     ),

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from serving import metrics
 from serving.engines.base import MOST_READY_BYTES, EngineError, Unsupported
 from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.engines.vllm_flags import VllmFlags
+from serving.hardware import machine as machines
 from serving.hardware.machine import Machine
 from serving.places import how_to_install
 from serving.processes.answers import ask
@@ -33,7 +37,7 @@ PLAIN: Flags = {
     "worker-startup-timeout-secs": 3_600,
     "health-check-interval-secs": 3_600,  # each replica is watched as the engines are
     "worker-startup-check-interval": 1,
-    "log-level": "error",
+    "log-level": "info",  # it logs its policy
 }
 """Flags under which the router passes on each request once, at once, whatever became of others."""
 
@@ -67,10 +71,15 @@ class Routed(Vllm):
         plan = {
             "replicas": [[*command, *cls.server_argv(model, flags, each)] for each in ports],
             "router": [sys.executable, "-m", f"{PACKAGE}.launch_router", *router_argv(own)],
+            "gpus": here.count if (here := machines.detect()).kind == "gpu" else 0,
             "urls": urls,
             "metrics": f"http://{LOOPBACK}:{metrics_port}",
         }
         return [sys.executable, "-m", "serving.inside.replicas", json.dumps(plan)]
+
+    @classmethod
+    def read_log(cls, log: Path) -> dict[str, dict[str, str]]:
+        return {**super().read_log(log), metrics.ROUTER: policy_of(log.read_text(errors="replace"))}
 
     @property
     def engine_urls(self) -> Sequence[str]:
@@ -101,6 +110,19 @@ class Routed(Vllm):
                 f" {machine.count} cores: give as many replicas as cores, or fewer"
             )
         super().require_devices(variant, vllm_flags.without_router(), machine)
+
+
+def policy_of(text: str) -> dict[str, str]:
+    """Read what a router logs of itself as it starts: its policy, its limits, how many replicas."""
+    found = re.search(r"worker_urls: \[(.*?)\] \} \| policy: (\w+)(?: \{(.*?)\})?", text)
+    if not found:
+        return {}
+    urls, policy, limits = found.groups(default="")
+    return {
+        "replicas": str(urls.count("http")),
+        "policy": re.sub(r"(?<!^)(?=[A-Z])", "_", policy).lower(),
+        **dict(re.findall(r"(\w+): ([\d.]+)", limits)),
+    }
 
 
 def router_argv(flags: Flags) -> list[str]:

@@ -1,6 +1,6 @@
 """Run several engines and the router before them as one program: where one ends, all end.
 
-    python -m serving.inside.replicas '{"replicas": [[argv], ..], "router": [argv]}'
+    python -m serving.inside.replicas '{"replicas": [[argv], ..], "gpus": 0, "router": [argv]}'
 
 Its guard (`serving/processes/process.py`) ends the others. On a CPU each replica gets its share of
 the cores that `VLLM_CPU_OMP_THREADS_BIND` lists, elsewhere its share of the visible GPUs; where
@@ -14,8 +14,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-
-from serving.hardware import machine as machines
 
 CORES, DEVICES = "VLLM_CPU_OMP_THREADS_BIND", "CUDA_VISIBLE_DEVICES"
 
@@ -40,11 +38,10 @@ def environment_of(
 
 def main() -> None:
     """Start all, wait for the first that ends, and say which it was."""
-    plan, here = json.loads(sys.argv[1]), machines.detect()
-    argvs, gpus = plan["replicas"], here.count if here.kind == "gpu" else 0
-    started = {}
+    plan, started = json.loads(sys.argv[1]), {}
+    argvs = plan["replicas"]
     for i, argv in enumerate(argvs):
-        env = environment_of(i, len(argvs), gpus, os.environ)
+        env = environment_of(i, len(argvs), plan["gpus"], os.environ)
         started[subprocess.Popen(argv, env=env).pid] = f"replica {i} of {len(argvs)}"
     started[subprocess.Popen(plan["router"]).pid] = "the router"
     pid, status = os.wait()

@@ -17,7 +17,7 @@ ENDS = [sys.executable, "-c", "raise SystemExit(3)"]
 
 
 def started(log: Path, replicas: list[list[str]], router: list[str]) -> Process:
-    plan = json.dumps({"replicas": replicas, "router": router})
+    plan = json.dumps({"replicas": replicas, "gpus": 0, "router": router})
     return Process("engine", [sys.executable, "-m", "serving.inside.replicas", plan], log=log)
 
 

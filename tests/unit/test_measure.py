@@ -75,6 +75,7 @@ EXPECTED = {
     "intensity": 4.05 * (2000 + 64 * 8) / (2000 + 4.05 * 8 * 32),
     "flops_per_s": 60.4 * (2000 + 64 * 8),
     "prefix_hit_rate": 100 / 400,
+    "busiest_share": None,  # there are no replicas
     "acceptance_rate": 60 / 150,
     "acceptance_length": 1 + 60 / 50,  # and the target's own token
     "preemptions": 3,

@@ -17,7 +17,7 @@ from labs.prefix_routing import facts, lab
 from loadtests.workload import Prefix
 from serving import metrics
 from serving.engines import Routed, engine_of
-from serving.engines.routed import router_argv
+from serving.engines.routed import policy_of, router_argv
 from serving.engines.vllm import Vllm
 from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting.fleet import Routing
@@ -113,3 +113,14 @@ def test_replicas_have_cores_and_gpus_of_their_own_or_share_the_only_gpu() -> No
     assert devices == ["0,2", "1,3"]
     named = {"CUDA_VISIBLE_DEVICES": "5"}
     assert {environment_of(i, 2, 1, named)["CUDA_VISIBLE_DEVICES"] for i in range(2)} == {"5"}
+
+
+def test_a_routers_log_says_its_policy_and_limits() -> None:
+    line = 'Regular { worker_urls: ["http://a:1", "http://a:2"] } | policy: '
+    assert policy_of(f"{line}RoundRobin | max") == {"replicas": "2", "policy": "round_robin"}
+    aware = policy_of(
+        f"{line}CacheAware {{ cache_threshold: 0.3, balance_abs_threshold: 1 }} | max"
+    )
+    assert aware["policy"] == "cache_aware"
+    assert aware["balance_abs_threshold"] == "1"
+    assert policy_of("nothing of a router") == {}

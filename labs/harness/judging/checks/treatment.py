@@ -26,6 +26,9 @@ ECHOED = {  # flag -> the info metric and the label under which the engine says 
     "kv-cache-memory-bytes": (metrics.CACHE_CONFIG, "kv_cache_memory_bytes"),
     "kv-cache-dtype": (metrics.CACHE_CONFIG, "cache_dtype"),
     "enforce-eager": (metrics.ENGINE_CONFIG, "enforce_eager"),
+    "replicas": (metrics.ROUTER, "replicas"),
+    "router-policy": (metrics.ROUTER, "policy"),
+    "router-balance-abs-threshold": (metrics.ROUTER, "balance_abs_threshold"),
 }
 ARGUMENTS = {  # flags that a server's log names, unless they have vLLM's default
     "async-scheduling": None,
