@@ -101,7 +101,7 @@ def test_times_and_what_is_lost_or_paid_are_better_where_lower() -> None:
     times = {name for name in trial_metrics() if METRICS[name].unit == "s"}
     assert {name for name in trial_metrics() if METRICS[name].better == "lower"} == times | {
         "error_rate", "turned_away_rate", "usd_per_million_tokens", "preemptions",
-        "prefill_pieces", "joules_per_token", "server_core_share",
+        "prefill_pieces", "joules_per_token", "server_core_share", "busiest_share",
     }  # fmt: skip
 
 
