@@ -50,7 +50,8 @@ class Routed(Vllm):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         plan = json.loads(self.argv[-1])
-        self._replicas, self._router_metrics = plan["urls"], plan["metrics"]
+        self._replicas: list[str] = plan["urls"]
+        self._router_metrics: str = plan["metrics"]
 
     @classmethod
     def whole_argv(

@@ -16,8 +16,9 @@ from labs.harness.spec import Point
 from labs.prefix_routing import facts, lab
 from loadtests.workload import Prefix
 from serving import metrics
-from serving.engines import Routed, engine_of
-from serving.engines.routed import policy_of, router_argv
+from serving.engines import engine_of
+from serving.engines.flags import Flags
+from serving.engines.routed import Routed, policy_of, router_argv
 from serving.engines.vllm import Vllm
 from serving.engines.vllm_flags import VllmFlags
 from serving.forecasting.fleet import Routing
@@ -86,7 +87,7 @@ def test_each_replica_is_counted_by_itself_and_with_the_others() -> None:
 
 
 def test_a_router_stands_before_vllm_where_a_policy_is_given() -> None:
-    flags = {"replicas": 2, "router-policy": "cache_aware", "block-size": 32}
+    flags: Flags = {"replicas": 2, "router-policy": "cache_aware", "block-size": 32}
     assert engine_of("vllm", flags) is Routed
     assert engine_of("vllm", {"block-size": 32}) is Vllm
     assert Vllm.flag_argv(flags) == ["--block-size", "32"]

@@ -364,7 +364,7 @@ def test_a_split_and_two_of_the_cutting_engine_are_played_after_everything_else(
     assert split.handover.bytes_per_token == SHAPE.kv_bytes_per_token()
     assert split.handover.link_bytes_per_s == 125e6
     assert (shared.handover, shared.replicas) == (None, 2)
-    assert {t.router for e in on_two[-1].engines for t in e.trials} == {"least-loaded"}
+    assert {t.routing.rule for e in on_two[-1].engines for t in e.trials} == {"least-loaded"}
     assert [[len(e.trials) for e in plan.engines] for plan in on_two] == [
         [PLAYS_OF_CHANCE, 1, 1]
     ] * 4
