@@ -33,6 +33,7 @@ class Beside:
     piece_tokens: int
     gap_s: Quantity  # the longest between two tokens of the others
     ttft_s: Quantity  # of the prompt
+    beside: Quantity  # that / its TTFT in the small pieces
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,12 @@ def apart() -> Apart:
         return Quantity(expected, unit, min(ends), max(ends))
 
     moved = PROMPT_TOKENS * shape.kv_bytes_per_token()
-    pieces = [Beside(size, banded(_gap_s, size), banded(_cut_s, size)) for size in PIECES]
+    pieces = [
+        Beside(
+            size, banded(_gap_s, size), banded(_cut_s, size), banded(_of_small, size, unit=RATIO)
+        )
+        for size in PIECES
+    ]
     links = []
     for rate in LINKS_GBIT_PER_S:
         copy_s = theory.kv_copy_s(shape, PROMPT_TOKENS, rate * 1e9 / 8)
@@ -140,6 +146,10 @@ def _gap_s(of: StepTimes, budget_tokens: int) -> float:
 def _cut_s(of: StepTimes, budget_tokens: int) -> float:
     """Return the TTFT of the prompt in pieces."""
     return sum(_in_pieces(of, budget_tokens))
+
+
+def _of_small(of: StepTimes, budget_tokens: int) -> float:
+    return _cut_s(of, budget_tokens) / _cut_s(of, PIECES[0])
 
 
 def _filled_gbit_per_s(of: StepTimes, moved_bytes: float) -> float:

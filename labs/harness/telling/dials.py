@@ -142,9 +142,9 @@ def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dic
     return _turned(lab, runs, [*_one_a_function(in_order), *_one_a_function(lab.forecasts)])
 
 
-def unmeasured(lab: Lab, runs: Sequence[tuple[Run, Summary]]) -> dict[str, Any]:
-    """Predict what a lab's closed forms say that no run measures, in the form of `dials`."""
-    return _turned(lab, runs, parts_of(lab.name).dialled)
+def unmeasured(lab: Lab) -> dict[str, Any]:
+    """Predict on cards what no run measures, by a lab's closed forms, in the form of `dials`."""
+    return _turned(lab, (), parts_of(lab.name).dialled)
 
 
 def _turned(

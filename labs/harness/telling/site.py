@@ -659,7 +659,6 @@ class Course:
     def apart_page(self) -> str:
         """Render the lesson on prefill and decode apart, with the dials of the lab that has any."""
         item = next(item for item in self.lessons if parts_of(item.lab.name).dialled)
-        measured = [(e.run, e.summary) for e in item.entries]
         return course_page(
             "apart.html",
             PLOTLY,
@@ -667,11 +666,7 @@ class Course:
             lesson=item,
             leading=[of for of in self.lessons if not {*APART}.isdisjoint(of.lab.answers)],
             of=apart.apart(),
-            data={
-                "colours": VARIANTS,
-                "predicted": BOUND,
-                "dials": dials.unmeasured(item.lab, measured),
-            },
+            data={"colours": VARIANTS, "predicted": BOUND, "dials": dials.unmeasured(item.lab)},
         )
 
     def lesson_page(self, item: Lesson) -> str:
