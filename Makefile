@@ -41,7 +41,7 @@ with = $(if $(value LABS_$1),$(LABS) $2,$(PYTHON_HERE) $(EXPLAIN) $@ $@ --)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan judge diagnose labs-all derive serve report words site score compare reproduce gate export check-results readme watch stop import stack grafana-push preview doctor bundle unbundle test rehearse check bench locks clean distclean
+.PHONY: help setup labs forecast plan judge diagnose drill labs-all derive serve report words site score compare reproduce gate export check-results readme watch stop import stack grafana-push preview doctor bundle unbundle test rehearse check bench locks clean distclean
 
 # Before anything starts, one sentence refuses a target or a setting that is not there or went, and
 # a setting that no target of this call takes. A make that calls this one may have variables of its own.
@@ -96,6 +96,9 @@ serve: setup ## Start a variant's engine
 
 diagnose: setup ## Say what a running server's metrics point to
 	@$(call with,$(if $(value LABS_PROMETHEUS_URL),PROMETHEUS_URL,ENDPOINT),diagnose)
+
+drill: setup ## Name what is wrong with an engine that runs here
+	@$(LABS) drill
 
 report: setup ## Compute reports again from recorded runs
 	@$(LABS) report

@@ -167,7 +167,7 @@ class Exporter:
             self._scheduled.labels(*labels)
         for name, seconds in plan.slo_s.items():
             self._slo.labels(plan.lab, plan.run_id, name).set(seconds)
-        point = (*labels, plan.workload, plan.arrival.name)
+        point = (*labels, plan.workload, "" if plan.unnamed else plan.arrival.name)
         self._load_point.labels(*point).set(1)
         self._warm_up.labels(*labels).set(1)
         ok, failed, turned_away = (

@@ -60,6 +60,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     variant: str
     run_id: str
     workload: str
+    unnamed: bool = False  # Prometheus is not told which load it is
     keep_text: bool = False
     capacity_per_s: float | None = None  # of which an arrival's rate may be a multiple
     slo_s: dict[str, float] = {}  # ttft, tpot, itl: lines on a dashboard

@@ -10,7 +10,7 @@ from typing import Literal
 from labs.diagnosis.lab import ALONE, INJECTED, REFERENCE, SIGNATURES, Direction, Figure
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.fits import polynomial
-from labs.harness.facts.parts import BlindTrial
+from labs.harness.facts.parts import BlindTrial, Injections
 from labs.harness.judging.diagnosis import (
     BUDGET_CLAIM,
     HITS_LOST,
@@ -30,6 +30,8 @@ from labs.harness.spec import Point
 from serving import metrics
 from serving.forecasting.step import Piece, Step, StepTimes
 from serving.forecasting.traffic import Delays
+
+injections = Injections(INJECTED, REFERENCE, SIGNATURES)
 
 
 def point_of(run: Context, variant: str, workload: str) -> Point | None:

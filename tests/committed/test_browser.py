@@ -352,6 +352,7 @@ FAINT = """(() => {
         "questions.html",
         "machines.html",
         "planner.html",
+        "apart.html",
         "forecasts.html",
         "glossary.html",
         f"lessons/{RUNS[1]}.html",

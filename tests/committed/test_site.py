@@ -406,14 +406,34 @@ def test_every_card_has_a_curve_and_every_setting_is_one_that_set_takes(course: 
     assert {m["card"] for m in item.dials["machines"]} >= set(gpus.short_names())
     measured = [dials.Hardware.of(entry.run) for entry in item.entries]
     scales = {on.name: on.scale for on in (*measured, *dials.cards())}
-    own = {words for of in dialled for words, _, _ in of.parameters.values()}  # no run has these
     for curve in item.dials["curves"]:
-        if item.dials["knobs"][curve["knob"]]["name"] in own:
-            continue
         assert curve["set"]
         changes = parse_changes(curve["set"].replace("{}", str(curve["x"][0])))
         on = item.dials["machines"][curve["machine"]]["name"]
         item.lab.at(scales[on], quick=False, changes=changes)  # raises LabError if it is no setting
+
+
+def test_what_no_run_measures_has_dials_of_its_own_on_a_page_that_lessons_lead_to(
+    course: Course, texts: dict[str, str]
+) -> None:
+    item = next(i for i in course.lessons if i.lab.name == "chunked-prefill")
+    found = json.loads(re.search(r'id="data">(.*?)</script>', texts["apart.html"], re.S)[1])  # type: ignore[index]
+    turned = found["dials"]
+    titles = [of.title for of in dialled]
+    assert [claim["title"] for claim in turned["claims"]] == titles
+    assert not set(titles) & {claim["title"] for claim in item.dials["claims"]}
+    assert {m["card"] for m in turned["machines"]} >= set(gpus.short_names())
+    knobs = {turned["knobs"][curve["knob"]]["name"] for curve in turned["curves"]}
+    own = {words for of in dialled for words, _, _ in of.parameters.values()}
+    assert own | {"tokens of the long prompt", "prompt tokens", "mean output tokens"} <= knobs
+    assert turned["measured"] == []
+    leading = [
+        i for i in course.lessons if "../apart.html" in Seen(texts[i.href]).attributes("href")
+    ]
+    assert {"chunked-prefill", "serving-engines"} <= {i.lab.name for i in leading}
+    back = Seen(texts["apart.html"]).attributes("href")
+    assert {i.href for i in leading} <= set(back)
+    assert "apart.html" in Seen(texts["index.html"]).attributes("href")
 
 
 def test_a_runs_page_leads_to_its_lesson_and_to_the_glossary(

@@ -249,6 +249,7 @@ def make_bundle(
 from labs.harness.commands import (  # noqa: E402, F401 - they add their commands to these
     all_labs,
     diagnosing,
+    drilling,
     monitoring,
     planning,
     recorded_runs,

@@ -57,6 +57,15 @@ class BlindTrial:
 
 
 @dataclass(frozen=True)
+class Injections:
+    """What a lab can make go wrong, each cause at a point of its own: a variant and a workload."""
+
+    causes: Mapping[tuple[str, str], str]  # a point -> what is wrong there
+    reference: tuple[str, str]  # the point at which nothing is
+    foretold: Mapping[str, Mapping[Any, str]]  # a cause -> a figure -> where it goes with it
+
+
+@dataclass(frozen=True)
 class Dialled:
     """A closed form that no run measures, drawn over settings and over parameters of its own."""
 
@@ -73,7 +82,9 @@ class Dialled:
         return partial(self.form, **(usual | chosen))
 
 
-FROM_FACTS = ("facts", "over_time", "watched", "on_two", "blind", "dialled")  # in a `facts.py`
+FROM_FACTS = (  # in a `facts.py`
+    "facts", "over_time", "watched", "on_two", "blind", "injections", "dialled",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,7 @@ class ReportParts:
     on_two: Callable[[Sequence[Point]], Sequence[Pair]] = lambda _: ()
     # the trials whose cause is to be named
     blind: Callable[[Context], Sequence[BlindTrial]] = lambda _: ()
+    injections: Injections | None = None
     dialled: Sequence[Dialled] = ()
     published: PublishedFigures = field(default_factory=dict)
     headline: Headline | None = None

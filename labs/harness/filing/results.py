@@ -102,9 +102,9 @@ class RunFolder:
         self._lasting = LastingRun(path)
 
     @classmethod
-    def create(cls, run: Run) -> RunFolder:
-        """Create the folder of a new run under `RESULTS`, with its manifest."""
-        folder = cls(RESULTS / run.machine.slug / run.lab["name"] / run.run_id)
+    def create(cls, run: Run, results: Path | None = None) -> RunFolder:
+        """Create the folder of a new run, with its manifest; under `RESULTS`, if nowhere else."""
+        folder = cls((results or RESULTS) / run.machine.slug / run.lab["name"] / run.run_id)
         folder.path.mkdir(parents=True)
         write_json(folder.path / "run.json", run)
         return folder

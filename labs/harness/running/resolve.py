@@ -80,6 +80,7 @@ class Setup:
     datasheet: Datasheet | None = None  # of the GPU that is not here
     on_file: MachineOnFile | None = None  # the machine that is not here
     keep_disturbed: bool = False  # a disturbed trial is not measured again
+    blind: bool = False  # who watches is not to see which loads are sent
     clock: Clock = field(default_factory=Clock)
     quick: bool = False
 

@@ -35,7 +35,7 @@ from labs.harness.running.forecast import (
     write_lengths,
 )
 from labs.harness.running.forecaster import ForecastError
-from labs.harness.running.harness import open_harness
+from labs.harness.running.harness import Harness, open_harness
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.resolve import (
     RunRequest,
@@ -96,6 +96,21 @@ def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
         write_json(folder.path / "session.json", session)
         _finish(folder, session, progress, reports=not setup.clock.bounded)
     return folder
+
+
+@contextlib.contextmanager
+def unfiled(request: RunRequest, progress: ProgressDisplay) -> Iterator[Harness]:
+    """Have a lab's instruments ready for trials that nobody forecasts, judges or files.
+
+    They are gone, with all engines, when the block ends. Raises what `run` raises.
+    """
+    with run_lock(), _scratch() as work:
+        setup = replace(resolve(request, progress), keep_disturbed=True, blind=True)
+        folder = RunFolder.create(_manifest(setup, request, sent_sha256([])), work / "trials")
+        write_json(folder.path / "predictions.json", Predictions(effects={}, forecasts={}))
+        variants = [*setup.lab.variants]
+        with open_harness(setup, folder, work, progress, [variants]) as harness:
+            yield harness
 
 
 def _write_and_show_predictions(

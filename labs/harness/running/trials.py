@@ -532,6 +532,7 @@ class Trials:
             variant=point.variant.name,
             run_id=self._folder.path.name,
             workload=point.workload.name,
+            unnamed=self._setup.blind,
             keep_text=point.workload.keep_text,
             capacity_per_s=self._capacity_per_s() if of_capacity else None,
             slo_s=lab.slo.by_name(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from labs.harness.facts.parts import BlindTrial
@@ -90,6 +90,25 @@ def page(
         figures=Table(
             ("Figure", *readings),
             ([name, *(figures[name] for figures in columns)] for name in columns[0]),
+        ),
+    )
+
+
+def asked(name: str, causes: Sequence[str], page_url: str) -> Markdown:
+    """Ask a reader what is wrong in a round of a drill."""
+    return filled("drill_asked.md", round=name, causes=causes, page_url=page_url)
+
+
+def answered(case: Case, answer: str, right: int, rounds: int) -> Markdown:
+    """Say what was wrong, what gives it away, and what the rule would have said."""
+    return filled(
+        "drill_told.md",
+        case=case,
+        answer=answer,
+        right=right,
+        rounds=rounds,
+        figures=Table(
+            ("Figure", "Healthy", "Now"), ([name, *pair] for name, pair in case.figures.items())
         ),
     )
 

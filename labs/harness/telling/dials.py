@@ -138,12 +138,19 @@ def dials(lab: Lab, runs: Sequence[tuple[Run, Summary]], first: str = "") -> dic
 
     Returns {} where no formula answers anywhere.
     """
+    in_order = sorted(lab.claims, key=lambda c: c.name != first)
+    return _turned(lab, runs, [*_one_a_function(in_order), *_one_a_function(lab.forecasts)])
+
+
+def unmeasured(lab: Lab) -> dict[str, Any]:
+    """Predict on cards what no run measures, by a lab's closed forms, in the form of `dials`."""
+    return _turned(lab, (), parts_of(lab.name).dialled)
+
+
+def _turned(
+    lab: Lab, runs: Sequence[tuple[Run, Summary]], claims: Sequence[Asked]
+) -> dict[str, Any]:
     hardware = [*map(Hardware.of, (run for run, _ in runs)), *cards_of(lab)]
-    claims = [
-        *_one_a_function(sorted(lab.claims, key=lambda c: c.name != first)),
-        *_one_a_function(lab.forecasts),
-        *parts_of(lab.name).dialled,
-    ]
     curves = [
         {"claim": c, "machine": m, **curve}
         for alike in _resolved_alike(hardware)

@@ -24,6 +24,7 @@ from plotly.offline import get_plotlyjs
 from dashboards.palette import BOUND, VARIANTS
 from dashboards.prometheus import WATCH_PORT
 from labs import LABS
+from labs.harness.facts import apart
 from labs.harness.facts.context import Context
 from labs.harness.facts.parts import parts_of
 from labs.harness.filing import published_gpu, results
@@ -83,7 +84,7 @@ from serving import whole
 
 RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
 PAGE_SCRIPT, LESSON_SCRIPT, WATCH_SCRIPT = "page.js", "lesson.js", "watch.js"
-PLANNER_SCRIPT, FORECAST_SCRIPT = "planner.js", "forecasts.js"
+PLANNER_SCRIPT, FORECAST_SCRIPT, APART_SCRIPT = "planner.js", "forecasts.js", "apart.js"
 SCRIPTS = {  # a script beside the pages: the files that it is made of
     RUN_SCRIPT: RUN_SCRIPTS,
     PAGE_SCRIPT: ("page.js",),
@@ -92,9 +93,11 @@ SCRIPTS = {  # a script beside the pages: the files that it is made of
         "worksheet.js", "blind.js",
     ),
     WATCH_SCRIPT: ("page.js", "plot.js", "replay.js"),
+    APART_SCRIPT: ("page.js", "plot.js", "copy.js", "dials.js"),
     PLANNER_SCRIPT: ("page.js", "copy.js", "theory.js", "planner.js"),
     FORECAST_SCRIPT: ("page.js", "plot.js", "ratios.js", "forecasts.js"),
 }  # fmt: skip
+APART = ("SA-1", "SO-7")  # questions whose lessons lead to prefill and decode apart
 BY_RUN = "by-run"  # the section of forecasts that each run's own page tells
 DISTANCES = (  # of a measured ratio from what was predicted, up or down: at most, class, in words
     (1.1, "off-10", "within 10%"),
@@ -575,6 +578,7 @@ class Course:
                 parsed=parse,
             ),
             "planner.html": self.planner_page(),
+            "apart.html": self.apart_page(),
             "teach.html": course_page(
                 "teach.html",
                 PAGE_SCRIPT,
@@ -652,6 +656,19 @@ class Course:
         fits = html.fragment([planner.what_fits()], html.embedded(Path()), "What fits which card")
         return course_page("planner.html", PLANNER_SCRIPT, data=data, fits=fits)
 
+    def apart_page(self) -> str:
+        """Render the lesson on prefill and decode apart, with the dials of the lab that has any."""
+        item = next(item for item in self.lessons if parts_of(item.lab.name).dialled)
+        return course_page(
+            "apart.html",
+            PLOTLY,
+            APART_SCRIPT,
+            lesson=item,
+            leading=[of for of in self.lessons if not {*APART}.isdisjoint(of.lab.answers)],
+            of=apart.apart(),
+            data={"colours": VARIANTS, "predicted": BOUND, "dials": dials.unmeasured(item.lab)},
+        )
+
     def lesson_page(self, item: Lesson) -> str:
         """Render a lab's lesson."""
         neighbours = {other.place: other for other in self.lessons}
@@ -665,6 +682,7 @@ class Course:
             before=neighbours.get(item.place - 1),
             after=neighbours.get(item.place + 1),
             paragraphs=paragraphs,
+            leads_apart=not {*APART}.isdisjoint(item.lab.answers),
             answers=self.answers_of(item),
             guesses=GUESSES,
             show=html.inline,

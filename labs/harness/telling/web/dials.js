@@ -1,4 +1,4 @@
-// Of a lesson's page: the lab's own formulas over a setting, and the reader's own run beside them.
+// Of a lesson's page, and that of prefill and decode apart: formulas over a setting, and the reader's own run beside them.
 "use strict";
 
 const MOST_FILE_BYTES = 32 * 2 ** 20;
@@ -181,8 +181,8 @@ function dialled({ claims, machines, knobs, curves, measured, lab, judged }) {
   at("dial-knob").addEventListener("change", places);
   at("dial-machine").addEventListener("change", values);
   at("dial").addEventListener("input", drawDials);
-  at("own-file").addEventListener("change", () => take(at("own-file").files[0]));
-  for (const kind of ["dragover", "drop"]) {
+  at("own-file")?.addEventListener("change", () => take(at("own-file").files[0]));
+  for (const kind of at("own-file") ? ["dragover", "drop"] : []) {
     document.addEventListener(kind, (event) => {
       event.preventDefault();
       if (kind === "drop") take(event.dataTransfer.files[0]);
