@@ -79,7 +79,9 @@ class Script(Trials):
 
     def __init__(self, folder: RunFolder, lags_s: Sequence[float], keep: bool = False) -> None:
         lab, points = folder.run().rebuilt_lab(), folder.run().points()
-        setup: Any = SimpleNamespace(lab=lab, points=points, keep_disturbed=keep, clock=Clock())
+        setup: Any = SimpleNamespace(
+            lab=lab, points=points, keep_disturbed=keep, blind=False, clock=Clock()
+        )
         self.said, self.lags_s, nothing = list[str](), [*lags_s], cast(Any, None)
         self.remaining, self.skipped, self.gap_s = list[float](), list[int](), 0.1
         self.steps = list[ReferenceStep]()  # before and after each attempt; none: not timed
@@ -333,7 +335,7 @@ def test_one_users_trials_on_engines_that_stay_loaded_are_played_together(tmp_pa
     one, two = ([(p, 1) for p in points if p.load == Concurrent(users=users)] for users in (1, 2))
 
     def parts(kind: str = "cpu", engines: int = 2) -> list[list[tuple[Point, int]]]:
-        setup: Any = SimpleNamespace(lab=lab, machine=SimpleNamespace(kind=kind))
+        setup: Any = SimpleNamespace(lab=lab, machine=SimpleNamespace(kind=kind), blind=False)
         return played_together(setup, lab.variants[:engines], trials)
 
     found = parts()

@@ -578,11 +578,12 @@ class Course:
                 parsed=parse,
             ),
             "planner.html": self.planner_page(),
-            "apart.html": self.apart_page(),
+            **({"apart.html": self.apart_page(self.dialled)} if self.dialled else {}),
             "teach.html": course_page(
                 "teach.html",
                 PAGE_SCRIPT,
                 lessons=[(item, item.taught) for item in self.lessons],
+                apart=self.dialled,
                 words=teaching.WORDS_A_MINUTE,
                 question_min=teaching.QUESTION_MIN,
                 show=html.inline,
@@ -656,17 +657,22 @@ class Course:
         fits = html.fragment([planner.what_fits()], html.embedded(Path()), "What fits which card")
         return course_page("planner.html", PLANNER_SCRIPT, data=data, fits=fits)
 
-    def apart_page(self) -> str:
-        """Render the lesson on prefill and decode apart, with the dials of the lab that has any."""
-        item = next(item for item in self.lessons if parts_of(item.lab.name).dialled)
+    @property
+    def dialled(self) -> Lab | None:
+        """The lab that has dials of what no run measures."""
+        return next((lab for lab in LABS.values() if parts_of(lab.name).dialled), None)
+
+    def apart_page(self, lab: Lab) -> str:
+        """Render the lesson on prefill and decode apart, with the dials of that lab."""
+        href = next((item.href for item in self.lessons if item.lab.name == lab.name), "index.html")
         return course_page(
             "apart.html",
             PLOTLY,
             APART_SCRIPT,
-            lesson=item,
+            lesson={"lab": lab, "href": href},
             leading=[of for of in self.lessons if not {*APART}.isdisjoint(of.lab.answers)],
             of=apart.apart(),
-            data={"colours": VARIANTS, "predicted": BOUND, "dials": dials.unmeasured(item.lab)},
+            data={"colours": VARIANTS, "predicted": BOUND, "dials": dials.unmeasured(lab)},
         )
 
     def lesson_page(self, item: Lesson) -> str:
@@ -682,7 +688,7 @@ class Course:
             before=neighbours.get(item.place - 1),
             after=neighbours.get(item.place + 1),
             paragraphs=paragraphs,
-            leads_apart=not {*APART}.isdisjoint(item.lab.answers),
+            leads_apart=self.dialled and not {*APART}.isdisjoint(item.lab.answers),
             answers=self.answers_of(item),
             guesses=GUESSES,
             show=html.inline,
