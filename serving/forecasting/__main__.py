@@ -16,9 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Annotated
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from serving.forecasting.copying import CopyingPlan, copying
 from serving.forecasting.fleet import Fleet, Split
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
 Plan = ForecastPlan | TimingPlans | CopyingPlan
 PLANS: TypeAdapter[Plan] = TypeAdapter(Plan)
-REQUESTS: TypeAdapter[Prompt | SyntheticRequest] = TypeAdapter(Prompt | SyntheticRequest)
+# in turn: to choose the better of two that fit, both would be read, with all of a prompt's tokens
+REQUESTS: TypeAdapter[Prompt | SyntheticRequest] = TypeAdapter(
+    Annotated[Prompt | SyntheticRequest, Field(union_mode="left_to_right")]
+)
 
 
 def main() -> None:

@@ -75,10 +75,12 @@ class AttentionTimes(BaseModel, frozen=True, extra="forbid"):
 
         A few tokens, as where guesses are verified, read as much of the cache as one does.
         """
-        contexts = [piece.context_tokens + 1 for piece in pieces if piece.tokens <= MOST_VERIFIED]
-        prompts = [piece for piece in pieces if piece.tokens > MOST_VERIFIED]
+        contexts = [context + 1 for tokens, context in pieces if tokens <= MOST_VERIFIED]
         launch_s = self.prefill_s[0]  # one launch serves a step
-        computing_s = sum(self._computing_s(piece) for piece in prompts)
+        computing_s = 0.0
+        if len(contexts) < len(pieces):
+            prompts = (piece for piece in pieces if piece.tokens > MOST_VERIFIED)
+            computing_s = sum(map(self._computing_s, prompts))
         if not contexts:
             return launch_s + computing_s
         return self._decode_s(len(contexts), sum(contexts) / len(contexts)) + computing_s
@@ -167,7 +169,7 @@ class StepTimes(BaseModel, frozen=True, extra="forbid"):
             if self.attention
             else sum(map(self._attention_s, step.pieces))
         )
-        tokens = sum(piece.tokens for piece in step.pieces)
+        tokens = sum([tokens for tokens, _ in step.pieces])
         return (
             _at(tokens, self.tokens, self.linear_s)
             + _at(step.rows, self.rows, self.head_s)

@@ -171,21 +171,23 @@ class VirtualExecutor(Executor):  # type: ignore[misc]
             self.context_tokens[request_id] = computed
         pieces: list[Piece] = []
         sampled: dict[str, list[int]] = {}
-        drafts = scheduled.scheduled_spec_decode_tokens
+        drafts, window = scheduled.scheduled_spec_decode_tokens, self.cache_config.sliding_window
         for request_id, tokens in scheduled.num_scheduled_tokens.items():
             before = self.context_tokens[request_id]
-            pieces.append(Piece(tokens, min(before, self.cache_config.sliding_window or before)))
-            guesses = len(drafts.get(request_id, ()))
+            pieces.append(Piece(tokens, min(before, window) if window else before))
             known = self.prompt_tokens[request_id] + self.written[request_id]
             if before + tokens < known:  # more of what is to be computed comes in a later step
                 sampled[request_id] = []
-            else:
-                sampled[request_id] = [TOKEN] * (1 + self._accepted(request_id, guesses))
-                self.written[request_id] += len(sampled[request_id])
+                continue
+            guesses = len(drafts[request_id]) if request_id in drafts else 0
+            accepted = self._accepted(request_id, guesses) if guesses else 0
+            sampled[request_id] = [TOKEN] * (1 + accepted)
+            self.written[request_id] += 1 + accepted
         self.clock.preemptions += len(scheduled.preempted_req_ids or ())
         sampling = [request_id for request_id, tokens in sampled.items() if tokens]
-        step = Step(pieces, sum(1 + len(drafts.get(request_id, ())) for request_id in sampling))
+        verified = sum(len(drafts.get(request_id, ())) for request_id in sampling) if drafts else 0
         drafting_s = self._drafting_s(Step(pieces, len(sampling)))
+        step = Step(pieces, len(sampling) + verified)
         forward_s = self.clock.step_times.seconds(step) + drafting_s
         takes_s = self.clock.pace * max(forward_s, self._masking_s(len(sampling)))
         self.clock.device_free_s = max(self.clock.now_s, self.clock.device_free_s) + takes_s

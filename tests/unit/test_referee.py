@@ -92,6 +92,22 @@ def test_a_stage_is_drawn_at_its_rate() -> None:
     assert len({request.prompt_id for request in requests}) == 100
 
 
+def test_a_warm_engine_has_had_each_text(tmp_path: Path) -> None:
+    """What is sent beforehand reaches to the last request that is the first with its text."""
+    rows = "".join(f"{i}.0,40,2,{text},0.1,0.2\n" for i, text in enumerate("aabac"))
+    (tmp_path / "mine.csv").write_text(f"{HEADER}\n{rows}")
+    primed = []
+    for warm in ("", "warm = true\n"):
+        (tmp_path / "runs.toml").write_text(DESCRIBED + warm)
+        (found,) = referee.runs_of(tmp_path)
+        (plan, *_) = referee._plans(referee._Case.of(*found), tmp_path / f"{bool(warm)}.jsonl")
+        primed.append(plan.engines[0].trials[0].primed)
+    assert primed == [0, 5]
+    (tmp_path / "mine.csv").write_text(f"{HEADER}\n0.0,40,2,,0.1,0.2\n")
+    with pytest.raises(LabError, match="prompt_id"):
+        referee._Case.of(*referee.runs_of(tmp_path)[0])
+
+
 def judged(run: PublishedRun, measured: float) -> Judged:
     """A run whose every figure is `measured`, where 1 to 1.2 was forecast, 1.1 expected."""
     band = Band(value=1.1, low=1.0, high=1.2)
@@ -121,6 +137,25 @@ def test_scores_count_what_lies_in_its_band() -> None:
     page = published_gpu.page(runs)
     assert "| x | 25% | 25% | 25% |" in page  # 1.65 for 1.32
     assert "| this lab | 16.7% | 16.7% | 16.7% |" in page  # 1.1 for 1.32
+
+
+def test_misses_are_listed_with_their_cause_or_none() -> None:
+    """A figure is one that lies outside of its band, or far off within a wide one."""
+    known = RUN.model_copy(update={"causes": {"ttft_p99_s": "a storm"}})
+    wide = judged(RUN, 1.5)
+    wide = wide.model_copy(
+        update={"forecast": dict.fromkeys(FIGURES, Band(value=1.1, low=0.5, high=2))}
+    )
+    assert not published_gpu.Miss.all_of([judged(known, 1.19)])
+    outside = published_gpu.Miss.all_of([judged(known, 1.21)])
+    assert {miss.figure: miss.cause for miss in outside} == {
+        title: "a storm" if name == "ttft_p99_s" else ""
+        for name, title in published_gpu.TITLES.items()
+    }
+    assert len(published_gpu.Miss.all_of([wide])) == len(FIGURES)
+    page = published_gpu.page([judged(known, 1.21)])
+    assert "| a | TTFT p99 | 1.10x | a storm |" in page
+    assert "| a | TPOT | 1.10x | unknown |" in page
 
 
 def test_a_picture_has_a_row_for_each_model_on_each_card() -> None:

@@ -79,6 +79,7 @@ def reproduce_run(
     request = RunRequest(
         translated.lab, changes=changes_of(set_), translated=translated.recorded, weights=weights,
         resume=resume, engine_command=words, usd_per_hour=usd_per_hour,
+        unsafe_flags=claim is not None,  # the lab's own list may name a draft model
     )  # fmt: skip
     if card:
         shape = claim.shape if claim and not model else model or _shape(translated.model)

@@ -48,8 +48,12 @@ class PublishedRun(BaseModel, frozen=True, extra="forbid"):
     block_tokens: int = Field(default=16, ge=1)
     # requests that its client, or a router, kept open at most; None: no limit
     most_in_flight: Annotated[int | None, Field(ge=1, exclude_if=lambda most: most is None)] = None
+    # an earlier load on the same engine had sent its texts: all are cached from the beginning
+    warm: Annotated[bool, Field(exclude_if=lambda warm: not warm)] = False
     flags: Mapping[str, FlagValue]  # by vLLM's own names
-    remark: str = ""  # what to know of it, such as the cause of a miss
+    remark: str = ""  # what to know of it
+    # figure that is missed -> why, where that is known
+    causes: Annotated[Mapping[str, str], Field(exclude_if=lambda causes: not causes)] = {}
 
 
 class Judged(BaseModel, frozen=True, extra="forbid"):

@@ -156,6 +156,8 @@ class _Case:
         if run.stage:
             return cls(run, described, drawn(run.stage), run.stage.measured, sha256="")
         requests = read_requests(path)
+        if run.warm and not all(request.prompt_id for request in requests):
+            raise LabError(f"{path}: {run.name} is warm, so each request needs a prompt_id")
         measured = figures(
             [request.ttft_s for request in requests],
             [request.e2e_s for request in requests],
@@ -231,14 +233,14 @@ def _plans(case: _Case, file: Path) -> list[ForecastPlan]:
     if card is None:
         known = ", ".join(short_names())
         raise LabError(f"{run.name}: there is no card {run.card!r}; known are {known}")
-    documents: dict[str, int] = {}  # by a prompt's id
+    documents: dict[str, int] = {}  # by a prompt's id: which request is the first with it
     with file.open("w") as lines:
         for index, request in enumerate(requests):
             synthetic = SyntheticRequest(
                 index=index,
                 prompt_tokens=request.prompt_tokens,
                 output_tokens=request.output_tokens,
-                document=documents.setdefault(request.prompt_id, len(documents)),
+                document=documents.setdefault(request.prompt_id, index),
                 document_tokens=request.prompt_tokens if request.prompt_id else 0,
             )
             lines.write(synthetic.model_dump_json() + "\n")
@@ -266,7 +268,7 @@ def _plans(case: _Case, file: Path) -> list[ForecastPlan]:
         ),
         ends_only=True,
         # of a stage's thousands of requests next to none is the first with its text
-        primed=run.stage.texts if run.stage else 0,
+        primed=1 + max(documents.values()) if run.stage or run.warm else 0,
     )
     argv = (*Vllm.model_argv(folder), "--load-format", "dummy", *Vllm.flag_argv(flags))
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def resolve(request: RunRequest, progress: ProgressDisplay) -> Setup:
     lab = lab_of(request, scale_of(request, machine))
     if datasheet:  # there may be as many GPUs as are asked for
         machine = machine.model_copy(update={"count": max(f.devices for f in lab.all_flags)})
-    require_known_names(lab)
+    require_known_names(lab, draws=not (datasheet or on_file))
     if not request.unsafe_flags:
         require_harmless(lab, bool(request.reproduces))
     require_devices(lab, machine)
@@ -554,19 +554,23 @@ def require_client_limits(lab: Lab) -> None:
         )
 
 
-def require_known_names(lab: Lab) -> None:
-    """Check the names that only other modules know. Raises LabError."""
-    from labs.harness.telling.plots import (
-        plots_of,  # imports matplotlib, which other commands do without
-    )
+def require_known_names(lab: Lab, draws: bool = True) -> None:
+    """Check the names that only other modules know; plots only where some are drawn.
 
+    Raises LabError.
+    """
+    plots: Iterable[str] = lab.plots
+    if draws:
+        from labs.harness.telling.plots import plots_of  # imports matplotlib, in half a second
+
+        plots = plots_of(lab.name)
     parts: list[Claim | Forecast] = [*lab.claims, *lab.forecasts]
     for part in parts:
         if part.metric not in trial_metrics():
             known = ", ".join(trial_metrics())
             raise LabError(f"{part.name}: no metric {part.metric!r}; the known ones are {known}")
     for kind, names, known_names in (
-        ("plot", lab.plots, plots_of(lab.name)),
+        ("plot", lab.plots, plots),
         ("probe", lab.probes, PROBES),
         ("finding", lab.findings, findings_of(lab.name)),
     ):

@@ -13,7 +13,11 @@ from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.tables import Column, figure, tabulated
 from labs.harness.telling.templates import filled
 
-SHOWN_OF_STAGES = {"TTFT mean": "ttft_mean_s", "E2E mean": "e2e_mean_s"}
+TITLES = dict(
+    zip(FIGURES, ("TTFT mean", "TTFT p50", "TTFT p99", "TPOT", "E2E mean", "E2E p99"), strict=True)
+)
+SHOWN_OF_STAGES = ("ttft_mean_s", "e2e_mean_s")
+FAR = 0.25  # off its forecast: such a figure is a miss, however wide its band is
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,25 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Miss:
+    """A figure that was not forecast well, and why; the cause is empty where it is unknown."""
+
+    run: str
+    figure: str
+    ratio: Quantity  # measured / forecast
+    cause: str
+
+    @classmethod
+    def all_of(cls, judged: Sequence[Judged]) -> list[Miss]:
+        return [
+            cls(run.run.name, TITLES[name], Quantity(ratio, "x"), run.run.causes.get(name, ""))
+            for run in judged
+            for name in run.measured
+            if abs((ratio := run.ratio(name)) - 1) > FAR or not run.in_band(name)
+        ]
+
+
+@dataclass(frozen=True)
 class Predictor:
     """How near a predictor came to the mean E2E of the stages that it is known for."""
 
@@ -62,6 +85,8 @@ def page(judged: Sequence[Judged], picture: str = "") -> Markdown:
         runs=[run for run in judged if not run.run.stage],
         stages=[run for run in judged if run.run.stage],
         scores=Scores.of(judged),
+        far=Quantity(FAR, "share"),
+        misses=Miss.all_of(judged),
         predictors=sorted(_predictors(judged), key=lambda p: p.mean.value or 0),
         ratio=lambda run, name: Quantity(run.ratio(name), "x"),
         stage_table=_stages([run for run in judged if run.run.stage]),
@@ -71,8 +96,8 @@ def page(judged: Sequence[Judged], picture: str = "") -> Markdown:
 def _stages(stages: Sequence[Judged]) -> Table:
     """Tabulate measured / forecast of each stage, and measured / predicted by the others."""
 
-    def ratio(title: str, name: str) -> Column[Judged]:
-        return Column(title, lambda run: f"{run.ratio(name):.2f}x")
+    def ratio(name: str) -> Column[Judged]:
+        return Column(TITLES[name], lambda run: f"{run.ratio(name):.2f}x")
 
     def others_ratio(name: str) -> Column[Judged]:
         def cell(run: Judged) -> str:
@@ -86,7 +111,7 @@ def _stages(stages: Sequence[Judged]) -> Table:
         stages,
         Column("Stage", lambda run: run.run.name),
         figure("Requests/s", "rate_per_s"),
-        *(ratio(title, name) for title, name in SHOWN_OF_STAGES.items()),
+        *map(ratio, SHOWN_OF_STAGES),
         *map(others_ratio, others),
     )
 
