@@ -518,6 +518,11 @@ class Spent:
     seconds: Quantity  # of the engine, likewise
     over_end: Quantity = NO_SEARCH  # over a check of as many ends, in points
 
+    @property
+    def beats_end(self) -> bool:
+        """Whether the interval of its gain over a check of as many ends excludes 0."""
+        return is_above_0(self.over_end)
+
 
 @dataclass(frozen=True)
 class Foreseen:
@@ -591,6 +596,18 @@ class Stepwise:
     @property
     def revision_waits(self) -> Quantity:
         return self.few["revision"].seconds / self.few["vote"].seconds
+
+    @property
+    def too_high_from(self) -> int | None:
+        """The fewest steps of which a search solves less than forecast, by its interval."""
+        return min(
+            (
+                of.steps
+                for of in self.lengths_of_few
+                if (of.by_step.high or 1) < (of.forecast.by_step.value or 0)
+            ),
+            default=None,
+        )
 
     @property
     def parted(self) -> Foreseen:

@@ -517,6 +517,20 @@ def test_the_ends_of_an_interval_are_no_further_than_a_thousandfold(
     assert ratio_ends(Interval(value=1.0, low=low, high=high, n=3)) == words
 
 
+@pytest.mark.parametrize(
+    ("value", "low", "high", "words"),
+    [
+        (81_562, 42_968, 154_820, "42,968 to 154,820"),
+        (1200, 800, 1800, "800 to 1,800"),
+        (2e-4, 1e-4, 4e-4, "0.0001 to 0.0004"),
+    ],
+)
+def test_no_end_is_cut_short_of_the_ratio_itself(
+    value: float, low: float, high: float, words: str
+) -> None:
+    assert ratio_ends(Interval(value=value, low=low, high=high, n=3)) == words
+
+
 def test_a_ratio_below_one_is_told_as_how_many_times_less(folder: RunFolder) -> None:
     judged = next(j for j in folder.summary().judgements if j.effect)
     assert judged.effect

@@ -63,12 +63,14 @@ def ratio_ends(ratio: Interval | None) -> str:
     """Write a ratio's interval as `0.98 to 1.11`, or a dash where there is none.
 
     Where one of the repeats has next to nothing of a figure, an end may be millions away: that it
-    lies beyond a thousandfold is all that it says.
+    lies beyond a thousandfold is all that it says, unless the ratio itself does, too.
     """
     if ratio is None or ratio.low is None or ratio.high is None:
         return "–"
-    low = ratio_number(ratio.low) if abs(ratio.low) >= 0.001 or not ratio.low else "under 0.001"
-    high = ratio_number(ratio.high) if ratio.high <= 1000 else "over 1,000"
+    is_tiny = ratio.low and abs(ratio.low) < 0.001 <= abs(ratio.value)
+    is_huge = ratio.high > 1000 >= ratio.value
+    low = "under 0.001" if is_tiny else ratio_number(ratio.low)
+    high = "over 1,000" if is_huge else ratio_number(ratio.high)
     return f"{low} to {high}"
 
 
