@@ -118,7 +118,7 @@ class Sessions(_Arrival, frozen=True):
     """Each of `users` has one conversation after another, and sends its turns in their order.
 
     After every answer it thinks, or runs its tools, for `gap_s`. The users begin one after another,
-    spread evenly over the gaps of one conversation, so that each is at another turn.
+    spread evenly over a gap.
     """
 
     kind: Literal["sessions"] = "sessions"
@@ -131,9 +131,9 @@ class Sessions(_Arrival, frozen=True):
         sessions = f"{self.users} session{'s' if self.users > 1 else ''}"
         return f"{sessions}, {self.gap_s:g} s between turns"
 
-    def begins_s(self, user: int, turns: int) -> float:
-        """Return when a user, counted from 0, sends its first turn of conversations of so many."""
-        return user / self.users * turns * self.gap_s
+    def begins_s(self, user: int) -> float:
+        """Return when a user, counted from 0, sends its first turn."""
+        return user / self.users * self.gap_s
 
 
 class _OpenLoop(_Arrival, frozen=True):

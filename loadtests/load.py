@@ -222,7 +222,7 @@ class Load:
             return 0.0
         if seat in self._turns_left:
             return arrival.gap_s
-        return arrival.begins_s(number + seat * of, self.plan.turns)
+        return arrival.begins_s(number + seat * of)
 
     def _was_given_up(self) -> bool:
         return self.aborted is not None

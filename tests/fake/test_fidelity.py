@@ -343,9 +343,9 @@ def test_a_session_rests_after_each_answer_and_its_turns_keep_their_order(play: 
     rests = [r.sent_s - (sent[i - 1].end_s or 0.0) for i, r in sent.items() if i % turns]
     assert min(rests) >= arrival.gap_s
     _right_unless_kept_waiting([rest - arrival.gap_s for rest in rests], 0.03)
-    first = [arrival.begins_s(user, turns) for user in range(arrival.users)]
+    first = [arrival.begins_s(user) for user in range(arrival.users)]
     assert all(sent[turns * user].sent_s >= begins_s for user, begins_s in enumerate(first))
-    assert len(sent) > 2 * turns * arrival.users
+    assert len(sent) > turns * arrival.users  # so that a user goes on to its next
     assert _most_in_flight(played.records) <= arrival.users
 
 

@@ -355,8 +355,7 @@ class Case(NamedTuple):
             least_intruders=LEAST_COUNTED, most_held_open_s=plan.most_held_open_s(self.window_s),
             turns=self.turns, gap_s=self.sessions.gap_s if self.sessions else 0,
             begins_s=tuple(
-                self.sessions.begins_s(user, self.turns) for user in range(self.users)
-                if self.sessions
+                self.sessions.begins_s(user) for user in range(self.users) if self.sessions
             ),
         )  # fmt: skip
 

@@ -382,9 +382,7 @@ def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) 
         duration_s, seed = warmup_s + lab.window_s, lab.draw_seed(repeat)
         schedule_s = send_times(load, duration_s, seed, capacity_per_s) or ()
     limits = point.client_limits or QueueLimits()
-    begins_s = [
-        load.begins_s(user, point.turns) for user in range(load.users) if isinstance(load, Sessions)
-    ]
+    begins_s = [*map(load.begins_s, range(load.users))] if isinstance(load, Sessions) else []
     return Traffic(
         kind="waves" if isinstance(load, Waves) else "open" if load.open_loop else "closed",
         users=load.users,
