@@ -32,6 +32,7 @@ def _labs() -> dict[str, Lab]:
             _lab("paged_kv"),
             _lab("prefix_caching"),
             _lab("prefix_routing"),
+            _lab("agent_sessions"),
             _lab("kv_quantization"),
             _lab("speculative_decoding"),
             _lab("weight_quantization"),

@@ -2,10 +2,11 @@
 
 In a closed loop a user sends, waits for the whole response, and sends again. `Concurrent(users)`
 keeps that many requests in flight; `Waves(size)` sends that many, waits for *all* of them, and
-sends the next, which is static batching done by the client. In an open loop requests are sent on a
-schedule drawn beforehand, whatever is still outstanding: `Poisson`; `Constant`; `Gamma`, burstier
-than Poisson below a burstiness of 1 and smoother above; `Replay`, at a trace's own times; `Capped`,
-at those times while no more than so many are in flight.
+sends the next, which is static batching done by the client; `Sessions(users, gap_s)` keeps that
+many conversations open, each of which rests after every answer. In an open loop requests are sent
+on a schedule drawn beforehand, whatever is still outstanding: `Poisson`; `Constant`; `Gamma`,
+burstier than Poisson below a burstiness of 1 and smoother above; `Replay`, at a trace's own times;
+`Capped`, at those times while no more than so many are in flight.
 `Contended(users, every_s)` is both: that many users in a closed loop, and beside them a request of
 an intruder every so many seconds. `Offered`, `Ramp` and `Day` are open loops whose rate is a
 multiple of the capacity of the engine, which is found before they are sent: `capacity:1.3`
@@ -27,6 +28,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -110,6 +112,28 @@ class Contended(_Arrival, frozen=True):
         """`4 streams, a long prompt every 2 s`."""
         streams = f"{self.users} stream{'s' if self.users > 1 else ''}"
         return f"{streams}, a long prompt every {self.every_s:g} s"
+
+
+class Sessions(_Arrival, frozen=True):
+    """Each of `users` has one conversation after another, and sends its turns in their order.
+
+    After every answer it thinks, or runs its tools, for `gap_s`. The users begin one after another,
+    spread evenly over a gap.
+    """
+
+    kind: Literal["sessions"] = "sessions"
+    users: PositiveInt = Field(le=MAX_USERS)
+    gap_s: NonNegativeFloat = Field(allow_inf_nan=False)
+
+    @property
+    def words(self) -> str:
+        """`5 sessions, 2 s between turns`."""
+        sessions = f"{self.users} session{'s' if self.users > 1 else ''}"
+        return f"{sessions}, {self.gap_s:g} s between turns"
+
+    def begins_s(self, user: int) -> float:
+        """Return when a user, counted from 0, sends its first turn."""
+        return user / self.users * self.gap_s
 
 
 class _OpenLoop(_Arrival, frozen=True):
@@ -344,7 +368,7 @@ HOURS = (
 _KINDS: dict[str, type[_Arrival]] = {
     "concurrent": Concurrent, "waves": Waves, "poisson": Poisson, "constant": Constant,
     "gamma": Gamma, "replay": Replay, "contended": Contended, "capacity": Offered, "ramp": Ramp,
-    "day": Day, "capped": Capped,
+    "day": Day, "capped": Capped, "sessions": Sessions,
 }  # fmt: skip
 
 
@@ -381,6 +405,7 @@ AnyArrival = (
     | Ramp
     | Day
     | Capped
+    | Sessions
 )
 Arrival = Annotated[
     Annotated[AnyArrival, Field(discriminator="kind")],

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import gevent
 import gevent.event
 from gevent.queue import SimpleQueue
 
 from loadtests.admission import Admission, counts_file
-from loadtests.arrivals import Contended, OfTrace, Waves, send_times
+from loadtests.arrivals import Contended, OfTrace, Sessions, Waves, send_times
 from loadtests.connection import Pieces
 from loadtests.plan import (
     LEAST_COUNTED,
@@ -79,6 +80,7 @@ class Load:
         self.unparsed: SimpleQueue[Ended] = SimpleQueue()
         self.fresh: list[RequestRecord] = []
         self._order: Iterator[PlannedRequest] = iter(self.requests)
+        self._turns_left: dict[int, deque[PlannedRequest]] = defaultdict(deque)  # seat -> session's
         self._schedule: list[float] | None = None
         duration_s = plan.warmup_s + plan.window_s
         if isinstance(plan.arrival, OfTrace):
@@ -180,6 +182,8 @@ class Load:
             assert isinstance(self.plan.arrival, Contended)
             return self._intrude(self.plan.arrival.every_s)
         due_s: float | None = None
+        if rest_s := self.rest_s(seat):
+            self._load_over.wait(rest_s)
         if isinstance(self.plan.arrival, Waves):
             self._gather()  # even at the end, so that all users leave together
             if self._waves_over:
@@ -200,14 +204,25 @@ class Load:
             if self._load_ends(at):
                 return None
             counts = at >= self.plan.warmup_s and not self._closed(at)
-        request = next(self._order, None)
-        if request is None:
+        session = self._turns_left[seat]
+        session.extend(() if session else islice(self._order, self.plan.turns))
+        if not session:
             self._run_out()
             return None
+        request = session.popleft()
         self.sent += 1
         self._counted += counts
         self._awaited += counts
         return Turn(request, due_s, counts)
+
+    def rest_s(self, seat: int) -> float:
+        """Return how long a user rests before its next turn: a session's gap, or to its first."""
+        arrival, (number, of) = self.plan.arrival, self.plan.share
+        if not isinstance(arrival, Sessions):
+            return 0.0
+        if seat in self._turns_left:
+            return arrival.gap_s
+        return arrival.begins_s(number + seat * of)
 
     def _was_given_up(self) -> bool:
         return self.aborted is not None

@@ -66,6 +66,7 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
     slo_s: dict[str, float] = {}  # ttft, tpot, itl: lines on a dashboard
     turns_away: bool = False  # the queue is limited: what is refused has not failed
     admission: QueueLimits | None = None  # that the client holds, where the engine has none
+    turns: PositiveInt = 1  # requests in a row that are one session's, and one user's
     # where the server's dialect is another than vLLM's, in which bodies are written:
     fields: dict[str, Any] = {}  # of every body, set to these; None leaves a field out
     model_names: dict[str, str] = {}  # that it gives models in its answers -> the lab's
@@ -111,8 +112,10 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
 
     def own_share(self, items: Sequence[T]) -> Sequence[T]:
         """Select this load process's share of what all of them send together."""
+        if isinstance(self.arrival, Waves):
+            return items
         number, of = self.share
-        return items if isinstance(self.arrival, Waves) else items[number::of]
+        return [item for i, item in enumerate(items) if i // self.turns % of == number]
 
     def is_intruder(self, index: int) -> bool:
         """Whether the request of this index is the intruder's."""

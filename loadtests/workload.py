@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from loadtests.arrivals import Arrival, Contended, OfTrace
+from loadtests.arrivals import Arrival, Contended, OfTrace, Sessions
 from loadtests.prompts import TASKS, Messages, Task, Writer
 from loadtests.records import MOST_TOKENS
 from loadtests.structures import LEAST_TOKENS, Spec, Structure, instruction
@@ -115,7 +115,8 @@ class Chat(BaseModel, frozen=True, extra="forbid"):
 
     The first turn's prompt has the workload's prompt length, every later one is `grows_tokens`
     longer: the assistant's scripted reply and the user's next message. After `turns` a new
-    conversation begins.
+    conversation begins. Under `Sessions` one user sends a conversation's turns, each after the
+    answer to the one before; under any other arrival they are sent by whoever is free.
     """
 
     turns: Count
@@ -288,6 +289,11 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         if self.trace and (self.chat or self.intruder):
             raise ValueError(
                 f"{self.name}: a trace cannot be combined with chat or intruder: leave one out"
+            )
+        if not self.chat and any(isinstance(a, Sessions) for a in self.loads):
+            raise ValueError(
+                f"{self.name}: sessions need a chat, whose turns they send:"
+                f' workloads.{self.name}.chat={{"turns":4,"grows_tokens":64}}'
             )
         contended = [a for a in self.loads if isinstance(a, Contended)]
         if bool(self.intruder) != bool(contended) or len(contended) not in (0, len(self.loads)):

@@ -37,6 +37,7 @@ QUESTIONS: dict[str, str] = {
     "SA-4": "What is tenant leakage, and how do I rule it out?",
     "SA-5": "Which signal should scale the service?",
     "SA-6": "Does it matter which replica gets a request?",
+    "SA-7": "What do tool calls between turns do to the cache?",
     "CO-1": "Which to quantize: weights alone, activations too, or the KV cache?",
     "CO-2": "What is the outlier problem?",
     "CO-3": "What do AWQ and SmoothQuant each solve?",

@@ -38,7 +38,7 @@ from labs.harness.errors import NotApplicable as NotApplicable
 from labs.harness.errors import did_you_mean
 from labs.harness.names import PointName
 from labs.harness.page import CLAIMS, HEADLINE, Page, page_of, sizes_of
-from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay
+from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay, Sessions
 from loadtests.plan import QueueLimits
 from loadtests.records import LONGEST_S
 from loadtests.trace import MOST_ROWS, TraceRow
@@ -194,6 +194,12 @@ class Point:
         """The first requests that are sent before a trial, so that their prefixes are cached."""
         prefix = self.workload.prefix if self.workload.primed else None
         return prefix.groups if prefix and self.flags.enable_prefix_caching else 0
+
+    @property
+    def turns(self) -> int:
+        """The requests in a row that are one session's: the turns of a conversation, or 1."""
+        chat = self.workload.chat
+        return chat.turns if chat and isinstance(self.load, Sessions) else 1
 
     @property
     def kv_room_tokens(self) -> float:

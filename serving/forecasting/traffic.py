@@ -1,10 +1,10 @@
 """Clients in virtual time: when they send, and what they would observe.
 
 The rules are those of the load generator. In a closed loop a user sends its next request when its
-answer is complete, and goes on after the window, uncounted, until every request that counts has
-been answered; the next wave starts when all answers of the last one are complete; the window of
-both is held open until enough requests count. An open loop keeps its schedule. The delays between
-client and engine are constants, not simulated: see `Delays`.
+answer is complete, or a gap after it, and goes on after the window, uncounted, until every request
+that counts has been answered; the next wave starts when all answers of the last one are complete;
+the window of both is held open until enough requests count. An open loop keeps its schedule. The
+delays between client and engine are constants, not simulated: see `Delays`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Literal, Protocol
@@ -68,6 +68,9 @@ class Traffic(BaseModel, frozen=True, extra="forbid"):
 
     kind: Literal["closed", "waves", "open"]
     users: int = 1  # in a closed loop, or in each wave
+    begins_s: tuple[float, ...] = ()  # of each user of a closed loop; none: all at 0
+    gap_s: float = 0.0  # of a closed loop, from an answer until the same user's next send
+    turns: int = 1  # requests in a row that are one user's
     schedule_s: tuple[float, ...] = ()  # of an open loop
     most_in_flight: int | None = None  # in an open loop: what is due waits beyond them
     intruder_every_s: float | None = None  # beside a closed loop: one of `intruders` in each period
@@ -186,7 +189,9 @@ class _Trial:
         self.unanswered: dict[int, int] = {}  # request, by its order -> answers it waits for
         self.request_of: dict[str, int] = {}  # answer -> its request
         self.deliveries: list[tuple[float, int, str, Prompt]] = []  # (when, order, name, prompt)
-        self.sends: list[tuple[float, int, float | None, bool]] = []  # (when, order, due, intruder)
+        # (when, order, due, intruder, turns left of the user's session)
+        self.sends: list[tuple[float, int, float | None, bool, Sequence[Prompt]]] = []
+        self.turns_left: dict[int, Sequence[Prompt]] = {}  # after the request of this index
         self.order = 0
         self.free_s = 0.0  # when the server has prepared all earlier requests
         self.window = [traffic.warmup_s, traffic.warmup_s + traffic.window_s]
@@ -244,32 +249,42 @@ class _Trial:
             self.window[0] = float("inf")  # set by the first wave that counts
             self._wave(0.0)
         else:
-            for _ in range(traffic.users):
-                self._plan(0.0)
+            for at_s in traffic.begins_s or (0.0,) * traffic.users:
+                self._plan(at_s)
         if traffic.intruder_every_s:
             self.intruder_due_s = traffic.intruder_every_s
             self._plan(self.intruder_due_s, intruder=True)
 
-    def _plan(self, at_s: float, due_s: float | None = None, intruder: bool = False) -> None:
+    def _plan(
+        self,
+        at_s: float,
+        due_s: float | None = None,
+        intruder: bool = False,
+        session: Sequence[Prompt] = (),
+    ) -> None:
         self.order += 1
-        heapq.heappush(self.sends, (at_s, self.order, due_s, intruder))
+        heapq.heappush(self.sends, (at_s, self.order, due_s, intruder, session))
 
     def _send_what_is_due(self) -> None:
         while self.sends and self._is_due(self.sends[0][0]):
-            at_s, _, due_s, intruder = heapq.heappop(self.sends)
+            at_s, _, due_s, intruder, session = heapq.heappop(self.sends)
             if self.traffic.kind == "closed" and self._load_ends(at_s, intruder):
                 continue
             most = self.traffic.most_in_flight
             if most is not None and len(self.unanswered) >= most:
                 self.waiting.append(due_s)
                 continue
-            prompt = next(self.intruders if intruder else self.prompts, None)
-            if prompt is None:
+            turns = 1 if intruder else self.traffic.turns
+            session = session or [*islice(self.intruders if intruder else self.prompts, turns)]
+            if not session:
                 if intruder:
                     self.intruders_left = 0
                 else:
                     self._run_out(at_s)
                 continue
+            prompt, *left = session
+            if left:
+                self.turns_left[prompt.index] = left
             self._send(prompt, at_s, due_s, intruder)
 
     def _send(self, prompt: Prompt, at_s: float, due_s: float | None, intruder: bool) -> None:
@@ -409,4 +424,5 @@ class _Trial:
                 self.answered += not refused
                 if self.answered == self.least_counted:
                     self.window[1] = max(self.window[1], at_s)
-            self._plan(next_s)
+            session = self.turns_left.pop(answer.index, ())
+            self._plan(next_s + traffic.gap_s, session=session)

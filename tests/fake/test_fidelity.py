@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from loadtests import generator, plan, records
-from loadtests.arrivals import Arrival, Concurrent, Contended, Poisson, Replay, Waves
+from loadtests.arrivals import Arrival, Concurrent, Contended, Poisson, Replay, Sessions, Waves
 from loadtests.plan import TrialPlan, TrialSummary
 from loadtests.records import RequestRecord
 from loadtests.workload import Request
@@ -84,6 +84,7 @@ def playing_trials(
             tokens: Sequence[int] = tuple(range(5, 30, 3)),
             keep_text: bool = False,
             due_s: Sequence[float] = (),
+            turns: int = 1,
             meanwhile: Callable[[], None] = lambda: None,
         ) -> Played:
             path = Path(home / str(len(list(home.iterdir()))))
@@ -120,6 +121,7 @@ def playing_trials(
                     run_id="none",
                     workload="none",
                     keep_text=keep_text,
+                    turns=turns,
                 )
                 summary = playing.play(trial, meanwhile)
             found = sorted(records.read(trial.records), key=lambda r: r.index)
@@ -330,6 +332,21 @@ def test_a_wave_waits_for_all_of_the_last(play: Play) -> None:
     counted = [r for r in order if r.in_window]
     assert start <= min(r.sent_s for r in counted)
     assert max(r.chunks[-1][0] for r in counted) <= end  # whole waves: nobody's tail is cut off
+
+
+def test_a_session_rests_after_each_answer_and_its_turns_keep_their_order(play: Play) -> None:
+    """And sessions begin one after another."""
+    arrival, turns = Sessions(users=3, gap_s=0.3), 4
+    played = play(arrival, window_s=2.6, tokens=(10,), turns=turns)
+    _sound(played)
+    sent = {r.index: r for r in played.records}
+    rests = [r.sent_s - (sent[i - 1].end_s or 0.0) for i, r in sent.items() if i % turns]
+    assert min(rests) >= arrival.gap_s
+    _right_unless_kept_waiting([rest - arrival.gap_s for rest in rests], 0.03)
+    first = [arrival.begins_s(user) for user in range(arrival.users)]
+    assert all(sent[turns * user].sent_s >= begins_s for user, begins_s in enumerate(first))
+    assert len(sent) > turns * arrival.users  # so that a user goes on to its next
+    assert _most_in_flight(played.records) <= arrival.users
 
 
 def test_an_intruder_comes_by_its_own_clock_beside_a_full_house(play: Play) -> None:

@@ -21,6 +21,7 @@ from loadtests.arrivals import (
     Poisson,
     Ramp,
     Replay,
+    Sessions,
     Waves,
     send_times,
 )
@@ -43,6 +44,8 @@ RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
         ("replay:2", Replay(speed=2)),
         ("capped:1/8", Capped(speed=1, users=8)),
         ("contended:4/2.5", Contended(users=4, every_s=2.5)),
+        ("sessions:5/0", Sessions(users=5, gap_s=0)),
+        ("sessions:5/2.5", Sessions(users=5, gap_s=2.5)),
         ("capacity:1.3", Offered(times=1.3)),
         ("ramp:0.5/2.5", Ramp(first=0.5, last=2.5)),
         ("day:0.3/1.4", Day(night=0.3, peak=1.4)),
@@ -65,7 +68,7 @@ def test_unknown_arrival_names_the_known_ones(text: str) -> None:
     ["concurrent:0", "waves:0", "concurrent:1025", "waves:1025", "concurrent:1.5", "poisson:0",
      "constant:-1", "poisson:nan", "poisson:inf", "poisson:many", "contended:0/2", "contended:4/0",
      "gamma:8/0", "gamma:0/1", "replay:0",
-     "contended:4/inf"],
+     "contended:4/inf", "sessions:0/2", "sessions:4/-1"],
 )  # fmt: skip
 def test_level_out_of_range_is_refused(text: str) -> None:
     with pytest.raises(ValidationError):
@@ -87,6 +90,11 @@ def test_an_intruder_takes_a_seat_beside_the_users() -> None:
     assert (parse("contended:4/2").users, parse("contended:4/2").seats) == (4, 5)
     for text in ("concurrent:8", "waves:8", "poisson:2", "constant:100"):
         assert parse(text).seats == parse(text).users
+
+
+def test_sessions_begin_one_after_another_within_a_gap() -> None:
+    arrival = Sessions(users=4, gap_s=2)
+    assert [*map(arrival.begins_s, range(4))] == [0, 0.5, 1, 1.5]
 
 
 def poisson(seed: int) -> list[float]:
@@ -140,7 +148,7 @@ def test_a_load_of_an_unknown_capacity_is_refused() -> None:
 
 
 def test_closed_loops_and_traces_have_no_times_to_draw() -> None:
-    for text in ("concurrent:8", "waves:8", "contended:4/2", "replay:1"):
+    for text in ("concurrent:8", "waves:8", "contended:4/2", "replay:1", "sessions:8/2"):
         assert send_times(parse(text), 10, 0, None) is None
 
 

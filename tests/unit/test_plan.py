@@ -12,11 +12,11 @@ from loadtests.plan import TrialPlan, merged_summary
 from tests.unit.builders import make_summary, parse
 
 
-def make_plan(arrival: str, number: int = 0, of: int = 1) -> TrialPlan:
+def make_plan(arrival: str, number: int = 0, of: int = 1, turns: int = 1) -> TrialPlan:
     return TrialPlan(
         url="http://127.0.0.1:1", arrival=parse(arrival), requests=Path("r"), records=Path("o"),
         warmup_s=1, window_s=2, timeout_s=3, seed=0, lab="l", variant="v", run_id="r",
-        workload="w", share=(number, of),
+        workload="w", share=(number, of), turns=turns,
     )  # fmt: skip
 
 
@@ -39,6 +39,8 @@ def test_what_is_sent_is_divided_and_nothing_twice() -> None:
     shares = [make_plan("poisson:1", number, 3).own_share(range(8)) for number in range(3)]
     assert [list(share) for share in shares] == [[0, 3, 6], [1, 4, 7], [2, 5]]
     assert list(make_plan("waves:4", 0, 3).own_share(range(4))) == [0, 1, 2, 3]
+    sessions = [make_plan("sessions:4/1", i, 2, turns=3).own_share(range(8)) for i in range(2)]
+    assert sessions == [[0, 1, 2, 6, 7], [3, 4, 5]]  # a conversation has one user
 
 
 def test_summaries_are_put_together() -> None:

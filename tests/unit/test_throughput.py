@@ -34,7 +34,7 @@ from labs.harness.judging.measure import (
 )
 from labs.harness.spec import Point
 from loadtests import plan
-from loadtests.arrivals import Arrival, Concurrent, Contended, Waves
+from loadtests.arrivals import Arrival, Concurrent, Contended, Sessions, Waves
 from loadtests.plan import LEAST_COUNTED
 from loadtests.records import RequestRecord
 from loadtests.workload import Intruder, Request, intrudes
@@ -281,14 +281,21 @@ from loadtests.plan import TrialPlan
 from loadtests.records import Chunks, RequestRecord
 
 
+class Over(loads.gevent.event.Event):
+    def wait(self, timeout):  # by the clock of the events, which has passed that time
+        return self.is_set()
+
+
 def drive(given):
     clock = [0.0]
     loads.now = lambda: clock[0]
     load = loads.Load(TrialPlan.model_validate(given["plan"]))
+    load._load_over = Over()
     load.start()
     every_s = getattr(load.plan.arrival, "every_s", 0.0)
     streams = load.plan.arrival.users
-    events = [(every_s if seat == streams else 0.0, seat, None) for seat in range(load.users)]
+    starts_s = [every_s if seat == streams else load.rest_s(seat) for seat in range(load.users)]
+    events = [(start_s, seat, None) for seat, start_s in enumerate(starts_s)]
     records = []
     while events:
         clock[0], seat, record = heapq.heappop(events)
@@ -303,7 +310,8 @@ def drive(given):
             record = RequestRecord(index, 1, None, clock[0], chunks, end_s, 1, 1, turn.counts)
             records.append([index, clock[0], turn.counts])
             next_s = max(end_s, load._next_intrusion_s + every_s) if seat == streams else end_s
-            if next_s > end_s:  # the intruder's answer is kept before its next turn
+            next_s += load.rest_s(seat)
+            if next_s > end_s:  # the answer is kept before the next turn
                 heapq.heappush(events, (end_s, -1, record))
                 record = None
             heapq.heappush(events, (next_s, seat, record))
@@ -328,6 +336,11 @@ class Case(NamedTuple):
     speed: float
     requests: int
     answered_under_load: bool
+    sessions: Sessions | None = None  # of three turns
+
+    @property
+    def turns(self) -> int:
+        return 3 if self.sessions else 1
 
     @property
     def lasts_s(self) -> list[float]:
@@ -340,6 +353,10 @@ class Case(NamedTuple):
             kind="closed", users=self.users, warmup_s=2, window_s=self.window_s,
             intruder_every_s=self.every_s, least_counted=LEAST_COUNTED,
             least_intruders=LEAST_COUNTED, most_held_open_s=plan.most_held_open_s(self.window_s),
+            turns=self.turns, gap_s=self.sessions.gap_s if self.sessions else 0,
+            begins_s=tuple(
+                self.sessions.begins_s(user) for user in range(self.users) if self.sessions
+            ),
         )  # fmt: skip
 
     def for_the_load_generator(self, home: Path) -> dict[str, Any]:
@@ -350,13 +367,13 @@ class Case(NamedTuple):
         arrival: Arrival = (
             Contended(users=self.users, every_s=self.every_s)
             if self.every_s
-            else Concurrent(users=self.users)
+            else self.sessions or Concurrent(users=self.users)
         )
         plan.write_requests(home / "requests.jsonl", requests, "none")
         trial = plan.TrialPlan(
             url="", arrival=arrival, requests=home / "requests.jsonl", records=home / "records",
             warmup_s=self.traffic.warmup_s, window_s=self.window_s, timeout_s=1, seed=0,
-            lab="none", variant="none", run_id="none", workload="none",
+            lab="none", variant="none", run_id="none", workload="none", turns=self.turns,
         )  # fmt: skip
         return {"plan": trial.model_dump(mode="json"), "lasts_s": self.lasts_s}
 
@@ -370,6 +387,10 @@ CASES = {
     "and no longer than two minutes": Case(2, None, 1, 0.02, 200, False),
     "requests that run out in the window": Case(5, None, 6, 1, 20, False),
     "requests that run out once it is over": Case(5, None, 6, 1, 41, False),
+    "sessions": Case(3, None, 12, 1, 200, True, Sessions(users=3, gap_s=1.5)),
+    "sessions that run out in a conversation": Case(
+        2, None, 12, 1, 10, False, Sessions(users=2, gap_s=0.5)
+    ),
 }
 
 
@@ -392,8 +413,8 @@ def sent_by_the_load_generator(tmp_path_factory: pytest.TempPathFactory) -> dict
 class TimedEngine:
     """Answers each request after a time of its own, whatever else it does.
 
-    It runs 64 steps a second and one whenever an answer ends, so that what is sent meanwhile waits
-    for no answer.
+    It runs 64 steps a second, and one whenever an answer ends or a request comes, so that what is
+    sent meanwhile waits for no answer.
     """
 
     lasts_s: Sequence[float]
@@ -410,7 +431,7 @@ class TimedEngine:
 
     def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
         first = min(self.ends_s, key=lambda name: self.ends_s[name])
-        tick_s = (math.floor(64 * self.now_s) + 1) / 64
+        tick_s = min(before_s, (math.floor(64 * self.now_s) + 1) / 64)
         if tick_s < self.ends_s[first]:
             self.now_s = tick_s
             return {}

@@ -523,6 +523,7 @@ def prefixed_trial(
     n: int = 20,
     blocks: int = 1000,
     users: int = 1,
+    load: str = "concurrent:{}",
     prompt: int = 64,
     lost: int = 0,
     preemptions: float = 0.0,
@@ -537,7 +538,7 @@ def prefixed_trial(
     guessing = {"method": "ngram", "num_speculative_tokens": 2}
     point = make_point(
         "on",
-        f"concurrent:{users}",
+        load.format(users),
         flags=flags | ({"speculative-config": guessing} if guesses else {}),
         prompt_tokens=Fixed(tokens=prompt),
         **fields,
@@ -614,6 +615,10 @@ CHATTING: dict[str, Any] = {"chat": Chat(turns=2, grows_tokens=30)}  # two block
         (10 * 32, CHATTING, []),
         (9 * 32, CHATTING, ["treatment not applied"]),
         (9 * 32, {**CHATTING, "users": 2}, []),
+        # unless each has a session of its own, and all of them fit
+        (10 * 32, {**CHATTING, "users": 2, "load": "sessions:{}/1"}, []),
+        (9 * 32, {**CHATTING, "users": 2, "load": "sessions:{}/1"}, ["treatment not applied"]),
+        (9 * 32, {**CHATTING, "users": 2, "load": "sessions:{}/1", "blocks": 20}, []),
     ],
 )
 def test_what_is_found_in_the_cache_lies_between_what_must_and_what_can_be(

@@ -19,7 +19,7 @@ from labs.harness.running.step_timing import Steps
 from labs.harness.running.virtual_trials import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
 from labs.harness.spec import Lab, Point, Variant
 from labs.harness.telling import markdown, tables
-from loadtests.workload import Intruder, Prefix, Workload
+from loadtests.workload import Chat, Intruder, Prefix, Workload
 from serving.forecasting import cards
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedTrial
 from serving.forecasting.traffic import Delays, Play, VirtualAnswer
@@ -125,6 +125,7 @@ def test_every_repeat_is_played_as_expected_and_the_first_at_both_ends_of_the_ba
         (make_workload("concurrent:1", "waves:2", "capacity:1.3"), 0),
         (make_workload("poisson:1"), 2),  # a schedule has times of its own
         (make_workload("contended:1/2", intruder=Intruder(prompt_tokens=64)), 2),  # as has a period
+        (make_workload("sessions:2/1", chat=Chat(turns=2, grows_tokens=2)), 2),  # and a gap
     ],
 )
 def test_where_all_times_differ_by_a_factor_one_play_serves_for_the_band(

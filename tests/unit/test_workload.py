@@ -250,6 +250,7 @@ def test_a_planned_request_asks_its_adapter_and_says_whose_it_is(tmp_path: Path)
         ({"loads": ("replay:1",)}, "a replay needs a trace: workloads.short.trace=FILE"),
         ({"trace": ((0.0, 9, 9),), "chat": Chat(turns=2, grows_tokens=9)}, "cannot be combined"),
         ({"loads": ("contended:2/1",)}, "or neither"),
+        ({"loads": ("sessions:2/1",)}, "sessions need a chat, .* workloads.short.chat="),
         (
             {"loads": ("contended:2/1", "concurrent:2"), "intruder": Intruder(prompt_tokens=9)},
             "or neither",

@@ -67,7 +67,8 @@ def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
     - In a primed trial whose prefixes all stay in the cache, each prompt finds its prefix, and the
       first one of each group, which was sent before, finds itself.
     - Of more prefixes in turn than the cache holds, none is found (least recently used).
-    - A turn of a chat finds the turn before it.
+    - A turn of a chat finds the turn before it, where one session after the other, or all of them
+      with their last conversations, fit the cache.
     - Every sample of a prompt but the first finds the prompt.
     - Of shuffled documents, and of anything that may or may not stay in the cache, only the most
       is known.
@@ -198,9 +199,10 @@ def _shared(trial: Trial, record: RequestRecord, cache: _Cache) -> _Shared:
         if record.index % chat.turns == 0:
             return _Shared(0, 0)
         before = _looked_up_tokens(trial, record) - chat.grows_tokens
-        # with several users the turn before may still be under way
-        alone = users == 1 and cache.holds(2, longest) and trial.point.flags.replicas == 1
-        return _Shared(before if alone else 0, before)
+        # with several users the turn before may still be under way, unless each has its own session
+        answered = (users == 1 or trial.point.turns > 1) and trial.point.flags.replicas == 1
+        stays = answered and cache.holds(2 * users, longest)
+        return _Shared(before if stays else 0, before)
     if workload.samples:
         whole_prompt = _looked_up_tokens(trial, record)
         if record.choice in (None, 0) and record.index % workload.copies == 0:

@@ -538,6 +538,7 @@ class Trials:
             slo_s=lab.slo.by_name(),
             turns_away=point.flags.turns_away,
             admission=point.client_limits,
+            turns=point.turns,
             fields=dict(engine.request_fields),
             model_names=dict(engine.model_names),
             reconnects=engine.closes_connections,

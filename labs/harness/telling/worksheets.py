@@ -247,6 +247,10 @@ def _sent(point: Point, formula: str) -> Iterator[tuple[str, str]]:
         if point.slo:
             yield "SLO of the first token", number(point.slo.ttft_s, "s")
         yield "requests that count", "sent after {:g} s and before {:g} s".format(*point.measured_s)
+    elif workload.chat and point.turns > 1:
+        yield "load", load.words
+        yield "turns of a session", f"{point.turns}"
+        yield "a turn is longer by", number(workload.chat.grows_tokens, "tok")
     else:
         yield "in flight (B)", f"{load.users}"
     if workload.choices > 1:

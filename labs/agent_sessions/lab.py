@@ -1,0 +1,126 @@
+"""Agent sessions: what is asked of them. Its words stand in page.md, its sizes in sizes.toml."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from labs.harness import theory
+from labs.harness.ask import counter, echoes, falls, forecast, predicts, rises, sends, unchanged
+from labs.harness.spec import SLO, Lab, Point, Variant
+from labs.harness.theory import KWON
+from loadtests.arrivals import Sessions
+from loadtests.workload import Chat
+from serving import metrics
+
+MATTSON = "Mattson et al., Evaluation techniques for storage hierarchies, IBM Systems J., 1970"
+
+
+def turn_blocks(point: Point) -> list[int]:
+    """Return the blocks that each turn of a session fills with its prompt and its answer."""
+    block = point.flags.block_size
+    return [-(-(prompt + output) // block) for prompt, output in point.lengths[: point.turns]]
+
+
+def others_blocks(point: Point) -> float:
+    """Return the blocks that the other sessions use between two turns of one: a turn of each.
+
+    A longer gap is longer for all of them, so that it is still one turn of each.
+    """
+    return (point.load.users - 1) * fmean(turn_blocks(point))
+
+
+def room_blocks(point: Point) -> float:
+    """Return the blocks of the cache, without the one that vLLM keeps to itself."""
+    return point.kv_room_tokens // point.flags.block_size - 1
+
+
+def sessions_held(point: Point) -> float:
+    """Return the sessions whose last turn the cache holds, at their mean length."""
+    return room_blocks(point) / fmean(turn_blocks(point))
+
+
+def found_tokens(point: Point) -> float:
+    """Return the mean tokens of a turn's prompt that are found in the cache.
+
+    A turn finds the whole blocks of the prompt before it, the first ones last to be forgotten, as
+    far as they fit the cache beside what the other sessions used meanwhile.
+    """
+    block, left = point.flags.block_size, max(0.0, room_blocks(point) - others_blocks(point))
+    earlier = [prompt // block for prompt, _ in point.lengths[: point.turns - 1]]
+    return sum(min(left, blocks) for blocks in earlier) * block / point.turns
+
+
+@predicts(
+    "t_prefill(tokens left) of the one / of the other",
+    "between two turns of a session each other one has one turn",
+    "prefill runs at one rate, and no request waits for another",
+    source=f"LRU: {MATTSON}; blocks: {KWON}",
+)
+def ttft_ratio(one: Point, other: Point) -> float:
+    def first_s(point: Point) -> float:
+        return theory.first_token_of(point, found_tokens(point))
+
+    return first_s(one) / first_s(other)
+
+
+@predicts(
+    "min(blocks before, memory - (sessions - 1) blocks of a turn), of the one / of the other",
+    "the least recently used block is forgotten first, whenever that was",
+    "a session's turns are sent equally often",
+    source=f"LRU: {MATTSON}; blocks: {KWON}",
+)
+def hits_ratio(one: Point, other: Point) -> float:
+    return found_tokens(one) / found_tokens(other)
+
+
+@predicts(
+    "sum over turns of min(blocks before, memory - (sessions - 1) blocks of a turn) b / prompts",
+    "what the memory holds is counted in blocks, without the one that vLLM keeps to itself",
+    source=f"LRU: {MATTSON}; blocks: {KWON}",
+)
+def hit_rate(point: Point) -> float:
+    return found_tokens(point) / point.prompt_tokens
+
+
+FEW, MANY = Sessions(users=2, gap_s=2), Sessions(users=5, gap_s=2)
+SLOW = Sessions(users=5, gap_s=4)
+HITS, TTFT = "prefix_hit_rate", "ttft_mean_s"
+SMALL = Variant(name="small", flags={"num-gpu-blocks-override": 24})
+LARGE = SMALL.but("large", {"num-gpu-blocks-override": 128})
+
+LAB = Lab(
+    name="agent-sessions",
+    answers=("SA-7",),
+    variants=(SMALL, LARGE),
+    flags={
+        "max-model-len": 512,
+        "max-num-seqs": 2,  # as many of the longest as the small cache holds for certain
+        "enforce-eager": True,
+        "block-size": 32,
+        "enable-prefix-caching": True,
+        "kv-cache-memory-bytes": 96 * 2**20,
+    },
+    workloads=(sends("agents", 128, 4, FEW, MANY, SLOW, chat=Chat(turns=4, grows_tokens=64)),),
+    claims=(
+        falls("room", TTFT, "large / small", load=MANY, by=ttft_ratio),
+        rises("sessions", TTFT, "small", load=f"{MANY} / {FEW}", by=ttft_ratio),
+        unchanged("fit", HITS, "large", load=f"{MANY} / {FEW}", by=hits_ratio, margin=0.1),
+        unchanged("gap", HITS, "large", load=f"{SLOW} / {MANY}", by=hits_ratio, margin=0.1),
+    ),
+    forecasts=(forecast("hit-rate", HITS, hit_rate),),
+    evidence=(
+        *echoes(
+            metrics.CACHE_CONFIG, "num_gpu_blocks",
+            {v.name: "--num-gpu-blocks-override" for v in (SMALL, LARGE)},
+        ),
+        counter(metrics.PREFIX_HITS, "rises", "large"),
+        counter(metrics.PREFIX_HITS, "rises", "small", load=FEW),
+        counter(metrics.PREEMPTIONS, "stays"),
+    ),
+    findings=("turns",),
+    slo=SLO(ttft_s=0.5, tpot_s=0.2),
+    requests=240,
+    warmup_s=0,  # the cache is counted from the first request on
+    window_s=16,  # a conversation with the longer gap, two with the shorter
+    repeats=3,
+)  # fmt: skip
