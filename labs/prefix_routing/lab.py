@@ -134,7 +134,7 @@ def routed(name: str, policy: str, replicas: int = 2, **more: int | float) -> Va
 def asks(name: str, favourite: float, *only: str, documents: int = 8) -> Workload:
     """Ask about documents that are drawn: one is the favourite, the others are drawn evenly."""
     prefix = Prefix(tokens=224, groups=documents, favourite=favourite)
-    return sends(name, 256, 2, FOUR, prefix=prefix, only=only)
+    return sends(name, 256, 1, FOUR, prefix=prefix, only=only)
 
 
 (ONE, FOUR) = users(1, 4)
@@ -164,8 +164,8 @@ LAB = Lab(
     workloads=(
         asks("documents", 1 / 8, *TWO),
         asks("favourite", 0.7, "round-robin", "cache-aware", "balanced"),
-        sends("unlike", 256, 2, FOUR, only=("power-of-two", "cache-aware")),
-        sends("alone", 256, 2, ONE, only=("direct", "passed-on")),
+        sends("unlike", 256, 1, FOUR, only=("power-of-two", "cache-aware")),
+        sends("alone", 256, 1, ONE, only=("direct", "passed-on")),
     ),
     claims=(
         rises("hits", HITS, "cache-aware / round-robin", "documents", FOUR, by=hits_ratio),

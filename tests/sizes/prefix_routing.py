@@ -4,5 +4,4 @@ SIZES = Sizes(
     # the record of requests and starts is one engine's: the router has one replica, of which there
     # are no findings
     fake='variants=["direct","passed-on"] workloads=["alone"] findings=[]',
-    not_real="behind a router tokens are estimated chunk by chunk, and the trials have caveats",
 )
