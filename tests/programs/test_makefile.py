@@ -40,7 +40,8 @@ class Checkout:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        for file in ("Makefile", "docs/knobs.md", "labs/harness/commands/settings.py"):
+        commands = ("labs/harness/commands/settings.py", "labs/harness/commands/went.txt")
+        for file in ("Makefile", "docs/knobs.md", *commands):
             (home / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, home / file)
         for program in (

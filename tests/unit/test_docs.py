@@ -23,7 +23,10 @@ from tests.makefile import LINES, PAGES, SETTINGS
 README_BYTES = 8 * 1024  # a page, of which a lab takes a row
 A_FINDING = 232  # bytes around a headline's words: a link to a report, the ratio, its prediction
 PICTURE_BYTES = 200_000
+DOCS_WORDS = 15_000
+PARAGRAPH = 600  # characters
 INDEX = ROOT / "docs" / "README.md"
+QUESTIONS = INDEX.with_name("questions.md")  # generated, and long
 SECRETS = next(line.split("#")[0].split()[2:] for line in LINES if line.startswith("SECRETS :="))
 TARGETS = {
     name
@@ -84,6 +87,14 @@ def test_the_readme_stays_one_page_whatever_is_found() -> None:
     for line in (line for line in lines if line.startswith("- ")):
         (headline,) = (h for h in shown if f"[{h.done}]" in line)
         assert len(line.encode()) - len((headline.done + headline.figure).encode()) < A_FINDING
+
+
+def test_the_pages_stay_short() -> None:
+    """Their words are counted as `wc -w` does, with what draws the tables."""
+    pages = [page for page in PAGES if page.parent == INDEX.parent and page != QUESTIONS]
+    assert sum(len(page.read_text().split()) for page in pages) <= DOCS_WORDS
+    said = [t.content for page in pages for t in tokens(page) if t.type == "inline"]
+    assert [text for text in said if len(re.sub(r"\]\([^)]*\)", "]", text)) > PARAGRAPH] == []
 
 
 def test_the_index_and_every_page_link_to_each_other() -> None:

@@ -21,7 +21,7 @@ PAGE = next(f for place in (ROOT, LABS) if (f := place / "docs" / "knobs.md").ex
 """In a clone; or where the package has it. This file needs Python alone, and knows no other."""
 PREFIX = "LABS_"
 SETTING = re.compile(r"^\| `([A-Z_]+)=([^`]*)` \| (.+) \| ([^|]+) \|$", re.M)
-GONE = re.compile(r"^\| ([^|`]+) \| (.+) \|$", re.M)  # behind the page's heading "What went"
+WENT = Path(__file__).with_name("went.txt")  # a target or setting a line, and what is used instead
 PHONY = re.compile(r"^\.PHONY: (.+)$", re.M)
 REFERENCE = re.compile(r" \(\[[^]]*\]\([^)]*\)\)")  # a link in parentheses
 LINK, WORDS_OF_LINK = re.compile(r"\[([^]]*)\]\([^)]*\)"), r"\1"
@@ -84,8 +84,8 @@ def targets() -> list[str]:
 
 def gone() -> dict[str, str]:
     """Map what went, as `make draft` or `PP=`, to what is used instead."""
-    _, _, section = PAGE.read_text(encoding="utf-8").partition("\n## What went\n")
-    return {name.strip(): instead for name, instead in GONE.findall(section)}
+    lines = WENT.read_text(encoding="utf-8").splitlines()
+    return dict(line.split(": ", 1) for line in lines)
 
 
 def refusal(goals: Sequence[str], given: Sequence[str]) -> str:

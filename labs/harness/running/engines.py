@@ -139,7 +139,7 @@ class Engines:
         """Tell whether the engines are the lab's own and compute on the CPU, as all else here does.
 
         Then they are suspended while others are measured, and give way to the load generator on its
-        core. What an idle one costs is told in docs/forecasts.md#what-idle-engines-cost.
+        core. What an idle one costs is told in docs/notebook/2026-11-30-idle-engines.md.
         """
         return self._setup.machine.kind == "cpu" and self._setup.endpoint is None
 
