@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Literal
+from typing import Literal, get_args
 
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.filing.computed import Searched
@@ -238,6 +238,19 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Rival:
+    """The most that another batch has, to which the best is compared."""
+
+    batch: int  # max-num-seqs
+    ratio: Quantity  # the best / this one, valid or missing
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may have as much as the best, by the interval."""
+        return self.ratio.known and not (self.ratio.low is not None and self.ratio.low > 1)
+
+
+@dataclass(frozen=True)
 class Best:
     """The settings that have most of a rate: as measured, as forecast for these, and of others."""
 
@@ -247,6 +260,7 @@ class Best:
     forecast: Setting | None
     searched: Setting | None
     at_edge: bool  # whether no larger batch was offered than that of the best as measured
+    rival: Rival | None  # None: all batches are as large, or a run from before it was compared
 
     @property
     def foreseen(self) -> Literal["the same", "another", "not forecast"]:
@@ -269,6 +283,7 @@ class BestFlags:
     tried: tuple[Setting, ...]
     searched: tuple[Setting, ...]  # none in older runs
     prompt_tokens: float | None  # of a request, on average
+    rivals: dict[Rate, Rival] = field(default_factory=dict)  # none in older runs
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -302,6 +317,7 @@ class BestFlags:
             forecast=most(self.tried, "forecast"),
             searched=most(self.searched, "forecast"),
             at_edge=bool(measured and measured.batch == max(s.batch for s in self.tried)),
+            rival=self.rivals.get(rate),
         )
 
 
@@ -311,12 +327,27 @@ def best_flags(run: JudgedRun) -> BestFlags:
     most = max(loads.values(), default=None)
     heaviest = [p for p in run.points if loads.get(p.key, 0) == most]
     played = run.predictions.in_virtual_time
-    return BestFlags(
+    found = BestFlags(
         most,
         tuple(tried_setting(run, p) for p in heaviest),
         tuple(map(searched_setting, played.searched if played else ())),
         heaviest[0].prompt_tokens if heaviest else None,
     )
+    rivals = {rate: rival(run, found, heaviest, rate) for rate in get_args(Rate)}
+    return replace(found, rivals={rate: of for rate, of in rivals.items() if of})
+
+
+def rival(run: JudgedRun, found: BestFlags, points: Sequence[Point], rate: Rate) -> Rival | None:
+    """Compare the best with the best of all other batches; None without one."""
+    best = found.best(rate).measured
+    others = [s for s in found.tried if best and s.batch != best.batch]
+    second = replace(found, tried=tuple(others)).best(rate).measured
+    if not (best and second):
+        return None
+    at = {p.variant.name: p for p in points}
+    metric = "goodput_per_s" if rate == "goodput" else "output_tokens_per_s"
+    ratio = run.ratio_of(at.get(best.variant or ""), at.get(second.variant or ""), metric)
+    return Rival(second.batch, ratio)
 
 
 RATES = ("goodput_per_s", "output_tokens_per_s", "tpot_mean_s")  # of a setting
