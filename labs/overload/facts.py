@@ -238,15 +238,18 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Rival:
-    """The most that another batch has, to which the best is compared."""
+class Batches:
+    """The two batches that have most, both limited in requests, so that the batch alone differs."""
 
+    variant: str
     batch: int  # max-num-seqs
-    ratio: Quantity  # the best / this one, valid or missing
+    other: str
+    other_batch: int
+    ratio: Quantity  # variant / other, valid or missing
 
     @property
     def is_open(self) -> bool:
-        """Whether it may have as much as the best, by the interval."""
+        """Whether the other may have as much, by the interval."""
         return self.ratio.known and not (self.ratio.low is not None and self.ratio.low > 1)
 
 
@@ -260,7 +263,7 @@ class Best:
     forecast: Setting | None
     searched: Setting | None
     at_edge: bool  # whether no larger batch was offered than that of the best as measured
-    rival: Rival | None  # None: all batches are as large, or a run from before it was compared
+    batches: Batches | None  # None: no two, or a run from before they were compared
 
     @property
     def foreseen(self) -> Literal["the same", "another", "not forecast"]:
@@ -283,7 +286,7 @@ class BestFlags:
     tried: tuple[Setting, ...]
     searched: tuple[Setting, ...]  # none in older runs
     prompt_tokens: float | None  # of a request, on average
-    rivals: dict[Rate, Rival] = field(default_factory=dict)  # none in older runs
+    batches: dict[Rate, Batches] = field(default_factory=dict)  # none in older runs
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -317,7 +320,7 @@ class BestFlags:
             forecast=most(self.tried, "forecast"),
             searched=most(self.searched, "forecast"),
             at_edge=bool(measured and measured.batch == max(s.batch for s in self.tried)),
-            rival=self.rivals.get(rate),
+            batches=self.batches.get(rate),
         )
 
 
@@ -333,21 +336,29 @@ def best_flags(run: JudgedRun) -> BestFlags:
         tuple(map(searched_setting, played.searched if played else ())),
         heaviest[0].prompt_tokens if heaviest else None,
     )
-    rivals = {rate: rival(run, found, heaviest, rate) for rate in get_args(Rate)}
-    return replace(found, rivals={rate: of for rate, of in rivals.items() if of})
+    pairs = {rate: batches(run, heaviest, rate) for rate in get_args(Rate)}
+    return replace(found, batches={rate: pair for rate, pair in pairs.items() if pair})
 
 
-def rival(run: JudgedRun, found: BestFlags, points: Sequence[Point], rate: Rate) -> Rival | None:
-    """Compare the best with the best of all other batches; None without one."""
-    best = found.best(rate).measured
-    others = [s for s in found.tried if best and s.batch != best.batch]
-    second = replace(found, tried=tuple(others)).best(rate).measured
-    if not (best and second):
-        return None
-    at = {p.variant.name: p for p in points}
+def batches(run: JudgedRun, points: Sequence[Point], rate: Rate) -> Batches | None:
+    """Compare the two batches that have most under a limit in requests; None without two."""
     metric = "goodput_per_s" if rate == "goodput" else "output_tokens_per_s"
-    ratio = run.ratio_of(at.get(best.variant or ""), at.get(second.variant or ""), metric)
-    return Rival(second.batch, ratio)
+    rates = [
+        (of.value, p)
+        for p in points
+        if p.flags.max_num_queued_reqs is not None and not run.withholds(metric, p)
+        if (of := run.quantity(p, metric)).value is not None
+    ]
+    first, *others = (p for _, p in sorted(rates, key=lambda at: -at[0])) if rates else (None,)
+    other = next((p for p in others if first and batch(p) != batch(first)), None)
+    if not (first and other):
+        return None
+    ratio = run.ratio_of(first, other, metric)
+    return Batches(first.variant.name, batch(first), other.variant.name, batch(other), ratio)
+
+
+def batch(point: Point) -> int:
+    return point.flags.max_num_seqs
 
 
 RATES = ("goodput_per_s", "output_tokens_per_s", "tpot_mean_s")  # of a setting
