@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Literal
+from typing import Literal, get_args
 
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.filing.computed import Searched
@@ -238,6 +238,22 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Batches:
+    """The two batches that have most, both limited in requests, so that the batch alone differs."""
+
+    variant: str
+    batch: int  # max-num-seqs
+    other: str
+    other_batch: int
+    ratio: Quantity  # variant / other, valid or missing
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the other may have as much, by the interval."""
+        return self.ratio.known and not (self.ratio.low is not None and self.ratio.low > 1)
+
+
+@dataclass(frozen=True)
 class Best:
     """The settings that have most of a rate: as measured, as forecast for these, and of others."""
 
@@ -247,6 +263,7 @@ class Best:
     forecast: Setting | None
     searched: Setting | None
     at_edge: bool  # whether no larger batch was offered than that of the best as measured
+    batches: Batches | None  # None: no two, or a run from before they were compared
 
     @property
     def foreseen(self) -> Literal["the same", "another", "not forecast"]:
@@ -269,6 +286,7 @@ class BestFlags:
     tried: tuple[Setting, ...]
     searched: tuple[Setting, ...]  # none in older runs
     prompt_tokens: float | None  # of a request, on average
+    batches: dict[Rate, Batches] = field(default_factory=dict)  # none in older runs
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -302,6 +320,7 @@ class BestFlags:
             forecast=most(self.tried, "forecast"),
             searched=most(self.searched, "forecast"),
             at_edge=bool(measured and measured.batch == max(s.batch for s in self.tried)),
+            batches=self.batches.get(rate),
         )
 
 
@@ -311,12 +330,35 @@ def best_flags(run: JudgedRun) -> BestFlags:
     most = max(loads.values(), default=None)
     heaviest = [p for p in run.points if loads.get(p.key, 0) == most]
     played = run.predictions.in_virtual_time
-    return BestFlags(
+    found = BestFlags(
         most,
         tuple(tried_setting(run, p) for p in heaviest),
         tuple(map(searched_setting, played.searched if played else ())),
         heaviest[0].prompt_tokens if heaviest else None,
     )
+    pairs = {rate: batches(run, heaviest, rate) for rate in get_args(Rate)}
+    return replace(found, batches={rate: pair for rate, pair in pairs.items() if pair})
+
+
+def batches(run: JudgedRun, points: Sequence[Point], rate: Rate) -> Batches | None:
+    """Compare the two batches that have most under a limit in requests; None without two."""
+    metric = "goodput_per_s" if rate == "goodput" else "output_tokens_per_s"
+    rates = [
+        (of.value, p)
+        for p in points
+        if p.flags.max_num_queued_reqs is not None and not run.withholds(metric, p)
+        if (of := run.quantity(p, metric)).value is not None
+    ]
+    first, *others = (p for _, p in sorted(rates, key=lambda at: -at[0])) if rates else (None,)
+    other = next((p for p in others if first and batch(p) != batch(first)), None)
+    if not (first and other):
+        return None
+    ratio = run.ratio_of(first, other, metric)
+    return Batches(first.variant.name, batch(first), other.variant.name, batch(other), ratio)
+
+
+def batch(point: Point) -> int:
+    return point.flags.max_num_seqs
 
 
 RATES = ("goodput_per_s", "output_tokens_per_s", "tpot_mean_s")  # of a setting

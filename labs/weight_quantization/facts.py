@@ -12,7 +12,7 @@ from labs.harness.facts.steps import decode_step, prompt_pass
 from labs.harness.facts.weights import KindsOfWeights, kinds_of_weights
 from labs.harness.judging.judge import is_within
 from labs.harness.judging.quantity import RATIO, Quantity
-from labs.harness.spec import MARGIN
+from labs.harness.spec import MARGIN, Point
 from labs.weight_quantization.lab import KINDS
 from serving.forecasting import cards
 from serving.forecasting.datasheet import EXPECTED, step_times
@@ -253,6 +253,20 @@ class InPhases:
 
 
 @dataclass(frozen=True)
+class MoreTokens:
+    """What more tokens in a pass over the base's weights take, of the time of fewer."""
+
+    users: int  # in a decode step
+    decode: Quantity  # the TPOT of so many / that of one
+    prompt_times: float  # the tokens of the longer prompt / those of the shorter
+    prefill: Quantity  # the TTFT of the longer prompt / that of the shorter, one user
+
+    @property
+    def is_valid(self) -> bool:
+        return self.decode.known and self.prefill.known
+
+
+@dataclass(frozen=True)
 class Phases:
     """Whether fewer bytes of weights speed up decode alone, as theory has it."""
 
@@ -260,6 +274,7 @@ class Phases:
     decode_flop_per_byte: float  # of the base, with one request
     prefill_flop_per_byte: float
     ridge_flop_per_byte: float
+    more_tokens: MoreTokens | None = None  # None: not compared, as in older runs
 
     @property
     def valid(self) -> list[InPhases]:
@@ -295,6 +310,20 @@ def phases(run: Context) -> Phases | None:
         decode_step(run, one, 1).flop_per_byte,
         prompt_pass(run, prompt).flop_per_byte,
         one.ceilings.ridge_flops_per_byte,
+        more_tokens(run, one, prompt),
+    )
+
+
+def more_tokens(run: Context, one: Point, prompt: Point) -> MoreTokens | None:
+    loads = [p for p in run.points if (p.variant, p.workload) == (one.variant, one.workload)]
+    most = max(loads, key=lambda point: point.load.users)
+    if most == one or prompt.prompt_tokens <= one.prompt_tokens:
+        return None
+    return MoreTokens(
+        most.load.users,
+        run.ratio_of(most, one, "tpot_mean_s"),
+        prompt.prompt_tokens / one.prompt_tokens,
+        run.ratio_of(prompt, one, "ttft_mean_s"),
     )
 
 

@@ -187,6 +187,36 @@ def test_the_best_flags_may_differ_for_goodput_and_for_throughput(tmp_path: Path
     assert (not_valid.measured, not_valid.all_are_valid) == (unbounded, False)
 
 
+@pytest.mark.parametrize(
+    ("goodput", "is_open"), [([3.0, 3.1, 3.0], False), ([3.0, 1.5, 3.0], True)]
+)
+def test_the_best_batch_is_open_where_the_next_may_serve_as_much(
+    goodput: list[float], is_open: bool, tmp_path: Path
+) -> None:
+    """Of those with one kind of limit: what has another serves most, and decides nothing."""
+    narrow = Variant(name="narrow", flags={"max-num-seqs": 2, "max-num-queued-reqs": 4})
+    tokens = Variant(name="tokens", flags={"max-num-seqs": 2, "max-num-queued-tokens": 24})
+    lab = make_lab(
+        variants=(narrow, narrow.but("wide", {"max-num-seqs": 4}), tokens),
+        workloads=(
+            make_workload("concurrent:3", name="full", only=("narrow",)),
+            make_workload("capacity:4", name="flood"),
+        ),
+        claims=(), evidence=(),
+    )  # fmt: skip
+    found = best_flags(judged_run(context(tmp_path, lab, {
+        "narrow/flood/capacity-4": {"goodput_per_s": [2.0, 2.1, 2.0]},
+        "wide/flood/capacity-4": {"goodput_per_s": goodput},
+        "tokens/flood/capacity-4": {"goodput_per_s": [4.0, 4.0, 4.1]},
+    })))  # fmt: skip
+    pair = found.goodput.batches
+    assert pair
+    assert (pair.variant, pair.batch, pair.other, pair.other_batch, pair.is_open) == (
+        "wide", 4, "narrow", 2, is_open,
+    )  # fmt: skip
+    assert found.throughput.batches is None
+
+
 def test_the_best_of_what_was_only_forecast_is_named(tmp_path: Path) -> None:
     run = overloaded(tmp_path)
     grid = tuple(

@@ -13,6 +13,7 @@ from labs.harness.facts.quality import Quality, quality
 from labs.harness.filing.writing import write_gzip
 from labs.harness.spec import Variant
 from labs.weight_quantization.facts import facts, on_a_gpu, outliers, phases
+from loadtests.workload import Fixed
 from tests.unit.builders import make_lab, make_workload
 from tests.unit.judged import answered, context, judged_run, told_of, withheld
 
@@ -141,6 +142,33 @@ def test_fewer_bytes_are_held_against_both_phases(
     assert valid.decode_flop_per_byte < valid.prefill_flop_per_byte
     assert (valid.control.gains, valid.control.bytes_ratio) == (gains, 0.5)
     assert not_valid.control is None
+
+
+def test_more_requests_are_held_against_a_longer_prompt(tmp_path: Path) -> None:
+    """Twice the prompt of 6 tokens."""
+    decode = make_workload("concurrent:1", "concurrent:8", name="decode")
+    lab = make_lab(
+        variants=(Variant(name="bf16"), Variant(name="w4a16-gptq", weights="w4a16-gptq")),
+        workloads=(decode, make_workload(name="prefill", prompt_tokens=Fixed(tokens=12))),
+        claims=(), evidence=(),
+    )  # fmt: skip
+    run = context(tmp_path, lab, {
+        "bf16/decode/concurrent-1": {"tpot_mean_s": 0.010, "ttft_mean_s": 0.050},
+        "bf16/decode/concurrent-8": {"tpot_mean_s": 0.015},
+        "bf16/prefill/concurrent-1": {"ttft_mean_s": 0.090},
+        "w4a16-gptq/decode/concurrent-1": {"tpot_mean_s": 0.010},
+        "w4a16-gptq/prefill/concurrent-1": {"ttft_mean_s": 0.090},
+    })  # fmt: skip
+    found = phases(run)
+    assert found
+    more = found.more_tokens
+    assert more
+    assert (more.users, more.prompt_times, more.is_valid) == (8, 2, True)
+    assert (more.decode.value, more.prefill.value) == (pytest.approx(1.5), pytest.approx(1.8))
+    cold = phases(withheld(run, "bf16/prefill/concurrent-1", ("ttft_mean_s",)))
+    assert cold
+    assert cold.more_tokens
+    assert not cold.more_tokens.is_valid
 
 
 def test_a_gpu_reverses_the_order_of_the_formats() -> None:
