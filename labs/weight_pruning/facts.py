@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -355,6 +356,15 @@ def routed(shape: Shape, tokens: int) -> Routed:
 # ---------------------------------------------------------------------------- what training changed
 
 
+Compared = Literal["better", "worse", "not told apart"]
+
+
+def compared(ratio: Quantity) -> Compared:
+    """Say what the interval of a perplexity over another's says of the first; lower is better."""
+    low, high = ratio.low or 0, ratio.high or math.inf
+    return "better" if high < 1 else "worse" if low > 1 else "not told apart"
+
+
 @dataclass(frozen=True)
 class Trained:
     """A model on held-out text, and what making it took."""
@@ -376,12 +386,27 @@ class Bits:
     qat: Trained
     qat_over_gptq: Quantity  # their ratio of perplexity
     times_as_long: Quantity  # seconds of QAT / of GPTQ
+    from_tuned: bool = False  # QAT began at fine-tuned weights; in older runs at the spread ones
 
     @property
-    def better(self) -> Literal["qat", "gptq", "neither"]:
-        """Which one the interval favours."""
-        low, high = self.qat_over_gptq.low or 0, self.qat_over_gptq.high or math.inf
-        return "qat" if high < 1 else "gptq" if low > 1 else "neither"
+    def qat_is(self) -> Compared:
+        """What QAT is beside GPTQ."""
+        return compared(self.qat_over_gptq)
+
+
+@dataclass(frozen=True)
+class Untaught:
+    """The layers that were distilled, trained in as many steps on the tokens, without a teacher."""
+
+    last: Trained
+    best: Trained  # after the epoch that is best on the scored text, which favours it
+    best_epoch: int
+    distilled_over_best: Quantity  # their ratio of perplexity
+
+    @property
+    def distilled_is(self) -> Compared:
+        """What the distilled layers are beside the best of these."""
+        return compared(self.distilled_over_best)
 
 
 @dataclass(frozen=True)
@@ -399,6 +424,7 @@ class Training:
     texts_tokens: int
     scored_tokens: int
     held_out_sha256: str  # its beginning
+    untaught: Untaught | None = None  # None in older runs
 
 
 def training(run: Context) -> Training | None:
@@ -410,19 +436,22 @@ def training(run: Context) -> Training | None:
     params = run.points[0].shape.matmul_params
     half = params - (run.points[0].shape.params - about["params"])
 
+    def over(name: str, to: str) -> Quantity:
+        return perplexity_ratio(nats[name], nats[to], sizes)
+
     def trained(name: str, to: str, made: str = "", flop_a_token: float = 0) -> Trained:
         effort = about["efforts"].get(made)
-        ratio = perplexity_ratio(nats[name], nats[to], sizes)
         return Trained(
             perplexity(nats[name], sizes),
-            ratio.brief if name == to else ratio,
+            over(name, to).brief if name == to else over(name, to),
             effort and effort["tokens"],
             Quantity(effort and flop_a_token * effort["tokens"] / 1e12, "TFLOP", why="not trained"),
             Quantity(effort and effort["seconds"], "s", why="not trained"),
         )
 
     def at(bits: int) -> Bits:
-        gptq, qat = f"plain-gptq-{bits}", f"qat-{bits}"
+        gptq, from_tuned = f"plain-gptq-{bits}", f"tuned-qat-{bits}" in nats
+        qat = f"tuned-qat-{bits}" if from_tuned else f"qat-{bits}"
         by_gptq = trained(gptq, "plain", f"gptq-{bits}", 2 * params)
         by_qat = trained(qat, "plain", qat, 6 * params)
         return Bits(
@@ -430,8 +459,21 @@ def training(run: Context) -> Training | None:
             trained(f"plain-nearest-{bits}", "plain"),
             by_gptq,
             by_qat,
-            perplexity_ratio(nats[qat], nats[gptq], sizes),
+            over(qat, gptq),
             by_qat.took / by_gptq.took,
+            from_tuned,
+        )
+
+    def untaught() -> Untaught | None:
+        epochs = [name for name in nats if name.startswith("untaught-")]
+        if not epochs:
+            return None
+        best = min(epochs, key=lambda name: sum(nats[name]))
+        return Untaught(
+            trained(epochs[-1], "file", "untaught", 6 * half),
+            trained(best, "file"),
+            1 + epochs.index(best),
+            over("distilled", best),
         )
 
     return Training(
@@ -440,10 +482,11 @@ def training(run: Context) -> Training | None:
         spread=trained("spread", "file"),
         spread_nearest=trained("spread-nearest-4", "spread"),
         plain=trained("plain", "file", "plain", 6 * params),
-        bits=tuple(at(int(n.removeprefix("qat-"))) for n in nats if n.startswith("qat-")),
+        bits=tuple(at(int(bits)) for n in nats for bits in re.findall(r"^plain-gptq-(\d)", n)),
         kept=trained("kept", "file"),
         distilled=trained("distilled", "file", "distilled", 6 * half),
         texts_tokens=about["calibration_tokens"],
         scored_tokens=sum(sizes),
         held_out_sha256=about["held_out_sha256"][:12],
+        untaught=untaught(),
     )

@@ -1,19 +1,23 @@
 """Train the model for minutes: around its rounding to few bits (QAT), and at half of its depth.
 
 *QAT*: the weights are first spread over the steps of the 4-bit grid that a file may have left them
-on, since on a grid rounding costs less, and minutes of training do not leave one. Then there are
-two fine-tunings on the same texts in the same order, one plain and one with the linear layers
-rounded on the way forward. The gradient reaches the weights as if they had not been rounded (the
-straight-through estimator, Bengio et al. 2013). Both are rounded by the same rule, symmetric, with
-a scale for each `group_size` neighbours: the plain one, which is the reference, to nearest and by
-GPTQ (Frantar et al. 2022), as PTQ does, and the one that was trained for it to nearest.
+on, since on a grid rounding costs less, and minutes of training do not leave one. They are
+fine-tuned. From there the texts are gone through once more in the same order, by a copy that stays
+plain and by one with the linear layers rounded on the way forward. The gradient reaches the weights
+as if they had not been rounded (the straight-through estimator, Bengio et al. 2013). Both are
+rounded by the same rule, symmetric, with a scale for each `group_size` neighbours: the plain one,
+which is the reference, to nearest and by GPTQ (Frantar et al. 2022), as PTQ does, and the one that
+was trained for it to nearest.
 
 *Distillation*: every other layer is kept, the last one too, and trained towards the whole model's
-distribution (Hinton et al. 2015) on the same texts. That model is what the folder holds;
-`about.json` has the losses of all on held-out passages.
+distribution (Hinton et al. 2015) on the same texts. That model is what the folder holds. Beside it
+the same layers are trained on the texts' tokens without a teacher, in as many steps; as they learn
+the few texts by heart, these are scored after each epoch. `about.json` has the losses of all on
+held-out passages.
 
 Epochs and learning rates were chosen by a part of the texts, and not by what is scored. The texts
-are few: more than two epochs of them make the plain model worse on others.
+are few: more than two epochs make the plain model worse on others, but for one more at a quarter of
+the rate; QAT does better at the whole rate.
 
 A model of more than `MOST_PARAMS` is not trained, since gradients and the optimizer's state take 16
 bytes for each parameter: it is left with half of its layers, and no losses.
@@ -21,11 +25,13 @@ bytes for each parameter: it is left with half of its layers, and no losses.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,7 +45,7 @@ from serving.weights.sparsity import losses
 
 BITS = (4,)
 DAMPING = 0.01  # of GPTQ's Hessian, as its authors have it
-EPOCHS, LEARNING_RATE = 2, 0.0002
+EPOCHS, MORE_EPOCHS, LEARNING_RATE = 2, 1, 0.0002
 DISTIL_EPOCHS, DISTIL_LEARNING_RATE = 8, 0.001
 BATCH = 4  # passages
 FILE_GROUP = 32
@@ -151,10 +157,8 @@ def all_by_gptq(model: Any, passages: Sequence[list[int]], bits: int, group: int
     return rounded
 
 
-def finetune(
-    model: Any, texts: Sequence[TargetAnswer], epochs: int, bits: int = 0, group: int = 0
-) -> None:
-    """Train the layers on the tokens of the texts; with `bits`, around their rounding."""
+def towards_tokens(model: Any, bits: int = 0, group: int = 0) -> Callable[..., None]:
+    """Return the loss of the texts' tokens (cross-entropy); with `bits`, of the rounded layers."""
     import torch
 
     matrix = model.get_output_embeddings().weight
@@ -168,7 +172,7 @@ def finetune(
             torch.nn.functional.cross_entropy(logits.float(), tokens).backward()
 
     in_bf16 = making.computing_type() == torch.bfloat16
-    draft.fit(model, texts, loss, epochs, LEARNING_RATE, SEED, batch=BATCH)
+    return loss
 
 
 def spread(weight: Any) -> Any:
@@ -231,22 +235,25 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
         took_s = round(time.monotonic() - began, 1)
         efforts[name] = {"tokens": epochs * tokens, "seconds": took_s}
 
-    def off_grid() -> Any:
+    def halved() -> Any:
         model = making.load(base)[1].float()
-        torch.manual_seed(SEED)
-        for module in linears(model).values():
-            module.weight.data = spread(module.weight.data)
+        draft.keep(model, kept)
         return model
 
+    fit = partial(draft.fit, seed=SEED, batch=BATCH)
     score("file")
     for bits in BITS:
         score(f"file-nearest-{bits}", all_to_nearest(model, bits, group))
-    model = off_grid()
+    torch.manual_seed(SEED)
+    for module in linears(model).values():
+        module.weight.data = spread(module.weight.data)
     score("spread")
     for bits in BITS:
         score(f"spread-nearest-{bits}", all_to_nearest(model, bits, group))
-    with effort("plain", EPOCHS):
-        finetune(model, texts, EPOCHS)
+    with effort("plain", EPOCHS + MORE_EPOCHS):
+        fit(model, texts, towards_tokens(model), EPOCHS, LEARNING_RATE)
+        tuned = copy.deepcopy(model)
+        fit(model, texts, towards_tokens(model), MORE_EPOCHS, LEARNING_RATE / 4)
     score("plain")
     for bits in BITS:
         score(f"plain-nearest-{bits}", all_to_nearest(model, bits, group))
@@ -254,16 +261,25 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
             weights = all_by_gptq(model, passages, bits, group)
         score(f"plain-gptq-{bits}", weights)
     for bits in BITS:
-        model = off_grid()
-        with effort(f"qat-{bits}", EPOCHS):
-            finetune(model, texts, EPOCHS, bits, group)
-        score(f"qat-{bits}", all_to_nearest(model, bits, group))
-    model = making.load(base)[1].float()
-    draft.keep(model, kept)
+        model = copy.deepcopy(tuned)
+        with effort(f"tuned-qat-{bits}", MORE_EPOCHS):
+            fit(model, texts, towards_tokens(model, bits, group), MORE_EPOCHS, LEARNING_RATE)
+        score(f"tuned-qat-{bits}", all_to_nearest(model, bits, group))
+    model = halved()
     score("kept")
+    with effort("untaught", DISTIL_EPOCHS):
+        fit(
+            model,
+            texts,
+            towards_tokens(model),
+            DISTIL_EPOCHS,
+            DISTIL_LEARNING_RATE,
+            after_epoch=lambda epoch: score(f"untaught-{epoch}"),
+        )
+    model = halved()
     loss = draft.towards_target(model, texts)
     with effort("distilled", DISTIL_EPOCHS):
-        draft.fit(model, texts, loss, DISTIL_EPOCHS, DISTIL_LEARNING_RATE, SEED, batch=BATCH)
+        fit(model, texts, loss, DISTIL_EPOCHS, DISTIL_LEARNING_RATE)
     _save(tokenizer, model, out)
     model = model.float()  # of what was saved, in 16 bits
     score("distilled")

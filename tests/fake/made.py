@@ -53,12 +53,13 @@ TRAINING = {
     "loss_nats": {
         name: [30.0 + n, 60.0 + 2.1 * n]
         for n, name in enumerate(
-            ("plain", "file", "qat-4", "plain-gptq-4", "plain-nearest-4", "file-nearest-4",
-             "spread", "spread-nearest-4", "distilled", "kept")
+            ("plain", "file", "tuned-qat-4", "plain-gptq-4", "plain-nearest-4", "file-nearest-4",
+             "spread", "spread-nearest-4", "distilled", "untaught-1", "untaught-2", "kept")
         )
     },
     "efforts": {
-        name: {"tokens": 1000, "seconds": 1.0} for name in ("plain", "gptq-4", "qat-4", "distilled")
+        name: {"tokens": 1000, "seconds": 1.0}
+        for name in ("plain", "gptq-4", "tuned-qat-4", "distilled", "untaught")
     },
     "calibration_tokens": 500,
     "held_out_sha256": "0" * 64,

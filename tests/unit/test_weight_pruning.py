@@ -13,11 +13,13 @@ import pytest
 
 from labs import LABS
 from labs.harness.judging.judge import is_within
+from labs.harness.judging.quantity import RATIO, Quantity
 from labs.harness.running import step_timing
 from labs.harness.spec import Variant
 from labs.weight_pruning.facts import (
     EIGHT_BITS,
     Sparsities,
+    compared,
     facts,
     kernels,
     sparsities,
@@ -174,15 +176,16 @@ TRAINED: Mapping[str, Any] = {
         name: [100 * (2 + math.log(grown) * part) for part in (0.99, 1.01)]
         for name, grown in {
             "file": 1.0, "file-nearest-4": 1.5, "spread": 1.2, "spread-nearest-4": 1.8,
-            "plain": 0.9, "plain-nearest-4": 1.35, "plain-gptq-4": 1.08, "qat-4": 0.99,
-            "kept": 100.0, "distilled": 3.0,
+            "plain": 0.9, "plain-nearest-4": 1.35, "plain-gptq-4": 1.08, "tuned-qat-4": 0.99,
+            "kept": 100.0, "untaught-1": 9.0, "untaught-2": 4.0, "untaught-3": 5.0,
+            "distilled": 3.0,
         }.items()
     },
     "efforts": {
         name: {"tokens": tokens, "seconds": took_s}
         for name, tokens, took_s in (
-            ("plain", 6000, 50.0), ("gptq-4", 1000, 10.0), ("qat-4", 6000, 60.0),
-            ("distilled", 9000, 50.0),
+            ("plain", 9000, 50.0), ("gptq-4", 1000, 10.0), ("tuned-qat-4", 6000, 60.0),
+            ("distilled", 9000, 50.0), ("untaught", 9000, 60.0),
         )
     },
     "calibration_tokens": 1000,
@@ -272,13 +275,45 @@ def test_training_is_told_beside_its_reference_with_its_price(tmp_path: Path) ->
     ]
     assert ratios == pytest.approx([1.5, 1.2, 1.1, 3.0, 1.5])
     assert at.qat_over_gptq.value == pytest.approx(1.1 / 1.2)
-    assert at.better == "qat"
+    assert at.qat_is == "better"
+    assert at.from_tuned
     assert at.times_as_long.value == 6
     assert at.qat.flop.value == pytest.approx(6 * SHAPE.matmul_params * 6000 / 1e12)
     assert at.gptq.flop.value == pytest.approx(2 * SHAPE.matmul_params * 1000 / 1e12)
     half = SHAPE.matmul_params - 400
     assert found.distilled.flop.value == pytest.approx(6 * half * 9000 / 1e12)
     assert not found.kept.flop.known
+
+
+def test_distillation_stands_beside_the_best_epoch_without_a_teacher(tmp_path: Path) -> None:
+    found = facts(judged_run(context(tmp_path, LAB, TIMES, about=ABOUT))).training
+    assert found
+    assert found.untaught
+    assert found.untaught.last.ratio.value == pytest.approx(5.0)
+    assert found.untaught.last.tokens == found.distilled.tokens == 9000
+    assert found.untaught.best_epoch == 2
+    assert found.untaught.best.ratio.value == pytest.approx(4.0)
+    assert found.untaught.distilled_over_best.value == pytest.approx(3 / 4)
+    assert found.untaught.distilled_is == "better"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.8, 0.9, "better"), (0.9, 1.1, "not told apart"), (1.1, 1.2, "worse")],
+)
+def test_what_an_interval_of_perplexities_says(low: float, high: float, said: str) -> None:
+    assert compared(Quantity(1, RATIO, low, high)) == said
+
+
+def test_an_older_study_is_told_with_its_own_qat_and_no_other_training(tmp_path: Path) -> None:
+    nats = {n: of for n, of in TRAINED["loss_nats"].items() if not n.startswith("untaught")}
+    nats["qat-4"] = nats.pop("tuned-qat-4")
+    about = {"training": {**TRAINED, "loss_nats": nats}}
+    found = facts(judged_run(context(tmp_path, LAB, TIMES, about=about))).training
+    assert found
+    assert found.untaught is None
+    assert found.bits[0].qat.ratio.value == pytest.approx(1.1)
+    assert not found.bits[0].from_tuned
 
 
 @pytest.mark.parametrize("about", [{}, {"training": {"params": 600}}])

@@ -93,10 +93,14 @@ def test_what_is_trained_is_scored_and_half_of_the_layers_stay(
     lost = {name: sum(nats) for name, nats in about["loss_nats"].items()}
     assert {len(nats) for nats in about["loss_nats"].values()} == {len(TEXT) - 8}
     assert lost["plain"] < lost["file"]
-    bits = training.BITS[0]
-    assert lost[f"qat-{bits}"] < lost[f"file-nearest-{bits}"]
+    qat = f"tuned-qat-{training.BITS[0]}"
+    assert lost[qat] < lost[f"file-nearest-{training.BITS[0]}"]
     assert lost["distilled"] < lost["kept"]
-    assert about["efforts"]["plain"]["tokens"] == about["efforts"][f"qat-{bits}"]["tokens"]
+    efforts = about["efforts"]
+    assert efforts["plain"]["tokens"] == 9 * efforts[qat]["tokens"]
+    assert efforts["untaught"]["tokens"] == efforts["distilled"]["tokens"]
+    assert [n for n in lost if n.startswith("untaught")] == [f"untaught-{n}" for n in range(1, 9)]
+    assert lost["untaught-8"] < lost["kept"] != lost["distilled"]
     written = model_of(tmp_path / "out")
     assert written.config.num_hidden_layers == about["layers"] == 2
     assert written.num_parameters() == about["params"]

@@ -172,7 +172,7 @@ RECIPES: dict[str, Recipe] = {
         "the served model with half of its layers, distilled, and a study of training around"
         " rounding",
         "training",
-        8,
+        9,
         source=scored_texts,
         quick_share=0.2,
     ),
