@@ -35,7 +35,6 @@ from labs.harness.judging.metrics import METRICS
 TOKEN_TIMES, OVER_LONG_PROMPTS = "times between tokens", "figures taken over long prompts"
 OVER_REQUESTS, BY_CLIENTS = "figures taken over requests", "figures taken by clients"
 BLOCKED = {  # what a row may block, by the words for it
-    BY_CLIENTS: tuple(name for name, metric in METRICS.items() if not metric.by_engine),
     TOKEN_TIMES: tuple(name for name, metric in METRICS.items() if metric.token_times),
     OVER_LONG_PROMPTS: tuple(n for n, m in METRICS.items() if m.statistic.per == "long prompt"),
     OVER_REQUESTS: tuple(
@@ -43,6 +42,7 @@ BLOCKED = {  # what a row may block, by the words for it
         for name, metric in METRICS.items()
         if not metric.by_engine and metric.statistic.per in ("request", "trial")
     ),
+    BY_CLIENTS: tuple(name for name, metric in METRICS.items() if not metric.by_engine),
 }
 
 
