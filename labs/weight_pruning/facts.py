@@ -147,6 +147,9 @@ class Knee:
     beyond: Step
 
 
+TOLD = ("30", "40", "70")
+
+
 @dataclass(frozen=True)
 class Sparsities:
     """Every sparsity that was scored without an engine, from the dense model on."""
@@ -163,6 +166,11 @@ class Sparsities:
     def curve(self) -> list[Step]:
         """The steps in percent, ten points apart."""
         return [step for step in self.steps if step.pattern != PATTERN]
+
+    @property
+    def told(self) -> list[Step]:
+        """The steps of the curve that the answer names."""
+        return [step for step in self.curve if step.pattern in TOLD]
 
     @property
     def first(self) -> Step:

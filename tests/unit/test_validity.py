@@ -227,6 +227,14 @@ def test_caveat(name: str, blocks: bool, changes: dict[str, Any]) -> None:
     assert caveat.text
 
 
+@each("changes", [{"loop_lag_p99_s": 0.021}, {"records": LATE}])
+def test_late_clients_leave_what_the_engine_counts(changes: dict[str, Any]) -> None:
+    (caveat,) = checked(**changes)
+    assert caveat.point
+    assert caveat.hits("ttft_mean_s", caveat.point)
+    assert not caveat.hits("prefix_hit_rate", caveat.point)
+
+
 @each(
     "changes",
     [
