@@ -186,9 +186,7 @@ def check_run(folder: RunFolder, makes_sense: bool = True) -> None:
             if record.turned_away:
                 continue
             assert record.output_tokens == record.asked_tokens
-            # a router takes the running usage out of a request: then a chunk counts as one token
-            tokens = sum(tokens for _, tokens in record.chunks)
-            assert tokens == record.output_tokens or trial.point.flags.router
+            assert sum(tokens for _, tokens in record.chunks) == record.output_tokens
             assert (record.prompt_tokens, record.asked_tokens) == lengths[record.index]
             assert (record.text is not None) == trial.point.workload.keep_text
         assert bool(trial.intruders) == (trial.point.workload.intruder is not None)

@@ -4,4 +4,6 @@ SIZES = Sizes(
     # the record of requests and starts is one engine's: the router has one replica, of which there
     # are no findings
     fake='variants=["direct","passed-on"] workloads=["alone"] findings=[]',
+    # two replicas a variant: the other policies differ in a word
+    cpu='variants=["round-robin","cache-aware"] workloads=["documents"]',
 )

@@ -52,7 +52,7 @@ def computed(id: str) -> Computed | None:
 def answer_with_command(answer: Computed) -> Inline:
     """Write an answer in brief with its kind, and the command that computes another example."""
     kind = answer.kind[0].upper() + answer.kind[1:]
-    before, after = f"{kind}, nothing measured: ", " For your own figures: "
+    before, after = f"{kind}, nothing measured. ", " For your own figures: "
     return before, answer.answer.brief, after, code(answer.command)
 
 
