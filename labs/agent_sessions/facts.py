@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
-from labs.agent_sessions.lab import sessions_held
+from labs.agent_sessions.lab import MANY, sessions_held
 from labs.harness.facts.context import JudgedRun
 from labs.harness.facts.offloading import CopyOrCompute
 from labs.harness.judging.quantity import Quantity
@@ -31,12 +31,15 @@ class Turns:
 class Facts:
     turns: tuple[Turns, ...]
     copying: CopyOrCompute | None  # evicted turns back, or computing them again
+    crowded: dict[str, Turns] = field(default_factory=dict)  # by variant, of many sessions
 
 
 def facts(run: JudgedRun) -> Facts:
+    found = [(point, of) for point in run.points if (of := turns(run, point))]
     return Facts(
-        turns=tuple(found for point in run.points if (found := turns(run, point))),
+        turns=tuple(of for _, of in found),
         copying=CopyOrCompute.of(run.points[0]) if run.points else None,
+        crowded={p.variant.name: of for p, of in found if p.load == MANY},
     )
 
 

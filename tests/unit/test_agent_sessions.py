@@ -92,7 +92,9 @@ def test_later_turns_are_told_from_the_first(tmp_path: Path) -> None:
     waits_s = [0.2, 0.1, 0.1, 0.1, 0.4, 0.3, 0.3, 0.3]
     sent = [make_record([(10 + wait_s, 1)], index=i) for i, wait_s in enumerate(waits_s)]
     played(found, point("large").key, sent)
-    (of,) = facts.facts(judged_run(found)).turns
+    told = facts.facts(judged_run(found))
+    (of,) = told.turns
+    assert told.crowded == {"large": of}
     assert (of.point, of.sessions) == (point("large").key, 5)
     assert of.first_s.value == pytest.approx(0.3)
     assert of.next_s.value == pytest.approx(0.2)
