@@ -142,7 +142,7 @@ def _play(plan: ForecastPlan, engines: Engines, out: IO[str]) -> None:
                 repeat=trial.repeat,
                 play=played,
                 counters=counters,
-                kv_capacity_tokens=sum(replica.kv_capacity_tokens for replica in replicas),
+                kv_capacity_tokens=replicas[0].kv_capacity_tokens,
                 kv_use=kv_use,
                 found_tokens=found_tokens,
             )

@@ -88,7 +88,7 @@ class ForecastPlay(BaseModel, frozen=True, extra="forbid"):
     repeat: int
     play: Play
     counters: dict[str, int]
-    kv_capacity_tokens: int
+    kv_capacity_tokens: int  # of one replica, as an engine's configuration says it
     kv_use: KvUse | None = None  # of a single engine, in the window
     # prompt tokens that a single engine has found in its prefix cache after each request
     found_tokens: list[int] = []

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from labs import LABS
-from labs.harness.judging.measure import busiest_share
+from labs.harness.judging.measure import busiest_share, kv_capacity_tokens
 from labs.harness.judging.quantity import Quantity
 from labs.harness.running.virtual_trials import routing_of
 from labs.harness.spec import Point
@@ -84,6 +84,15 @@ def test_each_replica_is_counted_by_itself_and_with_the_others() -> None:
     later = across([Snapshot({metrics.REQUESTS: 31.0}), Snapshot({metrics.REQUESTS: 13.0})])
     assert busiest_share(make_trial([], engine=later.since(whole))) == 0.75
     assert busiest_share(make_trial([], engine=readings[0])) is None
+
+
+def test_the_caches_of_all_replicas_count() -> None:
+    engine = Snapshot(info={metrics.CACHE_CONFIG: {"num_gpu_blocks": "44", "block_size": "32"}})
+    alone = POINTS["direct/alone/concurrent-1"]
+    assert kv_capacity_tokens(make_trial([], point=alone, engine=engine)) == 44 * 32
+    assert (
+        kv_capacity_tokens(make_trial([], point=point("round-robin"), engine=engine)) == 2 * 44 * 32
+    )
 
 
 def test_a_router_stands_before_vllm_where_a_policy_is_given() -> None:

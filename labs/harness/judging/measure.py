@@ -572,10 +572,13 @@ def acceptance_length(trial: Trial) -> float | None:
 
 
 def kv_capacity_tokens(trial: Trial) -> float | None:
-    """Tokens that the KV cache holds: blocks x block size, from the engine's configuration."""
-    config = trial.cache_config
+    """Tokens that the KV cache holds, or those of all copies of the model together.
+
+    Blocks x block size, from an engine's configuration, times the copies, each with its own.
+    """
+    config, copies = trial.cache_config, trial.point.flags.copies
     try:
-        return float(int(config["num_gpu_blocks"]) * int(config["block_size"]))
+        return float(copies * int(config["num_gpu_blocks"]) * int(config["block_size"]))
     except (KeyError, ValueError):
         return None
 
