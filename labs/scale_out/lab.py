@@ -41,7 +41,8 @@ def goodput_ratio(more: Point, fewer: Point) -> float:
 
 
 FULL, MORE, RISING = *users(24), Offered(times=1.3), Ramp(first=0.5, last=2.5)
-ONE = Variant(name="one", flags={"router-policy": "power_of_two"})
+# to the replica with fewer requests: the router refuses power_of_two before one alone
+ONE = Variant(name="one", flags={"router-policy": "cache_aware", "router-balance-abs-threshold": 1})
 TWO = ONE.but("two", {"replicas": 2})
 TWO_OF_ONE = "two / one"
 

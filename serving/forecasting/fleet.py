@@ -173,8 +173,8 @@ class Scaling(BaseModel, frozen=True, extra="forbid"):
     """Says how the number of replicas follows the load, and how long one takes to start.
 
     By `queue` and `kv` one more is ordered, if none is starting, once the requests that wait for
-    each, or the mean share of their KV caches in use, reach the threshold. By `plan` as many are
-    ordered as are wanted once they have started.
+    each, or the mean share of their KV caches in use, reach the threshold. By `plan` there are as
+    many as are wanted now, and as many ordered as will be until they have started.
     """
 
     rule: Literal["queue", "kv", "plan"]
@@ -186,9 +186,11 @@ class Scaling(BaseModel, frozen=True, extra="forbid"):
     spare: float = 0.6  # one leaves where the others would have no more of their batches in use
     calm_s: float = 10.0  # for so long
 
-    def planned(self, at_s: float) -> int:
-        """Return the replicas that are planned for a time, counted from the beginning."""
-        return next(number for from_s, number in reversed(self.plan) if from_s <= max(0.0, at_s))
+    def planned(self, from_s: float, until_s: float) -> int:
+        """Return the most replicas that are wanted between two times, from the beginning on."""
+        ends_s = [*(at_s for at_s, _ in self.plan[1:]), math.inf]
+        spans = zip(self.plan, ends_s, strict=True)
+        return max(n for (at_s, n), end_s in spans if at_s <= until_s and end_s > from_s)
 
 
 class Gauged(VirtualServer, Protocol):
@@ -208,7 +210,7 @@ class Scaled(Fleet):
         super().__init__(replicas, router)
         self.replicas, self.scaling = replicas, scaling
         self.began_s = self.decides_s = self.busy_s = self.now_s
-        self.serving = scaling.planned(0) if scaling.plan else 1
+        self.serving = scaling.planned(0, 0) if scaling.plan else 1
         self.starting = deque[float]()  # when each serves that was ordered
         self.paid: list[int] = []  # replicas at each decision, those that start or leave among them
 
@@ -253,7 +255,8 @@ class Scaled(Fleet):
     def _wanted(self, ordered: int) -> int:
         of, serving = self.scaling, self.outstanding[: self.serving]
         if of.rule == "plan":
-            return of.planned(self.now_s - self.began_s + of.start_s)
+            at_s = self.now_s - self.began_s
+            return of.planned(at_s, at_s + of.start_s)
         if of.rule == "queue":
             value = fmean(max(0, requests - of.places) for requests in serving)
         else:

@@ -136,7 +136,8 @@ def scaled(at_s: list[float], replicas: list[Gauged], **scaling: Any) -> Scaled:
 
 
 @pytest.mark.parametrize(
-    ("rule", "threshold", "served"), [("queue", 1, [3, 1]), ("kv", 0.8, [2, 2]), ("kv", 1.1, [4, 0])]
+    ("rule", "threshold", "served"),
+    [("queue", 1, [3, 1]), ("kv", 0.8, [2, 2]), ("kv", 1.1, [4, 0])],
 )
 def test_a_replica_is_ordered_by_its_signal_and_serves_a_start_later(
     rule: str, threshold: float, served: list[int]
@@ -152,9 +153,9 @@ def test_a_replica_is_ordered_by_its_signal_and_serves_a_start_later(
 
 def test_by_a_plan_a_replica_is_ordered_a_start_ahead_and_leaves_in_time() -> None:
     replicas = [Gauged(), Gauged()]
-    at_s = [0.5, 9.5, 10.5, 20.5, 21.5]
-    scaled(at_s, replicas, rule="plan", start_s=3, plan=((0, 1), (10, 2), (22, 1)))
-    # at 19 s one is wanted at 22 s: the second answers what it has, and gets no more
+    at_s = [0.5, 9.5, 10.5, 15.5, 16.5]
+    scaled(at_s, replicas, rule="plan", start_s=3, plan=((0, 1), (10, 2), (15, 1)))
+    # the second serves from 10 s on; from 15 s on it answers what it has, and gets no more
     assert [len(replica.served) for replica in replicas] == [4, 1]
 
 

@@ -1,10 +1,9 @@
-"""Let one more replica join in the middle of an overload, and account for every request."""
+"""Let one more replica join while more comes than is served, and account for every request."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import random
 import threading
 import time
@@ -35,7 +34,7 @@ Asked = dict[str, float | None]  # `sent_s`, and `ttft_s` and `e2e_s` where it w
 
 
 def joining(served: ProbedEngine, alone: bool = True) -> dict[str, Any]:
-    """Overload a replica; start another once a batch is waiting, and have the router know it.
+    """Send a replica more than it serves; have another join once a batch is waiting.
 
     Requests come at random times, `TIMES` what the first completes in a closed loop. Times are in
     seconds since the first was sent. With `alone` replicas are then started with nothing in flight:
@@ -110,9 +109,8 @@ class Clients:
             for line in answer.iter_lines():
                 if line == b"data: [DONE]":
                     asked["e2e_s"] = self.now_s - sent_s
-                elif line.startswith(b"data: ") and asked["ttft_s"] is None:
-                    if json.loads(line.removeprefix(b"data: ")).get("choices"):
-                        asked["ttft_s"] = self.now_s - sent_s
+                elif asked["ttft_s"] is None and line.startswith(b"data: "):
+                    asked["ttft_s"] = self.now_s - sent_s
         return asked
 
     def capacity_per_s(self, users: int) -> float:

@@ -251,7 +251,7 @@ class VirtualTrials:
         """Plan engines whose number follows a day of a point's requests, all of the mean length."""
         point, seed = asked.point, self.setup.lab.seed
         schedule_s = asked.day.schedule(asked.length_s, random.Random(seed), capacity_per_s)
-        file = self.prompts[point.workload.name][0].with_suffix(".day")
+        file = self.prompts[point.workload.name][0].with_suffix(f".day-{len(schedule_s)}")
         with file.open("w") as lines:
             for index in range(len(schedule_s)):
                 request = SyntheticRequest(
