@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from labs.harness.running.probes import ProbedEngine
 
 TIMES = 1.3  # the capacity of the first replica, at which requests are sent
-CAPACITY_S, AFTER_S = 5.0, 15.0  # the capacity is measured for; sent after the first answer for
+CAPACITY_S, AFTER_S = 5.0, 25.0  # the capacity is measured for; sent after the first answer for
 WITHIN_S = 120.0  # that the queue fills, or that a replica which serves gets its first request
 MOST_AT_ONCE = 512
 PROMPTS = 64
