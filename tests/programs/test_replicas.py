@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from serving.engines.base import EngineError, Server
+from serving.engines.flags import Flags
 from serving.engines.routed import PACKAGE, PLAIN, Routed, router_argv
 from serving.processes.ports import LOOPBACK, free_port
 from serving.processes.process import Process
@@ -79,7 +80,7 @@ class Told(Routed):
 def test_a_router_admits_a_replica_and_dismisses_it(tmp_path: Path) -> None:
     with answered_by(Healthy) as first, answered_by(Healthy) as other:
         router = Told(f"http://{LOOPBACK}:{(port := free_port())}")
-        plain = {"host": LOOPBACK, "port": port, "prometheus-port": free_port()}
+        plain: Flags = {"host": LOOPBACK, "port": port, "prometheus-port": free_port()}
         argv = router_argv({**PLAIN, **plain, "policy": "cache_aware", "worker-urls": [first]})
         command = [sys.executable, "-m", f"{PACKAGE}.launch_router", *argv]
         with Process("router", command, log=tmp_path / "log"):

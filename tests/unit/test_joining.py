@@ -102,6 +102,8 @@ def test_who_answered_and_what_was_lost_is_counted_of_every_request(
         variants=(variant := Variant(name="one", flags={}),),
         flags={"max-num-seqs": 2},
         workloads=(make_workload(prompt_tokens=Fixed(tokens=40)),),
+        claims=(),
+        evidence=(),
     )
     with answered_by(Router) as url:
         engine = Behind(url, first)
