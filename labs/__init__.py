@@ -27,6 +27,7 @@ def _labs() -> dict[str, Lab]:
             _lab("continuous_batching"),
             _lab("chunked_prefill"),
             _lab("overload"),
+            _lab("scale_out"),
             _lab("diagnosis"),
             _lab("tiled_attention"),
             _lab("paged_kv"),

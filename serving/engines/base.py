@@ -183,8 +183,9 @@ class Engine(Server):
         command: Sequence[str] = (),
         port: int | None = None,
         beside: Sequence[Flags] = (),
+        more_env: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it, on a free port unless one is given.
+        """Start it, on a free port unless one is given, with `more_env` before its environment.
 
         `command` replaces the engine's own: its server wrapped in a profiler for one, or a
         stand-in. `beside` holds the flags of all engines that it is compared with.
@@ -200,6 +201,7 @@ class Engine(Server):
             **self.controls(flags),
             guard.KEY: guard.key(),
             guard.ADAPTERS: os.pathsep.join(self.adapter_folders(flags)),
+            **(more_env or {}),
         }
         self._started_s = time.monotonic()
         self._process = Process(

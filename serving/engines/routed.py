@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import requests
+
 from serving import metrics
-from serving.engines.base import MOST_READY_BYTES, EngineError, Unsupported
+from serving.engines.base import METRICS_TIMEOUT_S, MOST_READY_BYTES, EngineError, Unsupported
 from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.engines.vllm_flags import VllmFlags
 from serving.hardware import machine as machines
 from serving.hardware.machine import Machine
+from serving.inside.replicas import environment_of
 from serving.places import how_to_install
 from serving.processes.answers import ask
 from serving.processes.ports import LOOPBACK, free_port
@@ -49,6 +53,7 @@ class Routed(Vllm):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
+        self._given, self._named = given, named
         plan = json.loads(self.argv[-1])
         self._replicas: list[str] = plan["urls"]
         self._router_metrics: str = plan["metrics"]
@@ -81,6 +86,49 @@ class Routed(Vllm):
     @classmethod
     def read_log(cls, log: Path) -> dict[str, dict[str, str]]:
         return {**super().read_log(log), metrics.ROUTER: policy_of(log.read_text(errors="replace"))}
+
+    def another(self, flags: Flags, env: Mapping[str, str]) -> Vllm:
+        """Start one more replica, with these flags and variables before its own.
+
+        It has the next core or GPU, and the router does not know it.
+        """
+        (name, model, own), named, number = self._given, self._named, len(self._replicas)
+        inherited = {**os.environ, **self.environment(named["kind"], model, named["beside"])}
+        gpus = here.count if (here := machines.detect()).kind == "gpu" else 0
+        return Vllm(
+            f"{name}, replica {number}",
+            model,
+            {**own, **flags},
+            **{**named, "log": self.log.with_name(f"{self.log.stem}-{number}.log")},
+            more_env={**environment_of(number, number + 1, gpus, inherited), **env},
+        )
+
+    def admit(self, url: str) -> None:
+        """Have the router send requests to one more replica, too. Raises EngineError."""
+        self._tell_router("POST", "workers", json={"url": url})
+
+    def dismiss(self, url: str) -> None:
+        """Have the router send no more requests to a replica. Raises EngineError."""
+        for worker in self._tell_router("GET", "workers")["workers"]:
+            if worker["url"] == url:
+                self._tell_router("DELETE", f"workers/{worker['id']}")
+
+    def _tell_router(self, method: str, path: str, **body: Any) -> Any:
+        try:
+            answer = ask(
+                method,
+                f"{self.url}/{path}",
+                within_s=METRICS_TIMEOUT_S,
+                most_bytes=MOST_READY_BYTES,
+                **body,
+            )
+        except requests.RequestException as error:
+            raise EngineError(f"the router of {self.name} did not answer: {error}") from error
+        if not answer.ok:
+            raise EngineError(
+                f"the router of {self.name} refused {method} /{path}: {answer.text[:300]}"
+            )
+        return answer.json() if answer.body else None
 
     @property
     def engine_urls(self) -> Sequence[str]:

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 from pydantic import Field, TypeAdapter
 
 from serving.forecasting.copying import CopyingPlan, copying
-from serving.forecasting.fleet import Fleet, Split
+from serving.forecasting.fleet import Fleet, Scaled, Split
 from serving.forecasting.plan import (
     ForecastPlan,
     ForecastPlay,
@@ -145,6 +145,7 @@ def _play(plan: ForecastPlan, engines: Engines, out: IO[str]) -> None:
                 kv_capacity_tokens=replicas[0].kv_capacity_tokens,
                 kv_use=kv_use,
                 found_tokens=found_tokens,
+                replicas=server.mean_replicas if isinstance(server, Scaled) else None,
             )
             print(forecast_play.model_dump_json(), file=out, flush=True)
             del played, forecast_play
@@ -158,6 +159,8 @@ def _server(
     if engine.handover:
         prefilling, decoding = replicas
         return Split(prefilling, decoding, engine.handover)
+    if trial.scaling:
+        return Scaled(replicas, trial.routing.router(), trial.scaling)
     return replicas[0] if len(replicas) == 1 else Fleet(replicas, trial.routing.router())
 
 

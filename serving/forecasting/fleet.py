@@ -2,8 +2,9 @@
 
 A fleet serves as one engine does (`VirtualServer`). Its replicas run their steps side by side, each
 by its own clock; the router sees what a real one can know: how many requests of each replica are
-outstanding, and which prompts it has sent where. A split pair has no router: one engine prefills
-every prompt, and hands its keys and values over a link to the other, which decodes.
+outstanding, and which prompts it has sent where. The number of replicas may follow the load. A
+split pair has no router: one engine prefills every prompt, and hands its keys and values over a
+link to the other, which decodes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Protocol
+from statistics import fmean
+from typing import Literal, Protocol
 
 from pydantic import BaseModel
 
@@ -165,6 +167,108 @@ class Fleet(SideBySide):
     def add(self, request_id: str, prompt: Prompt) -> bool:
         """Route a request; return False where the chosen replica turns it away."""
         return self.add_to(self.router.choose(prompt, self.outstanding), request_id, prompt)
+
+
+class Scaling(BaseModel, frozen=True, extra="forbid"):
+    """Says how the number of replicas follows the load, and how long one takes to start.
+
+    By `queue` and `kv` one more is ordered, if none is starting, once the requests that wait for
+    each, or the mean share of their KV caches in use, reach the threshold. By `plan` there are as
+    many as are wanted now, and as many ordered as will be until they have started.
+    """
+
+    rule: Literal["queue", "kv", "plan"]
+    start_s: float
+    threshold: float = 0.0
+    places: int = 1  # requests in a replica's batch
+    plan: tuple[tuple[float, int], ...] = ()  # (from when on, replicas), from 0 on
+    decides_every_s: float = 1.0
+    spare: float = 0.6  # one leaves where the others would have no more of their batches in use
+    calm_s: float = 10.0  # for so long
+
+    def planned(self, from_s: float, until_s: float) -> int:
+        """Return the most replicas that are wanted between two times, from the beginning on."""
+        ends_s = [*(at_s for at_s, _ in self.plan[1:]), math.inf]
+        spans = zip(self.plan, ends_s, strict=True)
+        return max(n for (at_s, n), end_s in spans if at_s <= until_s and end_s > from_s)
+
+
+class Gauged(VirtualServer, Protocol):
+    """An engine that shows how much of its KV cache is in use."""
+
+    @property
+    def kv_share(self) -> float: ...
+
+
+class Scaled(Fleet):
+    """Replicas whose number follows the load: one serves some time after it is ordered.
+
+    The first ones serve. One that leaves gets no more requests and answers those that it has.
+    """
+
+    def __init__(self, replicas: Sequence[Gauged], router: Router, scaling: Scaling) -> None:
+        super().__init__(replicas, router)
+        self.replicas, self.scaling = replicas, scaling
+        self.began_s = self.decides_s = self.busy_s = self.now_s
+        self.serving = scaling.planned(0, 0) if scaling.plan else 1
+        self.starting = deque[float]()  # when each serves that was ordered
+        self.paid: list[int] = []  # replicas at each decision, those that start or leave among them
+
+    @property
+    def mean_replicas(self) -> float:
+        """The replicas that were paid for, a mean over the time."""
+        return fmean(self.paid)
+
+    def add(self, request_id: str, prompt: Prompt) -> bool:
+        """Route a request to a replica that serves; return False where that turns it away."""
+        chosen = self.router.choose(prompt, self.outstanding[: self.serving])
+        return self.add_to(chosen, request_id, prompt)
+
+    def step(self, before_s: float = math.inf) -> dict[str, tuple[int, bool]]:
+        """Go on to the end of the next step of any engine, or until the number is decided."""
+        brought = super().step(min(before_s, self.decides_s))
+        self._decide()
+        return brought
+
+    def wait_until(self, at_s: float) -> None:
+        """Advance the clock to `at_s`, and decide on the way, while nothing is to be done."""
+        while self.decides_s < at_s:
+            super().wait_until(self.decides_s)
+            self._decide()
+        super().wait_until(at_s)
+
+    def _decide(self) -> None:
+        if self.now_s < self.decides_s:
+            return
+        self.decides_s += self.scaling.decides_every_s
+        while self.starting and self.starting[0] <= self.now_s:
+            self.starting.popleft()
+            self.serving += 1
+        ordered = self.serving + len(self.starting)
+        wanted = max(1, min(self._wanted(ordered), len(self.replicas)))
+        self.starting.extend([self.now_s + self.scaling.start_s] * (wanted - ordered))
+        if wanted < ordered and not self.starting:
+            self.serving = wanted
+        leaving = sum(map(bool, self.outstanding[self.serving :]))
+        self.paid.append(self.serving + len(self.starting) + leaving)
+
+    def _wanted(self, ordered: int) -> int:
+        of, serving = self.scaling, self.outstanding[: self.serving]
+        if of.rule == "plan":
+            at_s = self.now_s - self.began_s
+            return of.planned(at_s, at_s + of.start_s)
+        if of.rule == "queue":
+            value = fmean(max(0, requests - of.places) for requests in serving)
+        else:
+            value = fmean(replica.kv_share for replica in self.replicas[: self.serving])
+        if sum(serving) > of.spare * of.places * (self.serving - 1):
+            self.busy_s = self.now_s
+        if value >= of.threshold:
+            return ordered + (not self.starting)
+        if self.now_s - self.busy_s < of.calm_s:
+            return ordered
+        self.busy_s = self.now_s
+        return ordered - 1
 
 
 class Split(SideBySide):

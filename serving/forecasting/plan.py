@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from serving.forecasting.copying import Copied
-from serving.forecasting.fleet import Handover, Routing
+from serving.forecasting.fleet import Handover, Routing, Scaling
 from serving.forecasting.step import Masking, StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Play, Prompt, Traffic
@@ -34,6 +34,7 @@ class PlannedTrial(BaseModel, frozen=True, extra="forbid"):
     primed: int = 0  # so many of the first requests are sent beforehand, one after another
     traffic: Traffic
     routing: Routing = Routing()  # of requests to replicas
+    scaling: Scaling | None = None  # of the replicas; None: all of them serve from the beginning
     ends_only: bool = False  # an answer keeps its first chunk, and joins all others
 
 
@@ -92,3 +93,4 @@ class ForecastPlay(BaseModel, frozen=True, extra="forbid"):
     kv_use: KvUse | None = None  # of a single engine, in the window
     # prompt tokens that a single engine has found in its prefix cache after each request
     found_tokens: list[int] = []
+    replicas: float | None = None  # paid for, a mean over time, where their number follows the load

@@ -405,6 +405,11 @@ class VirtualEngine:
         return KvUse.over_time(self.kv_shares, start_s, end_s)
 
     @property
+    def kv_share(self) -> float:
+        """The share of the KV cache that the last step left in use; 0 of an idle engine."""
+        return self.kv_shares[-1][1] if self.busy and self.kv_shares else 0.0
+
+    @property
     def kv_capacity_tokens(self) -> int:
         """The tokens that the KV cache has room for."""
         config = self.core.scheduler.kv_cache_config

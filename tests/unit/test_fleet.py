@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from serving.forecasting.fleet import ROUTERS, Fleet, Handover, PrefixAware, Split
+from serving.forecasting.fleet import (
+    ROUTERS,
+    Fleet,
+    Handover,
+    PrefixAware,
+    Scaled,
+    Scaling,
+    Split,
+)
 from serving.forecasting.plan import SyntheticRequest
 from serving.forecasting.traffic import Play, Prompt, Traffic, play
 from tests.unit.test_forecasting import NONE, Server
@@ -107,3 +117,50 @@ def test_synthetic_prompts_agree_in_their_document_and_nowhere_else(document_tok
     assert agreeing(tokens(3, 5), tokens(4, 5)) == document_tokens
     assert agreeing(tokens(3, 5), tokens(4, 6)) == 0
     assert agreeing(tokens(3, 5), tokens(3, 5)) == 100
+
+
+class Gauged(Server):
+    """A server whose KV cache is full with a request in it."""
+
+    @property
+    def kv_share(self) -> float:
+        return float(self.busy)
+
+
+def scaled(at_s: list[float], replicas: list[Gauged], **scaling: Any) -> Scaled:
+    """Play requests of thirty tokens, a second each, on replicas whose number follows them."""
+    fleet = Scaled(replicas, ROUTERS["least-loaded"](), Scaling(**scaling))
+    answers = played(fleet, at_s, [prompt(i, 30) for i in range(len(at_s))]).answers
+    assert all(sum(tokens for _, tokens in a.chunks) == 30 for a in answers)  # also who leaves
+    return fleet
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold", "served"),
+    [("queue", 1, [3, 1]), ("kv", 0.8, [2, 2]), ("kv", 1.1, [4, 0])],
+)
+def test_a_replica_is_ordered_by_its_signal_and_serves_a_start_later(
+    rule: str, threshold: float, served: list[int]
+) -> None:
+    """One waits from 1.5 s on, so that one is ordered at 2 s; a cache is full at 1 s already."""
+    replicas = [Gauged(), Gauged()]
+    at_s = [0.5, 1.5, 4.5, 5.5]
+    fleet = scaled(at_s, replicas, rule=rule, start_s=3, threshold=threshold)
+    assert [len(replica.served) for replica in replicas] == served
+    assert 1 <= fleet.mean_replicas <= 2
+    assert (fleet.mean_replicas > 1) == (served[1] > 0)  # who starts is paid for
+
+
+def test_by_a_plan_a_replica_is_ordered_a_start_ahead_and_leaves_in_time() -> None:
+    replicas = [Gauged(), Gauged()]
+    at_s = [0.5, 9.5, 10.5, 15.5, 16.5]
+    scaled(at_s, replicas, rule="plan", start_s=3, plan=((0, 1), (10, 2), (15, 1)))
+    # the second serves from 10 s on; from 15 s on it answers what it has, and gets no more
+    assert [len(replica.served) for replica in replicas] == [4, 1]
+
+
+def test_a_replica_leaves_once_the_others_had_room_for_long_enough() -> None:
+    replicas = [Gauged(), Gauged()]
+    at_s = [0.5, 0.6, 50.5, 51.5]
+    scaled(at_s, replicas, rule="queue", start_s=1, threshold=1, calm_s=5)
+    assert [len(replica.served) for replica in replicas] == [4, 0]

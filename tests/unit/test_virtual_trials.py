@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from labs.harness.facts.parts import AskedDay
 from labs.harness.filing.computed import SEARCH, TWO_ENGINES
 from labs.harness.running import forecast
 from labs.harness.running.forecaster import ForecastError
@@ -19,8 +21,10 @@ from labs.harness.running.step_timing import Steps
 from labs.harness.running.virtual_trials import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
 from labs.harness.spec import Lab, Point, Variant
 from labs.harness.telling import markdown, tables
+from loadtests.arrivals import Day
 from loadtests.workload import Chat, Intruder, Prefix, Workload
 from serving.forecasting import cards
+from serving.forecasting.fleet import Scaling
 from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedTrial
 from serving.forecasting.traffic import Delays, Play, VirtualAnswer
 from serving.hardware.gpus import DATASHEETS
@@ -63,6 +67,7 @@ class Playing:
             key=trial.key, repeat=trial.repeat, play=play, counters={}, kv_capacity_tokens=1000,
             kv_use=KvUse(mean=mean, peak=2 * mean) if self.one_engine else None,
             found_tokens=[2 * n + trial.repeat for n in range(len(answers) - trial.repeat)],
+            replicas=1.5 if trial.scaling else None,
         )  # fmt: skip
 
 
@@ -375,6 +380,27 @@ def test_a_split_and_two_of_the_cutting_engine_are_played_after_everything_else(
     assert throughput.low < throughput.value < throughput.high
     assert "on_two" in found.model_dump()
     assert "on_two" not in forecast_of(make_lab(), Playing(), monkeypatch).model_dump()
+
+
+def test_a_days_requests_are_played_on_a_number_of_engines_that_follows_them(
+    tmp_path: Path,
+) -> None:
+    """All of them are of the mean length; an answer is one token, a step after it was sent."""
+    setup, forecaster = make_setup(make_lab()), Playing()
+    point = setup.points[0]
+    trials = make_trials(setup, forecaster)
+    trials = replace(trials, prompts={point.workload.name: [tmp_path / "short.prompts"]})
+    scaling = Scaling(rule="queue", start_s=7, threshold=2)
+    asked = AskedDay("queue", point, Day(night=0.5, peak=2), 20, 3, scaling)
+    (found,) = trials.days([asked], capacity_per_s=4)
+    assert (found.name, found.start_s, found.replicas) == ("queue", 7, 1.5)
+    assert (found.requests, found.late) == (20 / STEPS_S[0], 0)
+    (engine,) = forecaster.plans[-1].engines
+    (trial,) = engine.trials
+    assert (engine.replicas, trial.scaling) == (3, scaling)
+    sent = [json.loads(line) for line in trial.requests.read_text().splitlines()]
+    assert len(sent) == len(trial.traffic.schedule_s) > 20
+    assert {request["prompt_tokens"] for request in sent} == {round(point.prompt_tokens)}
 
 
 @pytest.mark.parametrize(("kind", "on_cuda"), [("cpu", False), ("gpu", True)])

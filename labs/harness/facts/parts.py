@@ -23,6 +23,8 @@ from labs.harness.facts.published import Part, Published, PublishedFigures
 from labs.harness.judging.diagnosis import Reading
 from labs.harness.page import ANSWERS, FINDINGS, HEADLINE, folder_of, page_of
 from labs.harness.spec import Point, Prediction
+from loadtests.arrivals import Day
+from serving.forecasting.fleet import Scaling
 
 OwnPlot = Callable[[JudgedRun, Any], bool]
 """Draws the current figure from a run and its lab's facts; False where there is nothing to draw."""
@@ -44,6 +46,18 @@ class Pair:
 
     point: Point
     link_gbit_per_s: float | None
+
+
+@dataclass(frozen=True)
+class AskedDay:
+    """Asks how a day of a point's requests would go on a number of its engines; see `ScaledDay`."""
+
+    name: str
+    point: Point
+    day: Day  # in multiples of the capacity of one engine
+    length_s: float
+    most: int  # engines
+    scaling: Scaling
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ class Dialled:
 
 
 FROM_FACTS = (  # in a `facts.py`
-    "facts", "over_time", "watched", "on_two", "blind", "injections", "dialled",
+    "facts", "over_time", "watched", "on_two", "days", "blind", "injections", "dialled",
 )  # fmt: skip
 
 
@@ -100,6 +114,8 @@ class ReportParts:
     watched: Callable[[Sequence[Point]], Sequence[Point]] = lambda _: ()
     # what is forecast on two engines, which no run has, of the points that have a forecast
     on_two: Callable[[Sequence[Point]], Sequence[Pair]] = lambda _: ()
+    # days that are forecast on a number of engines that follows the load
+    days: Callable[[Sequence[Point]], Sequence[AskedDay]] = lambda _: ()
     # the trials whose cause is to be named
     blind: Callable[[Context], Sequence[BlindTrial]] = lambda _: ()
     injections: Injections | None = None

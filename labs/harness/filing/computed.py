@@ -26,7 +26,7 @@ from serving.hardware.reference_step import ReferenceStep
 from serving.metrics import KvUse
 
 AT = " at "  # between what a lab's arithmetic is of and at which size
-SEARCH, TWO_ENGINES = "search of settings", "two engines"
+SEARCH, TWO_ENGINES, DAYS = "search of settings", "two engines", "days"
 
 
 class Band(BaseModel, frozen=True, extra="forbid"):
@@ -61,11 +61,22 @@ class OnTwoEngines(BaseModel, frozen=True, extra="forbid"):
     bands: dict[str, Band] = {}  # by metric
 
 
+class ScaledDay(BaseModel, frozen=True, extra="forbid"):
+    """The forecast of a day on a number of engines that follows its load, which no run measures."""
+
+    name: str  # of the rule
+    start_s: float  # from the order of an engine until it serves
+    requests: int
+    late: float  # share of these that the SLO was not met for
+    replicas: float  # mean over the day, those that start among them
+
+
 class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     """The forecasts of every point, from vLLM's own scheduler run in virtual time."""
 
     points: dict[str, dict[str, Band]]  # point -> metric
-    without: dict[str, str] = {}  # variant, point, SEARCH or TWO_ENGINES -> why it has no forecast
+    # variant, point, SEARCH, TWO_ENGINES or DAYS -> why it has no forecast
+    without: dict[str, str] = {}
     trial_s: dict[str, float] = {}  # point -> from a trial's start to its last answer
     copied: dict[str, Band] = {}  # point that copies -> share of its guesses accepted in a trial
     # point at which chance decides how much is found in the prefix cache -> the fewest tokens that
@@ -85,6 +96,7 @@ class PointForecasts(BaseModel, frozen=True, extra="forbid"):
     # point -> `mean` and `peak` with their bands; in runs from before that kept them, none
     kv_bands: Annotated[dict[str, dict[str, Band]], Field(exclude_if=lambda bands: not bands)] = {}
     on_two: Annotated[tuple[OnTwoEngines, ...], Field(exclude_if=lambda two: not two)] = ()
+    days: Annotated[tuple[ScaledDay, ...], Field(exclude_if=lambda days: not days)] = ()
     # points at which more arrives than is served, so that TTFT grows with the length of the run
     growing: Annotated[tuple[str, ...], Field(exclude_if=lambda points: not points)] = ()
 

@@ -18,11 +18,13 @@ from typing import TypeVar
 
 from labs.harness.facts.parts import parts_of
 from labs.harness.filing.computed import (
+    DAYS,
     SEARCH,
     TWO_ENGINES,
     Band,
     OnTwoEngines,
     PointForecasts,
+    ScaledDay,
     Searched,
 )
 from labs.harness.judging.machine_speed import MachineSpeed, usual_spread
@@ -87,6 +89,7 @@ def forecast(
         # these come last, as the forecaster ends with an error
         searched = _or_why_not(without, SEARCH, lambda: _searched(trials, points, capacities[0]))
         on_two = _or_why_not(without, TWO_ENGINES, lambda: _on_two_engines(trials, points))
+        days = _or_why_not(without, DAYS, lambda: _days(trials, points, capacities[0]))
     return PointForecasts(
         points={plays.point.key: plays.bands(setup.lab) for plays in all_plays},
         without=without,
@@ -98,6 +101,7 @@ def forecast(
         kv_use=KvUse.over_trials({p.point.key: p.kv_uses for p in all_plays if p.kv_uses}),
         kv_bands={p.point.key: bands for p in all_plays if (bands := p.kv_bands(setup.lab))},
         on_two=on_two,
+        days=days,
         step_times=described(trials.steps.values()),
         machine_spread=trials.spread,
         searched=searched,
@@ -263,6 +267,15 @@ def _on_two_engines(trials: VirtualTrials, points: Sequence[Point]) -> tuple[OnT
     lab = trials.setup.lab
     pairs = parts_of(lab.name).on_two(points) if lab.findings else ()
     return trials.on_two_engines(pairs) if pairs else ()
+
+
+def _days(
+    trials: VirtualTrials, points: Sequence[Point], capacity_per_s: float | None
+) -> tuple[ScaledDay, ...]:
+    """Forecast the days that the lab asks for. Raises ForecastError."""
+    lab = trials.setup.lab
+    asked = parts_of(lab.name).days(points) if lab.findings and capacity_per_s else ()
+    return trials.days(asked, capacity_per_s) if asked and capacity_per_s else ()
 
 
 def rests_on_kernels(setup: Setup) -> bool:

@@ -26,6 +26,7 @@ from labs.harness.judging.evaluation import (
     thread_pool,
 )
 from labs.harness.judging.steps import BREAK, Chain, chains, is_step
+from labs.harness.running.joining import joining
 from labs.harness.spec import Lab, Variant
 from loadtests.prompts import Messages, Writer
 from loadtests.structures import FORMS, Form, Spec, instruction, spec
@@ -380,6 +381,8 @@ PROBES: dict[str, Probe] = {
     "steps": steps,
     "steps-quick": partial(steps, each=2),
     "salt-quick": partial(salt, rounds=4),
+    "joining": joining,
+    "joining-quick": partial(joining, alone=False),
 }
 TEXT_PROBES = frozenset(
     f"{name}{form}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,10 @@ from statistics import fmean, geometric_mean, stdev
 
 import scipy
 
-from labs.harness.facts.parts import Pair, ReportParts, parts_of
-from labs.harness.filing.computed import Band, OnTwoEngines
+from labs.harness.facts.parts import AskedDay, Pair, ReportParts, parts_of
+from labs.harness.filing.computed import Band, OnTwoEngines, ScaledDay
 from labs.harness.judging import dose
-from labs.harness.judging.measure import Trial, grows
+from labs.harness.judging.measure import Trial, grows, in_time
 from labs.harness.judging.metrics import METRICS, measure
 from labs.harness.judging.signals import Watch, watch
 from labs.harness.judging.timeline import Timeline, timeline
@@ -38,6 +39,7 @@ from serving.forecasting.plan import (
     ForecastPlay,
     PlannedEngine,
     PlannedTrial,
+    SyntheticRequest,
 )
 from serving.forecasting.traffic import Delays, Play, Prompt, Traffic
 from serving.hardware.machine import Machine
@@ -224,6 +226,53 @@ class VirtualTrials:
         """Present a play as a finished trial, so that the same functions measure it."""
         slo, observed = self.setup.lab.slo, list(records(play.play))
         return Trial(point, play.repeat, slo, observed, _summary(play.play), _snapshot(play))
+
+    def days(self, asked: Sequence[AskedDay], capacity_per_s: float) -> tuple[ScaledDay, ...]:
+        """Play each of these days once, at the expected step. Raises ForecastError."""
+        days = [*asked]
+        engines = [self._following(day, capacity_per_s) for day in days]
+        plays = self._play(engines, max((day.most for day in days), default=1))
+        played = []
+        for day, play in zip(days, plays, strict=True):
+            assert play.replicas is not None
+            observed = [*records(play.play)]
+            played.append(
+                ScaledDay(
+                    name=day.name,
+                    start_s=day.scaling.start_s,
+                    requests=len(observed),
+                    late=1 - fmean(in_time(record, self.setup.lab.slo) for record in observed),
+                    replicas=play.replicas,
+                )
+            )
+        return tuple(played)
+
+    def _following(self, asked: AskedDay, capacity_per_s: float) -> PlannedEngine:
+        """Plan engines whose number follows a day of a point's requests, all of the mean length."""
+        point, seed = asked.point, self.setup.lab.seed
+        schedule_s = asked.day.schedule(asked.length_s, random.Random(seed), capacity_per_s)
+        file = self.prompts[point.workload.name][0].with_suffix(f".day-{len(schedule_s)}")
+        with file.open("w") as lines:
+            for index in range(len(schedule_s)):
+                request = SyntheticRequest(
+                    index=index,
+                    prompt_tokens=round(point.prompt_tokens),
+                    output_tokens=round(point.output_tokens),
+                )
+                lines.write(f"{request.model_dump_json()}\n")
+        trial = PlannedTrial(
+            key=point.key,
+            repeat=1,
+            requests=file,
+            traffic=Traffic(
+                kind="open", schedule_s=tuple(schedule_s), warmup_s=0, window_s=asked.length_s
+            ),
+            routing=BY_LOAD,
+            scaling=asked.scaling,
+            ends_only=True,
+        )
+        engine = self._engine(point, 0, (), NO_CAPACITIES)
+        return engine.model_copy(update={"replicas": asked.most, "trials": (trial,)})
 
     def _pair(self, pair: Pair, end: int) -> PlannedEngine:
         """Plan two engines at this end of the band: a split pair, or both behind a router."""

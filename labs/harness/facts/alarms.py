@@ -1,0 +1,115 @@
+"""How long before a breach of the SLO each signal alarms, by thresholds set beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from labs.harness.facts.context import JudgedRun
+from labs.harness.judging.quantity import Quantity
+from labs.harness.judging.signals import SIGNALS, UNITS, Watch, is_watched, thresholds, watch
+from labs.harness.spec import Point
+
+
+def mean(values: Sequence[float], unit: str, why: str) -> Quantity:
+    return Quantity.given(fmean(values) if values else None, unit, why)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a signal said in all trials of a load, measured or in virtual time."""
+
+    crossed_s: Quantity  # mean over the trials in which it led the breach
+    lead_s: Quantity  # mean
+    led: int  # trials
+    false_alarms: int | None  # in all trials; None without any
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What one signal said, as measured and as forecast."""
+
+    signal: str
+    threshold: Quantity
+    measured: Said
+    forecast: Said
+
+
+@dataclass(frozen=True)
+class Breaches:
+    """In how many trials the SLO was broken, and when."""
+
+    trials: int
+    broken: int
+    breach_s: Quantity  # mean
+
+
+@dataclass(frozen=True)
+class Alarms:
+    """The alarms under a load whose rate changes within a trial."""
+
+    point: str
+    length_s: Quantity  # of a trial
+    measured: Breaches
+    forecast: Breaches
+    alarms: tuple[Alarm, ...]
+
+    @property
+    def is_forecast(self) -> bool:
+        return self.forecast.trials > 0
+
+    @property
+    def first(self) -> Alarm | None:
+        """The signal that led by most; one that failed in any trial is left out."""
+        sure = [a for a in self.alarms if a.measured.led == self.measured.broken > 0]
+        return max(sure, key=lambda a: a.measured.lead_s.value or 0.0, default=None)
+
+    @property
+    def second(self) -> Alarm | None:
+        """The signal that led by most after that one."""
+        led = [a for a in self.alarms if a.measured.lead_s.known and a != self.first]
+        return max(led, key=lambda a: a.measured.lead_s.value or 0.0, default=None)
+
+
+def alarms(run: JudgedRun) -> tuple[Alarms, ...]:
+    """Watch each load whose rate changes, in its trials and in those in virtual time."""
+    found = []
+    played = run.predictions.in_virtual_time
+    for point in watched(run.points):
+        if trials := [*run.trials(point)]:
+            came = [watch(trial) for trial in trials]
+            foreseen = played.watches.get(point.key, ()) if played else ()
+            limits = thresholds(trials[0])
+            said = tuple(
+                Alarm(
+                    name,
+                    Quantity(limits[name], UNITS[name]),
+                    said_by(name, came),
+                    said_by(name, foreseen),
+                )
+                for name in SIGNALS
+            )
+            length_s = Quantity(trials[0].summary.window_s[1], "s")
+            found.append(Alarms(point.key, length_s, breaches(came), breaches(foreseen), said))
+    return tuple(found)
+
+
+def watched(points: Sequence[Point]) -> Sequence[Point]:
+    return [p for p in points if is_watched(p.load)]
+
+
+def breaches(watches: Sequence[Watch]) -> Breaches:
+    breaches_s = [w.breach_s for w in watches if w.breach_s is not None]
+    return Breaches(len(watches), len(breaches_s), mean(breaches_s, "s", "the SLO was kept"))
+
+
+def said_by(name: str, watches: Sequence[Watch]) -> Said:
+    said = [w.signals[name] for w in watches]
+    leads_s = [of.lead_s for of in said if of.lead_s is not None]
+    return Said(
+        mean([of.crossed_s for of in said if of.crossed_s is not None], "s", "no alarm in time"),
+        mean(leads_s, "s", "no alarm in time"),
+        len(leads_s),
+        sum(of.false_alarms for of in said) if said else None,
+    )
