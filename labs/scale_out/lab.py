@@ -42,6 +42,7 @@ def goodput_ratio(more: Point, fewer: Point) -> float:
 
 (FULL,), RISING = users(12), Ramp(first=0.5, last=2.5)
 MORE, BOTH = Offered(times=1.3), Offered(times=2.5)  # than one serves, and than two
+HEALTHY = Offered(times=0.7)  # under which a signal is not to alarm
 # to the replica with fewer requests: the router refuses power_of_two before one alone
 ONE = Variant(name="one", flags={"router-policy": "cache_aware", "router-balance-abs-threshold": 1})
 TWO = ONE.but("two", {"replicas": 2})
@@ -63,6 +64,7 @@ LAB = Lab(
     workloads=(
         sends("full", 80, 16, FULL, only=("one",)),
         sends("more", 80, 16, MORE, BOTH),
+        sends("healthy", 80, 16, HEALTHY, only=("one",)),
         sends("rising", 80, 16, RISING, only=("one",)),
     ),
     claims=(

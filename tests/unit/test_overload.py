@@ -267,6 +267,7 @@ def test_alarms_stand_beside_those_in_virtual_time(tmp_path: Path) -> None:
     assert [(said.led, said.false_alarms) for said in (queue.measured, queue.forecast)] == [
         (0, 2), (1, 1),
     ]  # fmt: skip
+    assert {a.signal: a.also_healthy for a in of.alarms} == {QUEUE: 0, BATCH: 0, KV: 0, TTFT: 2}
     assert of.first is None  # as none led in every trial
     # one that led in both trials is first
     early = replace(queue, measured=replace(queue.measured, led=2, lead_s=Quantity(29, "s")))
@@ -274,3 +275,7 @@ def test_alarms_stand_beside_those_in_virtual_time(tmp_path: Path) -> None:
     assert both.first == early
     earlier = replace(early, measured=replace(early.measured, lead_s=Quantity(31, "s")))
     assert replace(both, alarms=(early, earlier)).first == earlier
+    # what a healthy load sets off as well is no sign of too much
+    set_off = replace(earlier, also_healthy=1)
+    of_load = replace(both, alarms=(early, set_off))
+    assert (of_load.first, of_load.set_off) == (early, [set_off])

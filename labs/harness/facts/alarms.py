@@ -8,8 +8,17 @@ from statistics import fmean
 
 from labs.harness.facts.context import JudgedRun
 from labs.harness.judging.quantity import Quantity
-from labs.harness.judging.signals import SIGNALS, UNITS, Watch, is_watched, thresholds, watch
+from labs.harness.judging.signals import (
+    SIGNALS,
+    UNITS,
+    Watch,
+    is_watched,
+    series,
+    thresholds,
+    watch,
+)
 from labs.harness.spec import Point
+from loadtests.arrivals import Offered
 
 
 def mean(values: Sequence[float], unit: str, why: str) -> Quantity:
@@ -34,6 +43,7 @@ class Alarm:
     threshold: Quantity
     measured: Said
     forecast: Said
+    also_healthy: int = 0  # trials of the lightest steady load in which it was reached, too
 
 
 @dataclass(frozen=True)
@@ -61,15 +71,28 @@ class Alarms:
 
     @property
     def first(self) -> Alarm | None:
-        """The signal that led by most; one that failed in any trial is left out."""
-        sure = [a for a in self.alarms if a.measured.led == self.measured.broken > 0]
+        """The signal that led by most; one that failed, or that a healthy load sets off, is not."""
+        sure = [
+            a
+            for a in self.alarms
+            if a.measured.led == self.measured.broken > 0 and not a.also_healthy
+        ]
         return max(sure, key=lambda a: a.measured.lead_s.value or 0.0, default=None)
 
     @property
     def second(self) -> Alarm | None:
         """The signal that led by most after that one."""
-        led = [a for a in self.alarms if a.measured.lead_s.known and a != self.first]
+        led = [
+            a
+            for a in self.alarms
+            if a.measured.lead_s.known and a != self.first and not a.also_healthy
+        ]
         return max(led, key=lambda a: a.measured.lead_s.value or 0.0, default=None)
+
+    @property
+    def set_off(self) -> list[Alarm]:
+        """The signals that a healthy load sets off as well: they tell of load, not of too much."""
+        return [a for a in self.alarms if a.also_healthy]
 
 
 def alarms(run: JudgedRun) -> tuple[Alarms, ...]:
@@ -80,19 +103,31 @@ def alarms(run: JudgedRun) -> tuple[Alarms, ...]:
         if trials := [*run.trials(point)]:
             came = [watch(trial) for trial in trials]
             foreseen = played.watches.get(point.key, ()) if played else ()
-            limits = thresholds(trials[0])
+            limits, healthy = thresholds(trials[0]), lightest(run, point)
+            calm = [series(trial) for trial in run.trials(healthy)] if healthy else []
             said = tuple(
                 Alarm(
                     name,
                     Quantity(limits[name], UNITS[name]),
                     said_by(name, came),
                     said_by(name, foreseen),
+                    sum(max(readings[name]) >= limits[name] for readings in calm),
                 )
                 for name in SIGNALS
             )
             length_s = Quantity(trials[0].summary.window_s[1], "s")
             found.append(Alarms(point.key, length_s, breaches(came), breaches(foreseen), said))
     return tuple(found)
+
+
+def lightest(run: JudgedRun, point: Point) -> Point | None:
+    """Find the lightest steady load below the capacity that the same variant was offered."""
+    steady = [
+        (p.load.times, p)
+        for p in run.points
+        if p.variant == point.variant and isinstance(p.load, Offered) and p.load.times < 1
+    ]
+    return min(steady, key=lambda at: at[0], default=(None, None))[1]
 
 
 def watched(points: Sequence[Point]) -> Sequence[Point]:
