@@ -283,7 +283,8 @@ def check_dashboards(folder: RunFolder) -> None:
     A panel is empty only where the lab or the machine lacks what it is about.
     """
     run, lab = folder.run(), folder.run().rebuilt_lab()
-    shown = next(p for p in run.points() if folder.summary().value(p.key, "mbu") is not None)
+    known = (p for p in run.points() if folder.summary().value(p.key, "mbu") is not None)
+    shown = next(known, run.points()[0])
     values = {
         "lab": lab.name, "run": folder.path.name, "__rate_interval": "6s",
         "at_workload": shown.workload.name, "at_load": shown.load.name,
@@ -304,8 +305,13 @@ def check_dashboards(folder: RunFolder) -> None:
             found[key] = found.get(key, 0) + len(answer["data"]["result"])
     expected = may_be_empty(run)
     of_points = folder.summary().pooled.values()
-    for title, metric in (("TTFT, p50", "ttft_p50_s"), ("E2E, p50", "e2e_p50_s")):
-        if not any(metric in pooled for pooled in of_points):  # brief windows hold too few requests
+    for title, metric in (
+        ("TTFT, p50", "ttft_p50_s"),  # brief windows hold too few requests
+        ("E2E, p50", "e2e_p50_s"),
+        ("TPOT, mean", "tpot_mean_s"),  # answers may be of one token
+        ("MBU", "mbu"),
+    ):
+        if not any(metric in pooled for pooled in of_points):
             expected[title] = None
     if lab.warmup_s < 1:  # on a busy machine it may pass between two scrapes
         expected["Warm-up"] = None

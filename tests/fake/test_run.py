@@ -211,7 +211,8 @@ def test_the_report_answers_every_claim(lab: str, finish: Finish) -> None:
     # beside other tests a claim may be not valid, and then a question may lack its figures
     answers = told_by(folder).answers
     assert answers.keys() <= set(resolved.answers)
-    if all(judgement.outcome != "not valid" for judgement in summary.judgements):
+    outcomes = [judgement.outcome for judgement in summary.judgements]
+    if outcomes and "not valid" not in outcomes:
         assert answers.keys() == set(resolved.answers), finish(lab).command.said
     for claim in resolved.claims:
         assert claim.title in report
