@@ -35,7 +35,7 @@ def test_figures_by_hand() -> None:
     figures = {
         "SD-5": "141 GB in 16 bits.*70.6 billion.*328 kB .2 x 80 layers x 8 KV heads x 128 x 2",
         # 1,000 x 0.10 + 200 x 0.30 USD a million: 0.00016 USD a request, of 60 USD a day
-        "SD-6": "breaks even at 4.34 requests of 1,000 . 200 tokens.*375,000 requests .450 million",
+        "SD-6": "breaks even at 4.34 requests .1,000 . 200 tokens.*375,000 requests .450 million",
         # 131,072 bytes a token: 2 x 32 layers x 8 KV heads x 128 x 2 bytes
         # 4.29 GB at 64 GB/s, and in 1.08 s
         # 2 x 6.98e9 x 32,768 + 2 x 32 x 4096 x 32,768^2 FLOP: 739e12, at 69% of 989 TFLOP/s
