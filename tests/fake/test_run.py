@@ -217,8 +217,8 @@ def test_the_report_answers_every_claim(lab: str, finish: Finish) -> None:
     for claim in resolved.claims:
         assert claim.title in report
     assert "Claim by claim" in finish(lab).command.said
-    drawn = {*plots._drawn(resolved)} - (set() if outcomes else {"effects"})
-    pictures = {f"{name}.svg" for name in drawn}
+    without = set() if outcomes else {"effects"}
+    pictures = {f"{name}.svg" for name in {*plots._drawn(resolved)} - without}
     assert {path.name for path in folder.path.glob("*.svg")} == pictures
     assert set(re.findall(r"\]\((\S+\.svg)\)", report)) == pictures
     assert "QUICK run" in report
