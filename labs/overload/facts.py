@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal, get_args
 
-from labs.harness.facts.alarms import Alarms, alarms, mean
+from labs.harness.facts.alarms import Alarms, alarms, lightest, mean
 from labs.harness.facts.alarms import watched as watched
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.filing.computed import Searched
@@ -431,17 +431,12 @@ def signals(run: JudgedRun) -> Signals:
     was chosen by what the ramp showed.
     """
     ramp = ramp_of(run)
-    steady = [
-        (p.load.times, p)
-        for p in run.points
-        if ramp and p.variant.name == ramp.variant.name and isinstance(p.load, Offered)
-    ]
-    times, lightest = min(steady, key=lambda at: at[0], default=(None, None))
-    calm = [series(trial) for trial in run.trials(lightest)]
+    healthy = lightest(run, ramp) if ramp else None
+    calm = [series(trial) for trial in run.trials(healthy)]
     rising = [(series(trial), late_from_s(trial)) for trial in run.trials(ramp)]
     breaches_s = [at for _, at in rising if at is not None]
     return Signals(
-        times,
+        healthy.load.times if healthy and isinstance(healthy.load, Offered) else None,
         ramp.key if ramp else None,
         len(breaches_s),
         mean(breaches_s, "s", "nothing came too late"),

@@ -12,6 +12,7 @@ from labs.harness.facts.alarms import watched as watched
 from labs.harness.facts.context import JudgedRun
 from labs.harness.facts.parts import AskedDay
 from labs.harness.judging.quantity import Quantity
+from labs.harness.judging.signals import MOST as MOST_FULL
 from labs.harness.spec import Point
 from loadtests.arrivals import HOURS, Day
 from serving.engines.vllm import Vllm
@@ -20,7 +21,6 @@ from serving.forecasting.fleet import Scaling
 DAY, DAY_S, MOST = Day(night=0.3, peak=3.0), 300.0, 4
 STARTS_S = (Vllm.start_s or 0.0, 5.0)  # what a start is expected to take; a spare that is waiting
 FILLED = 0.75  # of the replicas' capacity, by the plan
-KV_MOST = 0.8  # of the cache, as of the alarm
 
 
 # ------------------------------------------------------------------------------- one real joining
@@ -110,7 +110,7 @@ def days(points: Sequence[Point]) -> list[AskedDay]:
         for start_s in STARTS_S
         for rule, scaling in (
             ("queue", Scaling(rule="queue", start_s=start_s, threshold=places, places=places)),
-            ("kv", Scaling(rule="kv", start_s=start_s, threshold=KV_MOST, places=places)),
+            ("kv", Scaling(rule="kv", start_s=start_s, threshold=MOST_FULL, places=places)),
             ("yesterday", Scaling(rule="plan", start_s=start_s, plan=plan())),
         )
     ]

@@ -72,27 +72,28 @@ class Alarms:
     @property
     def first(self) -> Alarm | None:
         """The signal that led by most; one that failed, or that a healthy load sets off, is not."""
-        sure = [
-            a
-            for a in self.alarms
-            if a.measured.led == self.measured.broken > 0 and not a.also_healthy
-        ]
-        return max(sure, key=lambda a: a.measured.lead_s.value or 0.0, default=None)
+        every = self.measured.broken
+        return longest([a for a in self.sound if a.measured.led == every > 0])
 
     @property
     def second(self) -> Alarm | None:
         """The signal that led by most after that one."""
-        led = [
-            a
-            for a in self.alarms
-            if a.measured.lead_s.known and a != self.first and not a.also_healthy
-        ]
-        return max(led, key=lambda a: a.measured.lead_s.value or 0.0, default=None)
+        return longest([a for a in self.sound if a.measured.lead_s.known and a != self.first])
+
+    @property
+    def sound(self) -> list[Alarm]:
+        """The signals that no healthy load sets off."""
+        return [a for a in self.alarms if not a.also_healthy]
 
     @property
     def set_off(self) -> list[Alarm]:
         """The signals that a healthy load sets off as well: they tell of load, not of too much."""
         return [a for a in self.alarms if a.also_healthy]
+
+
+def longest(alarms: Sequence[Alarm]) -> Alarm | None:
+    """Find the alarm with the longest lead."""
+    return max(alarms, key=lambda a: a.measured.lead_s.value or 0.0, default=None)
 
 
 def alarms(run: JudgedRun) -> tuple[Alarms, ...]:
@@ -121,13 +122,13 @@ def alarms(run: JudgedRun) -> tuple[Alarms, ...]:
 
 
 def lightest(run: JudgedRun, point: Point) -> Point | None:
-    """Find the lightest steady load below the capacity that the same variant was offered."""
-    steady = [
-        (p.load.times, p)
+    """Find the point of the same variant with the lightest steady load below the capacity."""
+    steady = {
+        p.load.times: p
         for p in run.points
         if p.variant == point.variant and isinstance(p.load, Offered) and p.load.times < 1
-    ]
-    return min(steady, key=lambda at: at[0], default=(None, None))[1]
+    }
+    return steady[min(steady)] if steady else None
 
 
 def watched(points: Sequence[Point]) -> Sequence[Point]:
