@@ -69,7 +69,7 @@ LAB = Lab(
     ),
     claims=(
         rises("mends", "goodput_per_s", TWO_OF_ONE, "more", MORE, by=goodput_ratio),
-        rises("twice", "requests_per_s", TWO_OF_ONE, "more", BOTH, by=as_many),
+        rises("twice", "output_tokens_per_s", TWO_OF_ONE, "more", BOTH, by=as_many),
     ),
     evidence=(
         counter(metrics.of_replica(metrics.REQUESTS, 1), "rises", "two"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from pathlib import Path
 home = Path(sys.argv[1])
 number = len(list(home.glob("start-*")))
 (home / f"start-{number}").touch()
+(home / "session").write_text(str(os.getsid(0)))
 print(json.dumps({"event": "ready"}), flush=True)
 for line in sys.stdin:
     if number == 0:
@@ -67,6 +69,8 @@ def test_a_trial_that_fails_is_followed_by_another_load_generator(
     finally:
         playing.stop()
     assert len(list(tmp_path.glob("start-*"))) == 3
+    # in the engines' session, so that their niceness counts beside its own
+    assert (tmp_path / "session").read_text() == str(os.getsid(0))
 
 
 MODEL = CACHE / "models" / BUNDLED

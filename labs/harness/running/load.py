@@ -47,7 +47,13 @@ class LoadGenerator:
     def _start(self) -> Generator:
         env = {guard.KEY: guard.key()}
         process = Process(
-            "locust", self._argv, log=self._log, env=env, cores=self._cores, talk=True
+            "locust",
+            self._argv,
+            log=self._log,
+            env=env,
+            cores=self._cores,
+            talk=True,
+            own_session=False,  # niceness counts within a session only: sched(7), autogroups
         )
         self._process = process
         try:
