@@ -174,13 +174,13 @@ def test_the_law(start: Start) -> None:
     """Every step lasts what the law says, and chunks leave when they are due or just after."""
     fake = start("--max-num-seqs", "3", "--no-enable-prefix-caching")
     with ThreadPoolExecutor(6) as pool:
-        seen = list(pool.map(lambda i: fake.stream(id=str(i), max_tokens=10 + i), range(6)))
-    assert [len(_tokens(events)) for events in seen] == [10, 11, 12, 13, 14, 15]
+        seen = list(pool.map(lambda i: fake.stream(id=str(i), max_tokens=60 + i), range(6)))
+    assert [len(_tokens(events)) for events in seen] == [60, 61, 62, 63, 64, 65]
     records = {record["index"]: record for record in fake.stop()}
     lateness = []
     for i, events in enumerate(seen):
         record = records[str(i)]
-        assert sum(tokens for _, tokens in record["chunks"]) == record["n_out"] == 10 + i
+        assert sum(tokens for _, tokens in record["chunks"]) == record["n_out"] == 60 + i
         steps = list(zip(record["due"], record["batch"], record["prefilled"], strict=True))
         for (before, *_), (due, batch, prefilled) in itertools.pairwise(steps):
             law = 0.002 + 0.0005 * batch + 0.0001 * prefilled
