@@ -116,7 +116,7 @@ def test_every_question_says_how_it_is_answered_or_what_would_answer_it() -> Non
     assert kind_of("CO-4", ["weight-pruning", "mixture-of-experts"]) == pruning["CO-4"]
     assert (
         kind_of("KV-8", ["context-retrieval", "kv-quantization"])
-        == "measured, arithmetic and forecast"
+        == "measured; arithmetic and forecast"
     )
 
 

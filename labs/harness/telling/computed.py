@@ -64,7 +64,7 @@ def kind_of(id: str, labs: Iterable[str]) -> str:
     """
     answer = computed(id)
     kinds = [parts_of(lab).kinds.get(id, "measured") for lab in labs]
-    return ", ".join(dict.fromkeys(kinds + ([answer.kind] if answer else []))) or "not measured yet"
+    return "; ".join(dict.fromkeys(kinds + ([answer.kind] if answer else []))) or "not measured yet"
 
 
 def _card() -> tuple[str, Datasheet]:
