@@ -251,7 +251,6 @@ class Best:
     searched: Setting | None
     at_edge: bool  # whether no larger batch was offered than that of the best as measured
     batches: Batches | None  # None: no two, or a run from before they were compared
-    second: Setting | None = None  # that with the other of these batches
 
     @property
     def foreseen(self) -> Literal["the same", "another", "not forecast"]:
@@ -300,7 +299,7 @@ class BestFlags:
             best = max(known, key=lambda at: (at[0].value, at[1].variant or ""), default=None)
             return best[1] if best else None
 
-        measured, pair = most(self.tried, "valid"), self.batches.get(rate)
+        measured = most(self.tried, "valid")
         return Best(
             rate,
             all(setting.figure(rate).is_valid for setting in self.tried),
@@ -308,8 +307,7 @@ class BestFlags:
             forecast=most(self.tried, "forecast"),
             searched=most(self.searched, "forecast"),
             at_edge=bool(measured and measured.batch == max(s.batch for s in self.tried)),
-            batches=pair,
-            second=next((s for s in self.tried if pair and s.variant == pair.other), None),
+            batches=self.batches.get(rate),
         )
 
 
