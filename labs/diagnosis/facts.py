@@ -232,6 +232,16 @@ class Signatures:
         )  # fmt: skip
         return [r for r in self._of(wanted) if r.knows("TPOT", "Long gaps", "Prefill")]
 
+    @property
+    def slower(self) -> list[Signature]:
+        """Those of them that did, by as much as the rule takes for slower."""
+        return [r for r in self.slow if (of := r.figures["TPOT"]) and of.moved == "rises"]
+
+    @property
+    def not_slower(self) -> list[Signature]:
+        """Those of them that did not."""
+        return [r for r in self.slow if r not in self.slower]
+
     def _of(self, causes: Sequence[str]) -> list[Signature]:
         by_cause = {row.injected: row for row in self.rows}
         return [by_cause[cause] for cause in causes if cause in by_cause]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal, get_args
 
+from labs.harness import theory
 from labs.harness.facts.alarms import Alarms, alarms, lightest, mean
 from labs.harness.facts.alarms import watched as watched
 from labs.harness.facts.context import Context, JudgedRun
@@ -274,6 +275,8 @@ class BestFlags:
     searched: tuple[Setting, ...]  # none in older runs
     prompt_tokens: float | None  # of a request, on average
     batches: dict[Rate, Batches] = field(default_factory=dict)  # none in older runs
+    # US dollars at one an hour, by the arithmetic of a long prompt at the machine's ceiling
+    usd_per_million_prompt_tokens: Quantity | None = None
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -324,7 +327,12 @@ def best_flags(run: JudgedRun) -> BestFlags:
         heaviest[0].prompt_tokens if heaviest else None,
     )
     pairs = {rate: batches(run, heaviest, rate) for rate in get_args(Rate)}
-    return replace(found, batches={rate: pair for rate, pair in pairs.items() if pair})
+    found = replace(found, batches={rate: pair for rate, pair in pairs.items() if pair})
+    if not heaviest:
+        return found
+    prompt_s = theory.prefill_s(heaviest[0].shape, heaviest[0].ceilings, LONG_PROMPT_TOKENS)
+    usd = 1e6 * prompt_s / LONG_PROMPT_TOKENS / 3600
+    return replace(found, usd_per_million_prompt_tokens=Quantity(usd, "USD"))
 
 
 def batches(run: JudgedRun, points: Sequence[Point], rate: Rate) -> Batches | None:
@@ -348,6 +356,7 @@ def batch(point: Point) -> int:
     return point.flags.max_num_seqs
 
 
+LONG_PROMPT_TOKENS = 1024
 RATES = ("goodput_per_s", "output_tokens_per_s", "tpot_mean_s")  # of a setting
 
 

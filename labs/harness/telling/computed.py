@@ -106,9 +106,16 @@ def _large_model() -> Computed:
         whole=_gb(2 * whole.params),
         eight=_gb(eight.held_bytes),
         four=_gb(four.held_bytes),
+        read=_gb(four.weight_bytes),
+        bandwidth=number(sheet.memory_bandwidth_bytes_per_s, "B/s"),
+        stream=number(sheet.memory_bandwidth_bytes_per_s / four.weight_bytes, "tok/s"),
         kv_kb=f"{whole.kv_bytes_per_token() / 1e3:,.0f}",
         shape=whole,
-        room={"eight": room(eight, 2), "four": room(four, 2), "both": room(four, 1)},
+        room={
+            "eight": f"{kv_room_tokens(eight, sheet.memory_bytes, 2):,.0f}",
+            "four": room(four, 2),
+            "both": room(four, 1),
+        },
     )
     command = f"make plan MACHINE={sheet.short_name} MODEL={name} PRECISION=w4a16-gptq RATE=2"
     return Computed("arithmetic", Answer.of(text), command)
