@@ -31,19 +31,21 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Draft:
-    """The derived draft model, by what its recipe measured on held-out text."""
+    """A derived draft model or head, by what its recipe measured on held-out text."""
 
+    name: str
     layers: int
+    trained: Quantity  # seconds that making it took, the target's answers included
     guessed_share: Quantity
     guessed_untrained_share: Quantity
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What was accepted at every point that speculates, and the draft model."""
+    """What was accepted at every point that speculates, and what was trained to guess."""
 
     points: tuple[Accepted, ...]
-    draft: Draft | None
+    drafts: tuple[Draft, ...]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class SpeedUp:
     draft_cost: Quantity
     verify_cost: Quantity
     explained: Quantity
+    pass_cost: Quantity  # of a guess, all included: what v leaves of the step as measured
     is_valid: bool  # whether nothing withholds a verdict on it
 
     @property
@@ -201,12 +204,19 @@ def acceptance(run: JudgedRun) -> Acceptance:
                 wasted_share=-1 * run.quantity(point, "acceptance_rate").brief + 1,
             )
         )
-    about = run.run.about.get("draft", {})
-    draft = None
-    if "acceptance_untrained" in about:
-        shares_guessed = (about["acceptance"], about["acceptance_untrained"])
-        draft = Draft(about["layers"], *(Quantity(share, "share") for share in shares_guessed))
-    return Acceptance(tuple(points), draft)
+    made = [(name, run.run.about.get(name, {})) for name in ("draft", "eagle")]
+    drafts = [
+        Draft(
+            name,
+            about["layers"],
+            Quantity.given(about.get("seconds"), "s", "not recorded"),
+            Quantity(about["acceptance"], "share"),
+            Quantity(about["acceptance_untrained"], "share"),
+        )
+        for name, about in made
+        if "acceptance_untrained" in about
+    ]
+    return Acceptance(tuple(points), tuple(drafts))
 
 
 # ------------------------------------------------------------------------------- what it gained
@@ -237,6 +247,8 @@ def speed_ups(run: JudgedRun) -> list[SpeedUp]:
         verify = verify_cost(plain_s, point.load.users, guesses)
         cost = Quantity(0.0) if config["method"] == "ngram" else draft
         length = tokens_a_step(run, point)
+        if config["method"] == "eagle":
+            cost = Quantity.missing("a head is not served alone")
         measured.append(
             SpeedUp(
                 point=point.key,
@@ -248,6 +260,7 @@ def speed_ups(run: JudgedRun) -> list[SpeedUp]:
                 draft_cost=cost,
                 verify_cost=verify,
                 explained=(length / (guesses * cost + verify)).in_unit(RATIO),
+                pass_cost=(length / gain.in_unit("1") - verify) / guesses,
                 is_valid=not run.withholds("tpot_mean_s", base, point),
             )
         )

@@ -29,7 +29,7 @@ def verify_cost(point: Point) -> float:
 
 
 def draft(point: Point) -> Mapping[str, Any]:
-    """Return what the draft model's maker recorded of it."""
+    """Return what the maker of the draft model or head recorded of it."""
     facts: Mapping[str, Any] = point.about[config(point)["model"].strip("<>")]
     return facts
 
@@ -123,7 +123,7 @@ by_copying = tpot_ratio(copies_accepted, copies_found)
 
 
 def further(far: Point, near: Point) -> Prediction:
-    """Predict the ratio of the formula at both draft lengths, at the load of both."""
+    """Predict the ratio of the formula for both ways to guess, at the load of both."""
     farther, nearer = by_draft(far, far), by_draft(near, near)
     return farther.model_copy(update={"value": farther.value / nearer.value})
 
@@ -136,7 +136,7 @@ def speculating(name: str, method: str, tokens: int, **more: Any) -> Variant:
 
 
 ONE = users(1)[0]
-GUESSING = ("ngram", "draft-2", "draft-5")
+GUESSING = ("ngram", "draft-2", "draft-5", "eagle-2")
 
 
 def asks(
@@ -226,6 +226,7 @@ LAB = Lab(
         speculating("ngram", "ngram", 3, prompt_lookup_max=4, prompt_lookup_min=2),
         speculating("draft-2", "draft_model", 2, model="<draft>"),
         speculating("draft-5", "draft_model", 5, model="<draft>"),
+        speculating("eagle-2", "eagle", 2, model="<eagle>"),
         Variant(name="draft-alone", weights="draft"),
     ),
     flags={
@@ -249,13 +250,15 @@ LAB = Lab(
         falls("ngram-code", "tpot_mean_s", "ngram / none", "code", ONE, by=by_copying),
         unchanged("ngram-story", "tpot_mean_s", "ngram / none", "story", ONE, by=by_copying),
         falls("draft-story", "tpot_mean_s", "draft-2 / none", "story", ONE, by=by_draft),
+        falls("eagle-story", "tpot_mean_s", "eagle-2 / none", "story", ONE, by=by_draft),
+        falls("eagle-draft", "tpot_mean_s", "eagle-2 / draft-2", "story", ONE, by=further),
         rises("draft-far", "tpot_mean_s", "draft-5 / draft-2", "story", ONE, by=further),
         rises("draft-crowd", "tpot_mean_s", "draft-5 / none", "story", "concurrent:8", by=by_draft),
     ),
     evidence=(
         *(
             counter(metric, "rises", name, task)
-            for name in ("draft-2", "draft-5")
+            for name in ("draft-2", "draft-5", "eagle-2")
             for task in ("story", "quote")
             for metric in (metrics.SPEC_DRAFTS, metrics.SPEC_ACCEPTED)
         ),

@@ -41,12 +41,17 @@ LOOKUP_GUESSES, LOOKUP_LEAST, LOOKUP_MOST = 3, 2, 4  # tokens guessed, and the n
 
 @dataclass(frozen=True)
 class TargetAnswer:
-    """The target's greedy answer to a prompt, and its last hidden state before each token."""
+    """The target's greedy answer to a prompt, and its last hidden states on both."""
 
     kind: str
     prompt: list[int]
     tokens: list[int]
-    states: Any  # (tokens, width)
+    states: Any  # (tokens of prompt and answer but the last, width)
+
+    @property
+    def answer_states(self) -> Any:
+        """The state before each token of the answer: (tokens, width)."""
+        return self.states[len(self.prompt) - 1 :]
 
 
 class Progress:
@@ -71,13 +76,14 @@ def answers(tokenizer: Any, model: Any, prompts: Sequence[dict[str, Any]]) -> li
     rows = [(p["kind"], making.tokens_of(tokenizer, p["messages"])) for p in prompts]
     rows.sort(key=lambda row: len(row[1]))
     written, last, progress = list[TargetAnswer](), list[Any](), Progress()
-    hook = model.base_model.norm.register_forward_hook(lambda *a: last.append(a[2][:, -1]))
+    hook = model.base_model.norm.register_forward_hook(lambda *a: last.append(a[2]))
     for start in range(0, len(rows), ANSWER_BATCH):
         kinds, batch = zip(*rows[start : start + ANSWER_BATCH], strict=True)
         tokens = making.answer(model, batch, ANSWER_TOKENS, eos_token_id=-1).tolist()
-        states = torch.stack(last, dim=1)
+        states, longest = torch.cat(last, dim=1), max(map(len, batch))
         last.clear()
-        written += map(TargetAnswer, kinds, batch, tokens, states)
+        unpadded = [row[longest - len(p) :] for row, p in zip(states, batch, strict=True)]
+        written += map(TargetAnswer, kinds, batch, tokens, unpadded)
         progress.show("prompts answered by the target", len(written), len(rows))
     hook.remove()
     return written
@@ -163,8 +169,14 @@ def lookup(held_out: Sequence[TargetAnswer], first: int = ANSWER_TOKENS) -> dict
     }
 
 
+def parts(model: Any) -> tuple[Any, ...]:
+    """Return what is trained of a model: the layers and the last norm; freeze the rest."""
+    model.requires_grad_(False)
+    return model.base_model.layers, model.base_model.norm
+
+
 def fit(
-    model: Any,
+    trained: Sequence[Any],
     texts: Sequence[TargetAnswer],
     loss: Callable[[Sequence[TargetAnswer]], Any],
     epochs: int,
@@ -173,17 +185,15 @@ def fit(
     after_epoch: Callable[[int], None] = lambda epoch: None,
     batch: int = BATCH,
 ) -> int:
-    """Train the layers and the last norm, in float32, on texts; return the steps taken.
+    """Train modules, in float32, on texts; return the steps taken.
 
-    `loss` computes that of a batch and its gradients. Embeddings and output matrix stay.
+    `loss` computes that of a batch and its gradients.
     """
     import torch
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model.requires_grad_(False)
-    parts = (model.base_model.layers, model.base_model.norm)
-    weights = [p.requires_grad_() for part in parts for p in part.float().parameters()]
+    weights = [p.requires_grad_() for part in trained for p in part.float().parameters()]
     steps = epochs * -(-len(texts) // batch)
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -201,30 +211,50 @@ def fit(
     return steps
 
 
-def towards_target(model: Any, texts: Sequence[TargetAnswer]) -> Callable[..., None]:
+Guess = Callable[[Sequence[TargetAnswer]], tuple[Any, Any]]
+"""Computes a batch's hidden states of what guesses, and the target's there: (guesses, width)."""
+
+
+def towards_target(matrix: Any, texts: Sequence[TargetAnswer], guess: Guess) -> Callable[..., None]:
     """Return the loss towards the target's distribution (forward KL) over batches of these texts.
 
-    The whole vocabulary would cost more than the layers. So the distribution covers the tokens that
-    the texts hold and, drawn again at each step, a sample of the other tokens (Jean et al. 2015).
+    `matrix` is the output matrix that both share: (vocabulary, width). The whole vocabulary would
+    cost more than the layers. So the distribution covers the tokens that the texts hold and, drawn
+    again at each step, a sample of the other tokens (Jean et al. 2015).
     """
     import torch
 
-    matrix = model.get_output_embeddings().weight
     written = torch.tensor([token for answer in texts for token in answer.tokens])
 
     def loss(batch: Sequence[TargetAnswer]) -> None:
         sampled = torch.randint(len(matrix), (OTHER_TOKENS,))
         rows = matrix[torch.cat([written, sampled]).unique().to(matrix.device)]
-        target_logits = torch.cat([a.states for a in batch]).to(rows.dtype) @ rows.T
-        draft_logits = states(model, batch).to(rows.dtype) @ rows.T
+        drafted, of_target = ((hidden.to(rows.dtype) @ rows.T).float() for hidden in guess(batch))
         torch.nn.functional.kl_div(
-            draft_logits.float().log_softmax(-1),
-            target_logits.float().log_softmax(-1),
+            drafted.log_softmax(-1),
+            of_target.log_softmax(-1),
             log_target=True,
             reduction="batchmean",
         ).backward()
 
     return loss
+
+
+def by_layers(model: Any) -> Guess:
+    """Return how a draft of the target's own layers guesses the next tokens."""
+    import torch
+
+    return lambda batch: (states(model, batch), torch.cat([a.answer_states for a in batch]))
+
+
+def taught_and_held_out(
+    tokenizer: Any, model: Any, source: Path
+) -> tuple[list[TargetAnswer], list[TargetAnswer]]:
+    """Let the target answer the prompts of a file, and part the answers, always in the same way."""
+    texts = answers(tokenizer, model, making.read_prompts(source))
+    random.Random(SEED).shuffle(texts)
+    cut = min(len(texts) // 3, MOST_HELD_OUT)
+    return texts[cut:], texts[:cut]
 
 
 def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
@@ -237,10 +267,7 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
         )
     print("loading the target", flush=True)
     tokenizer, model = making.load(base)
-    texts = answers(tokenizer, model, making.read_prompts(source))
-    random.Random(SEED).shuffle(texts)
-    cut = min(len(texts) // 3, MOST_HELD_OUT)
-    held_out, taught = texts[:cut], texts[cut:]
+    taught, held_out = taught_and_held_out(tokenizer, model, source)
     prune(model, LAYERS)
     untrained = acceptance(model, held_out)["all"]
     print(f"before training it guesses {untrained:.0%} of the held-out tokens", flush=True)
@@ -250,8 +277,8 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
         share = acceptance(model, held_out)["all"]
         progress.show(f"{share:.0%} of held-out tokens guessed; epochs", epoch, EPOCHS)
 
-    loss = towards_target(model, taught)
-    steps = fit(model, taught, loss, EPOCHS, LEARNING_RATE, SEED, show)
+    loss = towards_target(model.get_output_embeddings().weight, taught, by_layers(model))
+    steps = fit(parts(model), taught, loss, EPOCHS, LEARNING_RATE, SEED, show)
     model = model.bfloat16()
     within = {n: acceptance(model, held_out, n) for n in WITHIN_TOKENS}
     model.save_pretrained(out)

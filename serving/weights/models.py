@@ -64,7 +64,7 @@ SIBLINGS: dict[str, dict[str, str]] = {
     },
     "NousResearch/Meta-Llama-3.1-8B-Instruct": {
         "draft": "unsloth/Llama-3.2-1B-Instruct",
-        "eagle": "RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3",
+        "eagle3": "RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3",
         "fp8": "RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8-dynamic",
         "w8a8": "RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w8a8",
         "w4a16-awq": "hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4",

@@ -251,9 +251,9 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
     for bits in BITS:
         score(f"spread-nearest-{bits}", all_to_nearest(model, bits, group))
     with effort("plain", EPOCHS + MORE_EPOCHS):
-        fit(model, texts, towards_tokens(model), EPOCHS, LEARNING_RATE)
+        fit(draft.parts(model), texts, towards_tokens(model), EPOCHS, LEARNING_RATE)
         tuned = copy.deepcopy(model)
-        fit(model, texts, towards_tokens(model), MORE_EPOCHS, LEARNING_RATE / 4)
+        fit(draft.parts(model), texts, towards_tokens(model), MORE_EPOCHS, LEARNING_RATE / 4)
     score("plain")
     for bits in BITS:
         score(f"plain-nearest-{bits}", all_to_nearest(model, bits, group))
@@ -263,13 +263,19 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
     for bits in BITS:
         model = copy.deepcopy(tuned)
         with effort(f"tuned-qat-{bits}", MORE_EPOCHS):
-            fit(model, texts, towards_tokens(model, bits, group), MORE_EPOCHS, LEARNING_RATE)
+            fit(
+                draft.parts(model),
+                texts,
+                towards_tokens(model, bits, group),
+                MORE_EPOCHS,
+                LEARNING_RATE,
+            )
         score(f"tuned-qat-{bits}", all_to_nearest(model, bits, group))
     model = halved()
     score("kept")
     with effort("untaught", DISTIL_EPOCHS):
         fit(
-            model,
+            draft.parts(model),
             texts,
             towards_tokens(model),
             DISTIL_EPOCHS,
@@ -277,9 +283,9 @@ def make(base: Path, out: Path, source: Path) -> dict[str, Any]:
             after_epoch=lambda epoch: score(f"untaught-{epoch}"),
         )
     model = halved()
-    loss = draft.towards_target(model, texts)
+    loss = draft.towards_target(model.get_output_embeddings().weight, texts, draft.by_layers(model))
     with effort("distilled", DISTIL_EPOCHS):
-        fit(model, texts, loss, DISTIL_EPOCHS, DISTIL_LEARNING_RATE)
+        fit(draft.parts(model), texts, loss, DISTIL_EPOCHS, DISTIL_LEARNING_RATE)
     _save(tokenizer, model, out)
     model = model.float()  # of what was saved, in 16 bits
     score("distilled")

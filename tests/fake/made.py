@@ -118,7 +118,7 @@ def make(
         return folder
     (folder / "tokenizer.json").symlink_to(model.path.resolve() / "tokenizer.json")
     config = json.loads((model.path / "config.json").read_text())
-    if name == "draft":
+    if name in ("draft", "eagle"):
         config["num_hidden_layers"] = DRAFT_LAYERS
         (folder / "about.json").write_text(json.dumps({"acceptance": ACCEPTANCE}))
     if name == "training":

@@ -204,13 +204,13 @@ def test_what_is_published_and_cannot_be_had_is_made(
         raise ModelError(f"no model {name}")
 
     monkeypatch.setattr(models, "_download", gone)
-    published = {"draft": "lab/base-0.1B", "eagle": "lab/base-head"}
+    published = {"draft": "lab/base-0.1B", "eagle3": "lab/base-head"}
     monkeypatch.setitem(models.SIBLINGS, model.name, published)
     said: list[str] = []
     assert make(model, "draft", said.append) == place(model, "draft")
     assert "no model lab/base-0.1B" in said[0]
     with pytest.raises(ModelError, match="lab/base-head"):  # of which there is no maker
-        make(model, "eagle", pytest.fail)
+        make(model, "eagle3", pytest.fail)
 
 
 @pytest.mark.parametrize("lab", LABS)

@@ -312,7 +312,7 @@ def test_what_the_tests_on_a_gpu_send_fits_the_bundled_model(lab: str, c: Memory
 
 def test_siblings_are_of_the_default_models_and_known_kinds() -> None:
     assert {c.model for c in CLASSES} == SIBLINGS.keys() == default_models.DEFAULTS.keys()
-    assert all(named.keys() <= {*RECIPES, "eagle"} for named in SIBLINGS.values())
+    assert all(named.keys() <= {*RECIPES, "eagle3"} for named in SIBLINGS.values())
 
 
 @pytest.mark.parametrize("c", CLASSES, ids=lambda c: f"{c.gb}")

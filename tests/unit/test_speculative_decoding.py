@@ -81,7 +81,7 @@ def test_acceptance_by_position_beside_a_constant_one(tmp_path: Path) -> None:
     key = "guess/story/concurrent-1"
     run = replace(run, values={key: {1: {"acceptance_length": 2.5, "acceptance_rate": 0.5}}})
     played(run, key, engine=DRAFTED)
-    made = {"layers": 2, "acceptance": 0.7, "acceptance_untrained": 0.004}
+    made = {"layers": 2, "acceptance": 0.7, "acceptance_untrained": 0.004, "seconds": 90.0}
     run = replace(run, run=run.run.model_copy(update={"about": {"draft": made}}))
     found = facts(judged_run(run)).acceptance
     (at,) = found.points
@@ -89,7 +89,8 @@ def test_acceptance_by_position_beside_a_constant_one(tmp_path: Path) -> None:
     # 1 + .8 + .64 + .512 tokens if it were 0.8 at every position
     assert at.tokens_at_constant_share.value == pytest.approx(2.952)
     assert (at.tokens_per_draft.value, str(at.wasted_share)) == (2.5, "50%")
-    assert found.draft == Draft(2, Quantity(0.7, "share"), Quantity(0.004, "share"))
+    shares = (Quantity(0.7, "share"), Quantity(0.004, "share"))
+    assert found.drafts == (Draft("draft", 2, Quantity(90.0, "s"), *shares),)
 
 
 def test_a_step_yields_what_it_delivers(tmp_path: Path) -> None:
@@ -116,6 +117,7 @@ def test_speed_up_measured_and_explained_by_measured_parts(tmp_path: Path) -> No
     assert found[2].verify_cost.value == pytest.approx(16 / 11)
     assert not found[8].verify_cost.known  # 32 at once were never measured
     assert found[1].explained.value == pytest.approx(2.2 / (3 * 0.2 + 1.2))
+    assert found[1].pass_cost.value == pytest.approx((2.2 / 1.25 - 1.2) / 3)
     assert not found[8].explained.known
 
 

@@ -102,7 +102,7 @@ def test_a_forecast_takes_the_share_that_is_accepted_of_its_kind_of_text() -> No
         "lookup_within": {"16": {"quote": {"found": 0.8, "accepted": 0.95}}},
     }
     lab = LABS["speculative-decoding"].at("cpu", quick=False)
-    points = lab.points(SHAPE, CEILINGS, about={"draft": made})
+    points = lab.points(SHAPE, CEILINGS, about={"draft": made, "eagle": made})
     shares = {
         (p.variant.name, p.workload.name): accepted(p) for p in points if p.flags.speculative_config
     }
@@ -112,7 +112,8 @@ def test_a_forecast_takes_the_share_that_is_accepted_of_its_kind_of_text() -> No
     assert shares["ngram", "story"] == 0.2
     assert shares["ngram", "edit"] == shares["ngram", "code"] == 0.7  # of which nothing is recorded
     assert not {(v, w) for v, w in shares if w in ("edit", "code") and v != "ngram"}
-    older = lab.points(SHAPE, CEILINGS, about={"draft": {"acceptance_by_kind": {"story": 0.4}}})
+    told = {"acceptance_by_kind": {"story": 0.4}}
+    older = lab.points(SHAPE, CEILINGS, about={"draft": told, "eagle": told})
     assert {accepted(p) for p in older if p.key.startswith("draft-2/story/")} == {0.4}
     found = {
         (p.variant.name, p.workload.name): guessed(p)

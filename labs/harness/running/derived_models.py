@@ -133,14 +133,22 @@ def _quantized(
     return Recipe(what, "quantize", minutes, method, text(calibration))
 
 
+TO_GUESS = prompts(
+    kind_of_prompt("story", 64, task="story"), kind_of_prompt("quote", 128, task="quote")
+)
 RECIPES: dict[str, Recipe] = {
     "draft": Recipe(
         "a small draft model, distilled from the served one",
         "draft",
         4,
-        source=prompts(
-            kind_of_prompt("story", 64, task="story"), kind_of_prompt("quote", 128, task="quote")
-        ),
+        source=TO_GUESS,
+        quick_share=0.15,
+    ),
+    "eagle": Recipe(
+        "an EAGLE head, trained on the served model's hidden states",
+        "eagle",
+        4,
+        source=TO_GUESS,
         quick_share=0.15,
     ),
     "adapters": Recipe(
