@@ -93,7 +93,8 @@ class LlamaCpp(Engine):
 
     @classmethod
     def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
-        own = ["--alias", model.name, "--host", LOOPBACK, "--port", str(port)]
+        file = [] if "model" in flags else ["--model", str(model.path / to_gguf.FILE)]
+        own = [*file, "--alias", model.name, "--host", LOOPBACK, "--port", str(port)]
         return [*own, "--metrics", "--no-webui", *cls.flag_argv(flags)]
 
     @classmethod
@@ -109,10 +110,12 @@ class LlamaCpp(Engine):
         return PROCESS_BYTES + shape.held_bytes + int(kv_bytes)
 
     @classmethod
-    def check_flags(cls, flag_sets: Sequence[Flags]) -> None:
-        super().check_flags(flag_sets)
-        if any("model" not in flags for flags in flag_sets):
-            raise EngineError(f"{cls.title} needs a file: give model=<gguf>/{to_gguf.FILE}")
+    def require_memory(
+        cls, variant: str, flags: Flags, machine: machines.Machine, shape: Shape
+    ) -> None:
+        """Refuse a variant without weights of its own, which alone is asked for its memory."""
+        if "model" not in flags:  # as runs from before variants named them have it
+            raise EngineError(f"{cls.title} needs a file: give {variant} weights=gguf or gguf-q4")
 
     @classmethod
     def require_sizes(cls, variant: str, flags: Flags, model: Model, longest_tokens: int) -> None:
