@@ -136,7 +136,7 @@ def gguf(run: JudgedRun, curves: Sequence[At]) -> Gguf | None:
     if len(served) < 2 or "loss_nats" not in about:
         return None
     nats, sizes_tokens = about["loss_nats"], about["passages_tokens"]
-    return Gguf(*served, perplexity_ratio(nats[Q4], nats[BF16], sizes_tokens))
+    return Gguf(served[0], served[1], perplexity_ratio(nats[Q4], nats[BF16], sizes_tokens))
 
 
 # ---------------------------------------------------------------------- whether they write the same

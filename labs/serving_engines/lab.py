@@ -126,7 +126,6 @@ BATCHES = TURNS.but(
 LLAMA = Variant(
     name="llama-cpp",
     engine="llama-cpp",
-    weights="gguf",
     flags={"parallel": 16, "ctx-size": 16 * 512},
 )
 LLAMA_Q4 = LLAMA.but("llama-cpp-q4", weights="gguf-q4")

@@ -57,6 +57,7 @@ class LlamaCpp(Engine):
     start_s = 3.0
     closes_connections = True
     harmless = LlamaCppHarmless
+    reads = "gguf"
     other_flags = ("model",)
     set_by_lab = ("host", "port", "alias", "api-key", "metrics", "no-webui")
     lacks = (
@@ -93,6 +94,7 @@ class LlamaCpp(Engine):
 
     @classmethod
     def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
+        # older runs name the file by a flag
         file = [] if "model" in flags else ["--model", str(model.path / to_gguf.FILE)]
         own = [*file, "--alias", model.name, "--host", LOOPBACK, "--port", str(port)]
         return [*own, "--metrics", "--no-webui", *cls.flag_argv(flags)]
@@ -108,14 +110,6 @@ class LlamaCpp(Engine):
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
         kv_bytes = TypedFlags(flags).integer("ctx-size", 0) * shape.kv_bytes_per_token()
         return PROCESS_BYTES + shape.held_bytes + int(kv_bytes)
-
-    @classmethod
-    def require_memory(
-        cls, variant: str, flags: Flags, machine: machines.Machine, shape: Shape
-    ) -> None:
-        """Refuse a variant without weights of its own, which alone is asked for its memory."""
-        if "model" not in flags:  # as runs from before variants named them have it
-            raise EngineError(f"{cls.title} needs a file: give {variant} weights=gguf or gguf-q4")
 
     @classmethod
     def require_sizes(cls, variant: str, flags: Flags, model: Model, longest_tokens: int) -> None:

@@ -138,7 +138,7 @@ def test_the_package_of_llama_cpp_knows_every_argument_that_the_lab_gives(
     flags = next(lab.flags_of(v) for v in lab.variants if v.engine == "llama-cpp")
     given = llama_server.parser().parse_args(LlamaCpp.server_argv(model, flags, 9))
     assert given.model == str(model.path / "model.gguf")
-    old = {**flags, "model": "x/model.gguf"}  # runs that named it before variants had weights
+    old = {**flags, "model": "x/model.gguf"}  # an older run named it
     assert LlamaCpp.server_argv(model, old, 9).count("--model") == 1
     assert (given.host, given.port, given.alias) == ("127.0.0.1", 9, "abacus-1")
     assert given.metrics
@@ -167,9 +167,6 @@ def test_what_an_engine_does_not_know_or_what_may_harm_is_refused_by_name() -> N
         Transformers.check_flags([{"cb-block-size": True}])
     with pytest.raises(EngineError, match="sets port itself"):
         LlamaCpp.check_flags([{"port": 1, "model": "<gguf>/model.gguf"}])
-    with pytest.raises(EngineError, match="needs a file"):
-        LlamaCpp.require_memory("llama", {"parallel": 2}, CPU, SHAPE)
-    LlamaCpp.require_memory("llama", {"model": "<gguf>/model.gguf"}, CPU, SHAPE)
     assert "trust-remote-code" in Transformers.refusal({"trust-remote-code": True})
     assert "model" in LlamaCpp.refusal({"model": "/etc/passwd"})
     assert "lora" in LlamaCpp.refusal({"lora": "x.gguf"})
