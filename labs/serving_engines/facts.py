@@ -21,7 +21,7 @@ class Facts:
     cannot: tuple[Lacking, ...]
     most_metrics: int  # that an engine may show
     ranked: Ranked | None  # None without two engines, or a load that all of them had
-    gguf: Gguf | None  # None where a file in 4 or in 16 bits was not served
+    gguf: Gguf | None = None  # None where a file in 4 or in 16 bits was not served
 
     @property
     def compared(self) -> list[SameWords]:
