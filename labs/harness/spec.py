@@ -73,6 +73,7 @@ class Variant(BaseModel, frozen=True, extra="forbid"):
 
     `weights` names a model that is derived from the lab's own (`running/derived_models.py`).
     So does `<name>` within a flag's value, which is replaced by the derived model's folder.
+    An engine that reads a format of its own (`Engine.reads`) gets the lab's weights in that one.
     `engine` is a name of `serving/engines/__init__.py`; the default one is left out of files and
     digests.
     """
@@ -89,6 +90,11 @@ class Variant(BaseModel, frozen=True, extra="forbid"):
             known = ", ".join(ENGINES)
             raise ValueError(f"no engine {name!r}{did_you_mean(name, ENGINES)} ones are {known}")
         return name
+
+    @property
+    def served(self) -> str:
+        """The derived model that its engine loads; "" where that is the lab's own."""
+        return self.weights or ENGINES[self.engine].reads
 
     def but(
         self, name: str, flags: Mapping[str, FlagValue] | None = None, weights: str = ""
@@ -950,7 +956,7 @@ class Lab(BaseModel, frozen=True, extra="forbid"):
 
     def derived(self) -> list[str]:
         """List what the lab needs derived from the served model, each once, in order of use."""
-        text = [json.dumps(self.flags_of(v)) + f"<{v.weights}>" for v in self.variants]
+        text = [json.dumps(self.flags_of(v)) + f"<{v.served}>" for v in self.variants]
         placeholders = re.findall(r"<([a-z][a-z0-9-]*)[>/]", " ".join(text))
         return list(dict.fromkeys([*placeholders, *self.studies]))
 

@@ -1,4 +1,4 @@
-"""What each engine makes of the machine, whether they agree, what each lacks."""
+"""What each engine makes of the machine, whether they agree, what each lacks; what 4 bits cost."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from labs.harness.facts.context import JudgedRun
+from labs.harness.facts.quality import perplexity_ratio
 from labs.harness.judging.quantity import Quantity
+from labs.serving_engines.lab import LLAMA, LLAMA_Q4
 from serving.engines import DEFAULT_ENGINE, ENGINES
+from serving.weights.to_gguf import BF16, Q4
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Facts:
     cannot: tuple[Lacking, ...]
     most_metrics: int  # that an engine may show
     ranked: Ranked | None  # None without two engines, or a load that all of them had
+    gguf: Gguf | None = None  # None where a file in 4 or in 16 bits was not served
 
     @property
     def compared(self) -> list[SameWords]:
@@ -33,7 +37,8 @@ def facts(run: JudgedRun) -> Facts:
         same_words(run),
         tuple(lacking(run, name) for name in engines),
         len(ENGINES[DEFAULT_ENGINE].shown_metrics()),
-        ranked(measured),
+        ranked([at for at in measured if at.variant != LLAMA_Q4.name]),  # no engine of its own
+        gguf(run, measured),
     )
 
 
@@ -95,6 +100,43 @@ def ranked(curves: Sequence[At]) -> Ranked | None:
     alone.sort(key=lambda at: (not at.valid_tpot_s.known, at.tpot_s.value))
     loaded.sort(key=lambda at: (not at.valid_tokens_per_s.known, -(at.tokens_per_s.value or 0)))
     return Ranked(few, many, tuple(alone), tuple(loaded))
+
+
+# --------------------------------------------------------------------------- 4 bits in a GGUF file
+
+
+@dataclass(frozen=True)
+class InFile:
+    """What llama.cpp makes of one GGUF file, with the fewest users and with the most."""
+
+    variant: str
+    size: Quantity
+    alone: At
+    loaded: At
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """A GGUF file in 4 bits beside one in 16, on the same engine."""
+
+    four: InFile
+    sixteen: InFile
+    perplexity: Quantity  # of the rounded weights on held-out text / before
+
+
+def gguf(run: JudgedRun, curves: Sequence[At]) -> Gguf | None:
+    """Compare the two files; None where one was not served."""
+    sizes = {p.variant.name: Quantity(p.shape.weight_bytes / 1e6, "MB") for p in run.points}
+    served = [
+        InFile(v.name, sizes[v.name], rows[0], rows[-1])
+        for v in (LLAMA_Q4, LLAMA)
+        if (rows := [at for at in curves if at.variant == v.name])
+    ]
+    about = run.run.about.get(LLAMA_Q4.weights, {})
+    if len(served) < 2 or "loss_nats" not in about:
+        return None
+    nats, sizes_tokens = about["loss_nats"], about["passages_tokens"]
+    return Gguf(served[0], served[1], perplexity_ratio(nats[Q4], nats[BF16], sizes_tokens))
 
 
 # ---------------------------------------------------------------------- whether they write the same

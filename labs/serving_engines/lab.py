@@ -6,6 +6,7 @@ from labs.harness import theory
 from labs.harness.ask import (
     counter,
     echoes,
+    falls,
     forecast,
     predicts,
     rises,
@@ -85,6 +86,23 @@ def same_step(treatment: Point, baseline: Point) -> float:
     return token_interval(treatment).value / token_interval(baseline).value
 
 
+BY_BYTES = predicts(
+    "max((weight + KV bytes) / bandwidth, FLOP / rate), in 4 bits / in 16",
+    "unpacking weights is free",
+    source=ROOFLINE,
+)
+
+
+@BY_BYTES
+def step_by_bytes(four: Point, sixteen: Point) -> float:
+    return token_interval(four).value / token_interval(sixteen).value
+
+
+@BY_BYTES
+def throughput_by_bytes(four: Point, sixteen: Point) -> float:
+    return throughput(four).value / throughput(sixteen).value
+
+
 @predicts(
     "roofline throughput of the engine that batches / of one request at a time",
     "the costs that the roofline leaves out are the same in both engines",
@@ -108,8 +126,9 @@ BATCHES = TURNS.but(
 LLAMA = Variant(
     name="llama-cpp",
     engine="llama-cpp",
-    flags={"model": "<gguf>/model.gguf", "parallel": 16, "ctx-size": 16 * 512},
+    flags={"parallel": 16, "ctx-size": 16 * 512},
 )
+LLAMA_Q4 = LLAMA.but("llama-cpp-q4", weights="gguf-q4")
 OTHERS = (TURNS, BATCHES, LLAMA)
 
 
@@ -117,8 +136,8 @@ def on_random_weights(lab: Lab) -> Lab:
     """Leave vLLM alone: it draws random weights itself, and the others read theirs from files."""
     reason = "its engine reads weights from files, and random ones are drawn in vLLM itself"
     turned = tuple(knob for knob in lab.next_knobs if "llama-cpp" not in knob)
-    alone = lab.without({v.name: reason for v in OTHERS})
-    return alone.model_copy(update={"next_knobs": turned})
+    alone = lab.without({v.name: reason for v in (*OTHERS, LLAMA_Q4)})
+    return alone.model_copy(update={"answers": ("SO-7",), "next_knobs": turned})
 
 
 MANY_TO_ONE = f"{MANY} / {ONE}"
@@ -126,8 +145,8 @@ RATE, TPOT = "output_tokens_per_s", "tpot_mean_s"
 
 LAB = Lab(
     name="serving-engines",
-    answers=("SO-7",),
-    variants=(VLLM, *OTHERS),
+    answers=("SO-7", "CO-7"),
+    variants=(VLLM, *OTHERS, LLAMA_Q4),
     flags={
         "max-model-len": 512,
         "max-num-seqs": 16,
@@ -147,6 +166,8 @@ LAB = Lab(
             unchanged(f"alone-{v.name}", TPOT, f"{v.name} / vllm", load=ONE, by=same_step)
             for v in OTHERS
         ),
+        falls("q4-one", TPOT, "llama-cpp-q4 / llama-cpp", load=ONE, by=step_by_bytes),
+        rises("q4-many", RATE, "llama-cpp-q4 / llama-cpp", load=MANY, by=throughput_by_bytes),
     ),
     forecasts=(
         forecast("throughput", RATE, throughput),
@@ -156,7 +177,7 @@ LAB = Lab(
     evidence=(
         *echoes(metrics.CACHE_CONFIG, "enable_prefix_caching", {"vllm": "False"}),
         counter(metrics.PREEMPTIONS, "stays", "vllm"),
-        counter(metrics.GENERATION_TOKENS, "rises", "llama-cpp"),
+        *(counter(metrics.GENERATION_TOKENS, "rises", v.name) for v in (LLAMA, LLAMA_Q4)),
     ),
     findings=("curves", "same-words", "cannot"),
     needs_text=("same-words",),

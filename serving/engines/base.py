@@ -160,6 +160,7 @@ class Engine(Server):
     title: ClassVar[str]  # as a reader knows it
     command: ClassVar[Sequence[str]]  # starts its server; the arguments follow
     distributions: ClassVar[Sequence[str]] = ()  # Python packages, one of which carries it
+    reads: ClassVar[str] = ""  # the derived model that holds the served weights in its own format
     says_what_it_serves: ClassVar[bool] = False  # so that a trial must show its weights: `served`
     metric_names: ClassVar[Mapping[str, str]] = {}  # its own name -> that of serving/metrics.py
     ready_path: ClassVar[str] = "/health"  # answers with success once it serves

@@ -57,6 +57,7 @@ class LlamaCpp(Engine):
     start_s = 3.0
     closes_connections = True
     harmless = LlamaCppHarmless
+    reads = "gguf"
     other_flags = ("model",)
     set_by_lab = ("host", "port", "alias", "api-key", "metrics", "no-webui")
     lacks = (
@@ -93,7 +94,9 @@ class LlamaCpp(Engine):
 
     @classmethod
     def server_argv(cls, model: Model, flags: Flags, port: int) -> list[str]:
-        own = ["--alias", model.name, "--host", LOOPBACK, "--port", str(port)]
+        # older runs name the file by a flag
+        file = [] if "model" in flags else ["--model", str(model.path / to_gguf.FILE)]
+        own = [*file, "--alias", model.name, "--host", LOOPBACK, "--port", str(port)]
         return [*own, "--metrics", "--no-webui", *cls.flag_argv(flags)]
 
     @classmethod
@@ -107,12 +110,6 @@ class LlamaCpp(Engine):
     def host_memory_bytes(cls, flags: Flags, shape: Shape) -> int:
         kv_bytes = TypedFlags(flags).integer("ctx-size", 0) * shape.kv_bytes_per_token()
         return PROCESS_BYTES + shape.held_bytes + int(kv_bytes)
-
-    @classmethod
-    def check_flags(cls, flag_sets: Sequence[Flags]) -> None:
-        super().check_flags(flag_sets)
-        if any("model" not in flags for flags in flag_sets):
-            raise EngineError(f"{cls.title} needs a file: give model=<gguf>/{to_gguf.FILE}")
 
     @classmethod
     def require_sizes(cls, variant: str, flags: Flags, model: Model, longest_tokens: int) -> None:

@@ -2,6 +2,14 @@
 
 GGUF is llama.cpp's file format: weights, sizes, tokenizer and chat template in one file. The
 weights stay in BF16, and vectors are stored in 32 bits, which llama.cpp's own converter does, too.
+By the method `q4` the layers' matrices are in Q4_0: 4 bits, and a scale of 16 bits for each 32
+weights, rounded to nearest without calibration. Embeddings and the output head stay in BF16, where
+the makers of GPTQ and AWQ leave them, too. `gguf` writes no type of 256 weights a block, such as
+Q4_K, which the bundled model's width of 576 would not admit either. Q4_1 is the grid that the
+bundled model's file was on: it would find those levels again, and seem to lose nothing. What Q4_0
+loses is scored here on the rounded weights, since llama.cpp's server gives no logprobs of a prompt;
+its kernels also round the activations, to 8 bits.
+
 Its kernels expect the rows of Llama's query and key projections in another order, since they rotate
 neighbours where the checkpoint rotates halves; Qwen2's stay as they are.
 
@@ -17,10 +25,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from serving.weights import making, models
+from serving.weights import making, models, sparsity
 from serving.weights.making import MakerError
 
 FILE = "model.gguf"
+BF16, Q4 = "bf16", "q4"  # the methods
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 PRE_TOKENIZERS = {  # how text is cut before merging: a part of the pattern -> llama.cpp's name
     r"\p{N}{1,3}": "llama-bpe",
@@ -74,11 +83,13 @@ def require_known(base: Path) -> None:
     pre_tokenizer_of(tokenizer)
 
 
-def make(base: Path, out: Path) -> dict[str, Any]:
-    """Write the file. Raises MakerError where that is not possible."""
+def make(base: Path, out: Path, method: str = BF16, source: Path | None = None) -> dict[str, Any]:
+    """Write the file; score its weights, and those before, on the passages of `source`.
+
+    Raises MakerError where that is not possible.
+    """
     require_known(base)  # before imports that take seconds
     import gguf
-    import torch
     from safetensors import safe_open
 
     config = making.read_config(base)
@@ -93,7 +104,9 @@ def make(base: Path, out: Path) -> dict[str, Any]:
     )
     writer = gguf.GGUFWriter(out / FILE, architecture)
     writer.add_name(base.name)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    types, files = gguf.GGMLQuantizationType, gguf.LlamaFileType
+    writer.add_file_type(files.MOSTLY_Q4_0 if method == Q4 else files.MOSTLY_BF16)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(layers)
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(int(config["hidden_size"]))
@@ -105,26 +118,59 @@ def make(base: Path, out: Path) -> dict[str, Any]:
     writer.add_rope_dimension_count(int(config.get("head_dim") or config["hidden_size"] // heads))
     writer.add_vocab_size(int(config["vocab_size"]))
     _add_tokenizer(writer, base, int(config["vocab_size"]))
+    scored = _Scored(base, source) if source else None
+    sizes: dict[str, int] = {}
     for shard in models.shards(base):
         with safe_open(shard, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 tensor = tensors.get_tensor(key)
-                for part, count in permuted_heads.items():
-                    if f".{part}." in key:
-                        tensor = permuted(tensor, count)
                 place = names.get_name(key, try_suffixes=(".weight", ".bias"))
                 if place is None:
                     raise MakerError(f"{base.name} has a tensor {key}, which {architecture} lacks")
-                if tensor.ndim == 1:
-                    writer.add_tensor(place, tensor.float().numpy())
-                else:
-                    bits = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-                    writer.add_tensor(place, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
+                of_layer = types.Q4_0 if method == Q4 and place.startswith("blk.") else types.BF16
+                kind = types.F32 if tensor.ndim == 1 else of_layer
+                data = gguf.quants.quantize(tensor.float().numpy(), kind)
+                if scored and kind == types.Q4_0:
+                    scored.replace(key, gguf.quants.dequantize(data, kind))
+                for part, count in permuted_heads.items():
+                    if f".{part}." in key:
+                        data = permuted(data, count)  # scales are of parts of a row
+                writer.add_tensor(place, data, raw_dtype=kind)
+                sizes[place] = data.nbytes
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return {"format": "GGUF", "dtype": "bfloat16"}
+    looked_up = sizes["token_embd.weight"] if "output.weight" in sizes else 0
+    return {
+        "format": "GGUF",
+        "dtype": "q4_0" if method == Q4 else "bfloat16",
+        "weight_bytes": sum(sizes.values()) - looked_up,
+        **(scored.facts() if scored else {}),
+    }
+
+
+class _Scored:
+    """The model as it is scored on passages: before, and with the weights of the file."""
+
+    def __init__(self, base: Path, source: Path) -> None:
+        tokenizer, self._model = making.load(base)
+        self._passages = [
+            making.tokens_in(tokenizer, passage) for passage in making.read_passages(source)
+        ]
+        self._before = sparsity.losses(self._model, self._passages)
+
+    def replace(self, key: str, weights: Any) -> None:
+        import torch
+
+        self._model.get_parameter(key).data.copy_(torch.from_numpy(weights))
+
+    def facts(self) -> dict[str, Any]:
+        after = sparsity.losses(self._model, self._passages)
+        return {
+            "passages_tokens": [len(passage) - 1 for passage in self._passages],
+            "loss_nats": {BF16: self._before, Q4: after},
+        }
 
 
 def _add_tokenizer(writer: Any, base: Path, size: int) -> None:

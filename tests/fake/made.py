@@ -78,6 +78,14 @@ MASKS = {
         for backend in BACKENDS
     },
 }
+GGUF: dict[str, dict[str, object]] = {
+    "gguf": {"weight_bytes": 269_100_288},
+    "gguf-q4": {
+        "weight_bytes": 116_483_328,
+        "passages_tokens": [10, 20],
+        "loss_nats": {"bf16": [30.0, 60.0], "q4": [32.0, 64.0]},
+    },
+}
 
 STUDIES = {"outliers": STUDY, "masks": MASKS, "sparsity": SPARSITY}
 
@@ -113,8 +121,9 @@ def make(
     if name in STUDIES:
         (folder / "about.json").write_text(json.dumps(STUDIES[name]))
         return folder
-    if name == "gguf":  # the fake engine reads a folder in its place
+    if name in GGUF:  # the fake engine reads a folder in its place
         (folder / "model.gguf").symlink_to(model.path.resolve())
+        (folder / "about.json").write_text(json.dumps(GGUF[name]))
         return folder
     (folder / "tokenizer.json").symlink_to(model.path.resolve() / "tokenizer.json")
     config = json.loads((model.path / "config.json").read_text())

@@ -242,6 +242,14 @@ def test_packed_weights_change_the_bytes_and_nothing_else(model: Model, tmp_path
     assert served.shape == replace(model.shape, weight_bytes=32)
 
 
+def test_of_a_gguf_file_its_maker_counted_the_bytes(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    assert with_weights(model, "gguf", tmp_path).shape == model.shape  # from before they were
+    (tmp_path / "about.json").write_text('{"weight_bytes": 40}')
+    served = with_weights(model, "gguf-q4", tmp_path)
+    assert served == replace(model, path=tmp_path, shape=replace(model.shape, weight_bytes=40))
+
+
 def test_a_draft_has_a_shape_of_its_own(model: Model, tmp_path: Path) -> None:
     shape = with_weights(model, "draft", write_model(tmp_path / "draft", 1)).shape
     assert (shape.layers, shape.params, shape.weight_bytes) == (1, 64, 128)

@@ -137,6 +137,9 @@ def test_the_package_of_llama_cpp_knows_every_argument_that_the_lab_gives(
     lab = LAB.at(scale, quick=False)
     flags = next(lab.flags_of(v) for v in lab.variants if v.engine == "llama-cpp")
     given = llama_server.parser().parse_args(LlamaCpp.server_argv(model, flags, 9))
+    assert given.model == str(model.path / "model.gguf")
+    old = {**flags, "model": "x/model.gguf"}  # an older run named it
+    assert LlamaCpp.server_argv(model, old, 9).count("--model") == 1
     assert (given.host, given.port, given.alias) == ("127.0.0.1", 9, "abacus-1")
     assert given.metrics
     assert given.no_webui
@@ -164,8 +167,6 @@ def test_what_an_engine_does_not_know_or_what_may_harm_is_refused_by_name() -> N
         Transformers.check_flags([{"cb-block-size": True}])
     with pytest.raises(EngineError, match="sets port itself"):
         LlamaCpp.check_flags([{"port": 1, "model": "<gguf>/model.gguf"}])
-    with pytest.raises(EngineError, match="needs a file"):
-        LlamaCpp.check_flags([{"parallel": 2}])
     assert "trust-remote-code" in Transformers.refusal({"trust-remote-code": True})
     assert "model" in LlamaCpp.refusal({"model": "/etc/passwd"})
     assert "lora" in LlamaCpp.refusal({"lora": "x.gguf"})
@@ -248,12 +249,12 @@ def test_an_engine_that_is_not_installed_is_left_out_by_name_with_its_claims(
     left = with_engines_here(lab, CPU, model, told)
     assert told.messages[0].startswith("Left out: llama-cpp,")
     assert [v.name for v in left.variants] == ["vllm", "transformers", "transformers-cb"]
-    assert left.absent == ("llama-cpp",)
-    (reason,) = left.left_out
+    assert left.absent == ("llama-cpp", "llama-cpp-q4")
+    reason, *_ = left.left_out
     assert "pip install xllamacpp==" in reason
     assert "llama-server on PATH" in reason
     gone = {c.name for c in lab.claims} - {c.name for c in left.claims}
-    assert gone == {"batches-llama-cpp", "alone-llama-cpp"}
+    assert gone == {"batches-llama-cpp", "alone-llama-cpp", "q4-one", "q4-many"}
     assert not left.derived()  # and no file is made for it
 
 
@@ -289,6 +290,7 @@ def test_random_weights_are_vllms_alone(model: Model) -> None:
     lab = with_engines_here(LAB.at("gpu-80", False, dummy=True), GPU, random, Told())
     assert [v.name for v in lab.variants] == ["vllm"]
     assert [c.name for c in lab.claims] == ["batches-vllm"]
+    assert lab.answers == ("SO-7",)
 
 
 def test_a_run_without_an_engine_is_not_stale(tmp_path: Path) -> None:

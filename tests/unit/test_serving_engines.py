@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from labs.harness import theory
 from labs.harness.facts.context import Context
 from labs.harness.facts.drawing import plt
 from labs.harness.spec import Lab, Variant
 from labs.serving_engines.facts import facts, leading_share
-from labs.serving_engines.lab import at_once, turn_taking
+from labs.serving_engines.lab import (
+    LLAMA,
+    LLAMA_Q4,
+    at_once,
+    step_by_bytes,
+    throughput_by_bytes,
+    turn_taking,
+)
 from labs.serving_engines.plots import PLOTS
 from loadtests.records import RequestRecord
 from serving.engines.flags import FlagValue
@@ -96,6 +106,39 @@ def test_engines_are_ranked_by_their_valid_figures(tmp_path: Path) -> None:
     assert names(found) == [["vllm", "turns"], ["vllm", "turns"]]
     found = withheld(found, "vllm/short/concurrent-1", ("tpot_mean_s",))
     assert names(found) == [["turns", "vllm"], ["vllm", "turns"]]
+
+
+def test_four_bits_in_a_file_stand_beside_sixteen_and_are_no_engine(tmp_path: Path) -> None:
+    variants = (Variant(name="vllm"), LLAMA, LLAMA_Q4)
+    two = lab().model_copy(update={"variants": variants})
+    rates = {"vllm": 20, LLAMA.name: 10, LLAMA_Q4.name: 30}
+    values = {
+        f"{name}/short/concurrent-{users}": {"output_tokens_per_s": rate, "tpot_mean_s": 1 / rate}
+        for name, rate in rates.items()
+        for users in (1, 8)
+    }
+    scored = {"passages_tokens": [10, 20], "loss_nats": {"bf16": [30, 60], "q4": [33, 66]}}
+    found = context(tmp_path, two, values, halved=[LLAMA_Q4.name], about={"gguf-q4": scored})
+    told = facts(judged_run(found))
+    assert told.ranked
+    assert [at.variant for at in told.ranked.alone] == ["vllm", LLAMA.name]
+    assert told.gguf
+    assert (told.gguf.four.size.value, told.gguf.sixteen.size.value) == (0.001, 0.002)
+    assert (told.gguf.four.alone.users, told.gguf.four.loaded.users) == (1, 8)
+    assert told.gguf.four.alone.tokens_per_s.value == 30
+    assert told.gguf.perplexity.value == pytest.approx(math.exp(9 / 30))
+    assert facts(judged_run(context(tmp_path, two, values))).gguf is None  # not scored
+    alone = two.model_copy(update={"variants": (variants[0], LLAMA_Q4)})
+    found = context(tmp_path, alone, {}, about={"gguf-q4": scored})
+    assert facts(judged_run(found)).gguf is None
+
+
+def test_four_bits_are_as_much_faster_as_a_step_reads_fewer_bytes() -> None:
+    sixteen = make_point()
+    four = replace(sixteen, shape=replace(sixteen.shape, weight_bytes=400))
+    kv = theory.decode_bytes(sixteen.shape, 1, sixteen.context_tokens) - 2000
+    assert step_by_bytes(four, sixteen).value == pytest.approx((400 + kv) / (2000 + kv))
+    assert throughput_by_bytes(four, sixteen).value > 1
 
 
 @pytest.mark.parametrize(

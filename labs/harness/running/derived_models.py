@@ -30,7 +30,7 @@ from loadtests.structures import FORMS, example, spec
 from loadtests.workload import Fixed, Workload
 from serving import whole
 from serving.processes.process import Process
-from serving.weights import dummy, models, prune, quantize
+from serving.weights import dummy, models, prune, quantize, to_gguf
 from serving.weights.models import Model, ModelError, Shape
 
 SEED = 2**31 - 1  # of the prompts that models are trained on: no trial draws from it
@@ -191,6 +191,13 @@ RECIPES: dict[str, Recipe] = {
         "the served model with one KV head for all query heads, their mean", "kv_heads", 1, "mqa"
     ),
     "gguf": Recipe("the served model as a GGUF file, for llama.cpp", "to_gguf", 0.5),
+    "gguf-q4": Recipe(
+        "the served model as a GGUF file with layers in 4 bits (Q4_0), scored on held-out text",
+        "to_gguf",
+        1,
+        to_gguf.Q4,
+        text("held_out.txt"),
+    ),
     **{name: _pruned(prune.Method.parse(name)) for name in prune.METHODS},
     "w8a8-rtn": _quantized("w8a8-rtn", 1),
     "w8a8": _quantized("w8a8", 2),
@@ -351,6 +358,8 @@ def _make(
 def bits_of(name: str) -> int:
     """Tell how many bits a weight has in what is derived by this name, most of its weights."""
     method = RECIPES[name].method if name in RECIPES else ""
+    if method == to_gguf.Q4:
+        return 4
     return quantize.METHODS[method].bits if method in quantize.METHODS else 16
 
 
@@ -371,8 +380,12 @@ def with_weights(model: Model, name: str, folder: Path) -> Model:
     """Return the model that a variant serves in place of the served one, under the same name.
 
     Quantized weights are stored packed: they keep the parameters of the model and change the bytes.
-    A model with other layers, KV heads or experts has a shape of its own.
+    A model with other layers, KV heads or experts has a shape of its own. Of a GGUF file its maker
+    counted the bytes; one from before that did has 16 bits.
     """
+    if (folder / to_gguf.FILE).exists():
+        weight_bytes = about(folder).get("weight_bytes", model.shape.weight_bytes)
+        return replace(model, path=folder, shape=replace(model.shape, weight_bytes=weight_bytes))
     shape = models.load(folder, name, model.shape.value_bytes).shape
     if _build(shape) == _build(model.shape):
         read = {"weight_bytes": shape.weight_bytes, "expert_bytes": shape.expert_bytes}

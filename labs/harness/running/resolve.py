@@ -246,9 +246,9 @@ def _derived(
         for name in lab.derived()
     }
     weights = {
-        v.name: derived_models.with_weights(model, v.weights, places[v.weights])
+        v.name: derived_models.with_weights(model, v.served, places[v.served])
         for v in lab.variants
-        if v.weights
+        if v.served
     }
     return places, weights
 

@@ -256,7 +256,7 @@ def _manifest(setup: Setup, request: RunRequest, prompts_sha256: str) -> Run:
         environment=engine_environment(setup.machine.kind, setup.model, setup.lab),
         argv={
             v.name: [
-                f"<{v.weights}>" if v.weights else model,
+                f"<{v.served}>" if v.served else model,
                 *ENGINES[v.engine].flag_argv(lab.engine_flags_of(v)),
             ]
             for v in lab.variants
