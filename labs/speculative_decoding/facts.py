@@ -260,7 +260,7 @@ def speed_ups(run: JudgedRun) -> list[SpeedUp]:
                 draft_cost=cost,
                 verify_cost=verify,
                 explained=(length / (guesses * cost + verify)).in_unit(RATIO),
-                pass_cost=(length / gain.in_unit("1") - verify) / guesses,
+                pass_cost=((length / gain.in_unit("1") - verify) / guesses).in_unit("1"),
                 is_valid=not run.withholds("tpot_mean_s", base, point),
             )
         )
