@@ -65,7 +65,7 @@ def quick_run(
     if command == AS_READERS_DO:
         argv = [sys.executable, "-m", *words]
     else:
-        with_vllm.start(cores=len(machine.split_cores("cpu")[0]))
+        with_vllm.start()
         argv = with_vllm.argv_of(*words)
     done = subprocess.run(
         argv,

@@ -40,14 +40,14 @@ PLACE = "TESTS_WITH_VLLM"
 """The environment variable that holds the path of the socket; its folder goes with the tests."""
 ENGINES = "TESTS_ENGINES"
 """The variable that holds, in a lab's run, the descriptor of what forks its engines."""
-ITS_GUARD = "serving.processes.process"
+ITS_GUARD, REPLICAS = "serving.processes.process", "serving.inside.replicas"
 VLLM = (  # what an engine and a forecast import of it; none begins a thread
     "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server",
     "vllm.model_executor.model_loader", "vllm.model_executor.models.llama",
     "vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_model_runner", "vllm.v1.worker.cpu_worker",
 )  # fmt: skip
-START_LIMIT_S = 60
+START_LIMIT_S = 120
 IDLE_LIMIT_S = 1800  # the folder of tests that were killed stays
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,11 +57,14 @@ def argv_of(module: str, *words: str) -> list[str]:
     return [sys.executable, "-m", __name__, module, *words]
 
 
-def start(cores: int) -> None:
+def start() -> None:
     """Start the process that imports vLLM, where it is not up; a test calls this, not what it runs.
 
-    Whatever a lab's run starts ends with it. `cores` is how many an engine has.
+    Whatever a lab's run starts ends with it.
     """
+    from serving.hardware import machine  # not in the process that is forked
+
+    cores = len(machine.split_cores("cpu")[0])  # of an engine
     place = Path(os.environ[PLACE])
     with place.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -263,13 +266,35 @@ def _guard(
             signal.set_wakeup_fd(-1)
             for name, value in set_by_vllm.items():
                 os.environ.setdefault(name, value)
-            sitecustomize.become_server(argv)
+            if REPLICAS in argv:
+                _fork_replicas()
+            else:
+                sitecustomize.become_server(argv)
             _end_with(lambda: _run_module(argv[2:]))
         return Forked(child, argv)
 
     setattr(subprocess, "Popen", popen)  # noqa: B010
     _, _, module, _, *words = about["argv"]
     _end_with(lambda: _run_module([module, str(alive), *words]))
+
+
+def _fork_replicas() -> None:
+    """Have this process, which is to start replicas and their router, fork the replicas."""
+    real_popen = subprocess.Popen
+
+    def popen(argv: Sequence[str], **others: Any) -> subprocess.Popen[bytes] | Forked:
+        if SERVER not in argv:
+            return real_popen(argv, **others)
+        child = os.fork()
+        if child == 0:
+            setattr(subprocess, "Popen", real_popen)  # noqa: B010
+            os.environ.clear()
+            os.environ.update(others["env"])
+            sitecustomize.become_server(argv)
+            _end_with(lambda: _run_module(argv[2:]))
+        return Forked(child, argv)
+
+    setattr(subprocess, "Popen", popen)  # noqa: B010
 
 
 def fork_engines() -> None:
@@ -304,8 +329,11 @@ def fork_engines() -> None:
 
 def _can_be_forked(argv: Sequence[str], env: Mapping[str, str]) -> bool:
     """Whether the command starts the guard of an engine that differs in nothing if it is forked."""
-    eager = ITS_GUARD in argv and SERVER in argv and EAGER in argv
-    return eager and env.get(WORKER_APART) != "1" and "|" not in env.get(CORES, "|")
+    words = " ".join(argv)  # those of replicas are in one argument
+    eager = ITS_GUARD in argv and SERVER in words and EAGER in words
+    if env.get(WORKER_APART) == "1" or not eager:
+        return False
+    return REPLICAS in argv or "|" not in env.get(CORES, "|")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from labs import LABS
 from labs.harness.running import derived_models
 from serving.hardware import machine
 from serving.weights import models
+from tests import with_vllm
 from tests.real import derived_for, lab_on_a_cpu, served, takes_making, with_ceilings
 from tests.sizes import sizes_of
 
@@ -42,6 +43,8 @@ def test_a_derived_model_is_made(
     if derived_models.RECIPES[name].quick_share < 1:  # it is enough that they train at all
         monkeypatch.setattr(derived_models, "PROMPTS_EACH", PROMPTS_EACH)
     base = models.resolve(machine.detect(), served(layers))
+    with_vllm.start()
+    monkeypatch.setattr(derived_models, "MAKING", with_vllm.argv_of("serving.weights"))
     folder = derived_models.make(base, name, print, quick=True)
     facts = derived_models.about(folder)
     assert facts, "its maker records what it made"

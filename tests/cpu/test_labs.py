@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from serving.engines import DEFAULT_ENGINE
+from serving.engines import DEFAULT_ENGINE, vllm
 from serving.engines.base import EngineError
 from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.engines.vllm_flags import PARALLEL
 from serving.hardware import gpus, machine
 from serving.weights import models
+from tests import with_vllm
 from tests.real import in_sizes_for_a_cpu, lab_on_a_cpu, takes_making
 from tests.sizes import sizes_of
 
@@ -33,11 +34,13 @@ WITH_NOTHING_TO_MAKE = sorted(
 )
 
 
-def test_vllm_accepts_every_scale_of_every_lab() -> None:
-    """First of all: the runs below need not ask the parser again, which takes seconds to import.
+def test_vllm_accepts_every_scale_of_every_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First of all: the runs below need not ask the parser again.
 
-    For the same reason one wrong value is among them: it alone is refused, in vLLM's words.
+    One wrong value is among them: it alone is refused, in vLLM's words.
     """
+    with_vllm.start()
+    monkeypatch.setattr(vllm, "PARSING", with_vllm.argv_of("serving.inside.parsing"))
     scales = ["cpu", models.CPU_FP32, "gpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)]
     resolved = [
         lab.at(at, quick=False, dummy=random)
