@@ -38,7 +38,7 @@ from tests.startup import sitecustomize
 
 AS_READERS_DO = "labs.harness.commands"  # what the target in the Makefile runs
 FRONT_DOOR = "continuous-batching"  # the lab of the README's first command
-AS_VLLM_DOES = "many-samples"  # two engines beside each other, each with a worker of its own
+AS_VLLM_DOES = "diagnosis"  # two engines beside each other, each with a worker of its own
 RUNS = "*/*/*/run.json"
 BRIEF = "warmup_s=0.5 window_s=2 repeats=1 most_repeats=0"
 MOST_SERIES = 5000  # of one run in Prometheus

@@ -28,8 +28,7 @@ def shallow(layers: int = LAYERS) -> Path:
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            with_vllm.start()  # which has imported PyTorch
-            argv = with_vllm.argv_of("tests.shallow", str(folder), str(layers))
+            argv = with_vllm.python("tests.shallow", str(folder), str(layers))
             subprocess.run(argv, cwd=ROOT, check=True, timeout=300)
     return folder
 

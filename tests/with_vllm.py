@@ -3,7 +3,7 @@
 Importing vLLM takes longer than all that an engine with a few layers computes in a test, and longer
 than a forecast. `python -m tests.with_vllm MODULE WORDS` hands its standard streams to one process
 that imports vLLM for all of them, and ends as the child does that was forked there to run MODULE as
-Python does with `-m`. That process ends with the tests.
+Python does with `-m`; `-c SCRIPT` is run likewise. That process ends with the tests.
 
 A lab's run is forked with a process of its own beside it, which forks its engines: they are below
 the lab's run, as a reader's are, each under its guard. `fork_engines` has the run ask for them. The
@@ -53,8 +53,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def argv_of(module: str, *words: str) -> list[str]:
-    """Return the command line that has a module run in such a child."""
+    """Return the command line that has a module, or after `-c` a script, run in such a child."""
     return [sys.executable, "-m", __name__, module, *words]
+
+
+def python(module: str, *words: str) -> list[str]:
+    """Start that process, and return `argv_of` these; where there is a GPU, what runs them anew."""
+    from serving.hardware import machine
+
+    if machine.detect().kind == "cpu":
+        start()
+        return argv_of(module, *words)
+    return [sys.executable, *(["-c"] if module == "-c" else ["-m", module]), *words]
 
 
 def start() -> None:
@@ -132,6 +142,10 @@ def serve(place: Path) -> None:
     before = dict(os.environ)
     for module in (*VLLM, *LIBRARIES):
         importlib.import_module(module)
+    from vllm.model_executor.models import registry
+
+    # which looks at a model's class in a process of its own, that imports vLLM again
+    setattr(registry, "_run_in_subprocess", lambda look: look())  # noqa: B010
     # what importing vLLM has set, and a process that had imported it itself would have, too
     set_by_vllm = {k: v for k, v in os.environ.items() if before.get(k) != v}
     assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1
@@ -190,7 +204,11 @@ def _become(about: Mapping[str, Any], streams: Sequence[int]) -> None:
 
 
 def _run_module(argv: Sequence[str]) -> None:
-    """Do as `python -m` does with these arguments."""
+    """Do as `python -m` does with these arguments, or as `python` where the first is `-c`."""
+    if argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        exec(argv[1], {"__name__": "__main__"})
+        return
     sys.orig_argv = [sys.executable, "-m", *argv]
     sys.argv = list(argv)
     runpy.run_module(argv[0], run_name="__main__", alter_sys=True)

@@ -43,8 +43,7 @@ def test_a_derived_model_is_made(
     if derived_models.RECIPES[name].quick_share < 1:  # it is enough that they train at all
         monkeypatch.setattr(derived_models, "PROMPTS_EACH", PROMPTS_EACH)
     base = models.resolve(machine.detect(), served(layers))
-    with_vllm.start()
-    monkeypatch.setattr(derived_models, "MAKING", with_vllm.argv_of("serving.weights"))
+    monkeypatch.setattr(derived_models, "MAKING", with_vllm.python("serving.weights"))
     folder = derived_models.make(base, name, print, quick=True)
     facts = derived_models.about(folder)
     assert facts, "its maker records what it made"

@@ -39,8 +39,7 @@ def test_vllm_accepts_every_scale_of_every_lab(monkeypatch: pytest.MonkeyPatch) 
 
     One wrong value is among them: it alone is refused, in vLLM's words.
     """
-    with_vllm.start()
-    monkeypatch.setattr(vllm, "PARSING", with_vllm.argv_of("serving.inside.parsing"))
+    monkeypatch.setattr(vllm, "PARSING", with_vllm.python("serving.inside.parsing"))
     scales = ["cpu", models.CPU_FP32, "gpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)]
     resolved = [
         lab.at(at, quick=False, dummy=random)

@@ -244,9 +244,7 @@ def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
     # vLLM takes ten seconds to import: the runs below need not ask its parser again
     on_vllm = [(lab, v) for lab in resolved for v in lab.variants if v.engine == DEFAULT_ENGINE]
     with pytest.MonkeyPatch.context() as patched:
-        if machine.detect().kind == "cpu":
-            with_vllm.start()
-            patched.setattr(vllm, "PARSING", with_vllm.argv_of("serving.inside.parsing"))
+        patched.setattr(vllm, "PARSING", with_vllm.python("serving.inside.parsing"))
         Vllm.check_flags([lab.flags_of(variant) for lab, variant in on_vllm])
     with ExitStack() as readers:
 
