@@ -13,6 +13,7 @@ from functools import partial
 from labs.harness.commands.cli import app
 from labs.harness.judging import evaluation
 from labs.harness.running import copied_text, forecaster, probes, step_timing
+from serving.engines import vllm
 from tests import with_vllm
 
 _tasks_with_shots = evaluation.tasks_with_shots
@@ -31,6 +32,7 @@ def make_small() -> None:
     setattr(step_timing, "QUICK_PASSES", 1)  # noqa: B010
     copied_text.ANSWERS = 8
     forecaster.FORECASTER_ARGV = with_vllm.argv_of("serving.forecasting")
+    vllm.PARSING = with_vllm.argv_of("serving.inside.parsing")
     with_vllm.fork_engines()
 
 

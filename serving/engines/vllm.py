@@ -79,7 +79,7 @@ def usable_bytes(memory_bytes: float) -> float:
     return MEMORY_SHARE * memory_bytes - ACTIVATION_BYTES
 
 
-PARSING = (sys.executable, "-m", "serving.inside.parsing")
+PARSING: Sequence[str] = (sys.executable, "-m", "serving.inside.parsing")
 
 
 class Vllm(Engine):
