@@ -7,8 +7,8 @@ Python does with `-m`; `-c SCRIPT` is run likewise. That process ends with the t
 
 A lab's run is forked with a process of its own beside it, which forks its engines: they are below
 the lab's run, as a reader's are, each under its guard. `fork_engines` has the run ask for them. The
-code that runs is the same. The README's lab, an engine that compiles its steps, one with its worker
-apart and one on the cores of several workers start as a reader's do.
+code that runs is the same. The README's lab, an engine that compiles its steps and one with its
+worker apart start as a reader's do.
 """
 
 from __future__ import annotations
@@ -349,9 +349,7 @@ def _can_be_forked(argv: Sequence[str], env: Mapping[str, str]) -> bool:
     """Whether the command starts the guard of an engine that differs in nothing if it is forked."""
     words = " ".join(argv)  # those of replicas are in one argument
     eager = ITS_GUARD in argv and SERVER in words and EAGER in words
-    if env.get(WORKER_APART) == "1" or not eager:
-        return False
-    return REPLICAS in argv or "|" not in env.get(CORES, "|")
+    return eager and env.get(WORKER_APART) != "1" and CORES in env
 
 
 if __name__ == "__main__":
