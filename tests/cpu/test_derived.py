@@ -16,7 +16,7 @@ from labs.harness.running import derived_models
 from serving.hardware import machine
 from serving.weights import models
 from tests import with_vllm
-from tests.real import derived_for, lab_on_a_cpu, served, takes_making, with_ceilings
+from tests.real import derived_for, lab_on_a_cpu, runs_beside, served, with_ceilings
 from tests.sizes import sizes_of
 
 pytestmark = [
@@ -26,7 +26,7 @@ pytestmark = [
     ),
 ]
 PROMPTS_EACH = 80  # of which a quick run trains on a share
-WITH_DERIVED_MODELS = [name for name in LABS if takes_making(name)]
+HERE = [name for name in LABS if runs_beside(name)]
 
 
 def derived_by_the_tests() -> list[tuple[str, int | None]]:
@@ -55,6 +55,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("lab", WITH_DERIVED_MODELS)
+@pytest.mark.parametrize("lab", HERE)
 def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
     lab_on_a_cpu(lab, results, command="tests.swapped_cores")
