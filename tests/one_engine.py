@@ -1,6 +1,7 @@
 """Starts an engine as a lab's run does, names the processes, and waits for the end of its input.
 
-`python -m tests.with_vllm tests.one_engine MODEL_FOLDER LOG` has it forked.
+`python -m tests.with_vllm tests.one_engine MODEL_FOLDER LOG` has it forked; more flags may follow,
+as a JSON object.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from tests import with_vllm
 FLAGS = {"max-model-len": 256, "kv-cache-memory-bytes": 2**24, "enforce-eager": True}
 
 
-def main(folder: str, log: str) -> None:
+def main(folder: str, log: str, more_flags: str = "{}") -> None:
     """Print what it serves, this process, the engine's guard and what is below that."""
     with_vllm.fork_engines()
     model = models.resolve(machine.cpu(), folder)
-    engine = Vllm("one", model, {**FLAGS, **Vllm.in_float32}, kind="cpu", log=Path(log))
+    flags = {**FLAGS, **Vllm.in_float32, **json.loads(more_flags)}
+    engine = Vllm("one", model, flags, kind="cpu", log=Path(log))
     try:
         engine.wait()
         below = [p.pid for p in psutil.Process(engine.pid).children(recursive=True)]

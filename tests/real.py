@@ -38,7 +38,8 @@ from tests.startup import sitecustomize
 
 AS_READERS_DO = "labs.harness.commands"  # what the target in the Makefile runs
 FRONT_DOOR = "continuous-batching"  # the lab of the README's first command
-AS_VLLM_DOES = "many-samples"  # two engines beside each other, each with a worker of its own
+AS_VLLM_DOES = "diagnosis"  # two engines beside each other, each with a worker of its own
+BESIDE = ("agent-sessions", "serving-engines")  # so that both files of labs take about as long
 RUNS = "*/*/*/run.json"
 BRIEF = "warmup_s=0.5 window_s=2 repeats=1 most_repeats=0"
 MOST_SERIES = 5000  # of one run in Prometheus
@@ -65,7 +66,7 @@ def quick_run(
     if command == AS_READERS_DO:
         argv = [sys.executable, "-m", *words]
     else:
-        with_vllm.start(cores=len(machine.split_cores("cpu")[0]))
+        with_vllm.start()
         argv = with_vllm.argv_of(*words)
     done = subprocess.run(
         argv,
@@ -114,9 +115,12 @@ def in_sizes_for_a_cpu(lab: str) -> Lab:
     return LABS[lab].at(models.scale_of(machine.cpu()), quick=True, changes=changes)
 
 
-def takes_making(lab: str) -> bool:
-    """Whether it takes long to make what a lab derives: a file in another format takes seconds."""
-    return bool({*derived_for(lab)} - {"gguf"})
+def runs_beside(lab: str) -> bool:
+    """Whether a lab is run in `test_derived.py`: where it derives a model, and where else it says.
+
+    A file in another format takes seconds to make.
+    """
+    return lab in BESIDE or bool({*derived_for(lab)} - {"gguf"})
 
 
 def require_something_to_compare(lab: Lab, model: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from serving import whole
 from serving.weights import draft, models
 from serving.weights.models import ROOT
+from tests import with_vllm
 
 LAYERS = 2  # of 30
 
@@ -26,8 +27,8 @@ def shallow(layers: int = LAYERS) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():  # in a process of its own, which imports PyTorch and ends
-            argv = [sys.executable, "-m", __name__, str(folder), str(layers)]
+        if not folder.exists():
+            argv = with_vllm.python("tests.shallow", str(folder), str(layers))
             subprocess.run(argv, cwd=ROOT, check=True, timeout=300)
     return folder
 

@@ -12,7 +12,8 @@ from functools import partial
 
 from labs.harness.commands.cli import app
 from labs.harness.judging import evaluation
-from labs.harness.running import copied_text, forecaster, probes, step_timing
+from labs.harness.running import attention, copied_text, forecaster, probes, step_timing
+from serving.engines import vllm
 from tests import with_vllm
 
 _tasks_with_shots = evaluation.tasks_with_shots
@@ -30,7 +31,9 @@ def make_small() -> None:
     evaluation.tasks_with_shots = _fewer_tasks
     setattr(step_timing, "QUICK_PASSES", 1)  # noqa: B010
     copied_text.ANSWERS = 8
+    attention.ARGV = with_vllm.argv_of("tests.brief_attention")
     forecaster.FORECASTER_ARGV = with_vllm.argv_of("serving.forecasting")
+    vllm.PARSING = with_vllm.argv_of("serving.inside.parsing")
     with_vllm.fork_engines()
 
 

@@ -3,12 +3,12 @@
 Importing vLLM takes longer than all that an engine with a few layers computes in a test, and longer
 than a forecast. `python -m tests.with_vllm MODULE WORDS` hands its standard streams to one process
 that imports vLLM for all of them, and ends as the child does that was forked there to run MODULE as
-Python does with `-m`. That process ends with the tests.
+Python does with `-m`; `-c SCRIPT` is run likewise. That process ends with the tests.
 
 A lab's run is forked with a process of its own beside it, which forks its engines: they are below
 the lab's run, as a reader's are, each under its guard. `fork_engines` has the run ask for them. The
-code that runs is the same. The README's lab, an engine that compiles its steps, one with its worker
-apart and one on the cores of several workers start as a reader's do.
+code that runs is the same. The README's lab, an engine that compiles its steps and one with its
+worker apart start as a reader's do.
 """
 
 from __future__ import annotations
@@ -40,28 +40,41 @@ PLACE = "TESTS_WITH_VLLM"
 """The environment variable that holds the path of the socket; its folder goes with the tests."""
 ENGINES = "TESTS_ENGINES"
 """The variable that holds, in a lab's run, the descriptor of what forks its engines."""
-ITS_GUARD = "serving.processes.process"
+ITS_GUARD, REPLICAS = "serving.processes.process", "serving.inside.replicas"
 VLLM = (  # what an engine and a forecast import of it; none begins a thread
     "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server",
     "vllm.model_executor.model_loader", "vllm.model_executor.models.llama",
     "vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_model_runner", "vllm.v1.worker.cpu_worker",
 )  # fmt: skip
-START_LIMIT_S = 60
+START_LIMIT_S = 120
 IDLE_LIMIT_S = 1800  # the folder of tests that were killed stays
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def argv_of(module: str, *words: str) -> list[str]:
-    """Return the command line that has a module run in such a child."""
+    """Return the command line that has a module, or after `-c` a script, run in such a child."""
     return [sys.executable, "-m", __name__, module, *words]
 
 
-def start(cores: int) -> None:
+def python(module: str, *words: str) -> list[str]:
+    """Start that process, and return `argv_of` these; where there is a GPU, what runs them anew."""
+    from serving.hardware import machine
+
+    if machine.detect().kind == "cpu":
+        start()
+        return argv_of(module, *words)
+    return [sys.executable, *(["-c"] if module == "-c" else ["-m", module]), *words]
+
+
+def start() -> None:
     """Start the process that imports vLLM, where it is not up; a test calls this, not what it runs.
 
-    Whatever a lab's run starts ends with it. `cores` is how many an engine has.
+    Whatever a lab's run starts ends with it.
     """
+    from serving.hardware import machine  # not in the process that is forked
+
+    cores = len(machine.split_cores("cpu")[0])  # of an engine
     place = Path(os.environ[PLACE])
     with place.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -129,6 +142,10 @@ def serve(place: Path) -> None:
     before = dict(os.environ)
     for module in (*VLLM, *LIBRARIES):
         importlib.import_module(module)
+    from vllm.model_executor.models import registry
+
+    # which looks at a model's class in a process of its own, that imports vLLM again
+    setattr(registry, "_run_in_subprocess", lambda look: look())  # noqa: B010
     # what importing vLLM has set, and a process that had imported it itself would have, too
     set_by_vllm = {k: v for k, v in os.environ.items() if before.get(k) != v}
     assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1
@@ -187,7 +204,11 @@ def _become(about: Mapping[str, Any], streams: Sequence[int]) -> None:
 
 
 def _run_module(argv: Sequence[str]) -> None:
-    """Do as `python -m` does with these arguments."""
+    """Do as `python -m` does with these arguments, or as `python` where the first is `-c`."""
+    if argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        exec(argv[1], {"__name__": "__main__"})
+        return
     sys.orig_argv = [sys.executable, "-m", *argv]
     sys.argv = list(argv)
     runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
@@ -263,13 +284,35 @@ def _guard(
             signal.set_wakeup_fd(-1)
             for name, value in set_by_vllm.items():
                 os.environ.setdefault(name, value)
-            sitecustomize.become_server(argv)
+            if REPLICAS in argv:
+                _fork_replicas()
+            else:
+                sitecustomize.become_server(argv)
             _end_with(lambda: _run_module(argv[2:]))
         return Forked(child, argv)
 
     setattr(subprocess, "Popen", popen)  # noqa: B010
     _, _, module, _, *words = about["argv"]
     _end_with(lambda: _run_module([module, str(alive), *words]))
+
+
+def _fork_replicas() -> None:
+    """Have this process, which is to start replicas and their router, fork the replicas."""
+    real_popen = subprocess.Popen
+
+    def popen(argv: Sequence[str], **others: Any) -> subprocess.Popen[bytes] | Forked:
+        if SERVER not in argv:
+            return real_popen(argv, **others)
+        child = os.fork()
+        if child == 0:
+            setattr(subprocess, "Popen", real_popen)  # noqa: B010
+            os.environ.clear()
+            os.environ.update(others["env"])
+            sitecustomize.become_server(argv)
+            _end_with(lambda: _run_module(argv[2:]))
+        return Forked(child, argv)
+
+    setattr(subprocess, "Popen", popen)  # noqa: B010
 
 
 def fork_engines() -> None:
@@ -304,8 +347,9 @@ def fork_engines() -> None:
 
 def _can_be_forked(argv: Sequence[str], env: Mapping[str, str]) -> bool:
     """Whether the command starts the guard of an engine that differs in nothing if it is forked."""
-    eager = ITS_GUARD in argv and SERVER in argv and EAGER in argv
-    return eager and env.get(WORKER_APART) != "1" and "|" not in env.get(CORES, "|")
+    words = " ".join(argv)  # those of replicas are in one argument
+    eager = ITS_GUARD in argv and SERVER in words and EAGER in words
+    return eager and env.get(WORKER_APART) != "1" and CORES in env
 
 
 if __name__ == "__main__":

@@ -79,26 +79,7 @@ def usable_bytes(memory_bytes: float) -> float:
     return MEMORY_SHARE * memory_bytes - ACTIVATION_BYTES
 
 
-_PARSE = """
-import contextlib, io, json, sys
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-try:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-except ImportError:  # before 0.32
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
-parser = make_arg_parser(FlexibleArgumentParser())
-errors = []
-for argv in json.load(sys.stdin):
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            parser.parse_args(argv)
-        errors.append(None)
-    except (SystemExit, ValueError) as error:
-        lines = output.getvalue().strip().splitlines() or [str(error)]
-        errors.append(lines[-1].split(" error: ")[-1])
-print(json.dumps({"options": sorted(parser._option_string_actions), "errors": errors}))
-"""
+PARSING: Sequence[str] = (sys.executable, "-m", "serving.inside.parsing")
 
 
 class Vllm(Engine):
@@ -226,16 +207,16 @@ class Vllm(Engine):
             )
         argvs = {_digest(argv): argv for argv in map(cls.flag_argv, flag_sets)}
         memory = CACHE / f"vllm-{cls.version()}-flags.json"
-        remembered: dict[str, list[str]] = {"options": [], "accepted": []}
-        if memory.exists():
-            remembered = json.loads(memory.read_text())
+        remembered = _remembered(memory)
+        if remembered["options"]:
             _check_names(argvs.values(), remembered["options"])
         unknown = {d: argv for d, argv in argvs.items() if d not in remembered["accepted"]}
         if not unknown:
             return
         parsed = _parsed([*unknown.values()])
-        accepted = [d for d, e in zip(unknown, parsed["errors"], strict=True) if not e]
-        known = {"options": parsed["options"], "accepted": [*remembered["accepted"], *accepted]}
+        accepted = {d for d, e in zip(unknown, parsed["errors"], strict=True) if not e}
+        accepted |= {*_remembered(memory)["accepted"]}  # by another process meanwhile, too
+        known = {"options": parsed["options"], "accepted": sorted(accepted)}
         whole.write(memory, json.dumps(known))
         _check_names(argvs.values(), parsed["options"])
         for error in filter(None, parsed["errors"]):
@@ -510,10 +491,18 @@ def _digest(argv: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(argv).encode()).hexdigest()[:16]
 
 
+def _remembered(memory: Path) -> dict[str, list[str]]:
+    """Read the parser's options, and the digests of the flag sets that it has accepted."""
+    if not memory.exists():
+        return {"options": [], "accepted": []}
+    known: dict[str, list[str]] = json.loads(memory.read_text())
+    return known
+
+
 def _parsed(argvs: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Let vLLM's parser read these; its options, and an error or None for each."""
     out = subprocess.run(
-        [sys.executable, "-c", _PARSE],
+        PARSING,
         input=json.dumps(argvs),
         capture_output=True,
         text=True,

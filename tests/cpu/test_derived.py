@@ -15,7 +15,8 @@ from labs import LABS
 from labs.harness.running import derived_models
 from serving.hardware import machine
 from serving.weights import models
-from tests.real import derived_for, lab_on_a_cpu, served, takes_making, with_ceilings
+from tests import with_vllm
+from tests.real import derived_for, lab_on_a_cpu, runs_beside, served, with_ceilings
 from tests.sizes import sizes_of
 
 pytestmark = [
@@ -25,7 +26,7 @@ pytestmark = [
     ),
 ]
 PROMPTS_EACH = 80  # of which a quick run trains on a share
-WITH_DERIVED_MODELS = [name for name in LABS if takes_making(name)]
+HERE = [name for name in LABS if runs_beside(name)]
 
 
 def derived_by_the_tests() -> list[tuple[str, int | None]]:
@@ -42,6 +43,7 @@ def test_a_derived_model_is_made(
     if derived_models.RECIPES[name].quick_share < 1:  # it is enough that they train at all
         monkeypatch.setattr(derived_models, "PROMPTS_EACH", PROMPTS_EACH)
     base = models.resolve(machine.detect(), served(layers))
+    monkeypatch.setattr(derived_models, "MAKING", with_vllm.python("serving.weights"))
     folder = derived_models.make(base, name, print, quick=True)
     facts = derived_models.about(folder)
     assert facts, "its maker records what it made"
@@ -53,6 +55,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("lab", WITH_DERIVED_MODELS)
+@pytest.mark.parametrize("lab", HERE)
 def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
     lab_on_a_cpu(lab, results, command="tests.swapped_cores")

@@ -9,7 +9,6 @@ import json
 import shlex
 import shutil
 import subprocess
-import sys
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +39,7 @@ from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Prompt, Traffic
 from serving.hardware import machine
 from serving.weights import dummy, models
+from tests import with_vllm
 from tests.unit.test_capacity_plan import SilentProgress
 
 pytestmark = [
@@ -156,10 +156,10 @@ def steps_to_time(folder: Path) -> TimingPlans:
 
 @pytest.fixture(scope="module")
 def forecaster(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
-    """One process for all, first timing and then playing: vLLM takes seconds to import."""
+    """One process for all, first timing and then playing."""
     plans = steps_to_time(tmp_path_factory.mktemp("models")), loads(tmp_path_factory)
     done = subprocess.run(
-        [sys.executable, "-c", TELLING_EXPERTS],
+        with_vllm.python("-c", TELLING_EXPERTS),
         input="".join(f"{plan.model_dump_json()}\n" for plan in plans),
         capture_output=True,
         text=True,
@@ -486,6 +486,8 @@ def test_a_plan_is_the_same_by_one_process_and_by_two(monkeypatch: pytest.Monkey
         model_named(card, "llama-1b"), "bf16", "h100", demand, SLO(ttft_s=0.5, tpot_s=0.01),
         replicas=3, routers=tuple(ROUTERS),
     )  # fmt: skip
+    forked = with_vllm.python("serving.forecasting")
+    monkeypatch.setattr("labs.harness.running.forecaster.FORECASTER_ARGV", forked)
     monkeypatch.setattr(capacity_plan, "FEWEST", 20)
     monkeypatch.setattr(capacity_plan, "GRIDS", ((0.6, 0.9, 1.25),))
     one, two = (plan_on(question, processes, monkeypatch) for processes in (1, 2))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from serving.engines.vllm import GUARD
 from serving.inside import guard
 from serving.weights.models import ROOT
+from tests import with_vllm
 
 pytestmark = pytest.mark.cpu
 
@@ -52,7 +52,7 @@ def found() -> dict[str, Any]:
     env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", guard.KEY: "k"}
     env |= {"PYTHONPATH": f"{ROOT}:{os.environ['PYTHONPATH']}", "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(
-        [sys.executable, "-c", ASK, GUARD, "k"], env={**os.environ, **env}, text=True,
+        with_vllm.python("-c", ASK, GUARD, "k"), env={**os.environ, **env}, text=True,
         capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from serving.forecasting import cards, kernels
 from serving.forecasting.kernels import Decoder
 from serving.forecasting.step import Piece, Step
 from serving.weights import dummy
+from tests import with_vllm
 from tests.unit.test_referee import DESCRIBED, HEADER
 
 pytestmark = pytest.mark.cpu
@@ -24,11 +25,15 @@ class Silent:
     def waiting(self, _: str) -> None: ...
 
 
-def test_a_request_alone_takes_what_its_steps_take(tmp_path: Path) -> None:
+def test_a_request_alone_takes_what_its_steps_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three requests ten seconds apart, of which the last finds the first one's prompt cached."""
     rows = [f"{10 * i}.0,{PROMPT},{OUTPUT},{i % 2},0.02,0.09" for i in range(3)]
     (tmp_path / "runs.toml").write_text(DESCRIBED)
     (tmp_path / "mine.csv").write_text("\n".join([HEADER, *rows]))
+    forked = with_vllm.python("serving.forecasting")
+    monkeypatch.setattr("labs.harness.running.forecaster.FORECASTER_ARGV", forked)
     with side_by_side(1) as forecasters:
         (judged,) = referee.judge(tmp_path, forecasters, Silent())  # type: ignore[arg-type]
     step = kernels.step_times(Decoder.of(dummy.config_of("llama-8b")), "h100")

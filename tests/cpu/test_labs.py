@@ -1,6 +1,7 @@
 """Labs on a real vLLM, the bundled model and a real Prometheus.
 
-Those for which models are made from it first are in `test_derived.py`, and are run beside these.
+Those for which models are made from it first are in `test_derived.py`, with some others, and are
+run beside these.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from serving.engines import DEFAULT_ENGINE
+from serving.engines import DEFAULT_ENGINE, vllm
 from serving.engines.base import EngineError
 from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.engines.vllm_flags import PARALLEL
 from serving.hardware import gpus, machine
 from serving.weights import models
-from tests.real import in_sizes_for_a_cpu, lab_on_a_cpu, takes_making
+from tests import with_vllm
+from tests.real import in_sizes_for_a_cpu, lab_on_a_cpu, runs_beside
 from tests.sizes import sizes_of
 
 pytestmark = [
@@ -27,17 +29,18 @@ pytestmark = [
     ),
 ]
 # many engines first: what takes long must not begin last, nor beside those of `test_derived.py`
-WITH_NOTHING_TO_MAKE = sorted(
-    (name for name in LABS if not takes_making(name)),
+HERE = sorted(
+    (name for name in LABS if not runs_beside(name)),
     key=lambda name: -len(LABS[name].variants),
 )
 
 
-def test_vllm_accepts_every_scale_of_every_lab() -> None:
-    """First of all: the runs below need not ask the parser again, which takes seconds to import.
+def test_vllm_accepts_every_scale_of_every_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First of all: the runs below need not ask the parser again.
 
-    For the same reason one wrong value is among them: it alone is refused, in vLLM's words.
+    One wrong value is among them: it alone is refused, in vLLM's words.
     """
+    monkeypatch.setattr(vllm, "PARSING", with_vllm.python("serving.inside.parsing"))
     scales = ["cpu", models.CPU_FP32, "gpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)]
     resolved = [
         lab.at(at, quick=False, dummy=random)
@@ -66,6 +69,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("lab", WITH_NOTHING_TO_MAKE)
+@pytest.mark.parametrize("lab", HERE)
 def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
     lab_on_a_cpu(lab, results)

@@ -6,17 +6,17 @@ They need no derived model, so they run beside the labs of `test_labs.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from labs.harness.changes import parse_changes
 from serving import metrics
-from serving.engines.base import EngineError
-from serving.engines.vllm import Vllm
 from serving.hardware import machine
 from serving.weights import dummy, models
+from tests import with_vllm
 from tests.real import BRIEF, check_run, quick_run, with_ceilings
 
 pytestmark = [
@@ -68,15 +68,9 @@ def test_the_arithmetic_of_shapes_is_that_of_the_models_themselves() -> None:
         assert models.shape_of(config).params == sum(p.numel() for p in model.parameters())
 
 
-@pytest.fixture
-def impossible(tmp_path: Path) -> Iterator[Vllm]:
-    model = models.resolve(machine.detect())
-    flags = {"max-model-len": 8192, "kv-cache-memory-bytes": 2**20, "enforce-eager": True}
-    starting = Vllm("small", model, flags, kind="cpu", log=tmp_path / "engine.log")
-    yield starting
-    starting.stop()
-
-
-def test_an_engine_that_cannot_start_says_why(impossible: Vllm) -> None:
-    with pytest.raises(EngineError, match=r"exit code 1: ValueError: .*memory"):
-        impossible.wait()
+def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
+    flags = json.dumps({"max-model-len": 8192, "kv-cache-memory-bytes": 2**20})
+    words = str(models.bundled()), str(tmp_path / "engine.log"), flags
+    argv = with_vllm.python("tests.one_engine", *words)
+    started = subprocess.run(argv, capture_output=True, text=True)
+    assert re.search(r"EngineError: .*exit code 1: ValueError: .*memory", started.stderr)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 from loadtests.structures import example, spec
 from serving.hardware import machine
 from serving.weights.models import ROOT
+from tests import with_vllm
 
 pytestmark = [
     pytest.mark.cpu,
@@ -45,22 +45,19 @@ print("MistralTokenizer" in dir(lmformatenforcer.integrations.vllm))
 
 
 def test_lm_format_enforcer_imports_what_vllm_has_moved() -> None:
-    argv = [sys.executable, "-c", IMPORTED]
+    argv = with_vllm.python("-c", IMPORTED)
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()[-1:]) == (0, ["True"]), done.stderr[-2000:]
 
 
 def accepted(*asked: tuple[dict[str, Any], Sequence[str]]) -> list[list[bool]]:
-    """For each schema, whether an answer with each of these names is let through.
-
-    In one process: xgrammar imports PyTorch.
-    """
+    """For each schema, whether an answer with each of these names is let through."""
     given = [
         (schema, [example("record").replace("bridge", name) for name in names])
         for schema, names in asked
     ]
     done = subprocess.run(
-        [sys.executable, "-c", ACCEPTED],
+        with_vllm.python("-c", ACCEPTED),
         cwd=ROOT,
         input=json.dumps(given),
         capture_output=True,

@@ -28,7 +28,7 @@ pytestmark = [
 @pytest.fixture
 def asker(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """What asks for the program that starts an engine, as a test asks for a lab's run."""
-    with_vllm.start(cores=len(machine.split_cores("cpu")[0]))
+    with_vllm.start()
     argv = with_vllm.argv_of("tests.one_engine", str(shallow()), str(tmp_path / "engine.log"))
     pipe = subprocess.PIPE
     with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True) as process:

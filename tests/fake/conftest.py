@@ -28,12 +28,13 @@ from labs.harness.changes import parse_changes
 from labs.harness.filing.recorded import MachineFile
 from labs.harness.filing.results import RunFolder
 from labs.harness.filing.writing import write_json
-from serving.engines import DEFAULT_ENGINE
+from serving.engines import DEFAULT_ENGINE, vllm
 from serving.engines.vllm import Vllm
 from serving.hardware import gpus, machine
 from serving.install import find_prometheus
 from serving.weights import models
 from serving.weights.models import ROOT
+from tests import with_vllm
 from tests.fake import forked
 from tests.processes import lives
 from tests.sizes import BRIEF, sizes_of, with_every_part
@@ -240,9 +241,11 @@ def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
     resolved = [lab.at(scale, True, changes[name]) for name, lab in EVERY_LAB.items()]
     too_large = parse_changes(f"{sizes['chunked-prefill']} {TOO_LARGE}")
     resolved.append(EVERY_LAB["chunked-prefill"].at(scale, True, too_large))
-    # vLLM's parser takes ten seconds to import: once, not for every lab
+    # vLLM takes ten seconds to import: the runs below need not ask its parser again
     on_vllm = [(lab, v) for lab in resolved for v in lab.variants if v.engine == DEFAULT_ENGINE]
-    Vllm.check_flags([lab.flags_of(variant) for lab, variant in on_vllm])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(vllm, "PARSING", with_vllm.python("serving.inside.parsing"))
+        Vllm.check_flags([lab.flags_of(variant) for lab, variant in on_vllm])
     with ExitStack() as readers:
 
         def finish(lab: str) -> Finished:

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from labs.harness.filing import results
-from labs.harness.running import derived_models
+from labs.harness.running import attention, derived_models
 from loadtests.structures import FORMS
 from serving.weights import dummy, prune
 from serving.weights.adapters import mark_of
@@ -163,5 +164,6 @@ def _weights(size: int, path: Path) -> None:
 
 if __name__ == "__main__":
     derived_models.make = make
+    attention.ARGV = (sys.executable, "-m", "tests.brief_attention")
     with_a_constant_reference_step()
     app()

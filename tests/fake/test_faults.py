@@ -362,7 +362,7 @@ def test_a_fault_is_noticed_and_ends_in_no_verdict(
 def test_disturbed_trials_are_measured_again_twice_and_then_have_no_verdict(
     reader: Reader,
 ) -> None:
-    """A busy loop delays the load generator."""
+    """The load generator stands still three quarters of the time."""
     command = reader.types("run", BATCHING, SET=PAIRS, program=SLOWED, DISTURBED="")
     assert command.wait() == 0, command.said
     results = _results(command.folder)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from serving.hardware import gpus
-from serving.weights.models import ROOT
+from serving.weights.models import CACHE, ROOT
 from tests.fake.conftest import Reader
 from tests.sizes import sizes_of
 
@@ -74,6 +74,7 @@ def as_from_a_bundle(clone: Path) -> type[subprocess.Popen[str]]:
             labs = clone / ".unbundled" / "bin" / "labs"
             if clone.exists() and not labs.exists():
                 labs.parent.mkdir(parents=True)
+                (clone / ".cache").symlink_to(CACHE)  # with the model
                 places = f"{ROOT}:{os.environ['PYTHONPATH']}"
                 program = f'{sys.executable} -m tests.fake.quiet "$@"'
                 labs.write_text(f"#!/bin/sh\nPYTHONPATH={places} exec {program}\n")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from tests import with_vllm
 from tests.golden.plays import STEP, Figures, figures
 
 pytestmark = pytest.mark.cpu
@@ -38,7 +38,7 @@ def recorded(version: str) -> Figures:
 )
 def test_the_scheduler_plays_what_its_version_has_played() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.golden"],
+        with_vllm.python("tests.golden"),
         capture_output=True,
         text=True,
         cwd=FOLDER.parents[1],

@@ -136,7 +136,8 @@ def test_a_parser_that_is_killed_is_told_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm, "CACHE", tmp_path)
-    monkeypatch.setattr(vllm, "_PARSE", "import os; os.kill(os.getpid(), 9)")
+    killed = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(vllm, "PARSING", killed)
     with pytest.raises(EngineError, match="exit code -9"):
         vllm.Vllm.check_flags([{"max-num-seqs": 8}])
 
@@ -161,6 +162,24 @@ def test_the_parser_reads_each_flag_set_once_until_it_has_accepted_it(
             vllm.Vllm.check_flags([{"max-num-seqs": n} for n in (-1, 1, 3)])
     vllm.Vllm.check_flags([{"max-num-seqs": n} for n in (1, 2, 3)])
     assert asked == [[one], [two], [wrong, three], [wrong]]
+
+
+def test_what_another_process_accepts_meanwhile_stays_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Sequence[Sequence[str]]] = []
+
+    def parsed(argvs: Sequence[Sequence[str]]) -> dict[str, Any]:
+        asked.append(argvs)
+        if len(asked) == 1:
+            vllm.Vllm.check_flags([{"max-num-seqs": 2}])
+        return {"options": ["--max-num-seqs"], "errors": [None] * len(argvs)}
+
+    monkeypatch.setattr(vllm, "CACHE", tmp_path)
+    monkeypatch.setattr(vllm, "_parsed", parsed)
+    vllm.Vllm.check_flags([{"max-num-seqs": 1}])
+    vllm.Vllm.check_flags([{"max-num-seqs": n} for n in (1, 2)])
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("whose", ["started", "endpoint"])

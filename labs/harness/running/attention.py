@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 import orjson
 from pydantic import ValidationError
@@ -20,7 +21,7 @@ from labs.harness.running.side_process import ask
 from serving.hardware import machine as machines
 from serving.hardware.attention import AttentionPlan, AttentionTimes
 
-ARGV = (sys.executable, "-m", "serving.hardware.attention")
+ARGV: Sequence[str] = (sys.executable, "-m", "serving.hardware.attention")
 LIMIT_S = 300
 
 
