@@ -22,7 +22,7 @@ from serving.weights import draft, making
 from serving.weights.draft import TargetAnswer
 
 GUESSES = 2  # ahead, in training and in what is recorded of it
-EPOCHS, LEARNING_RATE = 8, 2e-3  # which takes about as long as the draft's
+EPOCHS, LEARNING_RATE = 8, 2e-3  # four would take about as long as training the draft
 SIZES = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
