@@ -234,12 +234,12 @@ class Signatures:
 
     @property
     def slower(self) -> list[Signature]:
-        """Those of them that did, by as much as the rule takes for slower."""
+        """Those of `slow` with which a token took longer, by the rule of diagnosis."""
         return [r for r in self.slow if (of := r.figures["TPOT"]) and of.moved == "rises"]
 
     @property
     def not_slower(self) -> list[Signature]:
-        """Those of them that did not."""
+        """Those of `slow` with which no token was seen to take longer."""
         return [r for r in self.slow if r not in self.slower]
 
     def _of(self, causes: Sequence[str]) -> list[Signature]:

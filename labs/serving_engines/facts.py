@@ -135,8 +135,8 @@ def gguf(run: JudgedRun, curves: Sequence[At]) -> Gguf | None:
     about = run.run.about.get(LLAMA_Q4.weights, {})
     if len(served) < 2 or "loss_nats" not in about:
         return None
-    nats, sizes_tokens = about["loss_nats"], about["passages_tokens"]
-    return Gguf(served[0], served[1], perplexity_ratio(nats[Q4], nats[BF16], sizes_tokens))
+    nats, tokens = about["loss_nats"], about["passages_tokens"]
+    return Gguf(served[0], served[1], perplexity_ratio(nats[Q4], nats[BF16], tokens))
 
 
 # ---------------------------------------------------------------------- whether they write the same

@@ -147,7 +147,7 @@ RECIPES: dict[str, Recipe] = {
     "eagle": Recipe(
         "an EAGLE head, trained on the served model's hidden states",
         "eagle",
-        4,
+        6,
         source=TO_GUESS,
         quick_share=0.15,
     ),
