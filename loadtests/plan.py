@@ -230,6 +230,7 @@ def body(request: Request, model: str) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         **({"priority": request.priority} if request.priority else {}),
+        **({"cache_salt": request.salt} if request.salt else {}),
         **({"n": request.choices} if request.choices > 1 else {}),
         **imposed,
     }

@@ -116,11 +116,22 @@ class Chat(BaseModel, frozen=True, extra="forbid"):
     The first turn's prompt has the workload's prompt length, every later one is `grows_tokens`
     longer: the assistant's scripted reply and the user's next message. After `turns` a new
     conversation begins. Under `Sessions` one user sends a conversation's turns, each after the
-    answer to the one before; under any other arrival they are sent by whoever is free.
+    answer to the one before; under any other arrival they are sent by whoever is free. `salted`
+    gives each conversation, or each request, a `cache_salt` of its own: cached blocks are found
+    under the same salt only.
     """
 
     turns: Count
     grows_tokens: Tokens
+    salted: Annotated[
+        Literal["conversation", "request"] | None, Field(exclude_if=lambda salted: salted is None)
+    ] = None
+
+    def salt(self, index: int) -> str | None:
+        """Return the salt of the request of this index; None where there are no salts."""
+        if self.salted is None:
+            return None
+        return f"{self.salted}-{index if self.salted == 'request' else index // self.turns}"
 
 
 class Intruder(BaseModel, frozen=True, extra="forbid"):
@@ -200,6 +211,7 @@ class Request:
     adapter: str | None = None  # the adapter's name; None for the base model
     due_s: float | None = None  # its time in the trace
     priority: int = 0  # lower is served first, by an engine that schedules by priority
+    salt: str | None = None  # under which its blocks are cached
     imposed: Spec | None = None  # the structure that the engine is to impose
     choices: int = 1  # answers that it asks for
     temperature: float = 0  # at which they are sampled
@@ -368,6 +380,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
                 i, messages[i // self.copies], own.prompt_tokens, own.output_tokens,
                 self.is_intruder(i), tenant, own.adapter,
                 self.trace[i][0] if i < len(self.trace) else None, self.priority(i),
+                self.chat.salt(i) if self.chat else None,
                 own.structure if imposed else None, self.choices, temperature,
                 alike[i // self.copies],
             )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from labs.agent_sessions.lab import MANY, sessions_held
+from labs.agent_sessions.lab import MANY, PLAIN, sessions_held
 from labs.harness.facts.context import JudgedRun
 from labs.harness.facts.offloading import CopyOrCompute
 from labs.harness.judging.quantity import Quantity
@@ -25,21 +25,28 @@ class Turns:
     forecast: Quantity  # of it, by vLLM's scheduler
     first_s: Quantity  # TTFT of a session's first turn
     next_s: Quantity  # and of all later ones
+    block_tokens: Quantity | None = None
 
 
 @dataclass(frozen=True)
 class Facts:
     turns: tuple[Turns, ...]
     copying: CopyOrCompute | None  # evicted turns back, or computing them again
-    crowded: dict[str, Turns] = field(default_factory=dict)  # by variant, of many sessions
+    # of many sessions: by variant, and by variant and workload where that is not the plain one
+    crowded: dict[str, Turns] = field(default_factory=dict)
+    beside: dict[str, Turns] = field(default_factory=dict)
 
 
 def facts(run: JudgedRun) -> Facts:
     found = [(point, of) for point in run.points if (of := turns(run, point))]
+    many = [(point, of) for point, of in found if point.load == MANY]
     return Facts(
         turns=tuple(of for _, of in found),
         copying=CopyOrCompute.of(run.points[0]) if run.points else None,
-        crowded={p.variant.name: of for p, of in found if p.load == MANY},
+        crowded={p.variant.name: of for p, of in many if p.workload.name == PLAIN},
+        beside={
+            f"{p.variant.name}/{p.workload.name}": of for p, of in many if p.workload.name != PLAIN
+        },
     )
 
 
@@ -58,6 +65,7 @@ def turns(run: JudgedRun, point: Point) -> Turns | None:
         forecast=run.foreseen(point, "prefix_hit_rate"),
         first_s=mean_ttft(first),
         next_s=mean_ttft(later),
+        block_tokens=Quantity(float(point.flags.block_size)),
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from statistics import fmean
+from typing import Any, Literal
 
 from labs.harness import theory
 from labs.harness.ask import counter, echoes, falls, forecast, predicts, rises, sends, unchanged
 from labs.harness.spec import SLO, Lab, Point, Variant
 from labs.harness.theory import KWON
 from loadtests.arrivals import Sessions
-from loadtests.workload import Chat
+from loadtests.workload import Chat, Workload
 from serving import metrics
 
 MATTSON = "Mattson et al., Evaluation techniques for storage hierarchies, IBM Systems J., 1970"
@@ -43,8 +44,11 @@ def found_tokens(point: Point) -> float:
     """Return the mean tokens of a turn's prompt that are found in the cache.
 
     A turn finds the whole blocks of the prompt before it, the first ones last to be forgotten, as
-    far as they fit the cache beside what the other sessions used meanwhile.
+    far as they fit the cache beside what the other sessions used meanwhile; none under a salt of
+    its own.
     """
+    if point.workload.chat and point.workload.chat.salted == "request":
+        return 0.0
     block, left = point.flags.block_size, max(0.0, room_blocks(point) - others_blocks(point))
     earlier = [prompt // block for prompt, _ in point.lengths[: point.turns - 1]]
     return sum(min(left, blocks) for blocks in earlier) * block / point.turns
@@ -73,6 +77,11 @@ def hits_ratio(one: Point, other: Point) -> float:
     return found_tokens(one) / found_tokens(other)
 
 
+@predicts("1", "a priority decides who waits, and gives away no other block")
+def unmoved(_one: Point, _other: Point) -> float:
+    return 1.0
+
+
 @predicts(
     "sum over turns of min(blocks before, memory - (sessions - 1) blocks of a turn) b / prompts",
     "what the memory holds is counted in blocks, without the one that vLLM keeps to itself",
@@ -85,13 +94,29 @@ def hit_rate(point: Point) -> float:
 FEW, MANY = Sessions(users=2, gap_s=2), Sessions(users=5, gap_s=2)
 SLOW = Sessions(users=5, gap_s=4)
 HITS, TTFT = "prefix_hit_rate", "ttft_mean_s"
+PLAIN = "agents"  # the workload with neither salts nor priorities
 SMALL = Variant(name="small", flags={"num-gpu-blocks-override": 24})
 LARGE = SMALL.but("large", {"num-gpu-blocks-override": 128})
+COARSE = LARGE.but("coarse", {"block-size": 256, "num-gpu-blocks-override": 16})
+RANKED = SMALL.but("ranked", {"scheduling-policy": "priority"})
+VARIANTS = SMALL, LARGE, COARSE, RANKED
+
+
+def agents(
+    name: str,
+    *loads: Sessions,
+    salted: Literal["conversation", "request"] | None = None,
+    **more: Any,
+) -> Workload:
+    """Make sessions of four turns: a prompt is what an agent has read so far, an answer a call."""
+    chat = Chat(turns=4, grows_tokens=64, salted=salted)
+    return sends(name, 128, 4, *loads, chat=chat, **more)
+
 
 LAB = Lab(
     name="agent-sessions",
     answers=("SA-7",),
-    variants=(SMALL, LARGE),
+    variants=VARIANTS,
     flags={
         "max-model-len": 512,
         "max-num-seqs": 2,  # as many of the longest as the small cache holds for certain
@@ -100,20 +125,36 @@ LAB = Lab(
         "enable-prefix-caching": True,
         "kv-cache-memory-bytes": 96 * 2**20,
     },
-    workloads=(sends("agents", 128, 4, FEW, MANY, SLOW, chat=Chat(turns=4, grows_tokens=64)),),
+    workloads=(
+        agents(PLAIN, FEW, MANY, SLOW, only=("small", "large")),
+        agents("tenants", MANY, salted="conversation", only=("large", "coarse")),
+        agents("strangers", MANY, salted="request", only=("large",)),
+        agents("ranked", MANY, priorities=(1, 0, 0, 0), only=("ranked",)),  # later turns first
+    ),
     claims=(
         falls("room", TTFT, "large / small", load=MANY, by=ttft_ratio),
         rises("sessions", TTFT, "small", load=f"{MANY} / {FEW}", by=ttft_ratio),
         unchanged("fit", HITS, "large", load=f"{MANY} / {FEW}", by=hits_ratio, margin=0.1),
         unchanged("gap", HITS, "large", load=f"{SLOW} / {MANY}", by=hits_ratio, margin=0.1),
+        unchanged("salt", HITS, "large", "tenants / agents", MANY, by=hits_ratio, margin=0.1),
+        falls(
+            "blocks", HITS, "coarse / large", "tenants", MANY, by=hits_ratio,
+            coupled="fewer blocks, so that the cache has room for as many tokens",
+        ),
+        unchanged(
+            "rank", HITS, "ranked / small", "ranked / agents", MANY, by=unmoved, margin=0.25,
+            coupled="an engine without this policy refuses a request that names a priority",
+        ),
     ),
     forecasts=(forecast("hit-rate", HITS, hit_rate),),
     evidence=(
         *echoes(
             metrics.CACHE_CONFIG, "num_gpu_blocks",
-            {v.name: "--num-gpu-blocks-override" for v in (SMALL, LARGE)},
+            {v.name: "--num-gpu-blocks-override" for v in VARIANTS},
         ),
-        counter(metrics.PREFIX_HITS, "rises", "large"),
+        *echoes(metrics.CACHE_CONFIG, "block_size", {"coarse": "--block-size"}),
+        *(counter(metrics.PREFIX_HITS, "rises", "large", of) for of in ("agents", "tenants")),
+        counter(metrics.PREFIX_HITS, "stays", workload="strangers"),
         counter(metrics.PREFIX_HITS, "rises", "small", load=FEW),
         counter(metrics.PREEMPTIONS, "stays"),
     ),

@@ -92,6 +92,7 @@ class Prompt(BaseModel, frozen=True, extra="forbid"):
     output_tokens: int
     adapter: str | None = None
     priority: int = 0
+    salt: str | None = None  # under which its blocks are cached
     intruder: bool = False  # beside the users of a closed loop: see `Traffic`
     compile_s: float = 0.0  # until the structure of its answer is compiled
     choices: int = 1  # answers that it asks for, each a request of its own to the engine

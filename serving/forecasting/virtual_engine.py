@@ -341,6 +341,7 @@ class VirtualEngine:
             pooling_params=None,
             arrival_time=self.clock.now_s,
             priority=prompt.priority,
+            cache_salt=prompt.salt,
             block_hasher=self.core.request_block_hasher,
         )
         if prompt.copied:

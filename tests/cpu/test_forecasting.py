@@ -219,6 +219,7 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
     sent = {
         "short": [("hello", 5), ("hello", 9)],
         "same": [(WORDS, 2)] * 4,
+        "salted": [(WORDS, 2)] * 4,
         "tenants": [("hello", 3), ("hello", 3)],
         "long": [(WORDS, 2), ("hello", 20)],
         "many": [(WORDS, 140), ("other " + WORDS, 140)],
@@ -233,6 +234,7 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
                 token_ids=tuple(map(int, tokens_of([{"role": "user", "content": text}]))),
                 output_tokens=output_tokens,
                 adapter=f"tenant-{index}" if name == "tenants" else None,
+                salt=f"for {index // 2}" if name == "salted" else None,
                 priority=classes.get(name, (0,) * len(requests))[index],
             ).model_dump_json() + "\n"
             for index, (text, output_tokens) in enumerate(requests)
@@ -301,6 +303,7 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
             engine("plain", "short", UNCACHED),
             engine("masked", "short", masking=MASKS),
             engine("cached", "same", CACHING, IN_TURN),
+            engine("salted", "salted", CACHING, IN_TURN),
             engine("pieces", "long", in_pieces),
             tight("tight"),
             tight("tight, in pieces", f"{UNCACHED} {in_pieces}"),
@@ -361,6 +364,11 @@ def test_a_prompt_that_came_before_is_read_from_the_cache(plays: dict[str, Forec
     assert play.counters["prefix_hits"] == again * hit > 0
     assert play.found_tokens == [n * hit for n in range(again + 1)]  # the first finds nothing
     assert play.counters["prefix_queries"] == (again + 1) * prompt
+
+
+def test_a_prompt_is_found_under_its_own_salt_only(plays: dict[str, ForecastPlay]) -> None:
+    hit = max(plays["cached"].found_tokens)
+    assert plays["salted"].found_tokens == [0, hit, 0, hit]
 
 
 def test_a_budget_cuts_a_long_prompt_into_pieces(plays: dict[str, ForecastPlay]) -> None:

@@ -4,10 +4,14 @@ from tests.sizes import Sizes
 
 # gaps of a step or two
 FEW, MANY, SLOW = "sessions:2/0.1", "sessions:5/0.1", "sessions:5/0.2"
-COMPARED = {"room": (MANY, MANY), "sessions": (MANY, FEW), "fit": (MANY, FEW), "gap": (SLOW, MANY)}
+COMPARED = {"sessions": (MANY, FEW), "fit": (MANY, FEW), "gap": (SLOW, MANY)} | {
+    name: (MANY, MANY) for name in ("room", "salt", "blocks", "rank")
+}
+OTHERS = ("tenants", "strangers", "ranked")
 
 SIZES = Sizes(
     fake=f"workloads.agents.loads={json.dumps([FEW, MANY, SLOW], separators=(',', ':'))} "
+    + "".join(f'workloads.{name}.loads=["{MANY}"] ' for name in OTHERS)
     + " ".join(
         f"claims.{name}.{side}.load={load}"
         for name, loads in COMPARED.items()

@@ -18,8 +18,8 @@ POINTS = {p.key: p for p in LAB.points(SHAPE, CEILINGS)}
 FEW, MANY, SLOW = "sessions-2-2", "sessions-5-2", "sessions-5-4"
 
 
-def point(variant: str, load: str = MANY) -> Point:
-    return POINTS[f"{variant}/agents/{load}"]
+def point(variant: str, load: str = MANY, workload: str = "agents") -> Point:
+    return POINTS[f"{variant}/{workload}/{load}"]
 
 
 def test_a_turn_is_found_while_a_turn_of_every_other_session_fits_beside_it() -> None:
@@ -50,6 +50,15 @@ def test_the_gap_alone_changes_nothing() -> None:
     assert lab.ttft_ratio(point("small"), point("small", FEW)).value > 1.5
 
 
+def test_only_whole_blocks_are_found_and_those_of_another_salt_never() -> None:
+    plain, tenants = point("large"), point("large", workload="tenants")
+    assert lab.hits_ratio(tenants, plain).value == 1
+    coarse = point("coarse", workload="tenants")
+    assert (coarse.kv_room_tokens, lab.turn_blocks(coarse)) == (plain.kv_room_tokens, [1, 1, 2, 2])
+    assert lab.found_tokens(coarse) == 256 / 4  # of the last turn's prompt alone
+    assert lab.found_tokens(point("large", workload="strangers")) == 0
+
+
 def found_by_a_cache(of: Point) -> float:
     """The share of prompt tokens found by a cache that forgets the least recently used block.
 
@@ -57,14 +66,15 @@ def found_by_a_cache(of: Point) -> float:
     last blocks are given back first, as by vLLM.
     """
     room, users = int(lab.room_blocks(of)), of.load.users
-    cache: OrderedDict[tuple[int, int], None] = OrderedDict()
+    cache: OrderedDict[tuple[int, int], None] = OrderedDict()  # (salt, place in the prompt)
     conversation, turn = [*range(users)], [user % of.turns for user in range(users)]
     looked_up = hits = 0
     for request in range(100 * users):
         user = request % users
         prompt, output = of.lengths[turn[user]]
         blocks = -(-(prompt + output) // of.flags.block_size)
-        names = [(conversation[user], i) for i in range(blocks)]
+        salted_apart = of.workload.name == "strangers"
+        names = [(request if salted_apart else conversation[user], i) for i in range(blocks)]
         earlier = of.lengths[turn[user] - 1][0] // of.flags.block_size if turn[user] else 0
         found = next((i for i, name in enumerate(names[:earlier]) if name not in cache), earlier)
         if request >= 10 * users:
@@ -92,9 +102,10 @@ def test_later_turns_are_told_from_the_first(tmp_path: Path) -> None:
     waits_s = [0.2, 0.1, 0.1, 0.1, 0.4, 0.3, 0.3, 0.3]
     sent = [make_record([(10 + wait_s, 1)], index=i) for i, wait_s in enumerate(waits_s)]
     played(found, point("large").key, sent)
+    played(found, point("coarse", workload="tenants").key, sent)
     told = facts.facts(judged_run(found))
-    (of,) = told.turns
-    assert told.crowded == {"large": of}
+    of, coarse = told.turns
+    assert (told.crowded, told.beside) == ({"large": of}, {"coarse/tenants": coarse})
     assert (of.point, of.sessions) == (point("large").key, 5)
     assert of.first_s.value == pytest.approx(0.3)
     assert of.next_s.value == pytest.approx(0.2)

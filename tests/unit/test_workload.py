@@ -228,6 +228,19 @@ def test_requests_take_priorities_in_turn_and_0_is_not_sent(tmp_path: Path) -> N
     assert "priorities" not in make_workload().model_dump()
 
 
+def test_a_conversation_or_each_of_its_requests_has_a_salt(tmp_path: Path) -> None:
+    def salts(**salted: Any) -> list[str | None]:
+        path = tmp_path / "requests.jsonl"
+        write_requests(path, drawn(4, chat=Chat(turns=2, grows_tokens=40, **salted)), "base")
+        return [json.loads(p.body).get("cache_salt") for p in read_requests(path)]
+
+    assert salts() == [None] * 4
+    first, again, second, _ = salts(salted="conversation")
+    assert first
+    assert first == again != second
+    assert len({*salts(salted="request")}) == 4
+
+
 def test_a_planned_request_asks_its_adapter_and_says_whose_it_is(tmp_path: Path) -> None:
     requests = drawn(4, loads=("contended:2/1",), intruder=Intruder(prompt_tokens=90),
                      adapters=Adapters(count=2))  # fmt: skip

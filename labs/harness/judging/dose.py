@@ -196,7 +196,7 @@ def _shared(trial: Trial, record: RequestRecord, cache: _Cache) -> _Shared:
     workload, users = trial.point.workload, trial.point.load.users
     longest = workload.longest_tokens
     if chat := workload.chat:
-        if record.index % chat.turns == 0:
+        if record.index % chat.turns == 0 or chat.salted == "request":
             return _Shared(0, 0)
         before = _looked_up_tokens(trial, record) - chat.grows_tokens
         # with several users the turn before may still be under way, unless each has its own session

@@ -93,6 +93,7 @@ def write_prompts(requests: Mapping[str, Sequence[Path]], writer: Writer) -> dic
                         output_tokens=request.output_tokens,
                         adapter=request.adapter,
                         priority=body.get("priority", 0),
+                        salt=body.get("cache_salt"),
                         intruder=request.intruder,
                         choices=request.choices,
                     )

@@ -321,7 +321,8 @@ def roofline(run: JudgedRun) -> str | None:
             at, rate = np.mean(both, axis=0)
             ax.plot([at], [rate / 1e9], "o", color=BLUE)
             ax.annotate(str(point.load.users), (at, rate / 1e9), xytext=(-4, 5), ha="right",
-                        textcoords="offset points")  # fmt: skip
+                        textcoords="offset points",
+                        bbox={"fc": "white", "ec": "none", "pad": 0.5})  # fmt: skip
     ax.plot([], [], "o", color=BLUE, label="decode at 1, 2, 4 ... in flight")
     draw_logarithmic(ax)
     ax.set_xlabel("arithmetic intensity (FLOP/byte)")
