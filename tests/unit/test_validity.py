@@ -598,6 +598,7 @@ EXACT = 19 * 48 + 48  # the first one was sent before: 63 of its tokens, in whol
 PRIMED: dict[str, Any] = {"prefix": SHARED, "primed": True}
 IN_TURN: dict[str, Any] = {"prefix": Prefix(tokens=40, groups=8)}
 CHATTING: dict[str, Any] = {"chat": Chat(turns=2, grows_tokens=30)}  # two blocks in every other
+SALTED: dict[str, Any] = {"chat": Chat(turns=2, grows_tokens=30, salted="request")}
 
 
 @each(
@@ -627,6 +628,9 @@ CHATTING: dict[str, Any] = {"chat": Chat(turns=2, grows_tokens=30)}  # two block
         (10 * 32, {**CHATTING, "users": 2, "load": "sessions:{}/1"}, []),
         (9 * 32, {**CHATTING, "users": 2, "load": "sessions:{}/1"}, ["treatment not applied"]),
         (9 * 32, {**CHATTING, "users": 2, "load": "sessions:{}/1", "blocks": 20}, []),
+        # and it finds nothing under a salt of its own
+        (0, SALTED, []),
+        (10 * 32, SALTED, ["warm prefix cache"]),
     ],
 )
 def test_what_is_found_in_the_cache_lies_between_what_must_and_what_can_be(
