@@ -749,17 +749,38 @@ def showing(records: list[RequestRecord], flags: Any = None, **info: dict[str, s
 def test_guesses_prove_themselves_by_their_number_and_how_many_came_true(
     counts: Sequence[float | None], method: str, least_copied: float | None, names: set[str]
 ) -> None:
+    acceptance = 0.6 if least_copied is None else None  # 48% of two
+    assert guessing_faults(counts, method, acceptance, least_copied) == names
+
+
+def test_tokens_that_came_with_the_first_were_guessed_too() -> None:
+    """A client that falls behind finds several tokens in a request's first chunk."""
+    assert guessing_faults((205, 410, 197), "draft_model", 0.6, None, first=12) == set()
+
+
+def guessing_faults(
+    counts: Sequence[float | None],
+    method: str,
+    acceptance: float | None,
+    least_copied: float | None,
+    first: int = 1,
+) -> set[str]:
+    """The faults of a trial of 20 answers of 21 tokens, of which the first chunk holds `first`."""
     config = {"method": method, "num_speculative_tokens": 2}
     point = make_point("draft", flags={"speculative-config": config})
-    found = [make_record([(t, 1), (t + 1, 20)], sent_s=t - 1) for t in np.linspace(11, 18, 20)]
+    found = [
+        make_record([(t, first), (t + 1, 21 - first)], sent_s=t - 1)
+        for t in np.linspace(11, 18, 20)
+    ]
     counters = (metrics.SPEC_DRAFTS, metrics.SPEC_DRAFTED, metrics.SPEC_ACCEPTED)
     shown = {name: n for name, n in zip(counters, counts, strict=True) if n is not None}
     engine = make_engine(found, True)
     engine = replace(engine, values={**engine.values, **shown})
-    expected = Expected(acceptance={point.key: 0.6})  # 48% of two
-    if least_copied is not None:
-        expected = Expected(least_copied={point.key: least_copied})
-    assert faults(make_trial(found, engine=engine, point=point), expected) == names
+    expected = Expected(
+        acceptance={} if acceptance is None else {point.key: acceptance},
+        least_copied={} if least_copied is None else {point.key: least_copied},
+    )
+    return faults(make_trial(found, engine=engine, point=point), expected)
 
 
 @each(
