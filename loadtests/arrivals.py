@@ -3,10 +3,10 @@
 In a closed loop a user sends, waits for the whole response, and sends again. `Concurrent(users)`
 keeps that many requests in flight; `Waves(size)` sends that many, waits for *all* of them, and
 sends the next, which is static batching done by the client; `Sessions(users, gap_s)` keeps that
-many conversations open, each of which rests after every answer. In an open loop requests are sent
-on a schedule drawn beforehand, whatever is still outstanding: `Poisson`; `Constant`; `Gamma`,
-burstier than Poisson below a burstiness of 1 and smoother above; `Replay`, at a trace's own times;
-`Capped`, at those times while no more than so many are in flight.
+many conversations open, each of which rests after every answer; `LogNormal` draws these rests. In
+an open loop requests are sent on a schedule drawn beforehand, whatever is still outstanding:
+`Poisson`; `Constant`; `Gamma`, burstier than Poisson below a burstiness of 1 and smoother above;
+`Replay`, at a trace's own times; `Capped`, at those times while no more than so many are in flight.
 `Contended(users, every_s)` is both: that many users in a closed loop, and beside them a request of
 an intruder every so many seconds. `Offered`, `Ramp` and `Day` are open loops whose rate is a
 multiple of the capacity of the engine, which is found before they are sent: `capacity:1.3`
@@ -21,7 +21,9 @@ import bisect
 import math
 import random
 from abc import ABC, abstractmethod
+from functools import cached_property
 from itertools import count, takewhile
+from statistics import NormalDist, fmean
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -37,6 +39,7 @@ from pydantic import (
 MAX_USERS = 1024  # Locust users of one process; an open loop with more outstanding falls behind
 REPLAY_USERS = 256
 OFFERED_USERS = 512
+GAPS = 61  # drawn, in a cycle: a prime number, so that each turn of a session meets all of them
 
 
 class _Arrival(BaseModel, ABC, frozen=True, extra="forbid"):
@@ -114,14 +117,13 @@ class Contended(_Arrival, frozen=True):
         return f"{streams}, a long prompt every {self.every_s:g} s"
 
 
-class Sessions(_Arrival, frozen=True):
+class OfSessions(_Arrival, frozen=True):
     """Each of `users` has one conversation after another, and sends its turns in their order.
 
-    After every answer it thinks, or runs its tools, for `gap_s`. The users begin one after another,
-    spread evenly over a gap.
+    After every answer it thinks, or runs its tools, for `gap_s` on average. The users begin one
+    after another, spread evenly over a gap.
     """
 
-    kind: Literal["sessions"] = "sessions"
     users: PositiveInt = Field(le=MAX_USERS)
     gap_s: NonNegativeFloat = Field(allow_inf_nan=False)
 
@@ -134,6 +136,48 @@ class Sessions(_Arrival, frozen=True):
     def begins_s(self, user: int) -> float:
         """Return when a user, counted from 0, sends its first turn."""
         return user / self.users * self.gap_s
+
+    @property
+    @abstractmethod
+    def gaps_s(self) -> tuple[float, ...]:
+        """The gaps after the answers to requests 0, 1, 2 and so on; then they begin again."""
+
+
+class Sessions(OfSessions, frozen=True):
+    """All gaps are equal."""
+
+    kind: Literal["sessions"] = "sessions"
+
+    @property
+    def gaps_s(self) -> tuple[float, ...]:
+        """The gap after every answer."""
+        return (self.gap_s,)
+
+
+class LogNormal(OfSessions, frozen=True):
+    """The gaps have a log-normal distribution: many short ones, and a few long ones.
+
+    `sigma` is the standard deviation of their logarithm; their median is about exp(-sigma^2 / 2) of
+    their mean. The same quantiles come again and again in one random order, so that two trials
+    have as much rest.
+    """
+
+    kind: Literal["lognormal"] = "lognormal"
+    sigma: PositiveFloat = Field(le=3)
+
+    @property
+    def words(self) -> str:
+        """`5 sessions, 2 s between turns on average (log-normal, sigma 1)`."""
+        return f"{super().words} on average (log-normal, sigma {self.sigma:g})"
+
+    @cached_property
+    def gaps_s(self) -> tuple[float, ...]:
+        """The gaps after the answers to requests 0, 1, 2 and so on; then they begin again."""
+        normal, rng = NormalDist(sigma=self.sigma), random.Random("gaps")
+        drawn = [math.exp(normal.inv_cdf((i + 0.5) / GAPS)) for i in range(GAPS)]
+        scale_s = self.gap_s / fmean(drawn)
+        # sorting by random() gives the same order on every Python version
+        return tuple(scale_s * gap for gap in sorted(drawn, key=lambda _: rng.random()))
 
 
 class _OpenLoop(_Arrival, frozen=True):
@@ -368,7 +412,7 @@ HOURS = (
 _KINDS: dict[str, type[_Arrival]] = {
     "concurrent": Concurrent, "waves": Waves, "poisson": Poisson, "constant": Constant,
     "gamma": Gamma, "replay": Replay, "contended": Contended, "capacity": Offered, "ramp": Ramp,
-    "day": Day, "capped": Capped, "sessions": Sessions,
+    "day": Day, "capped": Capped, "sessions": Sessions, "lognormal": LogNormal,
 }  # fmt: skip
 
 
@@ -406,6 +450,7 @@ AnyArrival = (
     | Day
     | Capped
     | Sessions
+    | LogNormal
 )
 Arrival = Annotated[
     Annotated[AnyArrival, Field(discriminator="kind")],

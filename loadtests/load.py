@@ -19,7 +19,7 @@ import gevent.event
 from gevent.queue import SimpleQueue
 
 from loadtests.admission import Admission, counts_file
-from loadtests.arrivals import Contended, OfTrace, Sessions, Waves, send_times
+from loadtests.arrivals import Contended, OfSessions, OfTrace, Waves, send_times
 from loadtests.connection import Pieces
 from loadtests.plan import (
     LEAST_COUNTED,
@@ -81,6 +81,7 @@ class Load:
         self.fresh: list[RequestRecord] = []
         self._order: Iterator[PlannedRequest] = iter(self.requests)
         self._turns_left: dict[int, deque[PlannedRequest]] = defaultdict(deque)  # seat -> session's
+        self._last_sent: dict[int, int] = {}  # seat -> request
         self._schedule: list[float] | None = None
         duration_s = plan.warmup_s + plan.window_s
         if isinstance(plan.arrival, OfTrace):
@@ -210,6 +211,7 @@ class Load:
             self._run_out()
             return None
         request = session.popleft()
+        self._last_sent[seat] = request.index
         self.sent += 1
         self._counted += counts
         self._awaited += counts
@@ -218,10 +220,10 @@ class Load:
     def rest_s(self, seat: int) -> float:
         """Return how long a user rests before its next turn: a session's gap, or to its first."""
         arrival, (number, of) = self.plan.arrival, self.plan.share
-        if not isinstance(arrival, Sessions):
+        if not isinstance(arrival, OfSessions):
             return 0.0
-        if seat in self._turns_left:
-            return arrival.gap_s
+        if seat in self._last_sent:
+            return arrival.gaps_s[self._last_sent[seat] % len(arrival.gaps_s)]
         return arrival.begins_s(number + seat * of)
 
     def _was_given_up(self) -> bool:

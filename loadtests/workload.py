@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from loadtests.arrivals import Arrival, Contended, OfTrace, Sessions
+from loadtests.arrivals import Arrival, Contended, OfSessions, OfTrace
 from loadtests.prompts import TASKS, Messages, Task, Writer
 from loadtests.records import MOST_TOKENS
 from loadtests.structures import LEAST_TOKENS, Spec, Structure, instruction
@@ -43,28 +43,30 @@ class Fixed(BaseModel, frozen=True, extra="forbid"):
 
 
 class Exponential(BaseModel, frozen=True, extra="forbid"):
-    """Lengths have an exponential distribution, at least 1 and cut at `max_tokens`.
+    """Lengths have an exponential distribution, cut at `min_tokens` and at `max_tokens`.
 
     They are drawn stratified: each block of 64 holds the same 64 quantiles in another order, so
     that two trials differ in the order of their work, not in its amount.
     """
 
     kind: Literal["exponential"] = "exponential"
-    mean_tokens: Tokens
+    min_tokens: Annotated[Tokens, Field(exclude_if=lambda tokens: tokens == 1)] = 1
+    mean_tokens: Tokens  # without the cuts
     max_tokens: Tokens
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.max_tokens < self.mean_tokens:
+        if not self.min_tokens <= self.mean_tokens <= self.max_tokens:
             raise ValueError(
-                f"max_tokens={self.max_tokens} must be at least mean_tokens={self.mean_tokens}"
+                f"mean_tokens={self.mean_tokens} must lie between min_tokens={self.min_tokens} and"
+                f" max_tokens={self.max_tokens}"
             )
         return self
 
     def draw(self, n: int, rng: random.Random) -> list[int]:
         """Draw n lengths in tokens."""
         quantiles = [-self.mean_tokens * math.log1p(-(i + 0.5) / BLOCK) for i in range(BLOCK)]
-        lengths = [min(self.max_tokens, max(1, round(q))) for q in quantiles]
+        lengths = [min(self.max_tokens, max(self.min_tokens, round(q))) for q in quantiles]
         blocks: list[int] = []
         while len(blocks) < n:
             # sorting by random() gives the same order on every Python version
@@ -225,10 +227,10 @@ def _drawn(
 ) -> tuple[tuple[int, int], ...]:
     """Draw the (prompt, output) tokens of the first n prompts of the workload of this name."""
     prompt_rng, output_rng = (random.Random(f"{seed}/{name}/{part}") for part in "po")
-    prompts = prompt_tokens.draw(n, prompt_rng)
-    if chat:
-        grows, turns = chat.grows_tokens, chat.turns
-        prompts = [p + i % turns * grows for i, p in enumerate(prompts)]
+    turns = chat.turns if chat else 1
+    first = prompt_tokens.draw(math.ceil(n / turns), prompt_rng)  # of each conversation
+    grows = chat.grows_tokens if chat else 0
+    prompts = [first[i // turns] + i % turns * grows for i in range(n)]
     return tuple(zip(prompts, output_tokens.draw(n, output_rng), strict=True))
 
 
@@ -302,7 +304,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(
                 f"{self.name}: a trace cannot be combined with chat or intruder: leave one out"
             )
-        if not self.chat and any(isinstance(a, Sessions) for a in self.loads):
+        if not self.chat and any(isinstance(a, OfSessions) for a in self.loads):
             raise ValueError(
                 f"{self.name}: sessions need a chat, whose turns they send:"
                 f' workloads.{self.name}.chat={{"turns":4,"grows_tokens":64}}'

@@ -9,25 +9,35 @@ from labs.harness import theory
 from labs.harness.ask import counter, echoes, falls, forecast, predicts, rises, sends, unchanged
 from labs.harness.spec import SLO, Lab, Point, Variant
 from labs.harness.theory import KWON
-from loadtests.arrivals import Sessions
-from loadtests.workload import Chat, Workload
+from loadtests.arrivals import LogNormal, OfSessions, Sessions
+from loadtests.workload import Chat, Exponential, Workload
 from serving import metrics
 
 MATTSON = "Mattson et al., Evaluation techniques for storage hierarchies, IBM Systems J., 1970"
 
 
-def turn_blocks(point: Point) -> list[int]:
-    """Return the blocks that each turn of a session fills with its prompt and its answer."""
+def turn_blocks(point: Point, nth: slice = slice(None)) -> float:
+    """Return the blocks that the nth of all turns fill on average, prompts and answers."""
     block = point.flags.block_size
-    return [-(-(prompt + output) // block) for prompt, output in point.lengths[: point.turns]]
+    return fmean(-(-(prompt + output) // block) for prompt, output in point.lengths[nth])
 
 
-def others_blocks(point: Point) -> float:
-    """Return the blocks that the other sessions use between two turns of one: a turn of each.
+def others_blocks(point: Point) -> list[float]:
+    """Return the blocks that the other sessions use in each gap of one.
 
-    A longer gap is longer for all of them, so that it is still one turn of each.
+    One that is at any moment of its own gap has g / E[gap] turns in a gap of length g, and one at
+    least with the probability E[min(gap, g)] / E[gap] (a renewal process): with certainty where all
+    gaps are equal. The first uses a turn's blocks, each further one those that a turn adds.
     """
-    return (point.load.users - 1) * fmean(turn_blocks(point))
+    load, turns = point.load, point.turns
+    gaps_s = load.gaps_s if isinstance(load, OfSessions) and load.gap_s else (1.0,)
+    all_s, added = fmean(gaps_s), turn_blocks(point, slice(turns - 1, None, turns)) / turns
+    blocks = []
+    for own_s in gaps_s:
+        first = fmean(min(gap_s, own_s) for gap_s in gaps_s) / all_s
+        used = first * turn_blocks(point) + (own_s / all_s - first) * added
+        blocks.append((load.users - 1) * used)
+    return blocks
 
 
 def room_blocks(point: Point) -> float:
@@ -37,7 +47,7 @@ def room_blocks(point: Point) -> float:
 
 def sessions_held(point: Point) -> float:
     """Return the sessions whose last turn the cache holds, at their mean length."""
-    return room_blocks(point) / fmean(turn_blocks(point))
+    return room_blocks(point) / turn_blocks(point)
 
 
 def found_tokens(point: Point) -> float:
@@ -49,14 +59,16 @@ def found_tokens(point: Point) -> float:
     """
     if point.workload.chat and point.workload.chat.salted == "request":
         return 0.0
-    block, left = point.flags.block_size, max(0.0, room_blocks(point) - others_blocks(point))
-    earlier = [prompt // block for prompt, _ in point.lengths[: point.turns - 1]]
-    return sum(min(left, blocks) for blocks in earlier) * block / point.turns
+    block, last = point.flags.block_size, point.turns - 1
+    earlier = [p // block for i, (p, _) in enumerate(point.lengths) if i % point.turns < last]
+    left = [max(0.0, room_blocks(point) - others) for others in others_blocks(point)]
+    found_blocks = sum(fmean(min(room, blocks) for room in left) for blocks in earlier)
+    return found_blocks * block / len(point.lengths)
 
 
 @predicts(
     "t_prefill(tokens left) of the one / of the other",
-    "between two turns of a session each other one has one turn",
+    "between two turns of a session each other one has those of a renewal process",
     "prefill runs at one rate, and no request waits for another",
     source=f"LRU: {MATTSON}; blocks: {KWON}",
 )
@@ -68,7 +80,7 @@ def ttft_ratio(one: Point, other: Point) -> float:
 
 
 @predicts(
-    "min(blocks before, memory - (sessions - 1) blocks of a turn), of the one / of the other",
+    "min(blocks before, memory - blocks of the others' turns), of the one / of the other",
     "the least recently used block is forgotten first, whenever that was",
     "a session's turns are sent equally often",
     source=f"LRU: {MATTSON}; blocks: {KWON}",
@@ -83,7 +95,7 @@ def unmoved(_one: Point, _other: Point) -> float:
 
 
 @predicts(
-    "sum over turns of min(blocks before, memory - (sessions - 1) blocks of a turn) b / prompts",
+    "sum over turns of min(blocks before, memory - blocks of the others' turns) b / prompts",
     "what the memory holds is counted in blocks, without the one that vLLM keeps to itself",
     source=f"LRU: {MATTSON}; blocks: {KWON}",
 )
@@ -92,8 +104,9 @@ def hit_rate(point: Point) -> float:
 
 
 FEW, MANY = Sessions(users=2, gap_s=2), Sessions(users=5, gap_s=2)
-SLOW = Sessions(users=5, gap_s=4)
+SLOW, UNEVEN = Sessions(users=5, gap_s=4), LogNormal(users=5, gap_s=2, sigma=1)
 HITS, TTFT = "prefix_hit_rate", "ttft_mean_s"
+LENGTHS = Exponential(min_tokens=48, mean_tokens=135, max_tokens=300)  # 128 after the cuts
 PLAIN = "agents"  # the workload with neither salts nor priorities
 SMALL = Variant(name="small", flags={"num-gpu-blocks-override": 24})
 LARGE = SMALL.but("large", {"num-gpu-blocks-override": 128})
@@ -104,13 +117,14 @@ VARIANTS = SMALL, LARGE, COARSE, RANKED
 
 def agents(
     name: str,
-    *loads: Sessions,
+    *loads: Sessions | LogNormal,
+    prompts: int | Exponential = 128,
     salted: Literal["conversation", "request"] | None = None,
     **more: Any,
 ) -> Workload:
     """Make sessions of four turns: a prompt is what an agent has read so far, an answer a call."""
     chat = Chat(turns=4, grows_tokens=64, salted=salted)
-    return sends(name, 128, 4, *loads, chat=chat, **more)
+    return sends(name, prompts, 4, *loads, chat=chat, **more)
 
 
 LAB = Lab(
@@ -129,6 +143,7 @@ LAB = Lab(
         agents(PLAIN, FEW, MANY, SLOW, only=("small", "large")),
         agents("tenants", MANY, salted="conversation", only=("large", "coarse")),
         agents("strangers", MANY, salted="request", only=("large",)),
+        agents("uneven", UNEVEN, prompts=LENGTHS, only=("small", "large")),
         agents("ranked", MANY, priorities=(1, 0, 0, 0), only=("ranked",)),  # later turns first
     ),
     claims=(
@@ -136,6 +151,14 @@ LAB = Lab(
         rises("sessions", TTFT, "small", load=f"{MANY} / {FEW}", by=ttft_ratio),
         unchanged("fit", HITS, "large", load=f"{MANY} / {FEW}", by=hits_ratio, margin=0.1),
         unchanged("gap", HITS, "large", load=f"{SLOW} / {MANY}", by=hits_ratio, margin=0.1),
+        falls(
+            "uneven", TTFT, "small", "uneven / agents", f"{UNEVEN} / {MANY}", by=ttft_ratio,
+            coupled="lengths and gaps are drawn together, as they come",
+        ),
+        unchanged(
+            "drawn", HITS, "large", "uneven / agents", f"{UNEVEN} / {MANY}", by=hits_ratio,
+            margin=0.1, coupled="lengths and gaps are drawn together, as they come",
+        ),
         unchanged("salt", HITS, "large", "tenants / agents", MANY, by=hits_ratio, margin=0.1),
         falls(
             "blocks", HITS, "coarse / large", "tenants", MANY, by=hits_ratio,

@@ -38,7 +38,7 @@ from labs.harness.errors import NotApplicable as NotApplicable
 from labs.harness.errors import did_you_mean
 from labs.harness.names import PointName
 from labs.harness.page import CLAIMS, HEADLINE, Page, page_of, sizes_of
-from loadtests.arrivals import Arrival, Concurrent, OfCapacity, Replay, Sessions
+from loadtests.arrivals import Arrival, Concurrent, OfCapacity, OfSessions, Replay
 from loadtests.plan import QueueLimits
 from loadtests.records import LONGEST_S
 from loadtests.trace import MOST_ROWS, TraceRow
@@ -205,7 +205,7 @@ class Point:
     def turns(self) -> int:
         """The requests in a row that are one session's: the turns of a conversation, or 1."""
         chat = self.workload.chat
-        return chat.turns if chat and isinstance(self.load, Sessions) else 1
+        return chat.turns if chat and isinstance(self.load, OfSessions) else 1
 
     @property
     def kv_room_tokens(self) -> float:

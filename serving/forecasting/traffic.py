@@ -69,7 +69,9 @@ class Traffic(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["closed", "waves", "open"]
     users: int = 1  # in a closed loop, or in each wave
     begins_s: tuple[float, ...] = ()  # of each user of a closed loop; none: all at 0
-    gap_s: float = 0.0  # of a closed loop, from an answer until the same user's next send
+    # of a closed loop, from the answer to request 0, 1 and so on, in a cycle, until the same
+    # user's next send
+    gaps_s: tuple[float, ...] = (0.0,)
     turns: int = 1  # requests in a row that are one user's
     schedule_s: tuple[float, ...] = ()  # of an open loop
     most_in_flight: int | None = None  # in an open loop: what is due waits beyond them
@@ -426,4 +428,5 @@ class _Trial:
                 if self.answered == self.least_counted:
                     self.window[1] = max(self.window[1], at_s)
             session = self.turns_left.pop(answer.index, ())
-            self._plan(next_s + traffic.gap_s, session=session)
+            gap_s = traffic.gaps_s[answer.index % len(traffic.gaps_s)]
+            self._plan(next_s + gap_s, session=session)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from labs import LABS
 from labs.agent_sessions import facts, lab
 from labs.harness.spec import Point
+from loadtests.arrivals import OfSessions
 from tests.unit.builders import CEILINGS, SHAPE, make_record
 from tests.unit.judged import context, judged_run, played
 
@@ -25,8 +28,8 @@ def point(variant: str, load: str = MANY, workload: str = "agents") -> Point:
 def test_a_turn_is_found_while_a_turn_of_every_other_session_fits_beside_it() -> None:
     small, large = point("small"), point("large")
     # 128, 192, 256 and 320 tokens and answers of 4, in blocks of 32
-    assert lab.turn_blocks(small) == [5, 7, 9, 11]
-    assert lab.others_blocks(small) == 4 * 8
+    assert lab.turn_blocks(small) == (5 + 7 + 9 + 11) / 4
+    assert lab.others_blocks(small) == [4 * 8]  # a turn of each
     assert (lab.room_blocks(small), lab.room_blocks(large)) == (23, 127)
     assert lab.sessions_held(small) == pytest.approx(23 / 8)
     # of four turns, three find the whole blocks of the prompt before them
@@ -54,7 +57,7 @@ def test_only_whole_blocks_are_found_and_those_of_another_salt_never() -> None:
     plain, tenants = point("large"), point("large", workload="tenants")
     assert lab.hits_ratio(tenants, plain).value == 1
     coarse = point("coarse", workload="tenants")
-    assert (coarse.kv_room_tokens, lab.turn_blocks(coarse)) == (plain.kv_room_tokens, [1, 1, 2, 2])
+    assert (coarse.kv_room_tokens, lab.turn_blocks(coarse)) == (plain.kv_room_tokens, 1.5)
     assert lab.found_tokens(coarse) == 256 / 4  # of the last turn's prompt alone
     assert lab.found_tokens(point("large", workload="strangers")) == 0
 
@@ -62,31 +65,36 @@ def test_only_whole_blocks_are_found_and_those_of_another_salt_never() -> None:
 def found_by_a_cache(of: Point) -> float:
     """The share of prompt tokens found by a cache that forgets the least recently used block.
 
-    Sessions take turns, each at another turn of its conversation; of a request that has ended the
-    last blocks are given back first, as by vLLM.
+    Answers take no time, and each session begins at another turn of its conversation; of a request
+    that has ended the last blocks are given back first, as by vLLM.
     """
-    room, users = int(lab.room_blocks(of)), of.load.users
+    assert isinstance(of.load, OfSessions)
+    room, gaps_s, block = int(lab.room_blocks(of)), of.load.gaps_s, of.flags.block_size
     cache: OrderedDict[tuple[int, int], None] = OrderedDict()  # (salt, place in the prompt)
-    conversation, turn = [*range(users)], [user % of.turns for user in range(users)]
+    conversations = count(0, of.turns)  # the request that each begins with
+    sends = [
+        (of.load.begins_s(user), next(conversations) + user % of.turns)
+        for user in range(of.load.users)
+    ]
+    heapq.heapify(sends)
     looked_up = hits = 0
-    for request in range(100 * users):
-        user = request % users
-        prompt, output = of.lengths[turn[user]]
-        blocks = -(-(prompt + output) // of.flags.block_size)
-        salted_apart = of.workload.name == "strangers"
-        names = [(request if salted_apart else conversation[user], i) for i in range(blocks)]
-        earlier = of.lengths[turn[user] - 1][0] // of.flags.block_size if turn[user] else 0
+    for nth in range(4000):
+        at_s, request = sends[0]
+        prompt, output = of.lengths[request % len(of.lengths)]
+        blocks, turn = -(-(prompt + output) // block), request % of.turns
+        salted = of.workload.chat and of.workload.chat.salted == "request"
+        names = [(request if salted else request - turn, i) for i in range(blocks)]
+        earlier = of.lengths[request % len(of.lengths) - 1][0] // block if turn else 0
         found = next((i for i, name in enumerate(names[:earlier]) if name not in cache), earlier)
-        if request >= 10 * users:
-            looked_up, hits = looked_up + prompt, hits + found * of.flags.block_size
+        if nth >= 100:
+            looked_up, hits = looked_up + prompt, hits + found * block
         for name in reversed(names):
             cache.pop(name, None)
             cache[name] = None
         while len(cache) > room:
             cache.popitem(last=False)
-        turn[user] += 1
-        if turn[user] == of.turns:
-            turn[user], conversation[user] = 0, users + request
+        following = request + 1 if turn < of.turns - 1 else next(conversations)
+        heapq.heapreplace(sends, (at_s + gaps_s[request % len(gaps_s)], following))
     return hits / looked_up
 
 

@@ -17,6 +17,7 @@ from loadtests.arrivals import (
     Contended,
     Day,
     Gamma,
+    LogNormal,
     Offered,
     Poisson,
     Ramp,
@@ -46,6 +47,7 @@ RATE_PER_S, DURATION_S, SEEDS = 20.0, 100.0, range(40)
         ("contended:4/2.5", Contended(users=4, every_s=2.5)),
         ("sessions:5/0", Sessions(users=5, gap_s=0)),
         ("sessions:5/2.5", Sessions(users=5, gap_s=2.5)),
+        ("lognormal:5/2/1", LogNormal(users=5, gap_s=2, sigma=1)),
         ("capacity:1.3", Offered(times=1.3)),
         ("ramp:0.5/2.5", Ramp(first=0.5, last=2.5)),
         ("day:0.3/1.4", Day(night=0.3, peak=1.4)),
@@ -68,7 +70,8 @@ def test_unknown_arrival_names_the_known_ones(text: str) -> None:
     ["concurrent:0", "waves:0", "concurrent:1025", "waves:1025", "concurrent:1.5", "poisson:0",
      "constant:-1", "poisson:nan", "poisson:inf", "poisson:many", "contended:0/2", "contended:4/0",
      "gamma:8/0", "gamma:0/1", "replay:0",
-     "contended:4/inf", "sessions:0/2", "sessions:4/-1"],
+     "contended:4/inf", "sessions:0/2", "sessions:4/-1",
+     "lognormal:5/2/0", "lognormal:5/2/4"],
 )  # fmt: skip
 def test_level_out_of_range_is_refused(text: str) -> None:
     with pytest.raises(ValidationError):
@@ -95,6 +98,20 @@ def test_an_intruder_takes_a_seat_beside_the_users() -> None:
 def test_sessions_begin_one_after_another_within_a_gap() -> None:
     arrival = Sessions(users=4, gap_s=2)
     assert [*map(arrival.begins_s, range(4))] == [0, 0.5, 1, 1.5]
+
+
+@each("sigma", [0.5, 1.0, 1.5])
+def test_drawn_gaps_are_log_normal_with_their_mean(sigma: float) -> None:
+    arrival = LogNormal(users=5, gap_s=2, sigma=sigma)
+    logs = np.log(arrival.gaps_s)
+    assert np.mean(arrival.gaps_s) == pytest.approx(2)
+    assert np.std(logs) == pytest.approx(sigma, rel=0.05)
+    assert scipy.stats.kstest((logs - logs.mean()) / sigma, "norm").pvalue > 0.9
+    assert abs(np.corrcoef(arrival.gaps_s[:-1], arrival.gaps_s[1:])[0, 1]) < 0.25  # in no order
+
+
+def test_gaps_that_are_not_drawn_are_equal() -> None:
+    assert Sessions(users=5, gap_s=2).gaps_s == (2,)
 
 
 def poisson(seed: int) -> list[float]:

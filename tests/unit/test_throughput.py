@@ -34,7 +34,14 @@ from labs.harness.judging.measure import (
 )
 from labs.harness.spec import Point
 from loadtests import plan
-from loadtests.arrivals import Arrival, Concurrent, Contended, Sessions, Waves
+from loadtests.arrivals import (
+    Arrival,
+    Concurrent,
+    Contended,
+    LogNormal,
+    Sessions,
+    Waves,
+)
 from loadtests.plan import LEAST_COUNTED
 from loadtests.records import RequestRecord
 from loadtests.workload import Intruder, Request, intrudes
@@ -336,7 +343,7 @@ class Case(NamedTuple):
     speed: float
     requests: int
     answered_under_load: bool
-    sessions: Sessions | None = None  # of three turns
+    sessions: Sessions | LogNormal | None = None  # of three turns
 
     @property
     def turns(self) -> int:
@@ -353,7 +360,7 @@ class Case(NamedTuple):
             kind="closed", users=self.users, warmup_s=2, window_s=self.window_s,
             intruder_every_s=self.every_s, least_counted=LEAST_COUNTED,
             least_intruders=LEAST_COUNTED, most_held_open_s=plan.most_held_open_s(self.window_s),
-            turns=self.turns, gap_s=self.sessions.gap_s if self.sessions else 0,
+            turns=self.turns, gaps_s=self.sessions.gaps_s if self.sessions else (0,),
             begins_s=tuple(
                 self.sessions.begins_s(user) for user in range(self.users) if self.sessions
             ),
@@ -390,6 +397,9 @@ CASES = {
     "sessions": Case(3, None, 12, 1, 200, True, Sessions(users=3, gap_s=1.5)),
     "sessions that run out in a conversation": Case(
         2, None, 12, 1, 10, False, Sessions(users=2, gap_s=0.5)
+    ),
+    "sessions with drawn gaps": Case(
+        3, None, 12, 1, 200, True, LogNormal(users=3, gap_s=1.5, sigma=1)
     ),
 }
 

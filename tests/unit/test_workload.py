@@ -54,14 +54,26 @@ def test_lengths_are_exponential_quantiles() -> None:
     assert np.median(lengths) == pytest.approx(693, rel=0.02)  # ln 2
 
 
-def test_lengths_are_cut_at_the_most_and_never_zero() -> None:
+def test_lengths_are_cut_at_both_ends_and_never_zero() -> None:
     assert max(VARYING.draw(BLOCK, random.Random(0))) == 400
     assert min(Exponential(mean_tokens=1, max_tokens=9).draw(BLOCK, random.Random(0))) == 1
+    cut = Exponential(min_tokens=3, mean_tokens=4, max_tokens=9).draw(BLOCK, random.Random(0))
+    assert (min(cut), max(cut)) == (3, 9)
 
 
-def test_most_below_mean_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"max_tokens=4 .* mean_tokens="):
-        Exponential(mean_tokens=5, max_tokens=4)
+@pytest.mark.parametrize(("least", "mean", "most"), [(1, 5, 4), (6, 5, 9)])
+def test_a_mean_beyond_the_cuts_is_refused(least: int, mean: int, most: int) -> None:
+    with pytest.raises(ValidationError, match=f"min_tokens={least} and max_tokens={most}"):
+        Exponential(min_tokens=least, mean_tokens=mean, max_tokens=most)
+
+
+def test_a_drawn_length_is_that_of_the_first_turn_and_later_ones_grow_on_it() -> None:
+    workload = WORKLOAD.model_copy(
+        update={"prompt_tokens": VARYING, "chat": Chat(turns=3, grows_tokens=10)}
+    )
+    prompts = [prompt for prompt, _ in workload.lengths(30, seed=0)]
+    assert all(later - prompts[i - 1] == 10 for i, later in enumerate(prompts) if i % 3)
+    assert len(set(prompts[::3])) > 5
 
 
 def test_lengths_do_not_depend_on_how_many_are_asked_for() -> None:

@@ -24,7 +24,7 @@ from labs.harness.running.forecaster import Forecaster
 from labs.harness.running.resolve import Setup
 from labs.harness.running.step_timing import LEAST_OF_STAND_IN, Steps, served_folder
 from labs.harness.spec import Lab, Point
-from loadtests.arrivals import Capped, Contended, Offered, OfTrace, Sessions, Waves, send_times
+from loadtests.arrivals import Capped, Contended, Offered, OfSessions, OfTrace, Waves, send_times
 from loadtests.plan import LEAST_COUNTED, QueueLimits, TrialSummary, most_held_open_s, read_requests
 from loadtests.prompts import Writer
 from loadtests.records import TURNED_AWAY, Chunks, RequestRecord
@@ -167,7 +167,7 @@ class VirtualTrials:
         """
         load = point.load
         scheduled = load.open_loop and not isinstance(load, Offered)
-        if scheduled or isinstance(load, Contended | Sessions) or self.setup.lab.masking:
+        if scheduled or isinstance(load, Contended | OfSessions) or self.setup.lab.masking:
             return ()
         (expected, drafting), *ends = self.steps[point.key]
         factors = []
@@ -432,12 +432,12 @@ def _traffic(lab: Lab, point: Point, repeat: int, capacity_per_s: float | None) 
         duration_s, seed = warmup_s + lab.window_s, lab.draw_seed(repeat)
         schedule_s = send_times(load, duration_s, seed, capacity_per_s) or ()
     limits = point.client_limits or QueueLimits()
-    begins_s = [*map(load.begins_s, range(load.users))] if isinstance(load, Sessions) else []
+    begins_s = [*map(load.begins_s, range(load.users))] if isinstance(load, OfSessions) else []
     return Traffic(
         kind="waves" if isinstance(load, Waves) else "open" if load.open_loop else "closed",
         users=load.users,
         begins_s=tuple(begins_s),
-        gap_s=load.gap_s if isinstance(load, Sessions) else 0.0,
+        gaps_s=load.gaps_s if isinstance(load, OfSessions) else (0.0,),
         turns=point.turns,
         schedule_s=tuple(t for t in schedule_s if t < warmup_s + lab.window_s),
         most_in_flight=load.users if isinstance(load, Capped) else None,

@@ -62,7 +62,7 @@ def _trend(trial: Trial) -> Found:
 
 def _varies(trial: Trial) -> bool:
     load = trial.point.load
-    return load.open_loop or load.kind in ("waves", "sessions")
+    return load.open_loop or load.kind in ("waves", "sessions", "lognormal")
 
 
 def _change(trial: Trial) -> Change | None:
