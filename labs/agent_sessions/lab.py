@@ -155,10 +155,7 @@ LAB = Lab(
             "uneven", TTFT, "small", "uneven / agents", f"{UNEVEN} / {MANY}", by=ttft_ratio,
             coupled="lengths and gaps are drawn together, as they come",
         ),
-        unchanged(
-            "drawn", HITS, "large", "uneven / agents", f"{UNEVEN} / {MANY}", by=hits_ratio,
-            margin=0.1, coupled="lengths and gaps are drawn together, as they come",
-        ),
+        falls("drawn", TTFT, "large / small", "uneven", by=ttft_ratio),
         unchanged("salt", HITS, "large", "tenants / agents", MANY, by=hits_ratio, margin=0.1),
         falls(
             "blocks", HITS, "coarse / large", "tenants", MANY, by=hits_ratio,

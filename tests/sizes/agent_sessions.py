@@ -8,7 +8,7 @@ UNEVEN = "lognormal:5/0.1/1"
 COMPARED = (
     {"sessions": (MANY, FEW), "fit": (MANY, FEW), "gap": (SLOW, MANY)}
     | {name: (MANY, MANY) for name in ("room", "salt", "blocks", "rank")}
-    | {name: (UNEVEN, MANY) for name in ("uneven", "drawn")}
+    | {"uneven": (UNEVEN, MANY)}
 )
 OTHERS = ("tenants", "strangers", "ranked")
 
