@@ -28,6 +28,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length
 Tokens = Annotated[int, Field(gt=0, le=MOST_TOKENS)]
 Count = Annotated[int, Field(gt=0, le=10_000)]
 MOST_SAMPLES = 1000  # of one prompt
+Salted = Literal["conversation", "request"]  # what has a salt of its own
 BLOCK = 64  # each block of this many drawn lengths holds the same ones in another order
 
 
@@ -125,9 +126,7 @@ class Chat(BaseModel, frozen=True, extra="forbid"):
 
     turns: Count
     grows_tokens: Tokens
-    salted: Annotated[
-        Literal["conversation", "request"] | None, Field(exclude_if=lambda salted: salted is None)
-    ] = None
+    salted: Annotated[Salted | None, Field(exclude_if=lambda salted: salted is None)] = None
 
     def salt(self, index: int) -> str | None:
         """Return the salt of the request of this index; None where there are no salts."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from labs.harness import theory
 from labs.harness.ask import counter, echoes, falls, forecast, predicts, rises, sends, unchanged
 from labs.harness.spec import SLO, Lab, Point, Variant
 from labs.harness.theory import KWON
 from loadtests.arrivals import LogNormal, OfSessions, Sessions
-from loadtests.workload import Chat, Exponential, Workload
+from loadtests.workload import Chat, Exponential, Salted, Workload
 from serving import metrics
 
 MATTSON = "Mattson et al., Evaluation techniques for storage hierarchies, IBM Systems J., 1970"
@@ -119,7 +119,7 @@ def agents(
     name: str,
     *loads: Sessions | LogNormal,
     prompts: int | Exponential = 128,
-    salted: Literal["conversation", "request"] | None = None,
+    salted: Salted | None = None,
     **more: Any,
 ) -> Workload:
     """Make sessions of four turns: a prompt is what an agent has read so far, an answer a call."""
