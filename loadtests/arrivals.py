@@ -129,9 +129,8 @@ class OfSessions(_Arrival, frozen=True):
 
     @property
     def words(self) -> str:
-        """`5 sessions, 2 s between turns`."""
-        sessions = f"{self.users} session{'s' if self.users > 1 else ''}"
-        return f"{sessions}, {self.gap_s:g} s between turns"
+        """`5 sessions`."""
+        return f"{self.users} session{'s' if self.users > 1 else ''}"
 
     def begins_s(self, user: int) -> float:
         """Return when a user, counted from 0, sends its first turn."""
@@ -147,6 +146,11 @@ class Sessions(OfSessions, frozen=True):
     """All gaps are equal."""
 
     kind: Literal["sessions"] = "sessions"
+
+    @property
+    def words(self) -> str:
+        """`5 sessions, 2 s between turns`."""
+        return f"{super().words}, {self.gap_s:g} s between turns"
 
     @property
     def gaps_s(self) -> tuple[float, ...]:
@@ -167,8 +171,8 @@ class LogNormal(OfSessions, frozen=True):
 
     @property
     def words(self) -> str:
-        """`5 sessions, 2 s between turns on average (log-normal, sigma 1)`."""
-        return f"{super().words} on average (log-normal, sigma {self.sigma:g})"
+        """`5 sessions, log-normal gaps (2 s, sigma 1)`."""
+        return f"{super().words}, log-normal gaps ({self.gap_s:g} s, sigma {self.sigma:g})"
 
     @cached_property
     def gaps_s(self) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from labs.agent_sessions.lab import MANY, PLAIN, sessions_held
+from labs.agent_sessions.lab import MANY, PLAIN, UNEVEN, sessions_held
 from labs.harness.facts.context import JudgedRun
 from labs.harness.facts.offloading import CopyOrCompute
 from labs.harness.judging.quantity import Quantity
@@ -39,7 +39,7 @@ class Facts:
 
 def facts(run: JudgedRun) -> Facts:
     found = [(point, of) for point in run.points if (of := turns(run, point))]
-    many = [(point, of) for point, of in found if point.load == MANY]
+    many = [(point, of) for point, of in found if point.load in (MANY, UNEVEN)]
     return Facts(
         turns=tuple(of for _, of in found),
         copying=CopyOrCompute.of(run.points[0]) if run.points else None,
