@@ -220,31 +220,9 @@ class Signatures:
     @property
     def late(self) -> list[Signature]:
         """Those of causes that make first tokens late."""
-        wanted = ("burst", "long neighbour", "cold cache")
-        return [r for r in self._of(wanted) if r.knows("TTFT", "Queue", "Prefill")]
-
-    @property
-    def slow(self) -> list[Signature]:
-        """Those of causes that may make tokens slower."""
-        wanted = (
-            "slow step", "long context", "cold cache", "long neighbour", "large budget",
-            "speculation",
-        )  # fmt: skip
-        return [r for r in self._of(wanted) if r.knows("TPOT", "Long gaps", "Prefill")]
-
-    @property
-    def slower(self) -> list[Signature]:
-        """Those of `slow` with which a token took longer, by the rule of diagnosis."""
-        return [r for r in self.slow if (of := r.figures["TPOT"]) and of.moved == "rises"]
-
-    @property
-    def not_slower(self) -> list[Signature]:
-        """Those of `slow` with which no token was seen to take longer."""
-        return [r for r in self.slow if r not in self.slower]
-
-    def _of(self, causes: Sequence[str]) -> list[Signature]:
         by_cause = {row.injected: row for row in self.rows}
-        return [by_cause[cause] for cause in causes if cause in by_cause]
+        wanted = [by_cause[c] for c in ("burst", "long neighbour", "cold cache") if c in by_cause]
+        return [row for row in wanted if row.knows("TTFT", "Queue", "Prefill")]
 
 
 def signatures(run: Context) -> Signatures:
@@ -347,6 +325,48 @@ FIGURES: Mapping[Figure, Counted | LongestPrompt] = {
     "Preemptions": Counted(lambda reading: reading.preemptions, "1", PREEMPTED),
     "Longest prompt": LongestPrompt(),
 }
+
+# ------------------------------------------------------------- what clients saw of each cause
+
+USUAL = ("healthy", "usual")
+MAY_SLOW = (
+    "slow step", "long context", "cold cache", "long neighbour", "large budget", "speculation",
+)  # fmt: skip
+"""Causes that may make tokens slower, in the order in which they are told."""
+
+
+@dataclass(frozen=True)
+class Clients:
+    """What clients saw of a cause in the measured windows, as multiples of the usual load's.
+
+    The claims compare the same points over the same windows. The signatures are the engine's own
+    counts, of whole trials and of every request, a neighbour's long ones among them.
+    """
+
+    injected: str
+    tpot: Quantity
+    ttft: Quantity
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether the interval of the time per token lies above 1."""
+        return self.tpot.low is not None and self.tpot.low > 1
+
+
+def seen_by_clients(run: Context) -> tuple[Clients, ...]:
+    """Compare what clients saw of each cause that may make tokens slower; of valid ratios alone."""
+    usual = point_of(run, *USUAL)
+    points = {cause: point_of(run, *at) for at, cause in INJECTED.items()}
+    seen = [
+        Clients(
+            cause,
+            run.ratio_of(points[cause], usual, "tpot_mean_s"),
+            run.ratio_of(points[cause], usual, "ttft_mean_s"),
+        )
+        for cause in MAY_SLOW
+    ]
+    return tuple(of for of in seen if of.tpot.known)
+
 
 # ------------------------------------------------------------- what TTFT and ITL are made of
 
@@ -485,6 +505,17 @@ class Facts:
     told_apart: ToldApart | None
     signatures: Signatures | None
     coefficients: Coefficients | None
+    clients: tuple[Clients, ...] = ()
+
+    @property
+    def slower(self) -> list[Clients]:
+        """Those with which a token took longer."""
+        return [of for of in self.clients if of.is_slower]
+
+    @property
+    def not_slower(self) -> list[Clients]:
+        """Those with which no token was seen to take longer."""
+        return [of for of in self.clients if not of.is_slower]
 
 
 def facts(run: JudgedRun) -> Facts:
@@ -492,4 +523,5 @@ def facts(run: JudgedRun) -> Facts:
         told_apart(run) if run.finds("told-apart") else None,
         signatures(run) if run.finds("signatures") else None,
         coefficients(run) if run.finds("coefficients") else None,
+        seen_by_clients(run),
     )

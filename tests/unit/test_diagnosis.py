@@ -23,6 +23,8 @@ from labs.diagnosis.facts import (
     blind,
     coefficients,
     facts,
+    point_of,
+    seen_by_clients,
     signatures,
     told_apart,
 )
@@ -43,7 +45,7 @@ from tests.unit import hostile
 from tests.unit.answering import Answering, answered_by
 from tests.unit.builders import CEILINGS, SHAPE, make_record
 from tests.unit.hostile import says, whole
-from tests.unit.judged import context, judged_run, played
+from tests.unit.judged import context, judged_run, played, told_of, withheld
 
 INF = float("inf")
 GAPS_S = (0.025, 0.05, 0.1, 0.2, 0.5, INF)
@@ -383,6 +385,35 @@ def test_trials_are_named_blind_and_counted(tmp_path: Path) -> None:
     assert neighbour["Longest prompt"] == Moved(bucket, "rises", "rises")
     assert coefficients(run) == Coefficients(None, None)  # nobody was alone
     assert draw_signatures(run, facts(run))
+
+
+def test_slower_tokens_are_those_that_clients_saw_as_the_claims_compare_them(
+    tmp_path: Path,
+) -> None:
+    """The engine's gaps over whole trials say 1.5 times for a long context; the windows say 2."""
+    figures = {
+        "healthy/usual/concurrent-4": (0.04, 0.2),
+        "healthy/context/concurrent-4": (0.08, 0.3),
+        "large-budget/usual/concurrent-4": (0.042, 0.1),
+    }
+    found = context(tmp_path, LAB, {
+        key: {"tpot_mean_s": [tpot_s * f for f in (0.9, 1, 1, 1.1)], "ttft_mean_s": ttft_s}
+        for key, (tpot_s, ttft_s) in figures.items()
+    })  # fmt: skip
+    engine = {"healthy/reference": HEALTHY, "healthy/context": DISTURBED["long context"]}
+    for name, snapshot in engine.items():
+        played(found, f"{name}/concurrent-4", engine=snapshot)
+    run = judged_run(found)
+    told = facts(run)
+    (slower,), (not_slower,) = told.slower, told.not_slower
+    assert (slower.injected, not_slower.injected) == ("long context", "large budget")
+    assert slower.tpot.value == pytest.approx(2)
+    assert str(slower.tpot) in told_of(run).answers["IP-6"].brief
+    treatment, baseline = (point_of(run, "healthy", name) for name in ("context", "usual"))
+    assert slower.tpot == run.ratio_of(treatment, baseline, "tpot_mean_s")
+    assert not_slower.ttft.value == pytest.approx(0.5)
+    withheld_there = withheld(found, "healthy/context/concurrent-4")
+    assert [of.injected for of in seen_by_clients(withheld_there)] == ["large budget"]
 
 
 def test_coefficients_are_found_again(tmp_path: Path) -> None:
