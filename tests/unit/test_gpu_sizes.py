@@ -10,8 +10,10 @@ import pytest
 from labs import FIRST, LABS
 from labs.chunked_prefill.lab import long_ttft_s
 from labs.harness import theory
+from labs.harness.page import GPU, page_of
 from labs.harness.spec import Lab, Point, factors
 from labs.prefix_caching.lab import cached_tokens
+from labs.single_stream.lab import least_s
 from loadtests.plan import LEAST_COUNTED
 from serving.forecasting.datasheet import EXPECTED, MOST_EFFICIENT
 from serving.hardware.gpus import CLASSES
@@ -333,3 +335,17 @@ def test_a_quick_run_claims_what_its_sizes_can_show(card: str, random: bool) -> 
         predicted = claim.predict(treatment, baseline).value
         assert (claim.expect == "rises") == (predicted > 1 + claim.margin), claim.name
         assert (claim.expect == "falls") == (predicted < 1 / (1 + claim.margin)), claim.name
+
+
+def test_what_eager_costs_on_a_gpu_is_what_the_labs_formula_predicts_there() -> None:
+    """The page and the forecast for an H100 tell one thing, and say of which step."""
+    lab, h100 = lab_on("single-stream", "H100", random=True), ceilings_of("H100", 1, 1)
+    points = lab.points(shape_on("H100", True), h100)
+    page = page_of("single-stream")
+    assert page
+    said = page[GPU].named["KO-2"]
+    for name in ("eager", "no-graphs"):
+        (claim,) = (c for c in lab.claims if c.name == name)
+        ((treatment, baseline),) = lab.pairs(claim, points)
+        assert f"{claim.predict(treatment, baseline).value:.2f}x" in said
+        assert f"{1e3 * least_s(baseline):.2f} ms" in said
