@@ -106,12 +106,13 @@ def scores_bytes(shape: Shape, tokens: float) -> float:
 def attention_bytes(shape: Shape, tokens: float, cache_bytes: float | None) -> float:
     """Bytes that one layer's attention moves between memory and a cache, inputs in BF16.
 
-    Written down as it stands (`cache_bytes` is None): inputs and output once, 4 N d numbers a head,
-    the scores written and read, and their softmax written and read. In tiles: 4 N d + N^2 d^2 / M
-    numbers a head, with M the numbers that the cache holds. Source: FlashAttention (Dao et al.
-    2022), algorithm 0 and theorem 2, whose constant is taken as 1.
+    Written down as it stands (`cache_bytes` is None): queries and outputs of all heads once, keys
+    and values of all KV heads once, the scores in float32 written and read, and their softmax
+    written and read. In tiles: inputs and outputs once, and N^2 d^2 / M numbers of BF16 a head,
+    with M the numbers that the cache holds. Source: FlashAttention (Dao et al. 2022), algorithm 0
+    and theorem 2, whose constant is taken as 1.
     """
-    once = 2 * shape.heads * 4 * tokens * shape.head_dim
+    once = 2 * (2 * shape.heads + 2 * shape.kv_heads) * tokens * shape.head_dim
     if cache_bytes is None:
         return once + 4 * scores_bytes(shape, tokens)
     return once + 2 * shape.heads * (tokens * shape.head_dim) ** 2 / (cache_bytes / 2)

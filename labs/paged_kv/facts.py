@@ -21,7 +21,7 @@ from serving.metrics import PREEMPTIONS
 
 BLOCKS = (1, 8, 16, 32, 64, 128, 256)
 WATERMARKS = (0.0, 0.02, 0.05, 0.1, 0.2)
-GB, MIB = 1e9, 2**20  # bytes
+MB, MIB = 1e6, 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -340,32 +340,33 @@ class TilesAndPages:
     """What tiling the attention and paging the cache each change, and what they do not."""
 
     prompt_tokens: float
-    tiled: Quantity  # traffic of queries, keys, values and outputs, which move at least once
-    untiled: Quantity  # and of the scores, where they are written to memory
-    tiled_s: Quantity  # at the bandwidth
-    untiled_s: Quantity
+    untiled_traffic: Quantity  # of one layer, by `theory.attention_bytes`
+    tiled_traffic: Quantity  # in tiles as large as the cache; missing where its size is unknown
+    untiled_s: Quantity  # at the bandwidth
+    tiled_s: Quantity
     contiguous: Quantity  # requests in decode, measured
     paged: Quantity
 
 
 def tiles_and_pages(run: JudgedRun, allocated: Allocations | None) -> TilesAndPages | None:
-    """Count the memory traffic of a long prompt's attention, with its scores and without."""
+    """Compute the traffic of one layer's attention over a long prompt, without tiles and with."""
     far = next((p for p in run.points if p.workload.name == "far"), None)
     if allocated is None or far is None:
         return None
-    shape, tokens = far.shape, far.prompt_tokens
-    inputs_and_outputs = 2 * shape.heads + 2 * shape.kv_heads
-    inputs_bytes = 2 * shape.layers * tokens * shape.head_dim * inputs_and_outputs
-    # scores and their softmax, each written once and read once, two bytes a number
-    all_bytes = inputs_bytes + 4 * 2 * shape.layers * shape.heads * tokens**2
+    cache_bytes = run.run.machine.caches_bytes.get("L2")
+    untiled = Quantity(theory.attention_bytes(far.shape, far.prompt_tokens, None), "B")
+    tiled = Quantity.missing("the size of the cache is not known", "B")
+    if cache_bytes:
+        tiled_bytes = theory.attention_bytes(far.shape, far.prompt_tokens, cache_bytes)
+        tiled = Quantity(tiled_bytes, "B")
     bandwidth = far.ceilings.memory_bandwidth_bytes_per_s
     whole, smallest = allocated.contiguous, next(iter(allocated.served), None)
     return TilesAndPages(
-        prompt_tokens=tokens,
-        tiled=Quantity(inputs_bytes / GB, "GB"),
-        untiled=Quantity(all_bytes / GB, "GB"),
-        tiled_s=Quantity(inputs_bytes / bandwidth, "s"),
-        untiled_s=Quantity(all_bytes / bandwidth, "s"),
+        prompt_tokens=far.prompt_tokens,
+        untiled_traffic=(untiled * (1 / MB)).in_unit("MB"),
+        tiled_traffic=(tiled * (1 / MB)).in_unit("MB"),
+        untiled_s=(untiled * (1 / bandwidth)).in_unit("s"),
+        tiled_s=(tiled * (1 / bandwidth)).in_unit("s"),
         contiguous=whole.in_decode if whole else Quantity.missing("not served"),
         paged=smallest.in_decode if smallest else Quantity.missing("not served"),
     )

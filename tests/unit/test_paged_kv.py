@@ -12,6 +12,7 @@ from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.spec import Lab, Point, RequestLengths, factors
 from labs.paged_kv.facts import Allocations, HeadsCompared, facts
 from labs.paged_kv.lab import admitted, held_tokens, replay, replayed
+from labs.tiled_attention import facts as tiled_attention
 from serving.hardware import gpus
 from tests.unit.builders import CEILINGS, SHAPE, make_point
 from tests.unit.judged import context, judged, judged_run, told_of
@@ -288,11 +289,17 @@ def test_on_a_gpu_one_head_for_all_is_served_too(tmp_path: Path) -> None:
     assert "mqa" not in [v.name for v in LAB.variants]  # on a CPU
 
 
-def test_traffic_is_arithmetic_and_requests_do_not_depend_on_it(tmp_path: Path) -> None:
-    """2 layers, 2,048 tokens: Q and O of 2 heads, K and V of 1, of 4 numbers of 2 bytes."""
-    of = facts(judged_run(found(tmp_path))).tiles_and_pages
+def test_traffic_is_one_layers_by_the_rule_of_tiled_attention(tmp_path: Path) -> None:
+    """2,048 tokens: Q and O of 2 heads, K and V of 1, of 4 numbers of 2 bytes; scores of 4."""
+    run = judged_run(found(tmp_path))
+    machine = run.run.machine.model_copy(update={"caches_bytes": {"L2": 2**20}})
+    cached = replace(run, run=run.run.model_copy(update={"machine": machine}))
+    of, unknown = facts(cached).tiles_and_pages, facts(run).tiles_and_pages
     assert of
-    inputs, scores = 2 * 2048 * (2 * 2 + 2 * 1) * 4 * 2, 2 * 2 * 2048**2 * 4 * 2
-    assert of.tiled.value == pytest.approx(inputs / 1e9)
-    assert of.untiled.value == pytest.approx((inputs + scores) / 1e9)
+    assert unknown
+    inputs, scores = 2048 * (2 * 2 + 2 * 1) * 4 * 2, 2 * 2048**2 * 4
+    assert of.untiled_traffic.value == pytest.approx((inputs + 4 * scores) / 1e6)
+    assert not unknown.tiled_traffic.known
+    by_the_other = tiled_attention.traffic(run.points[0], 2**20, 2048)
+    assert (of.untiled_traffic, of.tiled_traffic) == by_the_other
     assert (of.contiguous.value, of.paged.value) == (6, 15)

@@ -56,8 +56,11 @@ def test_work_and_scores_of_two_heads_of_four() -> None:
 
 
 def test_traffic_is_that_of_the_paper() -> None:
-    """A cache of 64 bytes holds 32 numbers: N^2 d^2 / M is 100 x 16 / 32 numbers a head."""
-    once = 2 * 4 * 10 * 4 * 2
+    """A cache of 64 bytes holds 32 numbers: N^2 d^2 / M is 100 x 16 / 32 numbers a head.
+
+    Q and O of 2 heads, K and V of 1, of 4 numbers of 2 bytes.
+    """
+    once = (2 * 2 + 2 * 1) * 10 * 4 * 2
     assert theory.attention_bytes(SHAPE, 10, None) == once + 4 * (2 * 100 * 4)
     assert theory.attention_bytes(SHAPE, 10, 64) == once + 2 * (100 * 16 / 32) * 2
     # twice the length: four times what is squared
