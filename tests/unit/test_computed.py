@@ -37,10 +37,10 @@ def test_figures_by_hand() -> None:
         # 1,000 x 0.10 + 200 x 0.30 USD a million: 0.00016 USD a request, of 60 USD a day
         "SD-6": "breaks even at 4.34 requests .1,000 . 200 tokens.*375,000 requests .450 million",
         # 131,072 bytes a token: 2 x 32 layers x 8 KV heads x 128 x 2 bytes
-        # 4.29 GB at 64 GB/s, and in 1.08 s
-        # 2 x 6.98e9 x 32,768 + 2 x 32 x 4096 x 32,768^2 FLOP: 739e12, at 69% of 989 TFLOP/s
-        "KV-8": "4.29 GB.* 8 bits .*2.15 GB.*4,096 tokens.*0.537 GB; .* two layers 2.15 GB"
-        ".* 64 GB/s .*67.1 ms.* 1.08 s.* 3.97 GB/s",
+        # 2.15 GB at 64 GB/s, and in 447 ms
+        # 2 x 6.98e9 x 16,384 + 2 x 32 x 4096 x 16,384^2 FLOP: 299e12, at 68% of 989 TFLOP/s
+        "KV-8": "2.15 GB.* 8 bits .*1.07 GB.*4,096 tokens.*0.537 GB; .* two layers 1.07 GB"
+        ".* 64 GB/s .*33.6 ms.* 447 .* ms.* 4.81 GB/s",
         # 2 x 7e9 FLOP a token and attention, at 69% of 989 TFLOP/s
         # a piece of 512 tokens is 7.2e12 FLOP, at about 0.6 of 989 TFLOP/s; a step reads 15 GB
         "SD-4": r"87.1 \(78.4 to 92.3\) ms for such a prompt.*512 tokens makes a step 13.1 .* 6.6",

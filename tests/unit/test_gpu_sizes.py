@@ -10,7 +10,12 @@ import pytest
 from labs import FIRST, LABS
 from labs.chunked_prefill.lab import long_ttft_s
 from labs.harness import theory
-from labs.harness.judging.text import with_ends
+from labs.harness.facts.offloading import (
+    EXAMPLE_CARD,
+    EXAMPLE_MODEL,
+    EXAMPLE_TOKENS,
+    on_one_card,
+)
 from labs.harness.page import GPU, page_of
 from labs.harness.spec import Lab, Point, factors
 from labs.prefix_caching.lab import cached_tokens
@@ -18,7 +23,6 @@ from labs.single_stream.lab import least_s
 from loadtests.plan import LEAST_COUNTED
 from serving.forecasting import cards
 from serving.forecasting.datasheet import EXPECTED, MOST_EFFICIENT
-from serving.forecasting.step import Piece, Step
 from serving.hardware.gpus import CLASSES, DATASHEETS
 from serving.hardware.machine import Ceilings
 from serving.weights import dummy
@@ -357,20 +361,17 @@ def test_what_eager_costs_on_a_gpu_is_what_the_labs_formula_predicts_there() -> 
 @pytest.mark.parametrize(
     ("lab", "question"), [("prefix-routing", "SA-6"), ("agent-sessions", "SA-7")]
 )
-def test_a_forecast_of_a_long_prefill_has_its_band_and_lies_within_what_was_timed(
+def test_a_long_prefill_on_a_gpu_is_the_example_of_every_page_with_its_band(
     lab: str, question: str
 ) -> None:
-    page = page_of(lab)
+    example, page = on_one_card(), page_of(lab)
     assert page
-    (card,) = (of for of in DATASHEETS.values() if of.short_name == "h100")
-    config, tokens, budget = dummy.config_of("llama-8b"), 16_384, 8_192
-    steps = cards.steps(config, shape_of(config), card)
-    assert all(of.attention.lengths[-1] >= tokens for of in steps if of.attention)
-    pieces = [Piece(budget, cached) for cached in range(0, tokens, budget)]
-    expected_s, faster_s, slower_s = (
-        sum(times.seconds(Step([piece], 1)) for piece in pieces) for times in steps
-    )
-    said = page[GPU].named[question]
-    assert with_ends(expected_s, faster_s, slower_s, "s") in said
-    assert f"{tokens:,} tokens" in said
-    assert f"steps of {budget:,}" in said
+    assert f"{example.tokens:,} tokens" in page[GPU].named[question]
+    assert str(example.prefill_s) in page[GPU].named[question]
+
+
+def test_no_prefill_of_the_example_is_extrapolated() -> None:
+    config = dummy.config_of(EXAMPLE_MODEL)
+    for times in cards.steps(config, shape_of(config), DATASHEETS[EXAMPLE_CARD]):
+        assert times.attention
+        assert times.attention.lengths[-1] >= EXAMPLE_TOKENS

@@ -134,12 +134,12 @@ def test_offloading_is_priced_as_measured_or_is_arithmetic(tmp_path: Path) -> No
     assert plain.offload.pays_at_any_length
     assert plain.offload.pays_from_bytes_per_s == pytest.approx(32 * 1e7 / (2 * 872), rel=0.01)
     assert not plain.offload.link_is_measured
-    # so the page has both figures of an H100: 32,768 tokens of 131,072 bytes at its 64 GB/s
+    # so the page has both figures of an H100: 16,384 tokens of 131,072 bytes at its 64 GB/s
     example = plain.offload.example
-    assert example.copy_s.value == pytest.approx(32_768 * 131_072 / 64e9)
-    # 739e12 FLOP by its kernels' times, which reach about 70% of 989 TFLOP/s
-    assert example.prefill_s.value == pytest.approx(739e12 / (0.7 * 989e12), rel=0.05)
-    assert example.even.value == pytest.approx(32_768 * 131_072 / 1.08e9, rel=0.01)
+    assert example.copy_s.value == pytest.approx(16_384 * 131_072 / 64e9)
+    # 299e12 FLOP by its kernels' times, which reach about 70% of 989 TFLOP/s
+    assert example.prefill_s.value == pytest.approx(299e12 / (0.7 * 989e12), rel=0.05)
+    assert example.even.value == pytest.approx(16_384 * 131_072 / 0.447e9, rel=0.01)
     variants = [Variant(name=n, flags={"kv-cache-memory-bytes": 32 * 640})
                 for n in ("bf16", "bf16-tight", "recompute", "offload")]  # fmt: skip
     lab = make_lab(variants=tuple(variants), workloads=(make_workload(name="returning"),),

@@ -208,7 +208,7 @@ def _smaller_cache() -> Computed:
         example=example, context=context, window=window, whole=_gb(each * context),
         eight=_gb(eight * context), windowed=_gb(each * window), halved=_gb(each * context / 2),
     )  # fmt: skip
-    command = "make plan MACHINE=h100 MODEL=llama-8b LENGTHS=32000/500"
+    command = "make plan MACHINE=h100 MODEL=llama-8b LENGTHS=16000/500"
     return Computed("arithmetic and forecast", Answer.of(text), command)
 
 
