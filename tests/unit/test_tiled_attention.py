@@ -327,6 +327,9 @@ def test_one_head_gains_from_splits_what_idle_processors_add(tmp_path: Path) -> 
 def test_both_plots_are_drawn(tmp_path: Path) -> None:
     run = with_facts(measured(tmp_path, SERVED, times_of()))
     assert all(plots_of(LAB.name)[name](run) for name in ("growth", "lengths"))
+    another = run.summary.model_copy(update={"facts": {"tiling": "as another version has it"}})
+    stale = replace(run, summary=another)
+    assert not any(plots_of(LAB.name)[name](stale) for name in ("growth", "lengths"))
 
 
 # ------------------------------------------------------------------------------- within a run

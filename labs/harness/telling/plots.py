@@ -28,7 +28,7 @@ from labs.harness.facts.drawing import (
     plt,
     reach,
 )
-from labs.harness.facts.parts import OwnPlot, kept, own_plots
+from labs.harness.facts.parts import OwnPlot, kept, own_plots, parts_of
 from labs.harness.facts.sweep import concurrency_sweep
 from labs.harness.filing.computed import Summary
 from labs.harness.filing.results import RunFolder
@@ -76,10 +76,16 @@ def plots_of(lab: str) -> Mapping[str, Draw]:
 
 
 def _captioned(name: str, plot: OwnPlot) -> Draw:
-    """Return what draws a lab's own plot, and gives it the caption of the lab's page."""
+    """Return what draws a lab's own plot, and gives it the caption of the lab's page.
+
+    It draws nothing where a summary keeps the facts of another version of the lab.
+    """
 
     def drawing(run: JudgedRun) -> Inline | None:
-        is_drawn = plot(run, kept(run.lab.name, run.summary.facts))
+        facts = kept(run.lab.name, run.summary.facts)
+        if facts is None and parts_of(run.lab.name).facts:
+            return None
+        is_drawn = plot(run, facts)
         return told(run.run, run.lab, run.summary).captions.get(name) if is_drawn else None
 
     return drawing
