@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Literal
 
 import scipy
 
-from labs.chunked_prefill.lab import context_tokens, long_prompt_tokens, long_ttft_s
-from labs.harness import theory
-from labs.harness.ask import predicts
 from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.offloading import OnOneCard, on_one_card
-from labs.harness.facts.parts import Dialled, Pair
+from labs.harness.facts.parts import Pair
 from labs.harness.filing.computed import Band, OnTwoEngines
 from labs.harness.judging.metrics import METRICS
 from labs.harness.judging.quantity import Quantity
 from labs.harness.spec import Point
 from loadtests.arrivals import Contended
 
-DISTSERVE = "Zhong et al., DistServe, OSDI 2024"
 STALL, LONG_TTFT, STREAMS_TTFT = "stall_mean_s", "intruder_ttft_mean_s", "ttft_mean_s"
 Within = Literal["yes", "no", "not valid", "no limit"]
 
@@ -278,49 +273,3 @@ def on_two(points: Sequence[Point]) -> list[Pair]:
         *(Pair(p, link) for p in whole[:1] for link in LINKS_GBIT_PER_S),
         *(Pair(p, None) for p in cutting),
     ]
-
-
-# ----------------------------------------------------------- prefill and decode apart, on a dial
-
-
-@predicts(
-    "(t_prefill / speed + KV bytes / link + t(B)) / TTFT in pieces",
-    "both machines are idle when the prompt comes",
-    "what sending and receiving cost the engines is left out",
-    source=DISTSERVE,
-)
-def long_prompt_apart(chunked: Point, _: Point, gbit_per_s: float, speed: float) -> float:
-    """Predict the long prompt's TTFT with its prefill on a second machine, beside pieces here."""
-    tokens, shape = long_prompt_tokens(chunked), chunked.shape
-    prefill_s = theory.prefill_s(shape, chunked.ceilings, tokens) / speed
-    copy_s = theory.kv_copy_s(shape, tokens, gbit_per_s * 1e9 / 8)
-    step_s = theory.step_of(chunked, context_tokens(chunked))
-    return (prefill_s + copy_s + step_s) / long_ttft_s(chunked)
-
-
-@predicts(
-    "t_prefill / speed / (L t(B) / B)",
-    "every prompt is prefilled on the machines for it, and nothing else",
-    source=DISTSERVE,
-)
-def machines_for_prefill(_: Point, whole: Point, speed: float) -> float:
-    """Predict how many machines that prefill one that decodes B streams keeps busy."""
-    own = [(p, o) for p, o in whole.lengths if p != long_prompt_tokens(whole)]
-    prefill_s = theory.prefill_s(whole.shape, whole.ceilings, fmean(p for p, _ in own)) / speed
-    decode_s = fmean(o for _, o in own) * theory.step_of(whole, context_tokens(whole))
-    return prefill_s / (decode_s / whole.load.users)
-
-
-LINK = ("link between the machines, Gbit/s", 10.0, (1.0, 2.5, 10.0, 25.0, 100.0, 400.0))
-SPEED = ("the prefilling machine's speed, in multiples of this one's", 1.0, (0.5, 1.0, 2.0, 4.0))
-dialled = (
-    Dialled(
-        "Prefill and decode apart: TTFT of the long prompt, prefilled on a second machine /"
-        " in pieces on this one (never measured)",
-        "TTFT, ratio", "x", "ttft", long_prompt_apart, {"gbit_per_s": LINK, "speed": SPEED},
-    ),
-    Dialled(
-        "Prefill and decode apart: machines for prefill beside one for decode (never measured)",
-        "machines", "", "ttft", machines_for_prefill, {"speed": SPEED},
-    ),
-)  # fmt: skip

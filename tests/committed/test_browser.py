@@ -485,40 +485,6 @@ def test_a_lesson_without_scripts_has_its_text_picture_and_answer(
     assert shown.errors == []
 
 
-def test_a_dial_is_turned_and_a_readers_own_run_joins_or_is_refused(
-    chromium: Browser, site: Path
-) -> None:
-    shown = opened(chromium, site / "site" / "lessons" / f"{RUNS[1]}.html", 390)
-    said = "document.getElementById('dial-said').innerText"
-    before = shown.js(said)
-    shown.js("document.getElementById('dial').focus()")
-    shown.js("(e => { e.value = 0; e.dispatchEvent(new Event('input')); })"
-             "(document.getElementById('dial'))")  # fmt: skip
-    assert shown.js(said) != before
-    assert "SET=" in shown.js("document.getElementById('dial-command').innerText")
-    drop = """(text => { const bag = new DataTransfer();
-      bag.items.add(new File([text], 'summary.json'));
-      document.dispatchEvent(new DragEvent('drop', {dataTransfer: bag, cancelable: true})); })"""
-    answer = "document.getElementById('own-said').innerText"
-    diamonds = "document.querySelectorAll('#dials .scatterlayer .trace').length"
-    lines = shown.js(diamonds)
-    for text, why in (
-        ("<b>", "is not JSON"),
-        ("[1]", "no list of judgements"),
-        ('{"judgements": [null, {"claim": "stall-sixteenth", "effect": {"ratio":'
-         ' {"value": "9"}}}]}', "None of the claims"),
-        ('{"judgements": [null, {"claim": 7}, {"claim": "stall-sixteenth"}]}', "another lab's"),
-    ):  # fmt: skip
-        shown.js(f"{drop}({text!r})")
-        shown.wait(f"{answer}.includes({why!r})")
-    own = folder_of(site, RUNS[1]).summary().model_dump_json()
-    shown.js(f"{drop}({json.dumps(own)})")
-    shown.wait(f"{answer}.startsWith('Your run:')")
-    assert shown.js(diamonds) == lines + 1
-    assert shown.errors == []
-    assert {url.split(":")[0] for url in shown.requested} <= {"file", "data"}
-
-
 def test_the_planner_says_what_fits_and_what_does_not(chromium: Browser, site: Path) -> None:
     shown = opened(chromium, site / "site" / "planner.html", 390)
     answer = "document.getElementById('answer').innerText"

@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.chunked_prefill.facts import dialled
-from labs.harness.changes import parse_changes
 from labs.harness.facts.parts import parts_of
 from labs.harness.filing import engine_series, results
 from labs.harness.filing.results import RunFolder
@@ -36,7 +34,6 @@ from labs.harness.telling.site import (
     write_site,
 )
 from serving import metrics
-from serving.hardware import gpus
 from tests.committed import in_git
 from tests.unit.builders import write_run
 from tests.unit.test_html import Seen
@@ -249,32 +246,6 @@ def test_a_row_of_claims_is_told_once_and_a_machines_older_settings_are_named(
             assert marked == any(e.stale for e in item.entries), item.lab.name
 
 
-def test_a_dial_is_named_in_words_and_bytes_are_shown_in_mib() -> None:
-    named = {
-        "variants.a.flags.kv-cache-memory-bytes": ("kv-cache-memory, MiB (a)", 2**20),
-        "workloads.w.output_tokens.max_tokens": ("most output tokens (w)", 1),
-        "workloads.w.output_tokens.tokens": ("output tokens (w)", 1),
-        "masks.backends.xgrammar.forms.record.mask_s": ("time to fill a mask, s", 1),
-        "flags.block-size": ("block-size", 1),
-        dials.USERS: (dials.USERS, 1),
-    }
-    for path, (name, per) in named.items():
-        assert dials._named(path) == {"name": name, "per": per}
-
-
-def test_what_two_workloads_have_alike_is_turned_together(course: Course) -> None:
-    """A cold cache never makes the same prompts faster, however long they are."""
-    item = next(i for i in course.lessons if i.lab.name == "diagnosis")
-    found = dials.dials(item.lab, [], "cold")
-    knob = [k["name"] for k in found["knobs"]].index("prompt tokens")
-    curves = [c for c in found["curves"] if c["knob"] == knob and c["claim"] == 0]
-    assert len(curves) == len(dials.cards())
-    for curve in curves:
-        changed = parse_changes(curve["set"].replace("{}", "7"))
-        assert changed == {f"workloads.{of}.prompt_tokens.tokens": 7 for of in ("cold", "usual")}
-        assert min(curve["y"]) > 1
-
-
 def test_a_replay_shows_every_token_of_its_seconds_once(course: Course) -> None:
     for item in course.lessons:
         if not item.replayed:
@@ -377,57 +348,9 @@ def test_what_to_turn_is_a_command_with_its_setting_whole(course: Course) -> Non
             assert told
 
 
-def test_a_dial_says_what_the_lab_itself_predicts_there(course: Course) -> None:
-    """At the lab's own setting a curve has the value of the claim's own function."""
-    turned = 0
-    for item in course.lessons:
-        found = item.dials
-        for curve in found.get("curves", ()):
-            machine = found["machines"][curve["machine"]]
-            claim = found["claims"][curve["claim"]]
-            if machine["card"] or not claim["name"]:
-                continue
-            (entry,) = [e for e in item.entries if e.machine == machine["name"]]
-            lab = item.lab.at(entry.run.scale, quick=False)
-            of = dials.Hardware.of(entry.run)
-            points = lab.points(of.shape, of.ceilings, of.weights, of.about)
-            asked = next(c for c in lab.claims if c.name == claim["name"])
-            pair = lab.pairs(asked, points)[0]
-            at_base = curve["y"][curve["x"].index(curve["base"])]
-            predicted = asked.predict(*pair).value
-            assert at_base == pytest.approx(predicted, rel=1e-3), (item.lab.name, curve["set"])
-            turned += 1
-        assert len(json.dumps(found)) < 90_000  # seven cards, and the machines on file
-    assert turned > 20
-
-
-def test_every_card_has_a_curve_and_every_setting_is_one_that_set_takes(course: Course) -> None:
-    item = next(i for i in course.lessons if i.lab.name == "chunked-prefill")
-    assert {m["card"] for m in item.dials["machines"]} >= set(gpus.short_names())
-    measured = [dials.Hardware.of(entry.run) for entry in item.entries]
-    scales = {on.name: on.scale for on in (*measured, *dials.cards())}
-    for curve in item.dials["curves"]:
-        assert curve["set"]
-        changes = parse_changes(curve["set"].replace("{}", str(curve["x"][0])))
-        on = item.dials["machines"][curve["machine"]]["name"]
-        item.lab.at(scales[on], quick=False, changes=changes)  # raises LabError if it is no setting
-
-
-def test_what_no_run_measures_has_dials_of_its_own_on_a_page_that_lessons_lead_to(
+def test_prefill_and_decode_apart_has_a_page_that_lessons_lead_to(
     course: Course, texts: dict[str, str]
 ) -> None:
-    item = next(i for i in course.lessons if i.lab.name == "chunked-prefill")
-    found = json.loads(re.search(r'id="data">(.*?)</script>', texts["apart.html"], re.S)[1])  # type: ignore[index]
-    turned = found["dials"]
-    titles = [of.title for of in dialled]
-    assert [claim["title"] for claim in turned["claims"]] == titles
-    assert not set(titles) & {claim["title"] for claim in item.dials["claims"]}
-    assert {m["card"] for m in turned["machines"]} >= set(gpus.short_names())
-    named = (turned["knobs"][curve["knob"]]["name"] for curve in turned["curves"])
-    knobs = {name.partition(" (")[0] for name in named}  # without the variant or workload
-    own = {words for of in dialled for words, _, _ in of.parameters.values()}
-    assert own | {"tokens of the long prompt", "prompt tokens", "mean output tokens"} <= knobs
-    assert turned["measured"] == []
     leading = [
         i for i in course.lessons if "../apart.html" in Seen(texts[i.href]).attributes("href")
     ]

@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs import LABS
 from labs.chunked_prefill.facts import (
     TokenBudgets,
     facts,
-    long_prompt_apart,
-    machines_for_prefill,
     token_budgets,
 )
 from labs.chunked_prefill.lab import context_tokens
@@ -22,7 +19,6 @@ from labs.harness.facts.context import Context
 from labs.harness.filing.computed import Band, OnTwoEngines, PointForecasts, Predictions
 from labs.harness.filing.writing import write_json
 from labs.harness.spec import SLO, Variant
-from labs.harness.telling.dials import cards, pair_of
 from loadtests.workload import Intruder
 from tests.unit.builders import make_lab, make_point, make_workload
 from tests.unit.judged import context, judged_run, withheld
@@ -129,21 +125,6 @@ def test_the_link_that_a_split_of_prefill_needs(tmp_path: Path) -> None:
     assert handover.needed_by_example.value == pytest.approx(38, rel=0.05)
     assert handover.kv.value == pytest.approx(0.001024)
     assert handover.needed.value == pytest.approx(8 * 1024 / 0.05 / 1e9)
-
-
-def test_prefill_apart_pays_from_a_link_on_and_never_when_the_other_machine_is_too_slow() -> None:
-    """Twice the link halves what its time exceeds that of an endless one."""
-    lab = LABS["chunked-prefill"]
-    (card,) = (card for card in cards() if card.card == "h100")
-    chunked, whole = pair_of(lab, next(c for c in lab.claims if c.name == "ttft"), card)
-
-    def apart(link: float, speed: float = 1) -> float:
-        return long_prompt_apart(chunked, whole, gbit_per_s=link, speed=speed).value
-
-    assert apart(20) - apart(1e9) == pytest.approx((apart(10) - apart(1e9)) / 2)
-    assert apart(1e9, speed=4) < apart(1e9) < 1 < apart(1e9, speed=0.5)
-    one, two = (machines_for_prefill(chunked, whole, speed=speed).value for speed in (1, 2))
-    assert two == pytest.approx(one / 2)
 
 
 def test_a_split_is_forecast_beside_the_smallest_budget(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from labs import LABS
 from labs.harness.comparing import compare, leaderboards, side_by_side
 from labs.harness.comparing.on_file import OnFile
 from labs.harness.facts.parts import Headline, ReportParts
@@ -20,7 +19,7 @@ from labs.harness.filing.recorded import MachineFile
 from labs.harness.filing.results import RunFolder, all_runs
 from labs.harness.filing.writing import write_json
 from labs.harness.page import read
-from labs.harness.telling import dials, markdown, residuals, site
+from labs.harness.telling import markdown, residuals, site
 from labs.harness.telling.document import parts, plain_text
 from labs.harness.telling.markdown import Markdown
 from labs.harness.telling.residuals import Scores
@@ -215,19 +214,6 @@ def test_the_site_shows_a_quick_run_of_a_gpu_first_and_marked(
     alone = Course([entry(cpu)])
     texts = [alone.lesson_page(alone.lessons[0]), *alone.pages().values()]
     assert not any("stands in" in text or "(quick)" in text for text in texts)
-
-
-def test_what_a_quick_run_measured_is_marked_beside_a_dial(
-    cpu: RunFolder, quick: RunFolder
-) -> None:
-    lab = LABS["continuous-batching"]
-    runs = []
-    for folder in (quick, cpu):
-        of_tiny = folder.summary()
-        judged = [j.model_copy(update={"claim": lab.claims[0].name}) for j in of_tiny.judgements]
-        runs.append((folder.run(), of_tiny.model_copy(update={"judgements": judged})))
-    told = [measured["told"] for measured in dials.dials(lab, runs)["measured"]]
-    assert [text.endswith(MARKED) for text in told] == [True, False]
 
 
 def test_the_page_of_forecasts_has_what_is_scored_apart_where_nothing_else_is(

@@ -60,7 +60,7 @@ class Seen(HTMLParser):
 
     @property
     def data(self) -> dict[str, Any]:
-        (text,) = (c for c in self.code if c.startswith('{"colours"'))
+        (text,) = (c for c in self.code if c.startswith('{"'))
         found: dict[str, Any] = json.loads(text)
         return found
 

@@ -795,7 +795,7 @@ def test_in_float32_as_many_tokens_fit_as_in_bf16(name: str) -> None:
 
 
 def test_a_lab_that_is_resolved_again_for_float32_stays_as_it_is() -> None:
-    """As for the dials of the pages, which change one setting of a resolved lab."""
+    """As for a page that predicts for a machine of that scale from a resolved lab."""
     for name, lab in LABS.items():
         once = lab.at(models.CPU_FP32, False)
         again = once.model_copy(update={"scales": {}, "quick": {}}).at(models.CPU_FP32, False)

@@ -12,7 +12,7 @@ import importlib
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 from typing import Any, get_type_hints
 
@@ -22,7 +22,7 @@ from labs.harness.facts.context import Context, JudgedRun
 from labs.harness.facts.published import Part, Published, PublishedFigures
 from labs.harness.judging.diagnosis import Reading
 from labs.harness.page import ANSWERS, FINDINGS, HEADLINE, folder_of, page_of
-from labs.harness.spec import Point, Prediction
+from labs.harness.spec import Point
 from loadtests.arrivals import Day
 from serving.forecasting.fleet import Scaling
 
@@ -79,25 +79,8 @@ class Injections:
     foretold: Mapping[str, Mapping[Any, str]]  # a cause -> a figure -> where it goes with it
 
 
-@dataclass(frozen=True)
-class Dialled:
-    """A closed form that no run measures, drawn over settings and over parameters of its own."""
-
-    title: str
-    axis: str
-    unit: str
-    claim: str  # whose points it is about
-    form: Callable[..., Prediction]
-    parameters: Mapping[str, tuple[str, float, Sequence[float]]]  # name -> words, usual, to try
-
-    def at(self, **chosen: float) -> Callable[..., Prediction]:
-        """The closed form with its parameters as usual, but for those that are given."""
-        usual = {name: value for name, (_, value, _) in self.parameters.items()}
-        return partial(self.form, **(usual | chosen))
-
-
 FROM_FACTS = (  # in a `facts.py`
-    "facts", "over_time", "watched", "on_two", "days", "blind", "injections", "dialled",
+    "facts", "over_time", "watched", "on_two", "days", "blind", "injections",
 )  # fmt: skip
 
 
@@ -119,7 +102,6 @@ class ReportParts:
     # the trials whose cause is to be named
     blind: Callable[[Context], Sequence[BlindTrial]] = lambda _: ()
     injections: Injections | None = None
-    dialled: Sequence[Dialled] = ()
     published: PublishedFigures = field(default_factory=dict)
     headline: Headline | None = None
 

@@ -89,11 +89,10 @@ SCRIPTS = {  # a script beside the pages: the files that it is made of
     RUN_SCRIPT: RUN_SCRIPTS,
     PAGE_SCRIPT: ("page.js",),
     LESSON_SCRIPT: (
-        "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "dials.js",
-        "worksheet.js", "blind.js",
+        "page.js", "plot.js", "copy.js", "guess.js", "replay.js", "worksheet.js", "blind.js",
     ),
     WATCH_SCRIPT: ("page.js", "plot.js", "replay.js"),
-    APART_SCRIPT: ("page.js", "plot.js", "copy.js", "dials.js"),
+    APART_SCRIPT: ("page.js", "copy.js"),
     PLANNER_SCRIPT: ("page.js", "copy.js", "theory.js", "planner.js"),
     FORECAST_SCRIPT: ("page.js", "plot.js", "ratios.js", "forecasts.js"),
 }  # fmt: skip
@@ -378,12 +377,6 @@ class Lesson:
         return "missed" if any(caches) else "older"
 
     @cached_property
-    def dials(self) -> dict[str, Any]:
-        """What the lab's own formulas predict as one setting is turned."""
-        runs = [(e.run, e.summary) for e in self.entries]
-        return dials.dials(self.lab, runs, self.claim.name)
-
-    @cached_property
     def cases(self) -> list[Case]:
         """Trials whose cause the reader names, on every machine, in an order that tells nothing."""
         blind = parts_of(self.lab.name).blind
@@ -578,12 +571,12 @@ class Course:
                 parsed=parse,
             ),
             "planner.html": self.planner_page(),
-            **({"apart.html": self.apart_page(self.dialled)} if self.dialled else {}),
+            **({"apart.html": self.apart_page(self.apart)} if self.apart else {}),
             "teach.html": course_page(
                 "teach.html",
                 PAGE_SCRIPT,
                 lessons=[(item, item.taught) for item in self.lessons],
-                apart=self.dialled,
+                apart=self.apart,
                 words=teaching.WORDS_A_MINUTE,
                 question_min=teaching.QUESTION_MIN,
                 show=html.inline,
@@ -607,7 +600,7 @@ class Course:
             course=self,
             blind=next((item for item in self.lessons if item.cases), None),
             watched=watched,
-            data={"colours": VARIANTS, "replay": [panel.times for panel in panels]},
+            data={"replay": [panel.times for panel in panels]},
             show=html.inline,
             parsed=parse,
         )
@@ -658,21 +651,19 @@ class Course:
         return course_page("planner.html", PLANNER_SCRIPT, data=data, fits=fits)
 
     @property
-    def dialled(self) -> Lab | None:
-        """The lab that has dials of what no run measures."""
-        return next((lab for lab in LABS.values() if parts_of(lab.name).dialled), None)
+    def apart(self) -> Lab | None:
+        """The lab whose question prefill and decode apart answer."""
+        return next((lab for lab in LABS.values() if APART[0] in lab.answers), None)
 
     def apart_page(self, lab: Lab) -> str:
-        """Render the lesson on prefill and decode apart, with the dials of that lab."""
+        """Render the lesson on prefill and decode apart, beside that lab's."""
         href = next((item.href for item in self.lessons if item.lab.name == lab.name), "index.html")
         return course_page(
             "apart.html",
-            PLOTLY,
             APART_SCRIPT,
             lesson={"lab": lab, "href": href},
             leading=[of for of in self.lessons if not {*APART}.isdisjoint(of.lab.answers)],
             of=apart.apart(),
-            data={"colours": VARIANTS, "predicted": BOUND, "dials": dials.unmeasured(lab)},
         )
 
     def lesson_page(self, item: Lesson) -> str:
@@ -681,14 +672,14 @@ class Course:
         paragraphs = [html.inline(parse(text)) for text in lesson(item.lab.name)]
         return render(
             "lesson.html",
-            scripts=dict.fromkeys((PLOTLY, LESSON_SCRIPT), ""),  # files beside the index
+            scripts={LESSON_SCRIPT: ""},  # a file beside the index
             root="../",
             lesson=item,
             lessons=len(self.lessons),
             before=neighbours.get(item.place - 1),
             after=neighbours.get(item.place + 1),
             paragraphs=paragraphs,
-            leads_apart=self.dialled and not {*APART}.isdisjoint(item.lab.answers),
+            leads_apart=self.apart and not {*APART}.isdisjoint(item.lab.answers),
             answers=self.answers_of(item),
             guesses=GUESSES,
             show=html.inline,
@@ -700,15 +691,12 @@ class Course:
         """Gather what the scripts of a lesson need."""
         replayed = item.replayed
         return {
-            "colours": VARIANTS,
-            "predicted": BOUND,
             "measured": [
                 {"machine": e.marked_name, "ratio": j.ratio.value}
                 for e, j in item.guessed
                 if j.ratio
             ],
             "foretold": [{"machine": name, "ratio": ratio} for name, ratio in item.predicted],
-            "dials": item.dials,
             "replay": [panel.times for panel in replayed[1]] if replayed else [],
         }
 
