@@ -9,7 +9,7 @@ import pytest
 from labs import LABS
 from labs.harness.page import WORKSHEET, Page, PageError, Section, page_of
 from labs.harness.telling import teaching, worksheets
-from labs.harness.telling.dials import cards, cards_of, pair_of
+from labs.harness.telling.dials import cards, cards_of, pair_of, predicted
 
 (CARD,) = (card for card in cards() if card.card == "h100")
 LAB = LABS["prefix-caching"]
@@ -70,3 +70,12 @@ def test_a_teacher_has_the_key_and_no_minutes_that_no_run_took(
     taught = teaching.Taught.of(LAB.name, sheets, None, None)
     assert [[*answers] for _, answers in taught.key] == [[task.answer]]
     assert (taught.run_min, taught.engines) == (None, None)
+
+
+def test_a_prediction_on_a_card_is_of_the_points_that_the_claim_has_there() -> None:
+    """On a CPU this claim compares 16 requests in flight with one, on a card of 80 GB 256."""
+    lab = LABS["continuous-batching"]
+    claim = next(c for c in lab.at(CARD.scale, quick=False).claims if c.name == "throughput")
+    pair = pair_of(lab, claim, CARD)
+    assert pair[0].load.users == 256
+    assert dict(predicted(lab, "throughput"))[CARD.name] == claim.predict(*pair).value
