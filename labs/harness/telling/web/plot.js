@@ -1,4 +1,4 @@
-// Of every page that draws with Plotly: its data, its colours and axes, and when to draw.
+// Of every page with data: its data, colours and axes, and when Plotly draws.
 // deno-lint-ignore-file no-unused-vars -- the script that follows in the same page uses them
 "use strict";
 
