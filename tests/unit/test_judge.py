@@ -325,6 +325,11 @@ def test_what_became_of_a_prediction(
         (1.20, 0.99, 0.01, "refuted", -0.06),  # the other way
         (1.06, 1.02, 0.10, "held", None),  # below what two twins differ by: the ratio alone
         (1.04, 1.00, 0.01, "held", None),  # within the margin
+        (1.00, 1.04, 0.03, "held", None),  # measured within it, too
+        (1.00, 1.15, 0.16, "open", None),
+        (1.00, 1.08, 0.05, "open", None),  # a clear effect, where none was predicted
+        (1.00, 1.15, 0.05, "refuted", None),
+        (1.00, 0.87, 0.05, "refuted", None),
         (8.0, 6.6, 0.01, "held", 0.91),
         (8.0, 5.0, 0.01, "refuted", 0.77),  # 40% of a large effect are no 25% of its ratio
     ],

@@ -581,6 +581,13 @@ def is_within(ratio: float, margin: float) -> bool:
     return ratio > 0 and abs(math.log(ratio)) <= math.log1p(margin)
 
 
+def is_clear(ratio: Interval, margin: float) -> bool:
+    """Whether there is an effect: the interval excludes 1, and the ratio exceeds the margin."""
+    if ratio.low is None or ratio.high is None:
+        return False
+    return not (ratio.low <= 1 <= ratio.high or is_within(ratio.value, margin))
+
+
 def verdict_kind(ratio: Interval, metric: str, margin: float = MARGIN) -> VerdictKind:
     """Decide what a ratio of a metric shows.
 
@@ -591,7 +598,7 @@ def verdict_kind(ratio: Interval, metric: str, margin: float = MARGIN) -> Verdic
         return "inconclusive"
     if is_within(ratio.low, margin) and is_within(ratio.high, margin):
         return "no effect"
-    if ratio.low <= 1 <= ratio.high or is_within(ratio.value, margin):
+    if not is_clear(ratio, margin):
         return "inconclusive"
     return "helps" if (ratio.value > 1) == (METRICS[metric].better == "higher") else "hurts"
 
@@ -630,18 +637,24 @@ def effect_outcome(prediction: Prediction, effect: Effect, margin: float) -> Pre
 
     It has *held* where both did, and is *refuted* where either is. The effect is borne out where
     the 90% interval lies within its 1 / 1.4 to 1.4, and refuted where none of it does. Where the
-    predicted effect is within the margin or below the A/A floor, the ratio alone decides.
+    predicted effect is below the A/A floor, the ratio alone decides. It does where none is
+    predicted, too, unless a clear one was measured: that has not held, and it is refuted where
+    none of the 90% interval lies within the margin.
     """
     measured, p = effect.interval(TWO_ONE_SIDED), prediction.value
     of_ratio = prediction_outcome(prediction, measured)
-    if prediction.kind != "point" or is_within(p, margin) or not effect.resolves(p):
+    none_predicted = is_within(p, margin)
+    if prediction.kind != "point" or measured.low is None or measured.high is None:
         return of_ratio
-    assert measured.low is not None
-    assert measured.high is not None
+    if not (is_clear(effect.ratio, margin) if none_predicted else effect.resolves(p)):
+        return of_ratio
     least, largest = sorted((p ** (1 / EFFECT_AGREEMENT), p**EFFECT_AGREEMENT))
+    if none_predicted:
+        least, largest = 1 / (1 + margin), 1 + margin
     if of_ratio == "refuted" or measured.high < least or measured.low > largest:
         return "refuted"
-    return of_ratio if least <= measured.low and measured.high <= largest else "open"
+    borne_out = least <= measured.low and measured.high <= largest
+    return of_ratio if borne_out else "open"
 
 
 class Tally(NamedTuple):
