@@ -16,10 +16,12 @@ import requests
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from dashboards import boards
 from labs import LABS
 from labs.harness.commands import all_labs, monitoring, play, settings
 from labs.harness.commands.cli import app
 from labs.harness.commands.terminal import reported_errors
+from labs.harness.comparing import leaderboards
 from labs.harness.filing import results
 from labs.harness.running import backfill
 from labs.harness.running.resolve import RunRequest
@@ -216,6 +218,28 @@ def test_report_is_written_anew_from_the_files(
     assert code == 0, said
     assert (folder.path / "report.md").exists()
     assert (folder.path / "report.html").exists()
+
+
+def test_all_that_is_on_file_is_computed_anew_by_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(leaderboards, "write", lambda: [page])
+    monkeypatch.setattr(boards, "write", lambda *_: [])
+    told = write_run(tmp_path)
+    older = write_slowed(told, 1.25)
+    (told.path / "report.md").write_text("stale")
+    for folder in (told, older):
+        (folder.path / "summary.json").unlink()
+    code, said = labs("report", "--committed")
+    assert (code, page.name in said) == (0, True), said
+    assert told.summary().judgements
+    assert older.summary().judgements
+    assert (told.path / "report.md").read_text() != "stale"
+    assert not (older.path / "report.md").exists()
+    code, said = labs("report", "--committed", str(told.path))
+    assert (code, "RUN" in said) == (1, True)
 
 
 # ----------------------------------------------------------------------------- runs side by side

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from labs.harness.judging.judge import (
+    REPEAT_FREEDOM,
+    REPEAT_SPREAD,
     START_SPREAD,
     TWO_ONE_SIDED,
     Caveat,
@@ -103,9 +105,10 @@ def test_their_interval_rests_on_all_rounds() -> None:
     found = effect(TREATED, SLOW, rounds=rounds)
     assert found
     logs = [math.log(ratio) for ratio in (1.19, 1.20, 1.21)]
-    units = [log + moved for log in logs for moved in (-0.02, 0.0, 0.02)]
-    half = 2.306004 * stdev(units) / 3  # Student's, of 8 degrees of freedom
-    assert found.freedom == 8
+    of_rounds = stdev((-0.02, 0.0, 0.02)) ** 2 / 3 + REPEAT_SPREAD**2  # expected of a repeat
+    variance = (REPEAT_FREEDOM * of_rounds + 2 * stdev(logs) ** 2) / (REPEAT_FREEDOM + 2)
+    half = 2.364624 * math.sqrt(variance / 3)  # Student's, of 7 degrees of freedom
+    assert found.freedom == pytest.approx(7)
     assert found.ratio.value == pytest.approx(math.exp(fmean(logs)))
     assert found.ratio.high == pytest.approx(math.exp(fmean(logs) + half))
     del rounds[2]  # then the unit is the repeat
@@ -322,6 +325,11 @@ def test_what_became_of_a_prediction(
         (1.20, 0.99, 0.01, "refuted", -0.06),  # the other way
         (1.06, 1.02, 0.10, "held", None),  # below what two twins differ by: the ratio alone
         (1.04, 1.00, 0.01, "held", None),  # within the margin
+        (1.00, 1.04, 0.03, "held", None),  # measured within it, too
+        (1.00, 1.15, 0.16, "open", None),
+        (1.00, 1.08, 0.05, "open", None),  # a clear effect, where none was predicted
+        (1.00, 1.15, 0.05, "refuted", None),
+        (1.00, 0.87, 0.05, "refuted", None),
         (8.0, 6.6, 0.01, "held", 0.91),
         (8.0, 5.0, 0.01, "refuted", 0.77),  # 40% of a large effect are no 25% of its ratio
     ],

@@ -30,7 +30,7 @@ from labs.harness.judging.validity import (
     check,
     disturbances_of,
 )
-from labs.harness.spec import Arm, Evidence
+from labs.harness.spec import Arm, Evidence, Point
 from labs.harness.telling.summary import computed
 from loadtests.records import Chunks, RequestRecord
 from loadtests.workload import Asked, Chat, Fixed, Intruder, Prefix
@@ -734,7 +734,7 @@ def showing(records: list[RequestRecord], flags: Any = None, **info: dict[str, s
     ("counts", "method", "least_copied", "names"),
     [
         ((205, 410, 197), "draft_model", None, set()),
-        ((240, 480, 160), "draft_model", None, {"accepted_otherwise"}),  # 33.3%, of at least 34.3%
+        ((240, 480, 160), "draft_model", None, {"accepted_otherwise"}),  # 33.3%, of at least 34.0%
         ((400, 800, 1), "draft_model", None, {"accepted_otherwise"}),
         ((205, 205, 190), "draft_model", None, {"drafted_otherwise"}),  # one guess each, not two
         ((20, 40, 20), "draft_model", None, {"drafts_do_not_add_up"}),  # in a few steps only
@@ -758,6 +758,44 @@ def test_tokens_that_came_with_the_first_were_guessed_too() -> None:
     assert guessing_faults((205, 410, 197), "draft_model", 0.6, None, first=12) == set()
 
 
+TEXTS = ((5, 6), (5, 6), (7, 4), (5, 6), (7, 4), (6, 5), (9, 2), (8, 3), (7, 4))
+"""Of each answer of 12 tokens in a trial on file: its drafts of two tokens, and those accepted."""
+
+
+@each(
+    ("accepted", "texts", "names"),
+    [
+        (
+            42,
+            TEXTS,
+            set(),
+        ),  # 35.6%: as many independent drafts would have 35.8%, of predicted 57.5%
+        (39, TEXTS, {"accepted_otherwise"}),  # 33.1%, of at least 33.8%
+        (42, TEXTS[-1:], set()),  # one text proves nothing
+        (22, ((8, 11),) * 2 + ((19, 0),) * 2, set()),  # two texts well guessed, two not at all
+        (22, ((15, 5), (15, 5), (15, 6), (14, 6)), {"accepted_otherwise"}),  # all of them badly
+    ],
+)
+def test_what_was_guessed_is_held_against_what_texts_differ_by(
+    accepted: int, texts: Sequence[tuple[int, int]], names: set[str]
+) -> None:
+    point = make_point(
+        "draft",
+        flags={"speculative-config": {"method": "draft_model", "num_speculative_tokens": 2}},
+    )
+    found = [
+        make_record(
+            [(11, 1), *((11 + i, 1) for i in range(1, drafts)), (11 + drafts, 1 + came_true)],
+            sent_s=10,
+        )
+        for drafts, came_true in texts
+    ]
+    assert (
+        faults_of_guesses(found, point, (59, 118, accepted), 0.683) & {"accepted_otherwise"}
+        == names
+    )
+
+
 def guessing_faults(
     counts: Sequence[float | None],
     method: str,
@@ -772,6 +810,17 @@ def guessing_faults(
         make_record([(t, first), (t + 1, 21 - first)], sent_s=t - 1)
         for t in np.linspace(11, 18, 20)
     ]
+    return faults_of_guesses(found, point, counts, acceptance, least_copied)
+
+
+def faults_of_guesses(
+    found: list[RequestRecord],
+    point: Point,
+    counts: Sequence[float | None],
+    acceptance: float | None,
+    least_copied: float | None = None,
+) -> set[str]:
+    """The faults of a trial whose engine counts so many drafts, drafted and accepted tokens."""
     counters = (metrics.SPEC_DRAFTS, metrics.SPEC_DRAFTED, metrics.SPEC_ACCEPTED)
     shown = {name: n for name, n in zip(counters, counts, strict=True) if n is not None}
     engine = make_engine(found, True)

@@ -37,24 +37,28 @@ from labs.harness.telling.summary import all_problems, summarise
 from serving.weights.models import ROOT
 
 PANEL = "Recorded runs"
-COMMITTED = typer.Option("--committed", help="Check only the runs that git tracks.")
+COMMITTED = typer.Option("--committed", help="Only the runs that git tracks.")
 VERIFY = typer.Option("--verify", help="Only check whether they are up to date.")
 
 
 @command("report", panel=PANEL, behind="run")
-def rebuild(run: Path | None = None) -> None:
+def rebuild(run: Path | None = None, committed: Annotated[bool, COMMITTED] = False) -> None:
     """Compute summaries and reports again from the files of finished trials, and pack the runs.
 
     A run that repeats another recorded run is also compared with it again, and the repetitions that
-    are filed with a run are judged again.
+    are filed with a run are judged again. With `--committed` a run that lies here without a report
+    gets none, and the pages that are generated from all runs are written last.
     """
+    if committed:
+        require_clone("report --committed")
+    folders = _folders(run, committed)
     if run:
-        _rebuild(open_run(run))
+        _rebuild(folders[0])
         return
     left_out = 0
-    for folder in (folders := all_runs()):
+    for folder in folders:
         try:
-            _rebuild(folder)
+            _rebuild(folder, told=not committed or (folder.path / "report.md").exists())
         except LabError as error:
             left_out += 1
             _say_left_out(folder.place, str(error))
@@ -62,6 +66,8 @@ def rebuild(run: Path | None = None) -> None:
         raise LabError(f"runs whose report was not computed: {left_out} of {len(folders)}")
     if not folders:
         console.print(f"There is no run in {shown_path(RESULTS)} yet: `make labs` lists the labs.")
+    elif committed:
+        readme()
 
 
 @command("words", panel=PANEL)
@@ -87,17 +93,20 @@ def tell_again(
     show_path(write_lesson(out, runs, lab))
 
 
-def _folders(run: Path | None) -> list[RunFolder]:
-    """Return the run named, or every recorded run."""
-    return [open_run(run)] if run else all_runs()
+def _folders(run: Path | None, committed: bool = False) -> list[RunFolder]:
+    """Return the run named, every run that git tracks, or every recorded run."""
+    if run and committed:
+        raise LabError("RUN names one run, and `--committed` all that git tracks: give one of them")
+    return [open_run(run)] if run else committed_runs() if committed else all_runs()
 
 
-def _rebuild(folder: RunFolder) -> None:
+def _rebuild(folder: RunFolder, told: bool = True) -> None:
     with readable(folder):
         summarise(folder)
-        figures = report.draw(folder)
-        for path in (report.write(folder, figures), pages.write(folder, figures)):
-            show_path(path)
+        if told:
+            figures = report.draw(folder)
+            for path in (report.write(folder, figures), pages.write(folder, figures)):
+                show_path(path)
         original = reproduction.original_of(folder)
         if original and folder.complete:
             result = reproduction.compare_with_original(original, folder)
@@ -159,7 +168,7 @@ def check(
 ) -> None:
     """Check that recorded runs are readable, complete and in the folder of their machine."""
     count = 0
-    for folder in (folders := committed_runs() if committed else _folders(run)):
+    for folder in (folders := _folders(run, committed)):
         for problem in (*all_problems(folder), *reproduction.problems(folder)):
             count += 1
             text = f"{shown_path(folder.path)}: {escape(problem)}"

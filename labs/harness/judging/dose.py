@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from labs.harness.judging.measure import Trial, counter_increase
+import numpy as np
+import scipy
+
+from labs.harness.judging.measure import Trial, counter_increase, output_tokens
 from loadtests.records import RequestRecord
 from serving import metrics
 
@@ -281,23 +284,40 @@ class Guesses:
         yielded = sum(sum(tokens for _, tokens in r.chunks) - 1 for r in trial.records)
         return Bounds((1 - BAND) * yielded, (1 + BAND) * yielded + len(trial.records))
 
-    def accepted_bounds(self, predicted: float) -> Bounds | None:
+    def accepted_bounds(self, predicted: float, trial: Trial) -> Bounds | None:
         """Bound the share of drafted tokens that must have been accepted; None without drafts.
 
         `predicted` is the chance that a token is accepted if all before it were, so that of g
         drafted tokens (a + a^2 + .. + a^g) / g are. The least is 15% below that, and below that by
-        twice the standard error that so few drafts have at most. A text that is guessed better than
-        predicted is a finding and no fault; where the engine was told how much to accept, the most
-        is bounded alike.
+        Student's 97.5% quantile of the standard error, with as many texts as were answered. The
+        error is the most that so many independent drafts can have, or that from text to text where
+        it is larger (`_error_over_texts`). A text that is guessed better than predicted is a
+        finding and no fault; where the engine was told how much to accept, the most is bounded
+        alike. A single text bounds nothing.
         """
         if not self.drafts:
             return None
+        texts = [(len(r.chunks) - 1, output_tokens(r) - len(r.chunks)) for r in trial.records]
+        texts = [(steps, accepted) for steps, accepted in texts if steps > 0]
+        if len(texts) < 2:
+            return Bounds(0.0, 1.0)
         guesses = int(self.config["num_speculative_tokens"])
         share = sum(predicted**i for i in range(1, guesses + 1)) / guesses
-        chance = 2 * 0.5 / math.sqrt(self.drafts)
+        error = max(0.5 / math.sqrt(self.drafts), self._error_over_texts(texts))
+        chance = float(scipy.special.stdtrit(len(texts) - 1, 0.975)) * error
         synthetic = self.config.get("rejection_sample_method") == "synthetic"
         high = (1 + BAND) * share + chance if synthetic else 1.0
         return Bounds(max(0.0, (1 - BAND) * share - chance), high)
+
+    def _error_over_texts(self, texts: Sequence[tuple[int, int]]) -> float:
+        """Estimate the standard error of the share accepted, of texts as (steps, accepted tokens).
+
+        Drafts of one text are guessed alike, so that the text is the unit: the error is that of a
+        ratio of sums over texts (Cochran, "Sampling techniques", 1977, 6.4).
+        """
+        steps, accepted = np.array(texts, float).T
+        off = accepted - accepted.sum() / steps.sum() * steps
+        return math.sqrt(len(texts) / (len(texts) - 1) * float(off @ off)) / self.drafted
 
 
 def copied_share(least: float) -> Bounds:

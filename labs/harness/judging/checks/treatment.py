@@ -195,7 +195,7 @@ def accepted_otherwise(trial: Trial, expected: Expected) -> Found:
     if key in expected.least_copied:
         bounds = dose.copied_share(expected.least_copied[key])
     elif key in expected.acceptance:
-        bounds = guesses.accepted_bounds(expected.acceptance[key])
+        bounds = guesses.accepted_bounds(expected.acceptance[key], trial)
     share = guesses.accepted / guesses.drafted
     if bounds and not bounds.hold(share):
         yield {"share": share, "low": bounds.low, "high": bounds.high}
