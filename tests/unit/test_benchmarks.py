@@ -23,6 +23,7 @@ from labs.harness.comparing.benchmarks import Translated, translate
 from labs.harness.comparing.command_lines import TABLE, NotTranslatedError, note, serve_flags
 from labs.harness.spec import LabError
 from loadtests.trace import TraceRow
+from serving.engines import vllm
 from serving.hardware.gpus import short_names
 from serving.weights.dummy import SHAPES
 from tests import with_vllm
@@ -176,6 +177,7 @@ def test_what_is_left_out_is_named_once_and_what_is_off_is_not() -> None:
     assert any(line.endswith("--host.") for line in notes)
 
 
+@pytest.mark.usefixtures("_vllm_is_there")
 def test_a_secret_of_the_command_is_not_recorded() -> None:
     secret = "hf_" + "a1B2" * 8
     translated = translate(
@@ -187,6 +189,14 @@ def test_a_secret_of_the_command_is_not_recorded() -> None:
 # ------------------------------------------------------------------------------ the engine's line
 
 
+@pytest.fixture
+def _vllm_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads an engine's line is forked from a process that has imported vLLM."""
+    vllm_source()
+    monkeypatch.setattr(vllm, "PARSING", with_vllm.python("serving.inside.parsing"))
+
+
+@pytest.mark.usefixtures("_vllm_is_there")
 def test_the_engines_flags_are_the_variants() -> None:
     model, flags, notes = serve_flags(
         "vllm serve --enforce-eager org/model -tp 2 --max-model-len 8k --max_num_seqs=16"
@@ -204,9 +214,34 @@ def test_the_engines_flags_are_the_variants() -> None:
     assert variant.lab.variants[0].flags == {"tensor-parallel-size": 2}
 
 
-@each("serve", ["vllm run m", "sglang serve m", "vllm serve a b", "vllm serve $MODEL"])
+@each(("line", "flags"), [
+    ("--trust-remote-code org/model", {}),
+    ("--enable-auto-tool-choice --swap-space 4 --disable-log-requests org/model", {}),
+    ("org/model --max-model-len -1", {"max-model-len": -1}),
+    ("--max-model-len auto --model org/model", {"max-model-len": -1}),
+    ("--async-scheduling org/model --max-num-batched-tokens=1K",
+     {"async-scheduling": True, "max-num-batched-tokens": 1024}),
+    ("--compilation-config.mode 0 -O2 org/model",
+     {"optimization-level": 2, "compilation-config": {"mode": 0}}),
+    ("--cudagraph-capture-sizes 1 2 4 --model org/model", {"cudagraph-capture-sizes": [1, 2, 4]}),
+    # not imported, and not read
+    ("org/model --compilation-config '{\"pass_config\": {\"fuse\": \"os.abort\"}}'",
+     {"compilation-config": {"pass_config": {"fuse": "os.abort"}}}),
+    ("org/model --config /dev/zero", {"config": "/dev/zero"}),
+])  # fmt: skip
+@pytest.mark.usefixtures("_vllm_is_there")
+def test_a_line_is_read_as_vllm_reads_it(line: str, flags: dict[str, Any]) -> None:
+    model, found, _ = serve_flags(f"vllm serve {line}")
+    assert (model, found) == ("org/model", flags)
+
+
+@each("serve", [
+    "vllm run m", "sglang serve m", "vllm serve a b", "vllm serve $MODEL", "vllm serve m --help",
+    "vllm serve m --max-num-sequences 3", "vllm serve m --max-model-len",
+])  # fmt: skip
+@pytest.mark.usefixtures("_vllm_is_there")
 def test_another_line_is_refused(serve: str) -> None:
-    with pytest.raises(LabError):
+    with pytest.raises(LabError, match=r"SERVE|begins"):
         serve_flags(serve)
 
 
@@ -377,6 +412,7 @@ def test_a_file_of_another_tool_or_of_none_is_refused(tmp_path: Path) -> None:
 
 
 @each("name", [*benchmarks.published_claims()])
+@pytest.mark.usefixtures("_vllm_is_there")
 def test_a_published_claim_is_a_command_that_can_be_played(name: str) -> None:
     claim = benchmarks.published_claims()[name]
     translated = translate(claim.command, claim.serve)
