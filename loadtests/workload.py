@@ -81,11 +81,14 @@ Lengths = Annotated[Fixed | Exponential, Field(discriminator="kind")]
 class Prefix(BaseModel, frozen=True, extra="forbid"):
     """The first `tokens` of every prompt's text are shared by the requests of a group.
 
-    Requests take the groups in turn. With `favourite` they draw them: that share of all takes the
-    first group, and the rest is drawn evenly from the others. With several `documents` the shared
+    Requests take the groups in turn, or in the `order` that is given, which begins again at its
+    end. With `favourite` they draw them: that share of all takes the first group, and the rest is
+    drawn evenly from the others. With several `documents` the shared
     text consists of that many pieces of equal length, as a retrieval system would insert them;
     `shuffled` puts the pieces in another order for every request. The first tokens of the chat
-    template, which all requests share, are not counted here.
+    template, which all requests share, are not counted here, unless `with_template` says so: the
+    first `tokens` of a prompt are then all that is shared, or fewer where the shortest prompt would
+    have no token of its own.
     """
 
     tokens: Tokens
@@ -95,17 +98,27 @@ class Prefix(BaseModel, frozen=True, extra="forbid"):
     favourite: Annotated[
         float | None, Field(ge=0, le=1, exclude_if=lambda favourite: favourite is None)
     ] = None
+    order: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...],
+        Field(max_length=MOST_ROWS, exclude_if=lambda order: not order),
+    ] = ()
+    with_template: Annotated[bool, Field(exclude_if=lambda with_template: not with_template)] = (
+        False
+    )
 
     @model_validator(mode="after")
     def _has_others(self) -> Self:
         if self.favourite is not None and self.groups == 1:
             raise ValueError("favourite is a share beside that of other groups: groups=2 or more")
+        if self.order and (self.favourite is not None or max(self.order) >= self.groups):
+            raise ValueError("order lists groups by their numbers from 0, and needs no favourite")
         return self
 
     def drawn(self, n: int, rng: random.Random) -> list[int]:
         """Return the group of each of n requests."""
         if self.favourite is None:
-            return [i % self.groups for i in range(n)]
+            order = self.order or range(self.groups)
+            return [order[i % len(order)] for i in range(n)]
         others = self.groups - 1
         # the same draw on every Python version, as random() is
         return [
@@ -293,7 +306,7 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
             )
         if self.primed and self.prefix is None:
             raise ValueError(f"{self.name}: without a prefix there is nothing to prime")
-        if self.primed and self.prefix and self.prefix.favourite is not None:
+        if self.primed and self.prefix and (self.prefix.favourite is not None or self.prefix.order):
             raise ValueError(f"{self.name}: only groups that are taken in turn can be primed")
         if not self.trace and any(isinstance(a, OfTrace) for a in self.loads):
             raise ValueError(
@@ -423,10 +436,14 @@ class Workload(BaseModel, frozen=True, extra="forbid"):
         group_of = [0] * len(asked)
         if self.prefix:
             documents = self.prefix.documents
-            tokens = self.prefix.tokens // documents  # of each
+            tokens, groups = self.prefix.tokens, self.prefix.groups
+            if self.prefix.with_template:
+                shortest = min(own.prompt_tokens for own in asked)
+                tokens = min(tokens - writer.head_tokens, shortest - writer.least_tokens)
+                tokens = max(0, tokens)
             leads = [
-                [writer.lead(tokens, rng) for _ in range(documents)]
-                for _ in range(min(len(asked), self.prefix.groups))
+                [writer.lead(tokens // documents, rng) for _ in range(documents)]
+                for _ in range(groups if self.prefix.order else min(len(asked), groups))
             ]
             group_of = [group % len(leads) for group in self.prefix.drawn(len(asked), rng)]
         prompts, texts = [], []

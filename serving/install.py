@@ -49,6 +49,12 @@ TORCH_NEEDS = (  # of what torch installs, its own packages and CUDA's apart
     *("filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy"),
     "typing-extensions",
 )
+STARTS_VLLM = "from vllm.entrypoints.cli.main import main\n"  # in the command `vllm`
+ITS_VERSION = """\
+import importlib.metadata
+of = importlib.metadata.version
+importlib.metadata.version = lambda name: of("{0}") + "+cpu" if name == "vllm" else of(name)
+"""  # under the name by which it asks for its own, as vllm/platforms finds it
 NVIDIA_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
 BUNDLED_MODEL = "SmolLM2-135M-Instruct"
 PROGRAMS = ("prometheus", "promtool")
@@ -531,6 +537,18 @@ def install_other_vllm(root: Path, platform: str, vllm: str, step: Step) -> None
     raise failure(home, f"uv could not install what {pinned} needs")
 
 
+def mend_command(home: Path, package: str) -> None:
+    """Let the command `vllm` find its version where another package than `vllm` carries it.
+
+    It ends in an error else. What is mended already stays as it is.
+    """
+    command = home / ".venv" / "bin" / "vllm"
+    text = command.read_text() if package != "vllm" and command.exists() else ""
+    mended = ITS_VERSION.format(package) + STARTS_VLLM
+    if STARTS_VLLM in text and mended not in text:
+        command.write_text(text.replace(STARTS_VLLM, mended))
+
+
 def install_bundled_model(root: Path, home: Path, step: Step) -> None:
     lock = lock_of(root, "model")
     # Only the package's file is needed; its dependencies are for another program.
@@ -591,6 +609,7 @@ def set_up(root: Path, platform: str, vllm: str = "") -> None:
             install_other_vllm(root, platform, vllm, step)
         else:
             install_packages(root, platform, step)
+        mend_command(home, PLATFORMS[platform].vllm)
     if not (vllm and bundled_model(root)):
         with Step("bundled model") as step:
             install_bundled_model(root, home, step)

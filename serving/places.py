@@ -9,6 +9,7 @@ Standard library only, and syntax that Python 3.7 can parse: see serving/install
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -39,8 +40,28 @@ def home() -> Path:
 
 
 def how_to_install(extra: str) -> str:
-    """Name the command that brings what a package without its extras lacks."""
+    """Name the command that brings what a package without its extras lacks.
+
+    It names the wheel, or the address, that this one was installed from (as PEP 610 records it):
+    no index has the package, so whoever took its name there could run what they like here.
+    """
     if IN_CLONE:
         return "run `make setup`"
+    source = _installed_from()
+    if not source:
+        return "run `make setup` in a clone"
     machine = " on a machine with an NVIDIA GPU" if extra == "cuda" else ""
-    return f"run `pip install '{OWN_FOLDER}[{extra}]'`{machine}, or `make setup` in a clone"
+    return (
+        f"run `pip install '{OWN_FOLDER}[{extra}] @ {source}'`{machine}, or `make setup` in a clone"
+    )
+
+
+def _installed_from() -> str:
+    """Return the URL of the file, folder or commit it was installed from; empty where unknown."""
+    from importlib import metadata  # of Python 3.8
+
+    for installed in metadata.distributions(name=OWN_FOLDER):
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")
+        url, commit = str(origin.get("url", "")), origin.get("vcs_info")
+        return f"{commit['vcs']}+{url}@{commit['commit_id']}" if commit else url
+    return ""

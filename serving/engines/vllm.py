@@ -283,7 +283,7 @@ class Vllm(Engine):
     def require_sizes(cls, variant: str, flags: Flags, model: Model, longest_tokens: int) -> None:
         positions = model.shape.max_positions
         limit, memory = flags.get("max-model-len"), flags.get("kv-cache-memory-bytes")
-        if not isinstance(limit, int):
+        if not isinstance(limit, int) or limit < 1:  # -1: vLLM fits it to the memory
             return
         if limit > positions:
             raise EngineError(
@@ -501,9 +501,26 @@ def _remembered(memory: Path) -> dict[str, list[str]]:
 
 def _parsed(argvs: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Let vLLM's parser read these; its options, and an error or None for each."""
+    return _of_parser(argvs)
+
+
+def as_written(words: Sequence[str], older: Sequence[str]) -> dict[str, Any]:
+    """Let vLLM's parser split the words of a line; return each option's texts by its name.
+
+    `older` are options that it had before, `--name V` where one takes a value. Raises EngineError.
+    """
+    parsed = _of_parser({"words": words, "older": older}, "as-written")
+    if parsed["error"]:
+        raise EngineError(f"vLLM refuses it: {parsed['error']}")
+    given: dict[str, Any] = parsed["given"]
+    return given
+
+
+def _of_parser(said: object, *mode: str) -> dict[str, Any]:
+    """Ask vLLM's parser (`serving/inside/parsing.py`). Raises EngineError."""
     out = subprocess.run(
-        PARSING,
-        input=json.dumps(argvs),
+        [*PARSING, *mode],
+        input=json.dumps(said),
         capture_output=True,
         text=True,
         env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},

@@ -3,6 +3,7 @@
 import ast
 import fcntl
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -21,7 +22,7 @@ import pytest
 
 from serving import install, platforms, unbundle
 from serving.bundle import write_empty_wheel
-from serving.platforms import PLATFORMS
+from serving.platforms import PLATFORMS, platform_of
 from tests.processes import lives
 
 LOCKS = Path(install.__file__).parent / "locks"
@@ -61,6 +62,13 @@ def program(path: Path, script: str = "exit 0") -> Path:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return path
+
+
+def has_metadata(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def edit(path: Path) -> None:
@@ -361,6 +369,31 @@ def test_packages_are_the_locks_files_and_nothing_that_they_need(root: Path, uv:
     assert "--only-binary" in wheels
     assert {"--no-binary", "--no-build-isolation"} <= set(built)  # by what is in the lock
     assert {"--editable", str(root), "--no-build-isolation"} <= set(here)
+
+
+def test_the_command_vllm_answers_where_another_package_carries_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does in .venv, and still after a second set-up."""
+    carried = next((p for p in PLATFORMS.values() if has_metadata(p.vllm)), None)
+    if not carried:
+        pytest.skip("vLLM is not installed")
+    command = root / ".venv" / "bin" / "vllm"
+    as_installed = f"#!{sys.executable}\nimport sys\n{install.STARTS_VLLM}sys.exit(main())\n"
+    command.write_text(as_installed)
+    command.chmod(0o755)
+    stub_steps(monkeypatch)
+    platform = platform_of(carried.kind)
+    for _ in range(2):
+        install.set_up(root, platform)
+    assert command.read_text().count(install.STARTS_VLLM) == 1
+    for words, name in ((["--help"], "serve"), (["bench", "serve", "--help=all"], "--num-prompts")):
+        said = subprocess.run([command, *words], capture_output=True, text=True)
+        assert said.returncode == 0, said.stderr[-400:]
+        assert name in said.stdout
+    command.write_text(as_installed)
+    install.set_up(root, "cuda")
+    assert command.read_text() == as_installed
 
 
 def test_torch_comes_from_a_folder_else_by_its_hash_and_last_from_its_own_index(

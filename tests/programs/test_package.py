@@ -127,7 +127,7 @@ def test_recorded_runs_are_read_without_an_engine(
 
 
 def test_memory_is_planned_without_an_engine_and_time_asks_for_one(
-    installed: Path, home: Path
+    installed: Path, wheel: Path, home: Path
 ) -> None:
     home.mkdir()
     before = installed_files(installed)
@@ -137,7 +137,7 @@ def test_memory_is_planned_without_an_engine_and_time_asks_for_one(
     plan = ("plan", "--machine", "h100", "--model", "llama-70b")
     code, text = labs(installed, home, *plan)
     assert (code, "141.1 GB" in text) == (0, True), text
-    install_it = "run `pip install 'inference-serving-lab[cuda]'`"
+    requirement = f"inference-serving-lab[cuda] @ {wheel.as_uri()}"
     for words in (
         (*plan, "--precision", "fp8", "--rate", "1"),
         ("run", "continuous-batching"),
@@ -145,7 +145,7 @@ def test_memory_is_planned_without_an_engine_and_time_asks_for_one(
     ):
         code, text = labs(installed, home, *words)
         assert code == 1, words
-        assert f"error: vLLM is not installed here: {install_it}" in text
+        assert f"error: vLLM is not installed here: run `pip install '{requirement}'`" in text
     assert "72.7 GB" in labs(installed, home, *plan, "--precision", "fp8")[1]
     assert installed_files(installed) == before
     assert not (home / "results").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from labs.harness.commands import recorded_runs
 from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder
 from labs.harness.running import run as running
+from serving import places
 from serving.places import OWN_FOLDER, named_or
 from serving.weights.models import ROOT
 from tests.unit.builders import write_run
@@ -136,3 +138,32 @@ def test_data_of_prometheus_lie_in_a_folder_of_our_own_name(
     assert (data / OWN_FOLDER).resolve() == prometheus.HOME
     monkeypatch.delenv("LABS_PROMETHEUS_DATA")
     assert named_or("LABS_PROMETHEUS_DATA", tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("origin", "advised"),
+    [
+        ({"url": "file:///a/lab.whl", "archive_info": {}}, "[cuda] @ file:///a/lab.whl'"),
+        (
+            {"url": "https://git.example/lab", "vcs_info": {"vcs": "git", "commit_id": "ab1"}},
+            "[cuda] @ git+https://git.example/lab@ab1'",
+        ),
+        (None, "run `make setup` in a clone"),
+    ],
+)
+def test_no_index_is_asked_for_a_package_that_it_does_not_have(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    origin: dict[str, object] | None,
+    advised: str,
+) -> None:
+    about = tmp_path / "inference_serving_lab-0.1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Name: {OWN_FOLDER}\nVersion: 0.1.0\n")
+    if origin:
+        (about / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(places, "IN_CLONE", False)
+    said = places.how_to_install("cuda")
+    assert advised in said
+    assert "[cuda]'" not in said  # a name alone

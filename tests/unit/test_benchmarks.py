@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import importlib.util
 import json
-import math
 import random
-from collections.abc import AsyncIterator, Iterable, Sequence
+import subprocess
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,13 @@ from typer.testing import CliRunner
 from labs.harness.commands.cli import app
 from labs.harness.comparing import benchmarks
 from labs.harness.comparing.benchmarks import Translated, translate
-from labs.harness.comparing.command_lines import TABLE, NotTranslatedError, serve_flags
+from labs.harness.comparing.command_lines import TABLE, NotTranslatedError, note, serve_flags
 from labs.harness.spec import LabError
 from loadtests.trace import TraceRow
+from serving.engines import vllm
 from serving.hardware.gpus import short_names
 from serving.weights.dummy import SHAPES
+from tests import with_vllm
 from tests.cases import each
 
 VLLM, GUIDE, AIPERF = "vllm bench serve", "guidellm benchmark", "aiperf profile"
@@ -176,6 +177,7 @@ def test_what_is_left_out_is_named_once_and_what_is_off_is_not() -> None:
     assert any(line.endswith("--host.") for line in notes)
 
 
+@pytest.mark.usefixtures("_vllm_is_there")
 def test_a_secret_of_the_command_is_not_recorded() -> None:
     secret = "hf_" + "a1B2" * 8
     translated = translate(
@@ -187,6 +189,14 @@ def test_a_secret_of_the_command_is_not_recorded() -> None:
 # ------------------------------------------------------------------------------ the engine's line
 
 
+@pytest.fixture
+def _vllm_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads an engine's line is forked from a process that has imported vLLM."""
+    vllm_source()
+    monkeypatch.setattr(vllm, "PARSING", with_vllm.python("serving.inside.parsing"))
+
+
+@pytest.mark.usefixtures("_vllm_is_there")
 def test_the_engines_flags_are_the_variants() -> None:
     model, flags, notes = serve_flags(
         "vllm serve --enforce-eager org/model -tp 2 --max-model-len 8k --max_num_seqs=16"
@@ -204,9 +214,34 @@ def test_the_engines_flags_are_the_variants() -> None:
     assert variant.lab.variants[0].flags == {"tensor-parallel-size": 2}
 
 
-@each("serve", ["vllm run m", "sglang serve m", "vllm serve a b", "vllm serve $MODEL"])
+@each(("line", "flags"), [
+    ("--trust-remote-code org/model", {}),
+    ("--enable-auto-tool-choice --swap-space 4 --disable-log-requests org/model", {}),
+    ("org/model --max-model-len -1", {"max-model-len": -1}),
+    ("--max-model-len auto --model org/model", {"max-model-len": -1}),
+    ("--async-scheduling org/model --max-num-batched-tokens=1K",
+     {"async-scheduling": True, "max-num-batched-tokens": 1024}),
+    ("--compilation-config.mode 0 -O2 org/model",
+     {"optimization-level": 2, "compilation-config": {"mode": 0}}),
+    ("--cudagraph-capture-sizes 1 2 4 --model org/model", {"cudagraph-capture-sizes": [1, 2, 4]}),
+    # not imported, and not read
+    ("org/model --compilation-config '{\"pass_config\": {\"fuse\": \"os.abort\"}}'",
+     {"compilation-config": {"pass_config": {"fuse": "os.abort"}}}),
+    ("org/model --config /dev/zero", {"config": "/dev/zero"}),
+])  # fmt: skip
+@pytest.mark.usefixtures("_vllm_is_there")
+def test_a_line_is_read_as_vllm_reads_it(line: str, flags: dict[str, Any]) -> None:
+    model, found, _ = serve_flags(f"vllm serve {line}")
+    assert (model, found) == ("org/model", flags)
+
+
+@each("serve", [
+    "vllm run m", "sglang serve m", "vllm serve a b", "vllm serve $MODEL", "vllm serve m --help",
+    "vllm serve m --max-num-sequences 3", "vllm serve m --max-model-len",
+])  # fmt: skip
+@pytest.mark.usefixtures("_vllm_is_there")
 def test_another_line_is_refused(serve: str) -> None:
-    with pytest.raises(LabError):
+    with pytest.raises(LabError, match=r"SERVE|begins"):
         serve_flags(serve)
 
 
@@ -225,17 +260,6 @@ def parsed_sources() -> Iterable[ast.AST]:
         yield from ast.walk(ast.parse((vllm_source() / name).read_text()))
 
 
-def functions(*names: str) -> dict[str, Any]:
-    """vLLM's own functions, without importing vLLM."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [n for n in parsed_sources() if isinstance(n, kinds) and n.name in names]
-    known: dict[str, Any] = {"np": np, "math": math, "logger": SimpleNamespace(info=print),
-                             "Iterable": Iterable}  # fmt: skip
-    (unread,) = ast.parse("from __future__ import annotations").body
-    exec(compile(ast.Module([unread, *found], []), "vllm", "exec"), known)
-    return known
-
-
 def test_every_option_of_vllms_parser_is_known() -> None:
     calls = [n for n in parsed_sources() if isinstance(n, ast.Call)]
     options = {
@@ -251,39 +275,102 @@ def test_every_option_of_vllms_parser_is_known() -> None:
     assert len(options) > 80
 
 
-@each("ratio", ["0.4", '{"input": 0.3, "output": 0.5}'])
-def test_lengths_are_those_that_vllm_draws(ratio: str) -> None:
-    known = functions("get_sampling_params", "_resolve_range_ratios")
-    tokenizer = SimpleNamespace(num_special_tokens_to_add=lambda: 0, vocab_size=9)
-    prompts, outputs, _ = known["get_sampling_params"](
-        np.random.default_rng(11), 50, json.loads(ratio), 200, 40, tokenizer
+RUN_BY_VLLM = """
+import asyncio, contextlib, json, shlex, sys, types
+from vllm.benchmarks import serve
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+class Words:  # a tokenizer by which each token is a word
+    vocab_size, all_special_ids = 5000, [0, 1]
+    def num_special_tokens_to_add(self): return 0
+    def decode(self, tokens): return " ".join(map(str, tokens))
+    def encode(self, text, add_special_tokens=False): return [*map(int, text.split())]
+
+class Listed(Exception): pass
+
+async def as_they_are(base_url, model, requests, ssl_context): return requests
+
+async def listed(*, input_requests, request_rate, burstiness, ignore_eos, **others):
+    slept, sent = [0.0], []
+    async def sleep(seconds): slept.append(seconds)
+    serve.asyncio = types.SimpleNamespace(sleep=sleep)
+    serve.time = types.SimpleNamespace(time=float)
+    async for request, _ in serve.get_request(input_requests, request_rate, burstiness):
+        lengths = request.prompt_len, request.expected_output_len
+        sent.append([slept[-1], *lengths, request.prompt])
+    raise Listed(sent, bool(ignore_eos))
+
+serve._align_prompts_to_server_tokenizer, serve.benchmark = as_they_are, listed
+serve.get_tokenizer = lambda *_, **__: Words()
+parser, found = FlexibleArgumentParser(), []
+serve.add_cli_args(parser)
+for command in json.load(sys.stdin):
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            asyncio.run(serve.main_async(parser.parse_args(shlex.split(command)[3:])))
+        except Listed as ended:
+            found.append(ended.args)
+print(json.dumps(found))
+"""
+REPEATED = (
+    f"{VLLM} --model m --dataset-name prefix_repetition --prefix-repetition-num-prefixes 7"
+    " --prefix-repetition-prefix-len 12 --prefix-repetition-suffix-len 5 --num-prompts 50"
+)
+RUN_BY_BOTH = (
+    f"{VLLM} --model m --num-prompts 50 --seed 11 --random-input-len 200 --random-output-len 40"
+    " --random-range-ratio 0.4 --request-rate 4",
+    f"{VLLM} --model m --num-prompts 40 --seed 5 --request-rate 4 --burstiness 0.3 --input-len 9"
+    """ --output-len 30 --random-range-ratio '{"input": 0.3, "output": 0.5}'""",
+    f"{VLLM} --model m --num-prompts 20 --request-rate 9 --burstiness inf --random-prefix-len 30",
+    f"{VLLM} --model m --num-prompts 9 --random-prefix-len 30 --random-input-len 0",
+    f"{VLLM} --model m --num-prompts 30 --random-prefix-len 30 --random-input-len 1"
+    " --random-range-ratio 0.9 --random-output-len 0",
+    REPEATED,
+    f"{REPEATED} --seed 3 --output-len 9 --request-rate 5 --burstiness inf --ignore-eos",
+    f"{REPEATED} --seed 3 --disable-shuffle --prefix-repetition-output-len 9",
+    f"{REPEATED} --prefix-repetition-suffix-len 0",
+)
+
+
+@lru_cache
+def run_by_vllm() -> dict[str, tuple[list[list[Any]], bool]]:
+    """What vLLM sends for each command, and whether it has the end of a text ignored."""
+    vllm_source()
+    out = subprocess.run(
+        with_vllm.python("-c", RUN_BY_VLLM), input=json.dumps(RUN_BY_BOTH),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(out.stdout.splitlines()[-1])
+    return dict(zip(RUN_BY_BOTH, found, strict=True))
+
+
+def in_order_of_appearance(groups: Iterable[object]) -> list[int]:
+    """Number groups as they come."""
+    numbers: dict[object, int] = {}
+    return [numbers.setdefault(group, len(numbers)) for group in groups]
+
+
+@each("command", RUN_BY_BOTH)
+def test_requests_are_those_that_vllm_sends(command: str) -> None:
+    sent, ends_ignored = run_by_vllm()[command]
+    translated = translate(command)
+    assert [row[1:] for row in trace(translated)] == [(row[1], row[2]) for row in sent]
+    assert [row[0] for row in trace(translated)] == pytest.approx([r[0] for r in sent], abs=1e-5)
+    (workload,) = translated.lab.workloads
+    prefix_tokens = workload.prefix.tokens if workload.prefix else 0
+    theirs = [row[3].split()[:prefix_tokens] for row in sent]
+    mine = (
+        workload.prefix.drawn(len(sent), random.Random(0)) if workload.prefix else [0] * len(sent)
     )
-    mine = trace(translate(f"{VLLM} --num-prompts 50 --seed 11 --random-input-len 200"
-                           f" --random-output-len 40 --random-range-ratio '{ratio}'"))  # fmt: skip
-    assert [row[1:] for row in mine] == list(zip(prompts, outputs, strict=True))
+    assert in_order_of_appearance(mine) == in_order_of_appearance(map(tuple, theirs))
+    assert (note("ends") in translated.notes) != ends_ignored
 
 
-@each("burstiness", ["1", "0.3", "inf"])
-def test_times_are_those_that_vllm_waits_for(burstiness: str) -> None:
-    known = functions("get_request", "_get_current_request_rate")
-    slept: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-
-    known["asyncio"] = SimpleNamespace(sleep=sleep)
-    known["time"] = SimpleNamespace(time=lambda: 0.0)
-
-    async def play(sent: AsyncIterator[object]) -> int:
-        return len([request async for request in sent])
-
-    random.seed(5)
-    np.random.seed(5)
-    requests = [SimpleNamespace(timestamp=None)] * 40
-    assert asyncio.run(play(known["get_request"](requests, 4.0, float(burstiness)))) == 40
-    mine = trace(translate(f"{VLLM} --num-prompts 40 --seed 5 --request-rate 4"
-                           f" --burstiness {burstiness}"))  # fmt: skip
-    assert [row[0] for row in mine] == pytest.approx(slept, abs=1e-5)
+def test_times_that_depend_on_the_tokenizer_are_said_to_be_others() -> None:
+    """As vLLM draws them after its prompts, from the same generator."""
+    assert note("times") in translate(f"{REPEATED} --request-rate 5").notes
+    for other in (REPEATED, RUN_BY_BOTH[0]):
+        assert note("times") not in translate(other).notes
 
 
 # ------------------------------------------------------------------------- figures, and claims
@@ -325,6 +412,7 @@ def test_a_file_of_another_tool_or_of_none_is_refused(tmp_path: Path) -> None:
 
 
 @each("name", [*benchmarks.published_claims()])
+@pytest.mark.usefixtures("_vllm_is_there")
 def test_a_published_claim_is_a_command_that_can_be_played(name: str) -> None:
     claim = benchmarks.published_claims()[name]
     translated = translate(claim.command, claim.serve)

@@ -597,6 +597,7 @@ EXACT = 19 * 48 + 48  # the first one was sent before: 63 of its tokens, in whol
 
 PRIMED: dict[str, Any] = {"prefix": SHARED, "primed": True}
 IN_TURN: dict[str, Any] = {"prefix": Prefix(tokens=40, groups=8)}
+IN_ORDER: dict[str, Any] = {"prefix": Prefix(tokens=40, groups=8, order=(0, 0, 3, 1, 3, 7))}
 CHATTING: dict[str, Any] = {"chat": Chat(turns=2, grows_tokens=30)}  # two blocks in every other
 SALTED: dict[str, Any] = {"chat": Chat(turns=2, grows_tokens=30, salted="request")}
 
@@ -614,6 +615,9 @@ SALTED: dict[str, Any] = {"chat": Chat(turns=2, grows_tokens=30, salted="request
         # of more prefixes than the cache holds none is found
         (0, {**IN_TURN, "primed": True, "blocks": 20}, []),
         (0.6 * 64 * 20, {**IN_TURN, "primed": True, "blocks": 20}, ["warm prefix cache"]),
+        # unless they come in another order, which finds one that has just been sent
+        (10 * 48, {**IN_ORDER, "blocks": 20}, []),
+        (20 * 64, {**IN_ORDER, "blocks": 20}, ["warm prefix cache"]),
         # where they may or may not stay, only the most is known
         (0, {**IN_TURN, "primed": True, "blocks": 40}, []),
         (500, {**IN_TURN, "primed": True, "blocks": 40}, []),

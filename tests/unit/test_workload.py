@@ -26,6 +26,7 @@ from loadtests.workload import (
     Samples,
     Workload,
 )
+from tests.cases import each
 from tests.unit.builders import make_workload, words
 
 VARYING = Exponential(mean_tokens=100, max_tokens=400)
@@ -113,6 +114,26 @@ def test_requests_of_a_group_begin_alike_and_groups_take_turns() -> None:
     assert {words(r.messages) for r in requests} == {50}
     assert [texts[i][:30] == texts[0][:30] for i in range(12)] == [True, False, False] * 4
     assert len({tuple(text[30:]) for text in texts}) == 12
+
+
+def test_groups_come_in_the_order_that_is_given_and_it_begins_again() -> None:
+    requests = drawn(8, prefix=Prefix(tokens=30, groups=4, order=(2, 2, 0)))
+    texts = [user_words(request)[:30] for request in requests]
+    assert [text == texts[0] for text in texts] == [True, True, False] * 2 + [True, True]
+    assert texts[2] == texts[5]
+    wrongs: list[dict[str, Any]] = [{"order": (0, 4)}, {"order": (0,), "favourite": 0.5}]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match="order"):
+            Prefix(tokens=30, groups=4, **wrong)
+    with pytest.raises(ValueError, match="primed"):
+        make_workload(prefix=Prefix(tokens=30, groups=4, order=(0, 1)), primed=True)
+
+
+@each(("tokens", "shared"), [(1, 0), (30, 29), (50, 48)])
+def test_a_prefix_that_counts_the_template_leaves_room_for_it(tokens: int, shared: int) -> None:
+    texts = [user_words(r) for r in drawn(20, prefix=Prefix(tokens=tokens, with_template=True))]
+    assert len({tuple(text[:shared]) for text in texts}) == 1
+    assert len({tuple(text[shared:]) for text in texts}) > 1
 
 
 def test_prefix_longer_than_the_prompt_is_refused() -> None:

@@ -2,15 +2,17 @@
 
 What has no counterpart is named, and a load that cannot be translated is refused. A benchmark of so
 many requests becomes a trace of as many: their lengths, and in an open loop their times. Those of
-`vllm bench serve` are drawn as it draws them, from its seed (vLLM 0.32, `benchmarks/serve.py` and
-`benchmarks/datasets`); of the other tools only the distributions are the same (GuideLLM 0.8,
-AIPerf 0.13). A published claim is such a command in `published_claims.toml`.
+`vllm bench serve` are drawn as it draws them, from its seed, as is the order of prefixes (vLLM
+0.32, `benchmarks/serve.py` and `benchmarks/datasets`); of the other tools only the distributions
+are the same (GuideLLM 0.8, AIPerf 0.13). A published claim is such a command in
+`published_claims.toml`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import random
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,36 +169,55 @@ def _vllm(options: Options) -> Benchmark:
         impossible("ramp", given=options.option("ramp"))
     seed, burstiness = options.whole("seed", 0, 0), options.number("burstiness", 1.0)
     requests, rate = _count(options.whole("prompts", 1000)), options.number("rate", math.inf)
+    notes = [note("chat" if "chat" in options.text("backend") else "completions")]
     if dataset == "random":
-        prefix_tokens, groups = options.whole("prefix_tokens", 0, 0), 1
-        lengths = _uniform(options, requests, seed)
+        prefix_tokens, groups, order = options.whole("prefix_tokens", 0, 0), 1, list[int]()
+        lengths = _uniform(options, requests, seed, 0 if prefix_tokens else 1)
+        if len({*lengths}) > 1:
+            notes.append(note("special_tokens"))
     else:
-        prefix_tokens = options.whole("repeated_prefix_tokens", 256)
+        prefix_tokens = options.whole("repeated_prefix_tokens", 256, 0)
         groups = options.whole("repeated_prefixes", 10)
         output_tokens = options.whole("repeated_output_tokens", 128)
         output_tokens = options.whole("any_output_tokens", output_tokens)
         if requests < groups:
             raise LabError(f"COMMAND: --num-prompts {requests} is fewer than {groups} prefixes")
-        own = (options.whole("repeated_suffix_tokens", 256), output_tokens)
-        lengths = [own] * (requests // groups * groups)
-    prefix = Prefix(tokens=prefix_tokens, groups=groups) if prefix_tokens else None
+        order = [group for group in range(groups) for _ in range(requests // groups)]
+        if "unshuffled" not in options.given:
+            random.Random(seed).shuffle(order)
+        least = 0 if prefix_tokens else 1
+        own_tokens = options.whole("repeated_suffix_tokens", 256, least)
+        lengths = [(own_tokens, output_tokens)] * len(order)
+        if rate < math.inf and burstiness < EVENLY:
+            notes.append(note("times"))
+        if "ignore_end" not in options.given:
+            notes.append(note("ends"))
+    prefix = None
+    if prefix_tokens:
+        prefix = Prefix(
+            tokens=prefix_tokens, groups=groups, order=tuple(order[:MOST_ROWS]), with_template=True
+        )
     lengths = [(prefix_tokens + prompt, output) for prompt, output in lengths]
     times_s = list[float]()
     if rate < math.inf:
         times_s = _times_s(len(lengths), rate, burstiness, seed)
         times_s = [at_s * len(lengths) / rate / times_s[-1] for at_s in times_s]
     load = Load(lengths, times_s, options.whole("in_flight"), name=f"rate-{rate:g}")
-    notes = [note("chat" if "chat" in options.text("backend") else "completions")]
     return Benchmark(options.text("model"), seed, _sendable(options, [load]), prefix, notes)
 
 
-def _uniform(options: Options, requests: int, seed: int) -> list[tuple[int, int]]:
-    """Draw lengths as the random dataset does: whole numbers around each mean."""
+def _uniform(options: Options, requests: int, seed: int, least: int) -> list[tuple[int, int]]:
+    """Draw lengths as the random dataset does: whole numbers around each mean.
+
+    `least` is the fewest tokens that a prompt may have beside a prefix; an answer has one at least.
+    """
     option, text = options.option("range_ratio"), options.text("range_ratio", "0")
     ratios = pairs(option, text) if text.startswith("{") else {"input": text, "output": text}
     means = {
-        "input": options.whole("any_prompt_tokens", options.whole("prompt_tokens", 1024)),
-        "output": options.whole("any_output_tokens", options.whole("output_tokens", 128)),
+        "input": options.whole(
+            "any_prompt_tokens", options.whole("prompt_tokens", 1024, least), least
+        ),
+        "output": options.whole("any_output_tokens", options.whole("output_tokens", 128, 0), 0),
     }
     rng, columns = np.random.default_rng(seed), list[list[int]]()
     for part, mean in means.items():
@@ -204,8 +225,9 @@ def _uniform(options: Options, requests: int, seed: int) -> list[tuple[int, int]
         ratio = 0.0 if given in ("0", "0.0") else number(option, given)
         if ratio >= 1:
             raise LabError(f"COMMAND: {option} {given} is not possible: give less than 1")
-        low, high = math.floor(mean * (1 - ratio)), math.ceil(mean * (1 + ratio))
-        columns.append(rng.integers(max(1, low), high + 1, size=requests).tolist())
+        ends = math.floor(mean * (1 - ratio)), math.ceil(mean * (1 + ratio))
+        low, high = (max(least if part == "input" else 1, end) for end in ends)
+        columns.append(rng.integers(low, high + 1, size=requests).tolist())
     return list(zip(*columns, strict=True))
 
 
@@ -296,7 +318,10 @@ def _aiperf(options: Options) -> Benchmark:
     lengths = _around(np.random.default_rng(seed), data, ("prompt_tokens", "output_tokens"), count)
     groups = options.whole("prefixes", 0, 0)
     shared = options.whole("prefix_tokens" if groups else "system_tokens", 0, 0)
-    prefix = Prefix(tokens=shared, groups=groups or 1) if shared else None
+    prefix = None
+    if shared:
+        even = 1 / groups if groups > 1 else None  # each prompt draws its prefix
+        prefix = Prefix(tokens=shared, groups=groups or 1, favourite=even, with_template=True)
     lengths = [(shared + prompt, output) for prompt, output in lengths]
     pattern, times_s = options.text("pattern", "poisson"), list[float]()
     burstiness = {"poisson": 1.0, "constant": EVENLY, "gamma": options.number("burstiness", 1.0)}

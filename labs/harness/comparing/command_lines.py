@@ -16,15 +16,16 @@ from typing import Any, NoReturn
 
 from labs.harness.spec import LabError
 from loadtests.records import MOST_TOKENS
+from serving.engines.base import EngineError
 from serving.engines.flags import FlagValue
-from serving.engines.vllm_flags import VllmHarmless
+from serving.engines.vllm import as_written
 from serving.processes.masking import masked
 
 TABLE = tomllib.loads(Path(__file__).with_name("benchmarks.toml").read_text())
 SERVE = "vllm serve"
 TOOLS = tuple(name for name, part in TABLE.items() if "used" in part)
 SHELL = re.compile(r"[$`|;&<>]")
-HUMAN = re.compile(r"(\d+(?:\.\d+)?)([kmg])", re.I)  # 8k is 8,000 and 8K is 8,192, as in vLLM
+HUMAN = re.compile(r"(\d+(?:\.\d+)?)([kmgt])", re.I)  # 8k is 8,000 and 8K is 8,192, as in vLLM
 OFF = ("0", "0.0")  # a value that turns an option off
 
 
@@ -173,47 +174,42 @@ def pairs(option: str, text: str) -> dict[str, Any]:
 def serve_flags(serve: str) -> tuple[str, dict[str, FlagValue], list[str]]:
     """Read a `vllm serve` line: its model, its flags, and what is said of others. Raises LabError.
 
-    Whether vLLM has the flags, and whether they are harmless, is checked as of any variant.
+    The installed vLLM's parser splits it. Whether the flags are harmless and their values possible
+    is checked as of any variant.
     """
     if not serve:
         return "", {}, [note("no_serve")]
-    table, model, flags = TABLE[SERVE], "", dict[str, FlagValue]()
+    table, flags = TABLE[SERVE], dict[str, FlagValue]()
     notes, left = list[str](), list[str]()
-    words = tool_of("SERVE", serve, (SERVE,))[1]
-    while words:
-        word = words.pop(0)
-        if not word.startswith("-"):
-            if model:
-                raise LabError(f"SERVE: {masked(word)} is not understood: the model is {model}")
-            model = word
-            continue
-        name, has_value, text = word.lstrip("-").partition("=")
-        name = table["short"].get(name, name).replace("_", "-")
-        name, negated = name.removeprefix("no-"), name.startswith("no-")
-        field = VllmHarmless.model_fields.get(name.replace("-", "_"))
-        value: FlagValue = not negated
-        if has_value:
-            value = _value(text)
-        elif not (negated or (field and field.annotation is bool)):
-            value = _value(words.pop(0)) if words and not words[0].startswith("-") else True
-        if name == "model":
-            model = str(value)
-        elif name in table["untranslated"]:
+    try:
+        given = as_written(tool_of("SERVE", serve, (SERVE,))[1], table["older"])
+    except EngineError as error:
+        raise LabError(f"SERVE: {masked(str(error))}") from error
+    models = [str(given.pop(name)) for name in ("model", "model_tag") if name in given]
+    for name, texts in ((name.replace("_", "-"), texts) for name, texts in given.items()):
+        if name in table["untranslated"]:
             notes.append(f"--{name}: {table['untranslated'][name]}")
         elif name in table["unused"]["flags"]:
             left.append(f"--{name}")
+        elif (name, texts) == ("max-model-len", "auto"):
+            flags[name] = -1
         else:
-            flags[name] = value
-    return model, flags, [*notes, *([note("unused", options=", ".join(left))] if left else [])]
+            flags[name] = _value(texts)
+    notes += [note("unused", options=", ".join(left))] if left else []
+    return (models or [""])[-1], flags, notes
 
 
-def _value(text: str) -> FlagValue:
+def _value(texts: Any) -> Any:
     """Read a flag's value as vLLM does: JSON, a whole number such as 32k, or text."""
-    if human := HUMAN.fullmatch(text):
+    if isinstance(texts, list):
+        return [_value(text) for text in texts]
+    if not isinstance(texts, str):  # of a flag that takes none
+        return texts
+    if human := HUMAN.fullmatch(texts):
         unit, base = human[2], 1000 if human[2].islower() else 1024
-        return int(float(human[1]) * base ** (1 + "kmg".index(unit.lower())))
+        return int(float(human[1]) * base ** (1 + "kmgt".index(unit.lower())))
     try:
-        value: FlagValue | None = json.loads(text)
+        value = json.loads(texts)
     except ValueError:
-        return text
-    return text if value is None else value
+        return texts
+    return texts if value is None else value

@@ -73,8 +73,8 @@ def cached_tokens(trial: Trial, template_tokens: int | None) -> Bounds | None:
     - A turn of a chat finds the turn before it, where one session after the other, or all of them
       with their last conversations, fit the cache.
     - Every sample of a prompt but the first finds the prompt.
-    - Of shuffled documents, and of anything that may or may not stay in the cache, only the most
-      is known.
+    - Of shuffled documents, of prefixes that are drawn, come in an order of their own or count the
+      template, and of anything that may or may not stay in the cache, only the most is known.
     - A request that failed may have found nothing, and may have left nothing to one other.
 
     Chance crosses none of these bounds. Where it decides how much is found, the repeats of a point
@@ -215,7 +215,8 @@ def _shared(trial: Trial, record: RequestRecord, cache: _Cache) -> _Shared:
     prefix = workload.prefix
     if prefix is None:
         return _Shared(0, 0)
-    if prefix.favourite is not None or trial.point.flags.replicas > 1:
+    drawn = prefix.favourite is not None or prefix.order
+    if drawn or prefix.with_template or trial.point.flags.replicas > 1:
         return _Shared(0, prefix.tokens)  # what is found depends on chance, and on the router
     if prefix.groups > 1 and cache.loses(prefix.groups - 1, longest):
         return _Shared(0, 0)
