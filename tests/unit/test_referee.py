@@ -32,6 +32,18 @@ kv_blocks = 1000
 flags = { max-num-seqs = 8 }
 """
 
+STAGE = (
+    DESCRIBED.replace('requests = "mine.csv"\n', "").replace('"mine"', '"a stage"')
+    + """
+[run.stage]
+rate_per_s = 2
+prompt_tokens = 40
+output_tokens = 4
+texts = 3
+measured = { e2e_mean_s = 1.0 }
+"""
+)
+
 
 def test_figures_are_those_of_the_definitions() -> None:
     """TPOT divides by the tokens behind the first; an answer of one token has none."""
@@ -45,7 +57,7 @@ def test_figures_are_those_of_the_definitions() -> None:
 
 def test_a_folder_describes_its_own_runs(tmp_path: Path) -> None:
     (tmp_path / "runs.toml").write_text(DESCRIBED)
-    (tmp_path / "mine.csv").write_text(f"{HEADER}\n0.5,10,2,,0.1,0.2\n0.0,10,2,7,0.1,0.2\n")
+    (tmp_path / "mine.csv").write_text(f"{HEADER}\n9.5,10,2,,0.1,0.2\n9.0,10,2,7,0.1,0.2\n")
     ((run, requests, described),) = referee.runs_of(tmp_path)
     assert (run.name, described) == ("mine", tmp_path)
     assert [(r.arrival_s, r.prompt_id) for r in referee.read_requests(requests)] == [
@@ -72,11 +84,29 @@ def read_all(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("described", "requests", "why"),
     [
-        (DESCRIBED, None, "mine.csv"),
-        (DESCRIBED + "rpm = 1\n", HEADER, "rpm"),
+        (DESCRIBED, None, r"runs\.toml, mine: requests: there is no .*mine\.csv$"),
+        (DESCRIBED + "rpm = 1\n", HEADER, r"runs\.toml, run mine: rpm: Extra inputs"),
+        (
+            DESCRIBED.replace("kv_blocks = 1000\n", ""),
+            HEADER,
+            "run mine: kv_blocks: Field required",
+        ),
+        (
+            DESCRIBED.replace('requests = "mine.csv"\n', ""),
+            HEADER,
+            "run mine: either requests or a st",
+        ),
+        (DESCRIBED + DESCRIBED, HEADER, "run 2: name: there is another mine"),
+        (STAGE.replace("texts", "text"), HEADER, r"run a stage: stage\.texts: Field required"),
+        (STAGE.replace("e2e_mean_s", "e2e"), HEADER, r"stage\.measured: .*has e2e; known are ttft"),
+        (STAGE.replace("e2e_mean_s", "ttft_p50_s"), HEADER, r"stage\.measured: .*lacks e2e_mean_s"),
+        (STAGE.replace("1.0", "-1.0"), HEADER, r"stage\.measured\.e2e_mean_s: Input should be gr"),
+        ("run = 1", HEADER, r"has no \[\[run\]\]"),
         ("not TOML", HEADER, r"runs\.toml cannot be read"),
-        (DESCRIBED, "arrival_s,prompt_tokens\n0.0,10\n", "output_tokens"),
-        (DESCRIBED, f"{HEADER}\n0.0,-1,2,,0.1,0.2\n", "prompt_tokens"),
+        (DESCRIBED, "arrival_s,prompt_tokens\n0.0,10\n", "line 2: output_tokens: Field required"),
+        (DESCRIBED, f"{HEADER}\n0.0,1,2,,0.1,0.2\n0.0,-1,2,,0.1,0.2\n", "line 3: prompt_tokens: I"),
+        (DESCRIBED, f"{HEADER}\nnan,1,2,,0.1,0.2\n", "line 2: arrival_s: "),
+        (DESCRIBED, f"{HEADER}\n0.0,1,1,,0.1,0.1\n", "output_tokens: none is above 1"),
         (DESCRIBED, HEADER, "no requests"),
     ],
 )
@@ -91,7 +121,9 @@ def test_what_cannot_be_read_is_named(
 
 
 def test_a_stage_is_drawn_at_its_rate() -> None:
-    stage = Stage(rate_per_s=20, prompt_tokens=500, output_tokens=200, texts=100, measured={})
+    stage = Stage(
+        rate_per_s=20, prompt_tokens=500, output_tokens=200, texts=100, measured={"e2e_mean_s": 1}
+    )
     requests = referee.drawn(stage)
     assert len(requests) / requests[-1].arrival_s == pytest.approx(20, rel=0.1)
     assert len({request.prompt_id for request in requests}) == 100
@@ -128,11 +160,38 @@ RUN = PublishedRun(
 )  # fmt: skip
 
 
-def test_scores_count_what_lies_in_its_band() -> None:
+def staged(**others: float) -> PublishedRun:
+    """A stage of which others predicted the mean E2E."""
     stage = Stage(
-        rate_per_s=1, prompt_tokens=1, output_tokens=2, texts=1, measured={}, others={"x": 1.65}
-    )
-    of_a_stage = judged(RUN.model_copy(update={"stage": stage}), 1.32)
+        rate_per_s=1, prompt_tokens=1, output_tokens=2, texts=1, measured={"e2e_mean_s": 1},
+        others=others,
+    )  # fmt: skip
+    return RUN.model_copy(update={"requests": "", "stage": stage})
+
+
+def test_stages_may_name_other_predictors_and_figures() -> None:
+    """Who predicted one of two stages is scored by that one, and its cell of the other is empty."""
+    both, bare = judged(staged(x=1.65, y=1.32), 1.32), judged(staged(y=0.5, z=1.5), 1.0)
+    bare = bare.model_copy(update={"measured": {"e2e_mean_s": 1.0}})
+    page = published_gpu.page([both, bare])
+    assert "| a | 3 | 1.20x | 1.20x | 0.80x | 1.00x | – |" in page
+    assert "| a | 3 | – | 0.91x | – | 2.00x | 0.67x |" in page
+    assert "| x | 1 | 25% | 25% | 25% |" in page
+    assert "| y | 2 | 25% | 25% | 50% |" in page
+    assert "| z | 1 | 50% | 50% | 50% |" in page
+
+
+def test_a_field_that_a_readers_config_lacks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs.toml").write_text(DESCRIBED.replace("llama-8b", "own"))
+    (tmp_path / "mine.csv").write_text(f"{HEADER}\n0.0,40,2,,0.1,0.2\n")
+    for config, why in (('{"hidden_size": 8}', "own.json: num_"), ("{", "own.json cannot be read")):
+        (tmp_path / "own.json").write_text(config)
+        with pytest.raises(LabError, match=why):
+            referee.judge(tmp_path, [], SILENT)
+
+
+def test_scores_count_what_lies_in_its_band() -> None:
+    of_a_stage = judged(staged(x=1.65), 1.32)
     runs = [judged(RUN, 1.1), judged(RUN, 1.32), judged(RUN, 1.155), of_a_stage]
     assert [run.ratio("e2e_mean_s") for run in runs] == pytest.approx([1, 1.2, 1.05, 1.2])
     scores = published_gpu.Scores.of(runs)
@@ -140,8 +199,8 @@ def test_scores_count_what_lies_in_its_band() -> None:
     assert scores.ttft_p99_in_band == 2
     assert scores.distance["tpot_mean_s"].value == pytest.approx(0.05)
     page = published_gpu.page(runs)
-    assert "| x | 25% | 25% | 25% |" in page  # 1.65 for 1.32
-    assert "| this lab | 16.7% | 16.7% | 16.7% |" in page  # 1.1 for 1.32
+    assert "| x | 1 | 25% | 25% | 25% |" in page  # 1.65 for 1.32
+    assert "| this lab | 1 | 16.7% | 16.7% | 16.7% |" in page  # 1.1 for 1.32
 
 
 def test_misses_are_listed_with_their_cause_or_none() -> None:
@@ -164,10 +223,7 @@ def test_misses_are_listed_with_their_cause_or_none() -> None:
 
 
 def test_a_picture_has_a_row_for_each_model_on_each_card() -> None:
-    stage = Stage(
-        rate_per_s=1, prompt_tokens=1, output_tokens=2, texts=1, measured={}, others={"x": 1.65}
-    )
-    on_two = judged(RUN.model_copy(update={"model_name": "them/N", "gpus": 2, "stage": stage}), 1)
+    on_two = judged(staged(x=1.65).model_copy(update={"model_name": "them/N", "gpus": 2}), 1)
     bare = on_two.model_copy(update={"measured": {"e2e_mean_s": 1.0}})  # as of some stages
     drawn = published_gpu_plot.picture([judged(RUN, 1.1), judged(RUN, 1.2), bare])
     for text, times in ((">M on H100<", 1), (">N on 2 x H100<", 1), (">mean TTFT (ms)<", 1),
@@ -182,7 +238,7 @@ def test_what_could_not_be_simulated_is_told_beside_the_others(
     names = ["mine", "fails", "silent"]
     described = [DESCRIBED.replace('"mine"', f'"{name}"') for name in names]
     (tmp_path / "runs.toml").write_text("".join(described))
-    (tmp_path / "mine.csv").write_text(f"{HEADER}\n0.0,10,2,,0.1,0.2\n")
+    (tmp_path / "mine.csv").write_text(f"{HEADER}\n60,10,2,,0.1,0.2\n61,10,2,,0.1,0.2\n")
 
     def play_all(_: Any, plans: Any, failed: dict[int, ForecastError]) -> Iterator[tuple[int, Any]]:
         for number, plan in enumerate(plans):
@@ -195,7 +251,7 @@ def test_what_could_not_be_simulated_is_told_beside_the_others(
     monkeypatch.setattr(referee, "play_all", play_all)
     monkeypatch.setattr(referee, "records", lambda key: [seen] if key == "mine" else [])
     judged, without = referee.judge(tmp_path, [], SILENT)
-    assert [run.run.name for run in judged] == ["mine"]
+    assert [(run.run.name, run.rate_per_s) for run in judged] == [("mine", 1.0)]
     page = published_gpu.page(judged, without=without)
     assert "- fails could not be simulated: no such flag" in page
     assert "- silent could not be simulated: no request was answered" in page

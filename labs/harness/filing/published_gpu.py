@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter, field_validator, model_validator
 
 from labs.harness.filing import results
 from labs.harness.filing.computed import Band
@@ -20,16 +20,27 @@ FIGURES = ("ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "tpot_mean_s", "e2e_mean_s
 FILE = "published-gpu.json"
 PICTURE = "published-gpu.svg"  # beside it, and beside the page
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 class Stage(BaseModel, frozen=True, extra="forbid"):
     """A load of which only its settings and mean figures were published: Poisson arrivals."""
 
-    rate_per_s: float
-    prompt_tokens: int
-    output_tokens: int
-    texts: int  # distinct prompts, sent in turn
-    measured: Mapping[str, float]  # by a name of FIGURES
-    others: Mapping[str, float] = {}  # predictor -> the `e2e_mean_s` that it predicted
+    rate_per_s: Positive
+    prompt_tokens: int = Field(ge=1)
+    output_tokens: int = Field(ge=2)
+    texts: int = Field(ge=1)  # distinct prompts, sent in turn
+    measured: Mapping[str, Positive]  # by a name of FIGURES: `e2e_mean_s` and others
+    others: Mapping[str, Positive] = {}  # predictor -> the `e2e_mean_s` that it predicted
+
+    @field_validator("measured")
+    @classmethod
+    def _known(cls, measured: Mapping[str, float]) -> Mapping[str, float]:
+        unknown = [name for name in measured if name not in FIGURES]
+        if unknown or "e2e_mean_s" not in measured:
+            wrong = f"has {unknown[0]}" if unknown else "lacks e2e_mean_s"
+            raise ValueError(f"{wrong}; known are {', '.join(FIGURES)}")
+        return measured
 
 
 class PublishedRun(BaseModel, frozen=True, extra="forbid"):
@@ -54,6 +65,12 @@ class PublishedRun(BaseModel, frozen=True, extra="forbid"):
     remark: str = ""  # what to know of it
     # figure that is missed -> why, where that is known
     causes: Annotated[Mapping[str, str], Field(exclude_if=lambda causes: not causes)] = {}
+
+    @model_validator(mode="after")
+    def _has_a_load(self) -> PublishedRun:
+        if bool(self.requests) == bool(self.stage):
+            raise ValueError("either requests or a stage is needed")
+        return self
 
 
 class Judged(BaseModel, frozen=True, extra="forbid"):

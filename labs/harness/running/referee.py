@@ -16,13 +16,14 @@ import hashlib
 import json
 import tempfile
 import tomllib
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from labs.harness.filing.computed import Band
 from labs.harness.filing.published_gpu import FIGURES, Judged, PublishedRun, Stage
@@ -46,13 +47,12 @@ from serving.weights import dummy, models
 PUBLIC_RUNS = Path(cards.__file__).parent / "public_runs"
 MOST_REQUESTS = 1000  # of a run that are played, its first
 Figures = Mapping[str, float]  # of a run, by a name of FIGURES
-COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "ttft_s", "e2e_s")
 
 
 class Request(BaseModel, frozen=True):
     """A request that was sent."""
 
-    arrival_s: float = Field(ge=0)
+    arrival_s: FiniteFloat = Field(ge=0)
     prompt_tokens: int = Field(ge=1)
     output_tokens: int = Field(ge=1)
     prompt_id: str = ""
@@ -61,8 +61,8 @@ class Request(BaseModel, frozen=True):
 class MeasuredRequest(Request, frozen=True):
     """A request of which it was published what its client saw."""
 
-    ttft_s: float = Field(gt=0)
-    e2e_s: float = Field(gt=0)
+    ttft_s: FiniteFloat = Field(gt=0)
+    e2e_s: FiniteFloat = Field(gt=0)
 
 
 def drawn(stage: Stage) -> list[Request]:
@@ -106,12 +106,11 @@ def runs_of(data: Path) -> list[tuple[PublishedRun, Path, Path]]:
     """
     folder = data if data.is_dir() else data.parent
     described = folder if (folder / "runs.toml").exists() else PUBLIC_RUNS
-    try:
-        listed = tomllib.loads((described / "runs.toml").read_text())["run"]
-        runs = [PublishedRun(**run) for run in listed]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LabError(f"{described / 'runs.toml'} cannot be read: {error}") from error
+    runs = _described(described / "runs.toml")
     found = [(run, folder / run.requests, described) for run in runs]
+    for run, file, _ in found:
+        if described == data and not run.stage and not file.is_file():
+            raise LabError(f"{described / 'runs.toml'}, {run.name}: requests: there is no {file}")
     wanted = [f for f in found if f[1].is_file() and (data.is_dir() or f[1] == data)]
     if wanted and data.is_dir():
         wanted += [f for f in found if f[0].stage]
@@ -124,20 +123,59 @@ def runs_of(data: Path) -> list[tuple[PublishedRun, Path, Path]]:
     return wanted
 
 
+def _described(path: Path) -> list[PublishedRun]:
+    """Read the descriptions of runs. Raises LabError."""
+    try:
+        listed = tomllib.loads(path.read_text()).get("run")
+    except (OSError, ValueError) as error:
+        raise LabError(f"{path} cannot be read: {error}") from error
+    if not isinstance(listed, list):
+        raise LabError(f"{path} has no [[run]]")
+    runs = list[PublishedRun]()
+    for place, run in enumerate(listed, 1):
+        try:
+            runs.append(PublishedRun.model_validate(run))
+        except ValidationError as error:
+            name = run.get("name", place) if isinstance(run, dict) else place
+            raise LabError(f"{path}, run {name}: {_first(error)}") from error
+        if runs[-1].name in {earlier.name for earlier in runs[:-1]}:
+            raise LabError(f"{path}, run {place}: name: there is another {runs[-1].name}")
+    return runs
+
+
+def _first(error: ValidationError) -> str:
+    """Say in a sentence what is wrong with the first field that is."""
+    first = error.errors()[0]
+    said = first["msg"].removeprefix("Value error, ")
+    return ": ".join([".".join(map(str, first["loc"])), said]).removeprefix(": ")
+
+
 def read_requests(path: Path) -> list[MeasuredRequest]:
-    """Read the first requests of a run, in the order of their arrivals. Raises LabError."""
+    """Read the first requests of a run, in the order of their arrivals, from its first one on.
+
+    The clock of a file may be any: that of the day, or of a benchmark that was warm before.
+    Raises LabError.
+    """
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-        rows = csv.DictReader(text.splitlines())
-        requests = [MeasuredRequest.model_validate(row) for row in rows]
-    except (OSError, ValueError, ValidationError) as error:
-        raise LabError(
-            f"{path} cannot be read as requests with the columns {', '.join(COLUMNS)}: {error}"
-        ) from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise LabError(f"{path} cannot be read: {error}") from error
+    rows, requests = csv.DictReader(text.splitlines()), list[MeasuredRequest]()
+    for row in rows:
+        try:
+            requests.append(MeasuredRequest.model_validate(row))
+        except ValidationError as error:
+            raise LabError(f"{path}, line {rows.line_num}: {_first(error)}") from error
     if not requests:
         raise LabError(f"{path} has no requests")
-    return sorted(requests, key=lambda request: request.arrival_s)[:MOST_REQUESTS]
+    played = sorted(requests, key=lambda request: request.arrival_s)[:MOST_REQUESTS]
+    if all(request.output_tokens == 1 for request in played):
+        raise LabError(f"{path}: output_tokens: none is above 1, so there is no TPOT")
+    first_s = played[0].arrival_s
+    return [
+        request.model_copy(update={"arrival_s": request.arrival_s - first_s}) for request in played
+    ]
 
 
 @dataclass(frozen=True)
@@ -169,7 +207,12 @@ class _Case:
 
     def judged(self, expected: Figures, faster: Figures, slower: Figures) -> Judged:
         """Put the figures of three plays beside what was measured."""
-        rate_per_s = (len(self.requests) - 1) / max(self.requests[-1].arrival_s, 1e-9)
+        run, requests = self.run, self.requests
+        rate_per_s = (
+            run.stage.rate_per_s  # to which they were stretched
+            if run.stage
+            else (len(requests) - 1) / max(requests[-1].arrival_s, 1e-9)
+        )
         bands = {
             name: Band(
                 value=expected[name],
@@ -179,9 +222,9 @@ class _Case:
             for name in self.measured
         }
         return Judged(
-            run=self.run,
+            run=run,
             sha256=self.sha256,
-            sent=len(self.requests),
+            sent=len(requests),
             rate_per_s=rate_per_s,
             in_flight=rate_per_s * self.measured["e2e_mean_s"],
             measured=self.measured,
@@ -242,7 +285,11 @@ def _plans(case: _Case, file: Path) -> list[ForecastPlan]:
     run, requests = case.run, case.requests
     folder = _model_folder(run, case.described, file.with_suffix(".model"))
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    shape = models.shape_of(config)
+    try:
+        shape = models.shape_of(config)
+    except KeyError as error:
+        own = case.described / f"{run.model}.json"
+        raise LabError(f"{own}: {error.args[0]}: the field is missing") from error
     card = next((c for c in DATASHEETS.values() if c.short_name == run.card), None)
     if card is None:
         known = ", ".join(short_names())
@@ -300,6 +347,9 @@ def _model_folder(run: PublishedRun, described: Path, place: Path) -> Path:
     if not own.exists() and run.model not in dummy.SHAPES:
         raise LabError(f"{run.name}: neither {own} exists nor a shape {run.model!r} in the lab")
     place.mkdir()
-    config = json.loads(own.read_text()) if own.exists() else dummy.config_of(run.model)
+    try:
+        config = json.loads(own.read_text()) if own.exists() else dummy.config_of(run.model)
+    except ValueError as error:
+        raise LabError(f"{own} cannot be read: {error}") from error
     (place / "config.json").write_text(json.dumps(config))
     return place

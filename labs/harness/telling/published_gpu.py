@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -72,6 +73,7 @@ class Predictor:
     """How near a predictor came to the mean E2E of the stages that it is known for."""
 
     name: str
+    stages: int
     median: Quantity
     mean: Quantity
     largest: Quantity
@@ -103,7 +105,10 @@ def _stages(stages: Sequence[Judged]) -> Table:
     """Tabulate measured / forecast of each stage, and measured / predicted by the others."""
 
     def ratio(name: str) -> Column[Judged]:
-        return Column(TITLES[name], lambda run: f"{run.ratio(name):.2f}x")
+        def cell(run: Judged) -> str:
+            return f"{run.ratio(name):.2f}x" if name in run.measured else "–"
+
+        return Column(TITLES[name], cell)
 
     def others_ratio(name: str) -> Column[Judged]:
         def cell(run: Judged) -> str:
@@ -129,12 +134,11 @@ def in_brief(judged: Sequence[Judged]) -> Markdown:
 
 def _predictors(judged: Sequence[Judged]) -> Iterator[Predictor]:
     stages = [run for run in judged if run.run.stage]
-    if not stages:
-        return
-    measured_s = [run.measured["e2e_mean_s"] for run in stages]
-    predicted_s = {"this lab": [run.forecast["e2e_mean_s"].value for run in stages]}
-    for name in stages[0].others:
-        predicted_s[name] = [run.others[name] for run in stages]
-    for name, predictions_s in predicted_s.items():
-        far = [abs(p / m - 1) for p, m in zip(predictions_s, measured_s, strict=True)]
-        yield Predictor(name, *(Quantity(of(far), "share") for of in (median, fmean, max)))
+    far: dict[str, list[float]] = defaultdict(list)
+    for run in stages:
+        forecast_s = run.forecast["e2e_mean_s"].value
+        for name, predicted_s in {"this lab": forecast_s, **run.others}.items():
+            far[name].append(abs(predicted_s / run.measured["e2e_mean_s"] - 1))
+    for name, shares in far.items():
+        distances = (Quantity(of(shares), "share") for of in (median, fmean, max))
+        yield Predictor(name, len(shares), *distances)
