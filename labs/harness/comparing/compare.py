@@ -67,7 +67,8 @@ SENT = (  # the knobs of a lab that say what is sent and what is measured of it
     "seed",
     "slo",
 )
-SIZES = ("workloads", "warmup_s", "window_s")  # the knobs among these that a quick run cuts
+SIZES = ("workloads", "requests", "warmup_s", "window_s")  # those that a quick run cuts
+SIZES_OF_WORKLOAD = ("loads", "only", "most_requests", "warmup_s")
 NOT_COMPLETE = "not complete"
 MOST_NAMED = 6  # failed trials
 SOME_ZEROS = "zero in some repeats"
@@ -186,9 +187,12 @@ def reason_not_comparable(a: Side, b: Side) -> str:
 
 
 def _places_of_both(a: Side, b: Side) -> set[str]:
-    """Name the points that both have, of workloads that are alike but for where they are played."""
+    """Name the points that both have, of workloads that are alike but for their sizes."""
     of_a, of_b = (
-        {w["name"]: {**w, "loads": (), "only": ()} for w in fresh_knobs(s.run.lab)["workloads"]}
+        {
+            workload["name"]: {k: v for k, v in workload.items() if k not in SIZES_OF_WORKLOAD}
+            for workload in fresh_knobs(s.run.lab)["workloads"]
+        }
         for s in (a, b)
     )
     alike = {name for name, workload in of_a.items() if of_b.get(name) == workload}
@@ -203,7 +207,7 @@ def _at_both(a: Side, b: Side) -> tuple[Side, Side, str]:
     (kind_a, kind_b), (of_a, of_b) = kinds, (len(s.points) for s in (a, b))
     sizes = [
         f"{name} {in_a:g} / {in_b:g}"
-        for name in ("repeats", "warmup_s", "window_s")
+        for name in ("repeats", "requests", "warmup_s", "window_s")
         if (in_a := a.run.lab[name]) != (in_b := b.run.lab[name])
     ]
     if a.run.scale != b.run.scale:
