@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,80 @@ def test_two_that_pack_one_run_take_turns(folder: RunFolder) -> None:
     packs.join()
     assert contents(folder) != before
     assert not packing.pack(folder)
+
+
+def test_what_is_computed_while_a_run_is_packed_stays(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packing has read the summary already when another process writes it anew."""
+    newer = folder.summary().model_copy(update={"missing": 7})
+    writes = threading.Thread(
+        target=packing.write_summary, args=(RunFolder(folder.path), newer), daemon=True
+    )
+    write = packing._write
+
+    def beside(path: Path, lines: Iterable[packing.Line]) -> None:
+        write(path, lines)
+        if path.name == packed.PROBES:
+            writes.start()
+            writes.join(0.2)
+
+    monkeypatch.setattr(packing, "_write", beside)
+    assert packing.pack(folder)
+    writes.join()
+    assert folder.summary() == newer
+    assert not packing.pack(folder)
+
+
+READERS: dict[str, Callable[[RunFolder], Any]] = {
+    "predictions": RunFolder.predictions,
+    "summary": RunFolder.summary,
+    "is_predicted": lambda run: run.is_predicted,
+    "is_summarised": lambda run: run.is_summarised,
+    "probe_results": RunFolder.probe_results,
+    "probe_result": lambda run: run.probe_result("salt", "on"),
+    "count": RunFolder.count,
+    "trial_result": lambda run: run.trial_result(run.run().points()[-1], 1),
+    "records": lambda run: run.records(POINT, 1),
+    "series": lambda run: run.series(POINT, 1),
+    "telemetry": lambda run: run.telemetry(POINT, 1),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_run_that_is_packed_between_a_look_and_a_read_is_read(
+    folder: RunFolder, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = READERS[reader](folder)
+    opened = packed.opened
+
+    def then_packed(home: Path) -> packed.PackedRun | None:
+        found = opened(home)
+        if found is None:
+            monkeypatch.setattr(packed, "opened", opened)
+            packing.pack(RunFolder(home))
+        return found
+
+    monkeypatch.setattr(packed, "opened", then_packed)
+    assert READERS[reader](RunFolder(folder.path)) == before
+    assert before
+    assert not (folder.path / "trials").exists()
+
+
+def test_folders_that_go_while_a_run_is_looked_through_are_no_fault(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def going(place: str) -> Any:
+        if Path(place).name == "trials":
+            monkeypatch.setattr(os, "scandir", scandir)
+            packing.pack(folder)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", going)
+    bounded.require_own_files(folder.path)
+    assert not (folder.path / "trials").exists()
 
 
 STEPS = (
