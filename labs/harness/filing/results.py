@@ -171,6 +171,11 @@ class RunFolder:
 
     def summary(self) -> Summary:
         """Read what was computed from the trials."""
+        if not self.complete and not self.is_summarised:
+            raise DamagedError(
+                f"{self.path} has no summary: the run lasts, or was stopped before it had one;"
+                " `make report RUN=..` computes one of what is there"
+            )
         return self._read(lambda files: read_json(files.summary_file, Summary))
 
     @property
