@@ -30,7 +30,7 @@ from labs.harness.running import backfill, resume
 from labs.harness.telling.summary import all_problems, computed, summarise
 from loadtests import records
 from loadtests.records import Chunks, RequestRecord
-from serving import metrics
+from serving import metrics, whole
 from serving.hardware import telemetry
 from serving.hardware.telemetry import Sample
 from tests.unit.builders import make_record, write_run
@@ -123,7 +123,7 @@ def test_what_does_not_come_back_as_it_was_is_not_packed(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = told(folder)
-    to_columns, sync = packed.to_columns, packing._sync
+    to_columns, sync = packed.to_columns, whole.sync
 
     def shifting(block: Sequence[RequestRecord]) -> packed.Columns:
         columns = to_columns(block)
@@ -134,7 +134,7 @@ def test_what_does_not_come_back_as_it_was_is_not_packed(
         if packed.SERIES in path.name:
             path.write_bytes(lzma.compress(b"{}\n"))
 
-    for owner, name, fault in ((packed, "to_columns", shifting), (packing, "_sync", damaging)):
+    for owner, name, fault in ((packed, "to_columns", shifting), (whole, "sync", damaging)):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fault)
             with pytest.raises(DamagedError):
@@ -267,9 +267,9 @@ def _pack_until(folder: RunFolder, last: int) -> bool:
 
 def test_a_kill_at_any_step_of_packing_loses_nothing(folder: RunFolder, tmp_path: Path) -> None:
     before = read(folder)
-    whole = RunFolder(tmp_path / "whole" / folder.path.name)
-    shutil.copytree(folder.path, whole.path)
-    packing.pack(whole)
+    unhurt = RunFolder(tmp_path / "unhurt" / folder.path.name)
+    shutil.copytree(folder.path, unhurt.path)
+    packing.pack(unhurt)
     for last in itertools.count(0, 3):  # each kind of step comes up for several files
         killed = RunFolder(tmp_path / str(last) / "tiny" / folder.path.name)
         shutil.copytree(folder.path, killed.path)
@@ -277,7 +277,7 @@ def test_a_kill_at_any_step_of_packing_loses_nothing(folder: RunFolder, tmp_path
         assert read(killed) == before, f"killed before step {last}"
         packing.pack(killed)
         left = {name: of for name, of in contents(killed).items() if not name.endswith(".half")}
-        assert left == contents(whole), f"killed before step {last}"
+        assert left == contents(unhurt), f"killed before step {last}"
         if not was_killed:
             break
     assert last > 30

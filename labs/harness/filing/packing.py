@@ -162,20 +162,10 @@ def _write(path: Path, lines: Iterable[Line]) -> None:
                 text = orjson.dumps(line, option=orjson.OPT_NON_STR_KEYS) + b"\n"
                 written.update(text)
                 file.write(text)
-        _sync(half)
+        whole.sync(half)
         read_back = hashlib.sha256()
         for text in bounded.lines(half):
             read_back.update(text + b"\n")
         if read_back.digest() != written.digest():
             raise DamagedError(f"{path} reads back otherwise than it was written")
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not every file system does so for a folder
-            os.fsync(handle)
-    finally:
-        os.close(handle)
+    whole.sync(path.parent)
