@@ -114,8 +114,9 @@ class Connection:
     def ask(self, body: bytes, pieces: Pieces, most_s: float, most_bytes: int) -> None:
         """Send a request, and read its answer into `pieces` as it comes.
 
-        Raises EndlessAnswer where it takes more time or bytes than these, else OSError or
-        HTTPParseError; what came is in `pieces` all the same.
+        Raises EndlessAnswer where it takes more time or bytes than these, TimeoutError where the
+        server is silent for too long, else OSError or HTTPParseError; what came is in `pieces` all
+        the same.
         """
         head = f"{self._head}{len(body)}\r\n\r\n".encode()
         self._exchange(head + body, pieces, most_s, most_bytes)
@@ -147,7 +148,10 @@ class Connection:
         self, request: bytes, pieces: Pieces, deadline_s: float, most_s: float, most_bytes: int
     ) -> None:
         if self._socket is None:
-            self._socket = self._pool.get_socket()
+            try:
+                self._socket = self._pool.get_socket()
+            except TimeoutError as error:
+                raise ConnectionError(f"no connection within {self._connect_s:g} s") from error
             # timers of the same turn of the loop come after it: what has arrived waits for none
             loop = gevent.get_hub().loop
             self._readable = loop.io(self._socket.fileno(), READ, True, loop.MAXPRI)

@@ -70,6 +70,8 @@ def stream(connection: Connection, turn: Turn, load: Load) -> Ended:
         connection.ask(request.body.encode(), pieces, most_s, load.most_bytes)
     except EndlessAnswer as failure:
         error = recordable(str(failure), load.plan)
+    except TimeoutError as failure:  # a busy server is silent, too
+        error = recordable(f"TimeoutError: {failure}", load.plan)
     except Exception as failure:  # any failure of the network is recorded with the request
         error = recordable(f"{type(failure).__name__}: {failure}", load.plan)
         connection_failed = True

@@ -219,6 +219,19 @@ def test_a_server_that_is_silent_is_not_waited_for_beforehand() -> None:
             asked.open("/health")
 
 
+def test_a_connection_that_does_not_come_about_is_no_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = connected(1)
+
+    def none_in_time() -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(asked._pool, "get_socket", none_in_time)
+    with pytest.raises(ConnectionError, match="no connection within 2 s"):
+        asked.ask(b"{}", [], 5.0, 10_000)
+
+
 def test_a_long_prompt_is_sent_whole() -> None:
     """It does not fit into the kernel's buffers, and the server reads slowly."""
     got: list[int] = []
