@@ -203,8 +203,8 @@ def tokens_of(
             continue
         try:
             event = orjson.loads(data)
-            if "error" in event:
-                complaint = complaint_of(event["error"])
+            if (error := event.get("error")) is not None:
+                complaint = complaint_of(error)
             if usage := event.get("usage"):
                 prompt, output = usage["prompt_tokens"], usage["completion_tokens"]
                 if type(output) is not int or not reported <= output <= most_tokens:

@@ -264,6 +264,7 @@ ROLE, TEXT = {"role": "assistant", "content": ""}, {"content": "and"}
         ([sse(TEXT), sse(None, 3)], [[[1.0, 1]], 9, 3, None]),
         ([": ping\n", sse(TEXT, 1)], [[[2.0, 1]], 9, 1, None]),
         ([sse(TEXT, 1), 'data: {"error": "no memory"}\n'], [[[1.0, 1]], 9, 1, "no memory"]),
+        ([sse(TEXT, 1).replace("{", '{"error": null, ', 1)], [[[1.0, 1]], 9, 1, None]),
     ],
 )
 def test_chunks_are_the_growth_of_the_usage(
