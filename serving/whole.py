@@ -20,16 +20,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def write(path: Path, content: str | bytes, mode: int = 0o666) -> Path:
+def write(path: Path, content: str | bytes, mode: int = 0o666, on_disk: bool = False) -> Path:
     """Write or replace a file, and make its folder where there is none; return `path`.
 
-    `mode` is the new file's, less the process's umask, from the first byte on.
+    `mode` is the new file's, less the process's umask, from the first byte on. With `on_disk` it is
+    whole after a power cut, too: a rename may be on the disk before what was written.
     """
     with file(path) as half:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(half, flags, mode), "wb") as sink:
             sink.write(content.encode() if isinstance(content, str) else content)
+        if on_disk:
+            sync(half)
+    if on_disk:
+        sync(path.parent)
     return path
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk.
+
+    Raises OSError for a file alone: not every file system does so for a folder.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -209,7 +209,10 @@ class Point:
 
     @property
     def kv_room_tokens(self) -> float:
-        """The tokens for which the KV cache has room, by its number of blocks or its memory."""
+        """The tokens of one copy's KV cache by its number of blocks or its memory.
+
+        The block that vLLM keeps for itself is among them, as in `kv_capacity_tokens`.
+        """
         flags = self.flags
         if blocks := flags.num_gpu_blocks_override:
             return float(blocks * flags.block_size)

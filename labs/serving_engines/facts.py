@@ -9,9 +9,11 @@ from itertools import takewhile
 from labs.harness.facts.context import JudgedRun
 from labs.harness.facts.quality import perplexity_ratio
 from labs.harness.judging.quantity import Quantity
-from labs.serving_engines.lab import LLAMA, LLAMA_Q4
+from labs.serving_engines.lab import EAGER, LLAMA, LLAMA_Q4, VLLM
 from serving.engines import DEFAULT_ENGINE, ENGINES
 from serving.weights.to_gguf import BF16, Q4
+
+SECOND_STARTS = {EAGER.name, LLAMA_Q4.name}  # of an engine that is ranked as its makers start it
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Facts:
     cannot: tuple[Lacking, ...]
     most_metrics: int  # that an engine may show
     ranked: Ranked | None  # None without two engines, or a load that all of them had
+    is_vllm_eager: bool  # started by `enforce-eager`, and not compiled as it is by default
     gguf: Gguf | None = None  # None where a file in 4 or in 16 bits was not served
 
     @property
@@ -37,7 +40,8 @@ def facts(run: JudgedRun) -> Facts:
         same_words(run),
         tuple(lacking(run, name) for name in engines),
         len(ENGINES[DEFAULT_ENGINE].shown_metrics()),
-        ranked([at for at in measured if at.variant != LLAMA_Q4.name]),  # no engine of its own
+        ranked([at for at in measured if at.variant not in SECOND_STARTS]),
+        any(p.flags.get("enforce-eager") for p in run.points if p.variant.name == VLLM.name),
         gguf(run, measured),
     )
 

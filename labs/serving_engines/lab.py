@@ -112,7 +112,8 @@ def versus_turns(batching: Point, one_by_one: Point) -> float:
     return throughput(batching).value / throughput(one_by_one).value
 
 
-VLLM = Variant(name="vllm")
+VLLM = Variant(name="vllm")  # compiled, as it starts by default
+EAGER = VLLM.but("vllm-eager", {"enforce-eager": True})  # as the other labs start it on a CPU
 TURNS = Variant(name="transformers", engine="transformers")
 BATCHES = TURNS.but(
     "transformers-cb",
@@ -146,12 +147,12 @@ RATE, TPOT = "output_tokens_per_s", "tpot_mean_s"
 LAB = Lab(
     name="serving-engines",
     answers=("SO-7", "CO-7"),
-    variants=(VLLM, *OTHERS, LLAMA_Q4),
+    variants=(VLLM, EAGER, *OTHERS, LLAMA_Q4),
     flags={
         "max-model-len": 512,
         "max-num-seqs": 16,
         "enable-prefix-caching": False,
-        "enforce-eager": True,
+        "enforce-eager": False,
         "kv-cache-memory-bytes": 256 * 2**20,
     },
     workloads=(sends("chat", 32, 12, ONE, FOUR, MANY, keep_text=True),),
@@ -164,7 +165,7 @@ LAB = Lab(
         rises("load", RATE, "vllm / transformers", load=MANY, by=versus_turns),
         *(
             unchanged(f"alone-{v.name}", TPOT, f"{v.name} / vllm", load=ONE, by=same_step)
-            for v in OTHERS
+            for v in (EAGER, *OTHERS)
         ),
         falls("q4-one", TPOT, "llama-cpp-q4 / llama-cpp", load=ONE, by=step_by_bytes),
         rises("q4-many", RATE, "llama-cpp-q4 / llama-cpp", load=MANY, by=throughput_by_bytes),
@@ -176,6 +177,11 @@ LAB = Lab(
     ),
     evidence=(
         *echoes(metrics.CACHE_CONFIG, "enable_prefix_caching", {"vllm": "False"}),
+        *echoes(
+            metrics.ENGINE_CONFIG,
+            "enforce_eager",
+            dict.fromkeys((VLLM.name, EAGER.name), "--enforce-eager"),
+        ),
         counter(metrics.PREEMPTIONS, "stays", "vllm"),
         *(counter(metrics.GENERATION_TOKENS, "rises", v.name) for v in (LLAMA, LLAMA_Q4)),
     ),

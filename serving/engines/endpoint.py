@@ -15,7 +15,7 @@ from serving.engines import ENGINES
 from serving.engines.base import EngineError, Server, metrics_text
 from serving.inside import guard
 from serving.metrics import Snapshot
-from serving.processes.answers import BoundedResponse, ask
+from serving.processes.answers import BoundedResponse, ask, why_unanswered
 from serving.processes.masking import holds_secret, masked, tellable, without_key
 
 MODELS_TIMEOUT_S, FIRST_ANSWER_TIMEOUT_S = 10.0, 60.0
@@ -174,8 +174,8 @@ def _asked(
         answer = ask(method, url, within_s=within_s, most_bytes=MOST_BYTES, json=request)
     except requests.RequestException as error:
         raise EngineError(
-            f"{given} does not answer {path} ({type(error).__name__}: {tellable(str(error))}):"
-            " start the server first, or correct the address"
+            f"{given} does not answer {path} ({why_unanswered(error)}): start the server first, or"
+            " correct the address"
         ) from error
     if 300 <= answer.status < 400:
         raise EngineError(

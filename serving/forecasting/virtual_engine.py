@@ -412,7 +412,7 @@ class VirtualEngine:
 
     @property
     def kv_capacity_tokens(self) -> int:
-        """The tokens that the KV cache has room for."""
+        """The tokens of all blocks of the KV cache, with the one that vLLM keeps for itself."""
         config = self.core.scheduler.kv_cache_config
         return int(config.num_blocks * self.core.scheduler.block_size)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import requests
+from urllib3.exceptions import NameResolutionError
 
 from serving.inside import guard
 
@@ -66,6 +67,26 @@ def ask(
         return answer.result(within_s)
     except TimeoutError as error:
         raise EndlessAnswer(f"the answer has no end within {within_s:.0f} s") from error
+
+
+def why_unanswered(error: requests.RequestException) -> str:
+    """Say in a few words, which repeat nothing of the address, why no answer came."""
+    reason = getattr(next(iter(error.args), None), "reason", None)  # urllib3's, within requests'
+    if isinstance(error, EndlessAnswer):
+        return str(error)
+    if isinstance(error, ValueError):  # requests' errors of an address are ones
+        return "it is no address such as http://127.0.0.1:8000"
+    if isinstance(error, requests.Timeout):
+        return "nothing comes from there in time"
+    if isinstance(error, requests.exceptions.SSLError):
+        return "no connection by TLS that is trusted"
+    if isinstance(reason, NameResolutionError):
+        return "no machine of that name is known here"
+    if isinstance(refusal := getattr(reason, "__cause__", None), ConnectionRefusedError):
+        return "nothing listens there"
+    if isinstance(refusal, OSError) and refusal.strerror:
+        return refusal.strerror.lower()
+    return "the connection was cut, or what answers is not HTTP"
 
 
 def _answer(

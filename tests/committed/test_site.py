@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.facts.parts import parts_of
+from labs.harness.facts.parts import kept, parts_of
 from labs.harness.filing import engine_series, results
 from labs.harness.filing.results import RunFolder
 from labs.harness.filing.writing import write_gzip
@@ -63,6 +63,15 @@ def course(entries: list[Entry], committed: Path) -> Course:
 def texts(course: Course) -> dict[str, str]:
     """Every page of the course but those of runs, by its address."""
     return course.pages() | {item.href: course.lesson_page(item) for item in course.lessons}
+
+
+def test_every_published_summary_keeps_the_facts_of_its_lab_as_it_is_today(
+    entries: list[Entry],
+) -> None:
+    """Else plots and answers are left out of a page, though the run is well formed."""
+    own = [entry for entry in entries if parts_of(entry.lab).facts]
+    assert own
+    assert [e.href for e in own if kept(e.lab, e.summary.facts) is None] == []
 
 
 def test_every_lab_has_a_lesson_in_the_order_of_the_course_without_any_run(

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +20,13 @@ from typer.testing import CliRunner
 
 from dashboards import boards
 from labs import LABS
-from labs.harness.commands import all_labs, monitoring, play, settings
+from labs.harness.commands import all_labs, monitoring, play, recorded_runs, settings
 from labs.harness.commands.cli import app
 from labs.harness.commands.terminal import reported_errors
 from labs.harness.comparing import leaderboards
 from labs.harness.filing import results
+from labs.harness.filing.results import RunFolder
+from labs.harness.filing.writing import write_json
 from labs.harness.running import backfill
 from labs.harness.running.resolve import RunRequest
 from labs.harness.running.resume import CannotResume
@@ -240,6 +244,33 @@ def test_all_that_is_on_file_is_computed_anew_by_one_command(
     assert not (older.path / "report.md").exists()
     code, said = labs("report", "--committed", str(told.path))
     assert (code, "RUN" in said) == (1, True)
+
+
+def test_a_report_leaves_what_git_tracks_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that it tracks is told in a copy when it is named; a reader's own run in its place."""
+    if shutil.which("git") is None:
+        pytest.skip("no git")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(recorded_runs, "ROOT", tmp_path)
+    published = write_run(tmp_path / "results")
+    stale = published.summary().model_copy(update={"judgements": []})
+    write_json(published.path / "summary.json", stale)
+    for words in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    own = write_slowed(published, 1.25)
+    code, said = labs("report")
+    assert (code, "git tracks it: 1 run." in said) == (0, True), said
+    assert own.is_packed
+    code, said = labs("report", str(published.path))
+    copy = RunFolder(tmp_path / "exports" / published.place)
+    assert (code, f"{copy.path.name}/report.md" in said) == (0, True), said
+    assert copy.summary().judgements
+    assert published.summary() == stale
+    changed = ["git", "-C", str(tmp_path), "diff", "--name-only"]
+    assert subprocess.check_output(changed, text=True) == ""
+    assert not published.is_packed
 
 
 # ----------------------------------------------------------------------------- runs side by side

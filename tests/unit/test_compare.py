@@ -403,6 +403,40 @@ def test_another_load_is_refused_and_forced_it_is_said_on_every_table(folder: Ru
     assert all(heading.endswith(forced) for heading in headings)
 
 
+def quick_form(folder: RunFolder, **workload: object) -> RunFolder:
+    """A quick run of the same lab: the first load alone, in a shorter window."""
+    (whole,) = folder.run().lab["workloads"]
+    cut = {**whole, "loads": whole["loads"][:1], **workload}
+    quick = edited(folder, workloads=[cut], requests=7, window_s=3.0)
+    write_json(quick.path / "run.json", quick.run().model_copy(update={"quick": True}))
+    return quick
+
+
+def test_of_a_quick_and_a_full_run_what_both_have_is_compared(folder: RunFolder) -> None:
+    """And the gate does not take it for the whole."""
+    quick = quick_form(folder)
+    found = compared(folder, quick)
+    assert found.in_part == (
+        "A is a full run of 4 points, B a quick one of 2: compared is what both have, at 2 points;"
+        " requests 8 / 7, window_s 4 / 3"
+    )
+    assert f"- {found.in_part}." in side_by_side.headline(found)
+    assert {r.where for r in found.rows if r.kind == "metric"} == {
+        "off/short/concurrent-1", "on/short/concurrent-1",
+    }  # fmt: skip
+    assert [(v.a, v.b, v.outcome) for v in found.verdicts] == [("helps", "helps", "same")]
+    assert not [r for r in found.rows if r.why.startswith("missing")]
+    assert [f for f in gate.failures(found, ALLOWED) if "not all is compared" in f]
+    one, whole = (Side(f, "on", f.run(), f.summary()) for f in (quick, folder))
+    assert "A is a quick run of 1 point, B a full one of 2" in compare.compare(one, whole).in_part
+
+
+def test_a_quick_run_that_sends_something_else_is_refused(folder: RunFolder) -> None:
+    other = quick_form(folder, output_tokens={"kind": "fixed", "tokens": 2})
+    with pytest.raises(LabError, match="no point of the other was sent the same load"):
+        compared(folder, other)
+
+
 def test_what_is_no_other_load(folder: RunFolder) -> None:
     """A field that came later, and a number that a run chose for its machine."""
     with pytest.raises(LabError, match="load_processes differ"):

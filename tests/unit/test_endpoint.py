@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dashboards import prometheus
 from labs import LABS
+from labs.harness.commands.cli import app
 from labs.harness.commands.terminal import ConsoleProgress
 from labs.harness.filing.recorded import MachineFile
 from labs.harness.filing.writing import write_json
@@ -65,6 +69,31 @@ def test_an_odd_list_of_models_is_told(answer: bytes, words: str) -> None:
     assert words in sentence
 
 
+@each(
+    ("address", "words"),
+    [
+        ("http://127.0.0.1:{unused}", "nothing listens there"),
+        ("https://127.0.0.1:{unused}/v1", "nothing listens there"),
+        ("http://nowhere.invalid", "no machine of that name"),
+        ("127.0.0.1:8000", "it is no address such as http://"),
+        ("http://127.0.0.1:99999", "it is no address such as http://"),
+        ("nowhere", "it is no address such as http://"),
+    ],
+)
+def test_why_nothing_answers_at_an_address_is_told_in_words(address: str, words: str) -> None:
+    times = ["--from", "2026-11-28T10:15", "--to", "2026-11-28T10:25"]
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        given = address.format(unused=silent.getsockname()[1])
+        for call in (["--endpoint", given], ["--prometheus-url", given, *times]):
+            done = CliRunner().invoke(app, ["diagnose", *call])
+            assert done.exit_code == 1
+            assert words in done.stderr
+            assert "correct the address" in done.stderr
+            assert "Error" not in done.stderr
+            assert len(done.stderr.splitlines()) == 1
+
+
 def test_what_a_server_repeats_of_the_key_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(guard.KEY, "my-key")
     refusal = whole("Incorrect API key provided: my-key", "401 Unauthorized")
@@ -99,7 +128,7 @@ def test_metrics_are_read_without_the_key(monkeypatch: pytest.MonkeyPatch) -> No
         (says(whole("no such path", "404 Not Found")), "HTTP 404: no such path"),
         (says(whole('{"choices": [{"message": {}}]}')), "not stream"),
         (says(hostile.STREAM + b"data: 5\n\ndata: [[\n\ndata: {}\n\n"), "not stream"),
-        (hostile.drips, "EndlessAnswer"),
+        (hostile.drips, "the answer has no end"),
         (hostile.repeats(b"data: x\n"), "1048576 bytes"),
     ],
     ids=["redirect", "404", "whole", "no events", "drips", "endless"],
@@ -118,6 +147,23 @@ def test_endless_metrics_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.engines.base.METRICS_TIMEOUT_S", 0.3)
     with hostile.serving({"/metrics": hostile.drips}) as url:
         assert metrics_text(url) is None
+
+
+@each(
+    ("url", "host", "scheme", "path"),
+    [
+        ("127.0.0.1:9111", "127.0.0.1:9111", "http", "/metrics"),
+        ("http://a:8000/openai", "a:8000", "http", "/openai/metrics"),
+        ("https://a/openai/", "a", "https", "/openai/metrics"),
+    ],
+)
+def test_prometheus_scrapes_where_metrics_are_read(
+    url: str, host: str, scheme: str, path: str
+) -> None:
+    assert prometheus.target(url, {"lab": "l"}) == {
+        "targets": [host],
+        "labels": {"lab": "l", "__scheme__": scheme, "__metrics_path__": path},
+    }
 
 
 # ------------------------------------------------------------------------- replicas behind a router

@@ -138,6 +138,16 @@ def test_what_a_limit_turns_away_has_not_failed() -> None:
     assert (values["error_rate"], values["turned_away_rate"]) == (3 / 4, None)
 
 
+def test_an_error_counts_whenever_it_was_sent_among_all_requests_of_the_trial() -> None:
+    early = make_record([], error="reset", in_window=False)
+    good = make_record([(10.1, 1), (10.2, 1)])
+    late = make_record([(21.0, 1), (21.1, 1)], in_window=False)
+    full = make_record([], error="HTTP 503: busy", in_window=False)
+    limited = make_point(load="poisson:1", flags={"max-num-queued-reqs": 4})
+    values = measure(make_trial([early, good, late, full], point=limited))
+    assert (values["error_rate"], values["turned_away_rate"]) == (1 / 4, 0)
+
+
 @pytest.mark.parametrize(("q", "least"), LEAST_SAMPLES.items())
 def test_percentile_needs_samples_beyond_it(q: int, least: int) -> None:
     assert percentile([1.0] * (least - 1), q) is None

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from labs.harness.running import backfill, resume
 from labs.harness.telling.summary import all_problems, computed, summarise
 from loadtests import records
 from loadtests.records import Chunks, RequestRecord
-from serving import metrics
+from serving import metrics, whole
 from serving.hardware import telemetry
 from serving.hardware.telemetry import Sample
 from tests.unit.builders import make_record, write_run
@@ -123,7 +123,7 @@ def test_what_does_not_come_back_as_it_was_is_not_packed(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = told(folder)
-    to_columns, sync = packed.to_columns, packing._sync
+    to_columns, sync = packed.to_columns, whole.sync
 
     def shifting(block: Sequence[RequestRecord]) -> packed.Columns:
         columns = to_columns(block)
@@ -134,7 +134,7 @@ def test_what_does_not_come_back_as_it_was_is_not_packed(
         if packed.SERIES in path.name:
             path.write_bytes(lzma.compress(b"{}\n"))
 
-    for owner, name, fault in ((packed, "to_columns", shifting), (packing, "_sync", damaging)):
+    for owner, name, fault in ((packed, "to_columns", shifting), (whole, "sync", damaging)):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fault)
             with pytest.raises(DamagedError):
@@ -155,6 +155,80 @@ def test_two_that_pack_one_run_take_turns(folder: RunFolder) -> None:
     packs.join()
     assert contents(folder) != before
     assert not packing.pack(folder)
+
+
+def test_what_is_computed_while_a_run_is_packed_stays(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packing has read the summary already when another process writes it anew."""
+    newer = folder.summary().model_copy(update={"missing": 7})
+    writes = threading.Thread(
+        target=packing.write_summary, args=(RunFolder(folder.path), newer), daemon=True
+    )
+    write = packing._write
+
+    def beside(path: Path, lines: Iterable[packing.Line]) -> None:
+        write(path, lines)
+        if path.name == packed.PROBES:
+            writes.start()
+            writes.join(0.2)
+
+    monkeypatch.setattr(packing, "_write", beside)
+    assert packing.pack(folder)
+    writes.join()
+    assert folder.summary() == newer
+    assert not packing.pack(folder)
+
+
+READERS: dict[str, Callable[[RunFolder], Any]] = {
+    "predictions": RunFolder.predictions,
+    "summary": RunFolder.summary,
+    "is_predicted": lambda run: run.is_predicted,
+    "is_summarised": lambda run: run.is_summarised,
+    "probe_results": RunFolder.probe_results,
+    "probe_result": lambda run: run.probe_result("salt", "on"),
+    "count": RunFolder.count,
+    "trial_result": lambda run: run.trial_result(run.run().points()[-1], 1),
+    "records": lambda run: run.records(POINT, 1),
+    "series": lambda run: run.series(POINT, 1),
+    "telemetry": lambda run: run.telemetry(POINT, 1),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_run_that_is_packed_between_a_look_and_a_read_is_read(
+    folder: RunFolder, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = READERS[reader](folder)
+    opened = packed.opened
+
+    def then_packed(home: Path) -> packed.PackedRun | None:
+        found = opened(home)
+        if found is None:
+            monkeypatch.setattr(packed, "opened", opened)
+            packing.pack(RunFolder(home))
+        return found
+
+    monkeypatch.setattr(packed, "opened", then_packed)
+    assert READERS[reader](RunFolder(folder.path)) == before
+    assert before
+    assert not (folder.path / "trials").exists()
+
+
+def test_folders_that_go_while_a_run_is_looked_through_are_no_fault(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def going(place: str) -> Any:
+        if Path(place).name == "trials":
+            monkeypatch.setattr(os, "scandir", scandir)
+            packing.pack(folder)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", going)
+    bounded.require_own_files(folder.path)
+    assert not (folder.path / "trials").exists()
 
 
 STEPS = (
@@ -193,9 +267,9 @@ def _pack_until(folder: RunFolder, last: int) -> bool:
 
 def test_a_kill_at_any_step_of_packing_loses_nothing(folder: RunFolder, tmp_path: Path) -> None:
     before = read(folder)
-    whole = RunFolder(tmp_path / "whole" / folder.path.name)
-    shutil.copytree(folder.path, whole.path)
-    packing.pack(whole)
+    unhurt = RunFolder(tmp_path / "unhurt" / folder.path.name)
+    shutil.copytree(folder.path, unhurt.path)
+    packing.pack(unhurt)
     for last in itertools.count(0, 3):  # each kind of step comes up for several files
         killed = RunFolder(tmp_path / str(last) / "tiny" / folder.path.name)
         shutil.copytree(folder.path, killed.path)
@@ -203,7 +277,7 @@ def test_a_kill_at_any_step_of_packing_loses_nothing(folder: RunFolder, tmp_path
         assert read(killed) == before, f"killed before step {last}"
         packing.pack(killed)
         left = {name: of for name, of in contents(killed).items() if not name.endswith(".half")}
-        assert left == contents(whole), f"killed before step {last}"
+        assert left == contents(unhurt), f"killed before step {last}"
         if not was_killed:
             break
     assert last > 30
@@ -358,4 +432,4 @@ def test_records_of_a_trial_that_is_not_there_are_missed(folder: RunFolder) -> N
     packing.pack(folder)
     with pytest.raises(DamagedError, match="no requests of"):
         folder.records(POINT, 9)
-    assert records.OPTIONAL == ("text", "model", "choice", "alike_tokens")
+    assert records.OPTIONAL == ("text", "model", "choice", "alike_tokens", "first_answer_s")

@@ -40,13 +40,13 @@ from labs.harness.judging.text import (
     with_ends,
 )
 from labs.harness.judging.validity import SERVER_BUSY
-from labs.harness.spec import Prediction
+from labs.harness.spec import Prediction, Variant
 from labs.harness.telling import headlines, method, plots, report, tables
 from labs.harness.telling.document import parts
 from labs.harness.telling.summary import summarise
 from labs.harness.telling.words import told_by
 from loadtests.arrivals import Waves
-from tests.unit.builders import PREDICTION, make_lab, write_run
+from tests.unit.builders import PREDICTION, make_lab, make_point, write_run
 from tests.unit.judged import page_says
 
 
@@ -479,6 +479,20 @@ def test_it_is_said_how_often_points_were_measured(
     summary = folder.summary().model_copy(update={"measurements": measured})
     known = method.repeats(make_lab(most_repeats=most_repeats), summary)
     assert (known["text"], known["most"]) == said
+
+
+@pytest.mark.parametrize(
+    ("engine", "flags", "endpoint", "is_eager"),
+    [("vllm", {"enforce-eager": True}, "", True), ("vllm", {}, "", False),
+     ("llama-cpp", {}, "", False), ("vllm", {"enforce-eager": True}, "http://127.0.0.1:1", False)],
+)  # fmt: skip
+def test_a_report_says_that_every_engine_went_without_compilation(
+    engine: str, flags: dict[str, Any], endpoint: str, is_eager: bool, folder: RunFolder
+) -> None:
+    run = folder.run().model_copy(update={"endpoint": endpoint})
+    point = make_point()
+    started = replace(point, variant=Variant(name="a", engine=engine, flags=flags))
+    assert report.runs_eager(run, [started]) == is_eager
 
 
 def test_a_terminal_ends_with_the_answer_its_doubt_and_what_to_try_next(folder: RunFolder) -> None:

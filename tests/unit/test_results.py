@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from labs.harness.filing import checks, results
+from labs.harness.filing.bounded import DamagedError
 from labs.harness.filing.checks import problems
 from labs.harness.filing.computed import Summary
 from labs.harness.filing.recorded import TrialResult, snapshot_from_json, snapshot_json
@@ -102,6 +103,17 @@ def test_summary_is_computed_from_the_files_alone(folder: RunFolder) -> None:
     assert [(j.treatment, j.outcome) for j in judgements] == [
         ("on/short/concurrent-1", "helps"), ("on/short/concurrent-2", "helps"),
     ]  # fmt: skip
+
+
+def test_a_run_that_was_stopped_has_no_summary_by_any_name(folder: RunFolder) -> None:
+    """It is told so, and which command computes one; a complete run lacks a file."""
+    (folder.path / "summary.json").unlink()
+    with pytest.raises(DamagedError, match=r"summary\.json is missing"):
+        folder.summary()
+    (folder.path / "COMPLETE").unlink()
+    with pytest.raises(DamagedError, match="stopped before it had one; `make report RUN=") as told:
+        folder.summary()
+    assert "summary.json" not in str(told.value)
 
 
 def test_engine_metrics_read_back_without_the_unknown_ones() -> None:

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from labs import LABS
 from labs.harness import theory
 from labs.harness.facts.context import Context
 from labs.harness.facts.drawing import plt
 from labs.harness.spec import Lab, Variant
 from labs.serving_engines.facts import facts, leading_share
 from labs.serving_engines.lab import (
+    EAGER,
     LLAMA,
     LLAMA_Q4,
+    VLLM,
     at_once,
     step_by_bytes,
     throughput_by_bytes,
@@ -93,6 +96,27 @@ def test_answers_are_compared_with_vllms_to_the_same_prompts(tmp_path: Path) -> 
     assert (turns.answers, str(turns.length_share), turns.compared) == (6, "66.7%", 4)
     assert (turns.same, str(turns.leading)) == (2, "75%")
     assert told.compared == [turns]
+
+
+def test_every_engine_is_ranked_as_its_makers_start_it(tmp_path: Path) -> None:
+    full = LABS["serving-engines"].at("cpu", quick=False)
+    eager = {
+        v.name: v.flags.get("enforce-eager", full.flags.get("enforce-eager")) for v in full.variants
+    }
+    assert (eager[VLLM.name], eager[EAGER.name]) == (False, True)
+    variants = (VLLM, EAGER, OTHER)
+    two = lab().model_copy(update={"variants": variants})
+    values = {
+        f"{v.name}/short/concurrent-{users}": {"output_tokens_per_s": 10, "tpot_mean_s": 0.1}
+        for v in variants
+        for users in (1, 8)
+    }
+    told = facts(judged_run(context(tmp_path, two, values)))
+    assert told.ranked
+    assert {at.variant for at in told.ranked.loaded} == {VLLM.name, OTHER.name}
+    assert not told.is_vllm_eager
+    before = two.model_copy(update={"flags": {"enforce-eager": True}})
+    assert facts(judged_run(context(tmp_path, before, values))).is_vllm_eager
 
 
 def test_engines_are_ranked_by_their_valid_figures(tmp_path: Path) -> None:

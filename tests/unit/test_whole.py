@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from labs.harness.filing.recorded import TrialResult
+from labs.harness.filing.writing import write_trial
 from serving import whole
 from serving.weights.models import ROOT
 
@@ -25,6 +27,27 @@ def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(tmp_path: P
         assert path.read_bytes() == b"\x00\x01"
     assert path.read_text() == "later"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_to_be_on_the_disk_is_there_before_its_name_and_a_trial_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave an empty `trial.json`, or one without its requests."""
+    done, fsync, rename = list[int](), os.fsync, Path.rename
+
+    def synced(handle: int) -> None:
+        done.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def renamed(half: Path, path: Path) -> Path:
+        assert {half.stat().st_ino, requests.stat().st_ino} <= set(done)
+        return rename(half, path)
+
+    requests = whole.write(tmp_path / "trial" / "requests.jsonl.gz", b"")
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    write_trial(requests.parent, TrialResult(point="on/short/concurrent-1", repeat=1))
+    assert done[-1] == requests.parent.stat().st_ino
 
 
 class CutOff(Exception):

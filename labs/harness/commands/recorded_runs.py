@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from difflib import unified_diff
 from pathlib import Path
@@ -24,10 +25,11 @@ from labs.harness.comparing import (
     side_by_side,
 )
 from labs.harness.filing import export, manifest, packing, score
-from labs.harness.filing.committed import committed_runs
+from labs.harness.filing.committed import committed_runs, is_tracked, tracked_runs
 from labs.harness.filing.newest import newest_runs
 from labs.harness.filing.results import RESULTS, RunFolder, all_runs, open_run, readable
 from labs.harness.judging.metrics import METRICS
+from labs.harness.judging.text import counted
 from labs.harness.spec import LabError
 from labs.harness.telling import pages, report
 from labs.harness.telling.document import bullets, section, table_of
@@ -46,28 +48,53 @@ def rebuild(run: Path | None = None, committed: Annotated[bool, COMMITTED] = Fal
     """Compute summaries and reports again from the files of finished trials, and pack the runs.
 
     A run that repeats another recorded run is also compared with it again, and the repetitions that
-    are filed with a run are judged again. With `--committed` a run that lies here without a report
-    gets none, and the pages that are generated from all runs are written last.
+    are filed with a run are judged again. What git tracks stays as it is: a RUN that it tracks is
+    computed in a copy below exports/. With `--committed` those alone are computed in place: one
+    that lies here without a report gets none, and the pages that are generated from all runs are
+    written last.
     """
     if committed:
         require_clone("report --committed")
     folders = _folders(run, committed)
     if run:
-        _rebuild(folders[0])
+        _rebuild(_copied(folders[0]) if is_tracked(folders[0]) else folders[0])
         return
+    if not folders:
+        console.print(f"There is no run in {shown_path(RESULTS)} yet: `make labs` lists the labs.")
+    if not committed and (kept := tracked_runs()):
+        folders = [folder for folder in folders if folder.path not in kept]
+        console.print(
+            f"Left as is, because git tracks it: {counted(len(kept), 'run')}. RUN= tells one in a"
+            " copy, `labs report --committed` computes all in place.",
+            soft_wrap=True,
+        )
     left_out = 0
     for folder in folders:
         try:
-            _rebuild(folder, told=not committed or (folder.path / "report.md").exists())
+            told = not committed or (folder.path / "report.md").exists()
+            _rebuild(folder, told, committed)
         except LabError as error:
             left_out += 1
             _say_left_out(folder.place, str(error))
     if left_out:
         raise LabError(f"runs whose report was not computed: {left_out} of {len(folders)}")
-    if not folders:
-        console.print(f"There is no run in {shown_path(RESULTS)} yet: `make labs` lists the labs.")
-    elif committed:
+    if committed and folders:
         readme()
+
+
+def _copied(folder: RunFolder) -> RunFolder:
+    """Copy a run to where git ignores it, as deep as it lies, and say so."""
+    with readable(folder):
+        folder.run()  # has no files but its own
+    copy = RunFolder(ROOT / "exports" / folder.place)
+    shutil.rmtree(copy.path, ignore_errors=True)
+    shutil.copytree(folder.path, copy.path)
+    console.print(
+        f"Git tracks this run: its report is computed in a copy, {shown_path(copy.path)};"
+        " `labs report --committed` computes all that it tracks in place.",
+        soft_wrap=True,
+    )
+    return copy
 
 
 @command("words", panel=PANEL)
@@ -100,7 +127,7 @@ def _folders(run: Path | None, committed: bool = False) -> list[RunFolder]:
     return [open_run(run)] if run else committed_runs() if committed else all_runs()
 
 
-def _rebuild(folder: RunFolder, told: bool = True) -> None:
+def _rebuild(folder: RunFolder, told: bool = True, committed: bool = False) -> None:
     with readable(folder):
         summarise(folder)
         if told:
@@ -110,8 +137,8 @@ def _rebuild(folder: RunFolder, told: bool = True) -> None:
         original = reproduction.original_of(folder)
         if original and folder.complete:
             result = reproduction.compare_with_original(original, folder)
-            path = reproduction.file_with_original(result, original)
-            show_path(path)
+            if committed or not reproduction.is_published(result, original):
+                show_path(reproduction.file_with_original(result, original))
         for path in reproduction.judge_again(folder):
             show_path(path)
         packing.pack(folder)

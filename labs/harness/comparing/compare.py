@@ -7,16 +7,16 @@ repeats there is no ratio, and the difference of the means decides, by Welch's t
 figures some intervals exclude 1 by chance, so a figure *differs* only where it still does when the
 rate of false discoveries over all of them is held at 5% (Benjamini and Hochberg 1995). It differs,
 or is the same, by one margin: the claim's for what a claim compares, the default one for the
-others. On other hardware only dimensionless figures are compared; MBU, MFU and what was reached of
-a predicted bound are shares of each machine's own limits, and are listed as properties of the
-machines.
+others. Of a quick run and a full one, the points that both have are compared. On other hardware
+only dimensionless figures are; MBU, MFU and what was reached of a predicted bound are shares of
+each machine's own limits, and are listed as properties of the machines.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -67,6 +67,8 @@ SENT = (  # the knobs of a lab that say what is sent and what is measured of it
     "seed",
     "slo",
 )
+SIZES = ("workloads", "requests", "warmup_s", "window_s")  # those that a quick run cuts
+SIZES_OF_WORKLOAD = ("loads", "only", "most_requests", "warmup_s")
 NOT_COMPLETE = "not complete"
 MOST_NAMED = 6  # failed trials
 SOME_ZEROS = "zero in some repeats"
@@ -79,12 +81,13 @@ USES: tuple[Use, ...] = ("compared", "listed", "left out")
 
 @dataclass(frozen=True)
 class Side:
-    """Holds one side of a comparison: a run, or one variant of it."""
+    """Holds one side of a comparison: a run, or one variant of it, or some of their points."""
 
     folder: RunFolder
     variant: str | None
     run: Run
     summary: Summary
+    places: Set[str] | None = None  # of the points that count, as `where` names them; None: all
 
     @property
     def name(self) -> str:
@@ -107,7 +110,18 @@ class Side:
 
     @property
     def points(self) -> list[Point]:
-        return [p for p in self.run.points() if self.variant in (None, p.variant.name)]
+        own = [p for p in self.run.points() if self.variant in (None, p.variant.name)]
+        return [p for p in own if self.places is None or self.where(p.key) in self.places]
+
+    @property
+    def judgements(self) -> list[Judgement]:
+        """Return the verdicts on its points; of a single variant there are none."""
+        keys = {point.key for point in self.points}
+        return [
+            j
+            for j in self.summary.judgements
+            if self.variant is None and {j.treatment, j.baseline} <= keys
+        ]
 
     @property
     def forecasts(self) -> list[ForecastResult]:
@@ -162,10 +176,48 @@ def reason_not_comparable(a: Side, b: Side) -> str:
     knobs_a, knobs_b = (fresh_knobs(s.run.lab) for s in (a, b))
     # a number that a run chose for its machine is told among what differs in how they were run
     chosen = any(s.run.lab.get("load_processes_chosen") for s in (a, b))
-    compared = [k for k in SENT if not (chosen and k == "load_processes")]
+    in_part = a.run.quick != b.run.quick
+    passed_over = ("load_processes",) * chosen + SIZES * in_part
+    compared = [k for k in SENT if k not in passed_over]
     if differing := [k for k in compared if knobs_a[k] != knobs_b[k]]:
         return f"they were not sent the same load: {', '.join(differing)} differ"
+    if in_part and not _places_of_both(a, b):
+        return "one is a quick run, and no point of the other was sent the same load"
     return ""
+
+
+def _places_of_both(a: Side, b: Side) -> set[str]:
+    """Name the points that both have, of workloads that are alike but for their sizes."""
+    of_a, of_b = (
+        {
+            workload["name"]: {k: v for k, v in workload.items() if k not in SIZES_OF_WORKLOAD}
+            for workload in fresh_knobs(s.run.lab)["workloads"]
+        }
+        for s in (a, b)
+    )
+    alike = {name for name, workload in of_a.items() if of_b.get(name) == workload}
+    in_a, in_b = ({s.where(p.key) for p in s.points if p.workload.name in alike} for s in (a, b))
+    return in_a & in_b
+
+
+def _at_both(a: Side, b: Side) -> tuple[Side, Side, str]:
+    """Keep what a quick run and a full one both have, and say what differs in their sizes."""
+    places = _places_of_both(a, b)
+    kinds = ("quick" if s.run.quick else "full" for s in (a, b))
+    (kind_a, kind_b), (of_a, of_b) = kinds, (len(s.points) for s in (a, b))
+    sizes = [
+        f"{name} {in_a:g} / {in_b:g}"
+        for name in ("repeats", "requests", "warmup_s", "window_s")
+        if (in_a := a.run.lab[name]) != (in_b := b.run.lab[name])
+    ]
+    if a.run.scale != b.run.scale:
+        sizes.insert(0, f"scale {a.run.scale} / {b.run.scale}")
+    text = (
+        f"A is a {kind_a} run of {counted(of_a, 'point')}, B a {kind_b} one of {of_b}: compared is"
+        f" what both have, at {counted(len(places), 'point')}"
+    )
+    text = f"{text}; {', '.join(sizes)}" if sizes else text
+    return replace(a, places=places), replace(b, places=places), text
 
 
 def same_requests(a: Side, b: Side) -> bool:
@@ -180,11 +232,13 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
     """Compare B with A. Raises LabError where they are not comparable, unless forced."""
     if (why := reason_not_comparable(a, b)) and not force:
         raise LabError(f"{a.name} and {b.name} are not comparable: {why}; FORCE=1 compares them")
+    in_part = ""
+    if a.run.quick != b.run.quick and not why:
+        a, b, in_part = _at_both(a, b)
     same_hardware, paired = a.hardware == b.hardware, same_requests(a, b)
     columns_a, columns_b = (columns_of(s, _metrics(a.run), same_hardware) for s in (a, b))
     rows = {use: _rows(columns_a[use], columns_b[use], paired) for use in USES}
-    claims = [*a.summary.judgements, *b.summary.judgements]
-    compared = judged(of_claims(rows["compared"], claims))
+    compared = judged(of_claims(rows["compared"], [*a.judgements, *b.judgements]))
     manifests = [manifest.recorded(s.folder) for s in (a, b)]
     facts = manifest.fact_pairs(*manifests)
     return Comparison(
@@ -194,10 +248,11 @@ def compare(a: Side, b: Side, force: bool = False) -> Comparison:
         same_hardware=same_hardware,
         paired=paired,
         forced=why,
+        in_part=in_part,
         rows=sorted(compared, key=lambda row: row.kind != "effect"),
         of_machines=_of_machines(rows["listed"]),
         left_out=len(rows["left out"]),
-        verdicts=[] if a.variant else _verdicts(a.summary.judgements, b.summary.judgements),
+        verdicts=_verdicts(a.judgements, b.judgements),
         caveats={name: _caveats(s) for name, s in (("A", a), ("B", b))},
         speeds=_speeds(a, b),
         facts=facts,
@@ -237,7 +292,7 @@ def columns_of(side: Side, metrics: Sequence[str], same_hardware: bool) -> dict[
         predicted = dict.fromkeys(column, f.prediction.value)
         name = f"measured / predicted {f.metric}"
         columns[use][name, side.where(f.point)] = _quotients(column, predicted)
-    for j in [] if side.variant else side.summary.judgements:
+    for j in side.judgements:
         treatment, baseline = (
             by_repeat(measurements.get(key, {}), j.metric) for key in (j.treatment, j.baseline)
         )

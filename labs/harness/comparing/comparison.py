@@ -169,6 +169,7 @@ class Comparison(BaseModel, frozen=True, extra="forbid"):
     same_hardware: bool
     paired: bool
     forced: str = ""  # why they are not comparable, where the reader insisted
+    in_part: str = ""  # what of both is compared, where one is a quick run and the other is not
     rows: list[ComparedFigure]  # effects of claims, whose sides are among the others, come first
     of_machines: list[MachineProperty] = []  # of other hardware
     left_out: int  # absolute figures, of other hardware

@@ -71,6 +71,8 @@ def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
     """
     rows = [r for r in comparison.rows if r.kind != "effect" or not comparison.same_hardware]
     failed = _incomplete(comparison)
+    if comparison.in_part:
+        failed.append(f"not all is compared: {comparison.in_part}")
     for v in comparison.verdicts:
         lost = v.b in NO_VERDICT and v.a not in NO_VERDICT
         open_ = v.b == "inconclusive" and v.a not in UNDECIDED

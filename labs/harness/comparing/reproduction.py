@@ -30,7 +30,7 @@ from labs.harness.comparing.comparison import (
 )
 from labs.harness.filing import manifest
 from labs.harness.filing.bounded import DamagedError, read_json
-from labs.harness.filing.committed import tracked
+from labs.harness.filing.committed import tracked, tracked_names
 from labs.harness.filing.manifest import Fact
 from labs.harness.filing.results import RunFolder, all_runs
 from labs.harness.filing.writing import write_packed_json
@@ -125,12 +125,21 @@ def file_with_original(result: Reproduction, original: RunFolder) -> Path:
 
     The page of a published run shows published repetitions alone, so a new one leaves it as it is.
     """
-    path = original.path / FILED / f"{result.by.run}{PACKED_JSON}"
+    path = _file_of(result, original)
     remark = read_json(path, Reproduction).remark if path.exists() else ""
     write_packed_json(path, result.model_copy(update={"remark": remark}))
-    if filed_with(original, committed=True):
+    if tracked([path], original.path):
         whole.write(path.with_name("README.md"), markdown.document(page(original)))
     return path
+
+
+def is_published(result: Reproduction, original: RunFolder) -> bool:
+    """Tell whether git tracks what is filed of this repetition."""
+    return bool(tracked_names(original.path, f"{FILED}/{_file_of(result, original).name}"))
+
+
+def _file_of(result: Reproduction, original: RunFolder) -> Path:
+    return original.path / FILED / f"{result.by.run}{PACKED_JSON}"
 
 
 def judge_again(original: RunFolder) -> list[Path]:

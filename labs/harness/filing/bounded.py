@@ -7,6 +7,7 @@ that is all commas and brackets, since an object in memory is many times as larg
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import lzma
 import os
@@ -141,8 +142,8 @@ def require_own_files(folder: Path) -> None:
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     folders = [str(folder)]
     while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
+            for entry in entries:  # those that another process packs go meanwhile
                 yield entry
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)

@@ -42,6 +42,17 @@ def tracked(paths: Iterable[Path], within: Path) -> list[Path]:
     return [path for path in there if not names or path.relative_to(within).as_posix() in names]
 
 
+def is_tracked(folder: RunFolder) -> bool:
+    """Tell whether git tracks a run, wherever that lies."""
+    return bool(tracked_names(folder.path, "run.json"))
+
+
+def tracked_runs() -> set[Path]:
+    """Return the folders of the runs on file that git tracks; none without a repository."""
+    manifests = tracked_names(results.RESULTS, "*/*/*/run.json")
+    return {(results.RESULTS / name).parent for name in manifests}
+
+
 def committed_runs() -> list[RunFolder]:
     """List the published runs, newest last."""
     manifests = (folder.path / "run.json" for folder in all_runs())

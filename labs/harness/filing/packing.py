@@ -67,7 +67,7 @@ def pack(folder: RunFolder) -> bool:
 
 @contextlib.contextmanager
 def _alone(home: Path) -> Iterator[None]:
-    """Wait until no other process packs this run, and keep others from it."""
+    """Wait until no other process packs this run or writes its summary, and keep others from it."""
     handle = os.open(home, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -77,11 +77,15 @@ def _alone(home: Path) -> Iterator[None]:
 
 
 def write_summary(folder: RunFolder, summary: Summary) -> None:
-    """Write what was computed from the trials of a run, in the form that the run has."""
-    if folder.is_packed:
-        _write(folder.path / SUMMARY, [summary.model_dump(mode="json")])
-    else:
-        write_json(folder.path / "summary.json", summary)
+    """Write what was computed from the trials of a run, in the form that the run has.
+
+    A complete run may be packed meanwhile: then what packing read would stay.
+    """
+    with _alone(folder.path) if folder.complete else contextlib.nullcontext():
+        if folder.is_packed:
+            _write(folder.path / SUMMARY, [summary.model_dump(mode="json")])
+        else:
+            write_json(folder.path / "summary.json", summary)
 
 
 def _write_all(folder: RunFolder) -> None:
@@ -158,20 +162,10 @@ def _write(path: Path, lines: Iterable[Line]) -> None:
                 text = orjson.dumps(line, option=orjson.OPT_NON_STR_KEYS) + b"\n"
                 written.update(text)
                 file.write(text)
-        _sync(half)
+        whole.sync(half)
         read_back = hashlib.sha256()
         for text in bounded.lines(half):
             read_back.update(text + b"\n")
         if read_back.digest() != written.digest():
             raise DamagedError(f"{path} reads back otherwise than it was written")
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not every file system does so for a folder
-            os.fsync(handle)
-    finally:
-        os.close(handle)
+    whole.sync(path.parent)

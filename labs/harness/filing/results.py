@@ -22,9 +22,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -52,6 +52,7 @@ from serving.hardware.attention import AttentionTimes
 from serving.hardware.machine import Machine
 from serving.weights.models import ROOT
 
+T = TypeVar("T")
 RESULTS = Path(os.environ.get("LABS_RESULTS") or ROOT / "results").resolve()
 MOST_RECORDED_TOKENS = 10**8  # of a run
 
@@ -139,6 +140,22 @@ class RunFolder:
         """Whether its trials are in its packed files."""
         return self._files is not self._lasting
 
+    def _read(self, read: Callable[[PackedRun | LastingRun], T]) -> T:
+        """Read from the form that the run has: again where another process packed it meanwhile.
+
+        Until then what is read may go, and then seem never to have been there.
+        """
+        if not self.is_packed:
+            try:
+                found = read(self._lasting)
+            except (DamagedError, OSError):
+                if not self.is_packed:
+                    raise
+            else:
+                if not self.is_packed:
+                    return found
+        return read(self._files)
+
     def run(self) -> Run:
         """Read the manifest: once, unless its file changes. Raises DamagedError."""
         path = self.path / "run.json"
@@ -150,21 +167,26 @@ class RunFolder:
 
     def predictions(self) -> Predictions:
         """Read what was predicted before the first engine started."""
-        return read_json(self._files.predictions_file, Predictions)
+        return self._read(lambda files: read_json(files.predictions_file, Predictions))
 
     def summary(self) -> Summary:
         """Read what was computed from the trials."""
-        return read_json(self._files.summary_file, Summary)
+        if not self.complete and not self.is_summarised:
+            raise DamagedError(
+                f"{self.path} has no summary: the run lasts, or was stopped before it had one;"
+                " `make report RUN=..` computes one of what is there"
+            )
+        return self._read(lambda files: read_json(files.summary_file, Summary))
 
     @property
     def is_predicted(self) -> bool:
         """Whether its predictions are on file."""
-        return self._files.predictions_file.exists()
+        return self._read(lambda files: files.predictions_file.exists())
 
     @property
     def is_summarised(self) -> bool:
         """Whether its summary is on file."""
-        return self._files.summary_file.exists()
+        return self._read(lambda files: files.summary_file.exists())
 
     def undecided(self) -> Undecided | None:
         """Read which points were chosen for more repeats; None where none has been."""
@@ -187,11 +209,11 @@ class RunFolder:
 
     def probe_results(self) -> dict[str, Any]:
         """Read what each probe found, by the probe's name with its variant's behind it."""
-        return self._files.probes()
+        return self._read(lambda files: files.probes())
 
     def attention_times(self) -> AttentionTimes | None:
         """Read how long attention took by itself; None where it was not timed."""
-        found = self._files.probe("attention")
+        found = self._read(lambda files: files.probe("attention"))
         try:
             return None if found is None else AttentionTimes.model_validate(found)
         except ValidationError as error:
@@ -199,15 +221,15 @@ class RunFolder:
 
     def probe_result(self, probe: str, variant: str) -> dict[str, Any] | None:
         """Read the result of a probe, or of its quick form, on a variant's engine, if any."""
-        for name in (probe, f"{probe}-quick"):
-            if found := self._files.probe(f"{name}-{variant}"):
-                result: dict[str, Any] = found
-                return result
-        return None
+        whole, brief = f"{probe}-{variant}", f"{probe}-quick-{variant}"
+        found: dict[str, Any] | None = self._read(
+            lambda files: files.probe(whole) or files.probe(brief)
+        )
+        return found
 
     def count(self) -> int:
         """Count the trials and probes on file."""
-        return self._files.count()
+        return self._read(lambda files: files.count())
 
     def trial_folder(self, point: Point, repeat: int) -> Path:
         """Return the path of a trial's folder, which is there until the run is packed."""
@@ -215,7 +237,8 @@ class RunFolder:
 
     def trial_result(self, point: Point, repeat: int) -> TrialResult | None:
         """Read what is known of a trial beside its requests, if the trial ended."""
-        return self._files.trial_result(str(TrialName(point.key, repeat)))
+        name = str(TrialName(point.key, repeat))
+        return self._read(lambda files: files.trial_result(name))
 
     def trial_results(self, points: Sequence[Point], lab: Lab) -> list[TrialResult]:
         """Read what is known of all trials that ended, beside their requests."""
@@ -224,15 +247,18 @@ class RunFolder:
 
     def records(self, point: str, repeat: int) -> list[RequestRecord]:
         """Read the records of a trial's requests. Raises DamagedError where there are none."""
-        return self._files.records(str(TrialName(point, repeat)))
+        name = str(TrialName(point, repeat))
+        return self._read(lambda files: files.records(name))
 
     def series(self, point: str, repeat: int) -> list[Kept]:
         """Read what was kept of the engine in a trial; [] where nothing was."""
-        return self._files.series(str(TrialName(point, repeat)))
+        name = str(TrialName(point, repeat))
+        return self._read(lambda files: files.series(name))
 
     def telemetry(self, point: str, repeat: int) -> list[telemetry.Sample]:
         """Read what was sampled of the hardware in a trial; [] where nothing was."""
-        return self._files.telemetry(str(TrialName(point, repeat)))
+        name = str(TrialName(point, repeat))
+        return self._read(lambda files: files.telemetry(name))
 
     def trials(
         self, points: list[Point], lab: Lab

@@ -1,4 +1,4 @@
-"""Writes the files of a run; each appears only when it is whole."""
+"""Writes the files of a run; each appears only when it is whole, and on the disk."""
 
 from __future__ import annotations
 
@@ -23,18 +23,25 @@ LEAST_FREE_BYTES = 300 * 2**20
 
 def write_json(path: Path, model: BaseModel) -> None:
     """Write a model as JSON; the file appears only when it is whole."""
-    whole.write(path, json.dumps(model.model_dump(mode="json"), indent=1) + "\n")
+    whole.write(path, json.dumps(model.model_dump(mode="json"), indent=1) + "\n", on_disk=True)
+
+
+def write_trial(home: Path, result: BaseModel) -> None:
+    """Write `trial.json`, with which a trial counts as played, after all else in its folder."""
+    for path in home.glob("*.gz"):
+        whole.sync(path)
+    write_json(home / "trial.json", result)
 
 
 def write_packed_json(path: Path, model: BaseModel) -> None:
     """Write a model as JSON, packed by xz; the file appears only when it is whole."""
-    whole.write(path, lzma.compress(model.model_dump_json().encode() + b"\n"))
+    whole.write(path, lzma.compress(model.model_dump_json().encode() + b"\n"), on_disk=True)
 
 
 def write_gzip(path: Path, plain: Any) -> None:
     """Write plain data as gzipped JSON; the file appears only when it is whole."""
     packed = gzip.compress(orjson.dumps(plain, option=orjson.OPT_NON_STR_KEYS), mtime=0)
-    whole.write(path, packed)
+    whole.write(path, packed, on_disk=True)
 
 
 def require_room(path: Path) -> None:

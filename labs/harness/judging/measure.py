@@ -385,7 +385,8 @@ def in_time(record: RequestRecord, slo: SLO) -> bool:
 def error_rate(trial: Trial) -> float | None:
     """Requests that failed / all requests of the trial, warm-up and drain included; a share.
 
-    What an engine turns away by a limit on its queue has not failed: see `turned_away_rate`.
+    An intruder's are among both. What an engine turns away by a limit on its queue has not failed,
+    and is among all: `turned_away_rate` counts it, over the window alone.
     """
     return len(trial.failed) / len(trial.records) if trial.records else None
 
@@ -574,7 +575,8 @@ def acceptance_length(trial: Trial) -> float | None:
 def kv_capacity_tokens(trial: Trial) -> float | None:
     """Tokens that the KV cache holds, or those of all copies of the model together.
 
-    Blocks x block size, from an engine's configuration, times the copies, each with its own.
+    Blocks x block size, from an engine's configuration, times the copies, each with its own. Of
+    each copy's blocks vLLM keeps one for itself: it is counted here, and requests cannot have it.
     """
     config, copies = trial.cache_config, trial.point.flags.copies
     try:

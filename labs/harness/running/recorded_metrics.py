@@ -21,7 +21,7 @@ from serving import metrics
 from serving.engines import ENGINES
 from serving.engines.endpoint import base_address
 from serving.metrics import Snapshot
-from serving.processes.answers import ask
+from serving.processes.answers import ask, why_unanswered
 
 WITHIN_S, MOST_BYTES = 30.0, 64 * 2**20
 MODEL_LABEL = "model_name"  # of vLLM's metrics
@@ -148,13 +148,12 @@ class PrometheusAt:
             result = answer.json()["data"]["result"]
             for each in result:
                 float(each["value"][1]), {**each["metric"]}
-        except (
-            requests.RequestException,
-            ArithmeticError,
-            ValueError,
-            LookupError,
-            TypeError,
-        ) as error:
+        except requests.RequestException as error:
+            raise LabError(
+                f"PROMETHEUS_URL={self.url} does not answer ({why_unanswered(error)}): start that"
+                " Prometheus first, or correct the address"
+            ) from error
+        except (ArithmeticError, ValueError, LookupError, TypeError) as error:
             raise LabError(
                 f"PROMETHEUS_URL does not answer as Prometheus does ({type(error).__name__}:"
                 f" {error}): give its address, as http://127.0.0.1:9090"

@@ -19,7 +19,7 @@ import requests
 from labs.harness.filing.recorded import Discarded, TrialResult, snapshot_json
 from labs.harness.filing.results import FULL, RunFolder
 from labs.harness.filing.sampling import transports_s
-from labs.harness.filing.writing import write_json
+from labs.harness.filing.writing import write_trial
 from labs.harness.judging.checks.expected import Expected
 from labs.harness.judging.measure import (
     OtherWork,
@@ -423,7 +423,7 @@ class Trials:
         return step
 
     def _write(self, point: Point, result: TrialResult) -> None:
-        write_json(self._folder.trial_folder(point, result.repeat) / "trial.json", result)
+        write_trial(self._folder.trial_folder(point, result.repeat), result)
 
     def _play(self, points: Sequence[Point], repeat: int, name: str, began: float) -> list[Played]:
         """Play an attempt at these trials, which has begun at a time on the monotonic clock.

@@ -45,6 +45,8 @@ from labs.harness.telling.residuals import median_distance
 from labs.harness.telling.templates import filled
 from labs.harness.telling.words import Answer, Told, told
 from serving import whole
+from serving.engines import DEFAULT_ENGINE
+from serving.engines.vllm_flags import VllmFlags
 from serving.hardware.gpus import admits_one_process
 
 MOST_POINTS_NAMED = 6  # of a caveat that withholds no verdict; more are counted
@@ -125,6 +127,7 @@ def document(facts: Facts, figures: Sequence[Figure]) -> Markdown:
         lesson=lesson(name),
         is_stale=bool(lesson(name)) and not run.ad_hoc and is_stale(run),
         limits=lab.limits.get(run.machine.kind),
+        is_eager=runs_eager(facts.run, facts.points),
         two_engines=_titled(on_two_engines(lab, before)) if before and before.on_two else None,
         predicted=_predicted(facts),
         agreement={
@@ -209,6 +212,14 @@ def validity(caveats: Sequence[Caveat], lab: Lab) -> Markdown:
 
 
 # -------------------------------------------------------------------------- what the pages name
+
+
+def runs_eager(run: Run, points: Sequence[Point]) -> bool:
+    """Tell whether every engine that the run started is vLLM without its compilation."""
+    started = () if run.endpoint else points
+    return bool(started) and all(
+        p.variant.engine == DEFAULT_ENGINE and VllmFlags(p.flags).enforce_eager for p in started
+    )
 
 
 def _known(facts: Facts) -> dict[str, Any]:
