@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
+from urllib.parse import urlsplit
 
 import psutil
 import requests
@@ -180,6 +181,16 @@ def _unusable(error: OSError) -> str:
     return f"Prometheus cannot use {HOME}: {error.strerror}"
 
 
+def target(url: str, labels: Mapping[str, str]) -> dict[str, object]:
+    """Describe what to scrape: the `/metrics` below an address, whatever its scheme and path."""
+    address = urlsplit(url if "//" in url else f"//{url}")
+    where = {
+        "__scheme__": address.scheme or "http",
+        "__metrics_path__": f"{address.path.rstrip('/')}/metrics",
+    }
+    return {"targets": [address.netloc], "labels": {**labels, **where}}
+
+
 class Prometheus:
     """The Prometheus of one run, or the reason why there is none (`missing`).
 
@@ -218,11 +229,7 @@ class Prometheus:
 
     def scrape(self, job: str, url: str, labels: Mapping[str, str] | None = None) -> None:
         """Scrape this address from now on, as the job `client` or `engine`."""
-        target: dict[str, object] = {
-            "targets": [url.removeprefix("http://")],
-            "labels": dict(labels or {}),
-        }
-        self._targets[job].append(target)
+        self._targets[job].append(target(url, labels or {}))
         self._write_targets()
 
     def forget(self, job: str) -> None:

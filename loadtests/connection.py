@@ -66,12 +66,15 @@ class BodyParser(EndParser):
 
 
 class Connection:
-    """Sends requests to one path, one after another, and reads their answers."""
+    """Sends requests to one path of a server, one after another, and reads their answers."""
 
     def __init__(
         self, url: str, path: str, headers: Mapping[str, str], connect_s: float, silence_s: float
     ) -> None:
-        """`connect_s` is the most time to connect, `silence_s` the longest pause in an answer."""
+        """`url` is the server's, below which `path` is; `headers` go with every request.
+
+        `connect_s` is the most time to connect, `silence_s` the longest pause in an answer.
+        """
         address = urlsplit(url)
         self._tls, host = address.scheme == "https", address.hostname or ""
         port = address.port or (443 if self._tls else 80)
@@ -80,9 +83,10 @@ class Connection:
             host, port, host, port, connection_timeout=connect_s, network_timeout=silence_s
         )
         self._connect_s, self._silence_s = connect_s, silence_s
-        self._host = address.netloc.rpartition("@")[2]
-        fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self._head = f"POST {path} HTTP/1.1\r\nHost: {self._host}\r\n{fields}Content-Length: "
+        self._below = address.path.rstrip("/")
+        fields = {"Host": address.netloc.rpartition("@")[2], **headers}
+        self._fields = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        self._head = f"{self._begun('POST', path)}Content-Length: "
         self._socket: Socket | None = None
         self._done = gevent.event.Event()
         self._failure: Exception | None = None
@@ -93,8 +97,12 @@ class Connection:
 
         Raises OSError, HTTPParseError, EndlessAnswer.
         """
-        request = f"GET {healthy} HTTP/1.1\r\nHost: {self._host}\r\n\r\n"
+        request = f"{self._begun('GET', healthy)}\r\n"
         self._exchange(request.encode(), [], self._connect_s, BLOCK_BYTES)
+
+    def _begun(self, method: str, path: str) -> str:
+        """Return the head of a request to a path of the server, as far as all have the same."""
+        return f"{method} {self._below}{path} HTTP/1.1\r\n{self._fields}"
 
     def close(self) -> None:
         """Close the connection; the next request opens another one."""
@@ -106,8 +114,9 @@ class Connection:
     def ask(self, body: bytes, pieces: Pieces, most_s: float, most_bytes: int) -> None:
         """Send a request, and read its answer into `pieces` as it comes.
 
-        Raises EndlessAnswer where it takes more time or bytes than these, else OSError or
-        HTTPParseError; what came is in `pieces` all the same.
+        Raises EndlessAnswer where it takes more time or bytes than these, TimeoutError where the
+        server is silent for too long, else OSError or HTTPParseError; what came is in `pieces` all
+        the same.
         """
         head = f"{self._head}{len(body)}\r\n\r\n".encode()
         self._exchange(head + body, pieces, most_s, most_bytes)
@@ -139,7 +148,10 @@ class Connection:
         self, request: bytes, pieces: Pieces, deadline_s: float, most_s: float, most_bytes: int
     ) -> None:
         if self._socket is None:
-            self._socket = self._pool.get_socket()
+            try:
+                self._socket = self._pool.get_socket()
+            except TimeoutError as error:
+                raise ConnectionError(f"no connection within {self._connect_s:g} s") from error
             # timers of the same turn of the loop come after it: what has arrived waits for none
             loop = gevent.get_hub().loop
             self._readable = loop.io(self._socket.fileno(), READ, True, loop.MAXPRI)

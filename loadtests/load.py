@@ -295,7 +295,8 @@ class Load:
     def end(self, ended: Ended) -> None:
         """Note at once that a request has ended; give up when connections fail in a row.
 
-        One that this client turned away says nothing of the connections.
+        One that this client turned away says nothing of the connections. A server that is silent
+        for too long has failed the request alone: it may be busy.
         """
         self._awaited -= ended.turn.counts
         if not ended.turned_away_here:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -95,10 +94,11 @@ class TrialPlan(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def least_counted(self) -> int:
-        """The requests that this share's window is held open for: one a user, five in all."""
-        intruders = self.arrival.seats - self.arrival.users if self.share[0] == 0 else 0
-        sending = 1 if isinstance(self.arrival, Waves) else min(self.share[1], self.arrival.users)
-        return max(self.seats - intruders, math.ceil(LEAST_COUNTED / sending))
+        """This share of the requests that the window is held open for: one a user, five in all."""
+        number, of = self.share
+        sending = 1 if isinstance(self.arrival, Waves) else min(of, self.arrival.users)
+        least = max(self.arrival.users, LEAST_COUNTED)
+        return least // sending + (number < least % sending)
 
     @property
     def seats(self) -> int:
@@ -154,14 +154,18 @@ def most_held_open_s(window_s: float) -> float:
 def merged_summary(summaries: Sequence[TrialSummary], lost_share: float) -> TrialSummary:
     """Combine the summaries of all shares of a trial.
 
-    Each share counts time from its own start, so that no clocks are compared.
+    Each share counts time from its own start, so that no clocks are compared. The window ends where
+    the first share ran out of requests, and otherwise with the last that was held open: until then
+    the users of all shares go on.
     """
+    ends_s = [s.window_s[1] for s in summaries]
+    ran_out_s = [s.window_s[1] for s in summaries if s.exhausted]
     planned = [s.planned for s in summaries if s.planned is not None]
     started_s = [s.started_monotonic_s for s in summaries if s.started_monotonic_s is not None]
     return TrialSummary(
         started_unix_s=min(s.started_unix_s for s in summaries),
         started_monotonic_s=min(started_s, default=None),
-        window_s=(max(s.window_s[0] for s in summaries), min(s.window_s[1] for s in summaries)),
+        window_s=(max(s.window_s[0] for s in summaries), min(ran_out_s, default=max(ends_s))),
         answered_under_load=all(s.answered_under_load for s in summaries),
         planned=sum(planned) if planned else None,
         sent=sum(s.sent for s in summaries),

@@ -8,7 +8,8 @@ Definitions (tools differ; these are ours):
 
 - TTFT: first chunk that carries an output token, from the scheduled time under open loop (so that
   a late generator cannot hide a queue: no coordinated omission), from the send under closed loop.
-  The role-only chunk that vLLM sends first is not a token.
+  The role-only chunk that vLLM sends first is not a token; reasoning before an answer is.
+- TTFA: as TTFT, to the first chunk of the answer where reasoning was sent before it.
 - ITL: a chunk of k tokens after a gap g counts as k samples of g / k.
 - TPOT: (last - first) / (output tokens - tokens in the first chunk).
 - E2E: last - scheduled (or sent).
@@ -38,7 +39,8 @@ BY_CLIENT = "not sent"
 """
 TURNED_AWAY = ("HTTP 503", "HTTP 429", BY_CLIENT)
 """How the error of a request begins that was turned away, as there was no room for it."""
-OPTIONAL = ("text", "model", "choice", "alike_tokens")  # left out of a line where they are None
+OPTIONAL = ("text", "model", "choice", "alike_tokens", "first_answer_s")
+"""What is left out of a line where it is None."""
 LONGEST_S = 7 * 24 * 3600.0  # a trial, its window, its warm-up or a timeout
 MOST_TOKENS = 10_000_000  # of a request
 SPOOL_BYTES = 2**18  # written to disk at once
@@ -111,12 +113,13 @@ class RequestRecord:
     in_window: bool  # it counts: it was sent inside the measured window
     error: str | None = None
     first_byte_s: float | None = None  # first bytes of any kind, a role-only chunk included
-    text: str | None = None  # the completion, where the plan asks to keep it
+    text: str | None = None  # the answer, where the plan asks to keep it
     model: str | None = None  # that answered, by its own word; None before this was recorded
     choice: int | None = None  # which of its answers this is, where it asked for several
     # of its text, beyond a planned prefix: how many another prompt of the trial begins with; None
     # where that is not known, and before it was recorded
     alike_tokens: int | None = None
+    first_answer_s: float | None = None  # first text of the answer; None where no reasoning came
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> RequestRecord:
@@ -159,6 +162,11 @@ class RequestRecord:
         """Time to first token: first chunk with a token - start."""
         times_s = self.chunks.times_s
         return times_s[0] - self.start_s if times_s else None
+
+    @property
+    def ttfa_s(self) -> float | None:
+        """Time to first answer: first chunk with text of the answer, after reasoning - start."""
+        return None if self.first_answer_s is None else self.first_answer_s - self.start_s
 
     @property
     def e2e_s(self) -> float | None:
@@ -318,7 +326,13 @@ class _ImpossibleError(ValueError):
 def require_possible(record: RequestRecord) -> None:
     """Check the types and sizes of a record that was read. Raises ValueError."""
     times_s, tokens = record.chunks.times_s, record.chunks.tokens
-    given_s = (record.sent_s, record.scheduled_s, record.end_s, record.first_byte_s)
+    given_s = (
+        record.sent_s,
+        record.scheduled_s,
+        record.end_s,
+        record.first_byte_s,
+        record.first_answer_s,
+    )
     times = [t for t in given_s if t is not None]
     if times_s:
         times += min(times_s), max(times_s)

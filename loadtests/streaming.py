@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any
 
@@ -25,6 +26,8 @@ KEY = os.environ.get("VLLM_API_KEY", "")
 """That the engine, or an endpoint, asks for; it may send it back."""
 if KEY:
     HEADERS["Authorization"] = f"Bearer {KEY}"
+REASONING = ("reasoning", "reasoning_content")
+"""What servers call the text of a delta that comes before the answer; vLLM's name is the first."""
 LEAST_KEY = 6  # characters; a shorter key, such as EMPTY, is a word that texts may hold
 CONNECTION_TIMEOUT_S = 10.0
 MOST_ERROR = 300  # characters that are recorded of an error
@@ -70,6 +73,8 @@ def stream(connection: Connection, turn: Turn, load: Load) -> Ended:
         connection.ask(request.body.encode(), pieces, most_s, load.most_bytes)
     except EndlessAnswer as failure:
         error = recordable(str(failure), load.plan)
+    except TimeoutError as failure:  # a busy server is silent, too
+        error = recordable(f"TimeoutError: {failure}", load.plan)
     except Exception as failure:  # any failure of the network is recorded with the request
         error = recordable(f"{type(failure).__name__}: {failure}", load.plan)
         connection_failed = True
@@ -145,6 +150,7 @@ def record_of(
         model=None if model is None else without_key(load.plan.model_names.get(model, model)),
         choice=choice,
         alike_tokens=turn.request.alike_tokens,
+        first_answer_s=answer_begins_s(lines, t0) if chunks and not complaint else None,
     )
 
 
@@ -188,8 +194,8 @@ def tokens_of(
 
     Returns the chunks that carry tokens, the prompt tokens, the output tokens, and a complaint or
     None. A chunk's tokens are the increase of the usage in it. Where a server sends usage only at
-    the end, each chunk with text counts as one token; the sums are compared later. A usage that is
-    no count, falls, or is beyond twice what was asked for is a complaint.
+    the end, each chunk with text, of reasoning too, counts as one token; the sums are compared
+    later. A usage that is no count, falls, or is beyond twice what was asked for is a complaint.
     """
     chunks: list[tuple[float, int]] = []
     prompt_tokens = output_tokens = complaint = None
@@ -201,8 +207,8 @@ def tokens_of(
             continue
         try:
             event = orjson.loads(data)
-            if "error" in event:
-                complaint = complaint_of(event["error"])
+            if (error := event.get("error")) is not None:
+                complaint = complaint_of(error)
             if usage := event.get("usage"):
                 prompt, output = usage["prompt_tokens"], usage["completion_tokens"]
                 if type(output) is not int or not reported <= output <= most_tokens:
@@ -215,13 +221,35 @@ def tokens_of(
                 tokens = output_tokens - counted if event.get("choices") else 0
             else:
                 choices = event.get("choices") or [{}]
-                tokens = 1 if (choices[0].get("delta") or {}).get("content") else 0
+                delta = choices[0].get("delta") or {}
+                tokens = 1 if delta.get("content") or reasoning_of(delta) else 0
         except (ValueError, TypeError, KeyError, AttributeError):
             return chunks, prompt_tokens, output_tokens, f"not a completion event: {begin(line)}"
         if tokens > 0:
             counted += tokens
             chunks.append((int((at - t0) * 1e6 + 0.5) / 1e6, tokens))  # as round(), in less time
     return chunks, prompt_tokens, output_tokens, complaint
+
+
+def reasoning_of(delta: Mapping[str, Any]) -> Any:
+    """Return the text of a delta that is reasoning; None or empty where there is none."""
+    return next(filter(None, map(delta.get, REASONING)), None)
+
+
+def answer_begins_s(lines: Lines, t0: float) -> float | None:
+    """Return when the first text of the answer came, in an event stream without complaint.
+
+    None where no reasoning was sent, or nothing after it.
+    """
+    if not any(b'"reasoning' in line for _, line in lines):  # as in nearly all streams
+        return None
+    reasons, begins_s = False, None
+    for at, line in lines:
+        for delta in deltas_of(line):
+            reasons = reasons or bool(reasoning_of(delta))
+            if begins_s is None and delta.get("content"):
+                begins_s = round(at - t0, 6)
+    return begins_s if reasons else None
 
 
 def begin(line: bytes) -> str:
@@ -241,10 +269,19 @@ def complaint_of(error: Any) -> str:
 
 
 def text_of(lines: Lines) -> str:
-    """Extract the completion from an event stream that `tokens_of` read without complaint."""
-    events = [orjson.loads(e) for _, line in lines if (e := line[5:].strip()).startswith(b"{")]
-    choices = [choice for event in events for choice in event.get("choices") or ()]
-    return "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
+    """Extract the answer from an event stream that `tokens_of` read without complaint."""
+    return "".join(delta.get("content") or "" for _, line in lines for delta in deltas_of(line))
+
+
+def deltas_of(line: bytes) -> list[Mapping[str, Any]]:
+    """List what an event adds to each of its answers; nothing where the line is no event."""
+    data = line[5:].strip()
+    if not line.startswith(b"data:") or not data.startswith(b"{"):
+        return []
+    choices = orjson.loads(data).get("choices")
+    found = choices if isinstance(choices, list) else []
+    deltas = [choice.get("delta") for choice in found if isinstance(choice, dict)]
+    return [delta for delta in deltas if isinstance(delta, dict)]
 
 
 def model_of(lines: Lines) -> str | None:

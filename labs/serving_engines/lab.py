@@ -152,6 +152,7 @@ LAB = Lab(
         "max-model-len": 512,
         "max-num-seqs": 16,
         "enable-prefix-caching": False,
+        "enforce-eager": False,
         "kv-cache-memory-bytes": 256 * 2**20,
     },
     workloads=(sends("chat", 32, 12, ONE, FOUR, MANY, keep_text=True),),
@@ -176,7 +177,11 @@ LAB = Lab(
     ),
     evidence=(
         *echoes(metrics.CACHE_CONFIG, "enable_prefix_caching", {"vllm": "False"}),
-        *echoes(metrics.ENGINE_CONFIG, "enforce_eager", {"vllm": "False", "vllm-eager": "True"}),
+        *echoes(
+            metrics.ENGINE_CONFIG,
+            "enforce_eager",
+            dict.fromkeys((VLLM.name, EAGER.name), "--enforce-eager"),
+        ),
         counter(metrics.PREEMPTIONS, "stays", "vllm"),
         *(counter(metrics.GENERATION_TOKENS, "rises", v.name) for v in (LLAMA, LLAMA_Q4)),
     ),

@@ -2,7 +2,8 @@
 
 Runs in the engine's environment. The first line of output says that vLLM is imported. Then each
 step of `TimingPlans` gives its `StepTimes`, a `CopyingPlan` its `Copying`, and each trial of a
-`ForecastPlan` a `ForecastPlay`, a JSON line each, in the order of the plans.
+`ForecastPlan` a `ForecastPlay`, a JSON line each, in the order of the plans. A plan that fails ends
+in the line `FAILED`, and why is the last line on standard error; the next plan is taken up.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pydantic import Field, TypeAdapter
 from serving.forecasting.copying import CopyingPlan, copying
 from serving.forecasting.fleet import Fleet, Scaled, Split
 from serving.forecasting.plan import (
+    FAILED,
     ForecastPlan,
     ForecastPlay,
     PlannedEngine,
@@ -56,13 +58,23 @@ def main() -> None:
     print("ready", file=out, flush=True)
     engines = Engines(VirtualEngine)
     for line in sys.stdin:
-        plan = PLANS.validate_json(line)
-        if isinstance(plan, ForecastPlan):
-            _play(plan, engines, out)
-            continue
-        if isinstance(plan, CopyingPlan):
-            print(copying(plan).model_dump_json(), file=out, flush=True)
-            continue
+        try:
+            _carry_out(PLANS.validate_json(line), engines, out)
+        except (Exception, SystemExit) as error:
+            if not isinstance(error, SystemExit):  # vLLM's parser says why before it exits
+                traceback.print_exc()
+            sys.stderr.flush()
+            engines = Engines(VirtualEngine)  # none that stopped half-way is used again
+            print(FAILED, file=out, flush=True)
+
+
+def _carry_out(plan: Plan, engines: Engines, out: IO[str]) -> None:
+    """Print what a plan asks for."""
+    if isinstance(plan, ForecastPlan):
+        _play(plan, engines, out)
+    elif isinstance(plan, CopyingPlan):
+        print(copying(plan).model_dump_json(), file=out, flush=True)
+    else:
         for times in step_times(plan.timing):
             print(times.model_dump_json(), file=out, flush=True)
 

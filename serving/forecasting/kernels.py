@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -146,18 +146,43 @@ def step_times(
 
 
 @cache
-def _table(card: str, name: str, keys: int) -> tuple[Floats, dict[tuple[str, ...], Floats]]:
-    """Read a table: the sizes of its columns, and each row's seconds by its first cells."""
+def _table(
+    card: str, name: str, keys: int, *, new_tokens: int = 0, power: int = 1
+) -> tuple[Floats, dict[tuple[str, ...], Floats]]:
+    """Read a table: the sizes of its columns, and each row's seconds by its first cells.
+
+    A size is what its column says and `new_tokens`, and the work grows with this power of it.
+    Raises ValueError, which names the table, for what is no time.
+    """
     path = TABLES / card / f"{name}.csv"
     if not path.exists():
         raise KernelsError(f"no times of {name.replace('_', ' ')} were published for the {card}")
     with path.open(newline="") as lines:
         head, *rows = csv.reader(lines)
-    times = {
-        tuple(row[:keys]): np.array([1e-6 * float(cell or "nan") for cell in row[keys:]])
-        for row in rows
-    }
-    return np.array(head[keys:], dtype=float), times
+    sizes = np.array(head[keys:], dtype=float) + new_tokens
+    times = {}
+    for row in rows:
+        try:
+            times[tuple(row[:keys])] = _row(row[keys:], sizes**power)
+        except ValueError as error:
+            raise ValueError(f"{path}, row {','.join(row[:keys])}: {error}") from error
+    return sizes, times
+
+
+def _row(cells: Sequence[str], work: Floats) -> Floats:
+    """Read a row's seconds; what was not timed follows by work from what was.
+
+    Between sizes that were timed it is interpolated, behind the last it grows with the work, before
+    the first it takes as long as that. Raises ValueError for what is no time.
+    """
+    known = [place for place, cell in enumerate(cells) if cell]
+    timed_us = np.array([cells[place] for place in known], dtype=float)
+    if not known or len(cells) != len(work) or not ((timed_us > 0) & (timed_us < np.inf)).all():
+        raise ValueError("each size needs a time above 0 or an empty cell, and one of them a time")
+    times: Floats = 1e-6 * np.interp(work, work[known], timed_us)
+    last = known[-1]
+    times[last:] *= work[last:] / work[last]
+    return times
 
 
 @dataclass(frozen=True)
@@ -210,11 +235,11 @@ def _products(card: str, kind: str) -> _Products:
     n, k = (sorted({key[axis] for key in of_kind}) for axis in (0, 1))
     missing = np.full(len(m), np.nan)
     all_s = np.array([[of_kind.get((i, j), missing) for j in k] for i in n])
-    return _Products(np.array(n, float), np.array(k, float), m, _filled(all_s, m, np.array(k)))
+    return _Products(np.array(n, float), np.array(k, float), m, _filled(all_s, np.array(k)))
 
 
-def _filled(all_s: Floats, m: Floats, k: Floats) -> Floats:
-    """Fill what was not timed: from the neighbours in m, or by work from the neighbour in k.
+def _filled(all_s: Floats, k: Floats) -> Floats:
+    """Fill what was not timed by work from the neighbour in k.
 
     Then let no product take less time than one of fewer rows.
     """
@@ -222,9 +247,6 @@ def _filled(all_s: Floats, m: Floats, k: Floats) -> Floats:
         for j, row in enumerate(times):
             if np.isnan(row).all():
                 times[j] = times[j - 1] * k[j] / k[j - 1]
-            elif np.isnan(row).any():
-                known = ~np.isnan(row)
-                times[j] = np.interp(m, m[known], row[known])
             times[j] = _ascending(times[j])
     return all_s
 
@@ -274,18 +296,18 @@ def _attention(
 ) -> AttentionTimes:
     """Gather the attention of all layers, by the tables of the heads that are nearest to these."""
     wanted = ("fp8" if eight_bit_cache else "bfloat16", str(decoder.head_dim))
-    before, decoding = _table(card, "decode_attention", 5)
+    contexts, decoding = _table(card, "decode_attention", 5, new_tokens=1)
     share = max(1.0, kv_heads / MOST_KV_HEADS)
     own = _nearest(decoding, wanted, heads / share, kv_heads / share)
     batches = sorted(int(key[4]) for key in decoding if key[:4] == own)
-    by_batch = [_beyond(decoding[(*own, str(batch))], before + 1, 1) for batch in batches]
-    lengths, prefilling = _table(card, "prefill_attention", 4)
+    by_batch = [decoding[(*own, str(batch))] for batch in batches]
+    lengths, prefilling = _table(card, "prefill_attention", 4, power=2)
     alike = _nearest(prefilling, wanted, heads, kv_heads)
-    prompt_s = _beyond(prefilling[alike], lengths, 2) * heads / int(alike[1])
+    prompt_s = prefilling[alike] * heads / int(alike[1])
     layers = decoder.layers
     return AttentionTimes(
         batches=tuple(batches),
-        contexts=tuple(int(tokens) + 1 for tokens in before),
+        contexts=tuple(int(tokens) for tokens in contexts),
         decode_s=tuple(tuple((layers * times).tolist()) for times in by_batch),
         requests_each=kv_heads / int(own[2]),
         lengths=tuple(int(tokens) for tokens in lengths),
@@ -307,12 +329,3 @@ def _nearest(
             abs(math.log(int(kind[1]) / heads)),
         ),
     )
-
-
-def _beyond(times: Floats, sizes: Floats, power: int) -> Floats:
-    """Fill what did not fit behind the last size that did: the work grows with this power of it."""
-    last = int(np.flatnonzero(~np.isnan(times))[-1])
-    result: Floats = np.where(
-        np.arange(len(times)) > last, times[last] * (sizes / sizes[last]) ** power, times
-    )
-    return result

@@ -13,6 +13,8 @@ from serving.forecasting.timing import TimingPlan
 from serving.forecasting.traffic import Delays, Play, Prompt, Traffic
 from serving.metrics import KvUse
 
+FAILED = "failed"  # what the forecaster prints in the place of a plan's lines that are missing
+
 
 class TimingPlans(BaseModel, frozen=True, extra="forbid"):
     """All steps that the forecaster times, in turn with one another."""

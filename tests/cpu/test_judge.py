@@ -13,29 +13,39 @@ from serving.forecasting.kernels import Decoder
 from serving.forecasting.step import Piece, Step
 from serving.weights import dummy
 from tests import with_vllm
-from tests.unit.test_referee import DESCRIBED, HEADER
+from tests.unit.test_referee import DESCRIBED, HEADER, SILENT
 
 pytestmark = pytest.mark.cpu
 PROMPT, OUTPUT = 1000, 11
 
 
-class Silent:
-    """Shows no progress."""
+@pytest.fixture
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forecasters are forked from a process that has imported vLLM."""
+    forked = with_vllm.python("serving.forecasting")
+    monkeypatch.setattr("labs.harness.running.forecaster.FORECASTER_ARGV", forked)
 
-    def waiting(self, _: str) -> None: ...
+
+@pytest.mark.usefixtures("_forked")
+def test_a_run_that_cannot_be_simulated_takes_no_other_with_it(tmp_path: Path) -> None:
+    other = DESCRIBED.replace('"mine"', '"other"').replace("seqs = 8", "seqs = 'a few'")
+    (tmp_path / "runs.toml").write_text(other + DESCRIBED)
+    (tmp_path / "mine.csv").write_text(f"{HEADER}\n0.0,{PROMPT},{OUTPUT},,0.02,0.09\n")
+    with side_by_side(1) as forecasters:
+        judged, without = referee.judge(tmp_path, forecasters, SILENT)
+    assert [run.run.name for run in judged] == ["mine"]
+    assert list(without) == ["other"]
+    assert "a few" in without["other"]
 
 
-def test_a_request_alone_takes_what_its_steps_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("_forked")
+def test_a_request_alone_takes_what_its_steps_take(tmp_path: Path) -> None:
     """Three requests ten seconds apart, of which the last finds the first one's prompt cached."""
     rows = [f"{10 * i}.0,{PROMPT},{OUTPUT},{i % 2},0.02,0.09" for i in range(3)]
     (tmp_path / "runs.toml").write_text(DESCRIBED)
     (tmp_path / "mine.csv").write_text("\n".join([HEADER, *rows]))
-    forked = with_vllm.python("serving.forecasting")
-    monkeypatch.setattr("labs.harness.running.forecaster.FORECASTER_ARGV", forked)
     with side_by_side(1) as forecasters:
-        (judged,) = referee.judge(tmp_path, forecasters, Silent())  # type: ignore[arg-type]
+        (judged,), _ = referee.judge(tmp_path, forecasters, SILENT)
     step = kernels.step_times(Decoder.of(dummy.config_of("llama-8b")), "h100")
     outside_s = cards.DELAYS.request_s + cards.DELAYS.response_s
     prefill_s = step.seconds(Step([Piece(PROMPT, 0)], 1))

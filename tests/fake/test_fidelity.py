@@ -407,11 +407,13 @@ def test_a_replay_sends_at_its_traces_times(play: Play) -> None:
     _right_unless_kept_waiting([r.send_lag_s or 0.0 for r in played.records], 0.005)
 
 
+@pytest.mark.parametrize("by", ["play", "shared"])  # by one load process, and by two
 @pytest.mark.parametrize(("users", "least"), [(2, 5), (6, 6)])
 def test_a_window_is_held_open_for_five_requests_and_for_each_user(
-    play: Play, users: int, least: int
+    by: str, users: int, least: int, request: pytest.FixtureRequest
 ) -> None:
     """Answers of 0.8 s in a window of 0.5: the first ones began before it."""
+    play: Play = request.getfixturevalue(by)
     played = play(Concurrent(users=users), window_s=0.5, tokens=(40,), law=("--step-s", ".02"))
     _sound(played)
     start, end = played.summary.window_s

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +155,7 @@ for line in sys.stdin:
 """
     monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in(code))
     keys = ["long", "a", "b", "c"]
-    plans = [
-        ForecastPlan(
-            engines=(
-                PlannedEngine(
-                    argv=(), step_times=STEP, trials=(TRIAL.model_copy(update={"key": key}),)
-                ),
-            ),
-        )
-        for key in keys
-    ]
+    plans = plans_of(keys)
     ended = []
     with processes.side_by_side(2) as forecasters:
         for number, play in processes.play_all(forecasters, plans):
@@ -175,6 +166,48 @@ for line in sys.stdin:
         again = [play.key for _, play in processes.play_all(forecasters, plans[:1])]
     assert ended == ["a", "b", "c", "long"]
     assert again == ["long"]
+
+
+def plans_of(keys: Sequence[str]) -> list[ForecastPlan]:
+    """Plans of one trial each."""
+    trials = [TRIAL.model_copy(update={"key": key}) for key in keys]
+    return [
+        ForecastPlan(engines=(PlannedEngine(argv=(), step_times=STEP, trials=(trial,)),))
+        for trial in trials
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fails", "processes_", "played"),
+    [("print('failed', flush=True)", 1, ["a", "c"]), ("break", 1, ["a"]), ("break", 2, ["a", "c"])],
+    ids=["a plan", "the only process", "one of two processes"],
+)
+def test_a_plan_that_fails_takes_no_other_with_it(
+    fails: str, processes_: int, played: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for those that no process is left for."""
+    code = f"""
+import json, sys
+print("ready", flush=True)
+for line in sys.stdin:
+    key = json.loads(line)["engines"][0]["trials"][0]["key"]
+    if key == "b":
+        print("ValueError: no flag", file=sys.stderr, flush=True)
+        {fails}
+        continue
+    play = dict(answers=[], window_s=[0, 1], answered_under_load=False)
+    print(json.dumps(dict(key=key, repeat=1, play=play, counters={{}}, kv_capacity_tokens=0)),
+          flush=True)
+"""
+    monkeypatch.setattr(processes, "FORECASTER_ARGV", stand_in(code))
+    keys, failed = ["a", "b", "c"], dict[int, ForecastError]()
+    with processes.side_by_side(processes_) as forecasters:
+        ended = [play.key for _, play in processes.play_all(forecasters, plans_of(keys), failed)]
+    assert sorted(ended) == played
+    assert [keys[number] for number in sorted(failed)] == [key for key in keys if key not in played]
+    assert {str(error) for error in failed.values()} == {
+        "vLLM's scheduler could not be driven: ValueError: no flag"
+    }
 
 
 def test_engines_are_built_once_and_begin_anew() -> None:

@@ -66,6 +66,7 @@ ANSWERS = {
     "repeats": hostile.says(
         hostile.STREAM + hostile.EVENT.replace(b"and", KEY.encode()).replace(b"{", MODEL, 1)
     ),
+    "closes": lambda _: None,
     "no-stream": hostile.says(hostile.whole('{"choices": [{"message": {"content": "and"}}]}')),
 }
 
@@ -119,11 +120,18 @@ def test_an_answer_without_an_end_fails_its_request_alone(ask: Ask, body: str, e
     assert len(record["chunks"]) == (body != "headers")  # what came is kept
 
 
-def test_silence_is_a_failed_connection(ask: Ask) -> None:
+def test_silence_is_a_timeout_and_no_failed_connection(ask: Ask) -> None:
+    """A busy server is there, so that the trial goes on."""
     record, connection_failed = ask("silence")
-    assert connection_failed
-    assert "nothing came" in record["error"]
+    assert not connection_failed
+    assert record["error"] == "TimeoutError: nothing came for 0.4 s"
     assert record["chunks"] == []
+
+
+def test_a_connection_that_the_server_closes_has_failed(ask: Ask) -> None:
+    record, connection_failed = ask("closes")
+    assert connection_failed
+    assert record["error"].startswith("Connection")
 
 
 @pytest.mark.parametrize(

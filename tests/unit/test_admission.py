@@ -105,7 +105,7 @@ print(load.aborted)
 
 
 def test_what_is_turned_away_does_not_hide_that_the_engine_is_gone(tmp_path: Path) -> None:
-    """An engine that hangs at the limit fails each request that is sent, and others are not."""
+    """An engine that ends at the limit fails each request that is sent, and others are not."""
     requests = tmp_path / "r.jsonl"
     requests.touch()
     plan = TrialPlan(

@@ -88,6 +88,7 @@ def test_a_command_becomes_its_load(
     assert all(row[1:] == lengths for w in translated.lab.workloads for row in w.trace)
     assert translated.lab.requests == requests
     assert translated.lab.warmup_s == 0
+    assert translated.lab.timeout_s == 6 * 3600  # as vLLM's benchmark waits
 
 
 def test_a_shared_prefix_is_shared_here_too() -> None:

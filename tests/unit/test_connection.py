@@ -36,7 +36,11 @@ Parts = Iterable[bytes]  # of an answer, each sent for itself; an empty one clos
 
 
 @contextmanager
-def serving(answers: Sequence[Parts], context: ssl.SSLContext | None = None) -> Iterator[int]:
+def serving(
+    answers: Sequence[Parts],
+    context: ssl.SSLContext | None = None,
+    received: list[bytes] | None = None,
+) -> Iterator[int]:
     """Give request after request the next answer, on whichever connection it comes; yield the port.
 
     Other servers in these tests open a connection for each request; here it is what is tested.
@@ -47,7 +51,9 @@ def serving(answers: Sequence[Parts], context: ssl.SSLContext | None = None) -> 
         with suppress(OSError), plain:
             talk = context.wrap_socket(plain, server_side=True) if context else plain
             talk.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while talk.recv(65536):
+            while request := talk.recv(65536):
+                if received is not None:
+                    received.append(request)
                 for part in next(left):
                     if not part:
                         talk.close()
@@ -187,12 +193,43 @@ def test_a_connection_is_opened_beforehand() -> None:
     assert lines(pieces) == [b"data: one", b"data: two"]
 
 
+@pytest.mark.parametrize("path", ["", "/", "/openai", "/openai/"])
+def test_every_request_goes_below_the_path_of_the_server_and_shows_the_key(path: str) -> None:
+    nothing = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    received: list[bytes] = []
+    with serving([[nothing], [ANSWER]], received=received) as port:
+        url, key = f"http://127.0.0.1:{port}{path}", {"Authorization": "Bearer a-key"}
+        asked = Connection(url, "/v1/chat/completions", key, 2.0, 2.0)
+        asked.open("/health")
+        asked.ask(b"{}", [], 5.0, 10_000)
+        asked.close()
+    below = path.rstrip("/")
+    assert [request.split(b" HTTP")[0].decode() for request in received] == [
+        f"GET {below}/health",
+        f"POST {below}/v1/chat/completions",
+    ]
+    assert all(b"\r\nAuthorization: Bearer a-key\r\n" in request for request in received)
+
+
 def test_a_server_that_is_silent_is_not_waited_for_beforehand() -> None:
     """However long an answer may be silent: a trial would begin as much later."""
     with serving([[]]) as port:
         asked = Connection(f"http://127.0.0.1:{port}", "/v1", {}, 0.1, 3600.0)
         with pytest.raises(EndlessAnswer):
             asked.open("/health")
+
+
+def test_a_connection_that_does_not_come_about_is_no_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = connected(1)
+
+    def none_in_time() -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(asked._pool, "get_socket", none_in_time)
+    with pytest.raises(ConnectionError, match="no connection within 2 s"):
+        asked.ask(b"{}", [], 5.0, 10_000)
 
 
 def test_a_long_prompt_is_sent_whole() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from dashboards import prometheus
 from labs import LABS
 from labs.harness.commands.cli import app
 from labs.harness.commands.terminal import ConsoleProgress
@@ -146,6 +147,23 @@ def test_endless_metrics_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.engines.base.METRICS_TIMEOUT_S", 0.3)
     with hostile.serving({"/metrics": hostile.drips}) as url:
         assert metrics_text(url) is None
+
+
+@each(
+    ("url", "host", "scheme", "path"),
+    [
+        ("127.0.0.1:9111", "127.0.0.1:9111", "http", "/metrics"),
+        ("http://a:8000/openai", "a:8000", "http", "/openai/metrics"),
+        ("https://a/openai/", "a", "https", "/openai/metrics"),
+    ],
+)
+def test_prometheus_scrapes_where_metrics_are_read(
+    url: str, host: str, scheme: str, path: str
+) -> None:
+    assert prometheus.target(url, {"lab": "l"}) == {
+        "targets": [host],
+        "labels": {"lab": "l", "__scheme__": scheme, "__metrics_path__": path},
+    }
 
 
 # ------------------------------------------------------------------------- replicas behind a router

@@ -123,6 +123,33 @@ def test_who_answered_and_what_was_lost_is_counted_of_every_request(
     assert all(other.stopped for other in engine.others)
 
 
+def test_a_request_counts_from_when_it_was_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late a thread is free for it: here the first answer takes the only one."""
+
+    class Gate(Answering):
+        opened = threading.Event()
+
+        def do_POST(self) -> None:
+            self.asked()
+            self.opened.wait()
+            self.reply(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+
+    monkeypatch.setattr(joining, "MOST_AT_ONCE", 1)
+    lab = make_lab(workloads=(make_workload(prompt_tokens=Fixed(tokens=40)),))
+    with answered_by(Gate) as url:
+        engine = Behind(url, Replica())
+        clients = joining.Clients(ProbedEngine(lab.variants[0], lab, engine, {}, Writer(words)))
+        with clients.sending(rate_per_s=50) as asked:
+            while len(asked) < 5:
+                time.sleep(0.01)
+            opened_s = clients.now_s
+            Gate.opened.set()
+    for request in [future.result() for future in asked[:5]]:
+        assert request["sent_s"] is not None
+        assert request["ttft_s"] is not None
+        assert request["sent_s"] <= opened_s <= request["sent_s"] + request["ttft_s"]
+
+
 def test_a_replica_joins_others_behind_a_router_only() -> None:
     lab = make_lab()
     alone: Any = Replica()

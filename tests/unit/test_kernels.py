@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,10 +57,61 @@ def test_a_prompt_reaches_the_share_of_the_dense_rate_that_was_published() -> No
 
 def test_no_product_takes_less_time_than_one_of_fewer_rows() -> None:
     """Those that contradict share their geometric mean: 4 and 1 are 2 each."""
-    gap = np.nan
-    rows = np.array([[[4.0, 1.0, 9.0], [1.0, gap, 3.0]]])
-    filled = kernels._filled(rows, m=np.array([1.0, 2.0, 3.0]), k=np.array([1.0, 2.0]))
-    assert filled[0] == pytest.approx(np.array([[2, 2, 9], [1, 2, 3]]))
+    rows = np.array([[[4.0, 1.0, 9.0], [np.nan] * 3]])
+    filled = kernels._filled(rows, k=np.array([1.0, 2.0]))
+    assert filled[0] == pytest.approx(np.array([[2, 2, 9], [4, 4, 18]]))
+
+
+SHIPPED = sorted(kernels.TABLES.glob("*/*.csv"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[f"{p.parent.name} {p.stem}" for p in SHIPPED])
+def test_no_table_that_ships_has_a_hole(path: Path) -> None:
+    head = path.read_text().splitlines()[0].split(",")
+    keys = sum(not name.isdigit() for name in head)
+    sizes, rows = kernels._table(path.parent.name, path.stem, keys)
+    assert rows
+    assert all(len(row) == len(sizes) and np.isfinite(row).all() for row in rows.values())
+    if path.stem == "products":
+        for kind in {kind for kind, _, _ in rows}:
+            assert np.isfinite(kernels._products(path.parent.name, kind).all_s).all()
+
+
+@pytest.mark.parametrize("card", kernels.cards())
+def test_the_step_of_no_model_has_a_hole(card: str) -> None:
+    """Of Qwen3 14B, decoding on an A100 has one between sizes that were timed."""
+    attention = step_times(decoder("qwen3-14b"), card).attention
+    assert attention
+    assert np.isfinite(attention.decode_s).all()
+    assert np.isfinite(attention.prefill_s).all()
+
+
+@pytest.fixture
+def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A table of a card, to be written."""
+    monkeypatch.setattr(kernels, "TABLES", tmp_path)
+    kernels._table.cache_clear()
+    (tmp_path / "card").mkdir()
+    yield tmp_path / "card" / "attention.csv"
+    kernels._table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("power", "filled_us"), [(1, [6, 6, 10, 18, 36]), (2, [6, 6, 8.4, 18, 72])]
+)
+def test_what_was_not_timed_follows_from_what_was(
+    made_up: Path, power: int, filled_us: list[float]
+) -> None:
+    made_up.write_text("heads,1,2,4,8,16\n32,,6,,18,\n")
+    _, rows = kernels._table("card", "attention", 1, power=power)
+    assert rows["32",] / US == pytest.approx(filled_us)
+
+
+@pytest.mark.parametrize("row", ["32,6,nan", "32,6,inf", "32,6,0", "32,6,x", "32,,", "32,6"])
+def test_what_is_no_time_is_refused_with_its_table(made_up: Path, row: str) -> None:
+    made_up.write_text(f"heads,1,2\n{row}\n")
+    with pytest.raises(ValueError, match=r"card/attention\.csv, row 32: "):
+        kernels._table("card", "attention", 1)
 
 
 def test_gpus_that_share_layers_exchange_results() -> None:

@@ -248,7 +248,8 @@ def test_an_engine_that_is_not_installed_is_left_out_by_name_with_its_claims(
     lab, told = LAB.at("cpu", quick=False), Told()
     left = with_engines_here(lab, CPU, model, told)
     assert told.messages[0].startswith("Left out: llama-cpp,")
-    assert [v.name for v in left.variants] == ["vllm", "transformers", "transformers-cb"]
+    there = ["vllm", "vllm-eager", "transformers", "transformers-cb"]
+    assert [v.name for v in left.variants] == there
     assert left.absent == ("llama-cpp", "llama-cpp-q4")
     reason, *_ = left.left_out
     assert "pip install xllamacpp==" in reason
@@ -288,8 +289,8 @@ def test_the_type_of_the_weights_is_set_by_the_lab_alone() -> None:
 def test_random_weights_are_vllms_alone(model: Model) -> None:
     random = replace(model, dummy=True)
     lab = with_engines_here(LAB.at("gpu-80", False, dummy=True), GPU, random, Told())
-    assert [v.name for v in lab.variants] == ["vllm"]
-    assert [c.name for c in lab.claims] == ["batches-vllm"]
+    assert [v.name for v in lab.variants] == ["vllm", "vllm-eager"]
+    assert [c.name for c in lab.claims] == ["batches-vllm", "alone-vllm-eager"]
     assert lab.answers == ("SO-7",)
 
 

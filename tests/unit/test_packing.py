@@ -432,4 +432,4 @@ def test_records_of_a_trial_that_is_not_there_are_missed(folder: RunFolder) -> N
     packing.pack(folder)
     with pytest.raises(DamagedError, match="no requests of"):
         folder.records(POINT, 9)
-    assert records.OPTIONAL == ("text", "model", "choice", "alike_tokens")
+    assert records.OPTIONAL == ("text", "model", "choice", "alike_tokens", "first_answer_s")

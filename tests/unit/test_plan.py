@@ -52,6 +52,9 @@ def test_summaries_are_put_together() -> None:
     assert (both.loop_lag_p99_s, both.started_unix_s) == (0.003, 19.0)
     assert (both.exhausted, both.aborted, both.lost_share) == (True, "gone", 0.25)
     assert both.window_s == (one.window_s[0], 15.0)
+    held_open = make_summary(planned=4, window_s=(10.0, 27.0))
+    assert merged_summary([one, held_open], 0).window_s == (one.window_s[0], 27.0)
+    assert merged_summary([held_open, two], 0).window_s == (10.0, 15.0)
     closed = make_summary(planned=None)
     assert merged_summary([closed, closed], 0).planned is None
 

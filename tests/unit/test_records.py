@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def test_what_has_no_figure_has_none_rather_than_zero() -> None:
 
 
 def test_records_read_back_as_they_were(tmp_path: Path) -> None:
-    kept = make_record(TRACE, text="[amber] so")
+    kept = make_record(TRACE, text="[amber] so", first_answer_s=10.8)
     write(tmp_path / "r.gz", [OPEN, kept, FAILED])
     assert list(read(tmp_path / "r.gz")) == [OPEN, kept, FAILED]
 
@@ -241,7 +241,7 @@ def tokens_of() -> Iterator[Parse]:
         child.stdin.close()
 
 
-def sse(delta: dict[str, str] | None, tokens: int | None = None) -> str:
+def sse(delta: Mapping[str, str | None] | None, tokens: int | None = None) -> str:
     """One event: a delta of the first choice (None: no choice), and the usage so far."""
     event: dict[str, Any] = {"choices": [] if delta is None else [{"index": 0, "delta": delta}]}
     if tokens is not None:
@@ -264,12 +264,56 @@ ROLE, TEXT = {"role": "assistant", "content": ""}, {"content": "and"}
         ([sse(TEXT), sse(None, 3)], [[[1.0, 1]], 9, 3, None]),
         ([": ping\n", sse(TEXT, 1)], [[[2.0, 1]], 9, 1, None]),
         ([sse(TEXT, 1), 'data: {"error": "no memory"}\n'], [[[1.0, 1]], 9, 1, "no memory"]),
+        ([sse(TEXT, 1).replace("{", '{"error": null, ', 1)], [[[1.0, 1]], 9, 1, None]),
     ],
 )
 def test_chunks_are_the_growth_of_the_usage(
     tokens_of: Parse, events: list[str], expected: list[object]
 ) -> None:
     assert tokens_of([*enumerate(events, 101)]) == expected
+
+
+THOUGHT: dict[str, str | None] = {"reasoning": "so", "content": None}
+OLDER = {"reasoning_content": "so"}
+_RECORD = """
+import json, sys
+from types import SimpleNamespace
+from loadtests.streaming import record_of
+turn = SimpleNamespace(
+    due_s=None, counts=True,
+    request=SimpleNamespace(index=0, output_tokens=5, alike_tokens=None),
+)
+plan = SimpleNamespace(keep_text=True, model_names={}, secrets="")
+load = SimpleNamespace(t0=100.0, plan=plan)
+for stream in json.load(sys.stdin):
+    lines = [(float(at), text.encode()) for at, text in stream]
+    record = record_of(turn, load, (100.5, 101.0, 110.0), lines, None, None)
+    print(json.dumps([record.error, record.ttft_s, record.ttfa_s, [*record.chunks], record.text]))
+"""
+
+
+def test_reasoning_is_output_and_where_the_answer_begins_is_recorded() -> None:
+    role, end = sse(ROLE), sse(None, 3)
+    counted = [sse(ROLE, 0), sse(THOUGHT, 1), sse(THOUGHT, 2), sse(TEXT, 3)]
+    streams = [
+        [role, sse(THOUGHT), sse(THOUGHT), sse(TEXT), end],
+        [role, sse(OLDER), sse(OLDER), sse(TEXT), end],
+        counted,
+        [role, sse(THOUGHT), sse(THOUGHT), sse({**OLDER, **TEXT}), end],  # the last of it
+        [role, sse(THOUGHT), sse(THOUGHT), sse(OLDER), end],  # no answer within what was asked for
+        [role, sse({**TEXT, "reasoning": ""}), sse(TEXT), sse({**TEXT, "reasoning": None}), end],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", _RECORD], cwd=ROOT, text=True, capture_output=True, check=True,
+        input=json.dumps([[*enumerate(stream, 101)] for stream in streams]),
+    )  # fmt: skip
+    chunks = [[2.0, 1], [3.0, 1], [4.0, 1]]
+    reasoned = [None, 1.5, 3.5, chunks, "and"]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        *[reasoned] * 4,
+        [None, 1.5, None, chunks, ""],
+        [None, 1.5, None, chunks, "andandand"],
+    ]
 
 
 def test_a_refusal_for_lack_of_room_may_come_within_a_stream(tokens_of: Parse) -> None:

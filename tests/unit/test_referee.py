@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from labs.harness.filing.computed import Band
 from labs.harness.filing.published_gpu import FIGURES, Judged, PublishedRun, Stage
 from labs.harness.running import referee
+from labs.harness.running.forecaster import ForecastError
 from labs.harness.spec import LabError
 from labs.harness.telling import published_gpu, published_gpu_plot
 
+SILENT: Any = SimpleNamespace(waiting=lambda _: None)
 HEADER = "arrival_s,prompt_tokens,output_tokens,prompt_id,ttft_s,e2e_s"
 DESCRIBED = """
 [[run]]
@@ -168,6 +173,34 @@ def test_a_picture_has_a_row_for_each_model_on_each_card() -> None:
     for text, times in ((">M on H100<", 1), (">N on 2 x H100<", 1), (">mean TTFT (ms)<", 1),
                         (">mean E2E (s)<", 2), (">x<", 1)):  # fmt: skip
         assert drawn.count(text) == times, text
+
+
+def test_what_could_not_be_simulated_is_told_beside_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that fails, and one that no client had an answer of."""
+    names = ["mine", "fails", "silent"]
+    described = [DESCRIBED.replace('"mine"', f'"{name}"') for name in names]
+    (tmp_path / "runs.toml").write_text("".join(described))
+    (tmp_path / "mine.csv").write_text(f"{HEADER}\n0.0,10,2,,0.1,0.2\n")
+
+    def play_all(_: Any, plans: Any, failed: dict[int, ForecastError]) -> Iterator[tuple[int, Any]]:
+        for number, plan in enumerate(plans):
+            if plan.engines[0].trials[0].key == "fails":
+                failed[number] = ForecastError("no such flag")
+            else:
+                yield number, SimpleNamespace(play=plan.engines[0].trials[0].key)
+
+    seen = SimpleNamespace(ttft_s=0.1, e2e_s=0.2, output_tokens=2)
+    monkeypatch.setattr(referee, "play_all", play_all)
+    monkeypatch.setattr(referee, "records", lambda key: [seen] if key == "mine" else [])
+    judged, without = referee.judge(tmp_path, [], SILENT)
+    assert [run.run.name for run in judged] == ["mine"]
+    page = published_gpu.page(judged, without=without)
+    assert "- fails could not be simulated: no such flag" in page
+    assert "- silent could not be simulated: no request was answered" in page
+    assert "| mine | " in page
+    assert "fails could not" in published_gpu.page([], without=without)
 
 
 def test_a_page_without_runs_says_so() -> None:

@@ -103,7 +103,7 @@ def test_every_engine_is_ranked_as_its_makers_start_it(tmp_path: Path) -> None:
     eager = {
         v.name: v.flags.get("enforce-eager", full.flags.get("enforce-eager")) for v in full.variants
     }
-    assert (eager[VLLM.name], eager[EAGER.name]) == (None, True)
+    assert (eager[VLLM.name], eager[EAGER.name]) == (False, True)
     variants = (VLLM, EAGER, OTHER)
     two = lab().model_copy(update={"variants": variants})
     values = {

@@ -123,7 +123,9 @@ def test_a_disk_without_room_ends_the_lab_in_a_sentence_that_says_what_mends_it(
     monkeypatch.setattr("labs.harness.filing.archive.write", full)
     write = whole.write
     monkeypatch.setattr(
-        whole, "write", lambda path, text: full() if path.suffix == ".log" else write(path, text)
+        whole,
+        "write",
+        lambda path, text, **how: full() if path.suffix == ".log" else write(path, text, **how),
     )
     code, said, played = sit(play)
     assert (code, played) == (1, list(LABS))

@@ -491,7 +491,8 @@ def test_a_brief_window_on_a_slow_machine_counts_five_requests(users: int) -> No
     [
         (Concurrent(users=1), 1, [5]),
         (Concurrent(users=1), 4, [5, 5, 5, 5]),  # of which the first alone has a user
-        (Concurrent(users=2), 4, [3, 3, 3, 3]),
+        (Concurrent(users=2), 2, [3, 2]),
+        (Concurrent(users=4), 3, [2, 2, 1]),
         (Concurrent(users=9), 4, [3, 2, 2, 2]),
         (Concurrent(users=64), 4, [16, 16, 16, 16]),
         (Contended(users=4, every_s=1), 1, [5]),
@@ -511,3 +512,5 @@ def test_the_load_processes_count_five_requests_together(
         for number in range(processes)
     ]  # fmt: skip
     assert [share.least_counted for share in shares] == least
+    together = sum(share.least_counted for share in shares if share.seats)
+    assert together == max(LEAST_COUNTED, load.users)  # as one process alone

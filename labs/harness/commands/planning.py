@@ -239,7 +239,7 @@ def judge_forecasts(data: Path) -> None:
     """
     own = data.is_dir() and not (data / "runs.toml").exists()
     with ConsoleProgress() as progress, side_by_side(processes()) as forecasters:
-        judged = list(referee.judge(data, forecasters, progress))
-        progress.show(published_gpu.page(judged))
-    if own:
+        judged, without = referee.judge(data, forecasters, progress)
+        progress.show(published_gpu.page(judged, without=without))
+    if own and not without:
         filed.write(judged)

@@ -50,6 +50,7 @@ from serving.processes.masking import masked
 
 NAME = "others-benchmark"  # of the lab, hence of its folder of results
 REPEATS = 3
+TIMEOUT_S = 6 * 3600.0  # that `vllm bench serve` awaits an answer
 LONG_S = 3600.0  # the window of a closed loop that ends with its requests
 GUIDELLM_AT_ONCE = 512  # the cap of GuideLLM's throughput profile, unless it is told otherwise
 EVENLY = math.inf  # the burstiness of equal gaps
@@ -150,6 +151,7 @@ def _lab(tool: str, benchmark: Benchmark, flags: dict[str, FlagValue]) -> Lab:
         requests=max(len(workload.trace) for workload in workloads),
         warmup_s=0,
         window_s=window_s,
+        timeout_s=TIMEOUT_S,
         repeats=REPEATS,
         most_repeats=0,
         seed=benchmark.seed,

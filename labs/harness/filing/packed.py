@@ -11,9 +11,9 @@
 something in them are there. `labs.harness.filing.packing` writes them.
 
 Measured times of requests are whole microseconds, to which they are recorded. `sent_us` counts from
-the trial's start, as `scheduled_s` does, `first_byte_us` and `first_chunk_us` from the send,
-`gaps_us` from chunk to chunk, and `end_us` from the last chunk, or from the send where no chunk
-came. `tokens` is 1 where every chunk carried one.
+the trial's start, as `scheduled_s` and `first_answer_s` do, `first_byte_us` and `first_chunk_us`
+from the send, `gaps_us` from chunk to chunk, and `end_us` from the last chunk, or from the send
+where no chunk came. `tokens` is 1 where every chunk carried one.
 """
 
 from __future__ import annotations

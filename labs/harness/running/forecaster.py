@@ -14,11 +14,7 @@ from pydantic import BaseModel
 from labs.harness.running.side_process import guarded, last_line
 from labs.harness.spec import LabError
 from serving.forecasting.copying import Copying, CopyingPlan
-from serving.forecasting.plan import (
-    ForecastPlan,
-    ForecastPlay,
-    TimingPlans,
-)
+from serving.forecasting.plan import FAILED, ForecastPlan, ForecastPlay, TimingPlans
 from serving.forecasting.step import StepTimes
 from serving.forecasting.timing import TimingPlan
 from serving.hardware import reference_step
@@ -41,7 +37,7 @@ class Forecaster:
     def __init__(self, process: Process) -> None:
         """Speak to this process, which is importing vLLM."""
         self.process = process
-        self.ready = False
+        self.ready = self.ended = False
         self.due = 0
 
     def time_steps(self, plans: Iterable[TimingPlan]) -> dict[TimingPlan, StepTimes]:
@@ -86,8 +82,10 @@ class Forecaster:
 
     def _line(self, failure: str) -> str:
         line = self.process.stdout.readline()
-        if not line:
+        self.ended = not line
+        if self.ended:
             self.process.wait()
+        if self.ended or line == f"{FAILED}\n":
             raise ForecastError(f"{failure}: {last_line(self.process)}")
         return line
 
@@ -108,13 +106,16 @@ def side_by_side(forecasters: int) -> Iterator[list[Forecaster]]:
 
 
 def play_all(
-    forecasters: Sequence[Forecaster], plans: Sequence[ForecastPlan]
+    forecasters: Sequence[Forecaster],
+    plans: Sequence[ForecastPlan],
+    failed: dict[int, ForecastError] | None = None,
 ) -> Iterator[tuple[int, ForecastPlay]]:
     """Play plans side by side; yield (a plan's index, a play of it), whichever ends first.
 
     The plans begin in their order, each as soon as a forecaster has no other, so those that take
     longest come first. Raises ForecastError where vLLM does not import, or its scheduler cannot be
-    driven.
+    driven; where there is a place for what `failed`, a plan's error is noted in it by the plan's
+    index, and the others are played.
     """
     waiting = iter(enumerate(plans))
     with selectors.DefaultSelector() as selector:
@@ -132,5 +133,14 @@ def play_all(
             for key, _ in selector.select():
                 selector.unregister(key.fileobj)
                 forecaster, number = key.data
-                yield from ((number, played) for played in forecaster.plays())
-                play_next(forecaster)
+                try:
+                    yield from ((number, played) for played in forecaster.plays())
+                except ForecastError as error:
+                    if failed is None:
+                        raise
+                    failed[number] = error
+                if not forecaster.ended:
+                    play_next(forecaster)
+        if failed:
+            *_, last = failed.values()
+            failed.update({number: last for number, _ in waiting})  # no process is left for these

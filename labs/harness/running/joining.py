@@ -30,7 +30,8 @@ WITHIN_S = 120.0  # that the queue fills, or that a replica which serves gets it
 MOST_AT_ONCE = 512
 PROMPTS = 64
 CACHES = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-Asked = dict[str, float | None]  # `sent_s`, and `ttft_s` and `e2e_s` where it was answered whole
+Asked = dict[str, float | None]
+"""`sent_s`, when it was due; from then on `ttft_s`, and `e2e_s` where it was answered whole."""
 
 
 def joining(served: ProbedEngine, alone: bool = True) -> dict[str, Any]:
@@ -95,10 +96,12 @@ class Clients:
     def now_s(self) -> float:
         return time.monotonic() - self.began_s
 
-    def ask(self, body: dict[str, Any]) -> Asked:
-        """Send a request, and read its answer to the end."""
-        sent_s = self.now_s
-        asked: Asked = {"sent_s": sent_s, "ttft_s": None, "e2e_s": None}
+    def ask(self, body: dict[str, Any], due_s: float) -> Asked:
+        """Send a request, and read its answer to the end.
+
+        It counts from when it was due: its wait for one of `MOST_AT_ONCE` threads is a wait, too.
+        """
+        asked: Asked = {"sent_s": due_s, "ttft_s": None, "e2e_s": None}
         with (
             contextlib.suppress(requests.RequestException),
             requests.post(
@@ -108,9 +111,9 @@ class Clients:
         ):  # fmt: skip
             for line in answer.iter_lines():
                 if line == b"data: [DONE]":
-                    asked["e2e_s"] = self.now_s - sent_s
+                    asked["e2e_s"] = self.now_s - due_s
                 elif asked["ttft_s"] is None and line.startswith(b"data: "):
-                    asked["ttft_s"] = self.now_s - sent_s
+                    asked["ttft_s"] = self.now_s - due_s
         return asked
 
     def capacity_per_s(self, users: int) -> float:
@@ -122,7 +125,7 @@ class Clients:
             while self.now_s < ends_s:
                 with lock:
                     body = next(self.bodies)
-                answered += self.ask(body)["e2e_s"] is not None
+                answered += self.ask(body, self.now_s)["e2e_s"] is not None
             return answered
 
         began_s = self.now_s
@@ -139,7 +142,7 @@ class Clients:
         def send() -> None:
             due_s = 0.0
             while not over.wait(max(0.0, due_s - self.now_s)):
-                asked.append(pool.submit(self.ask, next(self.bodies)))
+                asked.append(pool.submit(self.ask, next(self.bodies), due_s))
                 due_s += self.rng.expovariate(rate_per_s)
 
         with thread_pool(MOST_AT_ONCE) as pool:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from labs.harness.filing.computed import Band
 from labs.harness.filing.published_gpu import FIGURES, Judged, PublishedRun, Stage
-from labs.harness.running.forecaster import Forecaster, play_all
+from labs.harness.running.forecaster import Forecaster, ForecastError, play_all
 from labs.harness.running.progress import ProgressDisplay
 from labs.harness.running.virtual_trials import as_one_gpu, records
 from labs.harness.spec import LabError
@@ -191,32 +191,46 @@ class _Case:
 
 def judge(
     data: Path, forecasters: Sequence[Forecaster], progress: ProgressDisplay
-) -> Iterator[Judged]:
-    """Forecast every described run whose requests are there; yield each beside what was measured.
+) -> tuple[list[Judged], dict[str, str]]:
+    """Forecast every described run whose requests are there; put each beside what was measured.
 
-    Raises LabError for runs that cannot be read or forecast.
+    Returns these, and why others could not be simulated, by the run's name. Raises LabError for
+    runs that cannot be read, and where vLLM does not import.
     """
     cases = [_Case.of(*found) for found in runs_of(data)]
     played: dict[int, Figures] = {}  # by the number of a plan, of which each case has three
+    failed: dict[int, ForecastError] = {}
     with tempfile.TemporaryDirectory(prefix="labs-judge-") as work:
         plans: list[ForecastPlan] = []
         for number, case in enumerate(cases):
             plans += _plans(case, Path(work) / f"{number}.jsonl")
-        for number, play in play_all(forecasters, plans):
-            played[number] = _seen(play)
+        for number, play in play_all(forecasters, plans, failed):
+            try:
+                played[number] = _seen(play)
+            except ForecastError as error:
+                failed[number] = error
             progress.waiting(f"playing published runs: {len(played)} of {len(plans)} plays done")
-    for number, case in enumerate(cases):
-        yield case.judged(*(played[3 * number + end] for end in range(3)))
+    judged, without = list[Judged](), dict[str, str]()
+    for first, case in zip(range(0, len(plans), 3), cases, strict=True):
+        numbers = range(first, first + 3)
+        why = next((str(failed[number]) for number in numbers if number in failed), "")
+        if why:
+            without[case.run.name] = why
+        else:
+            judged.append(case.judged(*(played[number] for number in numbers)))
+    return judged, without
 
 
 def _seen(play: ForecastPlay) -> Figures:
-    """Compute what the clients of a play saw."""
+    """Compute what the clients of a play saw. Raises ForecastError where they saw no answer."""
     ttft_s, e2e_s, tokens = [], [], []
     for record in records(play.play):
         if record.ttft_s is not None and record.e2e_s is not None:
             ttft_s.append(record.ttft_s)
             e2e_s.append(record.e2e_s)
             tokens.append(record.output_tokens or 0)
+    if max(tokens, default=0) < 2:
+        raise ForecastError("no request was answered with more than a token")
     return figures(ttft_s, e2e_s, tokens)
 
 

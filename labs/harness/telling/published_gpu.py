@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -77,11 +77,17 @@ class Predictor:
     largest: Quantity
 
 
-def page(judged: Sequence[Judged], picture: str = "") -> Markdown:
-    """Write the page, with its picture where that is a file beside it."""
+def page(
+    judged: Sequence[Judged], picture: str = "", without: Mapping[str, str] | None = None
+) -> Markdown:
+    """Write the page, with its picture where that is a file beside it.
+
+    `without` says of runs that could not be simulated why, by their names.
+    """
     return filled(
         "published_gpu.md",
         picture=picture,
+        without=(without or {}).items(),
         runs=[run for run in judged if not run.run.stage],
         stages=[run for run in judged if run.run.stage],
         scores=Scores.of(judged),
