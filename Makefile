@@ -129,6 +129,7 @@ check-results: setup ## Check that recorded runs are readable and complete
 
 readme: setup ## Write the generated parts of README.md and the pages in results/ again
 	@$(LABS) readme
+	@$(BIN)/python -m docs.annotated_report
 
 watch: setup ## Start a Prometheus that stays up between labs, with a live page
 	@$(LABS) watch

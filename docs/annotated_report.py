@@ -1,27 +1,33 @@
 """Draw the README's picture of a report: the top of a run's page, with numbered notes on it.
 
-    PYTHONPATH=. .venv/bin/python docs/annotated_report.py results/<machine>/<lab>/<run>
+    .venv/bin/python -m docs.annotated_report [results/<machine>/<lab>/<run>]
 
-writes `docs/report.png` with headless Chromium (`apt-get install chromium`). The notes are placed
+writes `docs/report.png` with headless Chromium (`apt-get install chromium`), and without a run only
+where the page of the run that it shows has changed; `make readme` calls it so. The notes are placed
 beside what they point at, wherever it stands on the page.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from labs.harness.filing.results import open_run
 from labs.harness.telling import pages
 from serving import whole
-from tests.browser import Page, browser
+from tests.browser import Page, browser, find
 
 OUT = Path(__file__).with_name("report.png")
+ROOT = OUT.parents[1]
+DATA = '<script type="application/json" id="data">'
 WIDTH, HEIGHT = 1280, 1000  # of the window; the picture ends below the claims
 COLOURS = 64  # of the palette that keeps the file small
 MARGIN = "<style>body { margin: 0; max-width: 60rem }</style></head>"  # right of it stand the notes
@@ -55,25 +61,42 @@ def draw(run: Path) -> Path:
     """Write the picture of a run's page; raises LabError where there is no such run."""
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
-        html = pages.page(open_run(run)).replace("</head>", MARGIN, 1)
-        page_file = whole.write(home / "report.html", html)
+        html = pages.page(open_run(run))
+        annotated = whole.write(home / "report.html", html.replace("</head>", MARGIN, 1))
         with browser(home / "profile") as chromium:
             page = Page(chromium, WIDTH, HEIGHT)
-            page.open(page_file)
+            page.open(annotated)
             page.wait("!!document.querySelector('#claims .main-svg')")
             page.js(f"{{ const NOTES = {json.dumps(NOTES)}; {PLACE_NOTES} }}")
             page.picture(home / "page.png")
             end = int(page.js(END))
-        return _smaller(home / "page.png", end)
-
-
-def _smaller(picture: Path, height: int) -> Path:
-    """Keep the top of a picture, in few colours."""
-    image = Image.open(io.BytesIO(picture.read_bytes())).convert("RGB")
-    image = image.crop((0, 0, image.width, height))
-    image.quantize(COLOURS, dither=Image.Dither.NONE).save(OUT, optimize=True)
+        image = Image.open(io.BytesIO((home / "page.png").read_bytes())).convert("RGB")
+    about = PngInfo()
+    about.add_text("run", os.path.relpath(run, ROOT))
+    about.add_text("shows", digest(html))
+    image = image.crop((0, 0, image.width, end))
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(OUT, optimize=True, pnginfo=about)
     return OUT
 
 
+def digest(html: str) -> str:
+    """Identify what the picture shows of a page: its text, its claims, and the notes."""
+    top = html[html.index("<body") : html.index("<noscript><figure")]
+    claims = json.loads(html.split(DATA)[1].split("</script>")[0])["claims"]
+    return hashlib.sha256(json.dumps([top, claims, NOTES]).encode()).hexdigest()
+
+
+def drawn() -> tuple[str, str]:
+    """Return the path of the run whose page the picture shows, and the digest of what it shows."""
+    with Image.open(OUT) as image:
+        return image.info["run"], image.info["shows"]
+
+
 if __name__ == "__main__":
-    print(draw(Path(sys.argv[1])))
+    if len(sys.argv) > 1:
+        print(draw(Path(sys.argv[1])))
+    else:
+        name, shows = drawn()
+        run = ROOT / name
+        if shows != digest(pages.page(open_run(run))):
+            print(draw(run) if find() else f"{OUT} is out of date: install chromium to draw it")

@@ -98,8 +98,8 @@ class Routing(BaseModel, frozen=True, extra="forbid"):
     """Says by which rule requests go to replicas, and when a prefix-aware one balances them."""
 
     rule: str = "round-robin"
-    imbalance_requests: int = 32
-    imbalance_ratio: float = 1.1
+    imbalance_requests: int = 64
+    imbalance_ratio: float = 1.5
 
     def router(self) -> Router:
         """Make the router; it has seen no request."""

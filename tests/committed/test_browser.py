@@ -155,6 +155,8 @@ def test_a_trial_is_chosen_and_its_longest_request_found(chromium: Browser, site
     found = folder.records(point.key, 2)
     page.choose("trial-point", point.key)
     page.choose("trial-repeat", "2")
+    table = "document.getElementById('trial-table').textContent"
+    assert "outside the window" not in page.js(table)
     page.choose("trial-order", "e2e")
     assert page.js("document.getElementById('timeline').data[0].y.length") == len(found)
     longest = max(found, key=lambda r: r.e2e_s or 0)

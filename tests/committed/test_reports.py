@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from docs import annotated_report
 from labs import LABS
 from labs.harness.filing import results
 from labs.harness.filing.results import RunFolder
-from labs.harness.telling import markdown, report
+from labs.harness.telling import markdown, pages, report
 from tests.committed import in_git
 
 
@@ -27,3 +28,11 @@ def test_the_newest_run_of_a_lab_is_told_as_its_report_on_file_tells_it(
     assert len(shown.split()) <= 400
     assert "## Validity" in shown
     assert folded
+
+
+def test_the_readmes_picture_shows_its_report_as_it_is(
+    committed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", committed / "results")
+    run, shows = annotated_report.drawn()
+    assert shows == annotated_report.digest(pages.page(RunFolder(committed / run)))

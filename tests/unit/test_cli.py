@@ -118,6 +118,8 @@ def test_a_lab_that_does_not_apply_is_skipped_and_fails_nothing(
     assert found == code
     assert (f"Skipped: {LAB}" in said) == (refusal is NotApplicable)
     assert (f"Not finished: {LAB}" in said) == (refusal is LabError)
+    if refusal is LabError:  # of the first lab, and of all at the end
+        assert said.count("needs real weights") == 2
 
 
 @pytest.mark.usefixtures("own_record")

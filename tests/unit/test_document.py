@@ -222,6 +222,19 @@ def test_a_terminal_shows_styles_and_no_markup_of_its_own() -> None:
     assert "plot" not in plain
 
 
+def test_no_word_of_a_tables_head_is_broken_where_the_columns_have_room() -> None:
+    heads = ["Offered", "Within the objective", "TTFT p99", "Prefix hits", "Preemptions"]
+    rows = [["11 /s", "56.3% (36.6% to 82.8%)", "124 (96 to 162) ms", "0 (0 to 0)", "0"]]
+    console = Console(file=io.StringIO(), width=54)
+    terminal.show(console, table(heads, rows))
+    lines = written_on(console).splitlines()
+    assert {*" ".join(heads).split()} <= {*" ".join(lines).split()}
+    assert max(map(len, lines)) <= 54
+    narrow = Console(file=io.StringIO(), width=24)
+    terminal.show(narrow, table(heads, rows))
+    assert max(map(len, written_on(narrow).splitlines())) <= 24
+
+
 def test_text_from_outside_moves_no_cursor_and_clears_no_screen() -> None:
     """It could hide what was said, or set the clipboard; rich leaves out five of these alone."""
     hostile = "a\x1b[2J\x1b]52;c;eA==\x07b\x9b1Ac\x7f\u0085\rd\nf:x:"

@@ -232,10 +232,9 @@ def run_all(
         _pack(archive)
     if not clock.bounded and (page := state.page()):
         console.print(f"\nEvery lab on one page: [bold]{shown_path(page)}[/]")
-    for name, why in outcome.skipped.items():
-        console.print(f"Skipped: {name}: {escape(why)}")
-    for name, why in outcome.not_finished.items():
-        console.print(f"Not finished: {name}: {escape(why)}")
+    for what, labs_why in (("Skipped", outcome.skipped), ("Not finished", outcome.not_finished)):
+        for why, names in _by_reason(labs_why).items():
+            console.print(f"{what}: {', '.join(names)}: {escape(why)}")
     if outcome.time_used_up:
         left = [name for name in labs if name not in {*state.done, *outcome.skipped}]
         console.print(f"To be done: {', '.join(left)}. The same call goes on with them.")
@@ -283,8 +282,11 @@ def _play_all(
             outcome.skipped[name] = str(reason)
             console.print(f"Skipped: {escape(str(reason))}")
         except Exception as error:
-            outcome.not_finished[name] = _what_stopped(error, name, host.slug)
-            errors.print(f"[bold red]error:[/] {escape(outcome.not_finished[name])}")
+            why = _what_stopped(error, name, host.slug)
+            before = _by_reason(outcome.not_finished).get(why)
+            outcome.not_finished[name] = why
+            told = f"the same as in {before[0]}" if before else why
+            errors.print(f"[bold red]error:[/] {escape(told)}")
             _pack_between(archive_file)
         else:
             if folder.complete:
@@ -297,6 +299,14 @@ def _play_all(
             state.preparations_s = list(clock.preparations_s)
             state.save()
     return outcome
+
+
+def _by_reason(whys: Mapping[str, str]) -> dict[str, list[str]]:
+    """Gather the labs that were not run for one reason, so that it is told once."""
+    labs: dict[str, list[str]] = {}
+    for lab, why in whys.items():
+        labs.setdefault(why, []).append(lab)
+    return labs
 
 
 def _begin_or_continue(request: RunRequest, state: Sitting) -> RunFolder:

@@ -49,6 +49,7 @@ MENDS = {
     errno.ENOSPC: ": free some of the disk that holds RESULTS=, SCRATCH= or the temporary folder",
     errno.EDQUOT: ": free some of what this user may keep, or name other folders with RESULTS= and"
     " SCRATCH=",
+    errno.ENOENT: ": name a file or folder that is there, or that can be made",
     errno.ENOTDIR: ": a file is in the way, so name another folder",
     errno.EFBIG: ": raise the limit on the size of a file (ulimit -f)",
     errno.EROFS: ": name folders that can be written with RESULTS= and SCRATCH=",

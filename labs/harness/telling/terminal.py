@@ -65,7 +65,7 @@ def show(console: Console, block: Markdown) -> None:
         elif token.type == "tr_open":
             rows.append([])
         elif token.type == "table_close":
-            console.print(_table(rows))
+            console.print(_table(console, rows))
         elif token.type == "inline" and "table" in within:
             rows[-1].append(_text(token.children or ()))
         elif token.type == "inline":
@@ -91,12 +91,13 @@ def _sentence(console: Console, text: Text) -> None:
         console.print(Text.assemble(INDENT, text), soft_wrap=True)
 
 
-def _table(rows: Sequence[Sequence[Text]]) -> rich.table.Table:
+def _table(console: Console, rows: Sequence[Sequence[Text]]) -> rich.table.Table:
     """The first column names the row, in one line where it is short; figures stand to the right."""
     header, *body = rows
     longest = max(len(row[0]) for row in rows)
     rich_table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, head in enumerate(header):
+    widths = _widths(console, rows, longest if longest <= NAME_WIDTH else 0)
+    for place, (head, width) in enumerate(zip(header, widths, strict=True)):
         first = place == 0
         justify: Literal["left", "right"] = "left" if first else "right"
         rich_table.add_column(
@@ -104,10 +105,29 @@ def _table(rows: Sequence[Sequence[Text]]) -> rich.table.Table:
             no_wrap=first and longest <= NAME_WIDTH,
             justify=justify,
             overflow="fold",
+            max_width=width,
         )
     for row in body:
         rich_table.add_row(*row)
     return rich_table
+
+
+def _widths(console: Console, rows: Sequence[Sequence[Text]], first: int) -> list[int]:
+    """Narrow the widest columns until all fit, `first` stays, and no word of a head is broken.
+
+    Where the console is too narrow for that, rich narrows them further.
+    """
+    columns = [[console.measure(cell) for cell in column] for column in zip(*rows, strict=True)]
+    widths = [max(cell.maximum for cell in column) for column in columns]
+    least = [column[0].minimum for column in columns]
+    least[0] = max(least[0], first)
+    available = console.width - 2 * len(columns) - 1  # a space around each and at both edges
+    while sum(widths) > available:
+        spare = [place for place, width in enumerate(widths) if width > least[place]]
+        if not spare:
+            break
+        widths[max(spare, key=widths.__getitem__)] -= 1
+    return widths
 
 
 def _text(tokens: Sequence[Token]) -> Text:

@@ -1,4 +1,4 @@
-// Every request of a trial on a timeline, and the first ten of them in a table. Times of a trial's
+// Every request of a trial on a timeline, and the first ten of its window in a table. Times of a trial's
 // requests are in tenths of a millisecond.
 "use strict";
 
@@ -48,7 +48,8 @@
     const places = inOrder(trial);
     const long = new Set(trial.long);
     at("trial-said").textContent = summary(trial);
-    rows.replaceChildren(...places.slice(0, 10).map((i) => tableRow(trial, i, long)));
+    const counted = places.filter((i) => trial.counted[i] || trial.errors[i]);
+    rows.replaceChildren(...counted.slice(0, 10).map((i) => tableRow(trial, i, long)));
     sortable(at("trial-table"));
     // of some requests alone, nobody could tell how many were in decode
     const decoding = trial.index.length < trial.sent ? null : inDecode(trial);
