@@ -33,10 +33,10 @@ BIN := $(if $(wildcard .unbundled/bin),.unbundled/bin,$(ENVIRONMENT)/bin)
 LABS := $(BIN)/labs
 DENO := DENO_DIR=.cache/deno DENO_NO_UPDATE_CHECK=1 $(BIN)/deno
 PYTHON_HERE := "$${LABS_PYTHON:-python3}"
-INSTALL := $(PYTHON_HERE) -m serving.install $(LIGHT) $(if $(OTHER_VLLM),--vllm "$$LABS_VLLM")
+INSTALL := $(PYTHON_HERE) -m serving.packaging.install $(LIGHT) $(if $(OTHER_VLLM),--vllm "$$LABS_VLLM")
 # A target is explained by Python alone, as it is typed: with HELP=1, where no recipe runs, and in the
 # place of a command that lacks the setting $1.
-EXPLAIN := labs/harness/commands/settings.py --help
+EXPLAIN := labs/harness/cli/settings.py --help
 with = $(if $(value LABS_$1),$(LABS) $2,$(PYTHON_HERE) $(EXPLAIN) $@ $@ --)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
@@ -49,7 +49,7 @@ TARGETS := $(shell sed -n 's/^\.PHONY://p' $(firstword $(MAKEFILE_LIST)))
 GIVEN := $(filter-out $(SECRETS),$(if $(filter 0,$(MAKELEVEL)),$(TYPED),$(filter $(SETTINGS),$(TYPED))))
 ifneq ($(strip $(GIVEN) $(filter-out $(TARGETS) lab-%,$(MAKECMDGOALS))),)
 quoted = $(foreach word,$1,'$(subst ','\'',$(word))')
-REFUSED := $(shell python3 labs/harness/commands/settings.py $(call quoted,$(MAKECMDGOALS)) -- $(call quoted,$(GIVEN)))
+REFUSED := $(shell python3 labs/harness/cli/settings.py $(call quoted,$(MAKECMDGOALS)) -- $(call quoted,$(GIVEN)))
 ifneq ($(REFUSED),)
 $(error $(REFUSED))
 endif
@@ -185,7 +185,7 @@ bench: setup ## Measure the lab's own instruments
 	@$(BIN)/python -m bench
 
 locks: setup ## Write serving/locks/ anew: newer hashes, and versions where those there no longer fit
-	@$(BIN)/python -m serving.lock
+	@$(BIN)/python -m serving.packaging.lock
 
 clean: ## Remove .cache (models made here, data of `make watch`) and the tools' caches; results and .venv stay
 	rm -rf .cache .pytest_cache .ruff_cache .mypy_cache

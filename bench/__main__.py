@@ -13,13 +13,13 @@ import typer
 from rich.markup import escape
 
 from bench import BenchError, engine, streams
-from labs.harness.running.machine_load import OtherLoad
-from labs.harness.telling import instruments
-from labs.harness.telling.terminal import PlainConsole, show
+from labs.harness.reports import instruments
+from labs.harness.reports.terminal import PlainConsole, show
+from labs.harness.runner.machine_load import OtherLoad
 from loadtests import generator
 from serving.engines.base import EngineError
 from serving.hardware import machine as machines
-from serving.weights.models import ModelError
+from serving.models.catalog import ModelError
 
 PARTS = {"streams": streams.measure, "engine": engine.measure}
 console = PlainConsole()

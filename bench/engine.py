@@ -14,8 +14,8 @@ from statistics import mean
 
 from bench import BenchError, tell
 from bench.load import RunningLocust, locust, trial
-from labs.harness.judging.judge import Interval, contrast
-from labs.harness.telling import instruments
+from labs.harness.analysis.verdicts import Interval, contrast
+from labs.harness.reports import instruments
 from loadtests import plan, records
 from loadtests.prompts import Writer, counter
 from loadtests.workload import Request
@@ -23,9 +23,9 @@ from serving import metrics
 from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.hardware import machine as machines
-from serving.inside import guard
+from serving.models import catalog
+from serving.plugins import guard
 from serving.processes.process import Process
-from serving.weights import models
 
 USERS, PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 8, 48, 48, 40
 PAIRS = 4  # how often each tool sends them, in turn
@@ -70,7 +70,7 @@ def tpot_ms(answers: Sequence[AnswerTimes]) -> float:
     return 1000 * mean((a.last_s - a.first_s) / (a.tokens - 1) for a in answers)
 
 
-def write_work(work: Path, model: models.Model) -> None:
+def write_work(work: Path, model: catalog.Model) -> None:
     """Write the same requests twice: for our Locust, and for vLLM's tool."""
     work.mkdir(parents=True, exist_ok=True)
     writer, rng = Writer(counter(str(model.path))), random.Random("bench")
@@ -104,7 +104,7 @@ def send_by_locust(
 
 
 def send_by_vllm_bench(
-    engine: Vllm, model: models.Model, prompts: Path, cores: Sequence[int], work: Path
+    engine: Vllm, model: catalog.Model, prompts: Path, cores: Sequence[int], work: Path
 ) -> list[AnswerTimes]:
     """Send the requests by `vllm bench serve` on these cores. Raises BenchError when it fails."""
     flags = {
@@ -152,7 +152,7 @@ def send_by_vllm_bench(
 def measure(work: Path) -> instruments.Engine:
     """Send the same requests by our Locust and by vLLM's own tool, in turn, to one engine."""
     machine = machines.detect()
-    model = models.resolve(machine)
+    model = catalog.resolve(machine)
     write_work(work, model)
     cores = machines.split_cores()[1]
     tell("engine: starting vLLM")

@@ -12,7 +12,7 @@ import psutil
 from loadtests import generator, plan
 from loadtests.arrivals import Concurrent
 from serving.hardware import machine as machines
-from serving.inside import guard
+from serving.plugins import guard
 from serving.processes.ports import free_port
 from serving.processes.process import Process
 

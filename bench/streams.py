@@ -12,7 +12,7 @@ from bench import tell, trials
 from bench.load import locust
 from bench.trials import Totals
 from bench.truth import PROGRAMS, SHARED
-from labs.harness.telling import instruments
+from labs.harness.reports import instruments
 
 REPEATS = 2
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from bench import truth
 from bench.load import RunningLocust, trial
-from labs.harness.telling import instruments
+from labs.harness.reports import instruments
 from loadtests import records
 from loadtests.records import RequestRecord
 

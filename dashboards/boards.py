@@ -50,7 +50,7 @@ from dashboards.panels import (
     without_interval,
 )
 from loadtests import exporter
-from serving import whole
+from serving import atomic
 
 
 class Computed(Protocol):
@@ -518,7 +518,7 @@ def write(variants: Sequence[Sequence[str]], described: Figures) -> list[Path]:
     for path, text in files(variants, described).items():
         if path.exists() and path.read_text() == text:
             continue
-        changed.append(whole.write(path, text))
+        changed.append(atomic.write(path, text))
     return changed
 
 

@@ -26,14 +26,14 @@ from urllib.parse import urlsplit
 import psutil
 import requests
 
-from serving import whole
+from serving import atomic
 from serving.engines import ENGINES
-from serving.inside import guard
-from serving.install import find_prometheus
+from serving.models.catalog import CACHE
+from serving.packaging.install import find_prometheus
 from serving.places import PROGRAM, named_or
+from serving.plugins import guard
 from serving.processes.ports import LOOPBACK, free_port
 from serving.processes.process import Process
-from serving.weights.models import CACHE
 
 HOME = named_or("LABS_PROMETHEUS_DATA", CACHE / "prometheus").resolve()
 WATCH_PORT = 9090  # of the one that stays up between labs, unless told otherwise
@@ -141,12 +141,12 @@ def write_headers(script_hashes: Sequence[str] = ()) -> None:
         "X-Frame-Options": "deny",
     }
     content = json.dumps({"http_server_config": {"headers": headers}})  # JSON is YAML
-    whole.write(HOME / "web.yml", content)
+    atomic.write(HOME / "web.yml", content)
 
 
 def _write_key(key: str) -> None:
     """Write what Prometheus shows an engine that it scrapes; only its owner can read it."""
-    whole.write(HOME / ENGINE_KEY, key, mode=0o600)
+    atomic.write(HOME / ENGINE_KEY, key, mode=0o600)
 
 
 def ready(url: str, alive: Callable[[], bool]) -> bool:
@@ -244,7 +244,7 @@ class Prometheus:
             if self._targets["engine"]:
                 _write_key(guard.key())
             for job, targets in self._targets.items():
-                whole.write(HOME / f"{job}.json", json.dumps(targets))
+                atomic.write(HOME / f"{job}.json", json.dumps(targets))
         except OSError as error:
             self.missing = self.missing or _unusable(error)
 
@@ -409,7 +409,7 @@ def watch(port: int) -> Watch:
 def adopt(port: int, pid: int, own: bool) -> Watch:
     """Make labs record into this process from now on."""
     adopted = Watch(port, pid, _started(pid), own)
-    whole.write(HOME / "watch.json", json.dumps(asdict(adopted)))
+    atomic.write(HOME / "watch.json", json.dumps(asdict(adopted)))
     return adopted
 
 

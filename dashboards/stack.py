@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 
 from dashboards import prometheus
-from serving import whole
+from serving import atomic
+from serving.models.catalog import CACHE
 from serving.processes.ports import require_port
-from serving.weights.models import CACHE
 
 COMPOSE = Path(__file__).with_name("compose.yml")
 PASSWORD_FILE = CACHE / "grafana-password"
@@ -129,7 +129,7 @@ def password() -> str:
     with contextlib.suppress(FileNotFoundError):
         if stored := PASSWORD_FILE.read_text():
             return stored
-    whole.write(PASSWORD_FILE, secrets.token_urlsafe(18), mode=0o600)
+    atomic.write(PASSWORD_FILE, secrets.token_urlsafe(18), mode=0o600)
     return PASSWORD_FILE.read_text()
 
 

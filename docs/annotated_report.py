@@ -20,9 +20,9 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from labs.harness.filing.results import open_run
-from labs.harness.telling import pages
-from serving import whole
+from labs.harness.reports import pages
+from labs.harness.storage.results import open_run
+from serving import atomic
 from tests.browser import Page, browser, find
 
 OUT = Path(__file__).with_name("report.png")
@@ -62,7 +62,7 @@ def draw(run: Path) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         html = pages.page(open_run(run))
-        annotated = whole.write(home / "report.html", html.replace("</head>", MARGIN, 1))
+        annotated = atomic.write(home / "report.html", html.replace("</head>", MARGIN, 1))
         with browser(home / "profile") as chromium:
             page = Page(chromium, WIDTH, HEIGHT)
             page.open(annotated)

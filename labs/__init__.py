@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from labs.harness.spec import Lab
+    from labs.harness.spec.lab import Lab
 
 LABS: dict[str, Lab]
 """Holds every lab in the order of the course: whatever enumerates labs reads this."""
@@ -52,7 +52,7 @@ def _labs() -> dict[str, Lab]:
 
 def _lab(module: str) -> Lab:
     """Import the `LAB` that `labs/<module>/lab.py` defines."""
-    from labs.harness.spec import Lab
+    from labs.harness.spec.lab import Lab
 
     lab = importlib.import_module(f"labs.{module}.lab").LAB
     if not isinstance(lab, Lab):

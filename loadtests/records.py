@@ -212,7 +212,7 @@ def _line(record: RequestRecord) -> bytes:
 
 
 def _pack(path: Path, lines: Iterable[bytes]) -> None:
-    # as serving/whole.py writes a file, which nothing here may import
+    # as serving/atomic.py writes a file, which nothing here may import
     half = path.with_name(f".{path.name}.{os.getpid()}.half")
     try:
         # mtime=0: the same records give the same bytes

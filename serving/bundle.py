@@ -27,10 +27,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving import install, whole
-from serving.install import ROOT, entries, lock_of
+from serving import atomic
+from serving.models import catalog
+from serving.packaging import install
+from serving.packaging.install import ROOT, entries, lock_of
 from serving.unbundle import BUILT_AS_ONE, HOME, MANIFEST, SCRIPT
-from serving.weights import models
 
 LOCK = lock_of(ROOT, "cuda")
 ARCH = "x86_64"
@@ -268,10 +269,10 @@ def carried_folders(lean: bool, site: Path, work: Path) -> dict[str, Path]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         alone = work / "tokenizer"
         alone.mkdir()
-        for name in models.TOKENIZER:
-            shutil.copyfile(models.bundled() / name, alone / name)
-        return folders | {f"{models.CACHE.name}/{models.TOKENIZER_ALONE}": alone}
-    folders[f"{models.CACHE.name}/models/{models.BUNDLED}"] = models.bundled()
+        for name in catalog.TOKENIZER:
+            shutil.copyfile(catalog.bundled() / name, alone / name)
+        return folders | {f"{catalog.CACHE.name}/{catalog.TOKENIZER_ALONE}": alone}
+    folders[f"{catalog.CACHE.name}/models/{catalog.BUNDLED}"] = catalog.bundled()
     programs = ROOT / ".tools" / "prometheus"
     # one that is installed on this machine may need this machine's libraries
     if programs.exists() and os.uname().machine == ARCH:
@@ -302,7 +303,7 @@ def bundle(request: BundleRequest, out: Path, say: Callable[[str], None]) -> Non
         "expected": request.have,
         "parts": parts,
     }
-    whole.write(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    atomic.write(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     shutil.copyfile(Path(__file__).with_name(SCRIPT), out / SCRIPT)
     total = sum(int(part["bytes"]) for part in parts)
     say(

@@ -42,7 +42,7 @@ LORA = "vllm:lora_requests_info"
 ENGINE_CONFIG = "engine_config"  # not a metric: the settings that the engine logs
 ROUTER = "router"  # nor is this: the policy and limits that a router logs, and its replicas
 EVEN_ROUTING = (
-    "lab_even"  # its `routing` where `serving.inside.random_weights.EvenRouting` routes tokens
+    "lab_even"  # its `routing` where `serving.plugins.random_weights.EvenRouting` routes tokens
 )
 ENGINE_ARGUMENTS = "engine_arguments"  # nor is this: what its log says that it was given
 ZEROS = "random_weights_zeros"  # nor is this: their share by bits a weight, from the log

@@ -4,7 +4,7 @@ In a clone, and in a folder that came out of a bundle, all lies in that folder. 
 package, the program writes nothing beside its own files: results, models and caches lie in a folder
 of the user's, by the XDG Base Directory Specification, unless `--home` or its variable names one.
 
-Standard library only, and syntax that Python 3.7 can parse: see serving/install.py.
+Standard library only, and syntax that Python 3.7 can parse: see serving/packaging/install.py.
 """
 
 from __future__ import annotations

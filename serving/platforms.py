@@ -3,7 +3,7 @@
 A new platform is a row of `PLATFORMS`, an extra in pyproject.toml and a file in serving/locks/, all
 under its name.
 
-Standard library only, and syntax that Python 3.7 can parse: see serving/install.py.
+Standard library only, and syntax that Python 3.7 can parse: see serving/packaging/install.py.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ NOT_YET = 75  # exit code: parts are still to come
 HOME = ".unbundled"
 # Their compiled code works together in the versions that were built for one another, no others.
 BUILT_AS_ONE = ("torch", "torchaudio", "torchvision", "triton")
-COMMANDS = {"python": "", "labs": " -m labs.harness.commands", "pytest": " -m pytest"}
+COMMANDS = {"python": "", "labs": " -m labs.harness.cli", "pytest": " -m pytest"}
 # PYTHONPATH alone does not read the .pth files by which some packages name further folders.
 READ_PTH = "import os, site\n\nsite.addsitedir(os.path.dirname(__file__))\n"
 

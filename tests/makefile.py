@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from labs.harness.commands import settings
-from serving.weights.models import ROOT
+from labs.harness.cli import settings
+from serving.models.catalog import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 LINES = MAKEFILE.replace("\\\n", "").splitlines()

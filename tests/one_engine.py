@@ -15,7 +15,7 @@ import psutil
 
 from serving.engines.vllm import Vllm
 from serving.hardware import machine
-from serving.weights import models
+from serving.models import catalog
 from tests import with_vllm
 
 FLAGS = {"max-model-len": 256, "kv-cache-memory-bytes": 2**24, "enforce-eager": True}
@@ -24,7 +24,7 @@ FLAGS = {"max-model-len": 256, "kv-cache-memory-bytes": 2**24, "enforce-eager": 
 def main(folder: str, log: str, more_flags: str = "{}") -> None:
     """Print what it serves, this process, the engine's guard and what is below that."""
     with_vllm.fork_engines()
-    model = models.resolve(machine.cpu(), folder)
+    model = catalog.resolve(machine.cpu(), folder)
     flags = {**FLAGS, **Vllm.in_float32, **json.loads(more_flags)}
     engine = Vllm("one", model, flags, kind="cpu", log=Path(log))
     try:

@@ -15,28 +15,28 @@ import requests
 from dashboards import boards
 from dashboards.prometheus import Prometheus
 from labs import LABS
-from labs.harness.changes import parse_changes
-from labs.harness.filing.recorded import MachineFile, Run
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.running.chat_writer import writer_of
-from labs.harness.running.counts import ENGINE_METRICS
-from labs.harness.running.resolve import absent_engines, require_compiler
-from labs.harness.spec import Lab, NotApplicable
-from labs.harness.telling.words import NOTHING, told_by
+from labs.harness.forecast.request_counts import ENGINE_METRICS
+from labs.harness.plan.chat_writer import writer_of
+from labs.harness.plan.resolve import absent_engines, require_compiler
+from labs.harness.reports.rendering import NOTHING, told_by
+from labs.harness.spec.lab import Lab, NotApplicable
+from labs.harness.spec.overrides import parse_changes
+from labs.harness.storage.recorded import MachineFile, Run
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from loadtests import plan
 from serving.engines import ENGINES
 from serving.engines.base import EngineError
 from serving.hardware import machine
-from serving.weights import models
-from serving.weights.models import ROOT
+from serving.models import catalog
+from serving.models.catalog import ROOT
 from tests import with_vllm
 from tests.fake.conftest import CEILINGS
 from tests.shallow import shallow
 from tests.sizes import sizes_of, with_every_part
 from tests.startup import sitecustomize
 
-AS_READERS_DO = "labs.harness.commands"  # what the target in the Makefile runs
+AS_READERS_DO = "labs.harness.cli"  # what the target in the Makefile runs
 FRONT_DOOR = "continuous-batching"  # the lab of the README's first command
 AS_VLLM_DOES = "diagnosis"  # two engines beside each other, each with a worker of its own
 BESIDE = ("agent-sessions", "serving-engines")  # so that both files of labs take about as long
@@ -112,7 +112,7 @@ def derived_for(lab: str) -> list[str]:
 def in_sizes_for_a_cpu(lab: str) -> Lab:
     """The lab as a test runs it on a CPU, but for its windows."""
     changes = parse_changes(f"{with_every_part(lab)} {sizes_of(lab).real} {sizes_of(lab).cpu}")
-    return LABS[lab].at(models.scale_of(machine.cpu()), quick=True, changes=changes)
+    return LABS[lab].at(catalog.scale_of(machine.cpu()), quick=True, changes=changes)
 
 
 def runs_beside(lab: str) -> bool:
@@ -125,7 +125,7 @@ def runs_beside(lab: str) -> bool:
 
 def require_something_to_compare(lab: Lab, model: str) -> None:
     """Raise NotApplicable where this CPU lacks what the lab compares."""
-    absent_engines(lab, machine.cpu(), models.resolve(machine.cpu(), model))
+    absent_engines(lab, machine.cpu(), catalog.resolve(machine.cpu(), model))
 
 
 def served(layers: int | None) -> str:
@@ -155,7 +155,7 @@ def lab_on_a_cpu(lab: str, results: Path, command: str = "tests.small") -> None:
     folder = quick_run(lab, results, settings, model=model, command=command)
     check_run(folder, makes_sense=sizes.layers is None)
     check_forecasts(folder)
-    check_prompts(folder, models.resolve(machine.detect(), model))
+    check_prompts(folder, catalog.resolve(machine.detect(), model))
     check_dashboards(folder)
 
 
@@ -245,7 +245,7 @@ def check_forecasts(folder: RunFolder) -> None:
             assert (hits.value, hits.measured.value) == (0, 0), point.key
 
 
-def check_prompts(folder: RunFolder, model: models.Model) -> None:
+def check_prompts(folder: RunFolder, model: catalog.Model) -> None:
     """The forecaster's prompts have as many tokens as the engine counted."""
     lab, points = folder.run().rebuilt_lab(), folder.run().points()
     writer, first = writer_of(model), {p.workload.name: p for p in reversed(points)}

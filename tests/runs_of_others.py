@@ -39,7 +39,7 @@ setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1e12, used=0.0,
 @functools.cache  # a process may run tests of both folders
 def write() -> None:
     """Write the runs into the folder of results of these tests."""
-    from labs.harness.filing import results
+    from labs.harness.storage import results
     from tests.unit.builders import write_run, write_runs_of_others
 
     write_runs_of_others(write_run(results.RESULTS))

@@ -13,9 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from serving import whole
-from serving.weights import draft, models
-from serving.weights.models import ROOT
+from serving import atomic
+from serving.models import catalog, draft
+from serving.models.catalog import ROOT
 from tests import with_vllm
 
 LAYERS = 2  # of 30
@@ -23,7 +23,7 @@ LAYERS = 2  # of 30
 
 def shallow(layers: int = LAYERS) -> Path:
     """Find the folder of the model; make it first if need be, one process for all."""
-    folder = models.CACHE / "models" / f"{models.BUNDLED}-{layers}-layers"
+    folder = catalog.CACHE / "models" / f"{catalog.BUNDLED}-{layers}-layers"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -38,10 +38,10 @@ def write(out: Path, layers: int) -> None:
     import torch
     import transformers
 
-    source = models.bundled()
+    source = catalog.bundled()
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     draft.prune(model, layers)
-    with whole.folder(out) as half:
+    with atomic.folder(out) as half:
         model.save_pretrained(half)
         transformers.AutoTokenizer.from_pretrained(source).save_pretrained(half)
 

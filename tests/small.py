@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from labs.harness.commands.cli import app
-from labs.harness.judging import evaluation
-from labs.harness.running import attention, copied_text, forecaster, probes, step_timing
+from labs.harness.analysis import evaluation
+from labs.harness.cli.cli import app
+from labs.harness.forecast import copied_text, forecaster, step_timing
+from labs.harness.runner import attention, probes
 from serving.engines import vllm
 from tests import with_vllm
 
@@ -32,8 +33,8 @@ def make_small() -> None:
     setattr(step_timing, "QUICK_PASSES", 1)  # noqa: B010
     copied_text.ANSWERS = 8
     attention.ARGV = with_vllm.argv_of("tests.brief_attention")
-    forecaster.FORECASTER_ARGV = with_vllm.argv_of("serving.forecasting")
-    vllm.PARSING = with_vllm.argv_of("serving.inside.parsing")
+    forecaster.FORECASTER_ARGV = with_vllm.argv_of("serving.simulator")
+    vllm.PARSING = with_vllm.argv_of("serving.plugins.parsing")
     with_vllm.fork_engines()
 
 

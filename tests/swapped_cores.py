@@ -8,7 +8,7 @@ product's own are as small as `tests/small.py` makes them.
 
 from __future__ import annotations
 
-from labs.harness.commands.cli import app
+from labs.harness.cli.cli import app
 from serving.hardware import machine
 from tests.small import make_small
 

@@ -40,7 +40,7 @@ PLACE = "TESTS_WITH_VLLM"
 """The environment variable that holds the path of the socket; its folder goes with the tests."""
 ENGINES = "TESTS_ENGINES"
 """The variable that holds, in a lab's run, the descriptor of what forks its engines."""
-ITS_GUARD, REPLICAS = "serving.processes.process", "serving.inside.replicas"
+ITS_GUARD, REPLICAS = "serving.processes.process", "serving.plugins.replicas"
 VLLM = (  # what an engine and a forecast import of it; none begins a thread
     "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server",
     "vllm.model_executor.model_loader", "vllm.model_executor.models.llama",

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from labs.agent_sessions.lab import MANY, PLAIN, UNEVEN, sessions_held
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.offloading import CopyOrCompute
-from labs.harness.judging.quantity import Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.derived.offloading import CopyOrCompute
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.spec.lab import Point
 from loadtests.records import RequestRecord
 
 

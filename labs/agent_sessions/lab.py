@@ -5,10 +5,19 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from labs.harness import theory
-from labs.harness.ask import counter, echoes, falls, forecast, predicts, rises, sends, unchanged
-from labs.harness.spec import SLO, Lab, Point, Variant
-from labs.harness.theory import KWON
+from labs.harness.spec import theory
+from labs.harness.spec.declare import (
+    counter,
+    echoes,
+    falls,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    unchanged,
+)
+from labs.harness.spec.lab import SLO, Lab, Point, Variant
+from labs.harness.spec.theory import KWON
 from loadtests.arrivals import LogNormal, OfSessions, Sessions
 from loadtests.workload import Chat, Exponential, Salted, Workload
 from serving import metrics

@@ -8,13 +8,13 @@ from typing import Literal
 
 import scipy
 
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.offloading import OnOneCard, on_one_card
-from labs.harness.facts.parts import Pair
-from labs.harness.filing.computed import Band, OnTwoEngines
-from labs.harness.judging.metrics import METRICS
-from labs.harness.judging.quantity import Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.computed import Band, OnTwoEngines
+from labs.harness.analysis.metrics import METRICS
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.derived.lab_modules import Pair
+from labs.harness.derived.offloading import OnOneCard, on_one_card
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.spec.lab import Point
 from loadtests.arrivals import Contended
 
 STALL, LONG_TTFT, STREAMS_TTFT = "stall_mean_s", "intruder_ttft_mean_s", "ttft_mean_s"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from labs.harness import theory
-from labs.harness.ask import counter, falls, forecast, predicts, rises, sends, unchanged
-from labs.harness.spec import SLO, Lab, Point, Variant
-from labs.harness.theory import SARATHI
+from labs.harness.spec import theory
+from labs.harness.spec.declare import counter, falls, forecast, predicts, rises, sends, unchanged
+from labs.harness.spec.lab import SLO, Lab, Point, Variant
+from labs.harness.spec.theory import SARATHI
 from loadtests.arrivals import Contended
 from loadtests.workload import Exponential, Intruder
 from serving import metrics

@@ -10,8 +10,11 @@ from matplotlib.axes import Axes
 
 from dashboards.palette import BLUE, BOUND
 from labs.chunked_prefill.facts import Facts
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import (
+from labs.harness.analysis.timeline import GRID_S, Timeline
+from labs.harness.analysis.timeline import timeline as timeline_of
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import (
     GREY,
     draw_forecasts,
     legend_above,
@@ -19,9 +22,6 @@ from labs.harness.facts.drawing import (
     plt,
     reach,
 )
-from labs.harness.facts.parts import OwnPlot
-from labs.harness.judging.timeline import GRID_S, Timeline
-from labs.harness.judging.timeline import timeline as timeline_of
 from loadtests.records import RequestRecord
 
 

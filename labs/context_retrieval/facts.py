@@ -17,10 +17,11 @@ from labs.context_retrieval.lab import (
     SHARING_LAYERS,
     longest_prompt,
 )
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.offloading import CopyOrCompute
-from labs.harness.filing.computed import AT
-from labs.harness.judging.judge import (
+from labs.harness.analysis.computed import AT
+from labs.harness.analysis.quality import paired_difference
+from labs.harness.analysis.quantity import POINTS, Quantity
+from labs.harness.analysis.retrieval import Changes, Needle, adds_up, by_text, margin_change
+from labs.harness.analysis.verdicts import (
     CONFIDENCE,
     TWO_ONE_SIDED,
     Interval,
@@ -28,10 +29,9 @@ from labs.harness.judging.judge import (
     prediction_outcome,
     share,
 )
-from labs.harness.judging.quality import paired_difference
-from labs.harness.judging.quantity import POINTS, Quantity
-from labs.harness.judging.retrieval import Changes, Needle, adds_up, by_text, margin_change
-from labs.harness.spec import Prediction
+from labs.harness.derived.offloading import CopyOrCompute
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.spec.lab import Prediction
 
 BOTH, PARTS_OF_BOTH = "both", ("kv-fp8", "w8a8")
 RUN_BY = {"full": "full", "fp8": "kv-fp8", "window": "window"}

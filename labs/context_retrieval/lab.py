@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from labs.harness import theory
-from labs.harness.ask import (
+from labs.harness.spec import theory
+from labs.harness.spec.declare import (
     echoes,
     falls,
     forecast,
@@ -15,8 +15,8 @@ from labs.harness.ask import (
     users,
     variants,
 )
-from labs.harness.spec import SLO, Lab, Point, Prediction
-from labs.harness.theory import KWON, ROOFLINE
+from labs.harness.spec.lab import SLO, Lab, Point, Prediction
+from labs.harness.spec.theory import KWON, ROOFLINE
 from loadtests.workload import Fixed, Prefix
 from serving import metrics
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dashboards.palette import BOUND
 from labs.context_retrieval.facts import Facts
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import plt
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import plt
 
 
 def retrieval(_run: JudgedRun, facts: Facts) -> bool:

@@ -7,19 +7,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from labs.harness import theory
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.steps import (
-    Ceiling,
-    Parts,
-    decode_step,
-    nearer_ceiling,
-)
-from labs.harness.facts.sweep import StepLine, concurrency_sweep, step_line
-from labs.harness.filing.recorded import Agreement
-from labs.harness.judging.metrics import METRICS
-from labs.harness.judging.quantity import RATIO, Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.metrics import METRICS
+from labs.harness.analysis.quantity import RATIO, Quantity
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.derived.step_parts import Ceiling, Parts, decode_step, nearer_ceiling
+from labs.harness.derived.sweep import StepLine, concurrency_sweep, step_line
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Point
+from labs.harness.storage.recorded import Agreement
 
 
 @dataclass(frozen=True)

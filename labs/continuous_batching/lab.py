@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from labs.harness import theory
-from labs.harness.ask import (
+from labs.harness.spec import theory
+from labs.harness.spec.declare import (
     ANY,
     counter,
     echoes,
@@ -14,8 +14,8 @@ from labs.harness.ask import (
     unchanged,
     users,
 )
-from labs.harness.spec import SLO, Lab, Point, Variant
-from labs.harness.theory import ROOFLINE
+from labs.harness.spec.lab import SLO, Lab, Point, Variant
+from labs.harness.spec.theory import ROOFLINE
 from loadtests.arrivals import Poisson, Waves
 from loadtests.workload import Exponential
 from serving import metrics

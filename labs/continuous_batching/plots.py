@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from dashboards.palette import BLUE, BOUND
 from labs.continuous_batching.facts import Facts, waves_beside_continuous
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, draw_parts, legend_of_all, plt, thinned
-from labs.harness.facts.parts import OwnPlot
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import GREY, draw_parts, legend_of_all, plt, thinned
 
 
 def steps(_: JudgedRun, facts: Facts) -> bool:

@@ -17,9 +17,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from labs.harness.facts.context import JudgedRun
-from labs.harness.judging.judge import share
-from labs.harness.judging.quantity import Quantity
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.analysis.verdicts import share
+from labs.harness.derived.run_view import JudgedRun
 
 EQUAL = 1e-4  # nats: logprobs are on file with five decimals
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from labs.harness import theory
-from labs.harness.ask import counter, echoes, predicts, rises, sends
-from labs.harness.spec import SLO, Lab, Point, Variant
-from labs.harness.theory import ROOFLINE
+from labs.harness.spec import theory
+from labs.harness.spec.declare import counter, echoes, predicts, rises, sends
+from labs.harness.spec.lab import SLO, Lab, Point, Variant
+from labs.harness.spec.theory import ROOFLINE
 from loadtests.arrivals import Waves
 from serving import metrics
 

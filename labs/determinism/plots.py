@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 
 from dashboards.palette import BOUND, VARIANTS
 from labs.determinism.facts import Facts, SameText
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, legend_above, plt
-from labs.harness.facts.parts import OwnPlot
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import GREY, legend_above, plt
 
 
 def equal(run: JudgedRun, facts: Facts) -> bool:

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from labs.diagnosis.lab import ALONE, INJECTED, REFERENCE, SIGNATURES, Direction, Figure
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.fits import polynomial
-from labs.harness.facts.parts import BlindTrial, Injections
-from labs.harness.judging.diagnosis import (
+from labs.harness.analysis.diagnosis import (
     BUDGET_CLAIM,
     HITS_LOST,
     MORE_LONG_GAPS,
@@ -25,11 +22,14 @@ from labs.harness.judging.diagnosis import (
     diagnose,
     more_long_gaps,
 )
-from labs.harness.judging.quantity import CHANGE, RATIO, Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.quantity import CHANGE, RATIO, Quantity
+from labs.harness.derived.fits import polynomial
+from labs.harness.derived.lab_modules import BlindTrial, Injections
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.spec.lab import Point
 from serving import metrics
-from serving.forecasting.step import Piece, Step, StepTimes
-from serving.forecasting.traffic import Delays
+from serving.simulator.step import Piece, Step, StepTimes
+from serving.simulator.traffic import Delays
 
 injections = Injections(INJECTED, REFERENCE, SIGNATURES)
 

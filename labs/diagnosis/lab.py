@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Literal, get_args
 
-from labs.harness import theory
-from labs.harness.ask import ANY, counter, falls, predicts, rises, sends, unchanged, users
-from labs.harness.spec import SLO, Lab, Point, Variant
-from labs.harness.theory import KWON, PYTORCH_2, ROOFLINE, SARATHI
+from labs.harness.spec import theory
+from labs.harness.spec.declare import ANY, counter, falls, predicts, rises, sends, unchanged, users
+from labs.harness.spec.lab import SLO, Lab, Point, Variant
+from labs.harness.spec.theory import KWON, PYTORCH_2, ROOFLINE, SARATHI
 from loadtests.arrivals import AnyArrival, Contended, Waves
 from loadtests.workload import Exponential, Intruder, Prefix, Workload
 from serving import metrics

@@ -10,9 +10,9 @@ import numpy as np
 from dashboards.palette import BLUE, BOUND
 from labs.diagnosis.facts import Facts, Signature, alone
 from labs.diagnosis.lab import Figure
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import plt
-from labs.harness.facts.parts import OwnPlot
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import plt
 
 TIMES: tuple[Figure, ...] = ("TTFT", "Prefill", "TPOT")
 

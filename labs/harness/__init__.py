@@ -1,1 +1,1 @@
-"""Holds what runs, judges, keeps and tells every lab."""
+"""The harness of every lab: eleven packages, each of which imports only those before it."""

@@ -9,12 +9,12 @@ from typing import Literal, get_args
 
 import scipy
 
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.offloading import CopyOrCompute
-from labs.harness.facts.quality import Beside, Quality, quality
-from labs.harness.judging.metrics import METRICS
-from labs.harness.judging.quantity import Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.metrics import METRICS
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.derived.offloading import CopyOrCompute
+from labs.harness.derived.quality_summary import Beside, Quality, quality
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.spec.lab import Point
 
 BYTES_OF_16_BITS, BYTES_OF_8_BITS = 2, 1
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from labs.harness import theory
-from labs.harness.ask import (
+from labs.harness.spec import theory
+from labs.harness.spec.declare import (
     ANY,
     counter,
     echoes,
@@ -15,8 +15,8 @@ from labs.harness.ask import (
     unchanged,
     users,
 )
-from labs.harness.spec import SLO, Lab, Point, Prediction, Variant
-from labs.harness.theory import KAPLAN, KWON, ROOFLINE
+from labs.harness.spec.lab import SLO, Lab, Point, Prediction, Variant
+from labs.harness.spec.theory import KAPLAN, KWON, ROOFLINE
 from loadtests.workload import Prefix, Workload
 from serving import metrics
 

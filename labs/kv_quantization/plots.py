@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from dashboards.palette import VARIANTS
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import draw_forecasts, plt
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import draw_forecasts, plt
 from labs.kv_quantization.facts import Facts
 
 

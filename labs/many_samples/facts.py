@@ -8,12 +8,8 @@ from math import prod
 from statistics import fmean
 from typing import Any, Literal
 
-from labs.harness import theory
-from labs.harness.facts.context import JudgedRun
-from labs.harness.judging.judge import Interval
-from labs.harness.judging.quantity import RATIO, Quantity
-from labs.harness.judging.sampling import canonical, gain_over_tasks, over_tasks, pass_at, vote_at
-from labs.harness.judging.steps import (
+from labs.harness.analysis.quantity import RATIO, Quantity
+from labs.harness.analysis.reasoning_steps import (
     chosen,
     end_of,
     found_at_end,
@@ -21,10 +17,20 @@ from labs.harness.judging.steps import (
     is_step,
     steps_right,
 )
-from labs.harness.spec import Point
+from labs.harness.analysis.sampled_tasks import (
+    canonical,
+    gain_over_tasks,
+    over_tasks,
+    pass_at,
+    vote_at,
+)
+from labs.harness.analysis.verdicts import Interval
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Point
 from labs.many_samples.lab import hit_rate
-from serving.weights import dummy, models
-from serving.weights.models import Shape
+from serving.models import catalog, dummy
+from serving.models.catalog import Shape
 
 STEPS = 4  # of a solution that is written step by step, as an example
 LARGER = ("llama-1b", "llama-8b", "llama-70b")  # of the shapes that ship with the lab
@@ -372,7 +378,7 @@ def larger_models(point: Point, tasks: Sequence[Solved], vote: Voting) -> Larger
     if most is one:
         return None
     more_s = (most.seconds - one.seconds) / (most.samples - one.samples)
-    shapes = {name: models.shape_of(dummy.config_of(name)) for name in LARGER}
+    shapes = {name: catalog.shape_of(dummy.config_of(name)) for name in LARGER}
     rows = [
         weighed(name, shape, point, tasks, one.seconds, more_s)
         for name, shape in shapes.items()

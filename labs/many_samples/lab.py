@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from labs.harness import theory
-from labs.harness.ask import (
+from labs.harness.spec import theory
+from labs.harness.spec.declare import (
     counter,
     echoes,
     falls,
@@ -14,8 +14,8 @@ from labs.harness.ask import (
     unchanged,
     variants,
 )
-from labs.harness.spec import SLO, Lab, Point
-from labs.harness.theory import KWON, ROOFLINE
+from labs.harness.spec.lab import SLO, Lab, Point
+from labs.harness.spec.theory import KWON, ROOFLINE
 from loadtests.arrivals import Waves
 from loadtests.workload import Samples, Workload
 from serving import metrics

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 
 from dashboards.palette import BLUE, BOUND, VARIANTS
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, draw_measured, legend_above, plt
-from labs.harness.facts.parts import OwnPlot
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import GREY, draw_measured, legend_above, plt
 from labs.many_samples.facts import Cost, Facts, Voting
 
 

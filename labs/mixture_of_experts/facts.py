@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.sweep import concurrency_sweep
-from labs.harness.judging.quantity import RATIO, Quantity
-from labs.harness.spec import Point
-from labs.harness.theory import experts_needed, step_of
+from labs.harness.analysis.quantity import RATIO, Quantity
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.derived.sweep import concurrency_sweep
+from labs.harness.spec.lab import Point
+from labs.harness.spec.theory import experts_needed, step_of
 from labs.mixture_of_experts.lab import ACTIVE, MIXTURE, TOTAL
-from serving.weights.models import Shape
+from serving.models.catalog import Shape
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labs.harness.ask import (
+from labs.harness.spec.declare import (
     counter,
     echoes,
     falls,
@@ -13,8 +13,8 @@ from labs.harness.ask import (
     unchanged,
     users,
 )
-from labs.harness.spec import SLO, Claim, Lab, Point, Variant
-from labs.harness.theory import ROOFLINE, step_of
+from labs.harness.spec.lab import SLO, Claim, Lab, Point, Variant
+from labs.harness.spec.theory import ROOFLINE, step_of
 from serving import metrics
 
 SHAZEER = "Shazeer et al., Sparsely-Gated Mixture-of-Experts, 2017"

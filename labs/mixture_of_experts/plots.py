@@ -9,9 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dashboards.palette import VARIANTS
-from labs.harness import theory
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import (
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.derived.sweep import concurrency_sweep
+from labs.harness.reports.drawing import (
     GREY,
     aside,
     draw_forecasts,
@@ -19,9 +20,8 @@ from labs.harness.facts.drawing import (
     legend_above,
     plt,
 )
-from labs.harness.facts.parts import OwnPlot
-from labs.harness.facts.sweep import concurrency_sweep
-from labs.harness.spec import Point
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Point
 from labs.mixture_of_experts.facts import Facts
 from labs.mixture_of_experts.lab import ACTIVE, MIXTURE, TOTAL
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import scipy
 
-from labs.harness.facts.context import JudgedRun
-from labs.harness.judging.quantity import CHANGE, RATIO, Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.quantity import CHANGE, RATIO, Quantity
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.spec.lab import Point
 from labs.multi_lora.lab import adapter_bytes
-from serving.weights.adapters import mark_of, marks_in
+from serving.models.adapters import mark_of, marks_in
 
 LEAST_ANSWERS = 2000
 TENANTS = (1, 8, 32, 100, 1000)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from labs.harness import theory
-from labs.harness.ask import (
+from labs.harness.spec import theory
+from labs.harness.spec.declare import (
     counter,
     echoes,
     falls,
@@ -13,7 +13,7 @@ from labs.harness.ask import (
     unchanged,
     users,
 )
-from labs.harness.spec import SLO, Lab, Point, Variant
+from labs.harness.spec.lab import SLO, Lab, Point, Variant
 from loadtests.workload import Adapters, Workload
 from serving import metrics
 

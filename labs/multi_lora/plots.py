@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dashboards.palette import BLUE, BOUND
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, draw_forecasts, draw_measured, plt
-from labs.harness.facts.parts import OwnPlot
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import GREY, draw_forecasts, draw_measured, plt
 from labs.multi_lora.facts import Facts, base_of
 from labs.multi_lora.lab import adapter_bytes
 

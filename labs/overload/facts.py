@@ -7,16 +7,16 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal, get_args
 
-from labs.harness import theory
-from labs.harness.facts.alarms import Alarms, alarms, lightest, mean
-from labs.harness.facts.alarms import watched as watched
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.filing.computed import Searched
-from labs.harness.judging.measure import in_time
-from labs.harness.judging.metrics import METRICS
-from labs.harness.judging.quantity import Quantity
-from labs.harness.judging.signals import GRID_S, SIGNALS, UNITS, Series, late_from_s, series
-from labs.harness.spec import Point
+from labs.harness.analysis.computed import Searched
+from labs.harness.analysis.measure import in_time
+from labs.harness.analysis.metrics import METRICS
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.analysis.signals import GRID_S, SIGNALS, UNITS, Series, late_from_s, series
+from labs.harness.derived.alarms import Alarms, alarms, lightest, mean
+from labs.harness.derived.alarms import watched as watched
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Point
 from loadtests.arrivals import Offered, Ramp
 from serving.engines.vllm_flags import VllmFlags
 

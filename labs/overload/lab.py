@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from labs.harness import theory
-from labs.harness.ask import counter, falls, predicts, rises, sends, unchanged, users
-from labs.harness.spec import SLO, Lab, Point, Variant
-from labs.harness.theory import ROOFLINE
+from labs.harness.spec import theory
+from labs.harness.spec.declare import counter, falls, predicts, rises, sends, unchanged, users
+from labs.harness.spec.lab import SLO, Lab, Point, Variant
+from labs.harness.spec.theory import ROOFLINE
 from loadtests.arrivals import Offered, Ramp
 from serving import metrics
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dashboards.palette import BLUE, BOUND, VARIANTS
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, plt, reach
-from labs.harness.facts.parts import OwnPlot
-from labs.harness.judging.signals import BATCH, GRID_S, KV, SIGNALS, TTFT, late_from_s, series
+from labs.harness.analysis.signals import BATCH, GRID_S, KV, SIGNALS, TTFT, late_from_s, series
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import GREY, plt, reach
 from labs.overload.facts import Facts, ramp_of
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from labs.harness import theory
-from labs.harness.facts.context import JudgedRun
-from labs.harness.judging.measure import counter_increase, output_tokens
-from labs.harness.judging.quantity import RATIO, Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.measure import counter_increase, output_tokens
+from labs.harness.analysis.quantity import RATIO, Quantity
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Point
 from labs.paged_kv.lab import (
     MOST_REPLAYED,
     held_tokens,

@@ -8,10 +8,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from labs.harness import theory
-from labs.harness.ask import ANY, counter, echoes, falls, forecast, predicts, rises, sends, users
-from labs.harness.spec import SLO, Evidence, Lab, Point, Variant
-from labs.harness.theory import KWON, ROOFLINE
+from labs.harness.spec import theory
+from labs.harness.spec.declare import (
+    ANY,
+    counter,
+    echoes,
+    falls,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    users,
+)
+from labs.harness.spec.lab import SLO, Evidence, Lab, Point, Variant
+from labs.harness.spec.theory import KWON, ROOFLINE
 from loadtests.workload import Exponential, Prefix
 from serving import metrics
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dashboards.palette import BLUE, BOUND
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, draw_forecasts, plt, reach
-from labs.harness.facts.parts import OwnPlot
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import GREY, draw_forecasts, plt, reach
 from labs.paged_kv.facts import Facts
 
 

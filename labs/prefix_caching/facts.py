@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from labs.harness.facts.context import JudgedRun
-from labs.harness.judging.judge import contrast
-from labs.harness.judging.quantity import RATIO, Quantity
+from labs.harness.analysis.quantity import RATIO, Quantity
+from labs.harness.analysis.verdicts import contrast
+from labs.harness.derived.run_view import JudgedRun
 from serving import metrics
 
 TELLS_BELOW = 0.9  # a ratio of times this far from 1 can be told from a few requests

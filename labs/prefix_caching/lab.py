@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from labs.harness import theory
-from labs.harness.ask import (
+from labs.harness.spec import theory
+from labs.harness.spec.declare import (
     counter,
     echoes,
     falls,
@@ -18,8 +18,8 @@ from labs.harness.ask import (
     users,
     variants,
 )
-from labs.harness.spec import SLO, Lab, Point
-from labs.harness.theory import KAPLAN, KWON, ROOFLINE
+from labs.harness.spec.lab import SLO, Lab, Point
+from labs.harness.spec.theory import KAPLAN, KWON, ROOFLINE
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Chat, Prefix, Workload
 from serving import metrics

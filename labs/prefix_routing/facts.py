@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-from labs.harness.facts.context import JudgedRun
-from labs.harness.judging.quantity import Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.spec.lab import Point
 from labs.prefix_routing.lab import documents_held, keeps_together
 from serving import metrics
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-from labs.harness import theory
-from labs.harness.ask import (
+from labs.harness.spec import theory
+from labs.harness.spec.declare import (
     counter,
     echoes,
     falls,
@@ -16,8 +16,8 @@ from labs.harness.ask import (
     unchanged,
     users,
 )
-from labs.harness.spec import SLO, Lab, Point, Variant
-from labs.harness.theory import KWON
+from labs.harness.spec.lab import SLO, Lab, Point, Variant
+from labs.harness.spec.theory import KWON
 from loadtests.workload import Prefix, Workload
 from serving import metrics
 

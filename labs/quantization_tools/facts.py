@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.quality import Beside, Quality, beside, probe_evaluations, quality
-from labs.harness.facts.weights import KindsOfWeights, kinds_of_weights
+from labs.harness.derived.quality_summary import Beside, Quality, beside, probe_evaluations, quality
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.derived.weights import KindsOfWeights, kinds_of_weights
 
 PAIRS = {
     "gptq-heir": ("gptqmodel", "auto-gptq"),

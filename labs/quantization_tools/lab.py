@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from labs.harness.ask import counter, predicts, sends, unchanged, users
-from labs.harness.spec import SLO, Lab, Point, Variant
+from labs.harness.spec.declare import counter, predicts, sends, unchanged, users
+from labs.harness.spec.lab import SLO, Lab, Point, Variant
 from serving import metrics
 
 

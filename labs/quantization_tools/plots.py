@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from labs.harness.facts.tradeoff import tradeoff
+from labs.harness.reports.tradeoff import tradeoff
 
 PLOTS = {"tradeoff": tradeoff}

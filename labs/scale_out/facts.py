@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labs.harness.facts.alarms import Alarms, alarms
-from labs.harness.facts.alarms import watched as watched
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.parts import AskedDay
-from labs.harness.judging.quantity import Quantity
-from labs.harness.judging.signals import MOST as MOST_FULL
-from labs.harness.spec import Point
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.analysis.signals import MOST as MOST_FULL
+from labs.harness.derived.alarms import Alarms, alarms
+from labs.harness.derived.alarms import watched as watched
+from labs.harness.derived.lab_modules import AskedDay
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.spec.lab import Point
 from loadtests.arrivals import HOURS, Day
 from serving.engines.vllm import Vllm
-from serving.forecasting.fleet import Scaling
+from serving.simulator.fleet import Scaling
 
 DAY, DAY_S, MOST = Day(night=0.3, peak=3.0), 300.0, 4
 STARTS_S = (Vllm.start_s or 0.0, 5.0)  # what a start is expected to take; a spare that is waiting

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.quality import perplexity_ratio
-from labs.harness.judging.quantity import Quantity
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.derived.quality_summary import perplexity_ratio
+from labs.harness.derived.run_view import JudgedRun
 from labs.serving_engines.lab import EAGER, LLAMA, LLAMA_Q4, VLLM
 from serving.engines import DEFAULT_ENGINE, ENGINES
-from serving.weights.to_gguf import BF16, Q4
+from serving.models.to_gguf import BF16, Q4
 
 SECOND_STARTS = {EAGER.name, LLAMA_Q4.name}  # of an engine that is ranked as its makers start it
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from labs.harness import theory
-from labs.harness.ask import (
+from labs.harness.spec import theory
+from labs.harness.spec.declare import (
     counter,
     echoes,
     falls,
@@ -14,8 +14,8 @@ from labs.harness.ask import (
     unchanged,
     users,
 )
-from labs.harness.spec import SLO, Lab, Point, Variant
-from labs.harness.theory import ROOFLINE
+from labs.harness.spec.lab import SLO, Lab, Point, Variant
+from labs.harness.spec.theory import ROOFLINE
 from serving import metrics
 
 ORCA = "Yu et al., Orca, OSDI 2022"

@@ -8,10 +8,10 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from dashboards.palette import VARIANTS
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import draw_forecasts_of_two, draw_logarithmic, legend_of_all, plt
-from labs.harness.facts.parts import OwnPlot
-from labs.harness.spec import Point
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import draw_forecasts_of_two, draw_logarithmic, legend_of_all, plt
+from labs.harness.spec.lab import Point
 from labs.serving_engines.facts import Facts
 
 RATE = "output_tokens_per_s"

@@ -5,17 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.steps import (
-    Ceiling,
-    Parts,
-    decode_step,
-    nearer_ceiling,
-    prompt_pass,
-)
-from labs.harness.judging.judge import VerdictKind, verdict_kind
-from labs.harness.judging.quantity import RATIO, Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.quantity import RATIO, Quantity
+from labs.harness.analysis.verdicts import VerdictKind, verdict_kind
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.derived.step_parts import Ceiling, Parts, decode_step, nearer_ceiling, prompt_pass
+from labs.harness.spec.lab import Point
 
 DEFAULT = "default"
 PhaseName = Literal["decode", "prefill"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from labs.harness import theory
-from labs.harness.ask import (
+from labs.harness.spec import theory
+from labs.harness.spec.declare import (
     counter,
     echoes,
     forecast,
@@ -16,8 +16,8 @@ from labs.harness.ask import (
     users,
     variants,
 )
-from labs.harness.spec import SLO, Lab, Point, PredictEffect
-from labs.harness.theory import PYTORCH_2, ROOFLINE
+from labs.harness.spec.lab import SLO, Lab, Point, PredictEffect
+from labs.harness.spec.theory import PYTORCH_2, ROOFLINE
 from serving import metrics
 
 # of a layer: norm, QKV, rotary, cache write, attention, output, norm, gate and up, gating, down

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import draw_parts, plt
-from labs.harness.facts.parts import OwnPlot
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import draw_parts, plt
 from labs.single_stream.facts import Facts
 
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import scipy
 
-from labs.harness import theory
-from labs.harness.facts.context import JudgedRun
-from labs.harness.judging.quantity import RATIO, Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.quantity import RATIO, Quantity
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Point
 from serving import metrics
 
 Outcome = Literal["wins", "loses", "undecided", "not valid"]

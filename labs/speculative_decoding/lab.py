@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from labs.harness import theory
-from labs.harness.ask import claim, counter, falls, rises, sends, unchanged, users
-from labs.harness.spec import SLO, Claim, Lab, Point, PredictEffect, Prediction, Variant
-from labs.harness.theory import LEVIATHAN
+from labs.harness.spec import theory
+from labs.harness.spec.declare import claim, counter, falls, rises, sends, unchanged, users
+from labs.harness.spec.lab import SLO, Claim, Lab, Point, PredictEffect, Prediction, Variant
+from labs.harness.spec.theory import LEVIATHAN
 from loadtests.prompts import Task
 from loadtests.workload import Workload
 from serving import metrics

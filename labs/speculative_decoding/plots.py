@@ -11,9 +11,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MultipleLocator
 
 from dashboards.palette import VARIANTS
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, aside, plt, reach
-from labs.harness.facts.parts import OwnPlot
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import GREY, aside, plt, reach
 from labs.speculative_decoding.facts import Facts, SpeedUp
 
 

@@ -13,11 +13,11 @@ import jsonschema
 import numpy as np
 import scipy
 
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.judging.quantity import Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.spec.lab import Point
 from loadtests.structures import FORMS, Spec
-from serving.forecasting.step import mask_threads
+from serving.simulator.step import mask_threads
 
 How = Literal["free", "asked", "imposed"]
 """Whether a structure is not asked for, asked for in the prompt, or imposed by the engine."""

@@ -5,12 +5,21 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from labs.harness.ask import counter, echoes, forecast, predicts, rises, sends, unchanged, users
-from labs.harness.spec import SLO, Claim, Lab, LabError, Point, Variant
-from labs.harness.theory import prefill_of, step_of
+from labs.harness.spec.declare import (
+    counter,
+    echoes,
+    forecast,
+    predicts,
+    rises,
+    sends,
+    unchanged,
+    users,
+)
+from labs.harness.spec.lab import SLO, Claim, Lab, LabError, Point, Variant
+from labs.harness.spec.theory import prefill_of, step_of
 from loadtests.structures import Structure
 from serving import metrics
-from serving.forecasting.step import Masking, mask_threads
+from serving.simulator.step import Masking, mask_threads
 
 MASK_SOURCE = "Dong et al., XGrammar, MLSys 2025"
 

@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from dashboards.palette import VARIANTS
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, draw_forecasts, plt, reach
-from labs.harness.facts.parts import OwnPlot
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import GREY, draw_forecasts, plt, reach
 from labs.structured_output.facts import Facts
 
 ABOVE: dict[str, Any] = {  # a legend beside the title, where no bar is

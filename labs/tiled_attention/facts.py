@@ -11,10 +11,8 @@ from typing import Literal
 import numpy as np
 import scipy
 
-from labs.harness import theory
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.fits import Estimate, polynomial
-from labs.harness.judging.judge import (
+from labs.harness.analysis.quantity import RATIO, Quantity
+from labs.harness.analysis.verdicts import (
     TWO_ONE_SIDED,
     Effect,
     Interval,
@@ -22,14 +20,16 @@ from labs.harness.judging.judge import (
     effect,
     prediction_outcome,
 )
-from labs.harness.judging.quantity import RATIO, Quantity
-from labs.harness.spec import Point, Prediction
+from labs.harness.derived.fits import Estimate, polynomial
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Point, Prediction
 from labs.tiled_attention.lab import splits_ratio
-from serving.forecasting import kernels
-from serving.forecasting.kernels import Decoder
-from serving.forecasting.step import Piece
 from serving.hardware.attention import AttentionTimes, Kernel, KernelTimes, SplitTimes
-from serving.weights import dummy, models
+from serving.models import catalog, dummy
+from serving.simulator import kernels
+from serving.simulator.kernels import Decoder
+from serving.simulator.step import Piece
 
 MB, GB_PER_S = 1e6, 1e9  # bytes, and bytes a second
 KERNELS: tuple[Kernel, ...] = ("untiled", "tiled")
@@ -496,7 +496,7 @@ def on_a_card() -> OnCard:
     assert attention
 
     def rate(tokens: int) -> Quantity:
-        read_bytes = tokens * models.shape_of(config).kv_bytes_per_token(2)
+        read_bytes = tokens * catalog.shape_of(config).kv_bytes_per_token(2)
         return Quantity(read_bytes / attention.seconds([Piece(1, tokens - 1)]) / 1e12, "TB/s")
 
     return OnCard(

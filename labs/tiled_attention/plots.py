@@ -8,8 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dashboards.palette import BLUE, BOUND, ORANGE, VARIANTS
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import (
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.analysis.verdicts import Interval
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import (
     GREY,
     draw_forecasts,
     legend_above,
@@ -17,9 +20,6 @@ from labs.harness.facts.drawing import (
     reach,
     write_plainly,
 )
-from labs.harness.facts.parts import OwnPlot
-from labs.harness.judging.judge import Interval
-from labs.harness.judging.quantity import Quantity
 from labs.tiled_attention.facts import Contexts, Facts, Growth, Prompts, is_of_prompts
 from serving.hardware.attention import Kernel
 

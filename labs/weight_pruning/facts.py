@@ -9,14 +9,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
-from labs.harness import theory
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.quality import Beside, Quality, perplexity, perplexity_ratio, quality
-from labs.harness.judging.quantity import RATIO, Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.quantity import RATIO, Quantity
+from labs.harness.derived.quality_summary import (
+    Beside,
+    Quality,
+    perplexity,
+    perplexity_ratio,
+    quality,
+)
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Point
 from labs.weight_pruning.lab import SERVED, bytes_ratio, energy_gone, energy_gone_2_4
-from serving.weights import dummy, models
-from serving.weights.models import Shape
+from serving.models import catalog, dummy
+from serving.models.catalog import Shape
 
 Selection = Literal["magnitude", "wanda"]  # how the weights that go are chosen
 DENSE, PATTERN = "0", "2-4"
@@ -338,7 +344,7 @@ class Experts:
 
 def experts() -> Experts:
     """Count a shape that ships with the lab. Tokens are routed evenly and independently."""
-    shape = models.shape_of(dummy.config_of(EXPERTS_SHAPE))
+    shape = catalog.shape_of(dummy.config_of(EXPERTS_SHAPE))
     return Experts(
         name=dummy.SHAPES[EXPERTS_SHAPE].partition(":")[0],
         params=Quantity(shape.params / 1e9),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import erf, exp, pi, sqrt
 from statistics import NormalDist
 
-from labs.harness import theory
-from labs.harness.ask import counter, falls, predicts, rises, sends, unchanged, users
-from labs.harness.spec import SLO, Claim, Lab, Point, Variant
-from labs.harness.theory import ROOFLINE
+from labs.harness.spec import theory
+from labs.harness.spec.declare import counter, falls, predicts, rises, sends, unchanged, users
+from labs.harness.spec.lab import SLO, Claim, Lab, Point, Variant
+from labs.harness.spec.theory import ROOFLINE
 from serving import metrics
 
 SAME_SPEED = 0.15

@@ -9,11 +9,11 @@ from typing import Any, get_args
 from matplotlib.axes import Axes
 
 from dashboards.palette import BLUE, BOUND, ORANGE
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import GREY, plt, write_plainly
-from labs.harness.facts.parts import OwnPlot
-from labs.harness.facts.quality import Quality
-from labs.harness.judging.quantity import Quantity
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.derived.lab_modules import OwnPlot
+from labs.harness.derived.quality_summary import Quality
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import GREY, plt, write_plainly
 from labs.weight_pruning.facts import PATTERN, Facts, Selection, Sparsities, Step
 from labs.weight_pruning.lab import energy_gone
 

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.quality import Quality, perplexity, perplexity_ratio, quality
-from labs.harness.facts.steps import decode_step, prompt_pass
-from labs.harness.facts.weights import KindsOfWeights, kinds_of_weights
-from labs.harness.judging.judge import is_within
-from labs.harness.judging.quantity import RATIO, Quantity
-from labs.harness.spec import MARGIN, Point
+from labs.harness.analysis.quantity import RATIO, Quantity
+from labs.harness.analysis.verdicts import is_within
+from labs.harness.derived.quality_summary import Quality, perplexity, perplexity_ratio, quality
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.derived.step_parts import decode_step, prompt_pass
+from labs.harness.derived.weights import KindsOfWeights, kinds_of_weights
+from labs.harness.spec.lab import MARGIN, Point
 from labs.weight_quantization.lab import KINDS
-from serving.forecasting import cards
-from serving.forecasting.datasheet import EXPECTED, step_times
-from serving.forecasting.step import Piece, Step
 from serving.hardware.gpus import DATASHEETS
-from serving.weights import dummy, models
+from serving.models import catalog, dummy
+from serving.simulator import cards
+from serving.simulator.datasheet import EXPECTED, step_times
+from serving.simulator.step import Piece, Step
 
 BASE = "bf16"
 CONTROL = "w4a16-gptq"
@@ -210,7 +210,7 @@ def on_a_gpu() -> OnCard:
     def step_s(precision: str | None, users: int) -> float:
         of = dummy.quantized(config, precision) if precision else config
         eight_bit = cards.has_eight_bit_products(of)
-        times = step_times(models.shape_of(of), card, EXPECTED, eight_bit=eight_bit)
+        times = step_times(catalog.shape_of(of), card, EXPECTED, eight_bit=eight_bit)
         return times.seconds(Step([Piece(1, CONTEXT_TOKENS)] * users, users))
 
     def gain(precision: str, users: int) -> Quantity:

@@ -26,13 +26,13 @@ import requests
 from serving import metrics
 from serving.engines.flags import Flags, Harmless
 from serving.hardware.machine import Machine
-from serving.inside import guard
 from serving.metrics import Snapshot
+from serving.models.catalog import Model, Shape
 from serving.places import how_to_install
+from serving.plugins import guard
 from serving.processes.answers import ask
 from serving.processes.ports import LOOPBACK, free_port
 from serving.processes.process import Process
-from serving.weights.models import Model, Shape
 
 START_TIMEOUT_S = 900.0
 METRICS_TIMEOUT_S, MOST_METRICS_BYTES = 10.0, 32 * 2**20
@@ -79,7 +79,7 @@ class Server(ABC):
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, if the server has a way to do so.
 
-        Otherwise a trial that finds its prompts in the cache says so (`judging/checks.toml`).
+        Otherwise a trial that finds its prompts in the cache says so (`analysis/checks.toml`).
         """
         return
 

@@ -13,8 +13,8 @@ import requests
 from serving import metrics
 from serving.engines import ENGINES
 from serving.engines.base import EngineError, Server, metrics_text
-from serving.inside import guard
 from serving.metrics import Snapshot
+from serving.plugins import guard
 from serving.processes.answers import BoundedResponse, ask, why_unanswered
 from serving.processes.masking import holds_secret, masked, tellable, without_key
 

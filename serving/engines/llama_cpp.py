@@ -1,7 +1,7 @@
 """llama.cpp: its own server, on a GGUF file that the lab makes of the same weights.
 
 `llama-server` is taken from PATH, or else from the package `xllamacpp`, which carries it compiled
-(`serving/inside/llama_server.py`). It batches continuously over as many slots as `parallel` says,
+(`serving/plugins/llama_server.py`). It batches continuously over as many slots as `parallel` says,
 each with its share of `ctx-size`. Usage comes in the last event, and every other event is a token's
 text. Its metrics count tokens and not requests, and have no histograms.
 Source: `llama-server --help` and the README of its folder `tools/server`; observed on build 11549.
@@ -21,11 +21,11 @@ from serving import metrics
 from serving.engines.base import Engine, EngineError
 from serving.engines.flags import Flags, Harmless, TypedFlags
 from serving.hardware import machine as machines
-from serving.inside import llama_server
+from serving.models import to_gguf
+from serving.models.catalog import Model, Shape
+from serving.models.making import MakerError
+from serving.plugins import llama_server
 from serving.processes.ports import LOOPBACK
-from serving.weights import to_gguf
-from serving.weights.making import MakerError
-from serving.weights.models import Model, Shape
 
 PACKAGE = "xllamacpp==2026.10.11549"
 PROCESS_BYTES = 2**30  # on the host, beside its weights and KV cache
@@ -46,7 +46,7 @@ class LlamaCpp(Engine):
     """A server of llama.cpp."""
 
     title = "llama.cpp"
-    command: ClassVar[Sequence[str]] = (sys.executable, "-m", "serving.inside.llama_server")
+    command: ClassVar[Sequence[str]] = (sys.executable, "-m", "serving.plugins.llama_server")
     distributions = (llama_server.PACKAGE,)
     metric_names: ClassVar[Mapping[str, str]] = {
         "llamacpp:prompt_tokens_total": metrics.PROMPT_TOKENS,

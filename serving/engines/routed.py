@@ -27,11 +27,11 @@ from serving.engines.vllm import Vllm
 from serving.engines.vllm_flags import VllmFlags
 from serving.hardware import machine as machines
 from serving.hardware.machine import Machine
-from serving.inside.replicas import environment_of
+from serving.models.catalog import Model
 from serving.places import how_to_install
+from serving.plugins.replicas import environment_of
 from serving.processes.answers import ask
 from serving.processes.ports import LOOPBACK, free_port
-from serving.weights.models import Model
 
 PACKAGE = "sglang_router"
 PLAIN: Flags = {
@@ -81,7 +81,7 @@ class Routed(Vllm):
             "urls": urls,
             "metrics": f"http://{LOOPBACK}:{metrics_port}",
         }
-        return [sys.executable, "-m", "serving.inside.replicas", json.dumps(plan)]
+        return [sys.executable, "-m", "serving.plugins.replicas", json.dumps(plan)]
 
     @classmethod
     def read_log(cls, log: Path) -> dict[str, dict[str, str]]:

@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal
 from serving.engines.base import Engine, EngineError
 from serving.engines.flags import Flags, Harmless, TypedFlags
 from serving.hardware import machine as machines
+from serving.models.catalog import Model, Shape
 from serving.processes.ports import LOOPBACK
-from serving.weights.models import Model, Shape
 
 SERVING = ("fastapi", "uvicorn", "openai")  # the extra `serving` brings these
 PROCESS_BYTES = 2 * 2**30  # on the host, beside its weights and KV cache
@@ -44,7 +44,7 @@ class Transformers(Engine):
     """A server of Hugging Face's transformers."""
 
     title = "transformers serve"
-    command: ClassVar[Sequence[str]] = (sys.executable, "-m", "serving.inside.transformers_server")
+    command: ClassVar[Sequence[str]] = (sys.executable, "-m", "serving.plugins.transformers_server")
     distributions = ("transformers",)
     start_s = 10.0
     in_float32: ClassVar[Flags] = {"dtype": "float32"}

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import psutil
 import requests
 
-from serving import metrics, whole
+from serving import atomic, metrics
 from serving.engines.base import (
     Engine,
     EngineError,
@@ -39,16 +39,16 @@ from serving.engines.vllm_flags import QUEUE_LIMITS, VllmFlags, VllmHarmless
 from serving.hardware import host_memory
 from serving.hardware import machine as machines
 from serving.hardware.machine import Machine
-from serving.inside import guard, lm_format_enforcer, random_weights
+from serving.models.catalog import CACHE, Model, Shape, files_sha256, has_both_formats
 from serving.places import PROGRAM
+from serving.plugins import guard, lm_format_enforcer, random_weights
 from serving.processes.ports import LOOPBACK
-from serving.weights.models import CACHE, Model, Shape, files_sha256, has_both_formats
 
-PLUGINS = PROGRAM / "serving" / "inside" / "plugins"
+PLUGINS = PROGRAM / "serving" / "plugins" / "metadata"
 """Described as an installed package is: an entry point there is called by each process of vLLM."""
-GUARD = "serving.inside.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
+GUARD = "serving.plugins.guard.Guard"  # known to --middleware of vLLM 0.26 and 0.32
 KV_MEMORY = "kv-cache-memory-bytes"
-SEVERAL_SERVERS = (sys.executable, "-m", "serving.inside.api_servers")
+SEVERAL_SERVERS = (sys.executable, "-m", "serving.plugins.api_servers")
 """Starts as many API servers as `api-server-count` says, which the usual command ignores."""
 API_SERVER, ENGINE_CORE = "VLLM::APIServer", "VLLM::EngineCor"
 """What vLLM calls its processes, to the 15 characters that Linux keeps."""
@@ -79,7 +79,7 @@ def usable_bytes(memory_bytes: float) -> float:
     return MEMORY_SHARE * memory_bytes - ACTIVATION_BYTES
 
 
-PARSING: Sequence[str] = (sys.executable, "-m", "serving.inside.parsing")
+PARSING: Sequence[str] = (sys.executable, "-m", "serving.plugins.parsing")
 
 
 class Vllm(Engine):
@@ -217,7 +217,7 @@ class Vllm(Engine):
         accepted = {d for d, e in zip(unknown, parsed["errors"], strict=True) if not e}
         accepted |= {*_remembered(memory)["accepted"]}  # by another process meanwhile, too
         known = {"options": parsed["options"], "accepted": sorted(accepted)}
-        whole.write(memory, json.dumps(known))
+        atomic.write(memory, json.dumps(known))
         _check_names(argvs.values(), parsed["options"])
         for error in filter(None, parsed["errors"]):
             raise EngineError(f"vLLM refuses a flag: {error}")
@@ -517,7 +517,7 @@ def as_written(words: Sequence[str], older: Sequence[str]) -> dict[str, Any]:
 
 
 def _of_parser(said: object, *mode: str) -> dict[str, Any]:
-    """Ask vLLM's parser (`serving/inside/parsing.py`). Raises EngineError."""
+    """Ask vLLM's parser (`serving/plugins/parsing.py`). Raises EngineError."""
     out = subprocess.run(
         [*PARSING, *mode],
         input=json.dumps(said),

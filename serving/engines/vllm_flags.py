@@ -25,7 +25,7 @@ from serving.engines.flags import (
     WholeNumber,
     Word,
 )
-from serving.weights.models import Shape
+from serving.models.catalog import Shape
 
 PARALLEL = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 QUEUE_LIMITS = ("max-num-queued-reqs", "max-num-queued-tokens")

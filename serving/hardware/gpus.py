@@ -33,7 +33,7 @@ class MemoryClass:
 
     gb: int
     model: str  # a Hugging Face id that asks for no account
-    dummy: str  # a shape of serving/weights/dummy.py, under WEIGHTS=dummy
+    dummy: str  # a shape of serving/models/dummy.py, under WEIGHTS=dummy
     kv_bytes: int  # an engine's KV cache, where a lab does not say otherwise
 
 

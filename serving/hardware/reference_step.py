@@ -8,8 +8,8 @@ cores, with a thread for each; on a GPU it is a copy and a product in BF16.
 The process that does it stays for a whole run (`python -m serving.hardware.reference_step
 cpu|gpu`): for each line on standard input it prints a line of `ReferenceStep`. On a GPU it holds
 no memory between two steps but the context of the process. On a CPU the stand-in step of a
-forecast is timed in turn with reference steps, too (`serving/forecasting/timing.py`), by which its
-minutes can be compared with those of the trials.
+forecast is timed in turn with reference steps, too (`serving/simulator/profiled_step.py`), by
+which its minutes can be compared with those of the trials.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serving import whole
+from serving import atomic
 from serving.hardware import gpus
 from serving.processes.ports import LOOPBACK
 
@@ -312,7 +312,7 @@ def write(path: Path, samples: Sequence[Sample], started_monotonic_s: float) -> 
         values = [getattr(sample, name) for name in _COLUMNS[1:]]
         plain = ["none" if value == "" else value for value in values]  # an empty cell is None
         rows.writerow([f"{sample.time_s - started_monotonic_s:.3f}", *plain])
-    whole.write(path, gzip.compress(text.getvalue().encode(), mtime=0))
+    atomic.write(path, gzip.compress(text.getvalue().encode(), mtime=0))
 
 
 def read(path: Path) -> list[Sample]:

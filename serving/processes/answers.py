@@ -12,7 +12,7 @@ from typing import Any
 import requests
 from urllib3.exceptions import NameResolutionError
 
-from serving.inside import guard
+from serving.plugins import guard
 
 BLOCK_BYTES = 8192
 

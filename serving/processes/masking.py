@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from serving.inside import guard
+from serving.plugins import guard
 
 PATTERN = (
     r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glsa_\w{30,}"

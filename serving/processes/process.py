@@ -207,8 +207,8 @@ def _prctl(option: int, value: int) -> None:
 def end_with_parent() -> None:
     """Have the kernel kill this process of `multiprocessing` when the one that started it is gone.
 
-    vLLM calls it in its engine cores and workers (`serving/inside/plugins`). The server itself has
-    no such parent, and its guard has done this for it.
+    vLLM calls it in its engine cores and workers (`serving/plugins/metadata`). The server itself
+    has no such parent, and its guard has done this for it.
     """
     if parent := multiprocessing.parent_process():
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 
 
 def _git(*words: str, paths: str | None = None) -> str:

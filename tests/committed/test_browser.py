@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.filing import results
-from labs.harness.filing.results import RunFolder
-from labs.harness.telling import pages, report
-from labs.harness.telling.site import write_lesson, write_site
+from labs.harness.reports import pages, report
+from labs.harness.site.site import write_lesson, write_site
+from labs.harness.storage import results
+from labs.harness.storage.results import RunFolder
 from tests.browser import Browser, Page, browser, find
 from tests.committed import in_git
 from tests.unit.builders import write_run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 from tests.makefile import NOTEBOOK, PAGES
 from tests.unit.test_docs import links
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from labs.harness.filing import manifest
-from labs.harness.filing.results import RunFolder
+from labs.harness.storage import manifest
+from labs.harness.storage.results import RunFolder
 from tests.committed import in_git
 
 

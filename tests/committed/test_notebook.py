@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 
 NOTEBOOK = ROOT / "docs" / "read_a_run.ipynb"
 

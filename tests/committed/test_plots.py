@@ -7,12 +7,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.drawing import BANDS, GREY
-from labs.harness.filing.results import RunFolder
-from labs.harness.judging.judge import Interval
-from labs.harness.telling import plots
-from labs.harness.telling.plots import plots_of
+from labs.harness.analysis.verdicts import Interval
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.reports import plots
+from labs.harness.reports.drawing import BANDS, GREY
+from labs.harness.reports.plots import plots_of
+from labs.harness.storage.results import RunFolder
 from tests.committed import in_git
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from docs import annotated_report
 from labs import LABS
-from labs.harness.filing import results
-from labs.harness.filing.results import RunFolder
-from labs.harness.telling import markdown, pages, report
+from labs.harness.reports import markdown, pages, report
+from labs.harness.storage import results
+from labs.harness.storage.results import RunFolder
 from tests.committed import in_git
 
 

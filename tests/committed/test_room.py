@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from serving import bundle
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 from tests.committed import in_git
 
 LEAST_PART_BYTES = 40e6  # a lean bundle is then five parts
@@ -42,5 +42,5 @@ def test_without_results_the_checkout_leaves_room_for_a_part(
     bundle.pack(archive, {})
     with tarfile.open(archive) as packed:
         names = set(packed.getnames())
-    assert {"pyproject.toml", "labs/harness/spec.py", "serving/unbundle.py"} <= names
+    assert {"pyproject.toml", "labs/harness/spec/lab.py", "serving/unbundle.py"} <= names
     assert not any(name.startswith("results/") for name in names)

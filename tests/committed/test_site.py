@@ -15,24 +15,17 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.facts.parts import kept, parts_of
-from labs.harness.filing import engine_series, results
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_gzip
-from labs.harness.page import lesson
-from labs.harness.questions import QUESTIONS, TOPICS
-from labs.harness.telling import chart_data, dials, replay, residuals
-from labs.harness.telling.computed import computed
-from labs.harness.telling.document import Figure, parse, plain_text
-from labs.harness.telling.pages import PLOTLY, STYLE, page
-from labs.harness.telling.site import (
-    LIVE_PAGE,
-    Course,
-    Entry,
-    Lesson,
-    shared_files,
-    write_site,
-)
+from labs.harness.derived.lab_modules import kept, parts_of
+from labs.harness.reports import chart_data, dials, replay, residuals
+from labs.harness.reports.computed import computed
+from labs.harness.reports.document import Figure, parse, plain_text
+from labs.harness.reports.pages import PLOTLY, STYLE, page
+from labs.harness.site.site import LIVE_PAGE, Course, Entry, Lesson, shared_files, write_site
+from labs.harness.spec.page import lesson
+from labs.harness.spec.questions import QUESTIONS, TOPICS
+from labs.harness.storage import engine_series, results
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_gzip
 from serving import metrics
 from tests.committed import in_git
 from tests.unit.builders import write_run

@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from serving.forecasting.step import Step
-from serving.forecasting.virtual_engine import Clock, VirtualExecutor
+from serving.simulator.step import Step
+from serving.simulator.virtual_engine import Clock, VirtualExecutor
 
 STEP_S = 0.02
 

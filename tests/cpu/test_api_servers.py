@@ -9,12 +9,12 @@ import pytest
 import requests
 
 from bench.engine import ENGINE_FLAGS
-from labs.harness.running.machine_load import ServerLoad
+from labs.harness.runner.machine_load import ServerLoad
 from serving import metrics
 from serving.engines.vllm import Vllm
 from serving.hardware import machine
-from serving.inside import guard
-from serving.weights import models
+from serving.models import catalog
+from serving.plugins import guard
 
 pytestmark = [
     pytest.mark.cpu,
@@ -36,7 +36,7 @@ def test_two_api_servers_are_found_and_their_counts_are_one(
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(counts))
     flags = {**ENGINE_FLAGS, "distributed-executor-backend": INSTANT, "api-server-count": 2}
     host = machine.detect()
-    model = models.resolve(host)
+    model = catalog.resolve(host)
     engine = Vllm("two", model, flags, kind=host.kind, log=tmp_path / "engine.log")
     try:
         engine.wait()

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.harness.running import derived_models
+from labs.harness.plan import derived_models
 from serving.hardware import machine
-from serving.weights import models
+from serving.models import catalog
 from tests import with_vllm
 from tests.real import derived_for, lab_on_a_cpu, runs_beside, served, with_ceilings
 from tests.sizes import sizes_of
@@ -42,8 +42,8 @@ def test_a_derived_model_is_made(
 ) -> None:
     if derived_models.RECIPES[name].quick_share < 1:  # it is enough that they train at all
         monkeypatch.setattr(derived_models, "PROMPTS_EACH", PROMPTS_EACH)
-    base = models.resolve(machine.detect(), served(layers))
-    monkeypatch.setattr(derived_models, "MAKING", with_vllm.python("serving.weights"))
+    base = catalog.resolve(machine.detect(), served(layers))
+    monkeypatch.setattr(derived_models, "MAKING", with_vllm.python("serving.models"))
     folder = derived_models.make(base, name, print, quick=True)
     facts = derived_models.about(folder)
     assert facts, "its maker records what it made"

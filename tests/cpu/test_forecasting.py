@@ -17,16 +17,19 @@ from typing import Any
 
 import pytest
 
-from labs.harness.running import capacity_plan
-from labs.harness.running.capacity_plan import Question, model_named
-from labs.harness.running.resolve import machine_of
-from labs.harness.spec import SLO
-from labs.harness.telling.capacity_plans import CapacityPlan, Demand
-from labs.harness.theory import experts_needed
+from labs.harness.forecast import capacity_plan
+from labs.harness.forecast.capacity_figures import CapacityPlan, Demand
+from labs.harness.forecast.capacity_plan import Question, model_named
+from labs.harness.plan.resolve import machine_of
+from labs.harness.spec.lab import SLO
+from labs.harness.spec.theory import experts_needed
 from loadtests.prompts import tokenizer
-from serving.forecasting.copying import Copied
-from serving.forecasting.fleet import ROUTERS, Handover, Routing
-from serving.forecasting.plan import (
+from serving.hardware import machine
+from serving.models import catalog, dummy
+from serving.simulator.fleet import ROUTERS, Handover, Routing
+from serving.simulator.ngram_acceptance import Copied
+from serving.simulator.profiled_step import TimingPlan
+from serving.simulator.protocol import (
     ForecastPlan,
     ForecastPlay,
     PlannedEngine,
@@ -34,11 +37,8 @@ from serving.forecasting.plan import (
     SyntheticRequest,
     TimingPlans,
 )
-from serving.forecasting.step import Masking, StepTimes
-from serving.forecasting.timing import TimingPlan
-from serving.forecasting.traffic import Delays, Prompt, Traffic
-from serving.hardware import machine
-from serving.weights import dummy, models
+from serving.simulator.step import Masking, StepTimes
+from serving.simulator.traffic import Delays, Prompt, Traffic
 from tests import with_vllm
 from tests.unit.test_capacity_plan import SilentProgress
 
@@ -96,7 +96,7 @@ TELLING_EXPERTS = """
 import runpy
 import sys
 
-from serving.inside.random_weights import EvenRouting
+from serving.plugins.random_weights import EvenRouting
 
 route = EvenRouting.route_tokens
 
@@ -109,7 +109,7 @@ def telling(self, **routed):
 
 
 EvenRouting.route_tokens = telling
-runpy.run_module("serving.forecasting", run_name="__main__")
+runpy.run_module("serving.simulator", run_name="__main__")
 """
 
 
@@ -132,7 +132,7 @@ def steps_to_time(folder: Path) -> TimingPlans:
     for name, quantized in KINDS.items():
         model = folder / name
         shutil.copytree(
-            models.bundled(), model, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf")
+            catalog.bundled(), model, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf")
         )
         config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 2}
         if quantized:
@@ -215,7 +215,7 @@ def test_the_tokens_of_a_mixture_go_to_experts_drawn_evenly(
 def loads(tmp_path_factory: pytest.TempPathFactory) -> ForecastPlan:
     """Plan to play a trial of each kind, where most steps take a second."""
     folder = tmp_path_factory.mktemp("requests")
-    model = models.bundled()
+    model = catalog.bundled()
     sent = {
         "short": [("hello", 5), ("hello", 9)],
         "same": [(WORDS, 2)] * 4,
@@ -494,8 +494,8 @@ def test_a_plan_is_the_same_by_one_process_and_by_two(monkeypatch: pytest.Monkey
         model_named(card, "llama-1b"), "bf16", "h100", demand, SLO(ttft_s=0.5, tpot_s=0.01),
         replicas=3, routers=tuple(ROUTERS),
     )  # fmt: skip
-    forked = with_vllm.python("serving.forecasting")
-    monkeypatch.setattr("labs.harness.running.forecaster.FORECASTER_ARGV", forked)
+    forked = with_vllm.python("serving.simulator")
+    monkeypatch.setattr("labs.harness.forecast.forecaster.FORECASTER_ARGV", forked)
     monkeypatch.setattr(capacity_plan, "FEWEST", 20)
     monkeypatch.setattr(capacity_plan, "GRIDS", ((0.6, 0.9, 1.25),))
     one, two = (plan_on(question, processes, monkeypatch) for processes in (1, 2))

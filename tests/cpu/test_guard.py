@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from serving.engines.vllm import GUARD
-from serving.inside import guard
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
+from serving.plugins import guard
 from tests import with_vllm
 
 pytestmark = pytest.mark.cpu

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.running import referee
-from labs.harness.running.forecaster import side_by_side
-from serving.forecasting import cards, kernels
-from serving.forecasting.kernels import Decoder
-from serving.forecasting.step import Piece, Step
-from serving.weights import dummy
+from labs.harness.forecast import validation
+from labs.harness.forecast.forecaster import side_by_side
+from serving.models import dummy
+from serving.simulator import cards, kernels
+from serving.simulator.kernels import Decoder
+from serving.simulator.step import Piece, Step
 from tests import with_vllm
 from tests.unit.test_referee import DESCRIBED, HEADER, SILENT
 
@@ -22,8 +22,8 @@ PROMPT, OUTPUT = 1000, 11
 @pytest.fixture
 def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forecasters are forked from a process that has imported vLLM."""
-    forked = with_vllm.python("serving.forecasting")
-    monkeypatch.setattr("labs.harness.running.forecaster.FORECASTER_ARGV", forked)
+    forked = with_vllm.python("serving.simulator")
+    monkeypatch.setattr("labs.harness.forecast.forecaster.FORECASTER_ARGV", forked)
 
 
 @pytest.mark.usefixtures("_forked")
@@ -32,7 +32,7 @@ def test_a_run_that_cannot_be_simulated_takes_no_other_with_it(tmp_path: Path) -
     (tmp_path / "runs.toml").write_text(other + DESCRIBED)
     (tmp_path / "mine.csv").write_text(f"{HEADER}\n0.0,{PROMPT},{OUTPUT},,0.02,0.09\n")
     with side_by_side(1) as forecasters:
-        judged, without = referee.judge(tmp_path, forecasters, SILENT)
+        judged, without = validation.judge(tmp_path, forecasters, SILENT)
     assert [run.run.name for run in judged] == ["mine"]
     assert list(without) == ["other"]
     assert "a few" in without["other"]
@@ -45,7 +45,7 @@ def test_a_request_alone_takes_what_its_steps_take(tmp_path: Path) -> None:
     (tmp_path / "runs.toml").write_text(DESCRIBED)
     (tmp_path / "mine.csv").write_text("\n".join([HEADER, *rows]))
     with side_by_side(1) as forecasters:
-        (judged,), _ = referee.judge(tmp_path, forecasters, SILENT)
+        (judged,), _ = validation.judge(tmp_path, forecasters, SILENT)
     step = kernels.step_times(Decoder.of(dummy.config_of("llama-8b")), "h100")
     outside_s = cards.DELAYS.request_s + cards.DELAYS.response_s
     prefill_s = step.seconds(Step([Piece(PROMPT, 0)], 1))

@@ -17,7 +17,7 @@ from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.engines.vllm_flags import PARALLEL
 from serving.hardware import gpus, machine
-from serving.weights import models
+from serving.models import catalog
 from tests import with_vllm
 from tests.real import in_sizes_for_a_cpu, lab_on_a_cpu, runs_beside
 from tests.sizes import sizes_of
@@ -40,8 +40,8 @@ def test_vllm_accepts_every_scale_of_every_lab(monkeypatch: pytest.MonkeyPatch) 
 
     One wrong value is among them: it alone is refused, in vLLM's words.
     """
-    monkeypatch.setattr(vllm, "PARSING", with_vllm.python("serving.inside.parsing"))
-    scales = ["cpu", models.CPU_FP32, "gpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)]
+    monkeypatch.setattr(vllm, "PARSING", with_vllm.python("serving.plugins.parsing"))
+    scales = ["cpu", catalog.CPU_FP32, "gpu", *(f"gpu-{c.gb}" for c in gpus.CLASSES)]
     resolved = [
         lab.at(at, quick=False, dummy=random)
         for lab in LABS.values()

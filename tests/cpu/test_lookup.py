@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from serving.weights.lookup import looked_up
+from serving.models.ngram_lookup import looked_up
 
 pytestmark = pytest.mark.cpu
 

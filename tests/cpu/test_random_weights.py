@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.changes import parse_changes
+from labs.harness.spec.overrides import parse_changes
 from serving import metrics
 from serving.hardware import machine
-from serving.weights import dummy, models
+from serving.models import catalog, dummy
 from tests import with_vllm
 from tests.real import BRIEF, check_run, quick_run, with_ceilings
 
@@ -65,12 +65,12 @@ def test_the_arithmetic_of_shapes_is_that_of_the_models_themselves() -> None:
             model = transformers.AutoModelForCausalLM.from_config(
                 transformers.AutoConfig.for_model(**config)
             )
-        assert models.shape_of(config).params == sum(p.numel() for p in model.parameters())
+        assert catalog.shape_of(config).params == sum(p.numel() for p in model.parameters())
 
 
 def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
     flags = json.dumps({"max-model-len": 8192, "kv-cache-memory-bytes": 2**20})
-    words = str(models.bundled()), str(tmp_path / "engine.log"), flags
+    words = str(catalog.bundled()), str(tmp_path / "engine.log"), flags
     argv = with_vllm.python("tests.one_engine", *words)
     started = subprocess.run(argv, capture_output=True, text=True)
     assert re.search(r"EngineError: .*exit code 1: ValueError: .*memory", started.stderr)

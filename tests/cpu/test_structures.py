@@ -15,7 +15,7 @@ import pytest
 
 from loadtests.structures import example, spec
 from serving.hardware import machine
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 from tests import with_vllm
 
 pytestmark = [
@@ -36,9 +36,9 @@ print(json.dumps(accepted))
 
 
 IMPORTED = """
-from serving.weights import masks
-for name in masks.BACKENDS:
-    masks._backend(name)
+from serving.models import grammar_masks
+for name in grammar_masks.BACKENDS:
+    grammar_masks._backend(name)
 import lmformatenforcer.integrations.vllm
 print("MistralTokenizer" in dir(lmformatenforcer.integrations.vllm))
 """

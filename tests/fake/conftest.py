@@ -24,16 +24,16 @@ import psutil
 import pytest
 
 from labs import LABS as EVERY_LAB
-from labs.harness.changes import parse_changes
-from labs.harness.filing.recorded import MachineFile
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
+from labs.harness.spec.overrides import parse_changes
+from labs.harness.storage.recorded import MachineFile
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from serving.engines import DEFAULT_ENGINE, vllm
 from serving.engines.vllm import Vllm
 from serving.hardware import gpus, machine
-from serving.install import find_prometheus
-from serving.weights import models
-from serving.weights.models import ROOT
+from serving.models import catalog
+from serving.models.catalog import ROOT
+from serving.packaging.install import find_prometheus
 from tests import with_vllm
 from tests.fake import forked
 from tests.processes import lives
@@ -237,14 +237,14 @@ def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finish]:
     done: dict[str, Finished] = {}
     sizes = {name: f"{with_every_part(name)} {sizes_of(name).fake}" for name in EVERY_LAB}
     changes = {name: parse_changes(text) for name, text in sizes.items()}
-    scale = models.scale_of(machine.cpu())
+    scale = catalog.scale_of(machine.cpu())
     resolved = [lab.at(scale, True, changes[name]) for name, lab in EVERY_LAB.items()]
     too_large = parse_changes(f"{sizes['chunked-prefill']} {TOO_LARGE}")
     resolved.append(EVERY_LAB["chunked-prefill"].at(scale, True, too_large))
     # vLLM takes ten seconds to import: the runs below need not ask its parser again
     on_vllm = [(lab, v) for lab in resolved for v in lab.variants if v.engine == DEFAULT_ENGINE]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(vllm, "PARSING", with_vllm.python("serving.inside.parsing"))
+        patched.setattr(vllm, "PARSING", with_vllm.python("serving.plugins.parsing"))
         Vllm.check_flags([lab.flags_of(variant) for lab, variant in on_vllm])
     with ExitStack() as readers:
 

@@ -10,15 +10,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from labs.harness.filing import results
-from labs.harness.running import attention, derived_models
+from labs.harness.plan import derived_models
+from labs.harness.runner import attention
+from labs.harness.storage import results
 from loadtests.structures import FORMS
-from serving.weights import dummy, prune
-from serving.weights.adapters import mark_of
-from serving.weights.kv_heads import kv_heads_of
-from serving.weights.masks import BACKENDS
-from serving.weights.models import Model
-from serving.weights.outliers import SCHEMES
+from serving.models import dummy, prune
+from serving.models.adapters import mark_of
+from serving.models.catalog import Model
+from serving.models.grammar_masks import BACKENDS
+from serving.models.kv_heads import kv_heads_of
+from serving.models.outliers import SCHEMES
 from tests.fake.bare import with_a_constant_reference_step
 from tests.fake.quiet import app
 from tests.shards import write_shard

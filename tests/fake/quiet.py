@@ -7,9 +7,9 @@ engine has done all when it has answered, and needs no rest before it is suspend
 
 from __future__ import annotations
 
-from labs.harness.commands import cli
-from labs.harness.running import trials
-from labs.harness.running.machine_load import OtherLoad, Shares
+from labs.harness.cli import cli
+from labs.harness.runner import trials
+from labs.harness.runner.machine_load import OtherLoad, Shares
 
 measured = OtherLoad.shares
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.comparing.benchmarks import translate
-from labs.harness.filing.results import RunFolder
+from labs.harness.plan.benchmarks import translate
+from labs.harness.storage.results import RunFolder
 from tests.fake.conftest import LABS_WITHOUT_PROMETHEUS, Reader
 
 COMMAND = (

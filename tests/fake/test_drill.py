@@ -7,14 +7,14 @@ import signal
 
 import pytest
 
-from labs.harness.running import drill
+from labs.harness.runner import drill
 from serving.hardware import machine
-from serving.weights import models
+from serving.models import catalog
 from tests.fake.conftest import LABS_WITH_FAKE_MODELS, Command, Reader, still_alive
 from tests.sizes import sizes_of
 
 SIZES = f"{sizes_of(drill.drilled_lab().name).fake} repeats=1"
-PLACES = drill.causes(drill.drilled_lab().at(models.scale_of(machine.cpu()), False))
+PLACES = drill.causes(drill.drilled_lab().at(catalog.scale_of(machine.cpu()), False))
 
 
 def seed_of(cause: str) -> str:

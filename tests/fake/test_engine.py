@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 from tests.fake.engine.law import Noise
 
 ENGINE = (sys.executable, "-m", "tests.fake.engine")

@@ -17,11 +17,11 @@ import pytest
 from typer.testing import CliRunner
 
 from labs import LABS as EVERY_LAB
-from labs.harness.commands import cli
-from labs.harness.filing import results
-from labs.harness.filing.computed import Predictions
-from labs.harness.filing.recorded import TrialResult
-from labs.harness.filing.results import RunFolder
+from labs.harness.analysis.computed import Predictions
+from labs.harness.cli import cli
+from labs.harness.storage import results
+from labs.harness.storage.recorded import TrialResult
+from labs.harness.storage.results import RunFolder
 from loadtests import generator
 from loadtests.records import RequestRecord
 from serving.hardware import gpus
@@ -412,7 +412,7 @@ def test_a_ctrl_c_that_falls_into_a_finalizer_is_not_lost(reader: Reader) -> Non
         "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
         "collected, read = [Collected()], base.metrics_text\n"
         "base.metrics_text = lambda url: collected.clear() or read(url)\n"
-        "from labs.harness.commands.cli import app; app()",
+        "from labs.harness.cli.cli import app; app()",
     )
     command = reader.types("run", BATCHING, SET=SHORT, program=program)
     assert command.wait() == 130, command.said

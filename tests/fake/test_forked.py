@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 from tests.fake import forked
 
 ABOUT = """
@@ -63,7 +63,7 @@ def test_it_begins_as_a_fresh_process_does(tmp_path: Path) -> None:
 
 def test_a_command_is_run_by_its_modules_name(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ("-m", "labs.harness.commands", "run", "no-such-lab")
+    words = ("-m", "labs.harness.cli", "run", "no-such-lab")
     child = forked.start(words, _env(), out)
     assert child.wait(60) == 1
     assert "no-such-lab" in out.read_text()

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from labs.harness.filing.recorded import TrialResult
+from labs.harness.storage.recorded import TrialResult
 from tests.fake.conftest import Command, Reader, reading, still_alive
 from tests.processes import listening_sockets, still_listening
 
@@ -28,7 +28,7 @@ LAB = "prefix-caching"  # two engines, the second of which is probed
 IN_TURN, IN_TURN_WITHOUT_PROMETHEUS = (
     (
         "-c",
-        "import labs.harness.running.run as run\n"
+        "import labs.harness.runner.run as run\n"
         "run.resident_groups = lambda setup, _: [[variant] for variant in setup.lab.variants]\n"
         f"from tests.fake.{module} import app; app()",
     )

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from serving.hardware import gpus
-from serving.weights.models import CACHE, ROOT
+from serving.models.catalog import CACHE, ROOT
 from tests.fake.conftest import Reader
 from tests.sizes import sizes_of
 

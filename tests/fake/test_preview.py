@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dashboards import boards
-from labs.harness.filing.recorded import Run
+from labs.harness.storage.recorded import Run
 from serving.processes.ports import free_port
 from tests.browser import Page, browser, find
 from tests.fake.conftest import LABS_WITH_FAKE_MODELS, needs_prometheus, reading

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from labs.harness.filing.results import RunFolder
+from labs.harness.storage.results import RunFolder
 from tests.fake.conftest import LABS_WITHOUT_PROMETHEUS, Command, Reader, reading
 
 LAB = "continuous-batching"

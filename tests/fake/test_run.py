@@ -17,20 +17,20 @@ from statistics import fmean
 import pytest
 
 from labs import LABS
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.parts import kept
-from labs.harness.filing.computed import Predictions, Summary
-from labs.harness.filing.results import RunFolder
-from labs.harness.spec import Point
-from labs.harness.telling import plots
-from labs.harness.telling.html import as_address
-from labs.harness.telling.words import NOTHING, told_by
+from labs.harness.analysis.computed import Predictions, Summary
+from labs.harness.derived.lab_modules import kept
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.reports import plots
+from labs.harness.reports.html import as_address
+from labs.harness.reports.rendering import NOTHING, told_by
+from labs.harness.spec.lab import Point
+from labs.harness.storage.results import RunFolder
 from labs.multi_lora.facts import Marks
 from labs.speculative_decoding.facts import speculations, tokens_a_step
 from loadtests.records import RequestRecord
-from serving.install import find_prometheus
-from serving.weights import dummy, models
-from serving.weights.models import ROOT
+from serving.models import catalog, dummy
+from serving.models.catalog import ROOT
+from serving.packaging.install import find_prometheus
 from tests.fake import made
 from tests.fake.conftest import (
     LABS_WITHOUT_PROMETHEUS,
@@ -112,7 +112,7 @@ def test_the_engines_got_the_command_lines_that_are_on_file(lab: str, finish: Fi
     model = (
         dummy.resolve(run.machine, run.model.removesuffix(dummy.SUFFIX))
         if run.dummy
-        else models.resolve(run.machine)
+        else catalog.resolve(run.machine)
     )
     assert len(started) == len(run.argv)
     for served, *flags in run.argv.values():

@@ -25,7 +25,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def call(reader: Reader, sitting: Path, seconds: int) -> Command:
     script = (
-        "import pathlib, labs.harness.commands.all_labs as a;"
+        "import pathlib, labs.harness.cli.all_labs as a;"
         f" a.FOLDER = pathlib.Path({str(sitting)!r});"
         " from tests.fake.quiet import app; app()"
     )

@@ -8,8 +8,8 @@ import time
 import pytest
 import requests
 
-from serving.install import find_prometheus
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
+from serving.packaging.install import find_prometheus
 from tests.fake.conftest import Reader
 from tests.fake.nvml import WATTS
 
@@ -18,7 +18,7 @@ WITH_A_GPU = (
     "from serving.hardware import gpus, telemetry; from tests.fake.nvml import make_nvml\n"
     "gpus.visible = lambda nvml: [0]\n"
     "telemetry.source = lambda kind, count: telemetry.Gpus(make_nvml())\n"
-    "from labs.harness.commands.cli import app; app()",
+    "from labs.harness.cli.cli import app; app()",
 )
 LOADS = (
     "warmup_s=0.1 requests=64 repeats=1 most_repeats=0 window_s=2"

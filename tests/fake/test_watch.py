@@ -13,8 +13,8 @@ import pytest
 import requests
 
 from dashboards import series
-from labs.harness.filing.results import RunFolder
-from labs.harness.judging.measure import Trial
+from labs.harness.analysis.measure import Trial
+from labs.harness.storage.results import RunFolder
 from loadtests import exporter
 from loadtests.records import RequestRecord
 from serving import metrics

@@ -1,4 +1,4 @@
-"""Plays the plan on the installed vLLM: prints what `python -m serving.forecasting` does."""
+"""Plays the plan on the installed vLLM: prints what `python -m serving.simulator` does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from serving.forecasting.__main__ import main
+from serving.simulator.__main__ import main
 from tests.golden.plays import plan
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.prompts import tokenizer
-from serving.forecasting.plan import (
+from serving.models import catalog
+from serving.simulator.protocol import (
     ForecastPlan,
     ForecastPlay,
     PlannedEngine,
     PlannedTrial,
     SyntheticRequest,
 )
-from serving.forecasting.step import StepTimes
-from serving.forecasting.traffic import Prompt, Traffic
-from serving.weights import models
+from serving.simulator.step import StepTimes
+from serving.simulator.traffic import Prompt, Traffic
 
 STEP = StepTimes(
     tokens=(1, 1024), linear_s=(0.008, 0.04), rows=(1, 256), head_s=(0.001, 0.002),
@@ -39,7 +39,7 @@ Figures = dict[str, dict[str, Any]]
 
 def plan(folder: Path) -> ForecastPlan:
     """Plan the plays that are compared; their requests are written to `folder`."""
-    model = models.bundled()
+    model = catalog.bundled()
 
     def synthetic(name: str, *requests: SyntheticRequest) -> Path:
         return written(name, [request.model_dump_json() for request in requests])

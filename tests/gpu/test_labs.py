@@ -8,7 +8,7 @@ import pytest
 
 from labs import LABS
 from serving.hardware import machine
-from serving.weights import models, quantize
+from serving.models import catalog, quantize
 from tests.real import check_run, quick_run
 from tests.sizes import sizes_of
 
@@ -31,7 +31,7 @@ def test_lab_runs_on_a_real_engine(lab: str, results: Path) -> None:
     sizes = sizes_of(lab)
     if sizes.needs and not quantize.is_available(sizes.needs):
         pytest.skip(f"{sizes.needs.name} is not set up here, and pip reaches no package index")
-    model = "" if LABS[lab].shape else models.BUNDLED
+    model = "" if LABS[lab].shape else catalog.BUNDLED
     check_run(quick_run(lab, results, f"{sizes.real} {sizes.gpu}", model=model))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from serving.forecasting import timing
 from serving.hardware import machine
+from serving.simulator import profiled_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +19,7 @@ def test_a_recorded_work_computes_when_it_is_replayed(
     torch = pytest.importorskip("torch")
     count = torch.zeros(1, device="cuda")
 
-    def adding() -> timing.Work:
+    def adding() -> profiled_step.Work:
         one = torch.ones(1, device="cuda")  # held by the work alone
 
         def work() -> None:
@@ -27,7 +27,7 @@ def test_a_recorded_work_computes_when_it_is_replayed(
 
         return work
 
-    replay = timing.recorded(adding())
+    replay = profiled_step.recorded(adding())
     others = [torch.full((1,), 7.0, device="cuda") for _ in range(100)]  # where it was, if it went
     before = count.item()
     for _ in range(3):

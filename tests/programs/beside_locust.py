@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 
 _EACH = """
 import contextlib, io, json, sys, traceback

@@ -16,8 +16,8 @@ import pytest
 
 from serving import bundle
 from serving.bundle import BundleError, BundleRequest
-from serving.install import ROOT
-from serving.weights import models
+from serving.models import catalog
+from serving.packaging.install import ROOT
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 # What a package does that names a further folder for Python to look in.
@@ -49,13 +49,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     model = tmp_path / "model"
     model.mkdir()
-    for name in (*models.TOKENIZER, "model.safetensors"):
+    for name in (*catalog.TOKENIZER, "model.safetensors"):
         (model / name).write_text(name)
     monkeypatch.setattr(bundle, "ROOT", tmp_path / "repository")
     monkeypatch.setattr(bundle, "ARCH", platform.machine())
     monkeypatch.setattr(bundle, "resolve", lambda *_: {"stand-in": "1.0", "vllm": "0.26.0"})
     monkeypatch.setattr(bundle, "install_there", install_there)
-    monkeypatch.setattr("serving.weights.models.bundled", lambda: model)
+    monkeypatch.setattr("serving.models.catalog.bundled", lambda: model)
     return tmp_path
 
 
@@ -103,7 +103,7 @@ def test_a_bundle_arrives_whole(home: Path) -> None:
     assert call_labs(target, "doctor") == "['doctor'] True\n"
     program = target / ".tools" / "prometheus" / "prometheus"
     assert subprocess.check_output([program], text=True) == "prometheus\n"
-    model = target / ".cache" / "models" / models.BUNDLED
+    model = target / ".cache" / "models" / catalog.BUNDLED
     assert (model / "model.safetensors").exists()
     assert not (target / ".unbundled" / "parts").exists()
     (target / "results").mkdir()
@@ -136,7 +136,7 @@ def test_a_lean_bundle_lacks_what_it_names(home: Path) -> None:
     assert not (site / "vllm" / "vllm-rs").exists()
     assert not (site / "vllm" / "third_party" / "deep_gemm").exists()
     assert (site / "stand_in.py").exists()
-    assert {p.name for p in carried.rglob("*") if p.is_file()} == {*models.TOKENIZER}
+    assert {p.name for p in carried.rglob("*") if p.is_file()} == {*catalog.TOKENIZER}
 
 
 def test_parts_may_come_one_by_one_and_a_damaged_one_is_named(home: Path) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.judging.evaluation import TEXTS
-from labs.harness.running import derived_models
-from labs.harness.running.derived_models import RECIPES, about, make, place, with_weights
-from labs.harness.spec import LabError
+from labs.harness.analysis.evaluation import TEXTS
+from labs.harness.plan import derived_models
+from labs.harness.plan.derived_models import RECIPES, about, make, place, with_weights
+from labs.harness.spec.lab import LabError
 from loadtests.prompts import Writer
 from serving.engines.flags import with_places
-from serving.weights import dummy, models
-from serving.weights.models import Model, ModelError
+from serving.models import catalog, dummy
+from serving.models.catalog import Model, ModelError
 from tests.shards import write_shard
 from tests.unit.builders import SHAPE
 from tests.unit.test_prompts import words
@@ -44,7 +44,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """A base whose makers are all the one above, in a checkout that has made nothing yet."""
     (tmp_path / "a_maker.py").write_text(MAKER)
     monkeypatch.setattr(derived_models, "MAKING", (sys.executable, tmp_path / "a_maker.py"))
-    monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(catalog, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(derived_models, "writer_of", lambda model: Writer(words))
     return Model("lab/base-1B", tmp_path / "base", SHAPE)
 
@@ -52,7 +52,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
 def test_it_is_made_once_and_then_found(model: Model) -> None:
     said: list[str] = []
     folder = make(model, "draft", said.append)
-    assert folder == place(model, "draft") == models.CACHE / "models" / "lab--base-1B-draft"
+    assert folder == place(model, "draft") == catalog.CACHE / "models" / "lab--base-1B-draft"
     assert "about" in said[0]
     assert said[1] == f"  reading {model.path}"
     assert make(model, "draft", pytest.fail) == folder  # in silence
@@ -81,14 +81,14 @@ def test_a_study_that_lacks_a_backend_is_made_again(model: Model) -> None:
     """It may work by now, with another version of its package or of what imports it."""
     folder = make(model, "masks", lambda _: None)
     backends: dict[str, dict[str, str | None]] = {"one": {"error": None}, "two": {"error": None}}
-    (folder / models.RECORD).write_text(json.dumps({"backends": backends}))
+    (folder / catalog.RECORD).write_text(json.dumps({"backends": backends}))
     assert make(model, "masks", pytest.fail) == folder
     backends["two"]["error"] = "ImportError: no"
-    (folder / models.RECORD).write_text(json.dumps({"backends": backends}))
+    (folder / catalog.RECORD).write_text(json.dumps({"backends": backends}))
     said: list[str] = []
     assert make(model, "masks", said.append) == folder
     assert "lacks a backend" in said[0]
-    assert not (folder / models.RECORD).exists()
+    assert not (folder / catalog.RECORD).exists()
 
 
 def test_a_quick_run_makes_a_lesser_draft_unless_the_whole_one_is_there(model: Model) -> None:
@@ -104,7 +104,9 @@ def test_a_quick_run_makes_a_lesser_draft_unless_the_whole_one_is_there(model: M
     assert taught(lesser) == pytest.approx(0.15 * taught(whole))
     assert make(model, "draft", pytest.fail, quick=True) == whole
     assert make(model, "adapters", said.append, quick=True) == place(model, "adapters")
-    inputs = {path.name.removesuffix("-input.jsonl") for path in models.CACHE.glob("*-input.jsonl")}
+    inputs = {
+        path.name.removesuffix("-input.jsonl") for path in catalog.CACHE.glob("*-input.jsonl")
+    }
     assert inputs == {lesser.name, whole.name, place(model, "adapters").name}  # none is shared
 
 
@@ -132,7 +134,7 @@ def test_what_another_process_is_making_is_waited_for_and_not_made_again(model: 
         def other_process_finishes(line: str) -> None:
             shown.append(line)
             folder.mkdir()
-            (folder / derived_models.MADE_FROM).write_text(models.files_sha256(model.path))
+            (folder / derived_models.MADE_FROM).write_text(catalog.files_sha256(model.path))
             fcntl.flock(lock, fcntl.LOCK_UN)
 
         assert make(model, "draft", other_process_finishes) == folder
@@ -149,7 +151,7 @@ def test_prompts_are_of_every_kind_and_the_same_wherever_made(model: Model) -> N
     assert (
         lengths[: derived_models.PROMPTS_EACH] != sorted(lengths)[: derived_models.PROMPTS_EACH]
     )  # mixed
-    place(model, "adapters").rename(models.CACHE / "moved")
+    place(model, "adapters").rename(catalog.CACHE / "moved")
     assert (make(model, "adapters", list[str]().append) / "given").read_text() == given
 
 
@@ -164,7 +166,7 @@ def test_a_maker_that_fails_has_the_last_word(model: Model, tmp_path: Path) -> N
     failing = replace(model, path=tmp_path / "fails")
     with pytest.raises(LabError, match=r"draft .*: the base takes no adapter") as e:
         make(failing, "draft", list[str]().append)
-    log = models.CACHE / f"{place(failing, 'draft').name}.log"
+    log = catalog.CACHE / f"{place(failing, 'draft').name}.log"
     assert str(log) in str(e.value)
     assert "first this" in log.read_text()
     assert not place(model, "draft").exists()
@@ -178,20 +180,20 @@ def test_an_unknown_name_is_answered_with_the_known_ones(model: Model) -> None:
 def test_a_published_model_stands_in_for_a_made_one(
     model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(models.SIBLINGS, model.name, {"draft": "lab/base-0.1B"})
-    monkeypatch.setattr(models, "_download", lambda name: tmp_path / name)
+    monkeypatch.setitem(catalog.SIBLINGS, model.name, {"draft": "lab/base-0.1B"})
+    monkeypatch.setattr(catalog, "_download", lambda name: tmp_path / name)
     (tmp_path / "lab/base-0.1B").mkdir(parents=True)
     said: list[str] = []
     assert make(model, "draft", said.append) == tmp_path / "lab/base-0.1B"
     assert ["lab/base-0.1B" in line for line in said] == [True]
-    assert place(model, "adapters").parent == models.CACHE / "models"
+    assert place(model, "adapters").parent == catalog.CACHE / "models"
 
 
 def test_a_lab_that_compares_tools_makes_what_others_publish(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(models.SIBLINGS, model.name, {"w4a16-gptq": "lab/base-GPTQ"})
-    monkeypatch.setattr(models, "_download", pytest.fail)
+    monkeypatch.setitem(catalog.SIBLINGS, model.name, {"w4a16-gptq": "lab/base-GPTQ"})
+    monkeypatch.setattr(catalog, "_download", pytest.fail)
     folder = make(model, "w4a16-gptq", lambda _: None, made_here=True)
     assert folder == place(model, "w4a16-gptq")
     assert [name for name, lab in LABS.items() if lab.made_here] == ["quantization-tools"]
@@ -203,9 +205,9 @@ def test_what_is_published_and_cannot_be_had_is_made(
     def gone(name: str) -> Path:
         raise ModelError(f"no model {name}")
 
-    monkeypatch.setattr(models, "_download", gone)
+    monkeypatch.setattr(catalog, "_download", gone)
     published = {"draft": "lab/base-0.1B", "eagle3": "lab/base-head"}
-    monkeypatch.setitem(models.SIBLINGS, model.name, published)
+    monkeypatch.setitem(catalog.SIBLINGS, model.name, published)
     said: list[str] = []
     assert make(model, "draft", said.append) == place(model, "draft")
     assert "no model lab/base-0.1B" in said[0]

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 
 from dashboards import prometheus
 from labs import LABS
-from labs.harness.running.resolve import check_flags, require_devices
-from labs.harness.spec import Lab, NotApplicable, Variant, factors
+from labs.harness.plan.resolve import check_flags, require_devices
+from labs.harness.spec.lab import Lab, NotApplicable, Variant, factors
 from loadtests.plan import QueueLimits
 from serving import metrics
 from serving.engines import ENGINES, vllm
@@ -27,7 +27,7 @@ from serving.engines.base import Engine, EngineError, Server, Unsupported
 from serving.engines.endpoint import Endpoint
 from serving.engines.flags import Flags
 from serving.hardware.machine import Machine
-from serving.weights.models import Model
+from serving.models.catalog import Model
 from tests.unit import hostile
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_point
 

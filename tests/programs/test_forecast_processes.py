@@ -13,14 +13,14 @@ from typing import Any
 import psutil
 import pytest
 
-from labs.harness.running import forecaster as processes
-from labs.harness.running.forecaster import Forecaster, ForecastError
-from serving.forecasting.__main__ import RECEIVING, Engines
-from serving.forecasting.fleet import Handover
-from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
-from serving.forecasting.step import StepTimes
-from serving.forecasting.timing import TimingPlan
-from serving.forecasting.traffic import Traffic
+from labs.harness.forecast import forecaster as processes
+from labs.harness.forecast.forecaster import Forecaster, ForecastError
+from serving.simulator.__main__ import RECEIVING, Engines
+from serving.simulator.fleet import Handover
+from serving.simulator.profiled_step import TimingPlan
+from serving.simulator.protocol import ForecastPlan, ForecastPlay, PlannedEngine, PlannedTrial
+from serving.simulator.step import StepTimes
+from serving.simulator.traffic import Traffic
 from tests.processes import lives
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def until(happened: Callable[[], object]) -> None:
 def test_the_process_of_a_forecast_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = """
 import sys, time
-from labs.harness.running import forecaster as processes
+from labs.harness.forecast import forecaster as processes
 code = "import time; print('x', flush=True); time.sleep(600)"
 processes.FORECASTER_ARGV = (sys.executable, "-c", code)
 with processes.started():

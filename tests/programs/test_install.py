@@ -20,12 +20,13 @@ from types import ModuleType, SimpleNamespace
 import psutil
 import pytest
 
-from serving import install, platforms, unbundle
+from serving import platforms, unbundle
 from serving.bundle import write_empty_wheel
+from serving.packaging import install
 from serving.platforms import PLATFORMS, platform_of
 from tests.processes import lives
 
-LOCKS = Path(install.__file__).parent / "locks"
+LOCKS = Path(install.__file__).parents[1] / "locks"
 
 
 @pytest.fixture
@@ -255,7 +256,7 @@ def test_a_killed_set_up_leaves_no_command_running(root: Path) -> None:
     pid = root / "pid"
     code = f"""
 from pathlib import Path
-from serving import install
+from serving.packaging import install
 script = "echo $$ > {pid}.half; /bin/mv {pid}.half {pid}; exec /bin/sleep 60"
 install.run(Path({str(root)!r}), install.Step("x"), "/bin/sh", "-c", script)
 """

@@ -11,8 +11,8 @@ import pytest
 import requests
 
 from dashboards import live, prometheus
-from labs.harness.filing.results import RunFolder
-from labs.harness.telling import pages, report
+from labs.harness.reports import pages, report
+from labs.harness.storage.results import RunFolder
 from serving.processes.ports import free_port
 from serving.processes.process import Process
 from tests.fake.conftest import needs_prometheus

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from labs.harness.running import load
-from labs.harness.running.load import LoadGenerator
+from labs.harness.runner import load
+from labs.harness.runner.load import LoadGenerator
 from loadtests import generator
 from loadtests.arrivals import Concurrent
 from loadtests.generator import GeneratorError
 from loadtests.plan import TrialPlan
-from serving.weights.models import BUNDLED, CACHE, ROOT
+from serving.models.catalog import BUNDLED, CACHE, ROOT
 from tests.unit.builders import make_summary
 
 # The first one plays its trial for too long and then answers as if it were the next trial's; a

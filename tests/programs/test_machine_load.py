@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from labs.harness.running import machine_load
-from labs.harness.running.machine_load import OtherLoad, ServerLoad, Shares, wait_until_idle
-from serving.weights.models import ROOT
+from labs.harness.runner import machine_load
+from labs.harness.runner.machine_load import OtherLoad, ServerLoad, Shares, wait_until_idle
+from serving.models.catalog import ROOT
 
 BUSY = "import time; e = time.process_time() + 0.4\nwhile time.process_time() < e: pass"
 STRANGER = "import time; e = time.process_time() + 30\nwhile time.process_time() < e: pass"
@@ -25,7 +25,7 @@ print(child.pid)
 """
 MEASURED = f"""
 import subprocess, sys, time, psutil
-from labs.harness.running.machine_load import OtherLoad
+from labs.harness.runner.machine_load import OtherLoad
 other_load = OtherLoad()
 printed = subprocess.run([sys.executable, "-c", {ORPHAN!r}], capture_output=True, check=True)
 stranger = psutil.Process(int(printed.stdout))
@@ -62,9 +62,9 @@ def test_others_are_what_neither_we_nor_our_engines_use(
     monkeypatch.setattr(OtherLoad, "_now", lambda _: next(readings))
     # of the module alone: other threads of the tests read the clock, too
     clock = SimpleNamespace(monotonic=lambda: next(times))
-    monkeypatch.setattr("labs.harness.running.machine_load.time", clock)
+    monkeypatch.setattr("labs.harness.runner.machine_load.time", clock)
     monkeypatch.setattr(
-        "labs.harness.running.machine_load.psutil", SimpleNamespace(cpu_count=lambda: 2)
+        "labs.harness.runner.machine_load.psutil", SimpleNamespace(cpu_count=lambda: 2)
     )
     engines = 0.15 if engine_pids else None
     assert OtherLoad(engine_pids).shares() == Shares(0.05, 0.1, engines)
@@ -72,7 +72,7 @@ def test_others_are_what_neither_we_nor_our_engines_use(
 
 OURS = f"""
 import subprocess, sys
-from labs.harness.running.machine_load import OtherLoad
+from labs.harness.runner.machine_load import OtherLoad
 other_load = OtherLoad()
 before = other_load._now()
 subprocess.run([sys.executable, "-c", {BUSY!r}], check=True)

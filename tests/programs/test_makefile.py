@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from labs.harness.commands.cli import app
-from labs.harness.commands.settings import settings
-from serving.weights.models import ROOT
+from labs.harness.cli.cli import app
+from labs.harness.cli.settings import settings
+from serving.models.catalog import ROOT
 from tests.makefile import MAKEFILE, PAGES, SETTINGS
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -40,7 +40,7 @@ class Checkout:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        commands = ("labs/harness/commands/settings.py", "labs/harness/commands/went.txt")
+        commands = ("labs/harness/cli/settings.py", "labs/harness/cli/removed.txt")
         for file in ("Makefile", "docs/knobs.md", *commands):
             (home / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, home / file)
@@ -155,8 +155,8 @@ def test_the_prefixed_name_holds_for_every_call_and_the_command_line_goes_before
         ("lab-x ZZZZ=1", "there is no ZZZZ=: `make` lists the targets"),
         ("forcast LAB=x", "there is no make forcast: did you mean make forecast?"),
         ("zzzz", "there is no make zzzz: `make` lists"),
-        ("lab-x PP=2", "PP= went: use `SET=flags.pipeline-parallel-size=2`"),
-        ("watch-stop", "make watch-stop went: use `make stop`"),
+        ("lab-x PP=2", "PP= was removed: use `SET=flags.pipeline-parallel-size=2`"),
+        ("watch-stop", "make watch-stop was removed: use `make stop`"),
         ("forecast LAB=x RATE=4", "RATE= would change nothing here: make forecast takes HELP="),
         ("report SET=x PRICE_PER_HOUR=2", "SET=, PRICE_PER_HOUR= would change nothing here"),
         ("stop QUICK=1", "QUICK= would change nothing here: make stop takes HELP="),

@@ -15,7 +15,7 @@ import pytest
 from loadtests import records
 from loadtests.arrivals import Concurrent
 from loadtests.plan import TrialPlan
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 from tests.processes import lives
 from tests.programs.beside_locust import said_by
 from tests.unit.builders import make_summary

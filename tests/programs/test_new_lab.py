@@ -27,7 +27,7 @@ LAST_LAB, LAST_ENGINE = '        _lab("quantization_tools"),\n', '        _engin
 LAB = '''
 """NAME: what is asked of it."""
 
-from labs.harness.spec import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
+from labs.harness.spec.lab import SLO, Arm, Claim, Evidence, Lab, Point, Prediction, Variant
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
 from serving import metrics
@@ -126,7 +126,7 @@ FACTS = '''
 
 from dataclasses import dataclass
 
-from labs.harness.facts.context import JudgedRun
+from labs.harness.derived.run_view import JudgedRun
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ PLOTS = '''
 """Draws the rods."""
 
 from labs.abacus_rods.facts import Facts
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.drawing import plt
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.drawing import plt
 
 
 def rods(run: JudgedRun, facts: Facts) -> bool:
@@ -171,7 +171,7 @@ from typing import ClassVar
 
 from serving import metrics
 from serving.engines.base import Engine, Flags
-from serving.weights.models import Model
+from serving.models.catalog import Model
 
 
 class Abacus(Engine):
@@ -196,11 +196,11 @@ import pytest
 
 from dashboards import prometheus
 from labs import LABS
-from labs.harness.comparing.leaderboards import generated_parts
-from labs.harness.filing.results import RESULTS
-from labs.harness.spec import Variant
-from labs.harness.running.resolve import check_flags, require_harmless, require_known_names
-from labs.harness.telling import report
+from labs.harness.site.leaderboards import generated_parts
+from labs.harness.storage.results import RESULTS
+from labs.harness.spec.lab import Variant
+from labs.harness.plan.resolve import check_flags, require_harmless, require_known_names
+from labs.harness.reports import report
 from serving.engines import ENGINES
 from tests.unit.builders import make_lab, write_run
 

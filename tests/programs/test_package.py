@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.filing.results import RunFolder
-from labs.harness.running.diagnosing import ReadingFile
-from serving import install
+from labs.harness.runner.diagnosing import ReadingFile
+from labs.harness.storage.results import RunFolder
 from serving.metrics import together
+from serving.packaging import install
 from serving.places import PROGRAM
 from tests.unit import hostile
 from tests.unit.builders import write_run, write_slowed

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from labs.harness.commands import all_labs
-from labs.harness.commands.cli import app
-from labs.harness.comparing import leaderboards
-from labs.harness.comparing.on_file import OnFile
-from labs.harness.facts.parts import Headline, ReportParts
-from labs.harness.filing import manifest, results
-from labs.harness.filing.newest import newest_runs
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
+from labs.harness.cli import all_labs
+from labs.harness.cli.cli import app
+from labs.harness.comparison.on_file import OnFile
+from labs.harness.derived.lab_modules import Headline, ReportParts
+from labs.harness.site import leaderboards
+from labs.harness.storage import manifest, results
+from labs.harness.storage.newest import newest_runs
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from serving.engines.vllm import Vllm
 from serving.hardware import machine as machines
 from serving.hardware.machine import Machine

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from dashboards import prometheus
-from labs.harness.commands import recorded_runs
-from labs.harness.filing import results
-from labs.harness.filing.results import RunFolder
-from labs.harness.running import run as running
+from labs.harness.cli import recorded_runs
+from labs.harness.runner import run as running
+from labs.harness.storage import results
+from labs.harness.storage.results import RunFolder
 from serving import places
+from serving.models.catalog import ROOT
 from serving.places import OWN_FOLDER, named_or
-from serving.weights.models import ROOT
 from tests.unit.builders import write_run
 
 OPENED = """
@@ -31,7 +31,7 @@ def note(event, arguments):
         opened.add(os.path.realpath(arguments[0]))
 
 sys.addaudithook(note)
-from labs.harness.commands.__main__ import main
+from labs.harness.cli.__main__ import main
 
 try:
     main()
@@ -69,7 +69,7 @@ def test_a_report_is_the_same_under_any_home_and_from_any_folder(
         (folder / "matplotlibrc").write_text("lines.linewidth: 30\n")
     before = files_of(home), files_of(cwd)
     done = labs(
-        ROOT, cwd, "-m", "labs.harness.commands", "report", str(there.path),
+        ROOT, cwd, "-m", "labs.harness.cli", "report", str(there.path),
         HOME=str(home), LABS_RESULTS=str(tmp_path / "there" / "results"),
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

@@ -14,8 +14,8 @@ import pytest
 
 from serving.engines.vllm import Vllm
 from serving.hardware import machine
+from serving.models.catalog import Model
 from serving.processes.process import GIVES_WAY, Process
-from serving.weights.models import Model
 from tests.processes import lives
 from tests.unit.builders import SHAPE
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from serving import install
-from serving.weights import quantize
-from serving.weights.making import MakerError
-from serving.weights.quantize import METHODS, Tool, environment, make, windows
+from serving.models import quantize
+from serving.models.making import MakerError
+from serving.models.quantize import METHODS, Tool, environment, make, windows
+from serving.packaging import install
 
 TOOLS = {method.tool.name: method.tool for method in METHODS.values()}
 CONFIG = {

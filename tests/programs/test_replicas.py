@@ -25,7 +25,7 @@ ENDS = [sys.executable, "-c", "raise SystemExit(3)"]
 
 def started(log: Path, replicas: list[list[str]], router: list[str]) -> Process:
     plan = json.dumps({"replicas": replicas, "gpus": 0, "router": router})
-    return Process("engine", [sys.executable, "-m", "serving.inside.replicas", plan], log=log)
+    return Process("engine", [sys.executable, "-m", "serving.plugins.replicas", plan], log=log)
 
 
 @pytest.mark.parametrize(

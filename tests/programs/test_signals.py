@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 
 INTERRUPTS = "import os, signal, time\nos.kill(os.getpid(), signal.{})\ntime.sleep(60)\n"
 
@@ -21,7 +21,7 @@ def test_a_stop_while_the_program_is_loaded_is_one_line(
 ) -> None:
     (tmp_path / "typer.py").write_text(INTERRUPTS.format(sign))  # imported in the place of Typer
     ended = subprocess.run(
-        [sys.executable, "-m", "labs.harness.commands", "list"],
+        [sys.executable, "-m", "labs.harness.cli", "list"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
         capture_output=True, text=True, check=False,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -34,7 +34,7 @@ def test_a_stop_while_the_program_is_loaded_is_one_line(
     [("list >&-", "is closed"), ("run --help 2>&-", "is closed"), ("list >/dev/full", "No space")],
 )
 def test_what_cannot_be_printed_is_one_sentence(arguments: str, said: str) -> None:
-    typed = f"exec {sys.executable} -m labs.harness.commands {arguments}"
+    typed = f"exec {sys.executable} -m labs.harness.cli {arguments}"
     ended = subprocess.run(
         ["/bin/sh", "-c", typed], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -46,7 +46,7 @@ def test_an_output_that_nobody_reads_any_more_is_one_sentence() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     ended = subprocess.run(
-        [sys.executable, "-m", "labs.harness.commands", "list"],
+        [sys.executable, "-m", "labs.harness.cli", "list"],
         cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     os.close(writing)
@@ -60,7 +60,7 @@ def test_an_output_that_nobody_reads_any_more_is_one_sentence() -> None:
 def test_a_hangup_that_was_ignored_stays_ignored(handler: signal.Handlers, said: str) -> None:
     code = """
 import os, signal
-from labs.harness.commands.terminal import reported_errors
+from labs.harness.cli.terminal import reported_errors
 with reported_errors():
     os.kill(os.getpid(), signal.SIGHUP)
     print("goes on")

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from serving.inside import guard
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
+from serving.plugins import guard
 from tests.programs.beside_locust import said_by
 from tests.unit import hostile
 

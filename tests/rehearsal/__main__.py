@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.engines.vllm import PLUGINS
-from serving.install import ROOT, SetupError
+from serving.packaging.install import ROOT, SetupError
 from tests.golden.plays import figures
 from tests.rehearsal import NVML, checks, environment
 from tests.rehearsal.cards import CARDS, VARIABLE

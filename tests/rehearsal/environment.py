@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from serving import install
-from serving.install import ROOT, SetupError, Step
+from serving.packaging import install
+from serving.packaging.install import ROOT, SetupError, Step
 
 HOME = ROOT / ".tools" / "rehearsal-cuda"
 PYTHON = install.venv_python(HOME)

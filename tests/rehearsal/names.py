@@ -34,8 +34,8 @@ from serving.engines.base import EngineError
 from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.hardware import machine as machines
-from serving.inside import random_weights
-from serving.weights import models
+from serving.models import catalog
+from serving.plugins import random_weights
 from tests.rehearsal import starts
 from tests.rehearsal.checks import Check, last_line, write
 
@@ -82,7 +82,7 @@ def _in_sources(text: str) -> Iterator[Check]:
 
 def _small_engine() -> tuple[Any, Any]:
     """Return the arguments of an engine and the configuration that vLLM makes of them."""
-    argv = ["--model", str(models.bundled()), *Vllm.flag_argv(FLAGS)]
+    argv = ["--model", str(catalog.bundled()), *Vllm.flag_argv(FLAGS)]
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
     made = AsyncEngineArgs.from_cli_args(arguments)
     return arguments, made.create_engine_config(UsageContext.OPENAI_API_SERVER)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from serving.weights import dummy, models
-from serving.weights.kv_heads import kv_heads_of
-from serving.weights.models import Model, shape_of
+from serving.models import catalog, dummy
+from serving.models.catalog import Model, shape_of
+from serving.models.kv_heads import kv_heads_of
 from tests.default_models import config_of
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
@@ -60,8 +60,8 @@ def folder(home: Path, name: str, config: dict[str, Any]) -> Path:
     """Write a model's folder without weights: its configuration, and the bundled tokenizer."""
     made = home / name.replace("/", "--")
     made.mkdir(parents=True, exist_ok=True)
-    for part in models.TOKENIZER:
-        shutil.copyfile(models.bundled_tokenizer() / part, made / part)
+    for part in catalog.TOKENIZER:
+        shutil.copyfile(catalog.bundled_tokenizer() / part, made / part)
     (made / "config.json").write_text(json.dumps(config, indent=1))
     return made
 

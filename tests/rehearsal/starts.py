@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labs import LABS
-from labs.harness.running.derived_models import NEED_NO_WEIGHTS
-from labs.harness.running.resolve import (
+from labs.harness.plan.derived_models import NEED_NO_WEIGHTS
+from labs.harness.plan.resolve import (
     RunRequest,
     lab_of,
     require_devices,
@@ -18,13 +18,13 @@ from labs.harness.running.resolve import (
     require_no_reading,
     require_sizes,
 )
-from labs.harness.spec import LabError
+from labs.harness.spec.lab import LabError
 from serving.engines.base import EngineError
 from serving.engines.flags import with_places
 from serving.engines.vllm import Vllm
 from serving.hardware.machine import Machine
-from serving.weights import dummy, models
-from serving.weights.models import Model, ModelError
+from serving.models import catalog, dummy
+from serving.models.catalog import Model, ModelError
 from tests.rehearsal import real
 
 PORT = 8000  # nothing listens
@@ -75,7 +75,7 @@ def of_lab(
 ) -> Iterator[Start]:
     """Check what `running.resolve.resolve` does before an engine starts, in its order."""
     setting = "dummy" if weights == "random" else ""
-    lab = lab_of(RunRequest(LABS[name], quick=quick, weights=setting), models.scale_of(machine))
+    lab = lab_of(RunRequest(LABS[name], quick=quick, weights=setting), catalog.scale_of(machine))
     others = {v.name: "another engine" for v in lab.variants if v.engine != SERVING}
     require_known_names(lab)
     require_harmless(lab)
@@ -84,7 +84,7 @@ def of_lab(
         require_no_reading(lab)
         model = dummy.resolve(machine, lab.shape)
     else:
-        model = real.model(home, models.default_name(machine))
+        model = real.model(home, catalog.default_name(machine))
     lab = lab.without(others).model_copy(update={"admission_by_client": not limits_queues})
     require_sizes(lab, model)
     require_memory(lab, machine, model)

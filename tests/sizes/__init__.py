@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 
 from labs import LABS
-from serving.weights.quantize import Tool
+from serving.models.quantize import Tool
 from tests.shallow import LAYERS
 
 BRIEF = "warmup_s=0.1 window_s=0.3 repeats=1 most_repeats=0 requests=64"

@@ -1,4 +1,4 @@
-from serving.weights import quantize
+from serving.models import quantize
 from tests.sizes import Sizes, answers_of
 
 ROUNDED = " ".join(  # in seconds, where calibrating takes minutes

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from itertools import count
 from multiprocessing.context import BaseContext
 
-SERVER, SEVERAL_SERVERS = "vllm.entrypoints.openai.api_server", "serving.inside.api_servers"
+SERVER, SEVERAL_SERVERS = "vllm.entrypoints.openai.api_server", "serving.plugins.api_servers"
 WORKER_APART = "VLLM_ENABLE_V1_MULTIPROCESSING"
 CORES = "VLLM_CPU_OMP_THREADS_BIND"
 EAGER = "--enforce-eager"

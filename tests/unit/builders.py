@@ -14,14 +14,11 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from labs.harness.changes import parse_changes
-from labs.harness.comparing import reproduction
-from labs.harness.filing.computed import Predictions
-from labs.harness.filing.recorded import Run, TrialResult, snapshot_json
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.judging.measure import Trial
-from labs.harness.spec import (
+from labs.harness.analysis.computed import Predictions
+from labs.harness.analysis.measure import Trial
+from labs.harness.comparison import reproduction
+from labs.harness.derived.summarize import summarise
+from labs.harness.spec.lab import (
     SLO,
     Arm,
     Claim,
@@ -32,7 +29,10 @@ from labs.harness.spec import (
     RequestLengths,
     Variant,
 )
-from labs.harness.telling.summary import summarise
+from labs.harness.spec.overrides import parse_changes
+from labs.harness.storage.recorded import Run, TrialResult, snapshot_json
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from loadtests import records
 from loadtests.arrivals import AnyArrival, Arrival
 from loadtests.plan import TrialSummary
@@ -43,7 +43,7 @@ from serving import metrics
 from serving.hardware.machine import Ceilings, Environment, Machine
 from serving.hardware.telemetry import Sample
 from serving.metrics import PREFIX_HITS, Histogram, Snapshot
-from serving.weights.models import Shape
+from serving.models.catalog import Shape
 
 SHAPE = Shape(
     layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, vocab=16, max_positions=4096,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.filing import results
-from labs.harness.filing.results import RunFolder
+from labs.harness.storage import results
+from labs.harness.storage.results import RunFolder
 from tests.runs_of_others import runs_of_others
 from tests.unit.builders import write_run
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.parts import parts_of, plain
-from labs.harness.filing.computed import Summary
-from labs.harness.filing.recorded import TrialResult, snapshot_json
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletion
-from labs.harness.judging.judge import Caveat, Effect, Interval, Judgement
-from labs.harness.page import read
-from labs.harness.spec import Lab
-from labs.harness.telling.words import Told, told
+from labs.harness.analysis.computed import Summary
+from labs.harness.analysis.evaluation import Evaluation, Passage, ScoredCompletion
+from labs.harness.analysis.verdicts import Caveat, Effect, Interval, Judgement
+from labs.harness.derived.lab_modules import parts_of, plain
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.reports.rendering import Told, told
+from labs.harness.spec.lab import Lab
+from labs.harness.spec.page import read
+from labs.harness.storage.recorded import TrialResult, snapshot_json
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from loadtests import records
 from loadtests.records import RequestRecord
 from serving.metrics import Snapshot
@@ -125,4 +125,4 @@ def answered(probability: float, right: int) -> dict[str, Any]:
 def page_says(monkeypatch: pytest.MonkeyPatch, parts: str) -> None:
     """Every lab has a page with these parts, such as `## Answers` and `### SO-4` with its text."""
     page = read(f"# Tiny\n\nWhat?\n\n{parts}")
-    monkeypatch.setattr("labs.harness.telling.words.page_of", lambda lab: page)
+    monkeypatch.setattr("labs.harness.reports.rendering.page_of", lambda lab: page)

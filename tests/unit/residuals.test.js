@@ -1,10 +1,10 @@
-// labs/harness/telling/web/forecasts.js and ratios.js: a prediction that was missed by all has no mark.
+// labs/harness/reports/web/forecasts.js and ratios.js: a prediction that was missed by all has no mark.
 import { deepStrictEqual as same } from "node:assert";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import { runInNewContext } from "node:vm";
 
-const web = (name) => readFileSync(new URL(`../../labs/harness/telling/web/${name}`, import.meta.url), "utf8");
+const web = (name) => readFileSync(new URL(`../../labs/harness/reports/web/${name}`, import.meta.url), "utf8");
 const RESIDUALS = [
   [0, 0, 0, "near", "4%", "4%", 1, 0.9, 1.1, 0.9, 1.1, true],
   [0, 0, 0, "measured as 0", "3.85%", "0%", null, null, null, 0.9, 1.1, false],

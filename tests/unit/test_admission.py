@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.judging.checks.expected import Expected
-from labs.harness.judging.validity import caveats_of
-from labs.harness.running.resolve import require_client_limits
-from labs.harness.spec import Arm, Evidence, LabError, Point
+from labs.harness.analysis.checks.expected import Expected
+from labs.harness.analysis.validity import caveats_of
+from labs.harness.plan.resolve import require_client_limits
+from labs.harness.spec.lab import Arm, Evidence, LabError, Point
 from loadtests import admission
 from loadtests.admission import Admission, counts_file
 from loadtests.arrivals import Concurrent
@@ -21,9 +21,9 @@ from loadtests.plan import PlannedRequest, QueueLimits, TrialPlan
 from loadtests.records import BY_CLIENT
 from loadtests.workload import Samples
 from serving import metrics
-from serving.forecasting.traffic import Delays, Traffic, VirtualAnswer, play
 from serving.metrics import Snapshot
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
+from serving.simulator.traffic import Delays, Traffic, VirtualAnswer, play
 from tests.unit.builders import make_lab, make_point, make_record, make_trial, make_workload
 from tests.unit.test_forecasting import NONE, Server, prompts
 

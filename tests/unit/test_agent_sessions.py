@@ -11,7 +11,7 @@ import pytest
 
 from labs import LABS
 from labs.agent_sessions import facts, lab
-from labs.harness.spec import Point
+from labs.harness.spec.lab import Point
 from loadtests.arrivals import OfSessions
 from tests.unit.builders import CEILINGS, SHAPE, make_record
 from tests.unit.judged import context, judged_run, played

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from labs.harness.judging.signals import CALM_S, GRID_S, is_watched, watched
+from labs.harness.analysis.signals import CALM_S, GRID_S, is_watched, watched
 from loadtests.arrivals import AnyArrival, Concurrent, Day, Offered, Ramp, Replay
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.judging.checks.expected import Expected
-from labs.harness.judging.validity import caveats_of
+from labs.harness.analysis.checks.expected import Expected
+from labs.harness.analysis.validity import caveats_of
 from loadtests.plan import read_requests, write_requests
 from loadtests.prompts import Messages, Writer
 from loadtests.workload import Chat, Fixed, Prefix, Request, Samples, Workload

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.facts.drawing import plt
-from labs.harness.judging.metrics import METRICS
-from labs.harness.spec import Lab, LabError, Point
-from labs.harness.telling import plots
-from labs.harness.telling.words import told
+from labs.harness.analysis.metrics import METRICS
+from labs.harness.reports import plots
+from labs.harness.reports.drawing import plt
+from labs.harness.reports.rendering import told
+from labs.harness.spec.lab import Lab, LabError, Point
 from tests.unit.builders import CEILINGS, SHAPE
 from tests.unit.judged import ABOUT, context, judged_run, told_of, with_facts
 

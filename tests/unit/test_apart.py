@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from labs.harness.facts.apart import apart
+from labs.harness.derived.apart import apart
 
 OF = apart()
 

@@ -14,14 +14,14 @@ import pytest
 import requests
 
 from dashboards import live, prometheus, series
-from labs.harness.filing.recorded import Session
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.judging.judge import ForecastResult, Interval, prediction_outcome
-from labs.harness.judging.text import claim_outcome
-from labs.harness.running import backfill
-from labs.harness.running import run as running
-from labs.harness.spec import LabError, Prediction
+from labs.harness.analysis.text import claim_outcome
+from labs.harness.analysis.verdicts import ForecastResult, Interval, prediction_outcome
+from labs.harness.runner import backfill
+from labs.harness.runner import run as running
+from labs.harness.spec.lab import LabError, Prediction
+from labs.harness.storage.recorded import Session
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from loadtests import exporter, records
 from tests.unit.builders import make_record, make_workload, write_run
 from tests.unit.test_other_engines import Told

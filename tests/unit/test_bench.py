@@ -11,7 +11,7 @@ import typer
 
 from bench import BenchError, engine, trials, truth
 from bench import __main__ as command
-from labs.harness.telling import instruments
+from labs.harness.reports import instruments
 from loadtests.records import Chunks, RequestRecord
 
 

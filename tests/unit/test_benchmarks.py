@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from labs.harness.commands.cli import app
-from labs.harness.comparing import benchmarks
-from labs.harness.comparing.benchmarks import Translated, translate
-from labs.harness.comparing.command_lines import TABLE, NotTranslatedError, note, serve_flags
-from labs.harness.spec import LabError
+from labs.harness.cli.cli import app
+from labs.harness.plan import benchmarks
+from labs.harness.plan.benchmarks import Translated, translate
+from labs.harness.plan.command_lines import TABLE, NotTranslatedError, note, serve_flags
+from labs.harness.spec.lab import LabError
 from loadtests.trace import TraceRow
 from serving.engines import vllm
 from serving.hardware.gpus import short_names
-from serving.weights.dummy import SHAPES
+from serving.models.dummy import SHAPES
 from tests import with_vllm
 from tests.cases import each
 
@@ -194,7 +194,7 @@ def test_a_secret_of_the_command_is_not_recorded() -> None:
 def _vllm_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """What reads an engine's line is forked from a process that has imported vLLM."""
     vllm_source()
-    monkeypatch.setattr(vllm, "PARSING", with_vllm.python("serving.inside.parsing"))
+    monkeypatch.setattr(vllm, "PARSING", with_vllm.python("serving.plugins.parsing"))
 
 
 @pytest.mark.usefixtures("_vllm_is_there")

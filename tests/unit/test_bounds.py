@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.commands.terminal import ConsoleProgress
-from labs.harness.running import bounds
-from labs.harness.running.bounds import PROCESSES_EACH_CORE, require_bounds
-from labs.harness.running.resolve import RunRequest, resolve
-from labs.harness.spec import Lab, LabError, Variant
+from labs.harness.cli.terminal import ConsoleProgress
+from labs.harness.plan import bounds
+from labs.harness.plan.bounds import PROCESSES_EACH_CORE, require_bounds
+from labs.harness.plan.resolve import RunRequest, resolve
+from labs.harness.spec.lab import Lab, LabError, Variant
 from loadtests.workload import Fixed
 from serving.engines.vllm import Vllm
 from serving.hardware import gpus

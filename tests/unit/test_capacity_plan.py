@@ -14,20 +14,19 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from labs.harness.commands.cli import app
-from labs.harness.running import capacity_plan, loads_played
-from labs.harness.running.capacity_plan import Question, plan
-from labs.harness.running.resolve import machine_of
-from labs.harness.spec import SLO, LabError
-from labs.harness.telling import capacity_plans, markdown
-from labs.harness.telling.capacity_plans import Assumed, Demand
-from labs.harness.telling.forecasts import Latencies, LoadForecast
-from labs.harness.telling.markdown import Markdown
+from labs.harness.cli.cli import app
+from labs.harness.forecast import capacity_plan, simulated_loads
+from labs.harness.forecast.capacity_figures import Assumed, Demand
+from labs.harness.forecast.capacity_plan import Question, plan
+from labs.harness.forecast.load_forecast import Latencies, LoadForecast
+from labs.harness.plan.resolve import machine_of
+from labs.harness.reports import capacity_plans, markdown
+from labs.harness.spec.lab import SLO, LabError
 from loadtests.trace import TraceRow
 from serving.engines.vllm import ACTIVATION_BYTES
-from serving.forecasting import cards
-from serving.forecasting.plan import ForecastPlan
-from serving.weights.models import ModelError
+from serving.models.catalog import ModelError
+from serving.simulator import cards
+from serving.simulator.protocol import ForecastPlan
 from tests.cases import each
 
 
@@ -42,7 +41,7 @@ class SilentProgress:
 
     def part_done(self, text: str, remaining_s: float) -> None: ...
 
-    def show(self, content: Markdown) -> None: ...
+    def show(self, content: str) -> None: ...
 
 
 def latencies(within: float) -> Latencies:
@@ -203,10 +202,10 @@ def test_the_last_loads_are_played_first_and_all_come_back_in_order(
         begun.extend(plans)
         yield from reversed([*enumerate(plans)])  # as they end
 
-    monkeypatch.setattr(loads_played, "play_all", play_all)
-    monkeypatch.setattr(loads_played, "latencies", lambda play, _: latencies(play))
+    monkeypatch.setattr(simulated_loads, "play_all", play_all)
+    monkeypatch.setattr(simulated_loads, "latencies", lambda play, _: latencies(play))
     loads: Any = {"short": (0.3, 0.2, 0.4), "long": (0.6, 0.5, 0.7)}
-    played = loads_played.forecast_loads(loads, [], question().slo, SilentProgress(), "here")
+    played = simulated_loads.forecast_loads(loads, [], question().slo, SilentProgress(), "here")
     assert begun == [0.7, 0.5, 0.6, 0.4, 0.2, 0.3]
     assert [(name, of.within.value, of.within.low) for name, of in played.items()] == [
         ("short", 0.3, 0.2), ("long", 0.6, 0.5),
@@ -218,16 +217,16 @@ def test_there_are_no_more_processes_than_cores_and_memory(
 ) -> None:
     def processes(cores: int, forecasters: float, requests: int = 0) -> int:
         """With memory for so many forecasters."""
-        memory = SimpleNamespace(available=forecasters * loads_played.FORECASTER_BYTES)
+        memory = SimpleNamespace(available=forecasters * simulated_loads.FORECASTER_BYTES)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-        return loads_played.processes(requests)
+        return simulated_loads.processes(requests)
 
     assert processes(2, 99) == 2
-    assert processes(256, 99) == loads_played.MOST_PROCESSES
+    assert processes(256, 99) == simulated_loads.MOST_PROCESSES
     assert processes(256, 3.9) == 3
     assert processes(256, 0) == 1
-    most = round(loads_played.FORECASTER_BYTES / loads_played.REQUEST_BYTES)
+    most = round(simulated_loads.FORECASTER_BYTES / simulated_loads.REQUEST_BYTES)
     assert processes(256, 4, most) == 2
 
 

@@ -15,10 +15,10 @@ from labs.chunked_prefill.facts import (
     token_budgets,
 )
 from labs.chunked_prefill.lab import context_tokens
-from labs.harness.facts.context import Context
-from labs.harness.filing.computed import Band, OnTwoEngines, PointForecasts, Predictions
-from labs.harness.filing.writing import write_json
-from labs.harness.spec import SLO, Variant
+from labs.harness.analysis.computed import Band, OnTwoEngines, PointForecasts, Predictions
+from labs.harness.derived.run_view import Context
+from labs.harness.spec.lab import SLO, Variant
+from labs.harness.storage.writing import write_json
 from loadtests.workload import Intruder
 from tests.unit.builders import make_lab, make_point, make_workload
 from tests.unit.judged import context, judged_run, withheld

@@ -20,21 +20,21 @@ from typer.testing import CliRunner
 
 from dashboards import boards
 from labs import LABS
-from labs.harness.commands import all_labs, monitoring, play, recorded_runs, settings
-from labs.harness.commands.cli import app
-from labs.harness.commands.terminal import reported_errors
-from labs.harness.comparing import leaderboards
-from labs.harness.filing import results
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.running import backfill
-from labs.harness.running.resolve import RunRequest
-from labs.harness.running.resume import CannotResume
-from labs.harness.spec import LabError, NotApplicable
+from labs.harness.cli import all_labs, monitoring, recorded_runs, run_lab, settings
+from labs.harness.cli.cli import app
+from labs.harness.cli.terminal import reported_errors
+from labs.harness.plan.resolve import RunRequest
+from labs.harness.runner import backfill
+from labs.harness.runner.resume import CannotResume
+from labs.harness.site import leaderboards
+from labs.harness.spec.lab import LabError, NotApplicable
+from labs.harness.storage import results
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from serving.engines.vllm import Vllm
 from serving.hardware.machine import detect
-from serving.weights import models
-from serving.weights.models import Model
+from serving.models import catalog
+from serving.models.catalog import Model
 from tests.cases import each
 from tests.makefile import MAKEFILE
 from tests.unit.builders import SHAPE, write_run, write_slowed
@@ -113,7 +113,7 @@ def test_a_lab_that_does_not_apply_is_skipped_and_fails_nothing(
     def refuse(*_: object) -> None:
         raise refusal("needs real weights")
 
-    monkeypatch.setattr("labs.harness.commands.play.run_lab", refuse)
+    monkeypatch.setattr("labs.harness.cli.run_lab.run_lab", refuse)
     found, said = labs("all", "--weights", "dummy")
     assert found == code
     assert (f"Skipped: {LAB}" in said) == (refusal is NotApplicable)
@@ -126,11 +126,11 @@ def test_a_lab_that_does_not_apply_is_skipped_and_fails_nothing(
 def test_a_lab_that_cannot_be_continued_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def play(request: RunRequest, *_: object) -> None:
+    def refuse_once(request: RunRequest, *_: object) -> None:
         asked.append(request.resume)
         raise CannotResume("the model is another") if request.resume else LabError("no disk")
 
-    monkeypatch.setattr("labs.harness.commands.play.run_lab", play)
+    monkeypatch.setattr("labs.harness.cli.run_lab.run_lab", refuse_once)
     labs("all", "--only", LAB)
     _, said = labs("all", "--only", LAB)  # which was begun
     assert asked == [False, True, False]
@@ -140,10 +140,10 @@ def test_a_lab_that_cannot_be_continued_is_begun_anew(monkeypatch: pytest.Monkey
 def test_serve_starts_the_engine_of_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     started = list[tuple[str, list[str], dict[str, str]]]()
     model = Model("lab/base-1B", Path("/models/base"), SHAPE)
-    monkeypatch.setattr(models, "as_served", lambda model, value_bytes: model)
+    monkeypatch.setattr(catalog, "as_served", lambda model, value_bytes: model)
     monkeypatch.setattr("os.execve", lambda *of: started.append(of))
-    monkeypatch.setattr("labs.harness.running.resolve.model_of", lambda *_: model)
-    monkeypatch.setattr("labs.harness.commands.cli.require_port", lambda *_: None)
+    monkeypatch.setattr("labs.harness.plan.resolve.model_of", lambda *_: model)
+    monkeypatch.setattr("labs.harness.cli.cli.require_port", lambda *_: None)
     monkeypatch.setattr(Vllm, "check_flags", lambda *_: None)  # imports vLLM
     code, said = labs("serve", "--lab", "prefix-caching", "--variant", "off", "--port", "8123")
     assert code == 0, said
@@ -152,7 +152,7 @@ def test_serve_starts_the_engine_of_a_variant(monkeypatch: pytest.MonkeyPatch) -
     assert argv[argv.index("--port") + 1] == "8123"
     assert argv[argv.index("--host") + 1] == "127.0.0.1"
     assert {"/models/base", "--no-enable-prefix-caching"} <= {*argv}
-    lab = LABS["prefix-caching"].at(models.scale_of(detect()), False)
+    lab = LABS["prefix-caching"].at(catalog.scale_of(detect()), False)
     assert env.items() >= Vllm.environment(detect().kind, model, lab.all_flags).items()
     assert env["PATH"] == os.environ["PATH"]
 
@@ -168,13 +168,13 @@ def test_serve_serves_the_weights_of_the_variant_and_no_other_engine(
         return tmp_path / name
 
     model = Model("lab/base-1B", Path("/models/base"), SHAPE)
-    monkeypatch.setattr(models, "as_served", lambda model, value_bytes: model)
+    monkeypatch.setattr(catalog, "as_served", lambda model, value_bytes: model)
     monkeypatch.setattr("os.execve", lambda program, argv, env: started.append(argv))
-    monkeypatch.setattr("labs.harness.commands.cli.model_of", lambda *_: model)
-    monkeypatch.setattr("labs.harness.commands.cli.require_port", lambda *_: None)
-    monkeypatch.setattr("labs.harness.commands.cli.derived_models.make", make)
+    monkeypatch.setattr("labs.harness.cli.cli.model_of", lambda *_: model)
+    monkeypatch.setattr("labs.harness.cli.cli.require_port", lambda *_: None)
+    monkeypatch.setattr("labs.harness.cli.cli.derived_models.make", make)
     monkeypatch.setattr(
-        "labs.harness.commands.cli.derived_models.with_weights",
+        "labs.harness.cli.cli.derived_models.with_weights",
         lambda of, name, folder: replace(of, path=folder),
     )
     monkeypatch.setattr(Vllm, "check_flags", lambda *_: None)  # imports vLLM
@@ -359,7 +359,7 @@ def test_a_run_whose_disk_is_full_says_that_what_is_finished_is_kept(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "source", None, "records")
 
-    monkeypatch.setattr(play, "run_lab", full)
+    monkeypatch.setattr(run_lab, "run_lab", full)
     code, said = labs("run", LAB)
     assert code == 1
     assert "RESUME=1" in said

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from labs import FIRST, LABS
-from labs.harness.commands import all_labs
-from labs.harness.filing import archive
-from labs.harness.running.clock import CLOSING_S, START_S, Clock, TimeUsedUp
-from labs.harness.spec import LabError
+from labs.harness.cli import all_labs
+from labs.harness.plan.time_budget import CLOSING_S, START_S, Clock, TimeUsedUp
+from labs.harness.spec.lab import LabError
+from labs.harness.storage import archive
 from serving.hardware import machine
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 
 
 def test_what_does_not_fit_is_left_to_the_next_call() -> None:
@@ -114,7 +114,7 @@ def test_archives_hold_every_record_and_stay_small(tmp_path: Path) -> None:
 def test_what_a_killed_call_left_is_packed_by_a_command_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("labs.harness.filing.results.RESULTS", tmp_path / "results")
+    monkeypatch.setattr("labs.harness.storage.results.RESULTS", tmp_path / "results")
     out = tmp_path / "results.tar.gz"
     assert archive.write_here(out) == []  # nothing was recorded
     log = (
@@ -123,7 +123,7 @@ def test_what_a_killed_call_left_is_packed_by_a_command_of_its_own(
     log.parent.mkdir(parents=True)
     log.write_text("it failed")
     environment = {**os.environ, "LABS_RESULTS": str(tmp_path / "results")}
-    command = [sys.executable, "-m", "labs.harness.filing.archive", str(out)]
+    command = [sys.executable, "-m", "labs.harness.storage.archive", str(out)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     with tarfile.open(out) as packed:
         assert packed.getnames() == [str(log.relative_to(tmp_path))]

@@ -11,16 +11,16 @@ from typing import Literal
 
 import pytest
 
-from labs.harness.comparing import compare, gate, side_by_side
-from labs.harness.comparing.compare import Side, read_side
-from labs.harness.comparing.comparison import ComparedFigure, Comparison, VerdictPair
-from labs.harness.filing import results
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.judging.judge import Contrast, ForecastResult, Interval, contrast
-from labs.harness.spec import MARGIN, LabError, Prediction, digest_of
-from labs.harness.telling.markdown import Markdown
-from labs.harness.telling.summary import summarise
+from labs.harness.analysis.verdicts import Contrast, ForecastResult, Interval, contrast
+from labs.harness.comparison import compare, gate, side_by_side
+from labs.harness.comparison.compare import Side, read_side
+from labs.harness.comparison.comparison import ComparedFigure, Comparison, VerdictPair
+from labs.harness.derived.summarize import summarise
+from labs.harness.reports.markdown import Markdown
+from labs.harness.spec.lab import MARGIN, LabError, Prediction, digest_of
+from labs.harness.storage import results
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from tests.unit.builders import MACHINE, make_claim, write_run, write_slowed
 
 ALLOWED = gate.thresholds()

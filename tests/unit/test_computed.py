@@ -7,17 +7,17 @@ import re
 import pytest
 
 from labs import LABS
-from labs.harness.comparing import answers, leaderboards
-from labs.harness.facts.parts import parts_of
-from labs.harness.questions import QUESTIONS
-from labs.harness.running.capacity_plan import model_named, plan
-from labs.harness.running.resolve import machine_of
-from labs.harness.telling.computed import CARD, answer_with_command, computed, kind_of
-from labs.harness.telling.dials import shipped_shape
-from labs.harness.telling.document import plain_text
-from labs.harness.telling.planner import kv_room_tokens
-from serving.forecasting.datasheet import EXPECTED, step_times
+from labs.harness.derived.lab_modules import parts_of
+from labs.harness.forecast.capacity_plan import model_named, plan
+from labs.harness.plan.resolve import machine_of
+from labs.harness.reports.computed import CARD, answer_with_command, computed, kind_of
+from labs.harness.reports.dials import shipped_shape
+from labs.harness.reports.document import plain_text
+from labs.harness.reports.planner import kv_room_tokens
+from labs.harness.site import answers, leaderboards
+from labs.harness.spec.questions import QUESTIONS
 from serving.hardware.gpus import DATASHEETS
+from serving.simulator.datasheet import EXPECTED, step_times
 from tests.cases import each
 from tests.makefile import SETTINGS
 from tests.unit.test_capacity_plan import SilentProgress, question

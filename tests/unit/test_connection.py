@@ -19,7 +19,7 @@ from geventhttpclient.response import HTTPParseError
 
 from loadtests import connection
 from loadtests.connection import Connection, EndlessAnswer, Pieces, lines_of
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"

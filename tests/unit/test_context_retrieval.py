@@ -16,11 +16,10 @@ from labs.context_retrieval.lab import (
     arithmetic,
     step_ratio,
 )
-from labs.harness.filing.computed import Predictions
-from labs.harness.filing.writing import write_gzip, write_json
-from labs.harness.judging import retrieval
-from labs.harness.judging.evaluation import DEPTHS, EvaluationClient
-from labs.harness.judging.retrieval import (
+from labs.harness.analysis import retrieval
+from labs.harness.analysis.computed import Predictions
+from labs.harness.analysis.evaluation import DEPTHS, EvaluationClient
+from labs.harness.analysis.retrieval import (
     Needle,
     adds_up,
     by_text,
@@ -28,8 +27,9 @@ from labs.harness.judging.retrieval import (
     margin_change,
     text_lengths,
 )
-from labs.harness.spec import Evidence, Lab, Point
-from serving.weights.models import Shape
+from labs.harness.spec.lab import Evidence, Lab, Point
+from labs.harness.storage.writing import write_gzip, write_json
+from serving.models.catalog import Shape
 from tests.unit.builders import CEILINGS, SHAPE
 from tests.unit.judged import context, judged_run
 

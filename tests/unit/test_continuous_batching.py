@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from labs.continuous_batching.facts import Facts, facts
-from labs.harness import theory
-from labs.harness.filing.recorded import Agreement, Session
-from labs.harness.filing.writing import write_json
-from labs.harness.judging.quantity import Quantity
-from labs.harness.spec import Variant
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Variant
+from labs.harness.storage.recorded import Agreement, Session
+from labs.harness.storage.writing import write_json
 from tests.unit.builders import SHAPE, make_lab, make_workload
 from tests.unit.judged import context, judged, judged_run
 

@@ -11,16 +11,23 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.filing.computed import Band, PointForecasts, Predictions
-from labs.harness.filing.recorded import Run
-from labs.harness.names import PairName
-from labs.harness.running.copied_text import lookup_of, share_copied
-from labs.harness.running.run import predict
-from labs.harness.running.virtual_trials import _bands, by_chance, paces
-from labs.harness.spec import Prediction
-from serving.forecasting.copying import Copying, CopyingPlan, Lookup, copied_in, copying, decoded
-from serving.weights import making
-from serving.weights.lookup import looked_up
+from labs.harness.analysis.computed import Band, PointForecasts, Predictions
+from labs.harness.forecast.copied_text import lookup_of, share_copied
+from labs.harness.forecast.simulated_trials import _bands, by_chance, paces
+from labs.harness.runner.run import predict
+from labs.harness.spec.lab import Prediction
+from labs.harness.spec.names import PairName
+from labs.harness.storage.recorded import Run
+from serving.models import making
+from serving.models.ngram_lookup import looked_up
+from serving.simulator.ngram_acceptance import (
+    Copying,
+    CopyingPlan,
+    Lookup,
+    copied_in,
+    copying,
+    decoded,
+)
 from tests.unit.builders import CEILINGS, PREDICTION, SHAPE, make_claim, make_point
 
 ONE_WORD = Lookup(guesses=3, least=1, most=1)
@@ -74,7 +81,9 @@ def test_the_model_answers_the_first_requests_of_each_repeat(
     assert asked == [4 + 3]
 
     with monkeypatch.context() as patched:
-        patched.setattr("serving.forecasting.copying.MOST_S", 0.0)  # such as of a large model
+        patched.setattr(
+            "serving.simulator.ngram_acceptance.MOST_S", 0.0
+        )  # such as of a large model
         assert copying(plan) == Copying(answers=())
 
     def too_large(folder: Path) -> None:

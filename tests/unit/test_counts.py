@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from labs.harness.running.counts import Counts, counted_since
+from labs.harness.forecast.request_counts import Counts, counted_since
 from loadtests.records import Chunks, RequestRecord
 from serving import metrics
 from serving.metrics import Histogram, Snapshot

@@ -16,9 +16,9 @@ import pytest
 from dashboards import boards, series
 from dashboards.panels import shared_out
 from labs import LABS
-from labs.harness.judging import judge
-from labs.harness.judging.checks import load
-from labs.harness.judging.metrics import METRICS
+from labs.harness.analysis import verdicts
+from labs.harness.analysis.checks import load
+from labs.harness.analysis.metrics import METRICS
 from loadtests.exporter import Exporter
 from serving import metrics
 from serving.hardware import telemetry
@@ -231,14 +231,14 @@ def test_every_outcome_of_a_prediction_has_its_colour_with_whatever_follows() ->
         found = (m["options"] for m in mappings if re.fullmatch(m["options"]["pattern"], text))
         return str(next(found)["result"]["color"])
 
-    for outcome in get_args(judge.PredictionOutcome):
+    for outcome in get_args(verdicts.PredictionOutcome):
         for told in (outcome, f"{outcome}, trivial", f"{outcome} (120% of it)"):
             assert colour(told) == boards.PREDICTIONS[outcome]
     assert colour("open, trivial") != colour("held, trivial")
 
 
 def test_every_outcome_of_a_verdict_has_its_colour() -> None:
-    outcomes = judge.Judgement.model_fields["outcome"].annotation.__args__  # type: ignore[union-attr]
+    outcomes = verdicts.Judgement.model_fields["outcome"].annotation.__args__  # type: ignore[union-attr]
     assert set(outcomes) == boards.OUTCOMES.keys()
 
 

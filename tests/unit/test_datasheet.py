@@ -6,9 +6,12 @@ import json
 
 import pytest
 
-from labs.harness.running.resolve import machine_of
-from labs.harness.spec import LabError
-from serving.forecasting.datasheet import (
+from labs.harness.plan.resolve import machine_of
+from labs.harness.spec.lab import LabError
+from serving.hardware.gpus import DATASHEETS, short_names
+from serving.models import catalog, dummy
+from serving.models.catalog import Shape
+from serving.simulator.datasheet import (
     EXPECTED,
     LEAST_EFFICIENT,
     MOST_EFFICIENT,
@@ -16,17 +19,14 @@ from serving.forecasting.datasheet import (
     as_draft,
     step_times,
 )
-from serving.forecasting.step import Piece, Step
-from serving.hardware.gpus import DATASHEETS, short_names
-from serving.weights import dummy, models
-from serving.weights.models import Shape
+from serving.simulator.step import Piece, Step
 
 H100 = DATASHEETS["NVIDIA H100 80GB HBM3"]
 ALONE = Step([Piece(1, 100)], 1)
 
 
 def shape(name: str) -> Shape:
-    return models.shape_of(json.loads((dummy.HOME / f"{name}.json").read_text()))
+    return catalog.shape_of(json.loads((dummy.HOME / f"{name}.json").read_text()))
 
 
 def test_one_stream_decodes_at_the_published_rate() -> None:
@@ -112,7 +112,7 @@ def test_the_expected_step_lies_within_its_band(step: Step, gpus: int) -> None:
 
 def test_eight_bits_read_and_multiply_faster_and_a_cache_of_eight_bits_reads_faster() -> None:
     config = json.loads((dummy.HOME / "llama-8b.json").read_text())
-    eight = models.shape_of(
+    eight = catalog.shape_of(
         {**config, "quantization_config": {"config_groups": {"g": {"weights": {"num_bits": 8}}}}}
     )
     plain, prompt = shape("llama-8b"), Step([Piece(4096, 0)], 1)
@@ -129,9 +129,9 @@ def test_eight_bits_read_and_multiply_faster_and_a_cache_of_eight_bits_reads_fas
 
 def test_a_card_is_known_by_its_short_name() -> None:
     machine, sheet = machine_of("h100")
-    assert (machine.kind, models.scale_of(machine)) == ("gpu", "gpu-80")
+    assert (machine.kind, catalog.scale_of(machine)) == ("gpu", "gpu-80")
     assert sheet is H100
-    scales = {name: models.scale_of(machine_of(name)[0]) for name in short_names()}
+    scales = {name: catalog.scale_of(machine_of(name)[0]) for name in short_names()}
     assert {"t4": "gpu-16", "l4": "gpu-24", "h200": "gpu-141"}.items() <= scales.items()
     with pytest.raises(LabError, match="mean h100"):
         machine_of("h10")

@@ -19,9 +19,9 @@ from labs.determinism.facts import (
     forecast,
     same_text,
 )
-from labs.harness.filing.writing import write_gzip
-from labs.harness.running import probes
-from labs.harness.running.probes import ProbedEngine
+from labs.harness.runner import probes
+from labs.harness.runner.probes import ProbedEngine
+from labs.harness.storage.writing import write_gzip
 from loadtests.prompts import Writer
 from tests.unit.answering import Answering, answered_by
 from tests.unit.builders import make_lab, words

@@ -30,15 +30,15 @@ from labs.diagnosis.facts import (
 )
 from labs.diagnosis.lab import INJECTED, SIGNATURES, running
 from labs.diagnosis.plots import draw_coefficients, draw_signatures
-from labs.harness.commands.cli import app
-from labs.harness.filing.recorded import snapshot_json
-from labs.harness.judging.diagnosis import Cause, Reading, TooLittle, diagnose
-from labs.harness.judging.quantity import Quantity
-from labs.harness.running.diagnosing import ReadingFile, between
-from labs.harness.spec import LabError, Point
-from labs.harness.telling import diagnoses, markdown
-from labs.harness.telling.document import plain_text
-from labs.harness.telling.templates import MISSING, filled
+from labs.harness.analysis.diagnosis import Cause, Reading, TooLittle, diagnose
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.cli.cli import app
+from labs.harness.reports import diagnoses, markdown
+from labs.harness.reports.document import plain_text
+from labs.harness.reports.templates import MISSING, filled
+from labs.harness.runner.diagnosing import ReadingFile, between
+from labs.harness.spec.lab import LabError, Point
+from labs.harness.storage.recorded import snapshot_json
 from serving import metrics
 from serving.metrics import Histogram, Snapshot, together
 from tests.unit import hostile
@@ -472,7 +472,7 @@ def run_command(
         )
 
     clock = SimpleNamespace(monotonic=itertools.count(step=0.5).__next__, sleep=lambda _: None)
-    monkeypatch.setattr("labs.harness.running.diagnosing.time", clock)
+    monkeypatch.setattr("labs.harness.runner.diagnosing.time", clock)
     with hostile.serving({"/v1/models": MODELS, "/metrics": show}) as url:
         done = CliRunner().invoke(
             app,

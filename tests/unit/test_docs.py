@@ -14,10 +14,10 @@ from markdown_it.token import Token
 from typer.main import get_command
 
 from labs import LABS
-from labs.harness.commands.cli import app
-from labs.harness.comparing.leaderboards import MOST_HEADLINES
-from labs.harness.facts.parts import parts_of
-from serving.weights.models import ROOT
+from labs.harness.cli.cli import app
+from labs.harness.derived.lab_modules import parts_of
+from labs.harness.site.leaderboards import MOST_HEADLINES
+from serving.models.catalog import ROOT
 from tests.makefile import LINES, PAGES, SETTINGS
 
 README_BYTES = 8 * 1024  # a page, of which a lab takes a row

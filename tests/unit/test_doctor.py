@@ -12,21 +12,21 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from labs import FIRST, LABS
-from labs.harness.commands import doctor
-from labs.harness.commands.doctor import Ability, Check
-from labs.harness.running import derived_models
-from labs.harness.running.derived_models import RECIPES
-from labs.harness.spec import LabError
-from serving import install
+from labs.harness.cli import doctor
+from labs.harness.cli.doctor import Ability, Check
+from labs.harness.plan import derived_models
+from labs.harness.plan.derived_models import RECIPES
+from labs.harness.spec.lab import LabError
 from serving.engines import DEFAULT_ENGINE
 from serving.engines.flags import Flags
 from serving.engines.vllm import Vllm
 from serving.hardware import machine
 from serving.hardware.gpus import GpuError
 from serving.hardware.machine import GIB, Machine
+from serving.models import catalog, quantize
+from serving.models.catalog import TOKENIZER, Model, ModelError
+from serving.packaging import install
 from serving.processes.ports import PortTaken
-from serving.weights import models, quantize
-from serving.weights.models import TOKENIZER, Model, ModelError
 from tests.fake import nvml
 from tests.unit.builders import SHAPE
 
@@ -51,7 +51,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = Model("abacus-1", tmp_path, replace(SHAPE, max_positions=10**6))
     monkeypatch.setattr(machine, "detect", lambda: CPU)
     monkeypatch.setattr(doctor, "_version", versions.get)
-    monkeypatch.setattr(models, "resolve", lambda *_: model)
+    monkeypatch.setattr(catalog, "resolve", lambda *_: model)
     monkeypatch.setattr(machine, "compiler", lambda kind: ("/usr/bin/g++", ""))
     monkeypatch.setattr(doctor, "check_flags", lambda _: None)
     monkeypatch.setattr(doctor, "require_sizes", lambda *_: None)
@@ -98,7 +98,7 @@ def test_what_an_old_cpu_has_no_kernel_for_is_told_of_each_lab(
 ) -> None:
     old = CPU.model_copy(update={"cpu_flags": ("avx2",)})
     monkeypatch.setattr(machine, "detect", lambda: old)
-    monkeypatch.setattr(models, "as_served", lambda model, value_bytes: model)
+    monkeypatch.setattr(catalog, "as_served", lambda model, value_bytes: model)
     of = {ability.lab: ability for ability in doctor.examine("")[1]}
     assert of["kv-quantization"].able is None
     assert "without AVX-512" in of["kv-quantization"].note
@@ -138,8 +138,8 @@ def test_random_weights_run_what_does_not_need_real_ones(
 ) -> None:
     for part in TOKENIZER:
         (tmp_path / part).touch()
-    monkeypatch.setattr(models, "bundled", lambda: tmp_path)
-    monkeypatch.setattr(models, "CACHE", tmp_path)
+    monkeypatch.setattr(catalog, "bundled", lambda: tmp_path)
+    monkeypatch.setattr(catalog, "CACHE", tmp_path)
     lines, abilities = doctor.examine("", "dummy")
     assert "llama-tiny-dummy" in line(lines, "Model").state
     assert "random weights" in line(lines, "Model").state
@@ -161,7 +161,7 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch, answers: bool
     def absent(*_: object) -> Model:
         raise ModelError("give a local folder with MODEL=")
 
-    monkeypatch.setattr(models, "resolve", absent)
+    monkeypatch.setattr(catalog, "resolve", absent)
     monkeypatch.setattr(doctor, "_hub_answers", lambda: answers)
     lines, every = doctor.examine("big/model")
     abilities = [a for a in every if not LABS[a.lab].shape]  # the others serve none
@@ -322,9 +322,9 @@ def test_what_others_published_is_downloaded_and_what_nobody_knows_stops_a_lab(
         raise ModelError("not downloaded")
 
     monkeypatch.setattr(derived_models, "is_made", lambda *_: False)
-    monkeypatch.setattr(models, "sibling", absent)
+    monkeypatch.setattr(catalog, "sibling", absent)
     monkeypatch.setattr(
-        "labs.harness.commands.doctor.models.SIBLINGS",
+        "labs.harness.cli.doctor.catalog.SIBLINGS",
         {"abacus-1": {"draft": "abacus/half", "w4a16-gptq": "abacus/gptq"}},
     )
     monkeypatch.setattr(doctor, "_hub_answers", lambda: True)

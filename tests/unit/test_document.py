@@ -12,9 +12,9 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.markup import escape
 
-from labs.harness.judging.text import literal
-from labs.harness.telling import html, markdown, terminal
-from labs.harness.telling.document import (
+from labs.harness.analysis.text import literal
+from labs.harness.reports import html, markdown, terminal
+from labs.harness.reports.document import (
     Figure,
     Link,
     Paragraph,
@@ -24,8 +24,8 @@ from labs.harness.telling.document import (
     section,
     table,
 )
-from labs.harness.telling.markdown import Inline, Markdown, code, emphasis, escaped, inline, strong
-from labs.harness.telling.templates import filled_text
+from labs.harness.reports.markdown import Inline, Markdown, code, emphasis, escaped, inline, strong
+from labs.harness.reports.templates import filled_text
 from tests.cases import each
 
 FROM_OUTSIDE = [

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from labs.harness.commands import drilling
-from labs.harness.facts.parts import BlindTrial
-from labs.harness.judging.diagnosis import Reading
-from labs.harness.running import drill
-from labs.harness.telling import diagnoses
-from labs.harness.telling.diagnoses import Case
+from labs.harness.analysis.diagnosis import Reading
+from labs.harness.cli import drilling
+from labs.harness.derived.lab_modules import BlindTrial
+from labs.harness.reports import diagnoses
+from labs.harness.reports.diagnoses import Case
+from labs.harness.runner import drill
 from serving import metrics
 from serving.metrics import Histogram, Snapshot
 

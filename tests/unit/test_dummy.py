@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness import theory
-from labs.harness.running.derived_models import about, make, with_weights
-from labs.harness.spec import NotApplicable
+from labs.harness.plan.derived_models import about, make, with_weights
+from labs.harness.spec import theory
+from labs.harness.spec.lab import NotApplicable
 from serving import metrics
 from serving.engines.vllm import Vllm, resolved
 from serving.hardware.machine import Machine
-from serving.inside import random_weights
-from serving.weights import dummy, models
-from serving.weights.models import Model
+from serving.models import catalog, dummy
+from serving.models.catalog import Model
+from serving.plugins import random_weights
 
 GPU = Machine(kind="gpu", model="Abacus", count=1, memory_bytes=80 * 10**9)
 CPU = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=16 * 10**9)
@@ -31,10 +31,10 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that has nothing but a tokenizer."""
     bundled = tmp_path / "bundled"
     bundled.mkdir()
-    for part in models.TOKENIZER:
+    for part in catalog.TOKENIZER:
         (bundled / part).write_text(part)
-    monkeypatch.setattr(models, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(models, "bundled", lambda: bundled)
+    monkeypatch.setattr(catalog, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(catalog, "bundled", lambda: bundled)
 
 
 def made(model: Model, name: str) -> Path:
@@ -46,11 +46,11 @@ def test_a_shape_is_a_folder_with_the_bundled_tokenizer_and_no_weights(name: str
     model = dummy.resolve(GPU, name)
     assert model.name == f"{name}-dummy"
     files = {path.name for path in model.path.iterdir()}
-    assert files == {"config.json", models.RANDOM, *models.TOKENIZER}
+    assert files == {"config.json", catalog.RANDOM, *catalog.TOKENIZER}
     config = json.loads((model.path / "config.json").read_text())
     assert config == json.loads((dummy.HOME / f"{name}.json").read_text())
     assert config["vocab_size"] >= 49_152  # the tokenizer's
-    assert models.load(model.path, model.name) == model
+    assert catalog.load(model.path, model.name) == model
     assert dummy.resolve(GPU, name) == model
 
 
@@ -69,10 +69,10 @@ def test_any_config_of_a_known_kind_is_a_model(tmp_path: Path) -> None:
     found = [dummy.resolve(GPU, str(place)) for place in (*places, places[0] / "config.json")]
     assert [model.shape.layers for model in found] == [3, 4, 3]
     assert {model.name for model in found} == {"mine-dummy"}
-    assert [models.load(model.path, "").shape.layers for model in found] == [3, 4, 3]
+    assert [catalog.load(model.path, "").shape.layers for model in found] == [3, 4, 3]
     for content in ("{", "[]", "{}"):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(models.ModelError, match=re.escape(str(tmp_path / "config.json"))):
+        with pytest.raises(catalog.ModelError, match=re.escape(str(tmp_path / "config.json"))):
             dummy.resolve(GPU, str(tmp_path))
 
 
@@ -142,7 +142,7 @@ def test_a_dense_model_in_the_place_of_experts_is_a_config_that_says_so(
     assert not [field for field in config if "expert" in field or "moe" in field]
     served = with_weights(model, name, folder)
     assert (served.name, served.dummy, served.shape.experts) == (model.name, True, 0)
-    assert served.shape == models.shape_of(config)
+    assert served.shape == catalog.shape_of(config)
 
 
 def test_adapters_have_the_true_shape_at_both_ranks() -> None:

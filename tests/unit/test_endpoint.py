@@ -13,19 +13,19 @@ from typer.testing import CliRunner
 
 from dashboards import prometheus
 from labs import LABS
-from labs.harness.commands.cli import app
-from labs.harness.commands.terminal import ConsoleProgress
-from labs.harness.filing.recorded import MachineFile
-from labs.harness.filing.writing import write_json
-from labs.harness.running.resolve import RunRequest, measured_ceilings, resolve, scale_of
-from labs.harness.spec import LabError
+from labs.harness.cli.cli import app
+from labs.harness.cli.terminal import ConsoleProgress
+from labs.harness.plan.resolve import RunRequest, measured_ceilings, resolve, scale_of
+from labs.harness.spec.lab import LabError
+from labs.harness.storage.recorded import MachineFile
+from labs.harness.storage.writing import write_json
 from serving import metrics
 from serving.engines import endpoint
 from serving.engines.base import EngineError, metrics_text
 from serving.engines.endpoint import Endpoint
 from serving.hardware.machine import Ceilings, Machine
-from serving.inside import guard
-from serving.weights import models
+from serving.models import catalog
+from serving.plugins import guard
 from tests.cases import each
 from tests.unit import hostile
 from tests.unit.hostile import Send, says, whole
@@ -35,9 +35,9 @@ MODELS = says(whole('{"data": [{"id": "abacus-1"}]}'))
 STREAMS = says(hostile.STREAM + hostile.EVENT + b"data: [DONE]\n\n")
 
 
-def told(models: Callable[[Send], object], completion: Callable[[Send], object] = STREAMS) -> str:
+def told(listing: Callable[[Send], object], completion: Callable[[Send], object] = STREAMS) -> str:
     """What is said of a server with these answers; empty where nothing is wrong."""
-    with hostile.serving({"/v1/models": models, "/v1/chat/completions": completion}) as url:
+    with hostile.serving({"/v1/models": listing, "/v1/chat/completions": completion}) as url:
         try:
             Endpoint(url).require_stream()
         except EngineError as error:
@@ -281,7 +281,7 @@ def test_replicas_without_an_endpoint_are_told() -> None:
 def test_an_endpoint_is_taken_for_bf16_whatever_this_cpu_has() -> None:
     old = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34, cpu_flags=("avx2",))
     lab = LABS["continuous-batching"]
-    assert scale_of(RunRequest(lab), old) == models.CPU_FP32
+    assert scale_of(RunRequest(lab), old) == catalog.CPU_FP32
     assert scale_of(RunRequest(lab, endpoint="http://127.0.0.1:8000"), old) == "cpu"
     assert scale_of(RunRequest(lab, scale="gpu-80"), old) == "gpu-80"
 
@@ -294,8 +294,8 @@ def test_predictions_take_the_rate_of_what_is_served(
         memory_bandwidth_bytes_per_s=1e10, bf16_flops_per_s=1e9, fp32_flops_per_s=9e10,
         threads=1, torch="-", measured_at="-",
     )  # fmt: skip
-    monkeypatch.setattr("labs.harness.running.resolve.machines.detect", lambda: old)
-    monkeypatch.setattr("labs.harness.running.resolve.RESULTS", tmp_path)
+    monkeypatch.setattr("labs.harness.plan.resolve.machines.detect", lambda: old)
+    monkeypatch.setattr("labs.harness.plan.resolve.RESULTS", tmp_path)
     write_json(tmp_path / old.slug / "machine.json", MachineFile(machine=old, ceilings=both))
     lab, told = LABS["continuous-batching"], Told()
     assert measured_ceilings(old, True, told).flops_per_s == 9e10

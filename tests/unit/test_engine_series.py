@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from labs.harness.filing import engine_series
-from labs.harness.filing.bounded import DamagedError
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_gzip
-from labs.harness.running import backfill
-from labs.harness.running.engine_series import keep
+from labs.harness.runner import backfill
+from labs.harness.runner.engine_series import keep
+from labs.harness.storage import engine_series
+from labs.harness.storage.bounded import DamagedError
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_gzip
 from serving import metrics
 from tests.unit.test_backfill import brief_run
 

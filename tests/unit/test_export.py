@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.filing import export
-from labs.harness.filing.results import RunFolder
+from labs.harness.storage import export
+from labs.harness.storage.results import RunFolder
 from loadtests import records
 from tests.unit.builders import make_record, write_run
 

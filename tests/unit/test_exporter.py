@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
-from labs.harness.judging.metrics import measure
+from labs.harness.analysis.metrics import measure
 from loadtests import exporter
 from loadtests.exporter import Exporter
 from loadtests.latencies import CHUNK_GAP, E2E, ITL, SEND_LAG, TPOT, TTFT

@@ -6,17 +6,9 @@ from typing import Any
 
 import pytest
 
-from serving.forecasting.fleet import (
-    ROUTERS,
-    Fleet,
-    Handover,
-    PrefixAware,
-    Scaled,
-    Scaling,
-    Split,
-)
-from serving.forecasting.plan import SyntheticRequest
-from serving.forecasting.traffic import Play, Prompt, Traffic, play
+from serving.simulator.fleet import ROUTERS, Fleet, Handover, PrefixAware, Scaled, Scaling, Split
+from serving.simulator.protocol import SyntheticRequest
+from serving.simulator.traffic import Play, Prompt, Traffic, play
 from tests.unit.test_forecasting import NONE, Server
 
 

@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 
-from labs.harness.commands.planning import _fleet_size
-from labs.harness.running import forecast
-from labs.harness.running.forecast import (
+from labs.harness.cli.planning import _fleet_size
+from labs.harness.forecast import forecast
+from labs.harness.forecast.forecast import (
     FleetForecasts,
     FleetSize,
     forecast_fleets,
     require_open_loads,
     write_lengths,
 )
-from labs.harness.running.trials import requests_file
-from labs.harness.spec import LabError
-from labs.harness.telling import forecasts, markdown
-from labs.harness.telling.forecasts import LoadForecast
+from labs.harness.forecast.load_forecast import LoadForecast
+from labs.harness.plan.resolve import requests_file
+from labs.harness.reports import forecasts, markdown
+from labs.harness.spec.lab import LabError
 from loadtests.trace import MOST_ROWS
-from serving.forecasting.plan import ForecastPlan, SyntheticRequest
+from serving.simulator.protocol import ForecastPlan, SyntheticRequest
 from tests.unit.builders import make_lab, make_workload
 from tests.unit.test_capacity_plan import SilentProgress, latencies
 from tests.unit.test_virtual_trials import make_setup, steps_of

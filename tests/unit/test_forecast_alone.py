@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.filing.computed import PointForecasts, Predictions, Searched
-from labs.harness.judging.machine_speed import MachineSpeed, PartSpeed
-from labs.harness.running import run as running
-from labs.harness.running.forecast import reason_against, reasons_against
-from labs.harness.running.resolve import (
+from labs.harness.analysis.computed import PointForecasts, Predictions, Searched
+from labs.harness.analysis.machine_speed import MachineSpeed, PartSpeed
+from labs.harness.forecast.forecast import reason_against, reasons_against
+from labs.harness.forecast.simulated_trials import _traffic, as_one_gpu
+from labs.harness.forecast.step_timing import steps_as_timed
+from labs.harness.plan.resolve import (
     RunRequest,
     Setup,
     lab_of,
@@ -22,15 +23,14 @@ from labs.harness.running.resolve import (
     require_shared_layers,
     with_whole_prompts,
 )
-from labs.harness.running.run import forecast_alone, run_lock
-from labs.harness.running.step_timing import steps_as_timed
-from labs.harness.running.virtual_trials import _traffic, as_one_gpu
-from labs.harness.spec import Lab, LabError
-from labs.harness.telling import tables
+from labs.harness.reports import tables
+from labs.harness.runner import run as running
+from labs.harness.runner.run import forecast_alone, run_lock
+from labs.harness.spec.lab import Lab, LabError
 from loadtests.trace import MOST_ROWS
 from serving.engines.vllm_flags import VllmFlags
 from serving.hardware.gpus import Datasheet
-from serving.weights.models import bundled
+from serving.models.catalog import bundled
 from tests.unit.builders import CEILINGS, SHAPE
 from tests.unit.test_forecasting import TIMES
 

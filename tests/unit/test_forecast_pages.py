@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.filing import engine_series, results
-from labs.harness.filing.computed import Band, OnTwoEngines, PointForecasts
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_gzip, write_json
-from labs.harness.judging.judge import Caveat, ForecastAtPoint, Interval
-from labs.harness.judging.metrics import METRICS
-from labs.harness.names import PairName
-from labs.harness.running import run
-from labs.harness.spec import OF_FORECASTS
-from labs.harness.telling import markdown, report, residual_plot, residuals, tables
-from labs.harness.telling.document import plain_text
-from labs.harness.telling.residuals import Residual, Scores
-from labs.harness.telling.summary import summarise
+from labs.harness.analysis.computed import Band, OnTwoEngines, PointForecasts
+from labs.harness.analysis.metrics import METRICS
+from labs.harness.analysis.verdicts import Caveat, ForecastAtPoint, Interval
+from labs.harness.derived.summarize import summarise
+from labs.harness.reports import markdown, report, residual_plot, residuals, tables
+from labs.harness.reports.document import plain_text
+from labs.harness.reports.residuals import Residual, Scores
+from labs.harness.runner import run
+from labs.harness.spec.lab import OF_FORECASTS
+from labs.harness.spec.names import PairName
+from labs.harness.storage import engine_series, results
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_gzip, write_json
 from serving.metrics import KV_USAGE, KvUse
 from tests.unit.builders import make_lab, make_point, write_run
 

@@ -14,12 +14,12 @@ from unittest.mock import Mock
 
 import pytest
 
-from labs.harness.running.step_timing import LEAST_OF_STAND_IN, MOST_OF_STAND_IN, ends_of_band
+from labs.harness.forecast.step_timing import LEAST_OF_STAND_IN, MOST_OF_STAND_IN, ends_of_band
 from loadtests.load import AFTER_ERROR_S
-from serving.forecasting import timing
-from serving.forecasting.step import Piece, Step, StepTimes
-from serving.forecasting.traffic import Delays, Play, Prompt, Traffic, play
 from serving.hardware.reference_step import ReferenceStep
+from serving.simulator import profiled_step
+from serving.simulator.step import Piece, Step, StepTimes
+from serving.simulator.traffic import Delays, Play, Prompt, Traffic, play
 
 TIMES = StepTimes(
     tokens=(1, 2, 4), linear_s=(1.0, 1.5, 2.5), rows=(1, 4), head_s=(0.1, 0.4),
@@ -208,9 +208,9 @@ def test_what_takes_long_is_timed_less_often_and_what_is_larger_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(profiled_step, "perf_counter", lambda: clock[0])
 
-    def taking(*seconds: float) -> timing.Work:
+    def taking(*seconds: float) -> profiled_step.Work:
         left = itertools.chain(seconds, itertools.repeat(seconds[-1]))
 
         def work() -> None:
@@ -219,7 +219,7 @@ def test_what_takes_long_is_timed_less_often_and_what_is_larger_not_at_all(
         return work
 
     works = [taking(0.1), taking(0.8), taking(1.1), taking(1.2)]
-    many, other = timing.timed([works, [taking(0.9, 0.1), taking(3.0)]], 6, lambda: None)
+    many, other = profiled_step.timed([works, [taking(0.9, 0.1), taking(3.0)]], 6, lambda: None)
     # a quick work's warm-up does not count; 2 s are enough for one work; the fourth is too large
     assert [len(seconds) for seconds in many] == [6, 3, 2]
     assert [pytest.approx(seconds) for seconds in other] == [[0.1] * 6, [3.0]]
@@ -229,12 +229,12 @@ def test_a_slow_moment_at_first_leaves_nothing_out(monkeypatch: pytest.MonkeyPat
     """The first work takes 0.9 s once, as where memory is touched for the first time."""
     times = iter([0.9, *[0.1] * 21])
     clock = [0.0]
-    monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(profiled_step, "perf_counter", lambda: clock[0])
 
     def work() -> None:
         clock[0] += next(times)
 
-    (works,) = timing.timed([[work] * 3], 6, lambda: None)
+    (works,) = profiled_step.timed([[work] * 3], 6, lambda: None)
     assert [len(seconds) for seconds in works] == [6, 6, 6]
 
 
@@ -273,7 +273,7 @@ def test_on_a_gpu_a_work_is_recorded_once_and_replayed(
 ) -> None:
     cuda = Cuda(refuses)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    replay = timing.recorded(lambda: cuda.noted.append("launched"))
+    replay = profiled_step.recorded(lambda: cuda.noted.append("launched"))
     told = capsys.readouterr().err
     replay()
     if refuses:
@@ -287,7 +287,7 @@ def test_on_a_gpu_a_work_is_recorded_once_and_replayed(
 def test_all_works_take_turns_so_that_a_slow_moment_meets_none_in_all_its_passes() -> None:
     order: list[str] = []
     works = [[lambda: order.append("a")], [lambda: order.append("b")]]
-    timing.timed(works, 2, lambda: None, lambda: order.append("the machine"))
+    profiled_step.timed(works, 2, lambda: None, lambda: order.append("the machine"))
     assert order == ["the machine", "a", "b"] * 3
 
 
@@ -296,7 +296,7 @@ def test_the_middle_of_several_times_counts_since_an_engine_cannot_choose_its_mo
 ) -> None:
     torch = SimpleNamespace(inference_mode=contextlib.nullcontext)
     monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setattr(timing, "Decoder", Mock())
+    monkeypatch.setattr(profiled_step, "Decoder", Mock())
     config = tmp_path / "config.json"
     config.write_text("{}")
     series_s = [  # of layers, head, reading and prefill, two sizes each
@@ -313,22 +313,22 @@ def test_the_middle_of_several_times_counts_since_an_engine_cannot_choose_its_mo
             given[-1]()
         return series_s
 
-    monkeypatch.setattr(timing, "timed", timed)
+    monkeypatch.setattr(profiled_step, "timed", timed)
     monkeypatch.setattr("serving.hardware.reference_step.on_cpu", lambda: lambda: next(left))
-    plan = timing.TimingPlan(config=config, device="cpu", tokens=(1, 2), rows=(1, 4))
-    (times,) = timing.measure([plan])
+    plan = profiled_step.TimingPlan(config=config, device="cpu", tokens=(1, 2), rows=(1, 4))
+    (times,) = profiled_step.measure([plan])
     assert times.reference == ReferenceStep(reading_s=2.0, computing_s=4.0)
     assert times.times(3.0).reference == times.reference  # what was timed, whatever it is used for
     assert times.linear_s == (4.0, 8.0)
     assert times.head_s == (2.0, 2.0)
-    contexts = timing.LONG_CONTEXT_TOKENS - timing.CONTEXT_TOKENS
+    contexts = profiled_step.LONG_CONTEXT_TOKENS - profiled_step.CONTEXT_TOKENS
     assert times.attention_read_s == pytest.approx(1.0 / contexts)
 
 
 def test_a_machine_whose_speed_wanders_widens_the_band() -> None:
-    assert timing.wander_of([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [1.0, 9.0]]) == 1.0
-    assert timing.wander_of([[1.0]]) == 1.0
-    wander = timing.wander_of([[1.0, 1.5, 2.0], [2.0, 3.0, 3.0]])
+    assert profiled_step.wander_of([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [1.0, 9.0]]) == 1.0
+    assert profiled_step.wander_of([[1.0]]) == 1.0
+    wander = profiled_step.wander_of([[1.0, 1.5, 2.0], [2.0, 3.0, 3.0]])
     assert wander == 1.5
     steady, unsteady = TIMES, TIMES.model_copy(update={"wander": wander})
     for times, spread, apart in (
@@ -344,16 +344,18 @@ def test_a_machine_whose_speed_wanders_widens_the_band() -> None:
 
 
 def test_plans_that_differ_in_the_cache_alone_share_the_timing_of_their_layers() -> None:
-    def plan(*kernels: str, tokens: tuple[int, ...] = (1, 2)) -> timing.TimingPlan:
-        return timing.TimingPlan(
+    def plan(*kernels: str, tokens: tuple[int, ...] = (1, 2)) -> profiled_step.TimingPlan:
+        return profiled_step.TimingPlan(
             config=Path("config.json"), device="cpu", tokens=tokens, engine_argv=kernels
         )
 
     bf16, w8a8 = ("--model", "a", "--kv-cache-dtype", "auto"), ("--model", "b")
     fp8 = ("--model", "a", "--kv-cache-dtype=fp8")
     blocks = ("--model", "a", "--block-size", "128")
-    assert timing.weights_of(plan(*bf16)) == timing.weights_of(plan(*fp8))
-    assert timing.weights_of(plan(*bf16)) == timing.weights_of(plan("--model", "a"))
-    assert timing.weights_of(plan(*bf16)) == timing.weights_of(plan(*blocks))
-    assert timing.weights_of(plan(*bf16)) != timing.weights_of(plan(*w8a8))
-    assert timing.weights_of(plan(*bf16)) != timing.weights_of(plan(*bf16, tokens=(1,)))
+    assert profiled_step.weights_of(plan(*bf16)) == profiled_step.weights_of(plan(*fp8))
+    assert profiled_step.weights_of(plan(*bf16)) == profiled_step.weights_of(plan("--model", "a"))
+    assert profiled_step.weights_of(plan(*bf16)) == profiled_step.weights_of(plan(*blocks))
+    assert profiled_step.weights_of(plan(*bf16)) != profiled_step.weights_of(plan(*w8a8))
+    assert profiled_step.weights_of(plan(*bf16)) != profiled_step.weights_of(
+        plan(*bf16, tokens=(1,))
+    )

@@ -9,22 +9,23 @@ from typing import Any
 
 import pytest
 
-from labs.harness.comparing import compare, leaderboards, side_by_side
-from labs.harness.comparing.on_file import OnFile
-from labs.harness.facts.parts import Headline, ReportParts
-from labs.harness.filing import results
-from labs.harness.filing.computed import Band, PointForecasts
-from labs.harness.filing.newest import newest_runs
-from labs.harness.filing.recorded import MachineFile
-from labs.harness.filing.results import RunFolder, all_runs
-from labs.harness.filing.writing import write_json
-from labs.harness.page import read
-from labs.harness.telling import markdown, residuals, site
-from labs.harness.telling.document import parts, plain_text
-from labs.harness.telling.markdown import Markdown
-from labs.harness.telling.residuals import Scores
-from labs.harness.telling.site import Course, Entry
-from labs.harness.telling.summary import summarise
+from labs.harness.analysis.computed import Band, PointForecasts
+from labs.harness.comparison import compare, side_by_side
+from labs.harness.comparison.on_file import OnFile
+from labs.harness.derived.lab_modules import Headline, ReportParts
+from labs.harness.derived.summarize import summarise
+from labs.harness.reports import markdown, residuals
+from labs.harness.reports.document import parts, plain_text
+from labs.harness.reports.markdown import Markdown
+from labs.harness.reports.residuals import Scores
+from labs.harness.site import leaderboards, site
+from labs.harness.site.site import Course, Entry
+from labs.harness.spec.page import read
+from labs.harness.storage import results
+from labs.harness.storage.newest import newest_runs
+from labs.harness.storage.recorded import MachineFile
+from labs.harness.storage.results import RunFolder, all_runs
+from labs.harness.storage.writing import write_json
 from serving.hardware.machine import Machine
 from tests.unit.builders import MACHINE, _changed, make_lab, write_run
 from tests.unit.judged import page_says
@@ -42,7 +43,7 @@ def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     headline = Headline(claim="faster", done="Turning it on", figure="the throughput")
     monkeypatch.setattr(leaderboards, "parts_of", lambda lab: ReportParts(headline=headline))
     page = read("# Tiny\n\nHow often?\n\n## Answers\n\n### SO-4\n\nOften.\n")
-    monkeypatch.setattr("labs.harness.telling.words.page_of", lambda lab: page)
+    monkeypatch.setattr("labs.harness.reports.rendering.page_of", lambda lab: page)
     folder = write_run(tmp_path)
     assert MACHINE.slug < GPU.slug
     keys = list(folder.summary().measurements)

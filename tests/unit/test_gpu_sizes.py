@@ -9,24 +9,19 @@ import pytest
 
 from labs import FIRST, LABS
 from labs.chunked_prefill.lab import long_ttft_s
-from labs.harness import theory
-from labs.harness.facts.offloading import (
-    EXAMPLE_CARD,
-    EXAMPLE_MODEL,
-    EXAMPLE_TOKENS,
-    on_one_card,
-)
-from labs.harness.page import GPU, page_of
-from labs.harness.spec import Lab, Point, factors
+from labs.harness.derived.offloading import EXAMPLE_CARD, EXAMPLE_MODEL, EXAMPLE_TOKENS, on_one_card
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Lab, Point, factors
+from labs.harness.spec.page import GPU, page_of
 from labs.prefix_caching.lab import cached_tokens
 from labs.single_stream.lab import least_s
 from loadtests.plan import LEAST_COUNTED
-from serving.forecasting import cards
-from serving.forecasting.datasheet import EXPECTED, MOST_EFFICIENT
 from serving.hardware.gpus import CLASSES, DATASHEETS
 from serving.hardware.machine import Ceilings
-from serving.weights import dummy
-from serving.weights.models import Shape, shape_of
+from serving.models import dummy
+from serving.models.catalog import Shape, shape_of
+from serving.simulator import cards
+from serving.simulator.datasheet import EXPECTED, MOST_EFFICIENT
 from tests.cases import each
 from tests.default_models import config_of
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.commands.__main__ import main
-from labs.harness.commands.terminal import EXPECTED_ERRORS
-from labs.harness.running.resolve import gpus_used
+from labs.harness.cli.__main__ import main
+from labs.harness.cli.terminal import EXPECTED_ERRORS
+from labs.harness.plan.resolve import gpus_used
 from serving.engines.transformers import Transformers
 from serving.hardware import gpus, machine, telemetry
 from serving.hardware.machine import GIB
 from serving.hardware.telemetry import Gpus
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 from tests.fake.nvml import NVMLError, make_nvml, unsupported
 
 # three GPUs; where the last one is cut, into two slices, the first place of four is empty
@@ -156,9 +156,7 @@ def test_every_command_has_cuda_count_gpus_as_nvml_does(
     monkeypatch.setenv("MPLCONFIGDIR", "here")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     seen = list[str]()
-    monkeypatch.setattr(
-        "labs.harness.commands.cli.app", lambda **_: seen.append(os.environ[gpus.ORDER])
-    )
+    monkeypatch.setattr("labs.harness.cli.cli.app", lambda **_: seen.append(os.environ[gpus.ORDER]))
     with pytest.raises(SystemExit):
         main()
     assert seen == [order]

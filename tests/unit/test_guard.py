@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.running.resolve import engine_environment
+from labs.harness.plan.resolve import engine_environment
 from serving.engines.vllm import GUARD, Vllm
-from serving.inside import guard
-from serving.weights.models import Model
+from serving.models.catalog import Model
+from serving.plugins import guard
 from tests.unit.builders import SHAPE
 
 HERE = {"host": "127.0.0.1:8000"}

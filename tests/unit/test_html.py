@@ -13,12 +13,13 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from labs import LABS
-from labs.harness.filing.recorded import TrialResult
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.telling import chart_data, html, pages, report, site, tables
-from labs.harness.telling.document import Figure, plain_text
-from labs.harness.telling.summary import summarise
+from labs.harness.derived.summarize import summarise
+from labs.harness.reports import chart_data, html, pages, report, tables
+from labs.harness.reports.document import Figure, plain_text
+from labs.harness.site import site
+from labs.harness.storage.recorded import TrialResult
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from loadtests import records
 from tests.unit.builders import make_record, make_summary
 

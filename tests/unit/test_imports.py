@@ -22,14 +22,14 @@ IN_LOCUST = {  # its processes alone: Locust and gevent patch the one that impor
     for module in ("connection", "load", "locustfile", "master", "streaming", "worker")
 }
 LAB_VOCABULARY = {
-    "labs.harness.ask",
-    "labs.harness.spec",
-    "labs.harness.theory",
+    "labs.harness.spec.declare",
+    "labs.harness.spec.lab",
+    "labs.harness.spec.theory",
     "loadtests.arrivals",
     "loadtests.prompts",
     "loadtests.structures",
     "loadtests.workload",
-    "serving.forecasting.step",
+    "serving.simulator.step",
     "serving.metrics",
 }
 
@@ -51,7 +51,7 @@ def imported_by(path: Path) -> frozenset[str]:
 
 
 def imported(nodes: Iterable[ast.AST]) -> set[str]:
-    """Absolute module names; `from labs.harness import theory` is labs.harness.theory."""
+    """Absolute module names; `from labs.harness.spec import theory` is labs.harness.theory."""
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -60,7 +60,8 @@ def imported(nodes: Iterable[ast.AST]) -> set[str]:
             assert not node.level, "imports are absolute here"
             module = node.module or ""
             inner = {f"{module}.{a.name}" for a in node.names}
-            found |= inner if module in {*HOUSES, "labs.harness"} else {module}
+            is_package = ROOT.joinpath(*module.split(".")).is_dir()
+            found |= inner if is_package else {module}
     return found
 
 
@@ -111,26 +112,39 @@ def on_start(start: str) -> dict[Path, ast.Module]:
 
 def test_a_command_that_draws_nothing_imports_no_library_of_plots_or_statistics() -> None:
     """They take two thirds of its start. `import scipy` alone loads each part at its first use."""
-    files = on_start("labs.harness.commands.cli")
-    assert ROOT / "labs" / "harness" / "judging" / "judge.py" in files
+    files = on_start("labs.harness.cli.cli")
+    assert ROOT / "labs" / "harness" / "analysis" / "verdicts.py" in files
     for path, tree in files.items():
         names = [*names_on_import(tree)]
         assert not [name for name in names if name.startswith(("matplotlib", "scipy."))], path
 
 
-SERVED = ("inside", "processes", "hardware", "weights", "engines", "forecasting")
-"""The rooms of serving/, from the ground up: each imports from itself and those before it."""
+PACKAGES = {
+    ROOT / "serving": (
+        "plugins", "processes", "hardware", "packaging", "models", "engines", "simulator",
+    ),
+    ROOT / "labs" / "harness": (
+        "spec", "analysis", "storage", "derived", "plan", "forecast", "reports", "runner",
+        "comparison", "site", "cli",
+    ),
+}  # fmt: skip
+"""From the bottom up: each imports from itself and those before it."""
 
 
-@each("path", [path for path in FILES if path.parent.name in SERVED])
-def test_rooms_of_what_is_served_import_those_below_them(path: Path) -> None:
-    names = (name.split(".") for name in imported_by(path))
-    rooms = {name[1] for name in names if name[0] == "serving" and len(name) > 1}
-    assert rooms & {*SERVED} <= {*SERVED[: SERVED.index(path.parent.name) + 1]}
+@pytest.mark.parametrize("folder", PACKAGES, ids=str)
+def test_a_package_imports_those_below_it(folder: Path) -> None:
+    order, home = PACKAGES[folder], folder.relative_to(ROOT).parts
+    assert {*order} <= {path.parent.name for path in folder.glob("*/__init__.py")}
+    for path in FILES:
+        package = path.relative_to(folder).parts[0] if path.is_relative_to(folder) else ""
+        if package in order:
+            names = (name.split(".") for name in imported_by(path))
+            inside = {name[len(home)] for name in names if name[:-1][: len(home)] == [*home]}
+            assert inside & {*order} <= {*order[: order.index(package) + 1]}, path
 
 
 def room_of(parts: Sequence[str]) -> str:
-    """`harness/judging` of `labs.harness.judging.judge`; outside its rooms the house."""
+    """`harness/analysis` of `labs.harness.analysis.verdicts`; outside its packages the house."""
     house, inner, room = (*parts, "", "")[:3]
     if house == "labs" and inner == "harness":
         return f"harness/{room}" if room in ROOMS else "harness"
@@ -198,8 +212,8 @@ def test_machinery_knows_no_lab(path: Path) -> None:
 
 WRITES_DOWN_A_MOMENT = {  # modules that do nothing else with the wall clock, which may jump
     "bench/__main__.py",
-    "labs/harness/filing/writing.py",
-    "labs/harness/running/run.py",
+    "labs/harness/storage/writing.py",
+    "labs/harness/runner/run.py",
     "loadtests/load.py",
     "serving/hardware/machine.py",
 }

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.filing import results
-from labs.harness.judging.judge import Interval
-from labs.harness.telling import instruments
-from labs.harness.telling.instruments import Alarms, Engine, Sent, Streams
+from labs.harness.analysis.verdicts import Interval
+from labs.harness.reports import instruments
+from labs.harness.reports.instruments import Alarms, Engine, Sent, Streams
+from labs.harness.storage import results
 from serving.hardware.machine import Machine
 
 MACHINE = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=24 * 2**30)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import scipy
 
-from labs.harness.judging.judge import (
+from labs.harness.analysis.metrics import METRICS
+from labs.harness.analysis.verdicts import (
     ENOUGH_STARTS,
     REPEAT_FREEDOM,
     REPEAT_SPREAD,
@@ -23,7 +24,6 @@ from labs.harness.judging.judge import (
     over_repeats,
     verdict_kind,
 )
-from labs.harness.judging.metrics import METRICS
 from tests.unit.builders import make_lab
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]  # claims x repeats

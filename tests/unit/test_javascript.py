@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 
 DENO = shutil.which("deno", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 TESTS = sorted(Path(__file__).parent.glob("*.test.js"))

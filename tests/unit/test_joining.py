@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from labs.harness.running import joining
-from labs.harness.running.probes import ProbedEngine
-from labs.harness.spec import Variant
+from labs.harness.runner import joining
+from labs.harness.runner.probes import ProbedEngine
+from labs.harness.spec.lab import Variant
 from loadtests.prompts import Writer
 from loadtests.workload import Fixed
 from serving import metrics

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs.harness.judging.judge import (
+from labs.harness.analysis.text import times_with_interval
+from labs.harness.analysis.verdicts import (
     REPEAT_FREEDOM,
     REPEAT_SPREAD,
     START_SPREAD,
@@ -36,8 +37,7 @@ from labs.harness.judging.judge import (
     tally,
     verdict_kind,
 )
-from labs.harness.judging.text import times_with_interval
-from labs.harness.spec import MARGIN, Arm, Claim, Forecast, Prediction
+from labs.harness.spec.lab import MARGIN, Arm, Claim, Forecast, Prediction
 from tests.unit.builders import PREDICTION, make_claim
 
 T2, T2_90 = 4.302653, 2.919986  # two-sided Student quantiles, 95 and 90%, 2 degrees of freedom

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.forecasting import kernels
-from serving.forecasting.kernels import Decoder, KernelsError, step_times
-from serving.forecasting.step import AttentionTimes, Piece, Step
 from serving.hardware.gpus import short_names
-from serving.weights import dummy
+from serving.models import dummy
+from serving.simulator import kernels
+from serving.simulator.kernels import Decoder, KernelsError, step_times
+from serving.simulator.step import AttentionTimes, Piece, Step
 
 
 def decoder(shape: str) -> Decoder:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs.harness.facts.context import Context
-from labs.harness.facts.offloading import CopyOrCompute
-from labs.harness.facts.quality import quality
-from labs.harness.filing.writing import write_gzip
-from labs.harness.spec import Variant
+from labs.harness.derived.offloading import CopyOrCompute
+from labs.harness.derived.quality_summary import quality
+from labs.harness.derived.run_view import Context
+from labs.harness.spec.lab import Variant
+from labs.harness.storage.writing import write_gzip
 from labs.kv_quantization.facts import MemoryLadder, context_slope, memory_ladder, onsets
 from loadtests.workload import Fixed
 from tests.unit.builders import make_lab, make_workload

@@ -12,14 +12,13 @@ import pytest
 from pydantic import ValidationError
 
 from labs import FIRST, LABS
-from labs.harness.changes import parse_changes
-from labs.harness.facts.parts import findings_of
-from labs.harness.judging.checks.treatment import ARGUMENTS, ECHOED
-from labs.harness.judging.metrics import trial_metrics
-from labs.harness.questions import QUESTIONS
-from labs.harness.running.probes import PROBES, TEXT_PROBES
-from labs.harness.running.resolve import require_no_reading
-from labs.harness.spec import (
+from labs.harness.analysis.checks.treatment import ARGUMENTS, ECHOED
+from labs.harness.analysis.metrics import trial_metrics
+from labs.harness.derived.lab_modules import findings_of
+from labs.harness.plan import probe_names
+from labs.harness.plan.resolve import require_no_reading
+from labs.harness.reports.plots import plots_of
+from labs.harness.spec.lab import (
     NO_TEXT,
     NOT_QUICK,
     WITHOUT,
@@ -31,14 +30,15 @@ from labs.harness.spec import (
     Variant,
     factors,
 )
-from labs.harness.telling.plots import plots_of
+from labs.harness.spec.overrides import parse_changes
+from labs.harness.spec.questions import QUESTIONS
 from loadtests.arrivals import Concurrent
 from loadtests.workload import Fixed, Workload
 from serving import metrics
 from serving.engines import DEFAULT_ENGINE, ENGINES
 from serving.engines.vllm import KV_MEMORY
 from serving.hardware import gpus
-from serving.weights import models
+from serving.models import catalog
 from tests.cases import each
 from tests.unit.builders import (
     CEILINGS,
@@ -447,7 +447,7 @@ def test_unknown_variant_is_refused(naming: dict[str, Any]) -> None:
 
 EVERY = pytest.mark.parametrize("lab", LABS.values(), ids=LABS)
 CLASSES = [f"gpu-{c.gb}" for c in gpus.CLASSES]
-SCALES = ["cpu", models.CPU_FP32, "gpu", *CLASSES]
+SCALES = ["cpu", catalog.CPU_FP32, "gpu", *CLASSES]
 SIZES = [*itertools.product(SCALES, (False, True), (False, True))]
 RESOLVED = pytest.mark.parametrize("sizes", LABS, indirect=True, scope="module")
 """Each lab at each scale, in full and quick, with real and with random weights: all tests of a lab
@@ -572,7 +572,9 @@ PROVED_BY: dict[str, tuple[str, ...]] = {  # flag -> metrics, or labels of the e
     "watermark": ("watermark",),
     "kv-offloading-size": (metrics.KV_LOADED_BYTES,),
 }
-BY_DOSE = {"speculative-config"}  # tokens drafted and accepted (`labs/harness/judging/dose.py`)
+BY_DOSE = {
+    "speculative-config"
+}  # tokens drafted and accepted (`labs/harness/analysis/expected_treatment.py`)
 BY_ANSWERS = {"lora-modules"}  # each names the adapter that it came from
 
 
@@ -613,7 +615,7 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert set(lab.answers) <= QUESTIONS.keys()
     assert set(lab.plots) <= plots_of(lab.name).keys()
     assert {c.metric for c in lab.claims} | {f.metric for f in lab.forecasts} <= {*trial_metrics()}
-    assert set(lab.probes) | set(lab.quick.get("probes", ())) <= PROBES.keys()
+    assert set(lab.probes) | set(lab.quick.get("probes", ())) <= probe_names.ALL
     assert set(lab.findings) == set(findings_of(lab.name))
     pieces = {e.metric for e in lab.evidence if e.kind == "pieces"}
     assert pieces <= {*trial_metrics()}
@@ -673,7 +675,7 @@ def test_a_lab_repeats_as_often_as_its_intervals_were_tried_for(lab: Lab) -> Non
 def test_what_needs_text_is_part_of_the_lab(lab: Lab) -> None:
     parts = {*lab.studies, *lab.probes, *lab.findings, *lab.plots, *lab.quick.get("probes", ())}
     assert {name.removesuffix("-quick") for name in lab.needs_text} <= parts
-    assert not set(resolved(lab.name, "cpu", dummy=True).probes) & TEXT_PROBES
+    assert not set(resolved(lab.name, "cpu", dummy=True).probes) & probe_names.TEXT
 
 
 @EVERY
@@ -777,8 +779,8 @@ def test_what_is_compiled_for_one_lab_serves_the_next(name: str, scale: str) -> 
 
 @pytest.mark.parametrize("name", LABS)
 def test_in_float32_as_many_tokens_fit_as_in_bf16(name: str) -> None:
-    plain, wide = (resolved(name, scale) for scale in ("cpu", models.CPU_FP32))
-    own = LABS[name].scales.get(models.CPU_FP32, {})
+    plain, wide = (resolved(name, scale) for scale in ("cpu", catalog.CPU_FP32))
+    own = LABS[name].scales.get(catalog.CPU_FP32, {})
     assert (plain.value_bytes, wide.value_bytes) == (2, 4)
     assert plain.digest() != wide.digest()
     for before, after in zip(
@@ -797,11 +799,11 @@ def test_in_float32_as_many_tokens_fit_as_in_bf16(name: str) -> None:
 def test_a_lab_that_is_resolved_again_for_float32_stays_as_it_is() -> None:
     """As for a page that predicts for a machine of that scale from a resolved lab."""
     for name, lab in LABS.items():
-        once = lab.at(models.CPU_FP32, False)
-        again = once.model_copy(update={"scales": {}, "quick": {}}).at(models.CPU_FP32, False)
+        once = lab.at(catalog.CPU_FP32, False)
+        again = once.model_copy(update={"scales": {}, "quick": {}}).at(catalog.CPU_FP32, False)
         assert (again.flags, again.variants) == (once.flags, once.variants), name
 
 
 def test_a_reader_may_serve_in_bf16_nevertheless() -> None:
-    changed = LABS["single-stream"].at(models.CPU_FP32, False, {"flags.dtype": "bfloat16"})
+    changed = LABS["single-stream"].at(catalog.CPU_FP32, False, {"flags.dtype": "bfloat16"})
     assert changed.value_bytes == 2

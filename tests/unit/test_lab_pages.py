@@ -9,11 +9,20 @@ import pytest
 from jinja2 import nodes
 
 from labs import LABS
-from labs.harness.comparing.answers import on_a_gpu
-from labs.harness.facts.parts import own_plots
-from labs.harness.judging.quantity import CHANGE, POINTS, Quantity
-from labs.harness.page import ANSWERS, FINDINGS, GPU, PLOTS, WORKSHEET, PageError, page_of, read
-from labs.harness.telling.templates import FOLDERS, SHARED, filled_text
+from labs.harness.analysis.quantity import CHANGE, POINTS, Quantity
+from labs.harness.derived.lab_modules import own_plots
+from labs.harness.reports.templates import FOLDERS, SHARED, filled_text
+from labs.harness.site.answers import on_a_gpu
+from labs.harness.spec.page import (
+    ANSWERS,
+    FINDINGS,
+    GPU,
+    PLOTS,
+    WORKSHEET,
+    PageError,
+    page_of,
+    read,
+)
 from tests.cases import each
 
 PAGES = {name: page for name in LABS if (page := page_of(name))}

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs.harness.facts.drawing import MOST_DRAWN, thinned
-from labs.harness.filing import export, results
-from labs.harness.filing.checks import problems
-from labs.harness.filing.results import RunFolder
-from labs.harness.judging.measure import Trial
-from labs.harness.running import backfill
-from labs.harness.telling import chart_data
-from labs.harness.telling.summary import summarise
+from labs.harness.analysis.measure import Trial
+from labs.harness.derived.summarize import summarise
+from labs.harness.reports import chart_data
+from labs.harness.reports.drawing import MOST_DRAWN, thinned
+from labs.harness.runner import backfill
+from labs.harness.storage import export, results
+from labs.harness.storage.checks import problems
+from labs.harness.storage.results import RunFolder
 from loadtests import records
 from tests.unit.builders import make_record, write_run
 

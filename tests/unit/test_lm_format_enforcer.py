@@ -13,9 +13,9 @@ import pytest
 
 from labs import LABS
 from serving.engines.vllm import PLUGINS, Vllm
-from serving.inside import lm_format_enforcer
-from serving.inside.lm_format_enforcer import AS_OTHERS, NAME, offer_moved_classes
-from serving.weights.models import Model
+from serving.models.catalog import Model
+from serving.plugins import lm_format_enforcer
+from serving.plugins.lm_format_enforcer import AS_OTHERS, NAME, offer_moved_classes
 from tests.unit.builders import SHAPE
 
 
@@ -68,7 +68,7 @@ def test_a_module_that_lacks_the_class_alone_gets_it_and_one_that_has_it_stays(
 def test_each_process_of_vllm_calls_it() -> None:
     (plugins,) = distributions(path=[str(PLUGINS)])
     named = {point.name: point.value for point in plugins.entry_points}
-    assert named["lm_format_enforcer"] == "serving.inside.lm_format_enforcer:offer_moved_classes"
+    assert named["lm_format_enforcer"] == "serving.plugins.lm_format_enforcer:offer_moved_classes"
 
 
 def test_only_an_engine_that_is_to_use_it_gets_its_settings() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.filing import manifest
-from labs.harness.filing.recorded import Run
-from labs.harness.running.load_processes import chosen_number, cores_for_clients, most_users
-from labs.harness.running.reproduce import request as request_again
-from labs.harness.running.resolve import RunRequest, lab_of, with_load_processes
-from labs.harness.spec import Lab, digest_of
+from labs.harness.plan.load_processes import chosen_number, cores_for_clients, most_users
+from labs.harness.plan.resolve import RunRequest, lab_of, with_load_processes
+from labs.harness.runner.reproduce import request as request_again
+from labs.harness.spec.lab import Lab, digest_of
+from labs.harness.storage import manifest
+from labs.harness.storage.recorded import Run
 from serving.hardware.machine import Machine
 from tests.unit.builders import make_lab, make_workload, write_run
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from serving import install, lock
 from serving.bundle import BundleError
+from serving.packaging import install, lock
 
 HASH = "    --hash=sha256:" + "0" * 64
 HERE = " ; sys_platform == 'linux'"

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from labs.harness.telling import tables
+from labs.harness.reports import tables
 from serving.hardware import gpus, machine
 from serving.hardware.machine import GIB, Ceilings, Machine
 

@@ -11,13 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs.harness.comparing import compare, reproduction, side_by_side
-from labs.harness.filing import results
-from labs.harness.filing.computed import PointForecasts
-from labs.harness.filing.recorded import TrialResult
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.judging.machine_speed import (
+from labs.harness.analysis.computed import PointForecasts
+from labs.harness.analysis.machine_speed import (
     MOST_SPREAD,
     MachineSpeed,
     TimedTrial,
@@ -26,14 +21,20 @@ from labs.harness.judging.machine_speed import (
     relative_speed,
     usual_spread,
 )
-from labs.harness.judging.validity import check, speed_jumped
-from labs.harness.running import harness, step_timing
-from labs.harness.telling import report
-from labs.harness.telling.document import plain_text
-from labs.harness.telling.summary import summarise
-from serving.forecasting.step import StepTimes
+from labs.harness.analysis.validity import check, speed_jumped
+from labs.harness.comparison import compare, reproduction, side_by_side
+from labs.harness.derived.summarize import summarise
+from labs.harness.forecast import step_timing
+from labs.harness.reports import report
+from labs.harness.reports.document import plain_text
+from labs.harness.runner import harness
+from labs.harness.storage import results
+from labs.harness.storage.recorded import TrialResult
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from serving.hardware import reference_step
 from serving.hardware.reference_step import ReferenceStep
+from serving.simulator.step import StepTimes
 from tests.cases import each
 from tests.unit.builders import write_slowed
 

@@ -10,22 +10,23 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.commands.options import recorded_machine
-from labs.harness.filing import results
-from labs.harness.filing.computed import Band, PointForecasts
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.running import capacity_plan, machines_on_file, resolve
-from labs.harness.running.capacity_plan import Question, plan
-from labs.harness.running.forecast import reasons_against, steps_of
-from labs.harness.running.machines_on_file import MachineOnFile, find_machine
-from labs.harness.running.resolve import machine_of
-from labs.harness.spec import SLO, LabError
-from labs.harness.telling import capacity_plans, markdown
-from labs.harness.telling.capacity_plans import Demand
-from serving.forecasting.step import StepTimes
+from labs.harness.analysis.computed import Band, PointForecasts
+from labs.harness.cli.options import recorded_machine
+from labs.harness.forecast import capacity_plan
+from labs.harness.forecast.capacity_figures import Demand
+from labs.harness.forecast.capacity_plan import Question, plan
+from labs.harness.forecast.forecast import reasons_against, steps_of
+from labs.harness.plan import recorded_machines, resolve
+from labs.harness.plan.recorded_machines import MachineOnFile, find_machine
+from labs.harness.plan.resolve import machine_of
+from labs.harness.reports import capacity_plans, markdown
+from labs.harness.spec.lab import SLO, LabError
+from labs.harness.storage import results
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from serving.hardware.machine import Machine
-from serving.weights.models import BUNDLED, bundled, load
+from serving.models.catalog import BUNDLED, bundled, load
+from serving.simulator.step import StepTimes
 from tests.unit.builders import CEILINGS, MACHINE, SHAPE, write_run
 from tests.unit.test_capacity_plan import SilentProgress, without_playing
 from tests.unit.test_forecasting import TIMES
@@ -65,7 +66,7 @@ def test_a_machine_is_found_by_its_name_and_a_run_by_its_path(home: Path) -> Non
         assert (found.model, found.shape, found.step) == ("abacus-1", SHAPE, TIMES)
         assert found.run == "/".join(run.path.parts[-3:])
         assert found.spread == 1.1
-    assert machines_on_file.named() == [MACHINE.slug]
+    assert recorded_machines.named() == [MACHINE.slug]
 
 
 def test_of_a_machine_the_newest_run_counts_that_timed_the_steps_needed(home: Path) -> None:

@@ -9,11 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from labs import LABS
-from labs.harness.commands.cli import app
+from labs.harness.cli.cli import app
 from serving.engines.base import EngineError
 from serving.engines.endpoint import Endpoint
 from serving.hardware.machine import engine_variables
-from serving.inside import guard
+from serving.plugins import guard
 from serving.processes.masking import MARKS, PATTERN, holds_secret, masked, recordable, tellable
 
 TOKEN = "hf_" + "a1B2" * 8

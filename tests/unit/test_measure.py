@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from labs.harness import theory
-from labs.harness.judging.measure import (
+from labs.harness.analysis.measure import (
     LEAST_SAMPLES,
     OtherWork,
     Trial,
@@ -18,7 +17,8 @@ from labs.harness.judging.measure import (
     percentiles,
     stalls_s,
 )
-from labs.harness.judging.metrics import METRICS, measure, trial_metrics
+from labs.harness.analysis.metrics import METRICS, measure, trial_metrics
+from labs.harness.spec import theory
 from loadtests.records import RequestRecord
 from loadtests.workload import Intruder, Samples
 from serving import metrics

@@ -11,10 +11,7 @@ from typing import get_args
 import pytest
 
 from dashboards import boards, prometheus, series
-from labs.harness.comparing import compare, gate, side_by_side
-from labs.harness.filing import export
-from labs.harness.judging.judge import Interval, figure, over_repeats
-from labs.harness.judging.metrics import (
+from labs.harness.analysis.metrics import (
     METRICS,
     Metric,
     Repeats,
@@ -24,9 +21,12 @@ from labs.harness.judging.metrics import (
     of_trial,
     pooled_percentiles,
 )
-from labs.harness.running import backfill
-from labs.harness.telling import chart_data, tables
-from labs.harness.telling.summary import summarise
+from labs.harness.analysis.verdicts import Interval, figure, over_repeats
+from labs.harness.comparison import compare, gate, side_by_side
+from labs.harness.derived.summarize import summarise
+from labs.harness.reports import chart_data, tables
+from labs.harness.runner import backfill
+from labs.harness.storage import export
 from loadtests.latencies import LATENCIES, TTFT, Latency
 from tests.unit.builders import make_record, write_run, write_slowed
 

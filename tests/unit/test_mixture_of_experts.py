@@ -10,13 +10,13 @@ from typing import Any, cast
 import pytest
 
 from labs import LABS
-from labs.harness import theory
-from labs.harness.facts.context import Context
-from labs.harness.facts.drawing import GREY, plt
-from labs.harness.judging.judge import ForecastAtPoint, is_within
-from labs.harness.spec import MARGIN, Claim, Lab
-from labs.harness.telling import dials
-from labs.harness.theory import experts_needed, step_of
+from labs.harness.analysis.verdicts import ForecastAtPoint, is_within
+from labs.harness.derived.run_view import Context
+from labs.harness.reports import dials
+from labs.harness.reports.drawing import GREY, plt
+from labs.harness.spec import theory
+from labs.harness.spec.lab import MARGIN, Claim, Lab
+from labs.harness.spec.theory import experts_needed, step_of
 from labs.mixture_of_experts.facts import facts
 from labs.mixture_of_experts.lab import (
     ACTIVE,
@@ -25,11 +25,11 @@ from labs.mixture_of_experts.lab import (
     step_ratio,
 )
 from labs.mixture_of_experts.plots import PLOTS
-from serving.forecasting.datasheet import EXPECTED
 from serving.hardware import gpus
 from serving.hardware.machine import Ceilings
-from serving.weights import dummy
-from serving.weights.models import Shape, shape_of
+from serving.models import dummy
+from serving.models.catalog import Shape, shape_of
+from serving.simulator.datasheet import EXPECTED
 from tests.unit.builders import CEILINGS, changes_next
 from tests.unit.judged import Values, context, judged_run, withheld
 

@@ -14,9 +14,8 @@ from huggingface_hub import errors
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from labs import LABS
-from labs.harness.changes import parse_changes
-from labs.harness.running.derived_models import NEED_NO_WEIGHTS, RECIPES
-from labs.harness.running.resolve import (
+from labs.harness.plan.derived_models import NEED_NO_WEIGHTS, RECIPES
+from labs.harness.plan.resolve import (
     model_for,
     model_of,
     require_devices,
@@ -24,8 +23,9 @@ from labs.harness.running.resolve import (
     require_memory,
     require_sizes,
 )
-from labs.harness.running.sitting_plan import plan
-from labs.harness.spec import Lab, LabError, NotApplicable
+from labs.harness.plan.session_plan import plan
+from labs.harness.spec.lab import Lab, LabError, NotApplicable
+from labs.harness.spec.overrides import parse_changes
 from serving.engines import vllm
 from serving.engines.base import EngineError
 from serving.engines.vllm import Vllm
@@ -34,8 +34,8 @@ from serving.hardware import host_memory
 from serving.hardware import machine as machines
 from serving.hardware.gpus import CLASSES, MemoryClass, class_of
 from serving.hardware.machine import Machine
-from serving.weights import dummy, models
-from serving.weights.models import SIBLINGS, Model, ModelError, shape_of
+from serving.models import catalog, dummy
+from serving.models.catalog import SIBLINGS, Model, ModelError, shape_of
 from tests import default_models
 from tests.cases import each
 from tests.gpu import test_labs as on_gpu
@@ -106,15 +106,15 @@ def test_weights_with_experts_are_read_alike(tmp_path: Path) -> None:
               "max_position_embeddings": 64, "num_local_experts": 6,
               "num_experts_per_tok": 2}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shape = models.load(tmp_path, "mixture").shape
+    shape = catalog.load(tmp_path, "mixture").shape
     assert (shape.params, shape.matmul_params) == (838, 100 + 8 + 200 + 30)
     assert (shape.weight_bytes, shape.expert_bytes) == (1476, 1200)
     assert shape.step_bytes(1) == pytest.approx(2 * shape.matmul_params)
-    wide = models.as_served(models.load(tmp_path, "mixture"), 4)
+    wide = catalog.as_served(catalog.load(tmp_path, "mixture"), 4)
     assert wide.shape == replace(
         shape, weight_bytes=2952, expert_bytes=2400, embedding_bytes=400, value_bytes=4
     )
-    assert models.as_served(wide, 2).shape == shape
+    assert catalog.as_served(wide, 2).shape == shape
     assert wide.shape.kv_bytes_per_token() == 2 * shape.kv_bytes_per_token()
 
 
@@ -128,8 +128,8 @@ def test_in_float32_what_is_not_quantized_is_twice_as_large(tmp_path: Path) -> N
     config = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9,
               "max_position_embeddings": 64, "tie_word_embeddings": True}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert models.load(tmp_path, "w8").shape.weight_bytes == 280
-    assert models.load(tmp_path, "w8", value_bytes=4).shape.weight_bytes == 480
+    assert catalog.load(tmp_path, "w8").shape.weight_bytes == 280
+    assert catalog.load(tmp_path, "w8", value_bytes=4).shape.weight_bytes == 480
     plain = config_of("llama-1b")
     assert shape_of(plain, 4).held_bytes == 2 * shape_of(plain).held_bytes
     quantized = dummy.quantized(plain, "w4a16-gptq")
@@ -138,11 +138,11 @@ def test_in_float32_what_is_not_quantized_is_twice_as_large(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("flags", "scale"), [((), "cpu"), (("avx2",), models.CPU_FP32), (("avx2", "amx_bf16"), "cpu")]
+    ("flags", "scale"), [((), "cpu"), (("avx2",), catalog.CPU_FP32), (("avx2", "amx_bf16"), "cpu")]
 )
 def test_a_cpu_without_bf16_has_sizes_of_its_own(flags: tuple[str, ...], scale: str) -> None:
     here = Machine(kind="cpu", model="Abacus", count=2, memory_bytes=2**34, cpu_flags=flags)
-    assert models.scale_of(here) == scale
+    assert catalog.scale_of(here) == scale
 
 
 def write_halves(path: Path, *names: str) -> None:
@@ -159,15 +159,15 @@ def test_weights_that_are_there_twice_are_counted_once(tmp_path: Path, indexed: 
     first, second = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
     write_halves(tmp_path / first, "model.a")
     write_halves(tmp_path / second, "model.b")
-    assert not models.has_both_formats(tmp_path)
+    assert not catalog.has_both_formats(tmp_path)
     write_halves(tmp_path / "consolidated.safetensors", "layers.a", "layers.b")
     if indexed:
         write_halves(tmp_path / "left-over.safetensors", "model.a")
         index = {"weight_map": {"model.a": first, "model.b": second}}
-        (tmp_path / models.INDEX).write_text(json.dumps(index))
-    model = models.load(tmp_path, "mistral")
+        (tmp_path / catalog.INDEX).write_text(json.dumps(index))
+    model = catalog.load(tmp_path, "mistral")
     assert model.shape.params == 128
-    assert models.has_both_formats(tmp_path)
+    assert catalog.has_both_formats(tmp_path)
     argv = Vllm.server_argv(model, {"load-format": "mistral"}, 9)
     for flag in ("--load-format", "--config-format", "--tokenizer-mode"):
         assert argv[argv.index(flag) + 1] == "hf"
@@ -175,7 +175,7 @@ def test_weights_that_are_there_twice_are_counted_once(tmp_path: Path, indexed: 
     (tmp_path / second).unlink()
     if indexed:
         with pytest.raises(ModelError, match="FileNotFoundError"):
-            models.load(tmp_path, "mistral")
+            catalog.load(tmp_path, "mistral")
 
 
 def test_weights_in_mistrals_own_format_are_not_downloaded(
@@ -193,7 +193,7 @@ def test_weights_in_mistrals_own_format_are_not_downloaded(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(ModelError):
-        models.resolve(gpu(81_559), "mistralai/any")
+        catalog.resolve(gpu(81_559), "mistralai/any")
     assert taken == [repository[0], *repository[3:5]]
 
 
@@ -205,7 +205,7 @@ def test_packed_weights_have_the_parameters_of_those_that_were_quantized(tmp_pat
     for method in ({"quant_method": "gptq", "bits": 4}, {"quant_method": "compressed-tensors"}):
         quantized = config | {"quantization_config": method}
         (tmp_path / "config.json").write_text(json.dumps(quantized))
-        shape = models.load(tmp_path, "packed").shape
+        shape = catalog.load(tmp_path, "packed").shape
         assert (shape.params, shape.matmul_params) == (whole.params, whole.matmul_params)
         assert shape.weight_bytes == 36
 
@@ -222,7 +222,7 @@ def test_packed_weights_have_the_parameters_of_those_that_were_quantized(tmp_pat
 )  # fmt: skip
 def test_a_gpu_is_of_the_largest_class_that_it_fills(mib: int, gb: int) -> None:
     assert class_of(gpu(mib).memory_bytes).gb == gb
-    assert models.scale_of(gpu(mib)) == f"gpu-{gb}"
+    assert catalog.scale_of(gpu(mib)) == f"gpu-{gb}"
 
 
 NEED_REAL_WEIGHTS = {"quantization-tools": "w4a16-gptq-code", "weight-pruning": "wanda-50"}
@@ -236,7 +236,7 @@ def default(name: str) -> Model:
 @functools.cache
 def of_the_class(lab: str, c: MemoryClass, random: bool) -> tuple[Lab, Machine, Model]:
     machine = gpu(round(0.96 * c.gb * 10**9 / 2**20))
-    lab_ = LABS[lab].at(models.scale_of(machine), quick=False, dummy=random)
+    lab_ = LABS[lab].at(catalog.scale_of(machine), quick=False, dummy=random)
     name = lab_.shape or c.dummy
     shape = Model(name, Path(), shape_of(config_of(name)), dummy=True)
     return lab_, machine, shape if random or lab_.shape else default(c.model)
@@ -275,7 +275,7 @@ def test_what_to_turn_next_can_be_turned_on_every_gpu(
     resolved, machine, model = of_the_class(lab, c, random)
     digest = resolved.digest()
     for knob, changes in changes_next(resolved):
-        turned = LABS[lab].at(models.scale_of(machine), False, changes, random)
+        turned = LABS[lab].at(catalog.scale_of(machine), False, changes, random)
         assert turned.digest() != digest, knob
         require_sizes(turned, model)
         require_memory(turned, machine, model)
@@ -284,10 +284,10 @@ def test_what_to_turn_next_can_be_turned_on_every_gpu(
 
 
 def test_the_bundled_model_is_served_on_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "bundled", lambda: Path("carried"))
-    monkeypatch.setattr(models, "load", lambda path, name: (path, name))
-    found: object = models.resolve(gpu(81559), models.BUNDLED)
-    assert found == (Path("carried"), models.BUNDLED)
+    monkeypatch.setattr(catalog, "bundled", lambda: Path("carried"))
+    monkeypatch.setattr(catalog, "load", lambda path, name: (path, name))
+    found: object = catalog.resolve(gpu(81559), catalog.BUNDLED)
+    assert found == (Path("carried"), catalog.BUNDLED)
 
 
 @pytest.mark.parametrize("lab", LABS)
@@ -306,8 +306,8 @@ def test_what_the_tests_on_a_gpu_send_fits_the_bundled_model(lab: str, c: Memory
     shape = shape_of(dict(zip(default_models.FIELDS, smollm, strict=True)))
     assert shape.params == 134_515_008
     changes = parse_changes(f"{sizes_of(lab).real} {sizes_of(lab).gpu}")
-    resolved = LABS[lab].at(models.scale_of(machine), True, changes)
-    require_sizes(resolved, Model(models.BUNDLED, Path(), shape))
+    resolved = LABS[lab].at(catalog.scale_of(machine), True, changes)
+    require_sizes(resolved, Model(catalog.BUNDLED, Path(), shape))
 
 
 def test_siblings_are_of_the_default_models_and_known_kinds() -> None:
@@ -342,7 +342,7 @@ def test_too_little_memory_is_said_before_anything_starts() -> None:
     with pytest.raises(EngineError, match=r"15\.2 GB .*MODEL=.*TP="):
         require_memory(lab, machine, large)
     parts = {"flags.tensor-parallel-size": 2}
-    scale = models.scale_of(machine)
+    scale = catalog.scale_of(machine)
     require_memory(LABS["kv-quantization"].at(scale, False, parts), machine, large)
 
 
@@ -472,14 +472,14 @@ def test_a_model_that_cannot_be_had_says_what_to_give(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ModelError, match=said):
-        models.resolve(gpu(81_559), "a/b")
+        catalog.resolve(gpu(81_559), "a/b")
 
 
 def test_a_model_folder_that_is_not_one_is_told_why(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"MODEL=.*/none .*: give"):
-        models.resolve(gpu(81_559), str(tmp_path / "none"))
+        catalog.resolve(gpu(81_559), str(tmp_path / "none"))
     with pytest.raises(ModelError, match=r"has no config\.json"):
-        models.resolve(gpu(81_559), str(tmp_path))
+        catalog.resolve(gpu(81_559), str(tmp_path))
 
 
 def test_settings_that_do_not_fit_are_named() -> None:
@@ -495,12 +495,12 @@ def test_settings_that_do_not_fit_are_named() -> None:
 def test_a_lab_with_a_shape_of_its_own_serves_it_whatever_the_machine_serves(
     weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "bundled_tokenizer", lambda: Path("carried"))
+    monkeypatch.setattr(catalog, "bundled_tokenizer", lambda: Path("carried"))
     shape = shape_of(config_of("moe-3b"))
     monkeypatch.setattr(dummy, "resolve", lambda machine, name: Model(name, Path(), shape))
     large, small = gpu(81_559), gpu(16_384)
     for machine, name in ((large, "moe-30b"), (small, "moe-3b")):
-        lab = LABS["mixture-of-experts"].at(models.scale_of(machine), quick=False)
+        lab = LABS["mixture-of-experts"].at(catalog.scale_of(machine), quick=False)
         assert model_for(lab, machine, "", weights).name == name
         assert model_for(lab, machine, "moe-tiny", weights).name == "moe-tiny"
         with pytest.raises(NotApplicable, match=r"MODEL=a/b .* leave MODEL out"):

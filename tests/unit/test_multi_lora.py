@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from labs.harness.facts.context import Context
-from labs.harness.filing.writing import write_gzip
-from labs.harness.spec import Variant
+from labs.harness.derived.run_view import Context
+from labs.harness.spec.lab import Variant
+from labs.harness.storage.writing import write_gzip
 from labs.multi_lora.facts import Marks, TenantLeaks, adapter_cost, tenant_leaks, tenant_memory
 from loadtests.workload import Adapters
-from serving.weights.adapters import mark_of
+from serving.models.adapters import mark_of
 from tests.unit.builders import make_lab, make_record, make_workload
 from tests.unit.judged import ABOUT, Values, context, judged_run, played
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.filing.manifest import is_stale
-from labs.harness.filing.recorded import Run
-from labs.harness.judging.checks.expected import Expected
-from labs.harness.judging.validity import caveats_of
-from labs.harness.running.resolve import with_engines_here
-from labs.harness.spec import NotApplicable, Point, Variant
+from labs.harness.analysis.checks.expected import Expected
+from labs.harness.analysis.validity import caveats_of
+from labs.harness.plan.resolve import with_engines_here
+from labs.harness.spec.lab import NotApplicable, Point, Variant
+from labs.harness.storage.manifest import is_stale
+from labs.harness.storage.recorded import Run
 from loadtests.plan import PlannedRequest, body, in_dialect
 from loadtests.workload import Asked, Request
 from serving import metrics
@@ -29,12 +29,12 @@ from serving.engines.transformers import Transformers
 from serving.engines.vllm import Vllm
 from serving.hardware import gpus
 from serving.hardware.machine import Machine
-from serving.inside import llama_server, transformers_server
-from serving.inside.guard import Guard
 from serving.metrics import Snapshot
-from serving.weights import models, to_gguf
-from serving.weights.making import MakerError
-from serving.weights.models import Model
+from serving.models import catalog, to_gguf
+from serving.models.catalog import Model
+from serving.models.making import MakerError
+from serving.plugins import llama_server, transformers_server
+from serving.plugins.guard import Guard
 from tests.unit.builders import (
     SHAPE,
     make_engine,
@@ -270,7 +270,7 @@ def test_what_the_cpu_has_no_kernel_for_is_left_out_and_a_lab_about_it_alone_doe
     model: Model,
 ) -> None:
     old, told = CPU.model_copy(update={"cpu_flags": ("avx2",)}), Told()
-    scale = models.scale_of(old)
+    scale = catalog.scale_of(old)
     left = with_engines_here(LABS["context-retrieval"].at(scale, False), old, model, told)
     assert left.absent == ("kv-fp8", "both")
     assert "without AVX-512" in told.messages[0]

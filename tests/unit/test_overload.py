@@ -10,13 +10,13 @@ import pytest
 from pydantic import ValidationError
 
 from labs import LABS
-from labs.harness.facts.alarms import alarms
-from labs.harness.facts.context import JudgedRun
-from labs.harness.filing.computed import PointForecasts, Predictions, Searched
-from labs.harness.filing.writing import write_json
-from labs.harness.judging.quantity import Quantity
-from labs.harness.judging.signals import BATCH, KV, QUEUE, SIGNALS, TTFT, Watch, Watched
-from labs.harness.spec import Lab, LabError, Point, Variant
+from labs.harness.analysis.computed import PointForecasts, Predictions, Searched
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.analysis.signals import BATCH, KV, QUEUE, SIGNALS, TTFT, Watch, Watched
+from labs.harness.derived.alarms import alarms
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.spec.lab import Lab, LabError, Point, Variant
+from labs.harness.storage.writing import write_json
 from labs.overload.facts import Limit, admission, best_flags, classes, signals
 from labs.overload.lab import searched
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_record, make_workload

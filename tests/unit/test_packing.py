@@ -18,19 +18,19 @@ from typing import Any
 import orjson
 import pytest
 
-from labs.harness.filing import bounded, engine_series, packed, packing, quality_columns
-from labs.harness.filing.bounded import DamagedError
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.sampling import sampling_of
-from labs.harness.filing.writing import write_gzip
-from labs.harness.judging.evaluation import Passage
-from labs.harness.judging.quality import _first as first_of
-from labs.harness.judging.quality import kl_divergence
-from labs.harness.running import backfill, resume
-from labs.harness.telling.summary import all_problems, computed, summarise
+from labs.harness.analysis.evaluation import Passage
+from labs.harness.analysis.quality import _first as first_of
+from labs.harness.analysis.quality import kl_divergence
+from labs.harness.derived.design import sampling_of
+from labs.harness.derived.summarize import all_problems, computed, summarise
+from labs.harness.runner import backfill, resume
+from labs.harness.storage import bounded, engine_series, packed, packing, quality_columns
+from labs.harness.storage.bounded import DamagedError
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_gzip
 from loadtests import records
 from loadtests.records import Chunks, RequestRecord
-from serving import metrics, whole
+from serving import atomic, metrics
 from serving.hardware import telemetry
 from serving.hardware.telemetry import Sample
 from tests.unit.builders import make_record, write_run
@@ -123,7 +123,7 @@ def test_what_does_not_come_back_as_it_was_is_not_packed(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = told(folder)
-    to_columns, sync = packed.to_columns, whole.sync
+    to_columns, sync = packed.to_columns, atomic.sync
 
     def shifting(block: Sequence[RequestRecord]) -> packed.Columns:
         columns = to_columns(block)
@@ -134,7 +134,7 @@ def test_what_does_not_come_back_as_it_was_is_not_packed(
         if packed.SERIES in path.name:
             path.write_bytes(lzma.compress(b"{}\n"))
 
-    for owner, name, fault in ((packed, "to_columns", shifting), (whole, "sync", damaging)):
+    for owner, name, fault in ((packed, "to_columns", shifting), (atomic, "sync", damaging)):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fault)
             with pytest.raises(DamagedError):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.spec import Lab, Point, RequestLengths, factors
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.spec.lab import Lab, Point, RequestLengths, factors
 from labs.paged_kv.facts import Allocations, HeadsCompared, facts
 from labs.paged_kv.lab import admitted, held_tokens, replay, replayed
 from labs.tiled_attention import facts as tiled_attention

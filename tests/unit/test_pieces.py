@@ -18,7 +18,7 @@ from tokenizers import (
 
 from loadtests.pieces import by_piece, cuts_before_spaces
 from loadtests.prompts import PROSE, tokenizer
-from serving.weights.models import BUNDLED, CACHE
+from serving.models.catalog import BUNDLED, CACHE
 
 MODEL = CACHE / "models" / BUNDLED
 # of Llama 3, and with one digit at a time of Qwen

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.harness.filing.writing import write_gzip
+from labs.harness.storage.writing import write_gzip
 from labs.prefix_caching.facts import facts
 from serving import metrics
 from serving.metrics import Histogram, Snapshot

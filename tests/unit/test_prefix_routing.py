@@ -9,10 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from labs import LABS
-from labs.harness.judging.measure import busiest_share, kv_capacity_tokens
-from labs.harness.judging.quantity import Quantity
-from labs.harness.running.virtual_trials import routing_of
-from labs.harness.spec import Point
+from labs.harness.analysis.measure import busiest_share, kv_capacity_tokens
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.forecast.simulated_trials import routing_of
+from labs.harness.spec.lab import Point
 from labs.prefix_routing import facts, lab
 from loadtests.workload import Prefix
 from serving import metrics
@@ -21,9 +21,9 @@ from serving.engines.flags import Flags
 from serving.engines.routed import Routed, policy_of, router_argv
 from serving.engines.vllm import Vllm
 from serving.engines.vllm_flags import VllmFlags
-from serving.forecasting.fleet import Routing
-from serving.inside.replicas import environment_of
 from serving.metrics import Snapshot, across
+from serving.plugins.replicas import environment_of
+from serving.simulator.fleet import Routing
 from tests.unit.builders import CEILINGS, SHAPE, make_trial
 
 BLOCKS = {"flags.kv-cache-memory-bytes": 44 * 32 * int(SHAPE.kv_bytes_per_token())}

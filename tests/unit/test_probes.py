@@ -12,17 +12,17 @@ from typing import Any, Literal
 import pytest
 import requests
 
-from labs.harness.judging.evaluation import Evaluation, thread_pool
-from labs.harness.running import probes
-from labs.harness.running.probes import PROBES, ProbedEngine
-from labs.harness.spec import Variant
+from labs.harness.analysis.evaluation import Evaluation, thread_pool
+from labs.harness.runner import probes
+from labs.harness.runner.probes import PROBES, ProbedEngine
+from labs.harness.spec.lab import Variant
 from labs.multi_lora.facts import Marks, marks
 from loadtests.prompts import Writer
 from loadtests.workload import Fixed
 from serving.engines.base import EngineError, Server
 from serving.engines.vllm import Vllm
 from serving.metrics import GENERATION_TOKENS, PREFIX_HITS, PREFIX_QUERIES, REQUESTS
-from serving.weights.adapters import mark_of, marks_in
+from serving.models.adapters import mark_of, marks_in
 from tests.unit.answering import Answering, answered_by
 from tests.unit.builders import make_lab, make_workload
 from tests.unit.test_prompts import words

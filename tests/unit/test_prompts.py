@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from labs import LABS
 from loadtests import plan
 from loadtests.prompts import CountTokens, Messages, Writer, _Frames, counter
-from serving.weights.models import BUNDLED, CACHE
+from serving.models.catalog import BUNDLED, CACHE
 
 MODEL = CACHE / "models" / BUNDLED
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.harness.facts import parts
-from labs.harness.facts.parts import ReportParts, parts_of
-from labs.harness.facts.published import Published
-from labs.harness.filing.writing import write_json
-from labs.harness.telling import report
+from labs.harness.derived import lab_modules
+from labs.harness.derived.lab_modules import ReportParts, parts_of
+from labs.harness.derived.published import Published
+from labs.harness.reports import report
+from labs.harness.storage.writing import write_json
 from tests.unit.builders import write_run
 from tests.unit.judged import page_says
 
@@ -37,7 +37,7 @@ def test_a_report_shows_theirs_beside_ours(tmp_path: Path, monkeypatch: pytest.M
     theirs = ReportParts(
         published={"claims": {"faster": [THEIRS]}, "findings": {"quality": [THEIRS]}}
     )
-    monkeypatch.setattr(parts, "parts_of", lambda lab: theirs)
+    monkeypatch.setattr(lab_modules, "parts_of", lambda lab: theirs)
     page_says(monkeypatch, "## Findings\n\n### quality: Quality\n\nIt is good.\n")
     run = folder.run()
     write_json(

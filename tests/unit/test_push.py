@@ -17,8 +17,8 @@ import pytest
 
 from dashboards import boards, push
 from dashboards.push import GrafanaError, Region
-from labs.harness.commands.annotations import regions
-from labs.harness.filing.results import RunFolder
+from labs.harness.cli.annotations import regions
+from labs.harness.storage.results import RunFolder
 from serving.processes.ports import free_port
 from tests.unit.answering import Answering
 from tests.unit.builders import write_run

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import requests
 
-from labs.harness.judging import evaluation, quality
-from labs.harness.judging.evaluation import Evaluation, Passage, ScoredCompletion, evaluate
-from labs.harness.judging.quality import (
+from labs.harness.analysis import evaluation, quality
+from labs.harness.analysis.evaluation import Evaluation, Passage, ScoredCompletion, evaluate
+from labs.harness.analysis.quality import (
     Margin,
     QualityFigure,
     compare,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.harness.filing.writing import write_gzip
+from labs.harness.storage.writing import write_gzip
 from labs.quantization_tools.facts import compared_tools
 from tests.unit.judged import answered, context
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from labs.harness.filing.computed import Band
-from labs.harness.filing.published_gpu import FIGURES, Judged, PublishedRun, Stage
-from labs.harness.running import referee
-from labs.harness.running.forecaster import ForecastError
-from labs.harness.spec import LabError
-from labs.harness.telling import published_gpu, published_gpu_plot
+from labs.harness.analysis.computed import Band
+from labs.harness.forecast import validation
+from labs.harness.forecast.forecaster import ForecastError
+from labs.harness.reports import published_gpu, published_gpu_plot
+from labs.harness.spec.lab import LabError
+from labs.harness.storage.published_gpu import FIGURES, Judged, PublishedRun, Stage
 
 SILENT: Any = SimpleNamespace(waiting=lambda _: None)
 HEADER = "arrival_s,prompt_tokens,output_tokens,prompt_id,ttft_s,e2e_s"
@@ -47,7 +47,7 @@ measured = { e2e_mean_s = 1.0 }
 
 def test_figures_are_those_of_the_definitions() -> None:
     """TPOT divides by the tokens behind the first; an answer of one token has none."""
-    found = referee.figures([0.1, 0.2, 0.3], [0.5, 1.2, 0.3], [5, 11, 1])
+    found = validation.figures([0.1, 0.2, 0.3], [0.5, 1.2, 0.3], [5, 11, 1])
     assert found["ttft_mean_s"] == pytest.approx(0.2)
     assert found["ttft_p50_s"] == pytest.approx(0.2)
     assert found["tpot_mean_s"] == pytest.approx((0.1 + 0.1) / 2)
@@ -58,9 +58,9 @@ def test_figures_are_those_of_the_definitions() -> None:
 def test_a_folder_describes_its_own_runs(tmp_path: Path) -> None:
     (tmp_path / "runs.toml").write_text(DESCRIBED)
     (tmp_path / "mine.csv").write_text(f"{HEADER}\n9.5,10,2,,0.1,0.2\n9.0,10,2,7,0.1,0.2\n")
-    ((run, requests, described),) = referee.runs_of(tmp_path)
+    ((run, requests, described),) = validation.runs_of(tmp_path)
     assert (run.name, described) == ("mine", tmp_path)
-    assert [(r.arrival_s, r.prompt_id) for r in referee.read_requests(requests)] == [
+    assert [(r.arrival_s, r.prompt_id) for r in validation.read_requests(requests)] == [
         (0.0, "7"),
         (0.5, ""),
     ]
@@ -69,16 +69,16 @@ def test_a_folder_describes_its_own_runs(tmp_path: Path) -> None:
 def test_the_labs_own_descriptions_serve_a_folder_without_any(tmp_path: Path) -> None:
     file = tmp_path / "qwen3-14b-h100-2rps.csv.gz"
     file.write_bytes(gzip.compress(f"{HEADER}\n0.0,10,2,,0.1,0.2\n".encode()))
-    ((run, _, _),) = referee.runs_of(file)
+    ((run, _, _),) = validation.runs_of(file)
     assert run.model_name == "Qwen/Qwen3-14B"
-    whole_folder = referee.runs_of(tmp_path)
+    whole_folder = validation.runs_of(tmp_path)
     assert [run.name for run, _, _ in whole_folder if not run.stage] == [run.name]
-    assert len(referee.read_requests(file)) == 1
+    assert len(validation.read_requests(file)) == 1
 
 
 def read_all(folder: Path) -> None:
-    for _, file, _ in referee.runs_of(folder):
-        referee.read_requests(file)
+    for _, file, _ in validation.runs_of(folder):
+        validation.read_requests(file)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_stage_is_drawn_at_its_rate() -> None:
     stage = Stage(
         rate_per_s=20, prompt_tokens=500, output_tokens=200, texts=100, measured={"e2e_mean_s": 1}
     )
-    requests = referee.drawn(stage)
+    requests = validation.drawn(stage)
     assert len(requests) / requests[-1].arrival_s == pytest.approx(20, rel=0.1)
     assert len({request.prompt_id for request in requests}) == 100
 
@@ -136,13 +136,15 @@ def test_a_warm_engine_has_had_each_text(tmp_path: Path) -> None:
     primed = []
     for warm in ("", "warm = true\n"):
         (tmp_path / "runs.toml").write_text(DESCRIBED + warm)
-        (found,) = referee.runs_of(tmp_path)
-        (plan, *_) = referee._plans(referee._Case.of(*found), tmp_path / f"{bool(warm)}.jsonl")
+        (found,) = validation.runs_of(tmp_path)
+        (plan, *_) = validation._plans(
+            validation._Case.of(*found), tmp_path / f"{bool(warm)}.jsonl"
+        )
         primed.append(plan.engines[0].trials[0].primed)
     assert primed == [0, 5]
     (tmp_path / "mine.csv").write_text(f"{HEADER}\n0.0,40,2,,0.1,0.2\n")
     with pytest.raises(LabError, match="prompt_id"):
-        referee._Case.of(*referee.runs_of(tmp_path)[0])
+        validation._Case.of(*validation.runs_of(tmp_path)[0])
 
 
 def judged(run: PublishedRun, measured: float) -> Judged:
@@ -187,7 +189,7 @@ def test_a_field_that_a_readers_config_lacks_is_named(tmp_path: Path) -> None:
     for config, why in (('{"hidden_size": 8}', "own.json: num_"), ("{", "own.json cannot be read")):
         (tmp_path / "own.json").write_text(config)
         with pytest.raises(LabError, match=why):
-            referee.judge(tmp_path, [], SILENT)
+            validation.judge(tmp_path, [], SILENT)
 
 
 def test_scores_count_what_lies_in_its_band() -> None:
@@ -248,9 +250,9 @@ def test_what_could_not_be_simulated_is_told_beside_the_others(
                 yield number, SimpleNamespace(play=plan.engines[0].trials[0].key)
 
     seen = SimpleNamespace(ttft_s=0.1, e2e_s=0.2, output_tokens=2)
-    monkeypatch.setattr(referee, "play_all", play_all)
-    monkeypatch.setattr(referee, "records", lambda key: [seen] if key == "mine" else [])
-    judged, without = referee.judge(tmp_path, [], SILENT)
+    monkeypatch.setattr(validation, "play_all", play_all)
+    monkeypatch.setattr(validation, "records", lambda key: [seen] if key == "mine" else [])
+    judged, without = validation.judge(tmp_path, [], SILENT)
     assert [(run.run.name, run.rate_per_s) for run in judged] == [("mine", 1.0)]
     page = published_gpu.page(judged, without=without)
     assert "- fails could not be simulated: no such flag" in page

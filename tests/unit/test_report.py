@@ -11,18 +11,8 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.comparing import leaderboards
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.parts import Headline
-from labs.harness.filing import results
-from labs.harness.filing.bounded import read_json
-from labs.harness.filing.computed import Summary
-from labs.harness.filing.newest import newest_runs
-from labs.harness.filing.recorded import MachineFile, Session, TrialResult
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.judging.judge import Caveat, Effect, Interval, Judgement, PredictionOutcome
-from labs.harness.judging.text import (
+from labs.harness.analysis.computed import Summary
+from labs.harness.analysis.text import (
     between,
     claim_outcome,
     decided_text,
@@ -39,12 +29,22 @@ from labs.harness.judging.text import (
     verdict_text,
     with_ends,
 )
-from labs.harness.judging.validity import SERVER_BUSY
-from labs.harness.spec import Prediction, Variant
-from labs.harness.telling import headlines, method, plots, report, tables
-from labs.harness.telling.document import parts
-from labs.harness.telling.summary import summarise
-from labs.harness.telling.words import told_by
+from labs.harness.analysis.validity import SERVER_BUSY
+from labs.harness.analysis.verdicts import Caveat, Effect, Interval, Judgement, PredictionOutcome
+from labs.harness.derived.lab_modules import Headline
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.derived.summarize import summarise
+from labs.harness.reports import headlines, method, plots, report, tables
+from labs.harness.reports.document import parts
+from labs.harness.reports.rendering import told_by
+from labs.harness.site import leaderboards
+from labs.harness.spec.lab import Prediction, Variant
+from labs.harness.storage import results
+from labs.harness.storage.bounded import read_json
+from labs.harness.storage.newest import newest_runs
+from labs.harness.storage.recorded import MachineFile, Session, TrialResult
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from loadtests.arrivals import Waves
 from tests.unit.builders import PREDICTION, make_lab, make_point, write_run
 from tests.unit.judged import page_says

@@ -14,19 +14,20 @@ import pytest
 from typer.testing import CliRunner
 
 from labs import LABS
-from labs.harness.commands.cli import app
-from labs.harness.comparing import leaderboards, reproduction
-from labs.harness.comparing.on_file import OnFile
-from labs.harness.filing import checks, manifest
-from labs.harness.filing.recorded import Run
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json, write_packed_json
-from labs.harness.judging.judge import Interval
-from labs.harness.running import reproduce
-from labs.harness.running.resolve import RunRequest, lab_of
-from labs.harness.spec import NOT_FILED, LabError
+from labs.harness.analysis.verdicts import Interval
+from labs.harness.cli.cli import app
+from labs.harness.comparison import reproduction
+from labs.harness.comparison.on_file import OnFile
+from labs.harness.plan.resolve import RunRequest, lab_of
+from labs.harness.runner import reproduce
+from labs.harness.site import leaderboards
+from labs.harness.spec.lab import NOT_FILED, LabError
+from labs.harness.storage import checks, manifest
+from labs.harness.storage.recorded import Run
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json, write_packed_json
 from serving.hardware.machine import Environment, engine_variables
-from serving.weights.models import file_hashes, files_sha256
+from serving.models.catalog import file_hashes, files_sha256
 from tests.cases import each
 from tests.unit.builders import make_lab, plain_manifest, write_slowed
 
@@ -352,7 +353,7 @@ def test_the_engines_environment_is_kept_without_its_secrets() -> None:
 def test_files_are_hashed_and_a_cached_blobs_name_is_its_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.weights.models.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("serving.models.catalog.CACHE", tmp_path / "cache")
     model, blob = tmp_path / "model", tmp_path / ("a" * 64)
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -368,7 +369,7 @@ def test_files_are_hashed_and_a_cached_blobs_name_is_its_hash(
 def test_a_derived_models_hash_is_that_of_its_weights_and_not_of_how_long_it_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.weights.models.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("serving.models.catalog.CACHE", tmp_path / "cache")
     made = [tmp_path / name for name in ("one", "same", "other")]
     for seconds, folder in enumerate(made):
         folder.mkdir()

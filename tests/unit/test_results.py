@@ -15,22 +15,22 @@ from typing import Any
 
 import pytest
 
-from labs.harness.filing import checks, results
-from labs.harness.filing.bounded import DamagedError
-from labs.harness.filing.checks import problems
-from labs.harness.filing.computed import Summary
-from labs.harness.filing.recorded import TrialResult, snapshot_from_json, snapshot_json
-from labs.harness.filing.results import RunFolder, all_runs, open_run
-from labs.harness.filing.writing import require_room, write_gzip, write_json
-from labs.harness.judging.judge import ForecastAtPoint, ForecastResult, Interval
-from labs.harness.running import resume
-from labs.harness.spec import Arm, LabError, Prediction
-from labs.harness.telling.summary import all_problems, summarise, unlike
+from labs.harness.analysis.computed import Summary
+from labs.harness.analysis.verdicts import ForecastAtPoint, ForecastResult, Interval
+from labs.harness.derived.summarize import all_problems, summarise, unlike
+from labs.harness.runner import resume
+from labs.harness.spec.lab import Arm, LabError, Prediction
+from labs.harness.storage import checks, results
+from labs.harness.storage.bounded import DamagedError
+from labs.harness.storage.checks import problems
+from labs.harness.storage.recorded import TrialResult, snapshot_from_json, snapshot_json
+from labs.harness.storage.results import RunFolder, all_runs, open_run
+from labs.harness.storage.writing import require_room, write_gzip, write_json
 from loadtests import records
 from serving import metrics
 from serving.hardware.machine import Environment
 from serving.metrics import Histogram, Snapshot
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
 from tests.unit.builders import make_claim, write_run
 
 RECORDS = "trials/on/short/concurrent-2/1/requests.jsonl.gz"

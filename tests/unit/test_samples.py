@@ -17,12 +17,10 @@ import pytest
 from pydantic import ValidationError
 
 from labs import LABS
-from labs.harness.facts.context import JudgedRun
-from labs.harness.filing.writing import write_gzip
-from labs.harness.judging.checks.expected import Expected
-from labs.harness.judging.measure import output_tokens_per_s, requests_per_s
-from labs.harness.judging.quantity import Quantity
-from labs.harness.judging.sampling import (
+from labs.harness.analysis.checks.expected import Expected
+from labs.harness.analysis.measure import output_tokens_per_s, requests_per_s
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.analysis.sampled_tasks import (
     canonical,
     gain_over_tasks,
     over_tasks,
@@ -30,18 +28,20 @@ from labs.harness.judging.sampling import (
     tasks,
     vote_at,
 )
-from labs.harness.judging.validity import caveats_of
-from labs.harness.running import probes
-from labs.harness.running.probes import ProbedEngine
-from labs.harness.spec import Point, Variant
+from labs.harness.analysis.validity import caveats_of
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.runner import probes
+from labs.harness.runner.probes import ProbedEngine
+from labs.harness.spec.lab import Point, Variant
+from labs.harness.storage.writing import write_gzip
 from labs.many_samples.facts import Facts, facts, probed, solved, weighed
 from labs.many_samples.lab import SAMPLED, hit_rate
 from loadtests.plan import body, read_requests, write_requests
 from loadtests.prompts import Writer
 from loadtests.workload import Chat, Fixed, Samples
 from serving import metrics
-from serving.forecasting.traffic import Prompt, Traffic, play
-from serving.weights.models import ROOT
+from serving.models.catalog import ROOT
+from serving.simulator.traffic import Prompt, Traffic, play
 from tests.cases import each
 from tests.unit.answering import Answering, answered_by
 from tests.unit.builders import (

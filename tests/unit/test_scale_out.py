@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.judging.quantity import Quantity
-from labs.harness.spec import Point
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.spec.lab import Point
 from labs.scale_out import facts, lab
 from tests.unit.builders import CEILINGS, SHAPE
 

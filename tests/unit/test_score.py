@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.filing import score
-from labs.harness.filing.results import RunFolder
+from labs.harness.derived import score
+from labs.harness.storage.results import RunFolder
 from tests.unit.builders import make_point, make_record, make_trial, write_run
 
 TOOLS = [tool.name for tool in (score.THIS_LAB, *score.OTHER_TOOLS)]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from labs import LABS
-from labs.harness import theory
-from labs.harness.facts.context import Context
-from labs.harness.facts.drawing import plt
-from labs.harness.spec import Lab, Variant
+from labs.harness.derived.run_view import Context
+from labs.harness.reports.drawing import plt
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Lab, Variant
 from labs.serving_engines.facts import facts, leading_share
 from labs.serving_engines.lab import (
     EAGER,

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness import theory
-from labs.harness.facts.context import Context
-from labs.harness.facts.drawing import plt
-from labs.harness.facts.steps import Pass, decode_s
-from labs.harness.filing.computed import Band, PointForecasts, Predictions
-from labs.harness.filing.writing import write_json
-from labs.harness.judging.quantity import Quantity
-from labs.harness.spec import Variant
+from labs.harness.analysis.computed import Band, PointForecasts, Predictions
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.derived.run_view import Context
+from labs.harness.derived.step_parts import Pass, decode_s
+from labs.harness.reports.drawing import plt
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Variant
+from labs.harness.storage.writing import write_json
 from labs.single_stream.facts import Facts, facts, flag_effects
 from labs.single_stream.plots import flags
 from loadtests.workload import Fixed
-from serving.forecasting.step import StepTimes
+from serving.simulator.step import StepTimes
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
 from tests.unit.judged import Values, context, judged_run, withheld
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from labs.harness.commands import all_labs
-from labs.harness.commands.cli import app
-from labs.harness.filing import results
-from labs.harness.running.clock import TimeUsedUp
-from labs.harness.running.resolve import RunRequest
-from labs.harness.running.resume import CannotResume
-from labs.harness.spec import LabError, NotApplicable
-from serving import whole
+from labs.harness.cli import all_labs
+from labs.harness.cli.cli import app
+from labs.harness.plan.resolve import RunRequest
+from labs.harness.plan.time_budget import TimeUsedUp
+from labs.harness.runner.resume import CannotResume
+from labs.harness.spec.lab import LabError, NotApplicable
+from labs.harness.storage import results
+from serving import atomic
 from serving.hardware.machine import detect
 
 FIRST, SECOND, THIRD = LABS = ("single-stream", "multi-lora", "overload")
@@ -48,7 +48,7 @@ def sit(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int,
             played.append(request.lab.name)
             play(request.lab.name)
 
-        monkeypatch.setattr("labs.harness.commands.play.run_lab", run)
+        monkeypatch.setattr("labs.harness.cli.run_lab.run_lab", run)
         archive = str(home.parents[1] / "results.tar.gz")
         arguments = ("all", "--only", ",".join(labs or LABS), "--archive", archive)
         bounded = ("--seconds", str(seconds)) if seconds else ()
@@ -80,7 +80,7 @@ def test_a_fault_of_one_lab_ends_that_lab_alone_and_its_traceback_is_taken_home(
 
     def play(lab: str) -> None:
         if lab == FIRST:
-            whole.write(home / lab / "run" / "logs" / "engine-on.log", "out of blocks")
+            atomic.write(home / lab / "run" / "logs" / "engine-on.log", "out of blocks")
             raise fault
         kept.extend(
             packed(home) if lab == SECOND else ()
@@ -120,10 +120,10 @@ def test_a_disk_without_room_ends_the_lab_in_a_sentence_that_says_what_mends_it(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("labs.harness.filing.archive.write", full)
-    write = whole.write
+    monkeypatch.setattr("labs.harness.storage.archive.write", full)
+    write = atomic.write
     monkeypatch.setattr(
-        whole,
+        atomic,
         "write",
         lambda path, text, **how: full() if path.suffix == ".log" else write(path, text, **how),
     )
@@ -149,7 +149,7 @@ def test_who_stops_a_call_stops_all_of_it_and_has_its_archive(
     sit: Callable[..., tuple[int, str, list[str]]], home: Path, end: BaseException
 ) -> None:
     def play(lab: str) -> None:
-        whole.write(home / lab / "run" / "run.json", "{}")
+        atomic.write(home / lab / "run" / "run.json", "{}")
         raise end
 
     code, _, played = sit(play)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from labs import FIRST, LABS
-from labs.harness.running.sitting_plan import plan, table, writing_s
-from labs.harness.running.trials import MOST_AGAIN, PER_TRIAL_S
-from serving.weights.models import ROOT
+from labs.harness.plan.session_plan import plan, table, writing_s
+from labs.harness.plan.time_budget import MOST_AGAIN, PER_TRIAL_S
+from serving.models.catalog import ROOT
 
 START_S = 45.0
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labs.harness.facts.context import Context
-from labs.harness.judging.quantity import Quantity
-from labs.harness.spec import Variant
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.derived.run_view import Context
+from labs.harness.spec.lab import Variant
 from labs.speculative_decoding.facts import Draft, SpeedUps, Turn, facts, same_text, tokens_a_step
 from loadtests.records import RequestRecord
 from serving import metrics

@@ -10,9 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from labs import LABS
-from labs.harness.filing.writing import write_gzip
-from labs.harness.judging.sampling import pass_at
-from labs.harness.judging.steps import (
+from labs.harness.analysis.reasoning_steps import (
     adding,
     chains,
     chosen,
@@ -22,9 +20,11 @@ from labs.harness.judging.steps import (
     is_step,
     steps_right,
 )
-from labs.harness.running import probes
-from labs.harness.running.probes import ProbedEngine
-from labs.harness.spec import Variant
+from labs.harness.analysis.sampled_tasks import pass_at
+from labs.harness.runner import probes
+from labs.harness.runner.probes import ProbedEngine
+from labs.harness.spec.lab import Variant
+from labs.harness.storage.writing import write_gzip
 from labs.many_samples.facts import Stepwise, end_of_search, facts
 from loadtests.prompts import Writer
 from tests.cases import each

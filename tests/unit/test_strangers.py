@@ -19,24 +19,24 @@ from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from labs import LABS
-from labs.harness.commands.cli import app
-from labs.harness.commands.terminal import ConsoleProgress
-from labs.harness.filing import bounded, checks, engine_series, manifest
-from labs.harness.filing.bounded import DamagedError
-from labs.harness.filing.committed import tracked_names
-from labs.harness.filing.recorded import Run, lab_from_resolved
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.running import reproduce
-from labs.harness.running.chat_writer import writer_of
-from labs.harness.running.resolve import RunRequest, require_harmless, resolve
-from labs.harness.spec import Lab, LabError, digest_of
-from labs.harness.telling import site
-from labs.harness.telling.markdown import FOLD_END
+from labs.harness.cli.cli import app
+from labs.harness.cli.terminal import ConsoleProgress
+from labs.harness.plan.chat_writer import writer_of
+from labs.harness.plan.resolve import RunRequest, require_harmless, resolve
+from labs.harness.reports.markdown import FOLD_END
+from labs.harness.runner import reproduce
+from labs.harness.site import site
+from labs.harness.spec.lab import Lab, LabError, digest_of
+from labs.harness.storage import bounded, checks, engine_series, manifest
+from labs.harness.storage.bounded import DamagedError
+from labs.harness.storage.committed import tracked_names
+from labs.harness.storage.recorded import Run, lab_from_resolved
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from serving.engines.base import EngineError
 from serving.engines.vllm import Vllm
-from serving.weights import models
-from serving.weights.models import ModelError
+from serving.models import catalog
+from serving.models.catalog import ModelError
 from tests.cases import each
 from tests.shards import write_shard
 from tests.unit.builders import write_slowed
@@ -532,10 +532,10 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_model_is_one_sentence(damage: str, tmp_path: Path) -> None:
     folder = model_at(tmp_path / "model")
-    assert models.load(folder, "m").shape.layers == 2
+    assert catalog.load(folder, "m").shape.layers == 2
     DAMAGED[damage](folder)
     with pytest.raises(ModelError, match=r"is not a model that can be read .*MODEL=") as failed:
-        models.load(folder, "m")
+        catalog.load(folder, "m")
     assert "\n" not in str(failed.value)
 
 
@@ -545,7 +545,7 @@ def test_a_damaged_tokenizer_is_one_sentence(content: str, tmp_path: Path) -> No
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text(content)
     with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be read .*MODEL=") as failed:
-        writer_of(models.load(folder, "m"))
+        writer_of(catalog.load(folder, "m"))
     assert "\n" not in str(failed.value)
 
 

@@ -13,10 +13,10 @@ import pytest
 from pydantic import ValidationError
 
 from labs import LABS
-from labs.harness.judging.checks.expected import Expected
-from labs.harness.judging.quantity import Quantity
-from labs.harness.judging.validity import faults_of_set_up
-from labs.harness.spec import LabError, Point
+from labs.harness.analysis.checks.expected import Expected
+from labs.harness.analysis.quantity import Quantity
+from labs.harness.analysis.validity import faults_of_set_up
+from labs.harness.spec.lab import LabError, Point
 from labs.structured_output.facts import (
     AnswerCounts,
     FirstToken,
@@ -42,8 +42,8 @@ from loadtests.structures import (
     spec,
 )
 from loadtests.workload import Asked, Fixed
-from serving.forecasting.step import mask_threads
-from serving.weights import masks
+from serving.models import grammar_masks
+from serving.simulator.step import mask_threads
 from tests.unit.builders import CEILINGS, SHAPE, make_record, make_trial, make_workload, words
 from tests.unit.judged import context
 
@@ -203,14 +203,14 @@ class Tokenizer:
 def test_a_backend_that_fails_says_why_and_the_others_have_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(masks, "_backend", lambda _: Backend)
-    monkeypatch.setattr(masks, "_compiled", lambda backend, _: (0.5, backend))
+    monkeypatch.setattr(grammar_masks, "_backend", lambda _: Backend)
+    monkeypatch.setattr(grammar_masks, "_compiled", lambda backend, _: (0.5, backend))
     model = SimpleNamespace(get_vocab_size=lambda: 4)
     config = SimpleNamespace(model_config=model)
 
     def timed(answer: str) -> dict[str, Any]:
         asked = {"record": [{"structure": {"regex": "a"}, "answer": answer}] * 2}
-        return masks.timed("mine", config, Tokenizer(), asked)
+        return grammar_masks.timed("mine", config, Tokenizer(), asked)
 
     good = timed("four tokens of it")
     assert good["error"] is None
@@ -232,8 +232,8 @@ def test_the_reason_of_a_backend_is_the_first_error_and_not_what_was_made_of_it(
         except ImportError:
             raise ImportError("vllm is not installed")  # noqa: B904
 
-    monkeypatch.setattr(masks, "_backend", unusable)
-    error = masks.timed("mine", None, None, {})["error"]
+    monkeypatch.setattr(grammar_masks, "_backend", unusable)
+    error = grammar_masks.timed("mine", None, None, {})["error"]
     assert "json.gone" in error
 
 

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 from matplotlib.figure import Figure
 
-from labs.harness.telling.svg import compact
+from labs.harness.reports.svg import compact
 
 SVG = "{http://www.w3.org/2000/svg}"
 

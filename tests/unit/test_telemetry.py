@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.judging.checks.expected import Expected
-from labs.harness.judging.measure import Trial
-from labs.harness.judging.metrics import METRICS
-from labs.harness.judging.validity import caveats_of
+from labs.harness.analysis.checks.expected import Expected
+from labs.harness.analysis.measure import Trial
+from labs.harness.analysis.metrics import METRICS
+from labs.harness.analysis.validity import caveats_of
 from serving.hardware import telemetry
 from serving.hardware.telemetry import Gpus, Sample, Telemetry
 from serving.processes.ports import free_port

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from labs.harness import theory
+from labs.harness.spec import theory
 from serving.hardware.machine import Ceilings
-from serving.weights.models import Shape
+from serving.models.catalog import Shape
 from tests.unit.builders import CEILINGS, SHAPE
 
 BIG = Shape(

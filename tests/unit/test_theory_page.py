@@ -1,4 +1,4 @@
-"""The formulas of the planner's page give what labs/harness/theory.py gives, on a grid."""
+"""The formulas of the planner's page give what labs/harness/spec/theory.py gives, on a grid."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness import theory
-from labs.harness.telling.dials import cards, shipped_shape
-from labs.harness.telling.pages import WEB
+from labs.harness.reports.dials import cards, shipped_shape
+from labs.harness.reports.pages import WEB
+from labs.harness.spec import theory
 from serving.hardware.machine import Ceilings
-from serving.weights.models import Shape
+from serving.models.catalog import Shape
 
 DENO = shutil.which("deno", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 SHAPES = ("llama-1b", "llama-8b", "moe-30b")

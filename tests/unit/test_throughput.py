@@ -22,8 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
-from labs.harness import theory
-from labs.harness.judging.measure import (
+from labs.harness.analysis.measure import (
     Trial,
     batch,
     beale_correction,
@@ -32,7 +31,8 @@ from labs.harness.judging.measure import (
     output_tokens_per_s,
     requests_per_s,
 )
-from labs.harness.spec import Point
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Point
 from loadtests import plan
 from loadtests.arrivals import (
     Arrival,
@@ -45,7 +45,7 @@ from loadtests.arrivals import (
 from loadtests.plan import LEAST_COUNTED
 from loadtests.records import RequestRecord
 from loadtests.workload import Intruder, Request, intrudes
-from serving.forecasting.traffic import Play, Prompt, Traffic, play
+from serving.simulator.traffic import Play, Prompt, Traffic, play
 from tests.unit.builders import CEILINGS, SHAPE, make_point, make_record, make_trial
 from tests.unit.test_forecasting import NONE, Server
 

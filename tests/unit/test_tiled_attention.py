@@ -12,16 +12,16 @@ import orjson
 import pytest
 
 from labs import LABS
-from labs.harness import theory
-from labs.harness.facts.context import JudgedRun
-from labs.harness.facts.fits import Estimate, least_squares
-from labs.harness.filing.bounded import DamagedError
-from labs.harness.filing.computed import Predictions
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_gzip, write_json
-from labs.harness.running.attention import time_attention
-from labs.harness.spec import Point
-from labs.harness.telling.plots import plots_of
+from labs.harness.analysis.computed import Predictions
+from labs.harness.derived.fits import Estimate, least_squares
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.reports.plots import plots_of
+from labs.harness.runner.attention import time_attention
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Point
+from labs.harness.storage.bounded import DamagedError
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_gzip, write_json
 from labs.tiled_attention.facts import (
     Tiling,
     facts,
@@ -340,7 +340,7 @@ def time_with(
     program: str, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, endpoint: bool = False
 ) -> list[str]:
     """What a run says in which this program stands in for the kernels."""
-    monkeypatch.setattr("labs.harness.running.attention.ARGV", (sys.executable, "-c", program))
+    monkeypatch.setattr("labs.harness.runner.attention.ARGV", (sys.executable, "-c", program))
     setup: Any = SimpleNamespace(
         lab=LAB, machine=MACHINE, endpoint=endpoint, model=SimpleNamespace(path=folder.path)
     )

@@ -14,15 +14,15 @@ from labs.chunked_prefill.plots import MOST_GAPS_DRAWN
 from labs.chunked_prefill.plots import timeline as draw_timeline
 from labs.continuous_batching.facts import facts
 from labs.continuous_batching.plots import static
-from labs.harness.facts.context import Context, JudgedRun
-from labs.harness.facts.drawing import reach
-from labs.harness.filing.computed import PointForecasts, Predictions
-from labs.harness.filing.recorded import TrialResult
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.judging.judge import Interval, mean_interval
-from labs.harness.judging.timeline import GRID_S, Timeline, timeline
-from labs.harness.spec import Lab, Variant
+from labs.harness.analysis.computed import PointForecasts, Predictions
+from labs.harness.analysis.timeline import GRID_S, Timeline, timeline
+from labs.harness.analysis.verdicts import Interval, mean_interval
+from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.reports.drawing import reach
+from labs.harness.spec.lab import Lab, Variant
+from labs.harness.storage.recorded import TrialResult
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from loadtests import records
 from loadtests.records import RequestRecord
 from loadtests.workload import Intruder

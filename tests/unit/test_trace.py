@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.commands.options import trace_of
+from labs.harness.cli.options import trace_of
 from loadtests import trace
 from loadtests.trace import read_trace
 

@@ -17,15 +17,12 @@ from typing import Any, cast
 import pytest
 import requests
 
-from labs.harness.filing.recorded import Discarded, TrialResult, snapshot_json
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.sampling import played_s, transports_s
-from labs.harness.filing.writing import write_json
-from labs.harness.running.clock import Clock
-from labs.harness.running.counts import Counts
-from labs.harness.running.resolve import keeps_disturbed
-from labs.harness.running.trials import (
-    PER_TRIAL_S,
+from labs.harness.derived.design import played_s, transports_s
+from labs.harness.derived.summarize import summarise
+from labs.harness.forecast.request_counts import Counts
+from labs.harness.plan.resolve import keeps_disturbed
+from labs.harness.plan.time_budget import PER_TRIAL_S, Clock
+from labs.harness.runner.trials import (
     REST_S,
     Played,
     Trials,
@@ -35,8 +32,10 @@ from labs.harness.running.trials import (
     played_together,
     recorded,
 )
-from labs.harness.spec import LabError, Point, Variant
-from labs.harness.telling.summary import summarise
+from labs.harness.spec.lab import LabError, Point, Variant
+from labs.harness.storage.recorded import Discarded, TrialResult, snapshot_json
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from loadtests import records
 from loadtests.arrivals import Concurrent
 from loadtests.generator import GeneratorError
@@ -45,7 +44,7 @@ from loadtests.records import RequestRecord
 from loadtests.structures import Structure
 from serving.engines.base import EngineError
 from serving.hardware.reference_step import ReferenceStep
-from serving.inside import guard
+from serving.plugins import guard
 from tests.unit.builders import make_engine, make_record, make_summary, write_run
 
 ANSWERED = make_record([(11.0, 1), (12.0, 3)])
@@ -413,8 +412,8 @@ def test_a_call_of_one_engine_that_fails_costs_its_own_trial_alone(
     }
     counted = SimpleNamespace(info={}, values={}, histograms={})
     play_with(trials, lambda variant: engines[variant.name], play)
-    monkeypatch.setattr("labs.harness.running.trials.counted_since", lambda *_: counted)
-    monkeypatch.setattr("labs.harness.running.trials.snapshot_json", lambda _: {})
+    monkeypatch.setattr("labs.harness.runner.trials.counted_since", lambda *_: counted)
+    monkeypatch.setattr("labs.harness.runner.trials.snapshot_json", lambda _: {})
     played = Trials._play(trials, [refused, whole], 1, "a trial", time.monotonic())
     failed = {p.point.key: bool(p.result.failed) for p in played}
     assert failed == {refused.key: True, whole.key: False}
@@ -444,8 +443,8 @@ def test_a_trial_records_how_busy_the_api_server_was_in_its_window(
         return SimpleNamespace(read=silent, busiest=busiest)
 
     play_with(trials, lambda _: engine_with(api_servers=lambda: [7, 8]), play)
-    monkeypatch.setattr("labs.harness.running.trials.ServerLoad", servers)
-    monkeypatch.setattr("labs.harness.running.trials.counted_since", silent)
+    monkeypatch.setattr("labs.harness.runner.trials.ServerLoad", servers)
+    monkeypatch.setattr("labs.harness.runner.trials.counted_since", silent)
     (played,) = Trials._play(trials, [point], 1, "a trial", time.monotonic())
     assert asked == [7, 8]
     kept = json.loads(played.result.model_dump_json())

@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 
-from labs.harness.filing.computed import PointForecasts
-from labs.harness.filing.recorded import Session, TrialResult, Undecided
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.sampling import sampling_of, starts_on_file, took_turns
-from labs.harness.filing.writing import write_json
-from labs.harness.running import run as running
-from labs.harness.running.clock import Clock, TimeUsedUp
-from labs.harness.running.counts import Counts
-from labs.harness.running.engines import Engines, order_of_engines, resident_groups
-from labs.harness.running.harness import Harness
-from labs.harness.running.trials import PER_TRIAL_S, Trials, interleave
-from labs.harness.spec import Point, Variant
-from labs.harness.telling.summary import summarise
+from labs.harness.analysis.computed import PointForecasts
+from labs.harness.derived.design import sampling_of, starts_on_file, took_turns
+from labs.harness.derived.summarize import summarise
+from labs.harness.forecast.request_counts import Counts
+from labs.harness.plan.time_budget import PER_TRIAL_S, Clock, TimeUsedUp
+from labs.harness.runner import run as running
+from labs.harness.runner.engines import Engines, order_of_engines, resident_groups
+from labs.harness.runner.harness import Harness
+from labs.harness.runner.trials import Trials, interleave
+from labs.harness.spec.lab import Point, Variant
+from labs.harness.storage.recorded import Session, TrialResult, Undecided
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from serving.engines.base import EngineError
 from tests.unit.builders import SHAPE, make_lab, write_run
 
@@ -158,7 +158,7 @@ def test_a_resumed_run_goes_on_with_its_engines_as_they_were(
     )  # fmt: skip
 
     def groups(free_bytes: float) -> int:
-        monkeypatch.setattr("labs.harness.running.engines.available_bytes", lambda: free_bytes)
+        monkeypatch.setattr("labs.harness.runner.engines.available_bytes", lambda: free_bytes)
         return len(resident_groups(setup, took_turns(folder, points, lab)))
 
     assert (groups(2**60), groups(1)) == (1, 2)  # nothing is on file
@@ -322,7 +322,7 @@ def test_a_probe_that_fails_costs_itself_alone(
         raise KeyError("choices")
 
     probes = {"faulty": gives_nothing, "sound": lambda _: {"answers": 1}}
-    monkeypatch.setattr("labs.harness.running.harness.PROBES", probes)
+    monkeypatch.setattr("labs.harness.runner.harness.PROBES", probes)
     set_lab(folder, probes=["faulty", "sound"], probed=["on"])
     harness = Noted(folder)
     setup: Any = harness.setup
@@ -356,7 +356,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The repeats whose requests were written; no prompt is."""
     repeats: list[list[int]] = []
     monkeypatch.setattr(
-        "labs.harness.running.harness.write_requests", lambda *given: repeats.append(given[-1])
+        "labs.harness.runner.harness.write_requests", lambda *given: repeats.append(given[-1])
     )
     return repeats
 
@@ -378,7 +378,7 @@ def undecided(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     )
     judged = [pair, not_decided_by]
     found = SimpleNamespace(judgements=judged, measurements={})
-    monkeypatch.setattr("labs.harness.running.harness.summarise", lambda _: found)
+    monkeypatch.setattr("labs.harness.runner.harness.summarise", lambda _: found)
     return judged
 
 
@@ -413,7 +413,7 @@ def test_where_no_time_is_left_for_any_repeat_the_lab_looks_once_whatever_it_wou
     def look(_: RunFolder) -> None:
         raise AssertionError("the figures were looked at")
 
-    monkeypatch.setattr("labs.harness.running.harness.summarise", look)
+    monkeypatch.setattr("labs.harness.runner.harness.summarise", look)
     lab, points = harness.setup.lab, harness.setup.points
     assert sampling_of(folder, points, lab).looks == 2
     harness.repeat_undecided(until=time.monotonic() + 1)
@@ -442,7 +442,7 @@ def test_a_call_whose_time_ends_leaves_undecided_points_to_the_next_call(
     setup: Any = harness.setup
     setup.clock = Clock(ends=time.monotonic() + 5, played=True)
     monkeypatch.setattr(
-        "labs.harness.running.run.open_harness", lambda *_: contextlib.nullcontext(harness)
+        "labs.harness.runner.run.open_harness", lambda *_: contextlib.nullcontext(harness)
     )
     harness.noted.clear()
     with pytest.raises(TimeUsedUp, match="starting off"):

@@ -12,17 +12,13 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from labs.harness.ask import echoes
-from labs.harness.filing.computed import Band, PointForecasts, Predictions
-from labs.harness.filing.sampling import transports_s
-from labs.harness.filing.writing import write_json
-from labs.harness.judging import dose
-from labs.harness.judging.checks.expected import TRANSPORT_S, Expected, Served, usual_transport_s
-from labs.harness.judging.checks.run import CachedRepeats
-from labs.harness.judging.checks.transport import is_one_stream, transport_s
-from labs.harness.judging.judge import Caveat
-from labs.harness.judging.measure import OtherWork, Trial, ran_out
-from labs.harness.judging.validity import (
+from labs.harness.analysis import expected_treatment
+from labs.harness.analysis.checks.expected import TRANSPORT_S, Expected, Served, usual_transport_s
+from labs.harness.analysis.checks.run import CachedRepeats
+from labs.harness.analysis.checks.transport import is_one_stream, transport_s
+from labs.harness.analysis.computed import Band, PointForecasts, Predictions
+from labs.harness.analysis.measure import OtherWork, Trial, ran_out
+from labs.harness.analysis.validity import (
     CHECKS,
     MODULES,
     SERVER_BUSY,
@@ -30,8 +26,12 @@ from labs.harness.judging.validity import (
     check,
     disturbances_of,
 )
-from labs.harness.spec import Arm, Evidence, Point
-from labs.harness.telling.summary import computed
+from labs.harness.analysis.verdicts import Caveat
+from labs.harness.derived.design import transports_s
+from labs.harness.derived.summarize import computed
+from labs.harness.spec.declare import echoes
+from labs.harness.spec.lab import Arm, Evidence, Point
+from labs.harness.storage.writing import write_json
 from loadtests.records import Chunks, RequestRecord
 from loadtests.workload import Asked, Chat, Fixed, Intruder, Prefix
 from serving import metrics
@@ -138,7 +138,7 @@ def test_a_prompt_that_failed_before_its_first_token_may_have_been_found_in_the_
     done = [make_record([(11.0, 1)], index=i, prompt_tokens=6) for i in range(3)]
     lost = [*done[:2], replace(done[2], chunks=Chunks([]), prompt_tokens=None, error="timed out")]
     bounds = [
-        dose.cached_tokens(
+        expected_treatment.cached_tokens(
             replace(
                 make_trial(found, point=point, engine=Snapshot({}, {}, info)),
                 asked=[Asked(6, 4)] * 3,
@@ -582,7 +582,7 @@ def over_repeats(
     `least` is the forecast's low end, `after_each` what it finds at least after each request.
     """
     trials = [prefixed_trial(of_repeat, **fields) for of_repeat in hits]
-    found = [repeat for t in trials if (repeat := dose.cache_hits(t, 10))]
+    found = [repeat for t in trials if (repeat := expected_treatment.cache_hits(t, 10))]
     assert len(found) == len(trials)
     point = trials[0].point
     least_found = {point.key: after_each} if after_each else {}

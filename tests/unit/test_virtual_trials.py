@@ -13,22 +13,22 @@ from typing import Any
 
 import pytest
 
-from labs.harness.facts.parts import AskedDay
-from labs.harness.filing.computed import SEARCH, TWO_ENGINES
-from labs.harness.running import forecast
-from labs.harness.running.forecaster import ForecastError
-from labs.harness.running.step_timing import Steps
-from labs.harness.running.virtual_trials import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
-from labs.harness.spec import Lab, Point, Variant
-from labs.harness.telling import markdown, tables
+from labs.harness.analysis.computed import SEARCH, TWO_ENGINES
+from labs.harness.derived.lab_modules import AskedDay
+from labs.harness.forecast import forecast
+from labs.harness.forecast.forecaster import ForecastError
+from labs.harness.forecast.simulated_trials import NO_CAPACITIES, PLAYS_OF_CHANCE, VirtualTrials
+from labs.harness.forecast.step_timing import Steps
+from labs.harness.reports import markdown, tables
+from labs.harness.spec.lab import Lab, Point, Variant
 from loadtests.arrivals import Day
 from loadtests.workload import Chat, Intruder, Prefix, Workload
-from serving.forecasting import cards
-from serving.forecasting.fleet import Scaling
-from serving.forecasting.plan import ForecastPlan, ForecastPlay, PlannedTrial
-from serving.forecasting.traffic import Delays, Play, VirtualAnswer
 from serving.hardware.gpus import DATASHEETS
 from serving.metrics import KvUse
+from serving.simulator import cards
+from serving.simulator.fleet import Scaling
+from serving.simulator.protocol import ForecastPlan, ForecastPlay, PlannedTrial
+from serving.simulator.traffic import Delays, Play, VirtualAnswer
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_workload
 from tests.unit.test_forecasting import TIMES
 

@@ -11,15 +11,15 @@ import pytest
 from plotly.offline import get_plotlyjs
 from rich.markup import escape
 
-from labs.harness.comparing import side_by_side
-from labs.harness.comparing.compare import compare_named
-from labs.harness.filing.results import RunFolder
-from labs.harness.filing.writing import write_json
-from labs.harness.telling import markdown, pages, report, terminal
-from labs.harness.telling.document import Link, bullets, section, table
-from labs.harness.telling.markdown import code
-from labs.harness.telling.summary import summarise
-from labs.harness.telling.visible import LEFT_OUT, visible, visible_data
+from labs.harness.comparison import side_by_side
+from labs.harness.comparison.compare import compare_named
+from labs.harness.derived.summarize import summarise
+from labs.harness.reports import markdown, pages, report, terminal
+from labs.harness.reports.document import Link, bullets, section, table
+from labs.harness.reports.markdown import code
+from labs.harness.spec.visible import LEFT_OUT, visible, visible_data
+from labs.harness.storage.results import RunFolder
+from labs.harness.storage.writing import write_json
 from loadtests import records
 from tests.unit.builders import make_claim, make_record, write_run
 from tests.unit.hostile import HIDDEN

@@ -16,7 +16,7 @@ from serving.engines.flags import FlagValue
 from serving.engines.vllm import SEVERAL_SERVERS, Vllm, arguments, resolved
 from serving.engines.vllm_flags import VllmFlags
 from serving.hardware.machine import Machine
-from serving.weights.models import Model, files_sha256
+from serving.models.catalog import Model, files_sha256
 from tests.unit import hostile
 from tests.unit.builders import SHAPE
 
@@ -50,7 +50,7 @@ def test_what_a_server_was_given_is_read_without_addresses_and_paths() -> None:
     line = (
         "(APIServer pid=7) INFO [utils.py:286] non-default args: {'lora_modules':"
         " [LoRAModulePath(name='tenant-0', path='/a/b', base_model_name=None)], 'host':"
-        " '127.0.0.1', 'port': 45505, 'middleware': ['serving.inside.guard.Guard'],"
+        " '127.0.0.1', 'port': 45505, 'middleware': ['serving.plugins.guard.Guard'],"
         " 'model': '/a/b',"
         " 'enforce_eager': True, 'max_num_seqs': 16, 'scheduling_policy': 'priority',"
         " 'watermark': 0.05, 'async_scheduling': False, 'attention_backend': 'TRITON_ATTN',"

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from labs import LABS
-from labs.harness.judging.judge import is_within
-from labs.harness.judging.quantity import RATIO, Quantity
-from labs.harness.running import step_timing
-from labs.harness.spec import Variant
+from labs.harness.analysis.quantity import RATIO, Quantity
+from labs.harness.analysis.verdicts import is_within
+from labs.harness.forecast import step_timing
+from labs.harness.spec.lab import Variant
 from labs.weight_pruning.facts import (
     EIGHT_BITS,
     Sparsities,
@@ -33,8 +33,8 @@ from labs.weight_pruning.lab import (
     energy_gone_2_4,
 )
 from serving.hardware import gpus
-from serving.weights.models import Model
-from serving.weights.prune import METHODS, Method
+from serving.models.catalog import Model
+from serving.models.prune import METHODS, Method
 from tests.unit.builders import CEILINGS, SHAPE
 from tests.unit.judged import Values, context, judged_run
 

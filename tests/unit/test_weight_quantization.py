@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from labs import LABS
-from labs.harness.facts.quality import Quality, quality
-from labs.harness.filing.writing import write_gzip
-from labs.harness.spec import Variant
+from labs.harness.derived.quality_summary import Quality, quality
+from labs.harness.spec.lab import Variant
+from labs.harness.storage.writing import write_gzip
 from labs.weight_quantization.facts import facts, on_a_gpu, outliers, phases
 from loadtests.workload import Fixed
 from tests.unit.builders import make_lab, make_workload

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.filing.recorded import TrialResult
-from labs.harness.filing.writing import write_trial
-from serving import whole
-from serving.weights.models import ROOT
+from labs.harness.storage.recorded import TrialResult
+from labs.harness.storage.writing import write_trial
+from serving import atomic
+from serving.models.catalog import ROOT
 
 
 def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.json"
-    assert whole.write(path, "é\n") == path
-    assert whole.write(path, b"\x00\x01").read_bytes() == b"\x00\x01"
-    with whole.file(path) as half:
+    assert atomic.write(path, "é\n") == path
+    assert atomic.write(path, b"\x00\x01").read_bytes() == b"\x00\x01"
+    with atomic.file(path) as half:
         half.write_text("later")
         assert path.read_bytes() == b"\x00\x01"
     assert path.read_text() == "later"
@@ -43,7 +43,7 @@ def test_what_is_to_be_on_the_disk_is_there_before_its_name_and_a_trial_last(
         assert {half.stat().st_ino, requests.stat().st_ino} <= set(done)
         return rename(half, path)
 
-    requests = whole.write(tmp_path / "trial" / "requests.jsonl.gz", b"")
+    requests = atomic.write(tmp_path / "trial" / "requests.jsonl.gz", b"")
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
     write_trial(requests.parent, TrialResult(point="on/short/concurrent-1", repeat=1))
@@ -70,25 +70,25 @@ def cut_off(make: Callable[[Path], AbstractContextManager[Path]], path: Path) ->
 
 
 def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    path = whole.write(tmp_path / "file", "before")
-    cut_off(whole.file, path)
-    cut_off(whole.folder, tmp_path / "folder")
+    path = atomic.write(tmp_path / "file", "before")
+    cut_off(atomic.file, path)
+    cut_off(atomic.folder, tmp_path / "folder")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_disk_without_room_is_told_by_the_file_that_found_none(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="file'") as failed, whole.file(tmp_path / "file"):
+    with pytest.raises(OSError, match="file'") as failed, atomic.file(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert failed.value.filename == str(tmp_path / "file")
 
 
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    left = cut_off(whole.file, path)
+    left = cut_off(atomic.file, path)
     left.write_text("left")
     left.chmod(0o644)
-    whole.write(path, "secret", mode=0o600)
+    atomic.write(path, "secret", mode=0o600)
     assert path.read_text() == "secret"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -97,19 +97,19 @@ def test_nothing_but_a_regular_file_is_replaced(tmp_path: Path) -> None:
     """As /dev/full, /dev/stdout and a folder are: a rename would put a file in their place."""
     pipe, link, broken, home = (tmp_path / name for name in ("pipe", "link", "broken", "home"))
     os.mkfifo(pipe)
-    link.symlink_to(whole.write(tmp_path / "file", "before"))
+    link.symlink_to(atomic.write(tmp_path / "file", "before"))
     broken.symlink_to("nowhere")
     home.mkdir()
     before = {path: path.lstat().st_mode for path in tmp_path.iterdir()}
     for path in (pipe, link, broken, home, home / "..", Path(".")):
         with pytest.raises(FileExistsError, match="regular file"):
-            whole.write(path, "after")
+            atomic.write(path, "after")
     assert {path: path.lstat().st_mode for path in tmp_path.iterdir()} == before
 
 
 def test_a_folder_appears_when_it_is_filled(tmp_path: Path) -> None:
     path = tmp_path / "models" / "folder"
-    with whole.folder(path) as half:
+    with atomic.folder(path) as half:
         (half / "part").write_text("all of it")
         assert not path.exists()
     assert (path / "part").read_text() == "all of it"
@@ -117,7 +117,7 @@ def test_a_folder_appears_when_it_is_filled(tmp_path: Path) -> None:
 
 
 def test_git_ignores_what_a_killed_process_leaves(tmp_path: Path) -> None:
-    left = ROOT / "results" / cut_off(whole.file, tmp_path / "x.json").name
+    left = ROOT / "results" / cut_off(atomic.file, tmp_path / "x.json").name
     asked = subprocess.run(["git", "check-ignore", "-q", str(left)], cwd=ROOT, check=False)
     assert asked.returncode == 0
 
@@ -125,4 +125,4 @@ def test_git_ignores_what_a_killed_process_leaves(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_its_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "home").touch()
     with pytest.raises(NotADirectoryError, match="home"):
-        whole.write(tmp_path / "home" / "x", "")
+        atomic.write(tmp_path / "home" / "x", "")

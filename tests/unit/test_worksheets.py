@@ -7,9 +7,9 @@ import json
 import pytest
 
 from labs import LABS
-from labs.harness.page import WORKSHEET, Page, PageError, Section, page_of
-from labs.harness.telling import teaching, worksheets
-from labs.harness.telling.dials import cards, cards_of, pair_of, predicted
+from labs.harness.reports import teaching, worksheets
+from labs.harness.reports.dials import cards, cards_of, pair_of, predicted
+from labs.harness.spec.page import WORKSHEET, Page, PageError, Section, page_of
 
 (CARD,) = (card for card in cards() if card.card == "h100")
 LAB = LABS["prefix-caching"]

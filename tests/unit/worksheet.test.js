@@ -3,7 +3,7 @@ import { strictEqual as same, match } from "node:assert";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
-const source = readFileSync(new URL("../../labs/harness/telling/web/worksheet.js", import.meta.url), "utf8");
+const source = readFileSync(new URL("../../labs/harness/reports/web/worksheet.js", import.meta.url), "utf8");
 const nothing = { querySelectorAll: () => [], getElementById: () => null };
 const marked = new Function("document", "digits", `${source}; return markedAnswer;`)(nothing, (n) => n.toPrecision(3));
 const KEY = { key: 8, within: 1.25, parts: { "reading the weights": 6, nothing: 0 } };

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from serving.weights import adapters
-from serving.weights.adapters import MARKS, make, mark_of, marks_in
+from serving.models import adapters
+from serving.models.adapters import MARKS, make, mark_of, marks_in
 from tests.unit.builders import write_tiny_llama
 from tests.weights import made
 

@@ -11,9 +11,9 @@ import pytest
 from labs import LABS
 from labs.speculative_decoding.lab import accepted, copies_accepted, guessed, tpot_ratio
 from serving.engines.vllm_flags import VllmFlags
-from serving.weights import draft
-from serving.weights.draft import TargetAnswer, lookup, make
-from serving.weights.making import MakerError
+from serving.models import draft
+from serving.models.draft import TargetAnswer, lookup, make
+from serving.models.making import MakerError
 from tests.unit.builders import CEILINGS, SHAPE, write_tiny_llama
 from tests.weights import made
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from serving.weights import draft, eagle
-from serving.weights.draft import TargetAnswer
-from serving.weights.eagle import Head, make, share_right
+from serving.models import draft, eagle
+from serving.models.draft import TargetAnswer
+from serving.models.eagle import Head, make, share_right
 from tests.unit.builders import write_tiny_llama
 from tests.weights import made, torch
 from tests.weights.test_draft import write_prompts

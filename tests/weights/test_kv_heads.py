@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from serving.weights import models, prune
-from serving.weights.kv_heads import converted, make
-from serving.weights.making import MakerError
+from serving.models import catalog, prune
+from serving.models.kv_heads import converted, make
+from serving.models.making import MakerError
 from tests.unit.builders import write_tiny_llama
 from tests.weights import made, needs_torch, torch
 
@@ -36,7 +36,7 @@ def logits(folder: Path) -> object:
 def test_copied_heads_answer_as_before(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "mha"
     about = made(make, base, out, method="mha")
-    before, after = (models.load(folder, "tiny").shape for folder in (base, out))
+    before, after = (catalog.load(folder, "tiny").shape for folder in (base, out))
     assert (before.kv_heads, after.kv_heads) == (2, 4)
     assert after.kv_bytes_per_token() == 2 * before.kv_bytes_per_token()
     # in each layer K and V, of two heads more: 8 rows of 32 weights and a bias
@@ -49,7 +49,7 @@ def test_copied_heads_answer_as_before(base: Path, tmp_path: Path) -> None:
 def test_one_head_for_all_is_the_mean_of_the_others(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "mqa"
     made(make, base, out, method="mqa")
-    assert models.load(out, "tiny").shape.kv_heads == 1
+    assert catalog.load(out, "tiny").shape.kv_heads == 1
     assert not torch.allclose(logits(base), logits(out), atol=1e-3)
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # two heads of one row
     assert converted(rows, "mqa", 4, 2).tolist() == [[2.0, 3.0]]

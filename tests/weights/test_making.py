@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from serving.weights import kv_heads, making, outliers, prune, sparsity
-from serving.weights.__main__ import main
-from serving.weights.making import MakerError
+from serving.models import kv_heads, making, outliers, prune, sparsity
+from serving.models.__main__ import main
+from serving.models.making import MakerError
 from tests.unit.builders import write_tiny_llama
 from tests.weights import needs_torch, torch
 

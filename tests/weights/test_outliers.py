@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serving.weights import making, outliers
+from serving.models import making, outliers
 from tests.unit.builders import write_tiny_llama
 from tests.weights import needs_torch, torch
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from serving.weights import prune, sparsity
-from serving.weights.making import MakerError
-from serving.weights.models import Model
-from serving.weights.outliers import linears
-from serving.weights.prune import Method, Zeros, dropped
+from serving.models import prune, sparsity
+from serving.models.catalog import Model
+from serving.models.making import MakerError
+from serving.models.outliers import linears
+from serving.models.prune import Method, Zeros, dropped
 from tests.unit.builders import SHAPE, write_tiny_llama
 from tests.weights import made, needs_torch, torch
 
@@ -210,8 +210,8 @@ def test_a_task_is_solved_where_each_token_of_the_answer_is_the_likeliest(tiny: 
 
 
 def test_what_the_lab_gives_it_has_every_task_and_no_text_twice(tmp_path: Path) -> None:
-    from labs.harness.judging.evaluation import SHOTS, tasks_with_shots
-    from labs.harness.running.derived_models import scored_texts
+    from labs.harness.analysis.evaluation import SHOTS, tasks_with_shots
+    from labs.harness.plan.derived_models import scored_texts
 
     model = Model("any", tmp_path, SHAPE)
     given = json.loads(scored_texts(tmp_path / "texts.json", model, 1).read_text())

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from labs.harness.theory import experts_needed
+from labs.harness.spec.theory import experts_needed
 from serving.engines.vllm import Vllm
-from serving.inside import random_weights
+from serving.plugins import random_weights
 from tests.weights import needs_torch, torch
 
 pytestmark = needs_torch

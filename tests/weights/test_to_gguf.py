@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.weights import to_gguf
+from serving.models import to_gguf
 from tests.unit.builders import write_tiny_llama
 from tests.weights import made
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from serving.weights import training
-from serving.weights.making import MakerError
-from serving.weights.outliers import linears
+from serving.models import training
+from serving.models.making import MakerError
+from serving.models.outliers import linears
 from tests.unit.builders import write_tiny_llama
 from tests.weights import made, needs_torch, torch
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from serving.inside import random_weights
+from serving.plugins import random_weights
 from tests.fake.engine.alarm import Alarm
 from tests.fake.engine.api import Api
 from tests.fake.engine.connection import Connection

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
 
-from serving.inside import guard
+from serving.plugins import guard
 from tests.fake.engine import answers
 from tests.fake.engine.answers import Refused
 from tests.fake.engine.connection import Connection

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from serving.inside import random_weights
+from serving.plugins import random_weights
 from tests.fake.engine import answers
 from tests.fake.engine.alarm import Alarm
 from tests.fake.engine.kv_cache import KVCache

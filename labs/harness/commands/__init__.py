@@ -1,1 +1,0 @@
-"""Provide the command line: its commands, and what they print."""

@@ -1,1 +1,0 @@
-"""Two runs or more, side by side: comparisons, gates, reproductions, leaderboards."""

@@ -1,0 +1,1 @@
+"""What is derived from the trials of a run for every lab, and its summary."""

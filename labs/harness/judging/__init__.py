@@ -1,1 +1,0 @@
-"""Judging turns records into measurements, and measurements into verdicts, where they are valid."""

@@ -1,0 +1,1 @@
+"""What the reader asked for, resolved and checked before anything starts."""

@@ -1,0 +1,1 @@
+"""A run as Markdown, HTML, plots, and text on a terminal."""

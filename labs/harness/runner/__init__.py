@@ -1,0 +1,1 @@
+"""A run: engines, load, trials and probes."""

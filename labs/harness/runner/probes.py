@@ -1,0 +1,388 @@
+"""Probe an engine apart from the load: quality, isolation of tenants, leaks through timing.
+
+Each probe runs once for a variant, on the same engine, after its trials. Its result is kept as it
+came (`probes/<probe>-<variant>.json.gz`); `labs/harness/derived/` concludes from it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from labs.harness.analysis import retrieval, sampled_tasks
+from labs.harness.analysis.evaluation import (
+    LENGTHS_TOKENS,
+    TIMEOUT_S,
+    EvaluationClient,
+    evaluate,
+    read_passages,
+    thread_pool,
+)
+from labs.harness.analysis.reasoning_steps import BREAK, Chain, chains, is_step
+from labs.harness.plan import probe_names
+from labs.harness.runner.joining import joining
+from labs.harness.spec.lab import Lab, Variant
+from loadtests.prompts import Messages, Writer
+from loadtests.structures import FORMS, Form, Spec, instruction, spec
+from loadtests.workload import Fixed
+from serving import metrics
+from serving.engines.base import EngineError, Server
+from serving.plugins import guard
+from serving.processes.masking import tellable
+
+
+@dataclass(frozen=True)
+class ProbedEngine:
+    """A running engine with what a probe needs to ask it."""
+
+    variant: Variant
+    lab: Lab
+    engine: Server
+    places: Mapping[str, Path]  # derived model -> its folder
+    writer: Writer
+
+
+Probe = Callable[[ProbedEngine], dict[str, Any]]
+TEXTS_ASKED = 12  # with five needles each: with fewer the gate could not even pass a twin
+
+
+def quality(served: ProbedEngine, quick: bool = False) -> dict[str, Any]:
+    """Ask what `analysis/evaluation.py` asks; the first variant twice, for the false alarms."""
+    engine, longest = served.engine, served.lab.flags_of(served.variant).max_model_len
+    lengths = [n for n in LENGTHS_TOKENS if 1.2 * n < longest]
+    if not lengths:
+        raise ValueError(f"no text fits max-model-len={longest}")
+    seeds = TEXTS_ASKED // len(lengths)
+    times = 2 if served.variant.name == served.lab.variants[0].name else 1
+    evaluations = [
+        evaluate(engine.url, engine.model, lengths_tokens=lengths, seeds=seeds, quick=quick)
+        for _ in range(times)
+    ]
+    return {"answers": [a.model_dump(mode="json") for a in evaluations]}
+
+
+def tenants(served: ProbedEngine, requests_sent: int = 1700, at_once: int = 16) -> dict[str, Any]:
+    """Ask every tenant under concurrency, prefix caching and hot loading: is each answer its own?
+
+    All tenants ask the same few prompts, so that their prefixes could be mistaken for each other's.
+    One more adapter, `visitor`, is loaded at run time under the load, answers, and is unloaded;
+    each time it is another tenant's files under the same name.
+    """
+    count = len(served.lab.flags_of(served.variant).lora_modules)
+    rng = random.Random(f"{served.lab.seed}/tenants")
+    # a token more than whole blocks: all the rest can come out of the cache
+    prompts = [served.writer.chat(33 + 32 * (i % 2), rng) for i in range(16)]
+    before = _prefix_tokens(served.engine)
+
+    def ask(model: str, prompt: int) -> requests.Response:
+        body = {"model": model, "messages": prompts[prompt % len(prompts)], "max_tokens": 5,
+                "temperature": 0, "ignore_eos": True}  # fmt: skip
+        return _post(served, "chat/completions", body)
+
+    def text_of(response: requests.Response) -> str:
+        response.raise_for_status()
+        return str(response.json()["choices"][0]["message"]["content"])
+
+    drawn = [rng.randrange(count) for _ in range(requests_sent)]
+    visits: list[tuple[int, str]] = []
+    with thread_pool(at_once) as pool:
+        pending = [pool.submit(ask, f"tenant-{t}", i) for i, t in enumerate(drawn)]
+        for owner in range(count):
+            served.engine.load_adapter("visitor", served.places["adapters"] / f"tenant-{owner}")
+            visits += [(owner, text_of(ask("visitor", i))) for i in range(4)]
+            served.engine.unload_adapter("visitor")
+        answers = [(t, text_of(future.result())) for t, future in zip(drawn, pending, strict=True)]
+    looked_up, hits = (b - a for a, b in zip(before, _prefix_tokens(served.engine), strict=True))
+    unknown, gone = ask("tenant-nobody", 0), ask("visitor", 0)
+    return {
+        "answers": [*answers, *visits],
+        "visits": len(visits),
+        "cached_share": hits / looked_up if looked_up else None,
+        "refused": {"tenant-nobody": unknown.status_code, "visitor, unloaded": gone.status_code},
+        "refusal": tellable(unknown.text)[:200],
+        # the right question sent to the wrong adapter: the check must notice
+        "misrouted": [(0, text_of(ask("tenant-1", i))) for i in range(4)],
+        "base": [text_of(ask(served.engine.model, i)) for i in range(4)],
+    }
+
+
+def _post(served: ProbedEngine, path: str, body: Mapping[str, Any]) -> requests.Response:
+    """Send a request to the engine, which need not succeed. Raises `requests`' exceptions."""
+    url = f"{served.engine.url}/v1/{path}"
+    return requests.post(url, json=body, headers=guard.headers(), timeout=TIMEOUT_S)
+
+
+def _prefix_tokens(engine: Server) -> tuple[float, float]:
+    """Read how many tokens the prefix cache was asked for and how many it held (hits) so far.
+
+    Raises EngineError.
+    """
+    if (snapshot := engine.snapshot()) is None:
+        raise EngineError(f"{engine.name} shows no metrics")
+    values = snapshot.values
+    return values.get(metrics.PREFIX_QUERIES, 0.0), values.get(metrics.PREFIX_HITS, 0.0)
+
+
+def salt(served: ProbedEngine, rounds: int = 12) -> dict[str, Any]:
+    """Time whether one tenant can tell what another has asked, with and without `cache_salt`.
+
+    Each round a victim sends a fresh prompt; then a stranger times the same prompt, and another of
+    the same length that nobody has sent. With a salt of their own each, the stranger's copy is no
+    faster than the fresh one.
+    """
+    rng = random.Random(f"{served.lab.seed}/salt")
+    tokens = next(
+        w.prompt_tokens.tokens for w in served.lab.workloads if isinstance(w.prompt_tokens, Fixed)
+    )
+
+    def took_s(prompt: Messages, who: str | None) -> float:
+        body = {"model": served.engine.model, "messages": prompt, "max_tokens": 1, "temperature": 0}
+        body |= {"cache_salt": who} if who else {}
+        began = time.monotonic()
+        _post(served, "chat/completions", body).raise_for_status()
+        return time.monotonic() - began
+
+    times_s: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, victim, stranger in (("shared", None, None), ("salted", "victim", "stranger")):
+            secret, other = (served.writer.chat(tokens, rng) for _ in range(2))
+            took_s(secret, victim)
+            times_s.setdefault(f"{name}, known", []).append(took_s(secret, stranger))
+            times_s.setdefault(f"{name}, fresh", []).append(took_s(other, stranger))
+    return {"took_s": times_s, "prompt_tokens": tokens}
+
+
+ASKED_TOKENS, MOST_TOKENS, ASKED_AT_ONCE = 320, 96, 8
+"""The tokens of a prompt of the probe `structures`, with room for any structure; the limit of its
+answers, beyond any whole one; and how many answers are asked for at once."""
+
+
+def structures(served: ProbedEngine, each: int = 6, timed: int = 3) -> dict[str, Any]:
+    """Ask for whole answers of each form, and time the first token of forms unseen and seen.
+
+    Answers end as the model or the structure ends them. The engine imposes the structure; the first
+    variant also has it asked for in the prompt alone (`asked`), and one not at all (`free`). Each
+    timed structure is new to the engine, and is then asked for again.
+    """
+    rng = random.Random(f"{served.lab.seed}/structures")
+    first = served.variant.name == served.lab.variants[0].name
+
+    def body(structure: Spec, how: str, tokens: int) -> dict[str, Any]:
+        lead = "" if how == "free" else instruction(structure)
+        imposed = {"structured_outputs": structure} if how == "imposed" else {}
+        return {"model": served.engine.model, "max_tokens": tokens, "temperature": 0,
+                "messages": served.writer.chat(ASKED_TOKENS, rng, lead), **imposed}  # fmt: skip
+
+    def choice(asked: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        answer = _post(served, "chat/completions", asked)
+        answer.raise_for_status()
+        fields = answer.json()
+        return fields["choices"][0], fields["usage"]["completion_tokens"]
+
+    def took_s(form: Form, mark: str) -> float:
+        asked = body(spec(form, mark), "imposed", 1)
+        began = time.monotonic()
+        choice(asked)
+        return time.monotonic() - began
+
+    took = [
+        {"form": form, "unseen_s": took_s(form, mark), "seen_s": took_s(form, mark)}
+        for form in FORMS
+        for mark in (f"p{i:02}" for i in range(timed))
+    ]
+    asking = [
+        (form, how, body(spec(form), how, MOST_TOKENS))
+        for form in FORMS
+        for how in ("free", "asked", "imposed")
+        if how == "imposed" or (first and (how == "asked" or form == FORMS[0]))
+        for _ in range(each)
+    ]
+    with thread_pool(ASKED_AT_ONCE) as pool:
+        answered = list(pool.map(lambda asked: choice(asked[2]), asking))
+    answers = [
+        {"form": form, "how": how, "structure": dict(spec(form)), "tokens": tokens,
+         "text": reply["message"]["content"] or "", "finish": reply["finish_reason"]}
+        for (form, how, _), (reply, tokens) in zip(asking, answered, strict=True)
+    ]  # fmt: skip
+    return {"took": took, "answers": answers}
+
+
+ROUNDS = (1, 4, 16)  # samples that one request asks for
+TASK_TOKENS, TASK_TEMPERATURE = 28, 0.7
+"""Of an answer to a task, beyond the longest right one; Wang et al. sample at 0.5 to 0.7."""
+
+
+def votes(served: ProbedEngine, each: int = 5) -> dict[str, Any]:
+    """Ask tasks with exact solutions: one greedy answer, and rounds of samples, one after another.
+
+    Each request asks for all samples of its round by `n`, with nothing else in flight, so that its
+    seconds are those of the samples. All samples of a task are drawn alike, whatever their round.
+    """
+    asked = partial(_completed, served, most_tokens=TASK_TOKENS)
+    drawn = sampled_tasks.tasks(each, served.lab.seed)
+    asked(drawn[0].prompt, max(ROUNDS))  # what is first is slow
+    return {
+        "temperature": TASK_TEMPERATURE,
+        "tasks": [
+            {
+                "kind": task.kind,
+                "prompt": task.prompt,
+                "expected": task.expected,
+                "greedy": asked(task.prompt, 1, temperature=0),
+                "rounds": [asked(task.prompt, n) for n in ROUNDS],
+            }
+            for task in drawn
+        ],
+    }
+
+
+GREEDY_TOKENS, GREEDY_WORDS = 64, 90  # of an answer, and of the text that it goes on from
+
+
+def greedy(served: ProbedEngine, texts: int = 24) -> dict[str, Any]:
+    """Ask for greedy answers to the same plain texts, one at a time and several in flight.
+
+    A position of an answer is its token, the token's logprob (nats), the best other token, and the
+    logprob of that. The first variant is asked one at a time twice, then with 4 and 16 in flight;
+    the others one at a time. Each text is prefilled once beforehand, so that an engine with a
+    prefix cache finds it there.
+    """
+    bodies = [
+        {"model": served.engine.model, "prompt": " ".join(text.split()[:GREEDY_WORDS]),
+         "temperature": 0, "ignore_eos": True, "logprobs": 2, "return_tokens_as_token_ids": True}
+        for name in ("held_out.txt", "calibration.txt")
+        for text in read_passages(name)
+    ][:texts]  # fmt: skip
+
+    def answer(tokens: int, body: dict[str, Any]) -> list[tuple[int, float, int, float]]:
+        reply = _post(served, "completions", {**body, "max_tokens": tokens})
+        reply.raise_for_status()
+        known = reply.json()["choices"][0]["logprobs"]
+        positions = []
+        for token, logprob, top in zip(
+            known["tokens"], known["token_logprobs"], known["top_logprobs"], strict=True
+        ):
+            other = max((each for each in top if each != token), key=top.__getitem__)
+            ids = (int(each.rpartition(":")[2]) for each in (token, other))
+            positions.append((next(ids), round(logprob, 5), next(ids), round(top[other], 5)))
+        return positions
+
+    def answers(at_once: int, tokens: int = GREEDY_TOKENS) -> list[Any]:
+        with thread_pool(at_once) as pool:
+            return list(pool.map(partial(answer, tokens), bodies))
+
+    answers(1, tokens=1)
+    first = served.variant.name == served.lab.variants[0].name
+    ways = {"alone": 1, "again": 1, "4": 4, "16": 16} if first else {"alone": 1}
+    return {"answers": {way: answers(at_once) for way, at_once in ways.items()}}
+
+
+def _completed(
+    served: ProbedEngine,
+    prompt: str,
+    n: int,
+    most_tokens: int,
+    temperature: float = TASK_TEMPERATURE,
+    ends: str = "",
+) -> dict[str, Any]:
+    """Ask for n completions of a line, or of what ends before it, and time them together."""
+    body = {"model": served.engine.model, "prompt": prompt, "max_tokens": most_tokens, "n": n,
+            "temperature": temperature, "stop": ["\n", *ends]}  # fmt: skip
+    began = time.monotonic()
+    answer = _post(served, "completions", body)
+    took_s = time.monotonic() - began
+    answer.raise_for_status()
+    fields = answer.json()
+    return {
+        "n": n,
+        "took_s": took_s,
+        "tokens": fields["usage"]["completion_tokens"],
+        "texts": [choice["text"] for choice in fields["choices"]],
+    }
+
+
+REVISED = 4  # answers one after another; as many as a round has, which revisions stand beside
+
+
+def steps(
+    served: ProbedEngine, each: int = 10, lengths: tuple[int, ...] = (2, 6)
+) -> dict[str, Any]:
+    """Ask for sums step by step: whole solutions, searches by a check of steps, and revisions.
+
+    All are asked with nothing else in flight. A round is of n whole solutions at once. A search
+    draws n candidates for each step in turn, and goes on from one that is right, else from any. Of
+    revisions each is shown the one before it, and the first is that of the round of one.
+    """
+
+    tokens_of = served.writer.tokens_of
+
+    def searched(chain: Chain, n: int) -> dict[str, Any]:
+        prompt, drawn = chain.prompt, list[dict[str, Any]]()
+        for step in chain.steps:
+            most_tokens = tokens_of(f" {step}{BREAK}")
+            drawn.append(_completed(served, prompt, n, most_tokens, ends=BREAK))
+            texts = drawn[-1]["texts"]
+            kept = next((text for text in texts if is_step(text, step)), texts[0])
+            prompt += f"{kept.rstrip()}{BREAK}"
+        return {"n": n, "steps": drawn}
+
+    def asked(chain: Chain) -> dict[str, Any]:
+        most_tokens = tokens_of(chain.solution)
+        rounds = [_completed(served, chain.prompt, n, most_tokens) for n in ROUNDS]
+        revised = rounds[:1]
+        while len(revised) < REVISED:
+            again = chain.revising(revised[-1]["texts"][0])
+            revised.append(_completed(served, again, 1, most_tokens))
+        return {
+            "prompt": chain.prompt,
+            "steps": chain.steps,
+            "rounds": rounds,
+            "searches": [searched(chain, n) for n in ROUNDS[1:]],
+            "revisions": revised,
+        }
+
+    drawn = chains(each, lengths, served.lab.seed)
+    _completed(served, drawn[0].prompt, max(ROUNDS), TASK_TOKENS)  # what is first is slow
+    return {"temperature": TASK_TEMPERATURE, "tasks": [asked(chain) for chain in drawn]}
+
+
+def retrieve(served: ProbedEngine, texts: int = 3) -> dict[str, Any]:
+    """Ask for the needles of so many texts of each of the lab's lengths, one after another."""
+    lengths = retrieval.text_lengths(served.lab.flags_of(served.variant).max_model_len)
+    client = EvaluationClient(served.engine.url, served.engine.model)
+    began = time.monotonic()
+    needles = retrieval.ask(client, lengths, texts, served.writer.tokens_of)
+    return {
+        "needles": [needle.model_dump(mode="json") for needle in needles],
+        "took_s": round(time.monotonic() - began, 3),
+    }
+
+
+PROBES: dict[str, Probe] = {
+    "quality": quality,
+    "quality-quick": partial(quality, quick=True),
+    "tenants": tenants,
+    "tenants-quick": partial(tenants, requests_sent=120),
+    "salt": salt,
+    "structures": structures,
+    "structures-quick": partial(structures, each=3, timed=2),
+    "retrieval": retrieve,
+    "retrieval-quick": partial(retrieve, texts=1),
+    "greedy": greedy,
+    "greedy-quick": partial(greedy, texts=12),
+    "votes": votes,
+    "votes-quick": partial(votes, each=1),
+    "steps": steps,
+    "steps-quick": partial(steps, each=2),
+    "salt-quick": partial(salt, rounds=4),
+    "joining": joining,
+    "joining-quick": partial(joining, alone=False),
+}
+assert PROBES.keys() == probe_names.ALL

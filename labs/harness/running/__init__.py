@@ -1,1 +1,0 @@
-"""The run itself: resolve, predict, start engines, play the trials, probe."""

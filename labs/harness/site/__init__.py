@@ -1,0 +1,1 @@
+"""The site: the course, the planner, and the pages of results."""

@@ -1,0 +1,1 @@
+"""A run's folder: manifest, trials, requests, series and their export."""

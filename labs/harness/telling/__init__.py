@@ -1,1 +1,0 @@
-"""Report a run: the summary, the report as Markdown and HTML, the plots."""

@@ -1,0 +1,1 @@
+"""Models: found, made, quantized, pruned and trained."""

@@ -1,0 +1,1 @@
+"""The environment: its installation and its locked versions."""

@@ -1,0 +1,1 @@
+"""Time without the hardware: vLLM's scheduler in virtual time, and what a step takes."""

@@ -1,1 +1,0 @@
-"""Models, and what is made of them: smaller, with adapters, pruned, quantized, converted."""
