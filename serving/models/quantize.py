@@ -73,7 +73,7 @@ class Tool:
 
     @property
     def script(self) -> Path:
-        return ROOT / "serving" / "weights" / "quantizers" / f"{self.name.replace('-', '_')}.py"
+        return ROOT / "serving" / "models" / "quantizers" / f"{self.name.replace('-', '_')}.py"
 
     def pinned(self, package: str) -> str:
         """Return the version of a package in the tool's lock."""

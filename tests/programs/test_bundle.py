@@ -35,7 +35,7 @@ MODULES = {"__main__.py": CLI, "__init__.py": "", "../__init__.py": "", "../../_
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository whose command imports a package; uv has just installed that."""
-    commands = tmp_path / "repository" / "labs" / "harness" / "commands"
+    commands = tmp_path / "repository" / "labs" / "harness" / "cli"
     commands.mkdir(parents=True)
     for name, text in MODULES.items():
         (commands / name).write_text(text)
@@ -118,7 +118,7 @@ def test_the_next_bundle_replaces_the_packages_and_keeps_what_is_the_readers(hom
     mine.parent.mkdir()
     mine.touch()
     (lab / ".unbundled" / "site" / "old.py").touch()
-    commands = home / "repository" / "labs" / "harness" / "commands"
+    commands = home / "repository" / "labs" / "harness" / "cli"
     (commands / "__main__.py").write_text("print('new')\n")
     commit(home / "repository")
     assert unpack(make(home), lab)[0] == 0

@@ -165,7 +165,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "masks": Recipe(
         "a study of how long the backends of structured outputs take",
-        "masks",
+        "grammar_masks",
         1,
         source=structures,
     ),
