@@ -41,7 +41,7 @@ with = $(if $(value LABS_$1),$(LABS) $2,$(PYTHON_HERE) $(EXPLAIN) $@ $@ --)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan judge diagnose drill labs-all derive serve report words site score compare reproduce gate export check-results readme watch stop import stack grafana-push preview doctor bundle unbundle test rehearse check bench locks clean distclean
+.PHONY: help setup labs forecast plan judge diagnose drill labs-all derive serve report words site score compare reproduce gate export check-results readme watch stop import stack grafana-push doctor bundle unbundle test rehearse check bench locks clean distclean
 
 # Before anything starts, one sentence refuses a target or a setting that is not there or went, and
 # a setting that no target of this call takes. A make that calls this one may have variables of its own.
@@ -145,14 +145,6 @@ stack: setup ## Start Prometheus and Grafana in containers
 
 grafana-push: setup ## Send dashboards and runs to a running Grafana: GRAFANA_URL=.. (and GRAFANA_TOKEN)
 	@$(call with,GRAFANA_URL,grafana-push)
-
-COMPONENTS := dashboards/preview/node_modules/.whole
-$(COMPONENTS):
-	@command -v npm >/dev/null || { echo "error: npm is not installed: the preview needs Node 20 or later" >&2; exit 1; }
-	@cd dashboards/preview && npm install --no-audit --no-fund --no-package-lock && touch node_modules/.whole
-
-preview: $(COMPONENTS) ## Draw the dashboards in a browser without Grafana
-	@cd dashboards/preview && npm run --silent preview
 
 bundle: setup ## Gather what a GPU machine without internet needs
 	@$(LABS) bundle

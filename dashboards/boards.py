@@ -7,9 +7,8 @@ one lab on several machines, *Generator health* whether the load was sent as it 
 from __future__ import annotations
 
 import json
-import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -490,7 +489,7 @@ def machines(described: Figures) -> dashboard.Dashboard:
     )
 
 
-# ---------------------------------------------------------------------------- files and expressions
+# ----------------------------------------------------------------------------------------- files
 
 BOARDS = {"lab-live": live, "compare": compare, "machines": machines, "generator": generator}
 
@@ -525,22 +524,3 @@ def write(variants: Sequence[Sequence[str]], described: Figures) -> list[Path]:
 def panels(board_json: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a dashboard's panels, without the rows that head them."""
     return [panel for panel in board_json["panels"] if panel["type"] != "row"]
-
-
-def expressions(values: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Yield (dashboard, panel, query) with every variable replaced, to run against a Prometheus.
-
-    The value of a drop-down that admits several is a regular expression, by default `.*`.
-    """
-    variables = {"__range": "1h", "__rate_interval": "1m", **values}
-
-    def resolved(query: str) -> str:
-        return re.sub(r"\$\{?(\w+)\}?", lambda match: variables.get(match[1], ".*"), query)
-
-    for board_json in written().values():
-        for panel in panels(board_json):
-            for target in panel["targets"]:
-                yield board_json["title"], panel["title"], resolved(target["expr"])
-        for annotation in board_json["annotations"].get("list", ()):
-            if "expr" in annotation:
-                yield board_json["title"], annotation["name"], resolved(annotation["expr"])

@@ -30,7 +30,7 @@ from serving.engines.base import EngineError
 from serving.hardware import machine
 from serving.models import catalog
 from serving.models.catalog import ROOT
-from tests import with_vllm
+from tests import queries, with_vllm
 from tests.fake.conftest import CEILINGS
 from tests.shallow import shallow
 from tests.sizes import sizes_of, with_every_part
@@ -299,7 +299,7 @@ def check_dashboards(folder: RunFolder) -> None:
         mine = {"match[]": f'{{run_id="{folder.path.name}"}}'}
         every = requests.get(f"{there.url}/api/v1/series", mine, timeout=10).json()["data"]
         series_of_run = len(every)
-        for board, panel, query in boards.expressions(values):
+        for board, panel, query in queries.expressions(values):
             # a coarser step passes by a warm-up of a second
             asked = {"query": query, "start": start, "end": time.time(), "step": 1}
             url = f"{there.url}/api/v1/query_range"

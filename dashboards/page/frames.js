@@ -1,6 +1,6 @@
 // What Grafana does between a dashboard's JSON and a picture: it puts variables into queries, turns
-// answers into data frames, transforms them and applies overrides. The live page draws from this
-// module; the preview asks through it, and checks its transformations against Grafana's own.
+// answers into data frames, transforms them and applies overrides. The live page draws
+// from this module.
 //
 // A frame is Grafana's: {refId, fields: [{name, type, values, labels, config}]}, times in ms.
 // A range is {from, to} in s. Only what dashboards/panels.py uses is known here.

@@ -430,32 +430,6 @@ def test_a_lesson_is_taken_with_the_keyboard_alone(chromium: Browser, site: Path
     assert shown.errors == []
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_forecasts_are_chosen_and_drawn_with_their_bands(
-    chromium: Browser, site: Path, width: int
-) -> None:
-    shown = opened(chromium, site / "site" / "forecasts.html", width)
-    rows = "document.getElementById('each-plot').data[1].x.length"
-    said = "document.getElementById('each-said').textContent"
-    shown.choose("each-lab", "")
-    shown.choose("each-figure", "")
-    everything = shown.js(rows)
-    assert shown.js(said) == f"{everything} of {everything} figures"
-    assert everything == shown.js("data.residuals.length") > 0
-    shown.choose("each-shown", "missed")
-    missed = shown.js("data.residuals.filter(r => r[6] < 1 / 1.25 || r[6] > 1.25).length")
-    assert shown.js(f"{said}.split(' ')[0] * 1") == missed
-    shown.choose("each-shown", "all")
-    shown.choose("each-lab", "0")
-    assert 0 < shown.js(rows) < everything
-    links = "[...document.querySelectorAll('#each-runs a')].map(a => a.getAttribute('href'))"
-    for link in shown.js(links):
-        assert (site / "site" / link).exists()
-    assert shown.js("document.documentElement.scrollWidth <= innerWidth")
-    assert shown.errors == []
-    assert {url.split(":")[0] for url in shown.requested} <= {"file", "data"}
-
-
 def test_claims_are_coloured_by_verdict_or_by_how_near_the_prediction_came(
     chromium: Browser, site: Path
 ) -> None:

@@ -164,7 +164,7 @@ def test_the_whole_stays_small_with_many_runs(
 ) -> None:
     """Beside the plotting library, with pages as long as those of the published runs on average.
 
-    How long each may be is tested with each published one. The page of forecasts lists the figures
+    How long each may be is tested with each published one. The page of forecasts lists the misses
     of all runs, so that each run has a share in it as well.
     """
     files = {name: text for name, text in shared_files().items() if name != PLOTLY}
@@ -194,17 +194,10 @@ def test_links_within_the_course_lead_somewhere(course: Course, texts: dict[str,
                 assert place in pages[found].attributes("id"), (name, link)
 
 
-def test_the_page_of_forecasts_has_every_residual_and_the_run_it_came_from(
-    course: Course, texts: dict[str, str]
-) -> None:
+def test_the_page_of_forecasts_counts_every_miss(course: Course, texts: dict[str, str]) -> None:
     full = [e for e in course.entries if residuals.is_full(e.folder)]
     found = residuals.of_runs(e.folder for e in full)
     seen = Seen(texts["forecasts.html"])
-    assert len(seen.data["residuals"]) == len(found)
-    marks = [a["d"] for tag, a in seen.tags if a.get("class") in ("near", "far") and "d" in a]
-    assert sum(path.count("M") for path in marks) == len(found)
-    known = {e.href for e in course.entries}
-    assert {run["href"] for run in seen.data["runs"]} <= known
     misses = sum(not r.near for r in found)
     assert f"Misses: {misses:,} of {len(found):,} lie further off than 25%" in seen.read
 

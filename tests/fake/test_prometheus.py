@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from dashboards import boards, prometheus, series
+from dashboards import prometheus, series
 from dashboards.prometheus import Prometheus, PrometheusError
+from tests import queries
 from tests.fake.conftest import needs_prometheus
 
 pytestmark = needs_prometheus
@@ -50,7 +51,7 @@ def test_of_a_run_that_was_resumed_the_last_verdicts_stand(tmp_path: Path) -> No
         )
     (query,) = (
         q
-        for board, panel, q in boards.expressions({"lab": "l", "run": "r", "__range": "1d"})
+        for board, panel, q in queries.expressions({"lab": "l", "run": "r", "__range": "1d"})
         if (board, panel) == ("Compare", "Verdicts") and series.VERDICT in q
     )
     with Prometheus(tmp_path / "log") as there:

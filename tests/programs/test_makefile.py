@@ -94,7 +94,6 @@ def test_every_setting_that_is_read_is_one_that_make_hands_on() -> None:
     houses = ("labs", "serving", "loadtests", "dashboards", "bench", "tests")
     files = (path for house in houses for path in (ROOT / house).rglob("*.py"))
     sources = [path for path in files if path.parent not in NOT_READ_THERE]
-    sources.append(ROOT / "dashboards" / "preview" / "vite.config.js")
     read = {name for p in sources for name in re.findall(r"[\"'.]LABS_([A-Z_]+)\b", p.read_text())}
     in_recipes = set(re.findall(r"LABS_([A-Z_]+)", MAKEFILE.partition("DEFAULT_GOAL")[2]))
     in_recipes |= {"VLLM", "PYTHON"}
@@ -157,6 +156,7 @@ def test_the_prefixed_name_holds_for_every_call_and_the_command_line_goes_before
         ("zzzz", "there is no make zzzz: `make` lists"),
         ("lab-x PP=2", "PP= was removed: use `SET=flags.pipeline-parallel-size=2`"),
         ("watch-stop", "make watch-stop was removed: use `make stop`"),
+        ("preview PREVIEW_PORT=1", "make preview was removed: use `make watch`"),
         ("forecast LAB=x RATE=4", "RATE= would change nothing here: make forecast takes HELP="),
         ("report SET=x PRICE_PER_HOUR=2", "SET=, PRICE_PER_HOUR= would change nothing here"),
         ("stop QUICK=1", "QUICK= would change nothing here: make stop takes HELP="),

@@ -22,6 +22,7 @@ from labs.harness.analysis.metrics import METRICS
 from loadtests.exporter import Exporter
 from serving import metrics
 from serving.hardware import telemetry
+from tests import queries
 from tests.cases import each
 
 SCHEMA = Path(
@@ -37,7 +38,7 @@ BUILT: dict[str, dict[str, Any]] = {
 EVERY = [(name, panel) for name, found in BUILT.items() for panel in boards.panels(found)]
 RUN_ID = "20261125T111404Z-d3cbb5f9"
 QUERIES = [
-    *boards.expressions({"lab": "prefix-caching", "run": RUN_ID}),
+    *queries.expressions({"lab": "prefix-caching", "run": RUN_ID}),
     *(
         (name, variable["name"], variable["query"].split("(", 1)[1].rsplit(",", 1)[0])
         for name, found in BUILT.items()

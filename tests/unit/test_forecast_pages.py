@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -14,7 +13,7 @@ from labs.harness.analysis.computed import Band, OnTwoEngines, PointForecasts
 from labs.harness.analysis.metrics import METRICS
 from labs.harness.analysis.verdicts import Caveat, ForecastAtPoint, Interval
 from labs.harness.derived.summarize import summarise
-from labs.harness.reports import markdown, report, residual_plot, residuals, tables
+from labs.harness.reports import markdown, report, residuals, tables
 from labs.harness.reports.document import plain_text
 from labs.harness.reports.residuals import Residual, Scores
 from labs.harness.runner import run
@@ -152,22 +151,6 @@ def test_an_older_run_counts_only_among_all_runs(folder: RunFolder, tmp_path: Pa
     assert f"| {found[0].machine} | TPOT, mean | 2 |" in told
 
 
-def test_the_picture_and_the_script_show_what_the_page_tells(folder: RunFolder) -> None:
-    """A dot for each residual, those further off than 25% in a path of their own."""
-    write_summary(folder)
-    found = residuals.of_runs([folder])
-    (lab,) = residual_plot.pictures(found, {"tiny": "A tiny lab"})
-    far = re.findall(r'class="far" d="([^"]+)"', str(lab.picture))
-    assert "".join(far).count("M") == sum(not r.near for r in found) > 0
-    assert str(lab.picture).count("h0") == len(found)
-    assert lab.description.startswith("A tiny lab, ")
-    assert re.search("TPOT, mean: 1 of 2 .* 25%", lab.description)
-    drawn = residual_plot.data(found, {}, lambda f: f"{f.path.name}.html")
-    far = next(r for r in drawn["residuals"] if r[6] == 0.5)
-    assert far[9:] == [0.9, 1.1, False]  # the band that the forecast itself stated
-    assert [run["href"] for run in drawn["runs"]] == [f"{folder.path.name}.html"]
-
-
 @pytest.fixture
 def with_zeros(folder: RunFolder) -> RunFolder:
     """The run with hit rates that were forecast as 3.85%, 0, 0, and measured as 0, 5%, 0."""
@@ -213,21 +196,6 @@ def test_a_zero_is_a_miss_on_the_page_and_in_the_report(with_zeros: RunFolder) -
     rows = [[plain_text(cell) for cell in row[2:]] for row in compared.rows[2:]]
     assert [row[0] for row in rows] == ["3.85%", "0%"]
     assert [row[-2:] for row in rows] == [["0.00x", "no"], ["–", "no"]]
-
-
-def test_a_zero_is_a_miss_in_the_picture_and_in_the_scripts_data(with_zeros: RunFolder) -> None:
-    """It stands at the end of the axis; the script, whose axis has no end, gets no ratio."""
-    zeros = [r for r in residuals.residuals(with_zeros) if r.group == HIT_RATE]
-    (lab,) = residual_plot.pictures(zeros, {})
-    assert 'class="near"' not in str(lab.picture)
-    assert str(lab.picture).count("h0") == 2
-    assert re.search("0 of 2 .*infinite", lab.description)
-    drawn = residual_plot.data(zeros, {}, lambda f: "run.html")
-    assert [row[4:] for row in drawn["residuals"]] == [
-        ["3.85%", "0%", None, None, None, 0.9, 1.1, False],
-        ["0%", "5%", None, None, None, None, None, False],
-    ]
-    json.dumps(drawn, allow_nan=False)
 
 
 def test_quick_runs_have_no_residuals_on_the_page(folder: RunFolder) -> None:

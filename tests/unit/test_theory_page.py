@@ -24,8 +24,7 @@ SHAPES = ("llama-1b", "llama-8b", "moe-30b")
 CASES = """
 const [cases] = JSON.parse(await new Response(Deno.stdin.readable).text());
 console.log(JSON.stringify(cases.map(([name, ...given]) => ({prefillFlops, prefillS, decodeBytes,
-  decodeFlops, decodeStepS, batchThroughput, kvTokens, acceptedLength, speculativeSpeedup,
-  stepBytes, heldBytes})[name](...given))));
+  decodeFlops, decodeStepS, kvTokens, stepBytes, heldBytes})[name](...given))));
 """
 
 
@@ -35,11 +34,6 @@ def cases() -> list[tuple[list[object], float]]:
     for name, card in itertools.product(SHAPES, cards()[::3]):
         shape, at = shipped_shape(name), card.ceilings
         found += _of(shape, at)
-    for a, g in itertools.product((0.0, 0.3, 0.8, 1.0), (1, 4)):
-        accepted = theory.accepted_length(a, g)
-        found.append((["acceptedLength", a, g], accepted))
-        # Leviathan et al. 2023, theorem 3.8, with a verification that takes 1.5 steps
-        found.append((["speculativeSpeedup", a, g, 0.1, 1.5], accepted / (g * 0.1 + 1.5)))
     return found
 
 
@@ -59,8 +53,6 @@ def _of(shape: Shape, at: Ceilings) -> list[tuple[list[object], float]]:
             (["decodeFlops", s, batch, tokens], theory.decode_flops(shape, batch, tokens)),
             (["decodeStepS", s, ceilings, batch, tokens, 2],
              theory.decode_step_s(shape, at, batch, tokens)),
-            (["batchThroughput", s, ceilings, batch, tokens, 128],
-             theory.batch_throughput(shape, at, batch, tokens, 128)),
             (["kvTokens", s, batch * 10**8, 1, 16],
              theory.kv_tokens(shape, batch * 10**8, 1, 16)),
         ]  # fmt: skip

@@ -21,7 +21,6 @@ from urllib.parse import quote
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from dashboards.palette import BOUND, VARIANTS
 from dashboards.prometheus import WATCH_PORT
 from labs import LABS
 from labs.harness.analysis.computed import Summary
@@ -48,7 +47,6 @@ from labs.harness.reports import (
     glossary,
     html,
     planner,
-    residual_plot,
     residuals,
     teaching,
     worksheets,
@@ -84,7 +82,7 @@ from serving import atomic
 
 RUN_PAGE = re.compile(r"\d{8}T\d{6}Z-\w+\.html")
 PAGE_SCRIPT, LESSON_SCRIPT, WATCH_SCRIPT = "page.js", "lesson.js", "watch.js"
-PLANNER_SCRIPT, FORECAST_SCRIPT, APART_SCRIPT = "planner.js", "forecasts.js", "apart.js"
+PLANNER_SCRIPT, APART_SCRIPT = "planner.js", "apart.js"
 SCRIPTS = {  # a script beside the pages: the files that it is made of
     RUN_SCRIPT: RUN_SCRIPTS,
     PAGE_SCRIPT: ("page.js",),
@@ -94,7 +92,6 @@ SCRIPTS = {  # a script beside the pages: the files that it is made of
     WATCH_SCRIPT: ("page.js", "plot.js", "replay.js"),
     APART_SCRIPT: ("page.js", "copy.js"),
     PLANNER_SCRIPT: ("page.js", "copy.js", "theory.js", "planner.js"),
-    FORECAST_SCRIPT: ("page.js", "plot.js", "ratios.js", "forecasts.js"),
 }  # fmt: skip
 APART = ("SA-1", "SO-7")  # questions whose lessons lead to prefill and decode apart
 BY_RUN = "by-run"  # the section of forecasts that each run's own page tells
@@ -606,33 +603,19 @@ class Course:
         )
 
     def forecasts_page(self) -> str:
-        """Render what was predicted beside what came, of every published full run.
-
-        Those that are scored apart are in tables of their own, and in no picture.
-        """
+        """Render what was predicted beside what came, of every published full run."""
         published = [e.folder for e in self.published.values()]
-        scores = residuals.Scores.of(published)
-        document = residuals.page(scores, self.page_of)
-        titles = {item.lab.name: item.lab.title for item in self.lessons}
+        document = residuals.page(residuals.Scores.of(published), self.page_of)
         no_picture = html.embedded(Path())  # the document has none
         others = html.embedded(results.RESULTS)(
             published_gpu.PICTURE, "Figures over the rate of arrivals", Markup()
         )
         return course_page(
             "forecasts.html",
-            PLOTLY,
-            FORECAST_SCRIPT,
+            PAGE_SCRIPT,
             intro=html.introduction(document, no_picture),
             sections=[of for of in html.sections(document, no_picture) if of.id != BY_RUN],
-            pictures=list(residual_plot.pictures(scores.reported, titles)),
             others=others if published_gpu.on_file() else "",
-            titles=titles,
-            lessons={item.lab.name: item.href for item in self.lessons},
-            data={
-                "colours": VARIANTS,
-                "predicted": BOUND,
-                **residual_plot.data(scores.reported, titles, self.page_of),
-            },
         )
 
     def page_of(self, folder: RunFolder) -> str:

@@ -1,11 +1,11 @@
-// Of every page that draws predictions: each measured ratio with its interval, on what was predicted.
-// deno-lint-ignore-file no-unused-vars -- the scripts beside it in the same page use it
+// Of a run's page: each measured ratio with its interval, on what was predicted.
 "use strict";
 
-const drawRatios = (() => {
+{
   const LINE = 15, MARK = 26, BETWEEN = 8; // px: of a label's line, of a mark, between two rows
 
-  return ratios;
+  if (data.claims.length) redraws.push(() => ratios("claims", data.claims, "treatment / baseline"));
+  if (at("forecasts")) redraws.push(() => ratios("forecasts", data.forecasts, "measured / predicted"));
 
   function ratios(id, items, title) {
     const rows = placed(items, at(id).clientWidth);
@@ -15,7 +15,7 @@ const drawRatios = (() => {
     draw(id, ratioTraces(rows), {
       height: height + 84,
       margin: { l: 12, r: 14, t: 34, b: 46 },
-      shapes: [...rows.filter(hasBand).map((row) => bearsItOut(row, low, high)), lineAtOne()],
+      shapes: [...rows.map((row) => bearsItOut(row, low, high)), lineAtOne()],
       annotations: [...rows.map(label), ...rows.filter(({ item }) => item.value === null).map(noRatio)],
       xaxis: axis({ type: "log", range: [Math.log10(low), Math.log10(high)], tickvals: ticks,
                     ticktext: ticks.map((t) => `${t}x`), title: { text: title } }),
@@ -67,17 +67,12 @@ const drawRatios = (() => {
     ];
   }
 
-  /** `figures` are those whose ratio the item is, in words. */
   function underPointer({ item }) {
-    const predicted = item.figures ?? (item.where ? `predicted ${digits(item.predicted)}x` : "");
+    const predicted = item.where ? `predicted ${digits(item.predicted)}x` : "";
     return plain(item.title) + (item.where ? `<br>${plain(item.where)}` : "") +
       `<br><b>${digits(item.value)}x</b>` +
       (item.low === null ? "" : ` (${digits(item.low)} to ${digits(item.high)})`) +
       wrapped([predicted, item.verdict].filter(Boolean).join("; "), 60).map((line) => `<br>${plain(line)}`).join("");
-  }
-
-  function hasBand({ item }) {
-    return (item.least ?? null) !== null || (item.largest ?? null) !== null;
   }
 
   function bearsItOut({ item, middle }, low, high) {
@@ -99,8 +94,7 @@ const drawRatios = (() => {
   }
 
   function noRatio({ item, middle }) {
-    return { text: plain(item.figures ? `– (${item.figures})` : "– (no ratio)"),
-             x: Math.log10(item.predicted || 1), y: middle, xanchor: "left", xshift: 10,
-             showarrow: false, font: { color: css("--soft") } };
+    return { text: "– (no ratio)", x: Math.log10(item.predicted || 1), y: middle, xanchor: "left",
+             xshift: 10, showarrow: false, font: { color: css("--soft") } };
   }
-})();
+}

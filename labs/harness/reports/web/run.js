@@ -9,8 +9,3 @@ function milliseconds(value) {
   if (value === null || value === undefined) return "–";
   return Math.abs(value) < 999.5 ? `${digits(value)} ms` : `${digits(value / 1000)} s`;
 }
-
-if (data.claims.length) redraws.push(() => drawRatios("claims", data.claims, "treatment / baseline"));
-if (at("forecasts")) {
-  redraws.push(() => drawRatios("forecasts", data.forecasts, "measured / predicted"));
-}

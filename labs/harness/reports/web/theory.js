@@ -42,19 +42,6 @@ function decodeStepS(shape, ceilings, batch, context, valueBytes) {
     decodeFlops(shape, batch, context) / ceilings.flops_per_s);
 }
 
-function batchThroughput(shape, ceilings, batch, prompt, output) {
-  const step = decodeStepS(shape, ceilings, batch, prompt + output / 2, 2);
-  return output / ((output - 1) * step / batch + prefillS(shape, ceilings, prompt));
-}
-
 function kvTokens(shape, memoryBytes, valueBytes, block) {
   return Math.floor(memoryBytes / (block * kvBytesPerToken(shape, valueBytes))) * block;
-}
-
-function acceptedLength(acceptance, drafts) {
-  return acceptance === 1 ? drafts + 1 : (1 - acceptance ** (drafts + 1)) / (1 - acceptance);
-}
-
-function speculativeSpeedup(acceptance, drafts, draftCost, verifyCost) {
-  return acceptedLength(acceptance, drafts) / (drafts * draftCost + verifyCost);
 }
