@@ -51,8 +51,8 @@ class Checkout:
             ".tools/vllm-0.31.0/.venv/bin/labs",
         ):
             self._program(home / program, f"#!{sys.executable} -S\n", program)
-        for module in ("install", "unbundle"):
-            self._program(home / "serving" / f"{module}.py", "", module)
+        for module in ("packaging/install", "unbundle"):
+            self._program(home / "serving" / f"{module}.py", "", Path(module).name)
         python = home / "path" / "python3"
         python.parent.mkdir()
         python.write_text(QUICK_PYTHON)
