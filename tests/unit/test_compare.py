@@ -12,9 +12,9 @@ from typing import Literal
 import pytest
 
 from labs.harness.analysis.verdicts import Contrast, ForecastResult, Interval, contrast
-from labs.harness.comparison import compare, side_by_side, worse
-from labs.harness.comparison.compare import Side, read_side
+from labs.harness.comparison import compare, outcomes, side_by_side, worse
 from labs.harness.comparison.comparison import ComparedFigure, Comparison, VerdictPair
+from labs.harness.comparison.sides import Side, read_side
 from labs.harness.derived.summarize import summarise
 from labs.harness.reports.markdown import Markdown
 from labs.harness.spec.lab import MARGIN, LabError, Prediction, digest_of
@@ -124,7 +124,7 @@ def test_an_interval_that_reaches_beyond_the_margin_decides_nothing() -> None:
             "why": "",
         }
     )
-    (found,) = compare.judged([open_])
+    (found,) = outcomes.judged([open_])
     assert (found.outcome, found.why) == ("undecided", "the interval reaches beyond 5%")
 
 
@@ -138,7 +138,7 @@ def judged(*ps: float, ratio: float = 1.2, margin: float = MARGIN) -> list[Compa
         )
         for p in ps
     ]  # fmt: skip
-    return compare.judged(rows)
+    return outcomes.judged(rows)
 
 
 # --------------------------------------------------------------------------------------- comparing
@@ -308,11 +308,11 @@ def test_a_figure_that_is_zero_in_some_repeats_is_judged_by_its_means(
 
 def test_what_is_zero_in_some_repeats_may_be_chance_among_many(folder: RunFolder) -> None:
     """A difference of means is one of the figures among which false discoveries are bounded."""
-    (lone,) = compare.judged([zeros(0.04)])
+    (lone,) = outcomes.judged([zeros(0.04)])
     assert (lone.outcome, lone.why) == ("differs", "zero in some repeats")
-    among_many = compare.judged([zeros(0.04), *[zeros(0.5)] * 19])[0]
+    among_many = outcomes.judged([zeros(0.04), *[zeros(0.5)] * 19])[0]
     assert among_many.outcome == "undecided"
-    assert compare.judged([zeros(0.04, b=0.0101)])[0].outcome == "undecided"  # the margin
+    assert outcomes.judged([zeros(0.04, b=0.0101)])[0].outcome == "undecided"  # the margin
     assert "p_of_difference" not in json.loads(judged(0.5)[0].model_dump_json())
     side = compared(folder, with_figure(write_slowed(folder, 1), "error_rate", 0, 0.1, 0.2))
     assert row(side, "error_rate", "on/short/concurrent-1").p_of_difference

@@ -23,6 +23,7 @@ from labs.harness.analysis.metrics import (
 )
 from labs.harness.analysis.verdicts import Interval, figure, over_repeats
 from labs.harness.comparison import compare, side_by_side, worse
+from labs.harness.comparison.sides import read_side
 from labs.harness.derived.summarize import summarise
 from labs.harness.reports import chart_data, tables
 from labs.harness.runner import backfill
@@ -56,8 +57,8 @@ def test_a_row_of_the_table_is_all_that_a_metric_takes(
     assert chart_data.data(folder, run, summary)["metrics"][TOKENS.name]["title"] == TOKENS.title
     assert TOKENS.name in {row["metric"] for row in export.measurements(folder)}
 
-    slowed = compare.read_side(str(write_slowed(folder, 2).path))
-    comparison = compare.compare(compare.read_side(str(folder.path)), slowed)
+    slowed = read_side(str(write_slowed(folder, 2).path))
+    comparison = compare.compare(read_side(str(folder.path)), slowed)
     assert TOKENS.name in {row.figure for row in comparison.rows}
     assert f"| {TOKENS.title} |" in side_by_side.tables(comparison, comparison.rows, "Figures")
 

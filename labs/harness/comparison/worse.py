@@ -16,8 +16,8 @@ from pydantic import BaseModel, NonNegativeFloat, ValidationError
 
 from labs.harness.analysis.metrics import METRICS
 from labs.harness.analysis.text import times_with_interval
-from labs.harness.comparison.compare import NOT_COMPLETE
 from labs.harness.comparison.comparison import NO_VERDICT, UNDECIDED, ComparedFigure, Comparison
+from labs.harness.comparison.sides import NOT_COMPLETE
 from labs.harness.spec.lab import LabError
 
 DEFAULT = Path(__file__).with_name("thresholds.toml")
