@@ -25,7 +25,7 @@ MAKEOVERRIDES :=  # no other make that a program starts has these settings
 # Another vLLM has an environment of its own; to `make bundle`, VLLM= says which one to carry.
 OTHER_VLLM := $(if $(filter bundle,$(MAKECMDGOALS)),,$(value LABS_VLLM))
 # What only reads runs needs neither vLLM nor torch: it does not wait for a set-up of both.
-READING := check-results compare diagnose export gate report score site words
+READING := check-results compare diagnose export report score site words
 ALL_SET_UP := $(wildcard .venv/bin/labs .unbundled/bin)
 LIGHT := $(if $(OTHER_VLLM)$(ALL_SET_UP)$(filter-out $(READING),$(or $(MAKECMDGOALS),help)),,--light)
 ENVIRONMENT := $(if $(OTHER_VLLM),".tools/vllm-$$LABS_VLLM/.venv",$(if $(LIGHT),.tools/light/.venv,.venv))
@@ -41,7 +41,7 @@ with = $(if $(value LABS_$1),$(LABS) $2,$(PYTHON_HERE) $(EXPLAIN) $@ $@ --)
 # Pages and messages are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup labs forecast plan judge diagnose drill labs-all derive serve report words site score compare reproduce gate export check-results readme watch stop import stack grafana-push doctor bundle unbundle test rehearse check bench locks clean distclean
+.PHONY: help setup labs forecast plan judge diagnose drill labs-all derive serve report words site score compare reproduce export check-results readme watch stop import stack grafana-push doctor bundle unbundle test rehearse check bench locks clean distclean
 
 # Before anything starts, one sentence refuses a target or a setting that is not there or went, and
 # a setting that no target of this call takes. A make that calls this one may have variables of its own.
@@ -112,14 +112,11 @@ site: setup ## Write the course and a page for every run as a website, without v
 score: setup ## Show what other tools would have reported for a run
 	@$(call with,RUN,score)
 
-compare: setup ## Compare two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.md|x.json]
+compare: setup ## Compare two runs, variants (run:variant) or machines: A=.. B=.. [FORCE=1] [OUT=x.md|x.json] [FAIL_IF=worse]
 	@$(call with,A,compare)
 
 reproduce: setup ## Repeat a recorded run, or play another tool's benchmark or a published figure here
 	@$(if $(value LABS_COMMAND)$(filter PUBLISHED,$(TYPED)),$(LABS) reproduce,$(call with,RUN,reproduce))
-
-gate: setup ## Fail if a run is worse than another
-	@$(call with,RUN,gate)
 
 export: setup ## Write a run as tables
 	@$(call with,RUN,export)

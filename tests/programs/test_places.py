@@ -110,7 +110,8 @@ def test_a_second_clone_reads_its_own_files(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("Well-formed runs: 1.\n", "")
     opened = [Path(line) for line in (tmp_path / "opened").read_text().splitlines()]
-    assert {house / "labs" / "harness" / "spec" / "lab.py", page, run.path / "run.json"} <= set(opened)
+    vocabulary = house / "labs" / "harness" / "spec" / "lab.py"
+    assert {vocabulary, page, run.path / "run.json"} <= set(opened)
     installed = Path(sys.prefix).resolve()  # in the clone that its packages were installed for
     first = {clone for clone in (ROOT, installed.parent) if (clone / "labs").is_dir()}
     of_the_first = [p for p in opened if first & set(p.parents) and installed not in p.parents]

@@ -286,13 +286,19 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     return str(first.path), str(write_slowed(first, 1.25).path)
 
 
-def test_gate_has_its_exit_code_and_names_what_failed(two: tuple[str, str]) -> None:
+def test_what_is_worse_is_listed_and_ends_with_1(two: tuple[str, str], tmp_path: Path) -> None:
+    """As does what was not compared, of machines."""
     run, slower = two
-    assert labs("gate", "--run", run, "--baseline", run)[0] == 0
-    code, said = labs("gate", "--run", slower, "--baseline", run)
+    code, said = labs("compare", "-a", run, "-b", slower, "--fail-if", "worse")
     assert code == 1
-    assert re.search(r"FAILED Output throughput at on/short/concurrent-1: .*25%.* 10%", said)
-    assert labs("gate", "--run", run, "--baseline", slower)[0] == 0
+    assert re.search(r"FAILED tiny: Output throughput at on/short/concurrent-1: .*25%.* 10%", said)
+    assert labs("compare", "-a", slower, "-b", run, "--fail-if", "worse")[0] == 0
+    assert labs("compare", "-a", run, "-b", slower, "--thresholds", "x.toml")[0] == 1
+    here, there = Path(run).parents[1], tmp_path / "there"
+    shutil.copytree(here, there)
+    write_run(tmp_path, name="more")
+    code, said = labs("compare", "-a", str(here), "-b", str(there), "--fail-if", "worse")
+    assert (code, "FAILED more: " in said, "FAILED tiny: " in said) == (1, True, False)
 
 
 def test_comparison_is_shown_written_and_printed_as_json(

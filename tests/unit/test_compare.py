@@ -1,4 +1,4 @@
-"""Two runs side by side, and a gate between them."""
+"""Two runs side by side, and what is worse in the second."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Literal
 import pytest
 
 from labs.harness.analysis.verdicts import Contrast, ForecastResult, Interval, contrast
-from labs.harness.comparison import compare, gate, side_by_side
-from labs.harness.comparison.compare import Side, read_side
+from labs.harness.comparison import compare, outcomes, side_by_side, worse
 from labs.harness.comparison.comparison import ComparedFigure, Comparison, VerdictPair
+from labs.harness.comparison.sides import Side, read_side
 from labs.harness.derived.summarize import summarise
 from labs.harness.reports.markdown import Markdown
 from labs.harness.spec.lab import MARGIN, LabError, Prediction, digest_of
@@ -23,7 +23,7 @@ from labs.harness.storage.results import RunFolder
 from labs.harness.storage.writing import write_json
 from tests.unit.builders import MACHINE, make_claim, write_run, write_slowed
 
-ALLOWED = gate.thresholds()
+ALLOWED = worse.thresholds()
 Bounds = tuple[float, float | None, float | None] | None
 
 
@@ -124,7 +124,7 @@ def test_an_interval_that_reaches_beyond_the_margin_decides_nothing() -> None:
             "why": "",
         }
     )
-    (found,) = compare.judged([open_])
+    (found,) = outcomes.judged([open_])
     assert (found.outcome, found.why) == ("undecided", "the interval reaches beyond 5%")
 
 
@@ -138,7 +138,7 @@ def judged(*ps: float, ratio: float = 1.2, margin: float = MARGIN) -> list[Compa
         )
         for p in ps
     ]  # fmt: skip
-    return compare.judged(rows)
+    return outcomes.judged(rows)
 
 
 # --------------------------------------------------------------------------------------- comparing
@@ -151,10 +151,10 @@ def test_a_run_is_the_same_as_itself(folder: RunFolder) -> None:
     assert all(v.outcome == "same" and not v.flips for v in found.verdicts)
     assert found.paired
     assert found.differences == []
-    assert gate.failures(found, ALLOWED) == []
+    assert worse.failures(found, ALLOWED) == []
 
 
-def test_a_slower_copy_differs_by_as_much_and_fails_the_gate(folder: RunFolder) -> None:
+def test_a_slower_copy_differs_by_as_much_and_fails(folder: RunFolder) -> None:
     slow = write_slowed(folder, 1.25)
     found = compared(folder, slow)
     rate = row(found, "output_tokens_per_s", "on/short/concurrent-1")
@@ -163,9 +163,9 @@ def test_a_slower_copy_differs_by_as_much_and_fails_the_gate(folder: RunFolder) 
     assert rate.contrast.ratio.value == pytest.approx(0.8)
     assert rate.worse_by == pytest.approx(0.25)
     assert {r.outcome for r in effects(found)} == {"same"}  # both sides slowed alike
-    failed = gate.failures(found, ALLOWED)
+    failed = worse.failures(found, ALLOWED)
     assert any("TPOT, mean" in line and "worse by 25%, 10% allowed" in line for line in failed)
-    assert gate.failures(compared(slow, folder), ALLOWED) == []  # faster
+    assert worse.failures(compared(slow, folder), ALLOWED) == []  # faster
 
 
 def test_a_comparison_begins_with_what_to_decide_by(folder: RunFolder) -> None:
@@ -196,11 +196,11 @@ def test_a_margin_lets_pass_what_it_says(folder: RunFolder, tmp_path: Path) -> N
     found = compared(folder, write_slowed(folder, 1.25))
     wide = tmp_path / "wide.toml"
     wide.write_text("[worse]\ndefault = 0.3\n")
-    failed = gate.failures(found, gate.thresholds(wide))
+    failed = worse.failures(found, worse.thresholds(wide))
     assert not [line for line in failed if "worse by" in line]
     assert failed  # nothing meets the SLO any more, of which no share is left
     wide.write_text("[worse]\ndefault = 0.3\ntpot_mean_s = 0.2\n")
-    failed = gate.failures(found, gate.thresholds(wide))
+    failed = worse.failures(found, worse.thresholds(wide))
     assert {line.partition(" at ")[0] for line in failed if "worse by" in line} == {"TPOT, mean"}
 
 
@@ -209,20 +209,20 @@ def test_a_verdict_that_flips_fails_whatever_the_margins(folder: RunFolder, tmp_
     slow = write_slowed(folder, 6, variant="on")
     blind = tmp_path / "blind.toml"
     blind.write_text("[worse]\ndefault = 100\n")
-    failed = gate.failures(compared(folder, slow), gate.thresholds(blind))
+    failed = worse.failures(compared(folder, slow), worse.thresholds(blind))
     assert ["helps in the baseline, hurts now" in line for line in failed[:2]] == [True, True]
     assert "helps in the baseline" not in str(failed[2:])
 
 
 def test_a_lost_flag_fails(folder: RunFolder) -> None:
     """What made `on` three times as fast is lost; or it is, and the engine's counters show it."""
-    failed = gate.failures(compared(folder, write_slowed(folder, 3, variant="on")), ALLOWED)
+    failed = worse.failures(compared(folder, write_slowed(folder, 3, variant="on")), ALLOWED)
     assert any("Output throughput at on/short/concurrent-1: worse by 200%" in f for f in failed)
     summary = folder.summary()
     lost = [j.model_copy(update={"outcome": "not valid"}) for j in summary.judgements]
     seen = edited(folder)
     write_json(seen.path / "summary.json", summary.model_copy(update={"judgements": lost}))
-    failed = gate.failures(compared(folder, seen), ALLOWED)
+    failed = worse.failures(compared(folder, seen), ALLOWED)
     assert ["helps in the baseline, not valid now" in line for line in failed] == [True, True]
 
 
@@ -236,10 +236,10 @@ def test_what_is_missing_now_fails_but_for_percentiles_of_too_few_samples(
     summary.pooled[place].pop("ttft_p50_s", None)
     write_json(bare.path / "summary.json", summary)
     assert row(compared(folder, bare), "ttft_p50_s", place).b is None
-    assert gate.failures(compared(folder, bare), ALLOWED) == []
+    assert worse.failures(compared(folder, bare), ALLOWED) == []
     summary.measurements[place].clear()
     write_json(bare.path / "summary.json", summary)
-    failed = gate.failures(compared(folder, bare), ALLOWED)
+    failed = worse.failures(compared(folder, bare), ALLOWED)
     assert f"Output throughput at {place}: missing now" in failed
 
 
@@ -251,14 +251,14 @@ def test_a_run_that_is_not_complete_fails_by_the_names_of_failed_trials(folder: 
     update = {"failed": failed, "missing": 1}
     write_json(crashed.path / "summary.json", crashed.summary().model_copy(update=update))
     named = ", ".join(list(failed)[:6])
-    assert gate.failures(compared(folder, crashed), ALLOWED) == [
+    assert worse.failures(compared(folder, crashed), ALLOWED) == [
         f"{name_of(crashed)} is not complete: 8 trials failed ({named}, ...), 1 trial not played"
     ]
-    assert gate.failures(compared(crashed, folder), ALLOWED) == []
-    assert gate.failures(compared(crashed, crashed), ALLOWED) == []
+    assert worse.failures(compared(crashed, folder), ALLOWED) == []
+    assert worse.failures(compared(crashed, crashed), ALLOWED) == []
     write_json(crashed.path / "summary.json", complete)
     (crashed.path / "COMPLETE").unlink()
-    assert gate.failures(compared(folder, crashed), ALLOWED) == [
+    assert worse.failures(compared(folder, crashed), ALLOWED) == [
         f"{name_of(crashed)} is not complete: the run has not ended"
     ]
 
@@ -300,7 +300,7 @@ def test_a_figure_that_is_zero_in_some_repeats_is_judged_by_its_means(
     found = compared(with_figure(folder, metric, *before), other)
     figure = row(found, metric, "on/short/concurrent-1")
     assert figure.contrast is None
-    told = gate.failures(found, ALLOWED)
+    told = worse.failures(found, ALLOWED)
     assert [line.partition(" at ")[0] for line in told] == [figure.title] * failed
     if failed:
         assert f"{figure.a:.3g} in the baseline, {figure.b:.3g} now" in told[0]
@@ -308,11 +308,11 @@ def test_a_figure_that_is_zero_in_some_repeats_is_judged_by_its_means(
 
 def test_what_is_zero_in_some_repeats_may_be_chance_among_many(folder: RunFolder) -> None:
     """A difference of means is one of the figures among which false discoveries are bounded."""
-    (lone,) = compare.judged([zeros(0.04)])
+    (lone,) = outcomes.judged([zeros(0.04)])
     assert (lone.outcome, lone.why) == ("differs", "zero in some repeats")
-    among_many = compare.judged([zeros(0.04), *[zeros(0.5)] * 19])[0]
+    among_many = outcomes.judged([zeros(0.04), *[zeros(0.5)] * 19])[0]
     assert among_many.outcome == "undecided"
-    assert compare.judged([zeros(0.04, b=0.0101)])[0].outcome == "undecided"  # the margin
+    assert outcomes.judged([zeros(0.04, b=0.0101)])[0].outcome == "undecided"  # the margin
     assert "p_of_difference" not in json.loads(judged(0.5)[0].model_dump_json())
     side = compared(folder, with_figure(write_slowed(folder, 1), "error_rate", 0, 0.1, 0.2))
     assert row(side, "error_rate", "on/short/concurrent-1").p_of_difference
@@ -325,7 +325,7 @@ def zeros(p: float, b: float = 0.02) -> ComparedFigure:
     )  # fmt: skip
 
 
-def test_a_gate_that_could_not_fail_lets_nothing_pass(folder: RunFolder) -> None:
+def test_what_could_not_fail_does_not_pass(folder: RunFolder) -> None:
     """One repeat each: no figure has an interval."""
     other = write_slowed(folder, 3)
     for run in (folder, other):
@@ -334,31 +334,33 @@ def test_a_gate_that_could_not_fail_lets_nothing_pass(folder: RunFolder) -> None
             del rows[2]
             del rows[1]["goodput_per_s"]  # there is none left, which takes no interval to see
         write_json(run.path / "summary.json", summary)
-    with pytest.raises(LabError, match="the gate cannot decide: measure more repeats"):
-        gate.failures(compared(folder, other), ALLOWED)
+    (why,) = worse.failures(compared(folder, other), ALLOWED)
+    assert "nothing is decided: measure more repeats" in why
     gone = with_figure(other, "error_rate", 0.1)  # what must not happen needs no interval
-    assert gate.failures(compared(folder, gone), ALLOWED) == [
+    assert worse.failures(compared(folder, gone), ALLOWED) == [
         "Error rate at on/short/concurrent-1: 0 in the baseline, 0.1 now"
     ]
 
 
-def test_across_hardware_the_gate_goes_by_what_claims_compare(folder: RunFolder) -> None:
+def test_across_hardware_what_claims_compare_is_what_fails(folder: RunFolder) -> None:
     """Also where no figure without a dimension was forecast, as where all forecasts are bounds."""
     found = compared(folder, edited(folder, machine="Slide rule"))
     same = effects(found)
     assert [e.outcome for e in same] == ["same"] * 2
-    assert gate.failures(found.model_copy(update={"rows": same}), ALLOWED) == []
+    assert worse.failures(found.model_copy(update={"rows": same}), ALLOWED) == []
     lost = compared(folder, edited(write_slowed(folder, 3, "on"), machine="Slide rule 2"))
-    failed = gate.failures(lost.model_copy(update={"rows": effects(lost), "verdicts": []}), ALLOWED)
+    failed = worse.failures(
+        lost.model_copy(update={"rows": effects(lost), "verdicts": []}), ALLOWED
+    )
     assert [line.partition(" at ")[0] for line in failed] == ["effect on Output throughput"] * 2
     open_ = [e.model_copy(update={"outcome": "undecided"}) for e in same]
-    with pytest.raises(LabError, match="are too wide to tell"):
-        gate.failures(found.model_copy(update={"rows": open_}), ALLOWED)
-    with pytest.raises(LabError, match=r"no figure in common to compare \(of other hardware"):
-        gate.failures(found.model_copy(update={"rows": []}), ALLOWED)
-    here = compared(folder, folder).model_copy(update={"rows": []})
-    with pytest.raises(LabError, match="no figure in common to compare, so the gate"):
-        gate.failures(here, ALLOWED)
+    for of, rows, said in (
+        (found, open_, "are too wide to tell"),
+        (found, [], "no figure in common to compare (of other hardware"),
+        (compared(folder, folder), [], "no figure in common to compare, so nothing"),
+    ):
+        (why,) = worse.failures(of.model_copy(update={"rows": rows}), ALLOWED)
+        assert said in why
 
 
 @pytest.mark.parametrize(
@@ -374,7 +376,7 @@ def test_thresholds_that_make_no_sense_are_refused(text: str, said: str, tmp_pat
     path = tmp_path / "t.toml"
     path.write_text(text)
     with pytest.raises(LabError, match=said):
-        gate.thresholds(path)
+        worse.thresholds(path)
 
 
 def test_variants_of_a_run_are_compared_where_they_met_the_same(folder: RunFolder) -> None:
@@ -401,6 +403,7 @@ def test_another_load_is_refused_and_forced_it_is_said_on_every_table(folder: Ru
     headings = re.findall("^# .*$", tables(found), re.M)
     assert len(headings) > 2
     assert all(heading.endswith(forced) for heading in headings)
+    assert "not comparable: they were not sent" in worse.failures(found, ALLOWED)[0]
 
 
 def quick_form(folder: RunFolder, **workload: object) -> RunFolder:
@@ -413,7 +416,7 @@ def quick_form(folder: RunFolder, **workload: object) -> RunFolder:
 
 
 def test_of_a_quick_and_a_full_run_what_both_have_is_compared(folder: RunFolder) -> None:
-    """And the gate does not take it for the whole."""
+    """And it is not taken for the whole."""
     quick = quick_form(folder)
     found = compared(folder, quick)
     assert found.in_part == (
@@ -426,7 +429,7 @@ def test_of_a_quick_and_a_full_run_what_both_have_is_compared(folder: RunFolder)
     }  # fmt: skip
     assert [(v.a, v.b, v.outcome) for v in found.verdicts] == [("helps", "helps", "same")]
     assert not [r for r in found.rows if r.why.startswith("missing")]
-    assert [f for f in gate.failures(found, ALLOWED) if "not all is compared" in f]
+    assert [f for f in worse.failures(found, ALLOWED) if "not all is compared" in f]
     one, whole = (Side(f, "on", f.run(), f.summary()) for f in (quick, folder))
     assert "A is a quick run of 1 point, B a full one of 2" in compare.compare(one, whole).in_part
 

@@ -23,6 +23,7 @@ from labs.harness.analysis.machine_speed import (
 )
 from labs.harness.analysis.validity import check, speed_jumped
 from labs.harness.comparison import compare, reproduction, side_by_side
+from labs.harness.comparison.sides import read_side
 from labs.harness.derived.summarize import summarise
 from labs.harness.forecast import step_timing
 from labs.harness.reports import report
@@ -213,10 +214,10 @@ def test_where_a_gpu_admits_one_process_the_engine_has_it_alone(
 
 def test_two_sittings_are_compared_by_their_reference_steps(folder: RunFolder) -> None:
     later = timed(write_slowed(folder, 1.25), lambda number: step(1.25, 1.25))
-    a, b = (compare.read_side(str(f.path)) for f in (folder, later))
+    a, b = (read_side(str(f.path)) for f in (folder, later))
     assert compare.compare(a, b).speeds is None  # the first run timed none
     timed(folder, lambda number: step())
-    found = compare.compare(compare.read_side(str(folder.path)), b)
+    found = compare.compare(read_side(str(folder.path)), b)
     assert found.speeds == pytest.approx({"reading": 0.8, "computing": 0.8})
     again = reproduction.compare_with_original(folder, later)
     assert "0.80x at computing" in plain_text(side_by_side.headline(found))

@@ -22,7 +22,8 @@ from labs.harness.analysis.metrics import (
     pooled_percentiles,
 )
 from labs.harness.analysis.verdicts import Interval, figure, over_repeats
-from labs.harness.comparison import compare, gate, side_by_side
+from labs.harness.comparison import compare, side_by_side, worse
+from labs.harness.comparison.sides import read_side
 from labs.harness.derived.summarize import summarise
 from labs.harness.reports import chart_data, tables
 from labs.harness.runner import backfill
@@ -56,8 +57,8 @@ def test_a_row_of_the_table_is_all_that_a_metric_takes(
     assert chart_data.data(folder, run, summary)["metrics"][TOKENS.name]["title"] == TOKENS.title
     assert TOKENS.name in {row["metric"] for row in export.measurements(folder)}
 
-    slowed = compare.read_side(str(write_slowed(folder, 2).path))
-    comparison = compare.compare(compare.read_side(str(folder.path)), slowed)
+    slowed = read_side(str(write_slowed(folder, 2).path))
+    comparison = compare.compare(read_side(str(folder.path)), slowed)
     assert TOKENS.name in {row.figure for row in comparison.rows}
     assert f"| {TOKENS.title} |" in side_by_side.tables(comparison, comparison.rows, "Figures")
 
@@ -71,7 +72,7 @@ def test_a_row_of_the_table_is_all_that_a_metric_takes(
     limits = tmp_path / "thresholds.toml"
     limits.write_text(f"[worse]\ndefault = 0.1\n{TOKENS.name} = 0.3\n")
     row = next(row for row in comparison.rows if row.figure == TOKENS.name)
-    assert gate.thresholds(limits).of(row) == 0.3
+    assert worse.thresholds(limits).of(row) == 0.3
 
     gauges: list[str] = []
 
@@ -109,8 +110,8 @@ def test_percentiles_of_a_point_are_those_that_its_samples_support() -> None:
     }
 
 
-def test_the_gates_own_margins_are_of_figures_that_a_comparison_has() -> None:
-    own = gate.thresholds().worse.keys() - {"default", "effect", "measured"}
+def test_the_own_margins_of_a_threshold_are_of_figures_that_a_comparison_has() -> None:
+    own = worse.thresholds().worse.keys() - {"default", "effect", "measured"}
     assert own <= {*compared_metrics()}
 
 

@@ -78,7 +78,7 @@ class Metric:
     most: float = math.inf  # that it can be; none can be below zero
     column: int | None = None  # its place in the table of every point, from the left
     main: bool = False  # also in the short table that a terminal shows
-    compared: bool = False  # in comparisons, hence in reproductions and by the gate
+    compared: bool = False  # in comparisons, hence in reproductions
     exported: bool = True  # to Prometheus, once a run has ended
     each_trial: bool = True  # measured in every trial; else only over all repeats together
     # between different machines: compared, or listed, as a share of each machine's own ceiling is

@@ -1,4 +1,4 @@
-"""The commands about recorded runs: report, compare, gate, export and the like."""
+"""The commands about recorded runs: report, compare, export and the like."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from difflib import unified_diff
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -18,7 +18,7 @@ from labs.harness.analysis.metrics import METRICS
 from labs.harness.analysis.text import counted
 from labs.harness.cli.options import command, require_clone, require_known
 from labs.harness.cli.terminal import console, show, show_path, shown_path
-from labs.harness.comparison import compare, gate, reproduction, side_by_side
+from labs.harness.comparison import compare, reproduction, side_by_side, worse
 from labs.harness.derived import score
 from labs.harness.derived.summarize import all_problems, summarise
 from labs.harness.plan import benchmarks
@@ -229,8 +229,13 @@ def compare_two(
     b: str,
     force: bool = False,
     out: Path | None = None,
+    fail_if: Literal["worse"] | None = None,
+    thresholds: Path = worse.DEFAULT,
 ) -> None:
     """Compare two runs, variants or machines: what differs, and by how much."""
+    if thresholds != worse.DEFAULT and not fail_if:
+        raise LabError("THRESHOLDS= changes nothing without FAIL_IF=worse")
+    limits = worse.thresholds(thresholds)
     if out and out.suffix not in (".md", ".json"):
         raise LabError(f"OUT={out}: a comparison is written as Markdown (x.md) or JSON (x.json)")
     comparisons, refused = compare.compare_named(a, b, force)
@@ -240,21 +245,12 @@ def compare_two(
     show(side_by_side.document(comparisons, refused))
     if out:
         console.print(f"Written: [bold]{escape(str(out))}[/]")
-
-
-@command("gate", panel=PANEL)
-def pass_gate(
-    run: str,
-    baseline: str,
-    thresholds: Path = gate.DEFAULT,
-) -> None:
-    """Fail if a run is worse than its baseline: a verdict flipped, or a figure past its limit."""
-    allowed = gate.thresholds(thresholds)
-    comparison = compare.compare(compare.read_side(baseline), compare.read_side(run))
-    show(side_by_side.headline(comparison))
-    if failed := gate.failures(comparison, allowed):
+    if not fail_if:
+        return
+    worsened = [f"{of.lab}: {line}" for of in comparisons for line in worse.failures(of, limits)]
+    if failed := [*refused, *worsened]:
         show(bullets(f"FAILED {line}" for line in failed))
-        if not comparison.differences:  # else the headline has named it
+        if not any(of.differences for of in comparisons):  # else a headline has named it
             show(bullets([f"Likeliest cause: {manifest.likeliest_cause([])}"]))
         raise typer.Exit(1)
     console.print("Passed: no verdict flipped, and no figure is worse by more than its limit.")

@@ -21,7 +21,8 @@ from labs.harness.cli.planning import forecast_page
 from labs.harness.cli.recorded_runs import scored
 from labs.harness.cli.run_lab import play
 from labs.harness.cli.terminal import ConsoleProgress, console, say, show, shown_path
-from labs.harness.comparison import compare, reproduction
+from labs.harness.comparison import reproduction
+from labs.harness.comparison.sides import read_side
 from labs.harness.plan import benchmarks
 from labs.harness.plan.command_lines import note
 from labs.harness.plan.resolve import RunRequest, lab_of, machine_of, scale_of
@@ -153,7 +154,7 @@ def _repeat(
     run: Path, model: str, resume: bool, words: Sequence[str], usd_per_hour: float | None
 ) -> None:
     """Repeat a recorded run, and end with what came of its verdicts."""
-    original = compare.read_side(str(open_run(run).path)).folder
+    original = read_side(str(open_run(run).path)).folder
     original_run = original.run()
     request = reproduce.request(original_run, model, resume, words)
     for sentence in reproduce.notes(original_run, Vllm.version()):

@@ -1,1 +1,1 @@
-"""Two runs or more: compared, gated, and reproduced."""
+"""Two runs or more: compared and reproduced."""

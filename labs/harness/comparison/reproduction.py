@@ -21,7 +21,7 @@ from statistics import fmean
 
 from labs.harness.analysis.text import ONE_SITTING
 from labs.harness.analysis.verdicts import Judgement, VerdictKind, verdict_kind
-from labs.harness.comparison import compare, side_by_side
+from labs.harness.comparison import compare, outcomes, side_by_side
 from labs.harness.comparison.comparison import (
     NO_VERDICT,
     ComparedFigure,
@@ -30,6 +30,7 @@ from labs.harness.comparison.comparison import (
     Reproduction,
     VerdictPair,
 )
+from labs.harness.comparison.sides import read_side
 from labs.harness.reports import markdown
 from labs.harness.reports.document import Link, parse, section
 from labs.harness.reports.markdown import Markdown
@@ -50,9 +51,7 @@ def compare_with_original(original: RunFolder, new: RunFolder) -> Reproduction:
 
     Raises LabError where the two are not comparable.
     """
-    comparison = compare.compare(
-        compare.read_side(str(original.path)), compare.read_side(str(new.path))
-    )
+    comparison = compare.compare(read_side(str(original.path)), read_side(str(new.path)))
     rows = comparison.rows
     run = new.run()
     by = Repetition(
@@ -154,7 +153,7 @@ def judge_again(original: RunFolder) -> list[Path]:
         before = read_json(path, Reproduction)
         verdicts = [_judged_again(v, judgements.get((v.claim, v.where))) for v in before.verdicts]
         rows = [answer.row for answer in before.answers]
-        rows = compare.judged(compare.of_claims(rows, list(judgements.values())))
+        rows = outcomes.judged(outcomes.of_claims(rows, list(judgements.values())))
         after = before.model_copy(
             update={
                 "verdicts": verdicts,

@@ -22,8 +22,8 @@ from labs.harness.analysis.text import (
     times_with_interval,
 )
 from labs.harness.analysis.verdicts import Interval
-from labs.harness.comparison.compare import usual_reasons
 from labs.harness.comparison.comparison import ComparedFigure, Comparison, Reproduction
+from labs.harness.comparison.outcomes import usual_reasons
 from labs.harness.reports import markdown
 from labs.harness.reports.document import Figure, bullets, section, table_of
 from labs.harness.reports.markdown import Markdown, code

@@ -1,9 +1,9 @@
-"""A gate for an upgrade, for example: is anything worse in the new run than in its baseline?
+"""Is anything worse in a run (B) than in its baseline (A), as after an upgrade?
 
-It fails when a claim's verdict flips, when a figure is worse beyond chance and beyond a stated
-margin, when something of the baseline is missing, and when the run is not complete. The margins
-come from a TOML file (`comparison/thresholds.toml` is the default and says what each line
-means).
+It is when a claim's verdict flips, when a figure is worse beyond chance and beyond a stated margin,
+when something of the baseline is missing, and when the run is not complete; what decides nothing
+fails as well. The margins come from a TOML file (`comparison/thresholds.toml` is the default and
+says what each line means).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pydantic import BaseModel, NonNegativeFloat, ValidationError
 
 from labs.harness.analysis.metrics import METRICS
 from labs.harness.analysis.text import times_with_interval
-from labs.harness.comparison.compare import NOT_COMPLETE
 from labs.harness.comparison.comparison import NO_VERDICT, UNDECIDED, ComparedFigure, Comparison
+from labs.harness.comparison.sides import NOT_COMPLETE
 from labs.harness.spec.lab import LabError
 
 DEFAULT = Path(__file__).with_name("thresholds.toml")
 
 
 class Verdicts(BaseModel, frozen=True, extra="forbid"):
-    """Says whether an undecided claim, or a missing figure, fails the gate."""
+    """Says whether an undecided claim, or a missing figure, fails."""
 
     undecided_fails: bool = False
     missing_fails: bool = True
 
 
 class Thresholds(BaseModel, frozen=True, extra="forbid"):
-    """Holds the limits of a gate: by which share each figure may get worse."""
+    """Holds the limits: by which share each figure may get worse."""
 
     worse: dict[str, NonNegativeFloat]
     verdicts: Verdicts = Verdicts()
@@ -67,10 +67,12 @@ def thresholds(path: Path = DEFAULT) -> Thresholds:
 def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
     """List what is worse in the run (B) than in its baseline (A) allows; empty when it passes.
 
-    Raises LabError where nothing is worse because the two decide nothing.
+    Where nothing is worse because the two decide nothing, that fails.
     """
     rows = [r for r in comparison.rows if r.kind != "effect" or not comparison.same_hardware]
     failed = _incomplete(comparison)
+    if comparison.forced:
+        failed.append(f"not comparable: {comparison.forced}")
     if comparison.in_part:
         failed.append(f"not all is compared: {comparison.in_part}")
     for v in comparison.verdicts:
@@ -85,27 +87,25 @@ def failures(comparison: Comparison, limits: Thresholds) -> list[str]:
                 failed.append(f"{what}: missing now")
         elif _fails(row, limits.of(row)):
             failed.append(f"{what}: {_worse(row, limits.of(row))}")
-    if not failed:
-        _require_decided(comparison, rows)
-    return failed
+    return failed or _undecided(comparison, rows)
 
 
-def _require_decided(comparison: Comparison, rows: Sequence[ComparedFigure]) -> None:
-    """Raise LabError where no figure is shown to differ or to be the same."""
+def _undecided(comparison: Comparison, rows: Sequence[ComparedFigure]) -> list[str]:
+    """Say why no figure is shown to differ or to be the same; nothing where one is."""
     tested = [row for row in rows if row.contrast or row.p_of_difference is not None]
     if any(row.outcome in ("same", "differs") for row in tested):
-        return
+        return []
     names = f"{comparison.a} and {comparison.b}"
     if tested:
-        raise LabError(
+        return [
             f"the intervals of {names} are too wide to tell whether any figure differs or is the"
-            " same, so the gate cannot decide: measure more repeats, without QUICK"
-        )
+            " same, so nothing is decided: measure more repeats, without QUICK"
+        ]
     only = "" if comparison.same_hardware else " (of other hardware only ratios are compared)"
-    raise LabError(
-        f"{names} have no figure in common to compare{only}, so the gate cannot decide: give a"
+    return [
+        f"{names} have no figure in common to compare{only}, so nothing is decided: give a"
         " baseline of the same lab, from the same hardware"
-    )
+    ]
 
 
 def _incomplete(comparison: Comparison) -> list[str]:
