@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from labs.harness.analysis import evaluation
+from labs.harness.analysis import evaluation, probes
+from labs.harness.analysis.probes import COMMON_PROBES, Probe
 from labs.harness.cli.cli import app
 from labs.harness.forecast import copied_text, forecaster, step_timing
-from labs.harness.runner import attention, probes
+from labs.harness.runner import attention
 from serving.engines import vllm
 from tests import with_vllm
 
@@ -26,8 +27,8 @@ def _fewer_tasks() -> list[tuple[str, str, str]]:
 
 def make_small() -> None:
     """Make the numbers smaller in this process."""
-    probes.PROBES["structures-quick"] = partial(probes.structures, each=1, timed=1)
-    probes.PROBES["tenants-quick"] = partial(probes.tenants, requests_sent=40)
+    COMMON_PROBES["structures-quick"] = Probe(partial(probes.structures, each=1, timed=1))
+    COMMON_PROBES["tenants-quick"] = Probe(partial(probes.tenants, requests_sent=40))
     probes.TASK_TOKENS = 8
     evaluation.tasks_with_shots = _fewer_tasks
     setattr(step_timing, "QUICK_PASSES", 1)  # noqa: B010

@@ -19,8 +19,8 @@ from labs.determinism.facts import (
     forecast,
     same_text,
 )
-from labs.harness.runner import probes
-from labs.harness.runner.probes import ProbedEngine
+from labs.harness.analysis import probes
+from labs.harness.analysis.probes import ProbedEngine
 from labs.harness.storage.writing import write_gzip
 from loadtests.prompts import Writer
 from tests.unit.answering import Answering, answered_by

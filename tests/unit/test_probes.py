@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any, Literal
 import pytest
 import requests
 
+from labs.harness.analysis import probes
 from labs.harness.analysis.evaluation import Evaluation, thread_pool
-from labs.harness.runner import probes
-from labs.harness.runner.probes import PROBES, ProbedEngine
+from labs.harness.analysis.probes import COMMON_PROBES, ProbedEngine
 from labs.harness.spec.lab import Variant
 from labs.multi_lora.facts import Marks, marks
 from loadtests.prompts import Writer
@@ -144,8 +144,8 @@ def test_a_base_that_answers_for_an_unknown_adapter_is_told() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("probe", [PROBES["tenants-quick"], probes.salt])
-def test_a_broken_engine_is_an_error_and_no_finding(probe: probes.Probe) -> None:
+@pytest.mark.parametrize("probe", [COMMON_PROBES["tenants-quick"].ask, probes.salt])
+def test_a_broken_engine_is_an_error_and_no_finding(probe: Callable[[ProbedEngine], Any]) -> None:
     with serving("broken") as served, pytest.raises((requests.HTTPError, EngineError)):
         probe(served)
 
@@ -204,8 +204,8 @@ def test_quality_is_asked_twice_of_the_first_variant_and_of_lengths_that_fit(
     monkeypatch.setattr(probes, "evaluate", evaluate)
     with serving(max_model_len=700) as served:
         off = ProbedEngine(served.lab.variants[1], served.lab, served.engine, {}, served.writer)
-        assert len(PROBES["quality"](served)["answers"]) == 2
-        assert len(PROBES["quality-quick"](off)["answers"]) == 1
+        assert len(COMMON_PROBES["quality"].ask(served)["answers"]) == 2
+        assert len(COMMON_PROBES["quality-quick"].ask(off)["answers"]) == 1
     assert [s["quick"] for s in asked] == [False, False, True]
     assert [s["lengths_tokens"] for s in asked] == [[256, 512]] * 3  # 1,024 and room do not fit
     assert {s["seeds"] for s in asked} == {6}  # twelve texts at any number of lengths

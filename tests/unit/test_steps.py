@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import pytest
 
 from labs import LABS
+from labs.harness.analysis import probes
+from labs.harness.analysis.probes import ProbedEngine
 from labs.harness.analysis.reasoning_steps import (
     adding,
     chains,
@@ -21,8 +23,6 @@ from labs.harness.analysis.reasoning_steps import (
     steps_right,
 )
 from labs.harness.analysis.sampled_tasks import pass_at
-from labs.harness.runner import probes
-from labs.harness.runner.probes import ProbedEngine
 from labs.harness.spec.lab import Variant
 from labs.harness.storage.writing import write_gzip
 from labs.many_samples.facts import Stepwise, end_of_search, facts

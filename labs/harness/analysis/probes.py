@@ -1,7 +1,8 @@
-"""Probe an engine apart from the load: quality, isolation of tenants, leaks through timing.
+"""Probes ask an engine apart from the load; here are those that several labs ask.
 
-Each probe runs once for a variant, on the same engine, after its trials. Its result is kept as it
-came (`probes/<probe>-<variant>.json.gz`); `labs/harness/derived/` concludes from it.
+Each runs once for a variant, on the same engine, after its trials. Its result is kept as it came
+(`probes/<probe>-<variant>.json.gz`); the lab's facts conclude from it. A lab's own probes are the
+`PROBES` of its `probes.py`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from labs.harness.analysis.evaluation import (
     thread_pool,
 )
 from labs.harness.analysis.reasoning_steps import BREAK, Chain, chains, is_step
-from labs.harness.plan import probe_names
-from labs.harness.runner.joining import joining
 from labs.harness.spec.lab import Lab, Variant
 from loadtests.prompts import Messages, Writer
 from loadtests.structures import FORMS, Form, Spec, instruction, spec
@@ -49,7 +48,14 @@ class ProbedEngine:
     writer: Writer
 
 
-Probe = Callable[[ProbedEngine], dict[str, Any]]
+@dataclass(frozen=True)
+class Probe:
+    """Asks a running engine, and returns its answers as plain JSON."""
+
+    ask: Callable[[ProbedEngine], dict[str, Any]]
+    reads_text: bool = True  # random weights write none: then it is refused with them
+
+
 TEXTS_ASKED = 12  # with five needles each: with fewer the gate could not even pass a twin
 
 
@@ -84,7 +90,7 @@ def tenants(served: ProbedEngine, requests_sent: int = 1700, at_once: int = 16) 
     def ask(model: str, prompt: int) -> requests.Response:
         body = {"model": model, "messages": prompts[prompt % len(prompts)], "max_tokens": 5,
                 "temperature": 0, "ignore_eos": True}  # fmt: skip
-        return _post(served, "chat/completions", body)
+        return post(served, "chat/completions", body)
 
     def text_of(response: requests.Response) -> str:
         response.raise_for_status()
@@ -113,7 +119,7 @@ def tenants(served: ProbedEngine, requests_sent: int = 1700, at_once: int = 16) 
     }
 
 
-def _post(served: ProbedEngine, path: str, body: Mapping[str, Any]) -> requests.Response:
+def post(served: ProbedEngine, path: str, body: Mapping[str, Any]) -> requests.Response:
     """Send a request to the engine, which need not succeed. Raises `requests`' exceptions."""
     url = f"{served.engine.url}/v1/{path}"
     return requests.post(url, json=body, headers=guard.headers(), timeout=TIMEOUT_S)
@@ -146,7 +152,7 @@ def salt(served: ProbedEngine, rounds: int = 12) -> dict[str, Any]:
         body = {"model": served.engine.model, "messages": prompt, "max_tokens": 1, "temperature": 0}
         body |= {"cache_salt": who} if who else {}
         began = time.monotonic()
-        _post(served, "chat/completions", body).raise_for_status()
+        post(served, "chat/completions", body).raise_for_status()
         return time.monotonic() - began
 
     times_s: dict[str, list[float]] = {}
@@ -181,7 +187,7 @@ def structures(served: ProbedEngine, each: int = 6, timed: int = 3) -> dict[str,
                 "messages": served.writer.chat(ASKED_TOKENS, rng, lead), **imposed}  # fmt: skip
 
     def choice(asked: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        answer = _post(served, "chat/completions", asked)
+        answer = post(served, "chat/completions", asked)
         answer.raise_for_status()
         fields = answer.json()
         return fields["choices"][0], fields["usage"]["completion_tokens"]
@@ -262,7 +268,7 @@ def greedy(served: ProbedEngine, texts: int = 24) -> dict[str, Any]:
     ][:texts]  # fmt: skip
 
     def answer(tokens: int, body: dict[str, Any]) -> list[tuple[int, float, int, float]]:
-        reply = _post(served, "completions", {**body, "max_tokens": tokens})
+        reply = post(served, "completions", {**body, "max_tokens": tokens})
         reply.raise_for_status()
         known = reply.json()["choices"][0]["logprobs"]
         positions = []
@@ -296,7 +302,7 @@ def _completed(
     body = {"model": served.engine.model, "prompt": prompt, "max_tokens": most_tokens, "n": n,
             "temperature": temperature, "stop": ["\n", *ends]}  # fmt: skip
     began = time.monotonic()
-    answer = _post(served, "completions", body)
+    answer = post(served, "completions", body)
     took_s = time.monotonic() - began
     answer.raise_for_status()
     fields = answer.json()
@@ -365,24 +371,22 @@ def retrieve(served: ProbedEngine, texts: int = 3) -> dict[str, Any]:
     }
 
 
-PROBES: dict[str, Probe] = {
-    "quality": quality,
-    "quality-quick": partial(quality, quick=True),
-    "tenants": tenants,
-    "tenants-quick": partial(tenants, requests_sent=120),
-    "salt": salt,
-    "structures": structures,
-    "structures-quick": partial(structures, each=3, timed=2),
-    "retrieval": retrieve,
-    "retrieval-quick": partial(retrieve, texts=1),
-    "greedy": greedy,
-    "greedy-quick": partial(greedy, texts=12),
-    "votes": votes,
-    "votes-quick": partial(votes, each=1),
-    "steps": steps,
-    "steps-quick": partial(steps, each=2),
-    "salt-quick": partial(salt, rounds=4),
-    "joining": joining,
-    "joining-quick": partial(joining, alone=False),
+COMMON_PROBES: dict[str, Probe] = {
+    "quality": Probe(quality),
+    "quality-quick": Probe(partial(quality, quick=True)),
+    "tenants": Probe(tenants),
+    "tenants-quick": Probe(partial(tenants, requests_sent=120)),
+    "salt": Probe(salt, reads_text=False),
+    "salt-quick": Probe(partial(salt, rounds=4), reads_text=False),
+    "structures": Probe(structures),
+    "structures-quick": Probe(partial(structures, each=3, timed=2)),
+    "retrieval": Probe(retrieve),
+    "retrieval-quick": Probe(partial(retrieve, texts=1)),
+    "greedy": Probe(greedy),
+    "greedy-quick": Probe(partial(greedy, texts=12)),
+    "votes": Probe(votes),
+    "votes-quick": Probe(partial(votes, each=1)),
+    "steps": Probe(steps),
+    "steps-quick": Probe(partial(steps, each=2)),
 }
-assert PROBES.keys() == probe_names.ALL
+"""Probes that any lab may name."""
