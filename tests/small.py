@@ -15,6 +15,7 @@ from labs.harness.analysis.probes import COMMON_PROBES, Probe
 from labs.harness.cli.cli import app
 from labs.harness.forecast import copied_text, forecaster, step_timing
 from labs.harness.runner import attention
+from labs.many_samples import probes as many_samples
 from serving.engines import vllm
 from tests import with_vllm
 
@@ -29,7 +30,7 @@ def make_small() -> None:
     """Make the numbers smaller in this process."""
     COMMON_PROBES["structures-quick"] = Probe(partial(probes.structures, each=1, timed=1))
     COMMON_PROBES["tenants-quick"] = Probe(partial(probes.tenants, requests_sent=40))
-    probes.TASK_TOKENS = 8
+    many_samples.TASK_TOKENS = 8
     evaluation.tasks_with_shots = _fewer_tasks
     setattr(step_timing, "QUICK_PASSES", 1)  # noqa: B010
     copied_text.ANSWERS = 8
