@@ -285,6 +285,7 @@ def test_a_change_within_a_layers_value_leaves_the_layer_alone() -> None:
 
 
 READ = make_lab(
+    name="prefix-caching",
     probes=("quality", "salt"), findings=("quality",), needs_text=("quality",),
     quick={"window_s": 1},
 )  # fmt: skip
@@ -312,7 +313,7 @@ def test_a_probe_that_reads_text_is_refused_on_random_weights_whoever_added_it()
     added = make_lab().at("cpu", quick=False, changes={"probes": ["quality"]}, dummy=True)
     with pytest.raises(LabError, match=r"^quality: .* random weights"):
         require_no_reading(added)
-    require_no_reading(make_lab(probes=("salt",)))
+    require_no_reading(make_lab(name="prefix-caching", probes=("salt",)))
 
 
 def test_set_reads_json_and_else_text() -> None:

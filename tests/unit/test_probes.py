@@ -17,6 +17,7 @@ from labs.harness.analysis.evaluation import Evaluation, thread_pool
 from labs.harness.analysis.probes import COMMON_PROBES, ProbedEngine
 from labs.harness.spec.lab import Variant
 from labs.multi_lora.facts import Marks, marks
+from labs.prefix_caching.probes import salt
 from loadtests.prompts import Writer
 from loadtests.workload import Fixed
 from serving.engines.base import EngineError, Server
@@ -144,7 +145,7 @@ def test_a_base_that_answers_for_an_unknown_adapter_is_told() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("probe", [COMMON_PROBES["tenants-quick"].ask, probes.salt])
+@pytest.mark.parametrize("probe", [COMMON_PROBES["tenants-quick"].ask, salt])
 def test_a_broken_engine_is_an_error_and_no_finding(probe: Callable[[ProbedEngine], Any]) -> None:
     with serving("broken") as served, pytest.raises((requests.HTTPError, EngineError)):
         probe(served)
@@ -175,7 +176,7 @@ def test_a_reader_who_interrupts_waits_for_no_answer() -> None:
 
 def test_the_stranger_asks_what_the_victim_asked_and_as_much_that_nobody_did() -> None:
     with serving() as served:
-        found = probes.salt(served, rounds=3)
+        found = salt(served, rounds=3)
     assert {name: len(took) for name, took in found["took_s"].items()} == {
         f"{how}, {state}": 3 for how in ("shared", "salted") for state in ("known", "fresh")
     }

@@ -17,19 +17,16 @@ from typing import Any
 
 import requests
 
-from labs.harness.analysis import retrieval
 from labs.harness.analysis.evaluation import (
     LENGTHS_TOKENS,
     TIMEOUT_S,
-    EvaluationClient,
     evaluate,
     read_passages,
     thread_pool,
 )
 from labs.harness.spec.lab import Lab, Variant
-from loadtests.prompts import Messages, Writer
+from loadtests.prompts import Writer
 from loadtests.structures import FORMS, Form, Spec, instruction, spec
-from loadtests.workload import Fixed
 from serving import metrics
 from serving.engines.base import EngineError, Server
 from serving.plugins import guard
@@ -135,35 +132,6 @@ def _prefix_tokens(engine: Server) -> tuple[float, float]:
     return values.get(metrics.PREFIX_QUERIES, 0.0), values.get(metrics.PREFIX_HITS, 0.0)
 
 
-def salt(served: ProbedEngine, rounds: int = 12) -> dict[str, Any]:
-    """Time whether one tenant can tell what another has asked, with and without `cache_salt`.
-
-    Each round a victim sends a fresh prompt; then a stranger times the same prompt, and another of
-    the same length that nobody has sent. With a salt of their own each, the stranger's copy is no
-    faster than the fresh one.
-    """
-    rng = random.Random(f"{served.lab.seed}/salt")
-    tokens = next(
-        w.prompt_tokens.tokens for w in served.lab.workloads if isinstance(w.prompt_tokens, Fixed)
-    )
-
-    def took_s(prompt: Messages, who: str | None) -> float:
-        body = {"model": served.engine.model, "messages": prompt, "max_tokens": 1, "temperature": 0}
-        body |= {"cache_salt": who} if who else {}
-        began = time.monotonic()
-        post(served, "chat/completions", body).raise_for_status()
-        return time.monotonic() - began
-
-    times_s: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for name, victim, stranger in (("shared", None, None), ("salted", "victim", "stranger")):
-            secret, other = (served.writer.chat(tokens, rng) for _ in range(2))
-            took_s(secret, victim)
-            times_s.setdefault(f"{name}, known", []).append(took_s(secret, stranger))
-            times_s.setdefault(f"{name}, fresh", []).append(took_s(other, stranger))
-    return {"took_s": times_s, "prompt_tokens": tokens}
-
-
 ASKED_TOKENS, MOST_TOKENS, ASKED_AT_ONCE = 320, 96, 8
 """The tokens of a prompt of the probe `structures`, with room for any structure; the limit of its
 answers, beyond any whole one; and how many answers are asked for at once."""
@@ -260,29 +228,13 @@ def greedy(served: ProbedEngine, texts: int = 24) -> dict[str, Any]:
     return {"answers": {way: answers(at_once) for way, at_once in ways.items()}}
 
 
-def retrieve(served: ProbedEngine, texts: int = 3) -> dict[str, Any]:
-    """Ask for the needles of so many texts of each of the lab's lengths, one after another."""
-    lengths = retrieval.text_lengths(served.lab.flags_of(served.variant).max_model_len)
-    client = EvaluationClient(served.engine.url, served.engine.model)
-    began = time.monotonic()
-    needles = retrieval.ask(client, lengths, texts, served.writer.tokens_of)
-    return {
-        "needles": [needle.model_dump(mode="json") for needle in needles],
-        "took_s": round(time.monotonic() - began, 3),
-    }
-
-
 COMMON_PROBES: dict[str, Probe] = {
     "quality": Probe(quality),
     "quality-quick": Probe(partial(quality, quick=True)),
     "tenants": Probe(tenants),
     "tenants-quick": Probe(partial(tenants, requests_sent=120)),
-    "salt": Probe(salt, reads_text=False),
-    "salt-quick": Probe(partial(salt, rounds=4), reads_text=False),
     "structures": Probe(structures),
     "structures-quick": Probe(partial(structures, each=3, timed=2)),
-    "retrieval": Probe(retrieve),
-    "retrieval-quick": Probe(partial(retrieve, texts=1)),
     "greedy": Probe(greedy),
     "greedy-quick": Probe(partial(greedy, texts=12)),
 }
