@@ -16,6 +16,7 @@ from labs.harness.cli.cli import app
 from labs.harness.forecast import copied_text, forecaster, step_timing
 from labs.harness.runner import attention
 from labs.many_samples import probes as many_samples
+from labs.structured_output import probes as structured_output
 from serving.engines import vllm
 from tests import with_vllm
 
@@ -28,7 +29,9 @@ def _fewer_tasks() -> list[tuple[str, str, str]]:
 
 def make_small() -> None:
     """Make the numbers smaller in this process."""
-    COMMON_PROBES["structures-quick"] = Probe(partial(probes.structures, each=1, timed=1))
+    structured_output.PROBES["structures-quick"] = Probe(
+        partial(structured_output.structures, each=1, timed=1)
+    )
     COMMON_PROBES["tenants-quick"] = Probe(partial(probes.tenants, requests_sent=40))
     many_samples.TASK_TOKENS = 8
     evaluation.tasks_with_shots = _fewer_tasks
