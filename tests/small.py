@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from labs.harness.analysis import evaluation, probes
-from labs.harness.analysis.probes import COMMON_PROBES, Probe
+from labs.harness.analysis import evaluation
+from labs.harness.analysis.probes import Probe
 from labs.harness.cli.cli import app
 from labs.harness.forecast import copied_text, forecaster, step_timing
 from labs.harness.runner import attention
 from labs.many_samples import probes as many_samples
+from labs.multi_lora import probes as multi_lora
 from labs.structured_output import probes as structured_output
 from serving.engines import vllm
 from tests import with_vllm
@@ -32,7 +33,7 @@ def make_small() -> None:
     structured_output.PROBES["structures-quick"] = Probe(
         partial(structured_output.structures, each=1, timed=1)
     )
-    COMMON_PROBES["tenants-quick"] = Probe(partial(probes.tenants, requests_sent=40))
+    multi_lora.PROBES["tenants-quick"] = Probe(partial(multi_lora.tenants, requests_sent=40))
     many_samples.TASK_TOKENS = 8
     evaluation.tasks_with_shots = _fewer_tasks
     setattr(step_timing, "QUICK_PASSES", 1)  # noqa: B010

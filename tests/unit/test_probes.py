@@ -16,6 +16,7 @@ from labs.harness.analysis import probes
 from labs.harness.analysis.evaluation import Evaluation, thread_pool
 from labs.harness.analysis.probes import COMMON_PROBES, ProbedEngine
 from labs.harness.spec.lab import Variant
+from labs.multi_lora import probes as multi_lora
 from labs.multi_lora.facts import Marks, marks
 from labs.prefix_caching.probes import salt
 from loadtests.prompts import Writer
@@ -103,7 +104,7 @@ def serving(fault: Fault = "", max_model_len: int = 512) -> Iterator[ProbedEngin
 
 def tenants(fault: Fault = "") -> dict[str, Any]:
     with serving(fault) as served:
-        return probes.tenants(served, requests_sent=60, at_once=4)
+        return multi_lora.tenants(served, requests_sent=60, at_once=4)
 
 
 def test_an_honest_engine_answers_each_tenant_as_its_own() -> None:
@@ -145,7 +146,7 @@ def test_a_base_that_answers_for_an_unknown_adapter_is_told() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("probe", [COMMON_PROBES["tenants-quick"].ask, salt])
+@pytest.mark.parametrize("probe", [multi_lora.PROBES["tenants-quick"].ask, salt])
 def test_a_broken_engine_is_an_error_and_no_finding(probe: Callable[[ProbedEngine], Any]) -> None:
     with serving("broken") as served, pytest.raises((requests.HTTPError, EngineError)):
         probe(served)
