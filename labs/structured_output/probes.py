@@ -12,8 +12,8 @@ from labs.harness.analysis.probes import Probe, ProbedEngine, post
 from loadtests.structures import FORMS, Form, Spec, instruction, spec
 
 ASKED_TOKENS, MOST_TOKENS, ASKED_AT_ONCE = 320, 96, 8
-"""The tokens of a prompt, with room for any structure; the limit of its
-answers, beyond any whole one; and how many answers are asked for at once."""
+"""The tokens of a prompt, with room for any structure; the limit of an answer, beyond any whole
+one; and how many answers are asked for at once."""
 
 
 def structures(served: ProbedEngine, each: int = 6, timed: int = 3) -> dict[str, Any]:

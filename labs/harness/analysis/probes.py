@@ -15,11 +15,7 @@ from typing import Any
 
 import requests
 
-from labs.harness.analysis.evaluation import (
-    LENGTHS_TOKENS,
-    TIMEOUT_S,
-    evaluate,
-)
+from labs.harness.analysis.evaluation import LENGTHS_TOKENS, TIMEOUT_S, evaluate
 from labs.harness.spec.lab import Lab, Variant
 from loadtests.prompts import Writer
 from serving.engines.base import Server
