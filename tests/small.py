@@ -14,10 +14,10 @@ from labs.harness.analysis import evaluation
 from labs.harness.analysis.probes import Probe
 from labs.harness.cli.cli import app
 from labs.harness.forecast import copied_text, forecaster, step_timing
-from labs.harness.runner import attention
 from labs.many_samples import probes as many_samples
 from labs.multi_lora import probes as multi_lora
 from labs.structured_output import probes as structured_output
+from labs.tiled_attention import probes as tiled_attention
 from serving.engines import vllm
 from tests import with_vllm
 
@@ -38,7 +38,7 @@ def make_small() -> None:
     evaluation.tasks_with_shots = _fewer_tasks
     setattr(step_timing, "QUICK_PASSES", 1)  # noqa: B010
     copied_text.ANSWERS = 8
-    attention.ARGV = with_vllm.argv_of("tests.brief_attention")
+    tiled_attention.ARGV = with_vllm.argv_of("tests.brief_attention")
     forecaster.FORECASTER_ARGV = with_vllm.argv_of("serving.simulator")
     vllm.PARSING = with_vllm.argv_of("serving.plugins.parsing")
     with_vllm.fork_engines()

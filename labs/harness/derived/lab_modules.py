@@ -170,6 +170,15 @@ def probes_of(lab: str) -> Mapping[str, Probe]:
     return {**COMMON_PROBES, **own}
 
 
+def before_engines(lab: str) -> Callable[..., None]:
+    """Imports what a lab has timed once in a run, before its engines start; else what does nothing.
+
+    It takes the run's set-up, its folder and the display of its progress.
+    """
+    of_lab: Callable[..., None] | None = getattr(_module_of(lab, "probes"), "before_engines", None)
+    return of_lab or (lambda *_: None)
+
+
 def plain(lab: str, facts: Any) -> dict[str, Any]:
     """Returns the facts of a lab as plain JSON, as a summary keeps them."""
     kept: dict[str, Any] = _adapter(lab).dump_python(facts, mode="json", exclude_defaults=True)
