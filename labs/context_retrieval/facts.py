@@ -17,10 +17,10 @@ from labs.context_retrieval.lab import (
     SHARING_LAYERS,
     longest_prompt,
 )
+from labs.context_retrieval.retrieval import Changes, Needle, adds_up, by_text, margin_change
 from labs.harness.analysis.computed import AT
 from labs.harness.analysis.quality import paired_difference
 from labs.harness.analysis.quantity import POINTS, Quantity
-from labs.harness.analysis.retrieval import Changes, Needle, adds_up, by_text, margin_change
 from labs.harness.analysis.verdicts import (
     CONFIDENCE,
     TWO_ONE_SIDED,

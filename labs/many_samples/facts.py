@@ -9,7 +9,12 @@ from statistics import fmean
 from typing import Any, Literal
 
 from labs.harness.analysis.quantity import RATIO, Quantity
-from labs.harness.analysis.reasoning_steps import (
+from labs.harness.analysis.verdicts import Interval
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.spec import theory
+from labs.harness.spec.lab import Point
+from labs.many_samples.lab import hit_rate
+from labs.many_samples.reasoning_steps import (
     chosen,
     end_of,
     found_at_end,
@@ -17,18 +22,13 @@ from labs.harness.analysis.reasoning_steps import (
     is_step,
     steps_right,
 )
-from labs.harness.analysis.sampled_tasks import (
+from labs.many_samples.sampled_tasks import (
     canonical,
     gain_over_tasks,
     over_tasks,
     pass_at,
     vote_at,
 )
-from labs.harness.analysis.verdicts import Interval
-from labs.harness.derived.run_view import JudgedRun
-from labs.harness.spec import theory
-from labs.harness.spec.lab import Point
-from labs.many_samples.lab import hit_rate
 from serving.models import catalog, dummy
 from serving.models.catalog import Shape
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import scipy
+from pydantic import ValidationError
 
 from labs.harness.analysis.quantity import RATIO, Quantity
 from labs.harness.analysis.verdicts import (
@@ -24,6 +25,8 @@ from labs.harness.derived.fits import Estimate, polynomial
 from labs.harness.derived.run_view import JudgedRun
 from labs.harness.spec import theory
 from labs.harness.spec.lab import Point, Prediction
+from labs.harness.storage.bounded import DamagedError, first_error
+from labs.harness.storage.results import RunFolder
 from labs.tiled_attention.lab import splits_ratio
 from serving.hardware.attention import AttentionTimes, Kernel, KernelTimes, SplitTimes
 from serving.models import catalog, dummy
@@ -165,8 +168,18 @@ class Tiling:
     left_out: tuple[LeftOut, ...]
 
 
+def attention_times(folder: RunFolder) -> AttentionTimes | None:
+    """Read how long attention took by itself; None where it was not timed. Raises DamagedError."""
+    if (found := folder.probe_result("attention")) is None:
+        return None
+    try:
+        return AttentionTimes.model_validate(found)
+    except ValidationError as error:
+        raise DamagedError(f"{folder.path}, probe attention{first_error(error)}") from error
+
+
 def tiling(run: JudgedRun) -> Tiling | None:
-    times = run.folder.attention_times()
+    times = attention_times(run.folder)
     if times is None:
         return None
     on_cores: Literal["a core", "cores"] = "a core" if times.threads == 1 else "cores"
@@ -309,7 +322,7 @@ class Splits:
 
 
 def splits(run: JudgedRun) -> Splits | None:
-    times = run.folder.attention_times()
+    times = attention_times(run.folder)
     if times is None or not times.splits:
         return None
     processors = times.processors

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from labs.harness.plan import derived_models
-from labs.harness.runner import attention
 from labs.harness.storage import results
+from labs.tiled_attention import probes as tiled_attention
 from loadtests.structures import FORMS
 from serving.models import dummy, prune
 from serving.models.adapters import mark_of
@@ -165,6 +165,6 @@ def _weights(size: int, path: Path) -> None:
 
 if __name__ == "__main__":
     derived_models.make = make
-    attention.ARGV = (sys.executable, "-m", "tests.brief_attention")
+    tiled_attention.ARGV = (sys.executable, "-m", "tests.brief_attention")
     with_a_constant_reference_step()
     app()

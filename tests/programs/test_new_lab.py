@@ -68,6 +68,7 @@ LAB = Lab(
     ),
     findings=FINDINGS,
     plots=PLOTS,
+    probes=PROBES,
     slo=SLO(ttft_s=1, tpot_s=0.1),
     requests=8,
     warmup_s=1,
@@ -157,6 +158,20 @@ def rods(run: JudgedRun, facts: Facts) -> bool:
 
 PLOTS = {"rods": rods}
 '''
+PROBES = '''
+"""Asks how many beads there are."""
+
+from typing import Any
+
+from labs.harness.analysis.probes import Probe, ProbedEngine
+
+
+def count(served: ProbedEngine) -> dict[str, Any]:
+    return {"beads": 10}
+
+
+PROBES = {"count": Probe(count, reads_text=False)}
+'''
 PUBLISHED = """
 [[claims.faster]]
 figure = "9x"
@@ -232,13 +247,18 @@ sys.exit(failed or pytest.main([*options, "--collect-only", *sys.argv[1:]]))
 TIERS = ("tests/cpu/test_labs.py", "tests/fake/test_run.py", "tests/gpu/test_labs.py")
 
 
-def folder(name: str, findings: str = "()", plots: str = '("variants",)') -> dict[str, str]:
+def folder(
+    name: str, findings: str = "()", plots: str = '("variants",)', probes: str = "()"
+) -> dict[str, str]:
     """The files of a lab of that name."""
     title = name.replace("-", " ").capitalize()
     answer = "Speed is {{ claim('lost') }}."
     if findings != "()":
         answer = "With {{ beads.counted }} beads: {{ claim('faster') }}."
-    parts = {"NAME": name, "TITLE": title, "FINDINGS": findings, "PLOTS": plots, "ANSWER": answer}
+    parts = {
+        "NAME": name, "TITLE": title, "FINDINGS": findings, "PLOTS": plots, "PROBES": probes,
+        "ANSWER": answer,
+    }  # fmt: skip
     files = {"lab.py": LAB, "page.md": PAGE, "sizes.toml": SIZES}
     return {
         file: re.sub("|".join(parts), lambda found: parts[found[0]], text)
@@ -263,8 +283,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
         else:
             shutil.copy(ROOT / name, home / name)
-    rods = folder("abacus-rods", '("beads",)', '("variants", "rods")')
-    rods |= {"facts.py": FACTS, "plots.py": PLOTS, "published.toml": PUBLISHED}
+    rods = folder("abacus-rods", '("beads",)', '("variants", "rods")', '("count",)')
+    rods |= {"facts.py": FACTS, "plots.py": PLOTS, "probes.py": PROBES}
+    rods["published.toml"] = PUBLISHED
     rods["page.md"] += FINDING
     for name, files in (("abacus_beads", folder("abacus-beads")), ("abacus_rods", rods)):
         (home / "labs" / name).mkdir()
@@ -328,6 +349,7 @@ def test_what_it_tells_beyond_that_is_one_more_file(told: list[str]) -> None:
     missing = not_passed(
         tests,
         "test_lab_pages.py::test_every_part_of_a_lab_has_its_words[abacus-rods]",
+        "test_lab.py::test_names_in_a_lab_exist[abacus-rods]",
         "test_answers.py::test_findings_answers_and_plots_bear_what_is_left_out[abacus-rods]",
         "test_published.py::test_each_entry_is_about_a_part_of_a_lab[abacus-rods]",
         "test_imports.py::test_machinery_knows_no_lab",

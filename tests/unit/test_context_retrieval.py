@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 
 from labs import LABS
+from labs.context_retrieval import retrieval
 from labs.context_retrieval.facts import Facts, facts
 from labs.context_retrieval.lab import (
     admitted,
     arithmetic,
     step_ratio,
 )
-from labs.harness.analysis import retrieval
-from labs.harness.analysis.computed import Predictions
-from labs.harness.analysis.evaluation import DEPTHS, EvaluationClient
-from labs.harness.analysis.retrieval import (
+from labs.context_retrieval.retrieval import (
     Needle,
     adds_up,
     by_text,
@@ -27,6 +25,8 @@ from labs.harness.analysis.retrieval import (
     margin_change,
     text_lengths,
 )
+from labs.harness.analysis.computed import Predictions
+from labs.harness.analysis.evaluation import DEPTHS, EvaluationClient
 from labs.harness.spec.lab import Evidence, Lab, Point
 from labs.harness.storage.writing import write_gzip, write_json
 from serving.models.catalog import Shape

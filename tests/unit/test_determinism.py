@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from labs import LABS
+from labs.determinism import probes
 from labs.determinism.facts import (
     Beside,
     Position,
@@ -19,8 +20,7 @@ from labs.determinism.facts import (
     forecast,
     same_text,
 )
-from labs.harness.runner import probes
-from labs.harness.runner.probes import ProbedEngine
+from labs.harness.analysis.probes import ProbedEngine
 from labs.harness.storage.writing import write_gzip
 from loadtests.prompts import Writer
 from tests.unit.answering import Answering, answered_by

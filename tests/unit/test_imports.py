@@ -112,7 +112,9 @@ def on_start(start: str) -> dict[Path, ast.Module]:
 
 def test_a_command_that_draws_nothing_imports_no_library_of_plots_or_statistics() -> None:
     """They take two thirds of its start. `import scipy` alone loads each part at its first use."""
-    files = on_start("labs.harness.cli.cli")
+    probes = (path.parent.name for path in (ROOT / "labs").glob("*/probes.py"))
+    starts = ("labs.harness.cli.cli", *(f"labs.{folder}.probes" for folder in probes))
+    files = {path: tree for start in starts for path, tree in on_start(start).items()}
     assert ROOT / "labs" / "harness" / "analysis" / "verdicts.py" in files
     for path, tree in files.items():
         names = [*names_on_import(tree)]

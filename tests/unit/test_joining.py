@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from labs.harness.runner import joining
-from labs.harness.runner.probes import ProbedEngine
+from labs.harness.analysis.probes import ProbedEngine
 from labs.harness.spec.lab import Variant
+from labs.scale_out import probes
 from loadtests.prompts import Writer
 from loadtests.workload import Fixed
 from serving import metrics
@@ -94,8 +94,8 @@ class Behind(Routed):
 def test_who_answered_and_what_was_lost_is_counted_of_every_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(joining, "CAPACITY_S", 0.5)
-    monkeypatch.setattr(joining, "AFTER_S", 0.5)
+    monkeypatch.setattr(probes, "CAPACITY_S", 0.5)
+    monkeypatch.setattr(probes, "AFTER_S", 0.5)
     first = Replica()
     Router.replicas, Router.sent = [first], 0
     lab = make_lab(
@@ -108,8 +108,8 @@ def test_who_answered_and_what_was_lost_is_counted_of_every_request(
     with answered_by(Router) as url:
         engine = Behind(url, first)
         served = ProbedEngine(variant, lab, engine, {}, Writer(words))
-        found = joining.joining(served)
-    assert found["rate_per_s"] == pytest.approx(joining.TIMES * found["capacity_per_s"])
+        found = probes.joining(served)
+    assert found["rate_per_s"] == pytest.approx(probes.TIMES * found["capacity_per_s"])
     assert found["decided_s"] <= found["serves_s"] <= found["first_s"] <= found["ends_s"]
     answered = [r for r in found["requests"] if r["e2e_s"] is not None]
     assert len(answered) < len(found["requests"])
@@ -134,11 +134,11 @@ def test_a_request_counts_from_when_it_was_due(monkeypatch: pytest.MonkeyPatch) 
             self.opened.wait()
             self.reply(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
 
-    monkeypatch.setattr(joining, "MOST_AT_ONCE", 1)
+    monkeypatch.setattr(probes, "MOST_AT_ONCE", 1)
     lab = make_lab(workloads=(make_workload(prompt_tokens=Fixed(tokens=40)),))
     with answered_by(Gate) as url:
         engine = Behind(url, Replica())
-        clients = joining.Clients(ProbedEngine(lab.variants[0], lab, engine, {}, Writer(words)))
+        clients = probes.Clients(ProbedEngine(lab.variants[0], lab, engine, {}, Writer(words)))
         with clients.sending(rate_per_s=50) as asked:
             while len(asked) < 5:
                 time.sleep(0.01)
@@ -154,10 +154,10 @@ def test_a_replica_joins_others_behind_a_router_only() -> None:
     lab = make_lab()
     alone: Any = Replica()
     with pytest.raises(ValueError, match="router"):
-        joining.joining(ProbedEngine(lab.variants[0], lab, alone, {}, Writer(words)))
+        probes.joining(ProbedEngine(lab.variants[0], lab, alone, {}, Writer(words)))
 
 
 def test_what_is_not_there_in_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "WITHIN_S", 0.0)
+    monkeypatch.setattr(probes, "WITHIN_S", 0.0)
     with pytest.raises(EngineError, match="the queue was not there"):
-        joining.until("the queue", lambda: False)
+        probes.until("the queue", lambda: False)

@@ -14,8 +14,7 @@ from pydantic import ValidationError
 from labs import FIRST, LABS
 from labs.harness.analysis.checks.treatment import ARGUMENTS, ECHOED
 from labs.harness.analysis.metrics import trial_metrics
-from labs.harness.derived.lab_modules import findings_of
-from labs.harness.plan import probe_names
+from labs.harness.derived.lab_modules import findings_of, probes_of
 from labs.harness.plan.resolve import require_no_reading
 from labs.harness.reports.plots import plots_of
 from labs.harness.spec.lab import (
@@ -286,6 +285,7 @@ def test_a_change_within_a_layers_value_leaves_the_layer_alone() -> None:
 
 
 READ = make_lab(
+    name="prefix-caching",
     probes=("quality", "salt"), findings=("quality",), needs_text=("quality",),
     quick={"window_s": 1},
 )  # fmt: skip
@@ -313,7 +313,7 @@ def test_a_probe_that_reads_text_is_refused_on_random_weights_whoever_added_it()
     added = make_lab().at("cpu", quick=False, changes={"probes": ["quality"]}, dummy=True)
     with pytest.raises(LabError, match=r"^quality: .* random weights"):
         require_no_reading(added)
-    require_no_reading(make_lab(probes=("salt",)))
+    require_no_reading(make_lab(name="prefix-caching", probes=("salt",)))
 
 
 def test_set_reads_json_and_else_text() -> None:
@@ -615,7 +615,7 @@ def test_names_in_a_lab_exist(lab: Lab) -> None:
     assert set(lab.answers) <= QUESTIONS.keys()
     assert set(lab.plots) <= plots_of(lab.name).keys()
     assert {c.metric for c in lab.claims} | {f.metric for f in lab.forecasts} <= {*trial_metrics()}
-    assert set(lab.probes) | set(lab.quick.get("probes", ())) <= probe_names.ALL
+    assert set(lab.probes) | set(lab.quick.get("probes", ())) <= probes_of(lab.name).keys()
     assert set(lab.findings) == set(findings_of(lab.name))
     pieces = {e.metric for e in lab.evidence if e.kind == "pieces"}
     assert pieces <= {*trial_metrics()}
@@ -675,7 +675,7 @@ def test_a_lab_repeats_as_often_as_its_intervals_were_tried_for(lab: Lab) -> Non
 def test_what_needs_text_is_part_of_the_lab(lab: Lab) -> None:
     parts = {*lab.studies, *lab.probes, *lab.findings, *lab.plots, *lab.quick.get("probes", ())}
     assert {name.removesuffix("-quick") for name in lab.needs_text} <= parts
-    assert not set(resolved(lab.name, "cpu", dummy=True).probes) & probe_names.TEXT
+    require_no_reading(resolved(lab.name, "cpu", dummy=True))
 
 
 @EVERY

@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> RunFolder:
     write_gzip(home / engine_series.FILE, [SERIES])
     telemetry.write(home / "telemetry.csv.gz", SAMPLES, 10.0)
     write_gzip(folder.probe_file("salt", "on"), {"took_s": 1.5})
-    write_gzip(folder.attention_file, {"heads": 0})
+    write_gzip(folder.probe_file("attention"), {"heads": 0})
     return folder
 
 

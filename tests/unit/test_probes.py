@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +12,13 @@ from typing import Any, Literal
 import pytest
 import requests
 
+from labs.harness.analysis import probes
 from labs.harness.analysis.evaluation import Evaluation, thread_pool
-from labs.harness.runner import probes
-from labs.harness.runner.probes import PROBES, ProbedEngine
+from labs.harness.analysis.probes import COMMON_PROBES, ProbedEngine
 from labs.harness.spec.lab import Variant
+from labs.multi_lora import probes as multi_lora
 from labs.multi_lora.facts import Marks, marks
+from labs.prefix_caching.probes import salt
 from loadtests.prompts import Writer
 from loadtests.workload import Fixed
 from serving.engines.base import EngineError, Server
@@ -102,7 +104,7 @@ def serving(fault: Fault = "", max_model_len: int = 512) -> Iterator[ProbedEngin
 
 def tenants(fault: Fault = "") -> dict[str, Any]:
     with serving(fault) as served:
-        return probes.tenants(served, requests_sent=60, at_once=4)
+        return multi_lora.tenants(served, requests_sent=60, at_once=4)
 
 
 def test_an_honest_engine_answers_each_tenant_as_its_own() -> None:
@@ -144,8 +146,8 @@ def test_a_base_that_answers_for_an_unknown_adapter_is_told() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("probe", [PROBES["tenants-quick"], probes.salt])
-def test_a_broken_engine_is_an_error_and_no_finding(probe: probes.Probe) -> None:
+@pytest.mark.parametrize("probe", [multi_lora.PROBES["tenants-quick"].ask, salt])
+def test_a_broken_engine_is_an_error_and_no_finding(probe: Callable[[ProbedEngine], Any]) -> None:
     with serving("broken") as served, pytest.raises((requests.HTTPError, EngineError)):
         probe(served)
 
@@ -175,7 +177,7 @@ def test_a_reader_who_interrupts_waits_for_no_answer() -> None:
 
 def test_the_stranger_asks_what_the_victim_asked_and_as_much_that_nobody_did() -> None:
     with serving() as served:
-        found = probes.salt(served, rounds=3)
+        found = salt(served, rounds=3)
     assert {name: len(took) for name, took in found["took_s"].items()} == {
         f"{how}, {state}": 3 for how in ("shared", "salted") for state in ("known", "fresh")
     }
@@ -204,8 +206,8 @@ def test_quality_is_asked_twice_of_the_first_variant_and_of_lengths_that_fit(
     monkeypatch.setattr(probes, "evaluate", evaluate)
     with serving(max_model_len=700) as served:
         off = ProbedEngine(served.lab.variants[1], served.lab, served.engine, {}, served.writer)
-        assert len(PROBES["quality"](served)["answers"]) == 2
-        assert len(PROBES["quality-quick"](off)["answers"]) == 1
+        assert len(COMMON_PROBES["quality"].ask(served)["answers"]) == 2
+        assert len(COMMON_PROBES["quality-quick"].ask(off)["answers"]) == 1
     assert [s["quick"] for s in asked] == [False, False, True]
     assert [s["lengths_tokens"] for s in asked] == [[256, 512]] * 3  # 1,024 and room do not fit
     assert {s["seeds"] for s in asked} == {6}  # twelve texts at any number of lengths

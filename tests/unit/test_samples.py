@@ -19,8 +19,16 @@ from pydantic import ValidationError
 from labs import LABS
 from labs.harness.analysis.checks.expected import Expected
 from labs.harness.analysis.measure import output_tokens_per_s, requests_per_s
+from labs.harness.analysis.probes import ProbedEngine
 from labs.harness.analysis.quantity import Quantity
-from labs.harness.analysis.sampled_tasks import (
+from labs.harness.analysis.validity import caveats_of
+from labs.harness.derived.run_view import JudgedRun
+from labs.harness.spec.lab import Point, Variant
+from labs.harness.storage.writing import write_gzip
+from labs.many_samples import probes
+from labs.many_samples.facts import Facts, facts, probed, solved, weighed
+from labs.many_samples.lab import SAMPLED, hit_rate
+from labs.many_samples.sampled_tasks import (
     canonical,
     gain_over_tasks,
     over_tasks,
@@ -28,14 +36,6 @@ from labs.harness.analysis.sampled_tasks import (
     tasks,
     vote_at,
 )
-from labs.harness.analysis.validity import caveats_of
-from labs.harness.derived.run_view import JudgedRun
-from labs.harness.runner import probes
-from labs.harness.runner.probes import ProbedEngine
-from labs.harness.spec.lab import Point, Variant
-from labs.harness.storage.writing import write_gzip
-from labs.many_samples.facts import Facts, facts, probed, solved, weighed
-from labs.many_samples.lab import SAMPLED, hit_rate
 from loadtests.plan import body, read_requests, write_requests
 from loadtests.prompts import Writer
 from loadtests.workload import Chat, Fixed, Samples

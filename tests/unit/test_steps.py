@@ -10,7 +10,12 @@ from typing import Any, ClassVar
 import pytest
 
 from labs import LABS
-from labs.harness.analysis.reasoning_steps import (
+from labs.harness.analysis.probes import ProbedEngine
+from labs.harness.spec.lab import Variant
+from labs.harness.storage.writing import write_gzip
+from labs.many_samples import probes
+from labs.many_samples.facts import Stepwise, end_of_search, facts
+from labs.many_samples.reasoning_steps import (
     adding,
     chains,
     chosen,
@@ -20,12 +25,7 @@ from labs.harness.analysis.reasoning_steps import (
     is_step,
     steps_right,
 )
-from labs.harness.analysis.sampled_tasks import pass_at
-from labs.harness.runner import probes
-from labs.harness.runner.probes import ProbedEngine
-from labs.harness.spec.lab import Variant
-from labs.harness.storage.writing import write_gzip
-from labs.many_samples.facts import Stepwise, end_of_search, facts
+from labs.many_samples.sampled_tasks import pass_at
 from loadtests.prompts import Writer
 from tests.cases import each
 from tests.unit.answering import Answering, answered_by

@@ -471,7 +471,7 @@ def test_json_that_is_all_brackets_is_not_parsed(
     home = folder.path / TRIAL
     places: dict[Path, Callable[[], object]] = {
         folder.probe_file("quality", "on"): lambda: folder.probe_result("quality", "on"),
-        folder.attention_file: folder.attention_times,
+        folder.probe_file("attention"): lambda: folder.probe_result("attention"),
         home / engine_series.FILE: lambda: engine_series.read(home),
     }
     for path, read in places.items():

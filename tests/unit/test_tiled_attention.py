@@ -14,9 +14,9 @@ import pytest
 from labs import LABS
 from labs.harness.analysis.computed import Predictions
 from labs.harness.derived.fits import Estimate, least_squares
+from labs.harness.derived.lab_modules import before_engines
 from labs.harness.derived.run_view import JudgedRun
 from labs.harness.reports.plots import plots_of
-from labs.harness.runner.attention import time_attention
 from labs.harness.spec import theory
 from labs.harness.spec.lab import Point
 from labs.harness.storage.bounded import DamagedError
@@ -24,6 +24,7 @@ from labs.harness.storage.results import RunFolder
 from labs.harness.storage.writing import write_gzip, write_json
 from labs.tiled_attention.facts import (
     Tiling,
+    attention_times,
     facts,
     power_of_memory,
     power_of_time,
@@ -199,7 +200,7 @@ def measured(home: Path, values: dict[str, Any], times: AttentionTimes | None = 
     predictions = Predictions(effects={}, forecasts={}, arithmetic=told)
     write_json(found.folder.path / "predictions.json", predictions)
     if times:
-        write_gzip(found.folder.attention_file, orjson.loads(times.model_dump_json()))
+        write_gzip(found.folder.probe_file("attention"), orjson.loads(times.model_dump_json()))
     return judged_run(found)
 
 
@@ -264,9 +265,9 @@ def test_a_run_in_which_it_was_not_timed_has_no_answer(tmp_path: Path) -> None:
 
 def test_damaged_times_are_named(tmp_path: Path) -> None:
     found = measured(tmp_path, {})
-    write_gzip(found.folder.attention_file, {"heads": 0})
+    write_gzip(found.folder.probe_file("attention"), {"heads": 0})
     with pytest.raises(DamagedError, match="probe attention"):
-        found.folder.attention_times()
+        attention_times(found.folder)
 
 
 def test_the_square_in_ttft_is_a_share_with_an_interval(tmp_path: Path) -> None:
@@ -340,13 +341,13 @@ def time_with(
     program: str, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, endpoint: bool = False
 ) -> list[str]:
     """What a run says in which this program stands in for the kernels."""
-    monkeypatch.setattr("labs.harness.runner.attention.ARGV", (sys.executable, "-c", program))
+    monkeypatch.setattr("labs.tiled_attention.probes.ARGV", (sys.executable, "-c", program))
     setup: Any = SimpleNamespace(
         lab=LAB, machine=MACHINE, endpoint=endpoint, model=SimpleNamespace(path=folder.path)
     )
     messages: list[str] = []
     progress: Any = SimpleNamespace(message=messages.append, waiting=lambda text: None)
-    time_attention(setup, folder, progress)
+    before_engines(LAB.name)(setup, folder, progress)
     return messages
 
 
@@ -356,10 +357,10 @@ def test_a_run_keeps_what_was_timed_and_times_it_once(
     folder = RunFolder(tmp_path)
     prints = f"print('progress'); print({times_of().model_dump_json()!r})"
     assert time_with(prints, folder, monkeypatch, endpoint=True) == []
-    assert folder.attention_times() is None
+    assert attention_times(folder) is None
     (done,) = time_with(prints, folder, monkeypatch)
     assert "was timed by itself" in done
-    assert folder.attention_times() == times_of()
+    assert attention_times(folder) == times_of()
     assert time_with("raise SystemExit(1)", folder, monkeypatch) == []  # it is on file
 
 
@@ -371,4 +372,4 @@ def test_a_timing_that_fails_is_said_and_the_run_goes_on(
     assert failed == "Attention by itself could not be timed: no torch here"
     (odd,) = time_with("print('half of it')", folder, monkeypatch)
     assert "it printed no figures" in odd
-    assert folder.attention_times() is None
+    assert attention_times(folder) is None

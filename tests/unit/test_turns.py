@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from labs.harness.analysis.computed import PointForecasts
+from labs.harness.analysis.probes import Probe
 from labs.harness.derived.design import sampling_of, starts_on_file, took_turns
 from labs.harness.derived.summarize import summarise
 from labs.harness.forecast.request_counts import Counts
@@ -321,8 +322,8 @@ def test_a_probe_that_fails_costs_itself_alone(
     def gives_nothing(_: object) -> dict[str, Any]:
         raise KeyError("choices")
 
-    probes = {"faulty": gives_nothing, "sound": lambda _: {"answers": 1}}
-    monkeypatch.setattr("labs.harness.runner.harness.PROBES", probes)
+    probes = {"faulty": Probe(gives_nothing), "sound": Probe(lambda _: {"answers": 1})}
+    monkeypatch.setattr("labs.harness.runner.harness.probes_of", lambda lab: probes)
     set_lab(folder, probes=["faulty", "sound"], probed=["on"])
     harness = Noted(folder)
     setup: Any = harness.setup

@@ -19,6 +19,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from labs.harness.analysis.diagnosis import Reading
+from labs.harness.analysis.probes import COMMON_PROBES, Probe
 from labs.harness.derived.published import Part, Published, PublishedFigures
 from labs.harness.derived.run_view import Context, JudgedRun
 from labs.harness.spec.lab import Point
@@ -158,6 +159,24 @@ def own_plots(lab: str) -> Mapping[str, OwnPlot]:
 def plot_names(lab: str) -> Collection[str]:
     """Returns the names of the plots that a lab may name. Imports matplotlib, in half a second."""
     return COMMON_PLOTS | own_plots(lab).keys()
+
+
+def probes_of(lab: str) -> Mapping[str, Probe]:
+    """Imports the probes that a lab may name, by their names: those of its folder, and common ones.
+
+    A short form has `-quick` behind the name of its probe.
+    """
+    own: Mapping[str, Probe] = getattr(_module_of(lab, "probes"), "PROBES", {})
+    return {**COMMON_PROBES, **own}
+
+
+def before_engines(lab: str) -> Callable[..., None]:
+    """Imports what a lab has timed once in a run, before its engines start; else what does nothing.
+
+    It takes the run's set-up, its folder and the display of its progress.
+    """
+    of_lab: Callable[..., None] | None = getattr(_module_of(lab, "probes"), "before_engines", None)
+    return of_lab or (lambda *_: None)
 
 
 def plain(lab: str, facts: Any) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from labs.harness.analysis.metrics import trial_metrics
 from labs.harness.analysis.text import ADMISSION_BY_CLIENT, ceilings_text
-from labs.harness.derived.lab_modules import findings_of, plot_names
-from labs.harness.plan import derived_models, probe_names, recorded_machines
+from labs.harness.derived.lab_modules import findings_of, plot_names, probes_of
+from labs.harness.plan import derived_models, recorded_machines
 from labs.harness.plan.bounds import require_bounds
 from labs.harness.plan.chat_writer import writer_of
 from labs.harness.plan.load_processes import chosen_number, cores_for_clients, most_users
@@ -569,7 +569,7 @@ def require_known_names(lab: Lab, draws: bool = True) -> None:
             raise LabError(f"{part.name}: no metric {part.metric!r}; the known ones are {known}")
     for kind, names, known_names in (
         ("plot", lab.plots, plots),
-        ("probe", lab.probes, probe_names.ALL),
+        ("probe", lab.probes, probes_of(lab.name)),
         ("finding", lab.findings, findings_of(lab.name)),
     ):
         for name in names:
@@ -579,7 +579,8 @@ def require_known_names(lab: Lab, draws: bool = True) -> None:
 
 def require_no_reading(lab: Lab) -> None:
     """Check that no probe reads text, as random weights write none. Raises LabError."""
-    if reading_probes := [name for name in lab.probes if name in probe_names.TEXT]:
+    known = probes_of(lab.name)
+    if reading_probes := [name for name in lab.probes if known[name].reads_text]:
         raise LabError(f"{', '.join(reading_probes)}: {NO_TEXT}")
 
 

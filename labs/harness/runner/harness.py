@@ -18,8 +18,10 @@ import requests
 
 from dashboards import live
 from dashboards.prometheus import Prometheus
+from labs.harness.analysis.probes import ProbedEngine
 from labs.harness.analysis.verdicts import may_be_decided
 from labs.harness.derived.design import starts_on_file
+from labs.harness.derived.lab_modules import probes_of
 from labs.harness.derived.summarize import summarise
 from labs.harness.forecast.request_counts import Counts
 from labs.harness.plan.progress import ProgressDisplay
@@ -27,7 +29,6 @@ from labs.harness.plan.resolve import Setup, gpus_used
 from labs.harness.reports import pages
 from labs.harness.runner.engines import Engines, Groups, groups_in_turn, order_of_engines
 from labs.harness.runner.load import LoadGenerator
-from labs.harness.runner.probes import PROBES, ProbedEngine
 from labs.harness.runner.trials import Trials, interleave, played_together, write_requests
 from labs.harness.spec.lab import Point, Variant
 from labs.harness.storage.recorded import Undecided
@@ -249,7 +250,7 @@ class Harness:
             try:
                 with self.engines.others_suspended([variant]):
                     engine.reset_prefix_cache()
-                    answers = PROBES[name](served)
+                    answers = probes_of(setup.lab.name)[name].ask(served)
             except PROBE_ERRORS as error:
                 reason = f"{type(error).__name__}: {error}"
                 self.progress.message(f"{variant.name}: the probe {name} failed: {reason}")

@@ -18,6 +18,7 @@ from dashboards.prometheus import PrometheusError
 from labs.harness.analysis.checks.expected import Served
 from labs.harness.analysis.computed import PointForecasts, Predictions
 from labs.harness.derived.design import played_s, took_turns
+from labs.harness.derived.lab_modules import before_engines
 from labs.harness.derived.summarize import summarise
 from labs.harness.forecast.forecast import (
     FleetForecasts,
@@ -40,7 +41,6 @@ from labs.harness.plan.resolve import (
 from labs.harness.reports import pages, report, tables
 from labs.harness.reports.forecasts import on_two_engines
 from labs.harness.runner import backfill, engine_series
-from labs.harness.runner.attention import time_attention
 from labs.harness.runner.engines import resident_groups
 from labs.harness.runner.harness import Harness, open_harness
 from labs.harness.runner.resume import unfinished
@@ -92,7 +92,7 @@ def run(request: RunRequest, progress: ProgressDisplay) -> RunFolder:
                 "This endpoint shows no metrics: nothing is proved from the engine's side"
             )
         _write_and_show_predictions(setup, folder, work, progress)
-        time_attention(setup, folder, progress)
+        before_engines(setup.lab.name)(setup, folder, progress)
         session = _measure(setup, folder, work, progress, began)
         write_json(folder.path / "session.json", session)
         _finish(folder, session, progress, reports=not setup.clock.bounded)

@@ -26,14 +26,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
 from labs.harness.analysis.computed import Predictions, Summary
 from labs.harness.analysis.measure import Trial
 from labs.harness.spec.lab import Lab, LabError, Point
 from labs.harness.spec.names import TrialName
 from labs.harness.storage import bounded, packed
-from labs.harness.storage.bounded import DamagedError, first_error, read_json
+from labs.harness.storage.bounded import DamagedError, read_json
 from labs.harness.storage.engine_series import Kept
 from labs.harness.storage.lasting import LastingRun
 from labs.harness.storage.packed import PackedRun
@@ -48,7 +46,6 @@ from labs.harness.storage.recorded import (
 from labs.harness.storage.writing import write_json
 from loadtests.records import RequestRecord
 from serving.hardware import telemetry
-from serving.hardware.attention import AttentionTimes
 from serving.hardware.machine import Machine
 from serving.models.catalog import ROOT
 
@@ -198,32 +195,22 @@ class RunFolder:
         path = self.path / "session.json"
         return read_json(path, Session) if path.exists() else None
 
-    def probe_file(self, probe: str, variant: str) -> Path:
-        """Return the path of a probe's result on a variant's engine, until the run is packed."""
-        return self._lasting.probe_file(f"{probe}-{variant}")
+    def probe_file(self, probe: str, variant: str = "") -> Path:
+        """Return the path of a probe's result on a variant's engine, until the run is packed.
 
-    @property
-    def attention_file(self) -> Path:
-        """Return the path of how long attention took by itself, until the run is packed."""
-        return self._lasting.probe_file("attention")
+        What was asked once in the run, and of no engine, is without a variant.
+        """
+        return self._lasting.probe_file(f"{probe}-{variant}" if variant else probe)
 
     def probe_results(self) -> dict[str, Any]:
         """Read what each probe found, by the probe's name with its variant's behind it."""
         return self._read(lambda files: files.probes())
 
-    def attention_times(self) -> AttentionTimes | None:
-        """Read how long attention took by itself; None where it was not timed."""
-        found = self._read(lambda files: files.probe("attention"))
-        try:
-            return None if found is None else AttentionTimes.model_validate(found)
-        except ValidationError as error:
-            raise DamagedError(f"{self.path}, probe attention{first_error(error)}") from error
-
-    def probe_result(self, probe: str, variant: str) -> dict[str, Any] | None:
+    def probe_result(self, probe: str, variant: str = "") -> dict[str, Any] | None:
         """Read the result of a probe, or of its quick form, on a variant's engine, if any."""
-        whole, brief = f"{probe}-{variant}", f"{probe}-quick-{variant}"
+        behind = f"-{variant}" if variant else ""
         found: dict[str, Any] | None = self._read(
-            lambda files: files.probe(whole) or files.probe(brief)
+            lambda files: files.probe(f"{probe}{behind}") or files.probe(f"{probe}-quick{behind}")
         )
         return found
 

@@ -1,6 +1,6 @@
 """Asks an engine for needles in a long text, and tells by how much each answer was right or wrong.
 
-The needles are those of `analysis/evaluation.py`: five numbers in one text, one asked for. Each
+The needles are those of the evaluation of quality: five numbers in one text, one asked for. Each
 question is asked by itself, one after another, so that batching changes no answer.
 
 *Margin*: along a greedy answer, at each digit of the number, the log-probability of the right digit

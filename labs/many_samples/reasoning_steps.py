@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 
-from labs.harness.analysis.sampled_tasks import SHOTS, canonical
+from labs.many_samples.sampled_tasks import SHOTS, canonical
 
 BREAK = ";"  # between steps
 REVISED = "Checked:"

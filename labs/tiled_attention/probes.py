@@ -25,14 +25,14 @@ ARGV: Sequence[str] = (sys.executable, "-m", "serving.hardware.attention")
 LIMIT_S = 300
 
 
-def time_attention(setup: Setup, folder: RunFolder, progress: ProgressDisplay) -> None:
+def before_engines(setup: Setup, folder: RunFolder, progress: ProgressDisplay) -> None:
     """Time attention at the lab's lengths, and file the figures, unless they are on file.
 
     Where that fails the run goes on without them, and says why. An endpoint's kernels are not this
     machine's: they are not timed.
     """
     lengths, kind = setup.lab.attention_tokens, setup.machine.kind
-    if not lengths or setup.endpoint or folder.attention_file.exists():
+    if not lengths or setup.endpoint or folder.probe_file("attention").exists():
         return
     plan = AttentionPlan(
         config=setup.model.path / "config.json",
@@ -50,5 +50,5 @@ def time_attention(setup: Setup, folder: RunFolder, progress: ProgressDisplay) -
         why = why or "it printed no figures"
         progress.message(f"Attention by itself could not be timed: {why}")
         return
-    write_gzip(folder.attention_file, orjson.loads(times.model_dump_json()))
+    write_gzip(folder.probe_file("attention"), orjson.loads(times.model_dump_json()))
     progress.message(f"Attention was timed by itself in {time.monotonic() - began:.0f} s")

@@ -9,20 +9,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import requests
 
 from labs.harness.analysis.evaluation import TIMEOUT_S, thread_pool
+from labs.harness.analysis.probes import Probe, ProbedEngine
 from loadtests.workload import Fixed
 from serving import metrics
 from serving.engines.base import EngineError, Server
 from serving.engines.routed import Routed
 from serving.plugins import guard
-
-if TYPE_CHECKING:
-    from labs.harness.runner.probes import ProbedEngine
 
 TIMES = 1.3  # the capacity of the first replica, at which requests are sent
 CAPACITY_S, AFTER_S = 5.0, 25.0  # the capacity is measured for; sent after the first answer for
@@ -196,3 +195,9 @@ def gauge(server: Server, metric: str) -> float:
     """Read what an engine counts or shows now; 0 where it does not answer."""
     reading = server.snapshot()
     return reading.values.get(metric, 0.0) if reading else 0.0
+
+
+PROBES = {
+    "joining": Probe(joining, reads_text=False),
+    "joining-quick": Probe(partial(joining, alone=False), reads_text=False),
+}
