@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from difflib import unified_diff
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -229,11 +229,13 @@ def compare_two(
     b: str,
     force: bool = False,
     out: Path | None = None,
-    fail_if: Literal["worse"] | None = None,
+    fail_if: str = "",
     thresholds: Path = worse.DEFAULT,
 ) -> None:
     """Compare two runs, variants or machines: what differs, and by how much."""
-    if thresholds != worse.DEFAULT and not fail_if:
+    if fail_if:
+        require_known("FAIL_IF", fail_if, ("worse",))
+    elif thresholds != worse.DEFAULT:
         raise LabError("THRESHOLDS= changes nothing without FAIL_IF=worse")
     limits = worse.thresholds(thresholds)
     if out and out.suffix not in (".md", ".json"):
@@ -250,7 +252,7 @@ def compare_two(
     worsened = [f"{of.lab}: {line}" for of in comparisons for line in worse.failures(of, limits)]
     if failed := [*refused, *worsened]:
         show(bullets(f"FAILED {line}" for line in failed))
-        if not any(of.differences for of in comparisons):  # else a headline has named it
+        if worsened and not any(of.differences for of in comparisons):  # else a headline names it
             show(bullets([f"Likeliest cause: {manifest.likeliest_cause([])}"]))
         raise typer.Exit(1)
     console.print("Passed: no verdict flipped, and no figure is worse by more than its limit.")
