@@ -21,7 +21,7 @@ from labs.harness.analysis.verdicts import (
 )
 from labs.harness.derived.fits import Estimate, polynomial
 from labs.harness.derived.run_view import JudgedRun
-from labs.harness.derived.tables import Figures, Row, measured, table
+from labs.harness.derived.tables import Figures, Row, Table, measured, rows
 from labs.harness.spec import theory
 from labs.harness.spec.lab import Point
 from labs.tiled_attention.lab import splits_ratio
@@ -40,7 +40,7 @@ class Facts:
     tiling: Tiling | None  # None: attention was not timed by itself
     long_prompts: Prompts | None
     long_contexts: tuple[Contexts, ...]  # of each variant
-    splits: Splits | None = None  # a step's attention was not timed split
+    splits: Table | None = None  # a step's attention was not timed split
 
     @property
     def card(self) -> str:
@@ -242,21 +242,18 @@ def compared(untiled: KernelTimes, tiled: KernelTimes) -> Effect | None:
 # ----------------------------------------------------------------------- keys in several pieces
 
 
-@dataclass(frozen=True)
-class Splits:
-    """What splitting each KV head's keys among all processors changed."""
-
-    processors: int
-    tokens: int  # of context
-    batches: tuple[Figures, ...]  # from one KV head to the most; see `split`
-
-
-def splits(run: JudgedRun) -> Splits | None:
+def splits(run: JudgedRun) -> Table | None:
+    """Say what splitting each KV head's keys among all processors changed, from one head on."""
     times = run.folder.attention_times()
     if times is None or not times.splits:
         return None
-    processors, batches = times.processors, times.splits
-    return Splits(processors, batches[0].tokens, tuple(split(of, processors) for of in batches))
+    return Table(
+        rows=tuple(Row(str(of.kv_heads), split(of, times.processors)) for of in times.splits),
+        figures={
+            "processors": Quantity(times.processors),
+            "tokens": Quantity(times.splits[0].tokens),  # of context
+        },
+    )
 
 
 def split(of: SplitTimes, processors: int) -> Figures:
@@ -297,19 +294,16 @@ class Quadratic:
         return self.each.value / self.squared.value
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """TTFT over the length of the prompt, as measured and as forecast."""
+@dataclass(frozen=True, kw_only=True)
+class Prompts(Table):
+    """TTFT over the length of the prompt, from the shortest on, as measured and as forecast."""
 
-    lengths: tuple[Row, ...]  # from the shortest prompt
     fit: Quadratic | None
-    forecast_share: Quantity  # of the longest prompt's TTFT, that grows as N^2
     flop_outcome: PredictionOutcome | None  # of the share of the FLOP as that of the longest TTFT
-    even_tokens: Quantity  # where the quadratic part is as long as the linear one
 
     @property
     def longest(self) -> Row:
-        return self.lengths[-1]
+        return self.rows[-1]
 
     @property
     def shows(self) -> Literal["yes", "may not", "bends down", "unknown"]:
@@ -323,7 +317,7 @@ class Prompts:
     @property
     def is_even_beyond(self) -> bool:
         """Whether that length is beyond what was measured."""
-        even, longest = self.even_tokens.value, self.longest["tokens"].value
+        even, longest = self["even_tokens"].value, self.longest["tokens"].value
         return even is not None and longest is not None and even > longest
 
 
@@ -348,7 +342,7 @@ def prompts(run: JudgedRun) -> Prompts | None:
     forecast = quadratic([(tokens, ttft_s) for tokens, ttft_s in foreseen if ttft_s is not None])
     tokens = known[-1].prompt_tokens
     return Prompts(
-        table(
+        rows=rows(
             run,
             known,
             tokens=lambda p: Quantity(p.prompt_tokens),
@@ -358,12 +352,16 @@ def prompts(run: JudgedRun) -> Prompts | None:
             flop_share=lambda p: run.predicted(FLOP_SHARE.format(p.prompt_tokens), "share"),
             forecast_s=lambda p: run.foreseen(p, "ttft_mean_s"),
         ),
-        fit,
-        share(forecast, tokens),
-        run.outcome(FLOP_SHARE.format(tokens), fit.share(tokens).interval(TWO_ONE_SIDED))
+        figures={
+            "forecast_share": share(forecast, tokens),  # of the longest prompt
+            "even_tokens": even_tokens(fit),  # where both parts are as long
+        },
+        fit=fit,
+        flop_outcome=run.outcome(
+            FLOP_SHARE.format(tokens), fit.share(tokens).interval(TWO_ONE_SIDED)
+        )
         if fit
         else None,
-        even_tokens(fit),
     )
 
 
@@ -433,39 +431,38 @@ class Line:
     each: Estimate
 
 
-@dataclass(frozen=True)
-class Contexts:
-    """One variant's steps; `line` is None where fewer than two contexts were measured."""
+@dataclass(frozen=True, kw_only=True)
+class Contexts(Table):
+    """One variant's steps, from the shortest context on."""
 
     variant: str
-    steps: tuple[Row, ...]  # from the shortest context
-    line: Line | None
-    per_thousand_s: Quantity  # what 1,000 tokens of context add to a step
-    adds: bool  # whether they add anything, as far as the interval tells
-    rate: Quantity  # at which a longer context is read; no ends where it may cost nothing
-    least_per_thousand_s: Quantity  # at the measured bandwidth
-    outcome: PredictionOutcome | None  # of this bound
+    line: Line | None  # None where fewer than two contexts were measured
+    adds: bool  # whether a longer context adds anything, as far as the interval tells
+    outcome: PredictionOutcome | None  # of the bound by the bytes
 
 
 def contexts(run: JudgedRun) -> tuple[Contexts, ...]:
     found = (contexts_of(run, variant.name) for variant in run.lab.variants)
-    return tuple(of for of in found if of.steps)
+    return tuple(of for of in found if of.rows)
 
 
 def contexts_of(run: JudgedRun, variant: str) -> Contexts:
     points = [p for p in run.points if p.variant.name == variant and not is_of_prompts(p)]
+    known = measured(run, points, "tpot_mean_s")
     fit = polynomial(samples(run, points, "tpot_mean_s", lambda p: p.context_tokens), 1)
     line, bound = Line(*fit) if fit else None, "TPOT for each token of context"
     slope = line.each.quantity("s") if line else Quantity.missing("too few contexts", "s")
     least = slope.value if slope.low is None else slope.low
     return Contexts(
-        variant,
-        steps(run, sorted(measured(run, points, "tpot_mean_s"), key=lambda p: p.context_tokens)),
-        line,
-        per_thousand_s=slope * 1000,
+        rows=steps(run, sorted(known, key=lambda p: p.context_tokens)),
+        figures={
+            "per_thousand_s": slope * 1000,  # what 1,000 tokens of context add to a step
+            "least_per_thousand_s": run.predicted(bound, "s") * 1000,  # at the bandwidth
+            "rate": rate(slope, points[0].shape.kv_bytes_per_token()) if points else slope,
+        },
+        variant=variant,
+        line=line,
         adds=least is not None and least > 0,
-        rate=rate(slope, points[0].shape.kv_bytes_per_token()) if points else slope,
-        least_per_thousand_s=run.predicted(bound, "s") * 1000,
         outcome=run.outcome(bound, line.each.interval(TWO_ONE_SIDED)) if line else None,
     )
 
@@ -483,7 +480,7 @@ def steps(run: JudgedRun, points: Sequence[Point]) -> tuple[Row, ...]:
     def bandwidth(point: Point) -> float:
         return point.ceilings.memory_bandwidth_bytes_per_s
 
-    return table(
+    return rows(
         run,
         points,
         tokens=lambda p: Quantity(p.context_tokens),
@@ -496,7 +493,10 @@ def steps(run: JudgedRun, points: Sequence[Point]) -> tuple[Row, ...]:
 
 
 def rate(slope: Quantity, kv_bytes: float) -> Quantity:
-    """Return the rate of reading from the time that each token of context adds to a step."""
+    """Return the rate of reading from the time that each token of context adds to a step.
+
+    It has no ends where a longer context may cost nothing.
+    """
     if slope.value is None or slope.value <= 0:
         return Quantity.missing("a longer context costs nothing", "GB/s")
 

@@ -109,10 +109,10 @@ def _contexts(ax: Axes, run: JudgedRun, variants: Sequence[Contexts]) -> None:
         ]
         _bars(ax, measured, colour, of.variant if len(variants) > 1 else "measured", 1000)
         if of.line:
-            ends = np.array([0, 1.03 * (of.steps[-1]["tokens"].value or 0)])
+            ends = np.array([0, 1.03 * (of.rows[-1]["tokens"].value or 0)])
             at_ms = 1000 * (of.line.fixed.value + of.line.each.value * ends)
             ax.plot(ends, at_ms, "-", color=colour, lw=1)
-    first = variants[0].steps
+    first = variants[0].rows
     least = [(s["tokens"].value or 0.0, 1000 * (s["least_s"].value or 0.0)) for s in first]
     ax.plot(*zip(*least, strict=True), "--", color=BOUND, lw=1.2,
             label="its bytes at the bandwidth")  # fmt: skip

@@ -278,7 +278,7 @@ def test_the_square_in_ttft_is_a_share_with_an_interval(tmp_path: Path) -> None:
     assert found.fit.squared.value == pytest.approx(1e-6, rel=0.15)
     assert found.longest["squared_share"].value == pytest.approx(0.6, abs=0.01)
     assert found.shows == "yes"
-    assert found.even_tokens.value == pytest.approx(1000, rel=0.2)
+    assert found["even_tokens"].value == pytest.approx(1000, rel=0.2)
     assert not found.is_even_beyond
 
 
@@ -290,17 +290,17 @@ def test_a_line_in_ttft_shows_no_square(tmp_path: Path) -> None:
     found = facts(measured(tmp_path, line)).long_prompts
     assert found
     assert found.shows == "may not"
-    assert not found.even_tokens.known
+    assert not found["even_tokens"].known
 
 
 def test_the_slope_of_a_step_gives_the_rate_of_reading(tmp_path: Path) -> None:
     """64 us a token of 32 bytes: half of the bandwidth of the abacus."""
     run = measured(tmp_path, SERVED)
     (found,) = facts(run).long_contexts
-    assert [s["tokens"].value for s in found.steps] == [136, 1544]
-    assert found.per_thousand_s.value == pytest.approx(0.064, rel=0.01)
-    assert found.rate.value == pytest.approx(32 / 64e-6 / 1e9, rel=0.01)
-    assert found.least_per_thousand_s.value == pytest.approx(0.032)
+    assert [s["tokens"].value for s in found.rows] == [136, 1544]
+    assert found["per_thousand_s"].value == pytest.approx(0.064, rel=0.01)
+    assert found["rate"].value == pytest.approx(32 / 64e-6 / 1e9, rel=0.01)
+    assert found["least_per_thousand_s"].value == pytest.approx(0.032)
     assert (found.adds, found.outcome) == (True, "not broken")
     assert "KO-4" in told_of(run).answers
 
@@ -311,7 +311,7 @@ def test_a_context_that_costs_nothing_is_not_given_a_rate(tmp_path: Path) -> Non
         for name in ("near", "far")
     }
     (found,) = facts(measured(tmp_path, flat)).long_contexts
-    assert (found.adds, found.rate.low) == (False, None)
+    assert (found.adds, found["rate"].low) == (False, None)
 
 
 def test_one_head_gains_from_splits_what_idle_processors_add(tmp_path: Path) -> None:
@@ -321,8 +321,8 @@ def test_one_head_gains_from_splits_what_idle_processors_add(tmp_path: Path) -> 
     times = times_of().model_copy(update={"processors": 2, "splits": tuple(taken)})
     found = facts(measured(tmp_path, SERVED, times)).splits
     assert found
-    assert [b["ratio"].value for b in found.batches] == pytest.approx([1 / 2, 3 / 4, 1])
-    assert [b["predicted"].value for b in found.batches] == [1 / 2, 3 / 4, 1]
+    assert [b["ratio"].value for b in found.rows] == pytest.approx([1 / 2, 3 / 4, 1])
+    assert [b["predicted"].value for b in found.rows] == [1 / 2, 3 / 4, 1]
     assert facts(measured(tmp_path / "older", SERVED, times_of())).splits is None
 
 

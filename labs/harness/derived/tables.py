@@ -1,30 +1,30 @@
-"""Tables of a run: figures of points under the names of columns, as a page says them.
+"""Tables of a run: rows of figures under the names of their columns, as a page says them.
 
-What a lab's page only reads needs no type of its own. A page reads a figure of a row as
-`row.tpot_s`, Python as `row["tpot_s"]`; a summary keeps both kinds of rows as plain JSON.
+What a page only reads needs no type of its own. A page reads a figure of a row, or one beside the
+rows, as `row.tpot_s`; Python reads `row["tpot_s"]`. A lab whose page branches on more than whether
+a figure is known adds that to a subclass. A summary keeps all of it as plain JSON.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from labs.harness.analysis.quantity import Quantity
 from labs.harness.derived.run_view import Context
 from labs.harness.spec.lab import Point
-from labs.harness.spec.names import PointName
 
 Figures = dict[str, Quantity]
-"""Figures by their names, with their units: a row of what is no point, or what stands alone."""
+"""Figures by their names, with their units."""
 Column = str | Callable[[Point], Quantity]
 """A metric, of which a row has the mean over a point's repeats; or what is computed of a point."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of a point, by the names of their columns."""
+    """Figures of a point, or of something else that has a name."""
 
-    point: str  # its key
+    name: str  # of a point, its key
     figures: Figures
 
     def __getitem__(self, column: str) -> Quantity:
@@ -32,14 +32,22 @@ class Row:
 
     @property
     def variant(self) -> str:
-        return PointName.parse(self.point).variant
-
-    @property
-    def workload(self) -> str:
-        return PointName.parse(self.point).workload
+        """The variant of the row's point."""
+        return self.name.partition("/")[0]
 
 
-def table(run: Context, points: Iterable[Point], **columns: Column) -> tuple[Row, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows, and the figures that hold for all of them."""
+
+    rows: tuple[Row, ...]
+    figures: Figures = field(default_factory=dict)
+
+    def __getitem__(self, figure: str) -> Quantity:
+        return self.figures[figure]
+
+
+def rows(run: Context, points: Iterable[Point], **columns: Column) -> tuple[Row, ...]:
     """Fills a row for each point, with the columns in their order."""
     return tuple(
         Row(
