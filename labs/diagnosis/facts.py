@@ -26,6 +26,7 @@ from labs.harness.analysis.quantity import CHANGE, RATIO, Quantity
 from labs.harness.derived.fits import polynomial
 from labs.harness.derived.lab_modules import BlindTrial, Injections
 from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.derived.tables import Row
 from labs.harness.spec.lab import Point
 from serving import metrics
 from serving.simulator.step import Piece, Step, StepTimes
@@ -333,39 +334,23 @@ MAY_SLOW = (
     "slow step", "long context", "cold cache", "long neighbour", "large budget", "speculation",
 )  # fmt: skip
 """Causes that may make tokens slower, in the order in which they are told."""
+SEEN = {"tpot": "tpot_mean_s", "ttft": "ttft_mean_s"}
 
 
-@dataclass(frozen=True)
-class Clients:
-    """What clients saw of a cause in the measured windows, as multiples of the usual load's.
+def seen_by_clients(run: Context) -> tuple[Row, ...]:
+    """Compare what clients saw of each cause that may make tokens slower; of valid ratios alone.
 
-    The claims compare the same points over the same windows. The signatures are the engine's own
-    counts, of whole trials and of every request, a neighbour's long ones among them.
+    They are multiples of the usual load's in the measured windows, as the claims compare the same
+    points. The signatures are the engine's own counts, of whole trials and of every request, a
+    neighbour's long ones among them.
     """
-
-    injected: str
-    tpot: Quantity
-    ttft: Quantity
-
-    @property
-    def is_slower(self) -> bool:
-        """Whether the interval of the time per token lies above 1."""
-        return self.tpot.low is not None and self.tpot.low > 1
-
-
-def seen_by_clients(run: Context) -> tuple[Clients, ...]:
-    """Compare what clients saw of each cause that may make tokens slower; of valid ratios alone."""
     usual = point_of(run, *USUAL)
     points = {cause: point_of(run, *at) for at, cause in INJECTED.items()}
     seen = [
-        Clients(
-            cause,
-            run.ratio_of(points[cause], usual, "tpot_mean_s"),
-            run.ratio_of(points[cause], usual, "ttft_mean_s"),
-        )
+        Row(cause, {name: run.ratio_of(points[cause], usual, m) for name, m in SEEN.items()})
         for cause in MAY_SLOW
     ]
-    return tuple(of for of in seen if of.tpot.known)
+    return tuple(of for of in seen if of["tpot"].known)
 
 
 # ------------------------------------------------------------- what TTFT and ITL are made of
@@ -505,17 +490,17 @@ class Facts:
     told_apart: ToldApart | None
     signatures: Signatures | None
     coefficients: Coefficients | None
-    clients: tuple[Clients, ...] = ()
+    clients: tuple[Row, ...] = ()  # by their cause
 
     @property
-    def slower(self) -> list[Clients]:
-        """Those with which a token took longer."""
-        return [of for of in self.clients if of.is_slower]
+    def slower(self) -> list[Row]:
+        """Those whose interval says that a token took longer."""
+        return [of for of in self.clients if (of["tpot"].low or 0) > 1]
 
     @property
-    def not_slower(self) -> list[Clients]:
+    def not_slower(self) -> list[Row]:
         """Those with which no token was seen to take longer."""
-        return [of for of in self.clients if not of.is_slower]
+        return [of for of in self.clients if of not in self.slower]
 
 
 def facts(run: JudgedRun) -> Facts:

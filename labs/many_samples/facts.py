@@ -11,6 +11,7 @@ from typing import Any, Literal
 from labs.harness.analysis.quantity import RATIO, Quantity
 from labs.harness.analysis.verdicts import Interval
 from labs.harness.derived.run_view import JudgedRun
+from labs.harness.derived.tables import Column, Figures, Row, Table, measured, rows
 from labs.harness.spec import theory
 from labs.harness.spec.lab import Point
 from labs.many_samples.lab import hit_rate
@@ -41,10 +42,15 @@ TASK_CONTEXT_TOKENS = 64  # of a task's prompt and half of its answer, about
 class Facts:
     sampling_cost: Costs
     voting: Voting | None  # None, as what follows, where no tasks were asked
-    task_kinds: tuple[Kind, ...]
+    task_kinds: tuple[Row, ...]  # by their names
     larger_model: LargerModel | None
     verifier: Verifier | None
     stepwise: Stepwise | None = None  # None where no sums were asked step by step
+
+    @property
+    def now_and_then(self) -> list[str]:
+        """The kinds of tasks of which one sample solves some, and not nearly all."""
+        return [of.name for of in self.task_kinds if 0.05 <= (of["one"].value or 0) <= 0.95]
 
 
 def facts(run: JudgedRun) -> Facts:
@@ -56,7 +62,7 @@ def facts(run: JudgedRun) -> Facts:
     return Facts(
         costs(run),
         vote,
-        kinds(tasks, vote.most.samples),
+        kinds(tasks, int(vote.most.name)),
         larger_models(point, tasks, vote),
         verifier(point, tasks, vote),
         by_steps,
@@ -66,45 +72,17 @@ def facts(run: JudgedRun) -> Facts:
 # -------------------------------------------------------------- what the engine takes for samples
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What the samples of one prompt take, asked for in one way."""
+@dataclass(frozen=True, kw_only=True)
+class Costs(Table):
+    """What the samples of one prompt take, asked for in each way."""
 
-    variant: str
-    workload: str
-    samples: int  # of a prompt
-    requests: int  # that ask for them
-    until_all_s: Quantity  # from the first send of a prompt's samples until all are complete
-    each_s: Quantity  # of the engine, for one sample
-    tokens_per_s: Quantity
-    ttft_s: Quantity
-    hits: Quantity  # share of the prompt tokens
-    hits_by_blocks: Quantity  # by (n - 1) floor((P - 1) / b) b / (n P)
-
-
-@dataclass(frozen=True)
-class Beside:
-    """How many times as long as one sample several take, where the cache is on."""
-
-    samples: int
-    requests: int
-    times: Quantity
-
-    @property
-    def in_one_request(self) -> bool:
-        return self.requests == 1
-
-
-@dataclass(frozen=True)
-class Costs:
-    all: tuple[Cost, ...]
-    one_s: Quantity
-    several: tuple[Beside, ...]
+    several: tuple[Row, ...]  # times as long as one sample, where the cache is on
 
     @property
     def found(self) -> Literal["exactly", "not exactly", "unknown"]:
         """Whether the engine found the whole blocks of a prompt for each later sample."""
-        hits = [(c.hits.value, c.hits_by_blocks.value) for c in self.all if c.samples > 1]
+        later = [c for c in self.rows if (c["samples"].value or 0) > 1]
+        hits = [(c["hits"].value, c["hits_by_blocks"].value) for c in later]
         exact = [abs(a - b) < 1e-9 for a, b in hits if a is not None and b is not None]
         if not exact:
             return "unknown"
@@ -112,41 +90,45 @@ class Costs:
 
 
 def costs(run: JudgedRun) -> Costs:
-    every = tuple(
-        cost(run, point, point.workload.samples.count)
-        for point in run.points
-        if point.workload.samples
+    def until_all_s(point: Point) -> Quantity:
+        tokens = Quantity(point.sequences * point.output_tokens, "tok")
+        return (tokens / run.quantity(point, "output_tokens_per_s").brief).in_unit("s")
+
+    def by_blocks(point: Point) -> Quantity:
+        """Return the share by (n - 1) floor((P - 1) / b) b / (n P)."""
+        if not point.flags.enable_prefix_caching:
+            return Quantity.missing("no cache", "share")
+        return Quantity(hit_rate(point).value, "share")
+
+    asked = [point for point in run.points if point.workload.samples]
+    known = measured(run, asked, "output_tokens_per_s")
+    one = next((p for p in known if samples(p) == 1), None)
+    many = [p for p in known if one and samples(p) > 1 and p.variant == one.variant]
+    one_s = until_all_s(one) if one else Quantity.missing("one sample was not measured", "s")
+    asked_for: dict[str, Column] = {
+        "samples": lambda p: Quantity(samples(p)),  # of a prompt
+        "requests": lambda p: Quantity(p.load.users),  # that ask for them
+    }
+    return Costs(
+        rows=rows(
+            run,
+            asked,
+            **asked_for,
+            until_all_s=until_all_s,  # from the first send of a prompt's samples
+            each_s=lambda p: until_all_s(p) / samples(p),  # of the engine, for one sample
+            tokens_per_s="output_tokens_per_s",
+            ttft_s="ttft_mean_s",
+            hits="prefix_hit_rate",  # share of the prompt tokens
+            hits_by_blocks=by_blocks,
+        ),
+        figures={"one_s": one_s},
+        several=rows(run, many, **asked_for, times=lambda p: until_all_s(p) / one_s),
     )
-    one = next((c for c in every if c.samples == 1 and c.until_all_s.known), None)
-    if one is None:
-        return Costs(every, Quantity.missing("one sample was not measured", "s"), ())
-    several = [
-        Beside(c.samples, c.requests, c.until_all_s / one.until_all_s)
-        for c in every
-        if c.samples > 1 and c.until_all_s.known and c.variant == one.variant
-    ]
-    return Costs(every, one.until_all_s, tuple(several))
 
 
-def cost(run: JudgedRun, point: Point, samples: int) -> Cost:
-    rate = run.quantity(point, "output_tokens_per_s")
-    tokens = Quantity(point.sequences * point.output_tokens, "tok")
-    until_all_s = (tokens / rate.brief).in_unit("s")
-    cached = Quantity(hit_rate(point).value, "share")
-    return Cost(
-        variant=point.variant.name,
-        workload=point.workload.name,
-        samples=samples,
-        requests=point.load.users,
-        until_all_s=until_all_s,
-        each_s=until_all_s / samples,
-        tokens_per_s=rate,
-        ttft_s=run.quantity(point, "ttft_mean_s"),
-        hits=run.quantity(point, "prefix_hit_rate"),
-        hits_by_blocks=cached
-        if point.flags.enable_prefix_caching
-        else Quantity.missing("no cache", "share"),
-    )
+def samples(point: Point) -> int:
+    """Return how many samples of each prompt are asked for."""
+    return point.workload.samples.count if point.workload.samples else 0
 
 
 # ---------------------------------------------------------------------------- what samples buy
@@ -174,47 +156,22 @@ class Solved:
         return vote_at(k, self.answers, self.expected)
 
 
-@dataclass(frozen=True)
-class Bought:
-    """What so many samples of a task cost, and how often they solve it."""
-
-    samples: int
-    seconds: Quantity  # of the engine, mean over tasks
-    tokens: float  # of output, mean over tasks
-    passed: Quantity  # pass@n
-    voted: Quantity  # vote@n
-    gain: Quantity  # of the vote over one sample, in points
-    point_s: Quantity  # what a point costs, where the vote gains beyond its interval
-    point_tokens: Quantity
-
-
-@dataclass(frozen=True)
-class Voting:
-    """What the probe asked for."""
-
-    temperature: float
-    tasks: int
-    drawn: int  # samples of each task
-    greedy: Quantity
-    greedy_s: Quantity
-    rows: tuple[Bought, ...]
-    over_greedy: Quantity  # the largest vote over one greedy answer, in points
-    times_seconds: Quantity  # of the largest round / one sample
-    times_tokens: Quantity
-    revised_s: Quantity  # as many samples one after another, by arithmetic
+@dataclass(frozen=True, kw_only=True)
+class Voting(Table):
+    """What the probe asked for, and in rows what so many samples of a task buy; see `bought`."""
 
     @property
-    def one(self) -> Bought:
+    def one(self) -> Row:
         return self.rows[0]
 
     @property
-    def most(self) -> Bought:
+    def most(self) -> Row:
         return self.rows[-1]
 
     @property
     def beats(self) -> Literal["yes", "worse", "open"]:
         """Whether the largest vote beats one sample."""
-        gain = self.most.gain
+        gain = self.most["gain"]
         if is_above_0(gain):
             return "yes"
         return "worse" if is_above_0(-1 * gain) else "open"
@@ -253,83 +210,74 @@ def drawn_of(tasks: Sequence[Solved]) -> int:
 
 
 def voting(probe: Probe, tasks: Sequence[Solved]) -> Voting:
-    greedy, rows = [t.greedy_right for t in tasks], bought(probe["tasks"], tasks)
-    one, most = rows[0], rows[-1]
+    greedy, rounds = [t.greedy_right for t in tasks], bought(probe["tasks"], tasks)
+    one, most = rounds[0], rounds[-1]
+    votes = [t.votes(int(most.name)) for t in tasks]
     return Voting(
-        temperature=probe["temperature"],
-        tasks=len(tasks),
-        drawn=drawn_of(tasks),
-        greedy=Quantity.of(over_tasks(greedy), "share"),
-        greedy_s=Quantity(fmean(task["greedy"]["took_s"] for task in probe["tasks"]), "s"),
-        rows=rows,
-        over_greedy=in_points(gain_over_tasks(greedy, [t.votes(most.samples) for t in tasks])),
-        times_seconds=most.seconds / one.seconds,
-        times_tokens=Quantity(most.tokens / one.tokens, RATIO),
-        revised_s=most.samples * one.seconds,
+        rows=rounds,
+        figures={
+            "temperature": Quantity(probe["temperature"]),
+            "tasks": Quantity(len(tasks)),
+            "drawn": Quantity(drawn_of(tasks)),  # samples of each task
+            "greedy": Quantity.of(over_tasks(greedy), "share"),
+            "greedy_s": Quantity(fmean(task["greedy"]["took_s"] for task in probe["tasks"]), "s"),
+            # the largest vote over one greedy answer, in points
+            "over_greedy": in_points(gain_over_tasks(greedy, votes)),
+            "times_seconds": most["seconds"] / one["seconds"],  # of the largest round / one sample
+            "times_tokens": most["tokens"] / one["tokens"],
+        },
     )
 
 
-def bought(asked: Sequence[Probe], tasks: Sequence[Solved]) -> tuple[Bought, ...]:
-    """Work out each round of samples; the first is of one sample."""
-    rows = list[Bought]()
+def bought(asked: Sequence[Probe], tasks: Sequence[Solved]) -> tuple[Row, ...]:
+    """Work out what each round of samples costs and solves; the first is of one sample."""
+    found = list[Row]()
     alone = [t.votes(1) for t in tasks]
     for rounds in zip(*(task["rounds"] for task in asked), strict=True):
         n = rounds[0]["n"]
-        seconds = Quantity(fmean(r["took_s"] for r in rounds), "s")
-        tokens = fmean(r["tokens"] for r in rounds)
+        seconds = Quantity(fmean(r["took_s"] for r in rounds), "s")  # of the engine, over tasks
+        tokens = Quantity(fmean(r["tokens"] for r in rounds))  # of output, over tasks
         voted = [t.votes(n) for t in tasks]
         gain = in_points(gain_over_tasks(alone, voted))
         points = gain.brief if is_above_0(gain) else Quantity.missing("no gain is shown")
-        one_s, one_tokens = (rows[0].seconds, rows[0].tokens) if rows else (seconds, tokens)
-        rows.append(
-            Bought(
-                samples=n,
-                seconds=seconds,
-                tokens=tokens,
-                passed=Quantity.of(over_tasks([t.passes(n) for t in tasks]), "share"),
-                voted=Quantity.of(over_tasks(voted), "share"),
-                gain=gain if n > 1 else Quantity.missing("it is one sample"),
-                point_s=(seconds - one_s) / points,
-                point_tokens=Quantity(tokens - one_tokens, "tok") / points,
-            )
+        one_s, one_tokens = (
+            (found[0]["seconds"], found[0]["tokens"]) if found else (seconds, tokens)
         )
-    return tuple(rows)
+        figures = {
+            "samples": Quantity(n),
+            "seconds": seconds,
+            "tokens": tokens,
+            "passed": Quantity.of(over_tasks([t.passes(n) for t in tasks]), "share"),
+            "voted": Quantity.of(over_tasks(voted), "share"),
+            "gain": gain if n > 1 else Quantity.missing("it is one sample"),  # of the vote
+            # what a point costs, where the vote gains beyond its interval
+            "point_s": (seconds - one_s) / points,
+            "point_tokens": (tokens - one_tokens).in_unit("tok") / points,
+        }
+        found.append(Row(str(n), figures))
+    return tuple(found)
 
 
 # --------------------------------------------------------------------------- by the kind of task
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How often the tasks of one kind are solved."""
-
-    name: str
-    tasks: int
-    samples: int  # of the largest round
-    greedy: Quantity
-    one: Quantity
-    voted: Quantity
-    passed: Quantity
-
-    @property
-    def now_and_then(self) -> bool:
-        """Whether one sample solves some of them, and not nearly all."""
-        return 0.05 <= (self.one.value or 0) <= 0.95
-
-
-def kinds(tasks: Sequence[Solved], samples: int) -> tuple[Kind, ...]:
+def kinds(tasks: Sequence[Solved], samples: int) -> tuple[Row, ...]:
+    """Say how often the tasks of each kind are solved, with so many samples at most."""
+    by_kind = {
+        name: [t for t in tasks if t.kind == name] for name in dict.fromkeys(t.kind for t in tasks)
+    }
     return tuple(
-        Kind(
-            name=name,
-            tasks=len(mine),
-            samples=samples,
-            greedy=mean_share(mine, lambda t: t.greedy_right),
-            one=mean_share(mine, lambda t: t.passes(1)),
-            voted=mean_share(mine, lambda t: t.votes(samples)),
-            passed=mean_share(mine, lambda t: t.passes(samples)),
+        Row(
+            name,
+            {
+                "tasks": Quantity(len(mine)),
+                "greedy": mean_share(mine, lambda t: t.greedy_right),
+                "one": mean_share(mine, lambda t: t.passes(1)),
+                "voted": mean_share(mine, lambda t: t.votes(samples)),
+                "passed": mean_share(mine, lambda t: t.passes(samples)),
+            },
         )
-        for name in dict.fromkeys(t.kind for t in tasks)
-        for mine in [[t for t in tasks if t.kind == name]]
+        for name, mine in by_kind.items()
     )
 
 
@@ -377,14 +325,14 @@ def larger_models(point: Point, tasks: Sequence[Solved], vote: Voting) -> Larger
     one, most = vote.one, vote.most
     if most is one:
         return None
-    more_s = (most.seconds - one.seconds) / (most.samples - one.samples)
+    more_s = (most["seconds"] - one["seconds"]) / (int(most.name) - int(one.name))
     shapes = {name: catalog.shape_of(dummy.config_of(name)) for name in LARGER}
     rows = [
-        weighed(name, shape, point, tasks, one.seconds, more_s)
+        weighed(name, shape, point, tasks, one["seconds"], more_s)
         for name, shape in shapes.items()
         if shape.params > 2 * point.shape.params
     ]
-    return LargerModel(in_billions(point.shape), one.seconds, more_s, tuple(rows))
+    return LargerModel(in_billions(point.shape), one["seconds"], more_s, tuple(rows))
 
 
 def in_billions(shape: Shape) -> Quantity:
@@ -425,38 +373,27 @@ def weighed(
 
 
 @dataclass(frozen=True)
-class Reader:
-    """What a model of the served size would take to score the answers of a task."""
-
-    passes: int  # over the answers
-    seconds: Quantity
-    of_sampling: Quantity  # share of the seconds that the samples took
-
-
-@dataclass(frozen=True)
 class Verifier:
     """What lies between a vote and a perfect check, and what scoring would cost."""
 
-    samples: int
-    tokens: float  # of all samples of a task
     gap: Quantity  # pass@n - vote@n, in points
-    at_the_end: Reader  # an outcome reward model
-    by_step: Reader  # a process reward model
+    at_the_end: Figures  # of an outcome reward model
+    by_step: Figures  # of a process reward model
 
 
 def verifier(point: Point, tasks: Sequence[Solved], vote: Voting) -> Verifier:
-    most = vote.most
+    samples, tokens = int(vote.most.name), vote.most["tokens"].value or 0.0
     kv_bytes = TASK_CONTEXT_TOKENS * point.shape.kv_bytes_per_token()
 
-    def reader(passes: int) -> Reader:
-        pass_s = theory.forward_s(point.shape, point.ceilings, most.tokens / passes, kv_bytes)
+    def scored(passes: int) -> Figures:
+        """Return what a model of the served size would take to score the answers of a task."""
+        pass_s = theory.forward_s(point.shape, point.ceilings, tokens / passes, kv_bytes)
         seconds = Quantity(passes * pass_s, "s")
-        return Reader(passes, seconds, (seconds / most.seconds).in_unit("share"))
+        of_sampling = (seconds / vote.most["seconds"]).in_unit("share")
+        return {"passes": Quantity(passes), "seconds": seconds, "of_sampling": of_sampling}
 
-    voted = [t.votes(most.samples) for t in tasks]
-    passed = [t.passes(most.samples) for t in tasks]
-    gap = in_points(gain_over_tasks(voted, passed))
-    return Verifier(most.samples, most.tokens, gap, reader(1), reader(STEPS))
+    voted, passed = [t.votes(samples) for t in tasks], [t.passes(samples) for t in tasks]
+    return Verifier(in_points(gain_over_tasks(voted, passed)), scored(1), scored(STEPS))
 
 
 # ------------------------------------------------------------- vote, revise, or search by steps
@@ -509,64 +446,6 @@ class Summed:
                 return vote_at(n, self.revised[:n], self.expected)
 
 
-NO_SEARCH = Quantity.missing("it is no search")
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What a method makes of the tokens of so many whole solutions."""
-
-    method: Method
-    samples: int
-    solved: Quantity
-    over_vote: Quantity  # of as many, in points
-    tokens: float  # of output, mean over tasks
-    seconds: Quantity  # of the engine, likewise
-    over_end: Quantity = NO_SEARCH  # over a check of as many ends, in points
-
-    @property
-    def beats_end(self) -> bool:
-        """Whether the interval of its gain over a check of as many ends excludes 0."""
-        return is_above_0(self.over_end)
-
-
-@dataclass(frozen=True)
-class Foreseen:
-    """What checks find in sums of so many steps, by the formulas."""
-
-    steps: int
-    by_end: Quantity
-    by_step: Quantity
-
-    @property
-    def gain(self) -> Quantity:
-        return 100 * (self.by_step - self.by_end).in_unit("1")
-
-
-@dataclass(frozen=True)
-class Length:
-    """Sums of so many steps: a check of the end and of each step, measured and forecast."""
-
-    steps: int
-    tasks: int
-    samples: int
-    accuracy: Quantity  # of a step that follows none but right ones
-    by_end: Quantity
-    by_step: Quantity
-    gain: Quantity  # of a check of steps over one of the end, in points
-    forecast: Foreseen
-
-
-@dataclass(frozen=True)
-class Erring:
-    """What checks are worth that err with this chance at each thing they check."""
-
-    error: Quantity
-    samples: int
-    by_end: Quantity
-    by_step: Quantity
-
-
 @dataclass(frozen=True)
 class Stepwise:
     """What voting, revising and searching make of the same tokens, with exact checks."""
@@ -575,50 +454,57 @@ class Stepwise:
     right_ends: int  # of whole solutions
     by_luck: int  # of these, behind a wrong step
     accuracy: Quantity
-    spent: tuple[Spent, ...]
-    lengths: tuple[Length, ...]
-    foreseen: tuple[Foreseen, ...]  # at the accuracy of all steps, with the fewest candidates
-    erring: tuple[Erring, ...]
+    spent: tuple[Row, ...]  # by their method; see `spent`
+    lengths: tuple[Row, ...]  # see `length`
+    foreseen: tuple[Figures, ...]  # at the accuracy of all steps, with the fewest candidates
+    erring: tuple[Figures, ...]  # see `erring`
 
     @property
-    def few(self) -> dict[Method, Spent]:
-        """What each method makes of the tokens of as many solutions as were revised."""
-        samples = self.spent[-1].samples
-        return {s.method: s for s in self.spent if s.samples == samples}
+    def fewest(self) -> float | None:
+        """The tokens of how many solutions all methods have: of as many as were revised."""
+        return self.spent[-1]["samples"].value
 
     @property
-    def lengths_of_few(self) -> list[Length]:
-        return [of for of in self.lengths if of.samples == self.spent[-1].samples]
+    def few(self) -> dict[str, Row]:
+        """What each method makes of those tokens."""
+        return {s.name: s for s in self.spent if s["samples"].value == self.fewest}
 
     @property
-    def erring_of_few(self) -> list[Erring]:
-        return [of for of in self.erring if of.samples == self.spent[-1].samples]
+    def search_beats_ends(self) -> bool:
+        """Whether the interval of its gain over a check of as many ends excludes 0."""
+        return is_above_0(self.few["step"]["over_end"])
+
+    @property
+    def lengths_of_few(self) -> list[Row]:
+        return [of for of in self.lengths if of["samples"].value == self.fewest]
+
+    @property
+    def erring_of_few(self) -> list[Figures]:
+        return [of for of in self.erring if of["samples"].value == self.fewest]
 
     @property
     def waits(self) -> Quantity:
         """How many times as long a search takes as a vote of as many tokens, about."""
-        return self.few["step"].seconds / self.few["vote"].seconds
+        return self.few["step"]["seconds"] / self.few["vote"]["seconds"]
 
     @property
     def revision_waits(self) -> Quantity:
-        return self.few["revision"].seconds / self.few["vote"].seconds
+        return self.few["revision"]["seconds"] / self.few["vote"]["seconds"]
 
     @property
-    def too_high_from(self) -> int | None:
+    def too_high_from(self) -> Quantity | None:
         """The fewest steps of which a search solves less than forecast, by its interval."""
-        return min(
-            (
-                of.steps
-                for of in self.lengths_of_few
-                if (of.by_step.high or 1) < (of.forecast.by_step.value or 0)
-            ),
-            default=None,
-        )
+        less = [
+            of["steps"]
+            for of in self.lengths_of_few
+            if (of["by_step"].high or 1) < (of["forecast_by_step"].value or 0)
+        ]
+        return min(less, key=lambda steps: steps.value or 0, default=None)
 
     @property
-    def parted(self) -> Foreseen:
+    def parted(self) -> Figures:
         """Where the formulas have a check of steps gain most."""
-        return max(self.foreseen, key=lambda of: of.gain.value or 0)
+        return max(self.foreseen, key=lambda of: of["gain"].value or 0)
 
 
 def stepwise(probe: Probe) -> Stepwise:
@@ -646,17 +532,18 @@ def stepwise(probe: Probe) -> Stepwise:
             for n in numbers
         ),
         foreseen=tuple(foreseen(accuracy, steps, numbers[0]) for steps in FORESEEN),
-        erring=tuple(
-            Erring(
-                error=Quantity(error, "share"),
-                samples=n,
-                by_end=Quantity.of(over_tasks([t.by_end(n, error) for t in tasks]), "share"),
-                by_step=Quantity.of(over_tasks([t.by_step(n, error) for t in tasks]), "share"),
-            )
-            for error in ERRORS
-            for n in numbers
-        ),
+        erring=tuple(erring(tasks, error, n) for error in ERRORS for n in numbers),
     )
+
+
+def erring(tasks: Sequence[Summed], error: float, n: int) -> Figures:
+    """Say what checks are worth that err with this chance at each thing they check."""
+    return {
+        "error": Quantity(error, "share"),
+        "samples": Quantity(n),
+        "by_end": Quantity.of(over_tasks([t.by_end(n, error) for t in tasks]), "share"),
+        "by_step": Quantity.of(over_tasks([t.by_step(n, error) for t in tasks]), "share"),
+    }
 
 
 def summed(task: Probe) -> Summed:
@@ -690,7 +577,9 @@ def step_accuracy(tasks: Sequence[Summed]) -> Quantity:
     return Quantity(right / sum(t.reached for t in tasks), "share")
 
 
-def spent(asked: Sequence[Probe], tasks: Sequence[Summed], method: Method, n: int) -> Spent:
+def spent(asked: Sequence[Probe], tasks: Sequence[Summed], method: Method, n: int) -> Row:
+    """Say what a method makes of the tokens of so many whole solutions."""
+
     def requests(task: Probe) -> list[Probe]:
         match method:
             case "one" | "vote" | "end":
@@ -705,35 +594,47 @@ def spent(asked: Sequence[Probe], tasks: Sequence[Summed], method: Method, n: in
         in_points(gain_over_tasks([t.solved(other, n) for t in tasks], solved))
         for other in ("vote", "end")
     )
-    return Spent(
-        method=method,
-        samples=n,
-        solved=Quantity.of(over_tasks(solved), "share"),
-        over_vote=Quantity.missing("it is the vote") if method in ("one", "vote") else over_vote,
-        tokens=fmean(sum(r["tokens"] for r in requests(task)) for task in asked),
-        seconds=Quantity(fmean(sum(r["took_s"] for r in requests(task)) for task in asked), "s"),
-        over_end=over_end if method == "step" else NO_SEARCH,
-    )
+    figures = {
+        "samples": Quantity(n),
+        "solved": Quantity.of(over_tasks(solved), "share"),
+        # both in points
+        "over_vote": Quantity.missing("it is the vote") if method in ("one", "vote") else over_vote,
+        "over_end": over_end if method == "step" else Quantity.missing("it is no search"),
+        # of output, and of the engine, means over tasks
+        "tokens": Quantity(fmean(sum(r["tokens"] for r in requests(task)) for task in asked)),
+        "seconds": Quantity(fmean(sum(r["took_s"] for r in requests(task)) for task in asked), "s"),
+    }
+    return Row(method, figures)
 
 
-def length(tasks: Sequence[Summed], n: int) -> Length:
+def length(tasks: Sequence[Summed], n: int) -> Row:
+    """Set checks of the end and of each step beside their forecasts, for sums of one length."""
     steps, accuracy = tasks[0].steps, step_accuracy(tasks)
     by_end = [t.solved("end", n) for t in tasks]
     by_step = [t.solved("step", n) for t in tasks]
-    return Length(
-        steps=steps,
-        tasks=len(tasks),
-        samples=n,
-        accuracy=accuracy,
-        by_end=Quantity.of(over_tasks(by_end), "share"),
-        by_step=Quantity.of(over_tasks(by_step), "share"),
-        gain=in_points(gain_over_tasks(by_end, by_step)),
-        forecast=foreseen(accuracy, steps, n),
-    )
+    expected = foreseen(accuracy, steps, n)
+    figures = {
+        "steps": expected["steps"],
+        "tasks": Quantity(len(tasks)),
+        "samples": Quantity(n),
+        "accuracy": accuracy,  # of a step that follows none but right ones
+        "by_end": Quantity.of(over_tasks(by_end), "share"),
+        "by_step": Quantity.of(over_tasks(by_step), "share"),
+        "gain": in_points(gain_over_tasks(by_end, by_step)),
+        "forecast_by_end": expected["by_end"],
+        "forecast_by_step": expected["by_step"],
+        "forecast_gain": expected["gain"],
+    }
+    return Row(str(steps), figures)
 
 
-def foreseen(accuracy: Quantity, steps: int, n: int) -> Foreseen:
+def foreseen(accuracy: Quantity, steps: int, n: int) -> Figures:
+    """Say what checks find in sums of so many steps, by the formulas."""
     p = accuracy.value or 0
-    return Foreseen(
-        steps, *(Quantity(found(p, steps, n), "share") for found in (found_at_end, found_by_steps))
-    )
+    by_end, by_step = found_at_end(p, steps, n), found_by_steps(p, steps, n)
+    return {
+        "steps": Quantity(steps),
+        "by_end": Quantity(by_end, "share"),
+        "by_step": Quantity(by_step, "share"),
+        "gain": 100 * Quantity(by_step - by_end),
+    }

@@ -9,16 +9,17 @@ from matplotlib.axes import Axes
 from dashboards.palette import BLUE, BOUND, VARIANTS
 from labs.harness.derived.lab_modules import OwnPlot
 from labs.harness.derived.run_view import JudgedRun
+from labs.harness.derived.tables import Row
 from labs.harness.reports.drawing import GREY, draw_measured, legend_above, plt
-from labs.many_samples.facts import Cost, Facts, Voting
+from labs.many_samples.facts import Facts, Voting
 
 
 def sampling(run: JudgedRun, facts: Facts) -> bool:
     """Draw the seconds of a prompt's samples, and beside them what the samples solve."""
-    costs = [c for c in facts.sampling_cost.all if c.until_all_s.known]
+    costs = [c for c in facts.sampling_cost.rows if c["until_all_s"].known]
     if not costs:
         return False
-    costs.sort(key=lambda c: (c.samples, c.requests > 1, c.variant))
+    costs.sort(key=lambda c: (_count(c, "samples"), _count(c, "requests") > 1, c.variant))
     columns, width = (2, 8) if facts.voting else (1, 5)
     _, axes = plt.subplots(1, columns, figsize=(width, 3.6), squeeze=False)
     _costs(axes[0][0], run, costs)
@@ -27,10 +28,10 @@ def sampling(run: JudgedRun, facts: Facts) -> bool:
     return True
 
 
-def _costs(ax: Axes, run: JudgedRun, costs: list[Cost]) -> None:
+def _costs(ax: Axes, run: JudgedRun, costs: list[Row]) -> None:
     """Draw the seconds of each way to ask, and its forecast."""
-    points = {(p.variant.name, p.workload.name): p for p in run.points}
-    seconds = [c.until_all_s.value or 0 for c in costs]
+    points = {p.key: p for p in run.points}
+    seconds = [c["until_all_s"].value or 0 for c in costs]
     colours = {v.name: colour for v, colour in zip(run.lab.variants, VARIANTS, strict=False)}
     for variant in dict.fromkeys(cost.variant for cost in costs):
         x = [x for x, cost in enumerate(costs) if cost.variant == variant]
@@ -38,7 +39,7 @@ def _costs(ax: Axes, run: JudgedRun, costs: list[Cost]) -> None:
         ax.bar(x, heights, 0.7, color=colours[variant], label=label)
     highest_s = max(seconds)
     for place, cost in enumerate(costs):
-        point = points[cost.variant, cost.workload]
+        point = points[cost.name]
         rate = run.forecast(point, "output_tokens_per_s")
         if rate and rate.value and rate.low and rate.high:
             tokens = point.sequences * point.output_tokens
@@ -52,20 +53,25 @@ def _costs(ax: Axes, run: JudgedRun, costs: list[Cost]) -> None:
     legend_above(ax)
 
 
-def _asked(cost: Cost) -> str:
-    if cost.samples == 1:
+def _asked(cost: Row) -> str:
+    samples, requests = _count(cost, "samples"), _count(cost, "requests")
+    if samples == 1:
         return "1"
-    return f"{cost.samples}\n{f'n={cost.samples}' if cost.requests < cost.samples else 'apart'}"
+    return f"{samples}\n{f'n={samples}' if requests < samples else 'apart'}"
+
+
+def _count(row: Row, column: str) -> int:
+    return round(row[column].value or 0)
 
 
 def _solved(ax: Axes, voting: Voting) -> None:
-    x = [b.samples for b in voting.rows]
+    x = [_count(b, "samples") for b in voting.rows]
     for shares, colour, label in (
-        ([b.passed for b in voting.rows], VARIANTS[2], "pass@n: one is right"),
-        ([b.voted for b in voting.rows], BLUE, "vote"),
+        ([b["passed"] for b in voting.rows], VARIANTS[2], "pass@n: one is right"),
+        ([b["voted"] for b in voting.rows], BLUE, "vote"),
     ):
         draw_measured(ax, x, shares, colour, label, 100, fmt="o-", capsize=4)
-    greedy = 100 * (voting.greedy.value or 0)
+    greedy = 100 * (voting["greedy"].value or 0)
     ax.axhline(greedy, ls="--", lw=1, color=BOUND, label="one greedy answer")
     ax.set_xscale("log", base=2)
     ax.set_xticks(x, [str(n) for n in x])

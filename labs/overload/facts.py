@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal, get_args
 
@@ -15,132 +15,105 @@ from labs.harness.analysis.signals import GRID_S, SIGNALS, UNITS, Series, late_f
 from labs.harness.derived.alarms import Alarms, alarms, lightest, mean
 from labs.harness.derived.alarms import watched as watched
 from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.derived.tables import Figures, Row, Table, measured
 from labs.harness.spec import theory
 from labs.harness.spec.lab import Point
 from loadtests.arrivals import Offered, Ramp
+from loadtests.plan import QueueLimits
 from serving.engines.vllm_flags import VllmFlags
 
 # ------------------------------------------------------------------ what is served in time
 
 
-@dataclass(frozen=True)
-class Offer:
-    """What a variant made of an offered load."""
+LimitedBy = Literal["nobody", "engine", "client"]
+"""Who turns requests away."""
 
-    variant: str
-    limited_by: Literal["nobody", "engine", "client"]  # who turns requests away
-    times: float  # the capacity
-    offered_per_s: Quantity  # as it was sent
-    goodput_per_s: Quantity
-    gain: Quantity  # of a limit: goodput / goodput without it
-    forecast_per_s: Quantity  # goodput
-    ttft_p50_s: Quantity
-    turned_away: Quantity  # share of what was sent
-    late_from_s: Quantity  # when the first request was sent that waited longer than the SLO
-    fluid_late_from_s: Quantity  # t*, above the capacity and without a limit
+
+@dataclass(frozen=True, kw_only=True)
+class Admission(Table):
+    """The capacity, as it was found and as it was forecast, and in rows every offered load."""
+
+    limited_by: dict[str, LimitedBy]  # of each variant
 
     @property
-    def in_time(self) -> Quantity:
-        """The share of what was sent that was served within the SLO."""
-        return (self.goodput_per_s / self.offered_per_s).in_unit("share")
-
-
-@dataclass(frozen=True)
-class Admission:
-    """The capacity, as it was found and as it was forecast, and every offered load."""
-
-    capacity_per_s: Quantity  # by which the rates were set
-    forecast_capacity_per_s: Quantity
-    slo_ttft_s: Quantity
-    slo_tpot_s: Quantity
-    window_s: Quantity  # of each trial, within its load
-    offers: tuple[Offer, ...]
-
-    @property
-    def most(self) -> float:
-        """The heaviest load, in multiples of the capacity."""
-        return max((o.times for o in self.offers), default=0.0)
-
-    @property
-    def without(self) -> Offer | None:
+    def without(self) -> Row | None:
         """The heaviest load without a limit."""
-        return next((o for o in self.heaviest if o.limited_by == "nobody"), None)
+        return next((o for o in self.heaviest if self.limited_by[o.variant] == "nobody"), None)
 
     @property
-    def limited(self) -> Offer | None:
+    def limited(self) -> Row | None:
         """The heaviest load with a limit."""
-        return next((o for o in self.heaviest if o.limited_by != "nobody"), None)
+        return next((o for o in self.heaviest if self.limited_by[o.variant] != "nobody"), None)
 
     @property
-    def heaviest(self) -> list[Offer]:
-        return [offer for offer in self.offers if offer.times == self.most]
+    def heaviest(self) -> list[Row]:
+        return [offer for offer in self.rows if offer["times"].value == self["most"].value]
 
 
 def admission(run: JudgedRun) -> Admission:
     """Measure each load of the variants that were sent all of them."""
     first, *_ = run.points
     capacity_per_s = run.values.get(first.key, {}).get(1, {}).get("requests_per_s")
-    offers = (offer(run, p) for p in run.points if len(p.workload.loads) > 1)
+    loaded = [p for p in run.points if len(p.workload.loads) > 1 and times_of(p)]
+    offers = {p.key: offer(run, p) for p in measured(run, loaded, "goodput_per_s")}
+    most = max((times for of in offers.values() if (times := of["times"].value)), default=None)
     return Admission(
-        Quantity.given(capacity_per_s, "req/s"),
-        run.foreseen(first, "requests_per_s"),
-        Quantity(run.lab.slo.ttft_s, "s"),
-        Quantity(run.lab.slo.tpot_s, "s"),
-        Quantity(run.lab.window_s, "s"),
-        tuple(of for of in offers if of),
+        rows=tuple(Row(key, figures) for key, figures in offers.items()),
+        figures={
+            "capacity_per_s": Quantity.given(capacity_per_s, "req/s"),  # that set the rates
+            "forecast_capacity_per_s": run.foreseen(first, "requests_per_s"),
+            "slo_ttft_s": Quantity(run.lab.slo.ttft_s, "s"),
+            "slo_tpot_s": Quantity(run.lab.slo.tpot_s, "s"),
+            "window_s": Quantity(run.lab.window_s, "s"),  # of each trial, within its load
+            "most": Quantity.given(most),  # the heaviest load, in multiples of the capacity
+        },
+        limited_by={p.variant.name: limited_by(p) for p in loaded},
     )
 
 
-def offer(run: JudgedRun, point: Point) -> Offer | None:
-    goodput_per_s, trials = run.quantity(point, "goodput_per_s"), [*run.trials(point)]
-    if not goodput_per_s.known or not trials or not isinstance(point.load, Offered):
-        return None
-    times, limited = point.load.times, point.flags.turns_away
+def times_of(point: Point) -> float | None:
+    """Return a point's offered load in multiples of the capacity; None where it is none."""
+    return point.load.times if isinstance(point.load, Offered) else None
+
+
+def limited_by(point: Point) -> LimitedBy:
+    if not point.flags.turns_away:
+        return "nobody"
+    return "client" if point.admission_by_client else "engine"
+
+
+def offer(run: JudgedRun, point: Point) -> Figures:
+    """Measure what a variant made of an offered load."""
+    times, limited, trials = times_of(point) or 0.0, point.flags.turns_away, [*run.trials(point)]
     same_load = (p for p in run.points if (p.workload, p.load) == (point.workload, point.load))
     unlimited = next((p for p in same_load if not p.flags.turns_away), None)
     sent_per_s = [sum(r.in_window for r in t.records) / t.window_length_s for t in trials]
     late_s = [s for trial in trials if (s := late_from_s(trial)) is not None]
     t_star_s = run.lab.slo.ttft_s / (times - 1) if times > 1 and not limited else None
-    return Offer(
-        point.variant.name,
-        ("client" if point.admission_by_client else "engine") if limited else "nobody",
-        times,
-        offered_per_s=Quantity(fmean(sent_per_s), "req/s"),
-        goodput_per_s=goodput_per_s,
-        gain=run.ratio_of(point, unlimited if limited else None, "goodput_per_s"),
-        forecast_per_s=run.foreseen(point, "goodput_per_s"),
-        ttft_p50_s=run.quantity(point, "ttft_p50_s"),
-        turned_away=run.quantity(point, "turned_away_rate"),
-        late_from_s=mean(late_s, "s", "nothing came too late"),
-        fluid_late_from_s=Quantity.given(t_star_s, "s", "the queue does not grow on and on"),
-    )
+    goodput_per_s = run.quantity(point, "goodput_per_s")
+    offered_per_s = mean(sent_per_s, "req/s", "not measured")
+    return {
+        "times": Quantity(times),  # the capacity
+        "offered_per_s": offered_per_s,  # as it was sent
+        "goodput_per_s": goodput_per_s,
+        "in_time": (goodput_per_s / offered_per_s).in_unit("share"),  # of what was sent
+        # of a limit: goodput / goodput without it
+        "gain": run.ratio_of(point, unlimited if limited else None, "goodput_per_s"),
+        "forecast_per_s": run.foreseen(point, "goodput_per_s"),
+        "ttft_p50_s": run.quantity(point, "ttft_p50_s"),
+        "turned_away": run.quantity(point, "turned_away_rate"),  # share of what was sent
+        # when the first request was sent that waited longer than the SLO, measured and as t*
+        "late_from_s": mean(late_s, "s", "nothing came too late"),
+        "fluid_late_from_s": Quantity.given(t_star_s, "s", "the queue does not grow on and on"),
+    }
 
 
 # -------------------------------------------------------------------------- two classes of requests
 
 
-@dataclass(frozen=True)
-class ClassServed:
-    """What one class of requests got."""
-
-    variant: str
-    priority: int | None  # None: the engine knows no classes
-    sent_per_s: Quantity
-    in_time: Quantity  # share of those that were sent
-    ttft_mean_s: Quantity
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The classes under the policy of priorities, and all requests without it."""
-
-    times: float | None  # the capacity
-    classes: tuple[ClassServed, ...]
-
-
-def classes(run: JudgedRun) -> Classes:
+def classes(run: JudgedRun) -> Table:
     """Split the trials with priorities by class, and set the same load without them beside."""
-    split = [p for p in run.points if p.workload.priorities and isinstance(p.load, Offered)]
+    split = [p for p in run.points if p.workload.priorities and times_of(p)]
     loads = [p.load for p in split]
     alike = [
         p
@@ -148,14 +121,17 @@ def classes(run: JudgedRun) -> Classes:
         if p.load in loads and not p.workload.priorities and not p.flags.turns_away
     ]
     served = [
-        *(class_served(run, p, n) for p in split for n in sorted(set(p.workload.priorities))),
-        *(class_served(run, p, None) for p in alike),
+        *((p, class_served(run, p, n)) for p in split for n in sorted(set(p.workload.priorities))),
+        *((p, class_served(run, p, None)) for p in alike),
     ]
-    times = [load.times for load in loads if isinstance(load, Offered)]
-    return Classes(times[0] if times else None, tuple(of for of in served if of))
+    return Table(
+        rows=tuple(Row(point.key, figures) for point, figures in served if figures),
+        figures={"times": Quantity.given(times_of(split[0]) if split else None)},  # the capacity
+    )
 
 
-def class_served(run: JudgedRun, point: Point, priority: int | None) -> ClassServed | None:
+def class_served(run: JudgedRun, point: Point, priority: int | None) -> Figures | None:
+    """Measure what a class of requests got, or all; None where none was sent."""
     trials = [*run.trials(point)]
     sent = [
         (r, in_time(r, trial.slo))
@@ -165,64 +141,49 @@ def class_served(run: JudgedRun, point: Point, priority: int | None) -> ClassSer
     ]
     if not sent:
         return None
+    length_s = sum(trial.window_length_s for trial in trials)
     ttft_s = [r.ttft_s for r, _ in sent if r.ok and r.ttft_s is not None]
-    return ClassServed(
-        point.variant.name,
-        priority,
-        Quantity(len(sent) / sum(trial.window_length_s for trial in trials), "req/s"),
-        Quantity(fmean(is_in_time for _, is_in_time in sent), "share"),
-        mean(ttft_s, "s", "no request was answered"),
-    )
+    return {
+        "priority": Quantity.given(priority, why="the engine knows no classes"),
+        "sent_per_s": Quantity(len(sent) / length_s, "req/s"),
+        "in_time": Quantity(fmean(is_in_time for _, is_in_time in sent), "share"),  # of the sent
+        "ttft_mean_s": mean(ttft_s, "s", "no request was answered"),
+    }
 
 
 # ------------------------------------------------------------------------------- the best flags
 
 Rate = Literal["goodput", "throughput"]
-
-
-@dataclass(frozen=True)
-class Limit:
-    """How much an engine takes in before it, or the client in its place, turns requests away."""
-
-    unit: Literal["nothing", "requests", "prompt tokens"] = "nothing"
-    most: int = 0
-    by_client: bool = False
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure under the flood, as measured and as forecast."""
-
-    measured: Quantity
-    forecast: Quantity
-    is_valid: bool = True  # whether nothing withholds a verdict on what was measured
-
-    @property
-    def valid(self) -> Quantity:
-        return self.measured if self.is_valid else Quantity.missing("not valid", self.measured.unit)
+OF_SETTING: Mapping[str, str] = {
+    "goodput": "goodput_per_s",
+    "throughput": "output_tokens_per_s",
+    "tpot": "tpot_mean_s",
+    "usd_per_million_tokens": "usd_per_million_tokens",
+}
+LONG_PROMPT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a batch and a limit make of the flood."""
+    """What a batch and a limit make of the flood; the figures are those of `OF_SETTING`."""
 
     variant: str | None  # None: it was only forecast
     batch: int  # max-num-seqs
-    limit: Limit
-    goodput: Figure  # req/s
-    throughput: Figure  # output tok/s
-    tpot: Figure  # s, mean
-    usd_per_million_tokens: Quantity  # where a price was given
+    limits: QueueLimits
+    by_client: bool  # whether the client holds them in the engine's place
+    measured: Figures
+    forecast: Figures
+    not_valid: tuple[str, ...] = ()  # measured figures whose verdicts something withholds
 
     @property
     def usd_at_one_an_hour(self) -> Quantity:
         """US dollars for a million output tokens of a machine that costs one dollar an hour."""
-        rate = self.throughput.measured.value
+        rate = self.measured["throughput"].value
         usd = 1e6 / 3600 / rate if rate else None
         return Quantity.given(usd, why="no throughput was measured")
 
-    def figure(self, rate: Rate) -> Figure:
-        return self.goodput if rate == "goodput" else self.throughput
+    def valid(self, rate: Rate) -> float | None:
+        return None if rate in self.not_valid else self.measured[rate].value
 
 
 @dataclass(frozen=True)
@@ -263,7 +224,7 @@ class Best:
     @property
     def is_nothing(self) -> bool:
         """Whether even the best has none of it."""
-        return self.measured is not None and not self.measured.figure(self.rate).measured.value
+        return self.measured is not None and not self.measured.measured[self.rate].value
 
 
 @dataclass(frozen=True)
@@ -279,14 +240,9 @@ class BestFlags:
     usd_per_million_prompt_tokens: Quantity | None = None
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
-        """Those that were measured, then those that were only forecast."""
-        return (*self.tried, *self.searched)
-
-    @property
     def is_priced(self) -> bool:
         """Whether the run was given a price."""
-        return any(t.usd_per_million_tokens.known for t in self.tried)
+        return any(t.measured["usd_per_million_tokens"].known for t in self.tried)
 
     @property
     def goodput(self) -> Best:
@@ -297,18 +253,23 @@ class BestFlags:
         return self.best("throughput")
 
     def best(self, rate: Rate) -> Best:
-        def most(settings: Sequence[Setting], kind: Literal["valid", "forecast"]) -> Setting | None:
-            known = [(of, s) for s in settings if (of := getattr(s.figure(rate), kind)).known]
-            best = max(known, key=lambda at: (at[0].value, at[1].variant or ""), default=None)
+        def most(
+            settings: Sequence[Setting], of: Callable[[Setting], float | None]
+        ) -> Setting | None:
+            known = [(value, s) for s in settings if (value := of(s)) is not None]
+            best = max(known, key=lambda at: (at[0], at[1].variant or ""), default=None)
             return best[1] if best else None
 
-        measured = most(self.tried, "valid")
+        def forecast(setting: Setting) -> float | None:
+            return setting.forecast[rate].value
+
+        measured = most(self.tried, lambda setting: setting.valid(rate))
         return Best(
             rate,
-            all(setting.figure(rate).is_valid for setting in self.tried),
+            all(rate not in setting.not_valid for setting in self.tried),
             measured=measured,
-            forecast=most(self.tried, "forecast"),
-            searched=most(self.searched, "forecast"),
+            forecast=most(self.tried, forecast),
+            searched=most(self.searched, forecast),
             at_edge=bool(measured and measured.batch == max(s.batch for s in self.tried)),
             batches=self.batches.get(rate),
         )
@@ -316,37 +277,40 @@ class BestFlags:
 
 def best_flags(run: JudgedRun) -> BestFlags:
     """Read the points of the heaviest offered load, and what was forecast beside them."""
-    loads = {p.key: p.load.times for p in run.points if isinstance(p.load, Offered)}
-    most = max(loads.values(), default=None)
-    heaviest = [p for p in run.points if loads.get(p.key, 0) == most]
+    most = max((times for p in run.points if (times := times_of(p))), default=None)
+    heaviest = [p for p in run.points if most and times_of(p) == most]
     played = run.predictions.in_virtual_time
-    found = BestFlags(
+    pairs = {rate: batches(run, heaviest, rate) for rate in get_args(Rate)}
+    return BestFlags(
         most,
         tuple(tried_setting(run, p) for p in heaviest),
         tuple(map(searched_setting, played.searched if played else ())),
         heaviest[0].prompt_tokens if heaviest else None,
+        {rate: pair for rate, pair in pairs.items() if pair},
+        long_prompt_usd(heaviest[0]) if heaviest else None,
     )
-    pairs = {rate: batches(run, heaviest, rate) for rate in get_args(Rate)}
-    found = replace(found, batches={rate: pair for rate, pair in pairs.items() if pair})
-    if not heaviest:
-        return found
-    prompt_s = theory.prefill_s(heaviest[0].shape, heaviest[0].ceilings, LONG_PROMPT_TOKENS)
-    usd = 1e6 * prompt_s / LONG_PROMPT_TOKENS / 3600
-    return replace(found, usd_per_million_prompt_tokens=Quantity(usd, "USD"))
+
+
+def long_prompt_usd(point: Point) -> Quantity:
+    """Price a million tokens of a long prompt at the machine's ceiling, at one dollar an hour."""
+    prompt_s = theory.prefill_s(point.shape, point.ceilings, LONG_PROMPT_TOKENS)
+    return Quantity(1e6 * prompt_s / LONG_PROMPT_TOKENS / 3600, "USD")
 
 
 def batches(run: JudgedRun, points: Sequence[Point], rate: Rate) -> Batches | None:
     """Compare the two batches that have most under a limit in requests; None without two."""
-    metric = "goodput_per_s" if rate == "goodput" else "output_tokens_per_s"
-    rates = [
-        (of.value, p)
+    metric = OF_SETTING[rate]
+    limited = [
+        p
         for p in points
         if p.flags.max_num_queued_reqs is not None and not run.withholds(metric, p)
-        if (of := run.quantity(p, metric)).value is not None
     ]
-    first, *others = (p for _, p in sorted(rates, key=lambda at: -at[0])) if rates else (None,)
-    other = next((p for p in others if first and batch(p) != batch(first)), None)
-    if not (first and other):
+    known = measured(run, limited, metric)
+    if not known:
+        return None
+    first, *others = sorted(known, key=lambda p: -(run.mean(p, metric) or 0.0))
+    other = next((p for p in others if batch(p) != batch(first)), None)
+    if other is None:
         return None
     ratio = run.ratio_of(first, other, metric)
     return Batches(first.variant.name, batch(first), other.variant.name, batch(other), ratio)
@@ -356,84 +320,43 @@ def batch(point: Point) -> int:
     return point.flags.max_num_seqs
 
 
-LONG_PROMPT_TOKENS = 1024
-RATES = ("goodput_per_s", "output_tokens_per_s", "tpot_mean_s")  # of a setting
-
-
 def tried_setting(run: JudgedRun, point: Point) -> Setting:
-    goodput, throughput, tpot = (
-        Figure(run.quantity(point, m), run.foreseen(point, m), not run.withholds(m, point))
-        for m in RATES
+    return Setting(
+        point.variant.name,
+        batch(point),
+        limits_of(point.flags),
+        point.admission_by_client and point.flags.turns_away,
+        measured={name: run.quantity(point, metric) for name, metric in OF_SETTING.items()},
+        forecast={name: run.foreseen(point, metric) for name, metric in OF_SETTING.items()},
+        not_valid=tuple(n for n, metric in OF_SETTING.items() if run.withholds(metric, point)),
     )
-    limit = limit_of(point.flags, point.admission_by_client)
-    price = run.quantity(point, "usd_per_million_tokens")
-    batch = point.flags.max_num_seqs
-    return Setting(point.variant.name, batch, limit, goodput, throughput, tpot, price)
 
 
 def searched_setting(searched: Searched) -> Setting:
-    flags, alone = VllmFlags(searched.flags), "forecast alone"
-    goodput, throughput, tpot = (
-        Figure(
-            Quantity.missing(alone, METRICS[m].unit),
-            Quantity.given(searched.figures.get(m), METRICS[m].unit, "not forecast"),
-        )
-        for m in RATES
+    flags, units = VllmFlags(searched.flags), {n: METRICS[m].unit for n, m in OF_SETTING.items()}
+    return Setting(
+        None,
+        flags.max_num_seqs,
+        limits_of(flags),
+        by_client=False,
+        measured={name: Quantity.missing("forecast alone", unit) for name, unit in units.items()},
+        forecast={
+            name: Quantity.given(searched.figures.get(OF_SETTING[name]), unit, "not forecast")
+            for name, unit in units.items()
+        },
     )
-    price = Quantity.missing(alone, "USD")
-    limit = limit_of(flags)
-    return Setting(None, flags.max_num_seqs, limit, goodput, throughput, tpot, price)
 
 
-def limit_of(flags: VllmFlags, by_client: bool = False) -> Limit:
-    if flags.max_num_queued_reqs is not None:
-        return Limit("requests", flags.max_num_queued_reqs, by_client)
-    if flags.max_num_queued_tokens is not None:
-        return Limit("prompt tokens", flags.max_num_queued_tokens, by_client)
-    return Limit()
+def limits_of(flags: VllmFlags) -> QueueLimits:
+    return QueueLimits(
+        requests=flags.max_num_queued_reqs, prompt_tokens=flags.max_num_queued_tokens
+    )
 
 
 # ----------------------------------------------------------------- which signal sees it coming
 
 
-@dataclass(frozen=True)
-class Signal:
-    """How early a signal left the range that it has under a steady load."""
-
-    name: str
-    highest_steady: Quantity  # that it reached under the steady load
-    highest: Quantity  # that it reached on the ramp
-    lead_s: Quantity  # from its alarm to the breach, mean
-    alarms: int  # trials in which it rose above its steady range before the breach
-
-
-@dataclass(frozen=True)
-class Signals:
-    """Every signal on the ramp."""
-
-    steady_times: float | None  # the capacity: the steady load
-    ramp: str | None  # the key of its point
-    trials: int  # in which the SLO was broken
-    breach_s: Quantity  # when the first request was sent that came too late, mean
-    saturated_s: Quantity  # when the load passed the capacity, by the plan
-    signals: tuple[Signal, ...]
-
-    @property
-    def is_late(self) -> bool:
-        """Whether anything came too late on the ramp, so that a signal can have led."""
-        return bool(self.signals) and self.breach_s.known
-
-    @property
-    def early(self) -> list[Signal]:
-        """The signals that alarmed before the breach."""
-        return [signal for signal in self.signals if signal.lead_s.known]
-
-    @property
-    def silent(self) -> list[Signal]:
-        return [signal for signal in self.signals if not signal.lead_s.known]
-
-
-def signals(run: JudgedRun) -> Signals:
+def signals(run: JudgedRun) -> Table:
     """Read four signals along a ramp: each alarms above the highest it had at a steady load.
 
     The steady load is the lightest one that the same variant was offered. So no signal's threshold
@@ -444,13 +367,15 @@ def signals(run: JudgedRun) -> Signals:
     calm = [series(trial) for trial in run.trials(healthy)]
     rising = [(series(trial), late_from_s(trial)) for trial in run.trials(ramp)]
     breaches_s = [at for _, at in rising if at is not None]
-    return Signals(
-        healthy.load.times if healthy and isinstance(healthy.load, Offered) else None,
-        ramp.key if ramp else None,
-        len(breaches_s),
-        mean(breaches_s, "s", "nothing came too late"),
-        saturated_s(run, ramp),
-        tuple(signal(name, calm, rising) for name in SIGNALS) if calm and rising else (),
+    return Table(
+        rows=tuple(Row(name, signal(name, calm, rising)) for name in SIGNALS if calm and rising),
+        figures={
+            "steady_times": Quantity.given(times_of(healthy) if healthy else None),  # the capacity
+            "trials": Quantity(len(breaches_s)),  # in which the SLO was broken
+            # when the first request was sent that came too late, and the load passed the capacity
+            "breach_s": mean(breaches_s, "s", "nothing came too late"),
+            "saturated_s": saturated_s(run, ramp),
+        },
     )
 
 
@@ -468,21 +393,20 @@ def saturated_s(run: Context, ramp: Point | None) -> Quantity:
 
 def signal(
     name: str, calm: Sequence[Series], rising: Sequence[tuple[Series, float | None]]
-) -> Signal:
-    """Compare a signal on the ramp, in each trial with its breach, with the steady load."""
+) -> Figures:
+    """Say how early a signal left the range that it has under a steady load, in each trial."""
     highest_steady = max(max(readings[name]) for readings in calm)
     leads_s = []
     for readings, breach_s in rising:
         alarm = next((i for i, v in enumerate(readings[name]) if v > highest_steady), None)
         if alarm is not None and breach_s is not None and alarm * GRID_S < breach_s:
             leads_s.append(breach_s - alarm * GRID_S)
-    return Signal(
-        name,
-        Quantity(highest_steady, UNITS[name]),
-        Quantity(max(max(readings[name]) for readings, _ in rising), UNITS[name]),
-        mean(leads_s, "s", "no alarm before the breach"),
-        len(leads_s),
-    )
+    return {
+        "highest_steady": Quantity(highest_steady, UNITS[name]),
+        "highest": Quantity(max(max(readings[name]) for readings, _ in rising), UNITS[name]),
+        "lead_s": mean(leads_s, "s", "no alarm before the breach"),  # from it to the breach
+        "alarms": Quantity(len(leads_s)),  # trials in which it alarmed before the breach
+    }
 
 
 # ------------------------------------------------------------------------------------ all of them
@@ -491,9 +415,9 @@ def signal(
 @dataclass(frozen=True)
 class Facts:
     admission: Admission | None
-    classes: Classes | None
+    classes: Table | None
     best_flags: BestFlags | None
-    signals: Signals | None
+    signals: Table | None
     alarms: tuple[Alarms, ...] | None
 
 

@@ -15,23 +15,26 @@ from labs.overload.facts import Facts, ramp_of
 def draw_goodput(run: JudgedRun, facts: Facts) -> bool:
     """Draw goodput over offered load, in multiples of the capacity, beside the fluid model."""
     found = facts.admission
-    if not found or not found.offers or not (capacity := found.capacity_per_s.value):
+    if not found or not found.rows or not (capacity := found["capacity_per_s"].value):
         return False
     _, ax = plt.subplots(figsize=(7.5, 4.2))
-    names = list(dict.fromkeys(o.variant for o in found.offers))
-    sent = {o: (o.offered_per_s.value or 0.0) / capacity for o in found.offers}
+    names = list(dict.fromkeys(o.variant for o in found.rows))
+    sent = {o.name: (o["offered_per_s"].value or 0.0) / capacity for o in found.rows}
     for name, colour in zip(names, VARIANTS, strict=False):
-        mine = sorted((o for o in found.offers if o.variant == name), key=lambda o: o.times)
-        goodput = [o.goodput_per_s / capacity for o in mine]
+        of_name = [o for o in found.rows if o.variant == name]
+        mine = sorted(of_name, key=lambda o: o["times"].value or 0.0)
+        goodput = [o["goodput_per_s"] / capacity for o in mine]
         ax.errorbar(
-            [sent[o] for o in mine], [g.value or 0.0 for g in goodput],
+            [sent[o.name] for o in mine], [g.value or 0.0 for g in goodput],
             yerr=reach(goodput), fmt="o-", capsize=4, color=colour,
             label=name,
         )  # fmt: skip
-        forecast = [(o.times, o.forecast_per_s / found.forecast_capacity_per_s) for o in mine]
+        forecast = [
+            (o["times"].value, o["forecast_per_s"] / found["forecast_capacity_per_s"]) for o in mine
+        ]
         if known := [(times, share.value) for times, share in forecast if share.known]:
             ax.plot(*zip(*known, strict=True), "x:", color=colour, label=f"{name}, forecast")
-    most = 1.05 * max(found.most, *sent.values())
+    most = 1.05 * max((found["most"].value or 0.0), *sent.values())
     ax.plot([0, 1, most], [0, 1, 1], color=BOUND, lw=1, ls="--", label="min(offered, capacity)")
     ax.set_xlim(0, most)
     ax.set_ylim(0, None)
@@ -48,7 +51,7 @@ def draw_ramp(run: JudgedRun, facts: Facts) -> bool:
         return False
     readings, breach_s = series(trial), late_from_s(trial)
     _, axes = plt.subplots(4, 1, figsize=(8, 6.4), sharex=True)
-    limits = {s.name: s.highest_steady.value or 0.0 for s in facts.signals.signals}
+    limits = {s.name: s["highest_steady"].value or 0.0 for s in facts.signals.rows}
     for ax, name in zip(axes, SIGNALS, strict=True):
         scale = 100 if name in (BATCH, KV) else 1
         y = [scale * v for v in readings[name]]

@@ -19,12 +19,12 @@ from labs.harness.analysis.verdicts import (
     Interval,
     PredictionOutcome,
     effect,
-    prediction_outcome,
 )
 from labs.harness.derived.fits import Estimate, polynomial
 from labs.harness.derived.run_view import JudgedRun
+from labs.harness.derived.tables import Figures, Row, Table, measured, rows
 from labs.harness.spec import theory
-from labs.harness.spec.lab import Point, Prediction
+from labs.harness.spec.lab import Point
 from labs.harness.storage.bounded import DamagedError, first_error
 from labs.harness.storage.results import RunFolder
 from labs.tiled_attention.lab import splits_ratio
@@ -43,10 +43,14 @@ class Facts:
     tiling: Tiling | None  # None: attention was not timed by itself
     long_prompts: Prompts | None
     long_contexts: tuple[Contexts, ...]  # of each variant
-    splits: Splits | None = None  # a step's attention was not timed split
+    splits: Table | None = None  # a step's attention was not timed split
 
     @property
-    def on_a_card(self) -> OnCard:
+    def card(self) -> str:
+        return CARD.upper()
+
+    @property
+    def on_a_card(self) -> Figures:
         return on_a_card()
 
 
@@ -57,17 +61,6 @@ def facts(run: JudgedRun) -> Facts:
         contexts(run) if run.finds("long-contexts") else (),
         splits(run),
     )
-
-
-def outcome(prediction: Prediction | None, measured: Interval | None) -> PredictionOutcome | None:
-    return prediction_outcome(prediction, measured) if prediction else None
-
-
-def predicted(prediction: Prediction | None, unit: str = "1", scale: float = 1) -> Quantity:
-    """Read a prediction as a quantity of the unit, of which it holds `scale` in one."""
-    if prediction is None:
-        return Quantity.missing("nothing was predicted", unit)
-    return Quantity(prediction.value / scale, unit)
 
 
 # ---------------------------------------------------------------------- with and without tiles
@@ -118,39 +111,22 @@ class Growth:
 
 @dataclass(frozen=True)
 class Length:
-    """Both kernels at one length."""
+    """Both kernels at one length; see `timed` for their figures."""
 
     tokens: int
-    untiled_memory: Quantity
+    kernels: dict[Kernel, Figures]
     formula_memory: Quantity  # of the scores and their softmax
-    tiled_memory: Quantity
-    untiled_s: Quantity  # the least of the passes
-    tiled_s: Quantity
     times_ratio: Quantity  # with tiles / without, of the means
-    untiled_traffic: Quantity  # by the paper
-    tiled_traffic: Quantity
 
+    @property
+    def of_formula(self) -> Quantity:
+        """The memory without tiles / that by the formula."""
+        return self.kernels["untiled"]["memory"] / self.formula_memory
 
-@dataclass(frozen=True)
-class Longest:
-    """The longest length at which both kernels were timed."""
-
-    at: Length
-    of_formula: Quantity  # the memory without tiles / that by the formula
-    memory_outcome: PredictionOutcome | None
-    memory_saved: Quantity  # the memory without tiles / that with
-    time_outcome: PredictionOutcome | None  # of the ratio, predicted to be 1 at most
-    untiled_rate: Quantity
-    tiled_rate: Quantity
-    of_bf16_rate: Quantity  # the rate with tiles / the machine's
-    is_above_bf16_rate: bool
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    kernel: Kernel
-    tokens: int
-    why: str
+    @property
+    def memory_saved(self) -> Quantity:
+        """The memory without tiles / that with."""
+        return self.kernels["untiled"]["memory"] / self.kernels["tiled"]["memory"]
 
 
 @dataclass(frozen=True)
@@ -159,13 +135,21 @@ class Tiling:
 
     heads: int
     head_dim: int
-    on: Literal["a core", "cores", "a GPU"]
+    device: str
     threads: int
     memory: dict[Kernel, Growth]
     time: dict[Kernel, Growth]
     lengths: tuple[Length, ...]
-    longest: Longest | None
-    left_out: tuple[LeftOut, ...]
+    longest: Length | None  # at which both kernels were timed
+    memory_outcome: PredictionOutcome | None  # there, of the kernel without tiles
+    time_outcome: PredictionOutcome | None  # there, of the ratio, predicted to be 1 at most
+    left_out: tuple[tuple[str, int, str], ...]  # kernel, tokens, why
+
+    @property
+    def is_above_bf16_rate(self) -> bool:
+        """Whether the kernel with tiles is at the longest length."""
+        share = self.longest.kernels["tiled"]["of_bf16_rate"].value if self.longest else None
+        return share is not None and share > 1
 
 
 def attention_times(folder: RunFolder) -> AttentionTimes | None:
@@ -179,184 +163,121 @@ def attention_times(folder: RunFolder) -> AttentionTimes | None:
 
 
 def tiling(run: JudgedRun) -> Tiling | None:
-    times = attention_times(run.folder)
-    if times is None:
+    if (times := attention_times(run.folder)) is None:
         return None
-    on_cores: Literal["a core", "cores"] = "a core" if times.threads == 1 else "cores"
-    untiled, tiled = times.at("untiled"), times.at("tiled")
-    lengths = {
-        tokens: length(run, times, tokens) for tokens in sorted(untiled.keys() | tiled.keys())
-    }
+    at = {kernel: times.at(kernel) for kernel in KERNELS}
+    untiled, tiled = at.values()
     both = max(untiled.keys() & tiled.keys(), default=None)
+    held = float(untiled[both].peak_bytes) if both else 0.0
+    ratio = compared(untiled[both], tiled[both]) if both else None
     memory_growth, time_growth = dict[Kernel, Growth](), dict[Kernel, Growth]()
-    for kernel in KERNELS:
-        at = times.at(kernel)
-        of_memory = power_of_memory([*at], [t.peak_bytes for t in at.values()])
-        of_time = power_of_time([*at], [t.times_s for t in at.values()])
-        memory_growth[kernel] = growth(run, of_memory, f"memory, {kernel}")
-        time_growth[kernel] = growth(run, of_time, f"time, {kernel}")
+    for kernel, of in at.items():
+        of_memory = power_of_memory([*of], [t.peak_bytes for t in of.values()])
+        of_time = power_of_time([*of], [t.times_s for t in of.values()])
+        memory_growth[kernel] = growth(run, f"growth of memory, {kernel}", of_memory)
+        time_growth[kernel] = growth(run, f"growth of time, {kernel}", of_time)
     return Tiling(
-        heads=times.heads,
-        head_dim=times.head_dim,
-        on="a GPU" if times.device == "cuda" else on_cores,
-        threads=times.threads,
-        memory=memory_growth,
-        time=time_growth,
-        lengths=tuple(lengths.values()),
-        longest=longest(run, lengths[both], untiled[both], tiled[both]) if both else None,
-        left_out=tuple(left_out(key, why) for key, why in times.left_out.items()),
+        times.heads,
+        times.head_dim,
+        times.device,
+        times.threads,
+        memory_growth,
+        time_growth,
+        lengths=tuple(length(run, times, n) for n in sorted(untiled.keys() | tiled.keys())),
+        longest=length(run, times, both) if both else None,
+        memory_outcome=run.outcome(
+            f"memory, untiled at {both}", Interval(value=held, low=held, high=held, n=1)
+        ),
+        time_outcome=run.outcome(
+            f"time, tiled / untiled at {both}",
+            ratio.interval(TWO_ONE_SIDED) if ratio else None,
+        ),
+        left_out=tuple(
+            (kernel, int(tokens), why)
+            for key, why in times.left_out.items()
+            for kernel, _, tokens in [key.partition("/")]
+        ),
     )
 
 
-def growth(run: JudgedRun, power: Estimate | None, of: str) -> Growth:
-    prediction = run.predictions.arithmetic.get(f"growth of {of}")
+def growth(run: JudgedRun, prediction: str, power: Estimate | None) -> Growth:
+    expected = run.predicted(prediction)
     if power is None:
-        return Growth(Quantity.missing("too few lengths"), predicted(prediction), None)
-    return Growth(power.quantity(), predicted(prediction), power.outcome(prediction))
+        return Growth(Quantity.missing("too few lengths"), expected, None)
+    outcome = run.outcome(prediction, power.interval(TWO_ONE_SIDED))
+    return Growth(power.quantity(), expected, outcome)
 
 
 def length(run: JudgedRun, times: AttentionTimes, tokens: int) -> Length:
-    untiled, tiled = (times.at(kernel).get(tokens) for kernel in ("untiled", "tiled"))
+    at = {kernel: times.at(kernel).get(tokens) for kernel in KERNELS}
+    untiled, tiled = at.values()
     ratio = compared(untiled, tiled) if untiled and tiled else None
-    formula = run.predictions.arithmetic.get(f"memory, untiled at {tokens}")
-    untiled_traffic, tiled_traffic = traffic(run.points[0], times.cache_bytes, tokens)
     return Length(
-        tokens=tokens,
-        untiled_memory=memory(untiled),
-        formula_memory=predicted(formula, "MB", MB),
-        tiled_memory=memory(tiled),
-        untiled_s=least_time(untiled),
-        tiled_s=least_time(tiled),
+        tokens,
+        {
+            kernel: timed(run.points[0], of, tokens)
+            | {"traffic": traffic(run.points[0], kernel, times.cache_bytes, tokens)}
+            for kernel, of in at.items()
+        },
+        formula_memory=run.predicted(f"memory, untiled at {tokens}", "MB", MB),
         times_ratio=Quantity.of(ratio.ratio if ratio else None, RATIO, "left out"),
-        untiled_traffic=untiled_traffic,
-        tiled_traffic=tiled_traffic,
     )
 
 
-def memory(times: KernelTimes | None) -> Quantity:
-    return Quantity.given(times.peak_bytes / MB if times else None, "MB", "left out")
+def timed(point: Point, times: KernelTimes | None, tokens: int) -> Figures:
+    """Read one kernel at one length; the time is the least of the passes."""
+    if times is None:
+        units = {"memory": "MB", "time_s": "s", "rate": "GFLOP/s", "of_bf16_rate": "share"}
+        return {name: Quantity.missing("left out", unit) for name, unit in units.items()}
+    least_s = min(times.times_s)
+    rate = Quantity(theory.attention_flops(point.shape, tokens) / least_s / 1e9, "GFLOP/s")
+    return {
+        "memory": Quantity(times.peak_bytes / MB, "MB"),
+        "time_s": Quantity(least_s, "s"),
+        "rate": rate,
+        "of_bf16_rate": (rate / (point.ceilings.bf16_flops_per_s / 1e9)).in_unit("share"),
+    }
 
 
-def least_time(times: KernelTimes | None) -> Quantity:
-    return Quantity.given(min(times.times_s) if times else None, "s", "left out")
+def traffic(point: Point, kernel: Kernel, cache_bytes: int | None, tokens: int) -> Quantity:
+    """Compute what moves by the paper, with tiles as large as the cache."""
+    if not cache_bytes:
+        return Quantity.missing("the size of the cache is not known", "MB")
+    tile_bytes = cache_bytes if kernel == "tiled" else None
+    return Quantity(theory.attention_bytes(point.shape, tokens, tile_bytes) / MB, "MB")
 
 
 def compared(untiled: KernelTimes, tiled: KernelTimes) -> Effect | None:
     """Divide the time with tiles by that without, over the passes."""
     return effect(*(dict(enumerate(side.times_s)) for side in (tiled, untiled)))
 
+    # ----------------------------------------------------------------------- keys in several pieces
 
-def traffic(point: Point, cache_bytes: int | None, tokens: int) -> tuple[Quantity, Quantity]:
-    """Compute what moves by the paper, without tiles and with tiles as large as the cache."""
-    if not cache_bytes:
-        unknown = Quantity.missing("the size of the cache is not known", "MB")
-        return unknown, unknown
-    without, tiled = (
-        Quantity(theory.attention_bytes(point.shape, tokens, cache) / MB, "MB")
-        for cache in (None, cache_bytes)
-    )
-    return without, tiled
-
-
-def longest(run: JudgedRun, at: Length, untiled: KernelTimes, tiled: KernelTimes) -> Longest:
-    arithmetic, point = run.predictions.arithmetic, run.points[0]
-    held, flop = float(untiled.peak_bytes), theory.attention_flops(point.shape, at.tokens)
-    counted = Interval(value=held, low=held, high=held, n=1)
-    ratio = compared(untiled, tiled)
-    untiled_rate, tiled_rate = (
-        Quantity(flop / min(side.times_s) / 1e9, "GFLOP/s") for side in (untiled, tiled)
-    )
-    of_rate = tiled_rate / (point.ceilings.bf16_flops_per_s / 1e9)
-    return Longest(
-        at=at,
-        of_formula=at.untiled_memory / at.formula_memory,
-        memory_outcome=outcome(arithmetic.get(f"memory, untiled at {at.tokens}"), counted),
-        memory_saved=at.untiled_memory / at.tiled_memory,
-        time_outcome=outcome(
-            arithmetic.get(f"time, tiled / untiled at {at.tokens}"),
-            ratio.interval(TWO_ONE_SIDED) if ratio else None,
-        ),
-        untiled_rate=untiled_rate,
-        tiled_rate=tiled_rate,
-        of_bf16_rate=of_rate.in_unit("share"),
-        is_above_bf16_rate=of_rate.value is not None and of_rate.value > 1,
-    )
-
-
-def left_out(key: str, why: str) -> LeftOut:
-    kernel, _, tokens = key.partition("/")
-    return LeftOut("tiled" if kernel == "tiled" else "untiled", int(tokens), why)
-
-
-# ----------------------------------------------------------------------- keys in several pieces
-
-
-@dataclass(frozen=True)
-class Split:
-    """Attention of a step over one batch, its keys whole and split."""
-
-    kv_heads: int  # of all requests
-    whole_s: Quantity  # the least of the passes
-    split_s: Quantity
-    ratio: Quantity  # split / whole, of the means
-    predicted: Quantity
-
-
-@dataclass(frozen=True)
-class Splits:
-    """What splitting each KV head's keys among all processors changed."""
-
-    processors: int
-    tokens: int  # of context
-    batches: tuple[Split, ...]
-
-    @property
-    def one(self) -> Split:
-        """One KV head alone."""
-        return self.batches[0]
-
-    @property
-    def most(self) -> Split:
-        """The most KV heads."""
-        return self.batches[-1]
-
-
-def splits(run: JudgedRun) -> Splits | None:
     times = attention_times(run.folder)
     if times is None or not times.splits:
         return None
-    processors = times.processors
-    return Splits(
-        processors,
-        times.splits[0].tokens,
-        tuple(split(of, processors) for of in times.splits),
+    return Table(
+        rows=tuple(Row(str(of.kv_heads), split(of, times.processors)) for of in times.splits),
+        figures={
+            "processors": Quantity(times.processors),
+            "tokens": Quantity(times.splits[0].tokens),  # of context
+        },
     )
 
 
-def split(of: SplitTimes, processors: int) -> Split:
+def split(of: SplitTimes, processors: int) -> Figures:
+    """Compare a step's attention over one batch, its keys whole and split."""
     change = effect(dict(enumerate(of.split_s)), dict(enumerate(of.whole_s)))
-    return Split(
-        of.kv_heads,
-        Quantity(min(of.whole_s), "s"),
-        Quantity(min(of.split_s), "s"),
-        Quantity.of(change.ratio if change else None, RATIO, "no interval"),
-        Quantity(splits_ratio(of.kv_heads, processors), RATIO),
-    )
+    return {
+        "kv_heads": Quantity(of.kv_heads),  # of all requests
+        "whole_s": Quantity(min(of.whole_s), "s"),  # the least of the passes
+        "split_s": Quantity(min(of.split_s), "s"),
+        "ratio": Quantity.of(change.ratio if change else None, RATIO, "no interval"),
+        "predicted": Quantity(splits_ratio(of.kv_heads, processors), RATIO),
+    }
 
 
 # ------------------------------------------------------------------------- TTFT over the prompt
-
-
-@dataclass(frozen=True)
-class PromptLength:
-    """TTFT at one length of the prompt."""
-
-    tokens: float
-    ttft_s: Quantity
-    each_token_s: Quantity
-    squared_share: Quantity  # of TTFT, that grows as N^2, fitted
-    flop_share: Quantity  # of the FLOP
-    forecast_s: Quantity
 
 
 @dataclass(frozen=True)
@@ -382,36 +303,31 @@ class Quadratic:
         return self.each.value / self.squared.value
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """TTFT over the length of the prompt, as measured and as forecast."""
+@dataclass(frozen=True, kw_only=True)
+class Prompts(Table):
+    """TTFT over the length of the prompt, from the shortest on, as measured and as forecast."""
 
-    lengths: tuple[PromptLength, ...]
     fit: Quadratic | None
-    forecast: Quadratic | None
-    forecast_share: Quantity  # of the longest prompt's TTFT, that grows as N^2
     flop_outcome: PredictionOutcome | None  # of the share of the FLOP as that of the longest TTFT
-    even_tokens: Quantity  # where the quadratic part is as long as the linear one
 
     @property
-    def longest(self) -> PromptLength | None:
-        return self.lengths[-1] if self.lengths else None
+    def longest(self) -> Row:
+        return self.rows[-1]
 
     @property
     def shows(self) -> Literal["yes", "may not", "bends down", "unknown"]:
         """Whether what grows as N^2 shows in the longest prompt's TTFT."""
-        if self.fit is None or self.longest is None:
+        if self.fit is None:
             return "unknown"
-        share = self.longest.squared_share
-        if share.low is not None:
-            return "yes" if share.low > 0 else "may not"
+        if (low := self.longest["squared_share"].low) is not None:
+            return "yes" if low > 0 else "may not"
         return "bends down" if self.fit.squared.value <= 0 else "unknown"
 
     @property
     def is_even_beyond(self) -> bool:
         """Whether that length is beyond what was measured."""
-        even, longest = self.even_tokens.value, self.longest
-        return even is not None and longest is not None and even > longest.tokens
+        even, longest = self["even_tokens"].value, self.longest["tokens"].value
+        return even is not None and longest is not None and even > longest
 
 
 def quadratic(at: Sequence[tuple[float, float]]) -> Quadratic | None:
@@ -427,38 +343,39 @@ def is_of_prompts(point: Point) -> bool:
 
 def prompts(run: JudgedRun) -> Prompts | None:
     points = sorted(filter(is_of_prompts, run.points), key=lambda p: p.prompt_tokens)
-    measured = [p for p in points if run.quantity(p, "ttft_mean_s").known]
-    if not measured:
+    known = measured(run, points, "ttft_mean_s")
+    if not known:
         return None
     fit = quadratic(samples(run, points, "ttft_mean_s", lambda p: p.prompt_tokens))
-    known = [(p.prompt_tokens, run.foreseen(p, "ttft_mean_s").value) for p in points]
-    forecast = quadratic([(tokens, ttft_s) for tokens, ttft_s in known if ttft_s is not None])
-    tokens = measured[-1].prompt_tokens
+    foreseen = [(p.prompt_tokens, run.foreseen(p, "ttft_mean_s").value) for p in points]
+    forecast = quadratic([(tokens, ttft_s) for tokens, ttft_s in foreseen if ttft_s is not None])
+    tokens = known[-1].prompt_tokens
     return Prompts(
-        lengths=tuple(prompt_length(run, p, fit) for p in measured),
+        rows=rows(
+            run,
+            known,
+            tokens=lambda p: Quantity(p.prompt_tokens),
+            ttft_s="ttft_mean_s",
+            each_token_s=lambda p: run.quantity(p, "ttft_mean_s").brief / p.prompt_tokens,
+            squared_share=lambda p: share(fit, p.prompt_tokens),  # fitted
+            flop_share=lambda p: run.predicted(FLOP_SHARE.format(p.prompt_tokens), "share"),
+            forecast_s=lambda p: run.foreseen(p, "ttft_mean_s"),
+        ),
+        figures={
+            "forecast_share": share(forecast, tokens),  # of the longest prompt
+            "even_tokens": even_tokens(fit),  # where both parts are as long
+        },
         fit=fit,
-        forecast=forecast,
-        forecast_share=share(forecast, tokens),
-        flop_outcome=fit.share(tokens).outcome(flop_share(run, tokens)) if fit else None,
-        even_tokens=even_tokens(fit),
+        flop_outcome=run.outcome(
+            FLOP_SHARE.format(tokens), fit.share(tokens).interval(TWO_ONE_SIDED)
+        )
+        if fit
+        else None,
     )
 
 
-def flop_share(run: JudgedRun, tokens: float) -> Prediction | None:
-    """Read the prediction of how much of TTFT grows as N^2."""
-    return run.predictions.arithmetic.get(f"share of TTFT that grows as N^2 at {tokens:.0f}")
-
-
-def prompt_length(run: JudgedRun, point: Point, fit: Quadratic | None) -> PromptLength:
-    tokens, ttft_s = point.prompt_tokens, run.quantity(point, "ttft_mean_s")
-    return PromptLength(
-        tokens=tokens,
-        ttft_s=ttft_s,
-        each_token_s=ttft_s.brief / tokens,
-        squared_share=share(fit, tokens),
-        flop_share=predicted(flop_share(run, tokens), "share"),
-        forecast_s=run.foreseen(point, "ttft_mean_s"),
-    )
+FLOP_SHARE = "share of TTFT that grows as N^2 at {:.0f}"
+"""The name of a prediction, by the tokens of the prompt."""
 
 
 def share(fit: Quadratic | None, tokens: float) -> Quantity:
@@ -488,22 +405,12 @@ CARD, MODEL = "h100", "llama-8b"
 NEAR_TOKENS, FAR_TOKENS = 8192, 65_536
 
 
-@dataclass(frozen=True)
-class OnCard:
-    """At which rate the attention of one request reads its keys and values, split by default."""
-
-    card: str
-    heads: int
-    kv_heads: int
-    near_tokens: int
-    near_rate: Quantity
-    far_tokens: int
-    far_rate: Quantity
-
-
 @cache
-def on_a_card() -> OnCard:
-    """Divide the bytes of a context by the times of vLLM's kernel that others published."""
+def on_a_card() -> Figures:
+    """Return at which rate one request's attention reads keys and values, split by default.
+
+    The bytes of a context are divided by the times of vLLM's kernel that others published.
+    """
     config = dummy.config_of(MODEL)
     attention, decoder = kernels.step_times(Decoder.of(config), CARD).attention, Decoder.of(config)
     assert attention
@@ -512,25 +419,17 @@ def on_a_card() -> OnCard:
         read_bytes = tokens * catalog.shape_of(config).kv_bytes_per_token(2)
         return Quantity(read_bytes / attention.seconds([Piece(1, tokens - 1)]) / 1e12, "TB/s")
 
-    return OnCard(
-        CARD.upper(), decoder.heads, decoder.kv_heads,
-        NEAR_TOKENS, rate(NEAR_TOKENS), FAR_TOKENS, rate(FAR_TOKENS),
-    )  # fmt: skip
+    return {
+        "heads": Quantity(decoder.heads),
+        "kv_heads": Quantity(decoder.kv_heads),
+        "near_tokens": Quantity(NEAR_TOKENS),
+        "near_rate": rate(NEAR_TOKENS),
+        "far_tokens": Quantity(FAR_TOKENS),
+        "far_rate": rate(FAR_TOKENS),
+    }
 
 
 # ------------------------------------------------------------------------ TPOT over the context
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of decode behind one context; bytes follow from the model's shape."""
-
-    tokens: float
-    tpot_s: Quantity
-    kv: Quantity  # keys and values read
-    rate: Quantity  # at which weights, keys and values are read, over the whole step
-    of_bandwidth: Quantity
-    least_s: Quantity  # for its bytes, at the bandwidth
 
 
 @dataclass(frozen=True)
@@ -541,63 +440,72 @@ class Line:
     each: Estimate
 
 
-@dataclass(frozen=True)
-class Contexts:
-    """One variant's steps; `line` is None where fewer than two contexts were measured."""
+@dataclass(frozen=True, kw_only=True)
+class Contexts(Table):
+    """One variant's steps, from the shortest context on."""
 
     variant: str
-    steps: tuple[Step, ...]
-    line: Line | None
-    per_thousand_s: Quantity  # what 1,000 tokens of context add to a step
-    adds: bool  # whether they add anything, as far as the interval tells
-    rate: Quantity  # at which a longer context is read; no ends where it may cost nothing
-    least_per_thousand_s: Quantity  # at the measured bandwidth
-    outcome: PredictionOutcome | None  # of this bound
+    line: Line | None  # None where fewer than two contexts were measured
+    adds: bool  # whether a longer context adds anything, as far as the interval tells
+    outcome: PredictionOutcome | None  # of the bound by the bytes
 
 
 def contexts(run: JudgedRun) -> tuple[Contexts, ...]:
     found = (contexts_of(run, variant.name) for variant in run.lab.variants)
-    return tuple(of for of in found if of.steps)
+    return tuple(of for of in found if of.rows)
 
 
 def contexts_of(run: JudgedRun, variant: str) -> Contexts:
     points = [p for p in run.points if p.variant.name == variant and not is_of_prompts(p)]
-    measured = [p for p in points if run.quantity(p, "tpot_mean_s").known]
-    at = samples(run, points, "tpot_mean_s", lambda p: p.context_tokens)
-    fit = polynomial(at, 1)
-    line = Line(*fit) if fit else None
-    floor = run.predictions.arithmetic.get("TPOT for each token of context")
+    known = measured(run, points, "tpot_mean_s")
+    fit = polynomial(samples(run, points, "tpot_mean_s", lambda p: p.context_tokens), 1)
+    line, bound = Line(*fit) if fit else None, "TPOT for each token of context"
     slope = line.each.quantity("s") if line else Quantity.missing("too few contexts", "s")
     least = slope.value if slope.low is None else slope.low
     return Contexts(
+        rows=steps(run, sorted(known, key=lambda p: p.context_tokens)),
+        figures={
+            "per_thousand_s": slope * 1000,  # what 1,000 tokens of context add to a step
+            "least_per_thousand_s": run.predicted(bound, "s") * 1000,  # at the bandwidth
+            "rate": rate(slope, points[0].shape.kv_bytes_per_token()) if points else slope,
+        },
         variant=variant,
-        steps=tuple(step(run, p) for p in sorted(measured, key=lambda p: p.context_tokens)),
         line=line,
-        per_thousand_s=slope * 1000,
         adds=least is not None and least > 0,
-        rate=rate(slope, points[0].shape.kv_bytes_per_token()) if points else slope,
-        least_per_thousand_s=predicted(floor, "s") * 1000,
-        outcome=line.each.outcome(floor) if line else None,
+        outcome=run.outcome(bound, line.each.interval(TWO_ONE_SIDED)) if line else None,
     )
 
 
-def step(run: JudgedRun, point: Point) -> Step:
-    tpot_s, kv_bytes = run.quantity(point, "tpot_mean_s"), point.kv_bytes()
-    all_bytes = point.shape.step_bytes(1) + kv_bytes
-    bandwidth = point.ceilings.memory_bandwidth_bytes_per_s
-    reading = Quantity(all_bytes / GB_PER_S, "GB/s") / tpot_s.brief
-    return Step(
-        tokens=point.context_tokens,
-        tpot_s=tpot_s,
-        kv=Quantity(kv_bytes / MB, "MB"),
-        rate=reading,
-        of_bandwidth=(reading / (bandwidth / GB_PER_S)).in_unit("share"),
-        least_s=Quantity(all_bytes / bandwidth, "s"),
+def steps(run: JudgedRun, points: Sequence[Point]) -> tuple[Row, ...]:
+    """Set TPOT beside the bytes of weights, keys and values, which follow from the shape."""
+
+    def step_bytes(point: Point) -> float:
+        return point.shape.step_bytes(1) + point.kv_bytes()
+
+    def rate(point: Point) -> Quantity:
+        read = Quantity(step_bytes(point) / GB_PER_S, "GB/s")
+        return read / run.quantity(point, "tpot_mean_s").brief
+
+    def bandwidth(point: Point) -> float:
+        return point.ceilings.memory_bandwidth_bytes_per_s
+
+    return rows(
+        run,
+        points,
+        tokens=lambda p: Quantity(p.context_tokens),
+        tpot_s="tpot_mean_s",
+        kv=lambda p: Quantity(p.kv_bytes() / MB, "MB"),
+        rate=rate,  # over the whole step
+        of_bandwidth=lambda p: (rate(p) / (bandwidth(p) / GB_PER_S)).in_unit("share"),
+        least_s=lambda p: Quantity(step_bytes(p) / bandwidth(p), "s"),  # at the bandwidth
     )
 
 
 def rate(slope: Quantity, kv_bytes: float) -> Quantity:
-    """Return the rate of reading from the time that each token of context adds to a step."""
+    """Return the rate of reading from the time that each token of context adds to a step.
+
+    It has no ends where a longer context may cost nothing.
+    """
     if slope.value is None or slope.value <= 0:
         return Quantity.missing("a longer context costs nothing", "GB/s")
 

@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dashboards.palette import BLUE, BOUND, ORANGE, VARIANTS
-from labs.harness.analysis.quantity import Quantity
 from labs.harness.analysis.verdicts import Interval
 from labs.harness.derived.lab_modules import OwnPlot
 from labs.harness.derived.run_view import JudgedRun
@@ -20,7 +19,7 @@ from labs.harness.reports.drawing import (
     reach,
     write_plainly,
 )
-from labs.tiled_attention.facts import Contexts, Facts, Growth, Prompts, is_of_prompts
+from labs.tiled_attention.facts import Contexts, Facts, Growth, Length, Prompts, is_of_prompts
 from serving.hardware.attention import Kernel
 
 
@@ -29,15 +28,12 @@ def growth(run: JudgedRun, facts: Facts) -> bool:
     if not (of := facts.tiling) or not of.lengths:
         return False
     _, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    tokens = [n.tokens for n in of.lengths]
-    _kernels(left, tokens, of.memory, [n.untiled_memory for n in of.lengths],
-             [n.tiled_memory for n in of.lengths])  # fmt: skip
-    _kernels(right, tokens, of.time, [n.untiled_s for n in of.lengths],
-             [n.tiled_s for n in of.lengths])  # fmt: skip
+    _kernels(left, of.lengths, of.memory, "memory")
+    _kernels(right, of.lengths, of.time, "time_s")
     formula = [
         (n.tokens, n.formula_memory.value)
         for n in of.lengths
-        if n.formula_memory.known and n.untiled_memory.known
+        if n.formula_memory.known and n.kernels["untiled"]["memory"].known
     ]
     if formula:
         left.plot(*zip(*formula, strict=True), "_", color=BOUND, ms=14, mew=2, zorder=4,
@@ -51,20 +47,22 @@ def growth(run: JudgedRun, facts: Facts) -> bool:
 
 
 def _kernels(
-    ax: Axes, tokens: Sequence[int], growths: Mapping[Kernel, Growth], untiled: Sequence[Quantity],
-    tiled: Sequence[Quantity],
-) -> None:  # fmt: skip
-    for name, grows, at, colour, marker in (
-        ("without tiles", growths["untiled"], untiled, ORANGE, "o"),
-        ("with tiles", growths["tiled"], tiled, BLUE, "s"),
-    ):
-        known = [(n, q.value) for n, q in zip(tokens, at, strict=True) if q.known]
-        power = "" if grows.power.value is None else f", N^{grows.power.value:.2f}"
+    ax: Axes, lengths: Sequence[Length], growths: Mapping[Kernel, Growth], figure: str
+) -> None:
+    kernels: tuple[tuple[Kernel, str, str, str], ...] = (
+        ("untiled", "without tiles", ORANGE, "o"),
+        ("tiled", "with tiles", BLUE, "s"),
+    )
+    for kernel, name, colour, marker in kernels:
+        at = [(n.tokens, n.kernels[kernel][figure]) for n in lengths]
+        known = [(tokens, q.value) for tokens, q in at if q.known]
+        grows = growths[kernel].power.value
+        power = "" if grows is None else f", N^{grows:.2f}"
         if known:
             ax.loglog(*zip(*known, strict=True), f"{marker}-", color=colour, lw=1, base=2,
                       label=f"{name}{power}")  # fmt: skip
     ax.set_xlabel("tokens, N")
-    ax.set_xticks(tokens, [f"{n:,}" for n in tokens])
+    ax.set_xticks([n.tokens for n in lengths], [f"{n.tokens:,}" for n in lengths])
     ax.minorticks_off()
     ax.set_yscale("log", base=10)
 
@@ -91,7 +89,7 @@ def _prompts(ax: Axes, run: JudgedRun, of: Prompts) -> None:
     measured = [(p.prompt_tokens, run.interval(p, "ttft_mean_s")) for p in points]
     _bars(ax, measured, BLUE, "measured")
     if fit := of.fit:
-        x = np.linspace(0, of.lengths[-1].tokens * 1.03, 60)
+        x = np.linspace(0, 1.03 * (of.longest["tokens"].value or 0), 60)
         ax.plot(x, [fit.at(n) for n in x], "-", color=BLUE, lw=1, label="a + b N + c N^2")
         ax.plot(x, fit.fixed.value + fit.each.value * x, ":", color=GREY, lw=1.2,
                 label="a + b N of it")  # fmt: skip
@@ -111,12 +109,12 @@ def _contexts(ax: Axes, run: JudgedRun, variants: Sequence[Contexts]) -> None:
         ]
         _bars(ax, measured, colour, of.variant if len(variants) > 1 else "measured", 1000)
         if of.line:
-            ends = np.array([0, of.steps[-1].tokens * 1.03])
+            ends = np.array([0, 1.03 * (of.rows[-1]["tokens"].value or 0)])
             at_ms = 1000 * (of.line.fixed.value + of.line.each.value * ends)
             ax.plot(ends, at_ms, "-", color=colour, lw=1)
-    first = variants[0].steps
-    least_ms = [1000 * s.least_s.value for s in first if s.least_s.value]
-    ax.plot([s.tokens for s in first], least_ms, "--", color=BOUND, lw=1.2,
+    first = variants[0].rows
+    least = [(s["tokens"].value or 0.0, 1000 * (s["least_s"].value or 0.0)) for s in first]
+    ax.plot(*zip(*least, strict=True), "--", color=BOUND, lw=1.2,
             label="its bytes at the bandwidth")  # fmt: skip
     ax.set_xlabel("tokens of context")
     ax.set_ylabel("TPOT, mean (ms)")

@@ -18,6 +18,7 @@ from labs.harness.derived.quality_summary import (
     quality,
 )
 from labs.harness.derived.run_view import Context, JudgedRun
+from labs.harness.derived.tables import Figures, Row, Table
 from labs.harness.spec import theory
 from labs.harness.spec.lab import Point
 from labs.weight_pruning.lab import SERVED, bytes_ratio, energy_gone, energy_gone_2_4
@@ -59,55 +60,46 @@ def alone(run: Context, variant: str) -> Point | None:
 # -------------------------------------------------------------------- what was served, and how fast
 
 
-@dataclass(frozen=True)
-class Served:
-    """What a variant's file of weights has of zeros, and what they do to a step."""
+@dataclass(frozen=True, kw_only=True)
+class Zeros(Table):
+    """What was served, each variant by its name, and how fast beside the dense model."""
 
-    variant: str
-    asked: Quantity  # share of zeros
-    zeros: Quantity  # share found in the written file
-    groups_too_full: int | None  # of four neighbours, with more than two weights that are not zero
-    weights: Quantity
-    files_sha256: str  # its beginning
-    tpot_s: Quantity  # at one stream
-    slower: Quantity  # TPOT / the dense model's
-    many: Quantity  # throughput at the largest load / the dense model's
-    perplexity: Quantity  # on the engine / the dense model's
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """What was served, and how fast beside the dense model."""
-
-    users: int  # of the largest load
-    variants: tuple[Served, ...]
+    files_sha256: dict[str, str]  # of the variants that were pruned, its beginning
 
 
 def zeros(run: Context, scored: Quality | None) -> Zeros:
     users = max(p.load.users for p in run.points)
     shapes = {p.variant.name: p.shape for p in run.points}
     treatments = scored.treatments if scored else {}
+    weights = {v.name: v.weights for v in run.lab.variants}
+    hashes = {name: run.run.derived_sha256.get(weights[name], "")[:12] for name in shapes}
     return Zeros(
-        users,
-        tuple(served(run, n, shape, users, treatments.get(n)) for n, shape in shapes.items()),
+        rows=tuple(
+            Row(name, served(run, name, weights[name], shape, users, treatments.get(name)))
+            for name, shape in shapes.items()
+        ),
+        figures={"users": Quantity(users)},  # of the largest load
+        files_sha256={name: of for name, of in hashes.items() if of},
     )
 
 
-def served(run: Context, variant: str, shape: Shape, users: int, scored: Beside | None) -> Served:
-    weights = next(v.weights for v in run.lab.variants if v.name == variant)
+def served(
+    run: Context, variant: str, weights: str, shape: Shape, users: int, scored: Beside | None
+) -> Figures:
+    """Say what a variant's file of weights has of zeros, and what they do to a step."""
     about = run.run.about.get(weights, {})
-    return Served(
-        variant,
-        asked=Quantity(about.get("asked"), "share", why="not pruned"),
-        zeros=Quantity(about.get("zeros"), "share", why="not pruned"),
-        groups_too_full=about.get("groups_too_full"),
-        weights=Quantity(shape.weight_bytes / 1e6, "MB"),
-        files_sha256=run.run.derived_sha256.get(weights, "")[:12],
-        tpot_s=run.quantity(alone(run, variant), "tpot_mean_s").brief,
-        slower=beside_dense(run, variant, 1, "tpot_mean_s"),
-        many=beside_dense(run, variant, users, "output_tokens_per_s"),
-        perplexity=scored.perplexity_ratio if scored else Quantity.missing("not asked", RATIO),
-    )
+    return {
+        "asked": Quantity.given(about.get("asked"), "share", "not pruned"),
+        "zeros": Quantity.given(about.get("zeros"), "share", "not pruned"),  # in the written file
+        # of four neighbours, with more than two weights that are not zero
+        "groups_too_full": Quantity.given(about.get("groups_too_full"), why="not pruned"),
+        "weights": Quantity(shape.weight_bytes / 1e6, "MB"),
+        "tpot_s": run.quantity(alone(run, variant), "tpot_mean_s").brief,  # at one stream
+        "slower": beside_dense(run, variant, 1, "tpot_mean_s"),
+        "many": beside_dense(run, variant, users, "output_tokens_per_s"),
+        # on the engine
+        "perplexity": scored.perplexity_ratio if scored else Quantity.missing("not asked", RATIO),
+    }
 
 
 def beside_dense(run: Context, variant: str, users: int, metric: str) -> Quantity:
@@ -121,28 +113,18 @@ def beside_dense(run: Context, variant: str, users: int, metric: str) -> Quantit
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A model, scored without an engine; intervals are paired with the dense one by passage."""
-
-    perplexity: float
-    ratio: Quantity  # to the dense model's perplexity
-    solved: int | None  # of the tasks; None where they were not asked
-    energy_gone: Quantity  # share of the weights' sum of squares
-
-
-@dataclass(frozen=True)
 class Step:
     """A sparsity by each method."""
 
     pattern: str  # percent, or PATTERN
     zeros: Quantity
     energy_normal: Quantity  # that would go of normal weights by magnitude
-    by: dict[Selection, Scored]
+    by: dict[Selection, Figures]  # see `scored`
 
     @property
     def energy_ratio(self) -> Quantity:
         """The energy that goes by magnitude / what was forecast."""
-        return self.by["magnitude"].energy_gone / self.energy_normal
+        return self.by["magnitude"]["energy_gone"] / self.energy_normal
 
 
 @dataclass(frozen=True)
@@ -204,7 +186,8 @@ class Sparsities:
 
 def knee(curve: Sequence[Step], by: Selection) -> Knee | None:
     for before, beyond in pairwise(curve):
-        if beyond.by[by].perplexity > KNEE_FACTOR * before.by[by].perplexity:
+        more = beyond.by[by]["perplexity"] / before.by[by]["perplexity"]
+        if (more.value or 0) > KNEE_FACTOR:
             return Knee(before, beyond)
     return None
 
@@ -235,27 +218,20 @@ def step(about: Mapping[str, Any], pattern: str) -> Step:
     return Step(pattern, Quantity(share, "share"), Quantity(gone, "share"), by)
 
 
-def scored(about: Mapping[str, Any], name: str) -> Scored:
+def scored(about: Mapping[str, Any], name: str) -> Figures:
+    """Read a model's score without an engine; its interval is paired with the dense by passage."""
     nats, sizes = about["loss_nats"], about["passages_tokens"]
     ratio = perplexity_ratio(nats[name], nats["dense"], sizes)
-    return Scored(
-        perplexity=perplexity(nats[name], sizes),
-        ratio=ratio.brief if name == "dense" else ratio,
-        solved=sum(about["solved"][name]) if name in about["solved"] else None,
-        energy_gone=Quantity(about["energy_gone"][name], "share"),
-    )
+    solved = sum(about["solved"][name]) if name in about["solved"] else None
+    return {
+        "perplexity": Quantity(perplexity(nats[name], sizes)),
+        "ratio": ratio.brief if name == "dense" else ratio,
+        "solved": Quantity.given(solved, why="not asked"),  # of the tasks
+        "energy_gone": Quantity(about["energy_gone"][name], "share"),
+    }
 
 
 # --------------------------------------------------------------------------- what a kernel would do
-
-
-@dataclass(frozen=True)
-class Form:
-    """What storing the weights in one form would make of a step's bytes; arithmetic."""
-
-    zeros: Quantity
-    matrices: Quantity  # bytes of a pruned matrix / the dense one's
-    step: Quantity  # bytes that decode reads at one stream / the dense one's
 
 
 FORMS: Mapping[str, tuple[str, float]] = {
@@ -274,7 +250,7 @@ class Kernels:
     """What sparse kernels could gain."""
 
     pruned_share: Quantity  # of the bytes that a step reads
-    forms: dict[str, Form]
+    forms: dict[str, Figures]
     measured: Quantity  # TPOT of a pruned model, without such kernels / dense
 
 
@@ -289,9 +265,14 @@ def kernels(run: Context) -> Kernels | None:
     each = dense.shape.value_bytes  # bytes of a weight, as it is served
     share = each * pruned / theory.decode_bytes(dense.shape, 1, dense.context_tokens)
 
-    def form(zeros: float, ratio: float) -> Form:
+    def form(zeros: float, ratio: float) -> Figures:
+        """Return what a form makes of a pruned matrix, and of a step at one stream."""
         step = 1 - share * (1 - ratio)
-        return Form(Quantity(zeros, "share"), Quantity(ratio, RATIO), Quantity(step, RATIO))
+        return {
+            "zeros": Quantity(zeros, "share"),
+            "matrices": Quantity(ratio, RATIO),
+            "step": Quantity(step, RATIO),
+        }
 
     forms = {
         name: form(zeros, bytes_ratio(of, zeros, bits=8 * each))
@@ -309,62 +290,39 @@ EXPERTS_SHAPE = "moe-30b"
 BATCHES = (1, 4, 16, 64, 256)
 
 
-@dataclass(frozen=True)
-class Routed:
-    """What one step over so many tokens reads of a mixture of experts; arithmetic."""
-
-    tokens: int
-    needed: Quantity  # experts of a layer, that at least one token is expected to need
-    read: Quantity
-    share: Quantity  # of all weights that a large batch reads
-
-
-@dataclass(frozen=True)
-class Experts:
+@dataclass(frozen=True, kw_only=True)
+class Experts(Table):
     """A mixture of experts beside a dense model of as many parameters; arithmetic."""
 
-    name: str
-    params: Quantity  # in billions
-    active_params: Quantity  # in billions, that a token is multiplied with
-    active_share: Quantity
-    experts: int
-    per_token: int
-    steps: tuple[Routed, ...]
-
-    @property
-    def one(self) -> Routed:
-        """A step over one token."""
-        return self.steps[0]
-
-    @property
-    def most(self) -> Routed:
-        """The step over the most tokens."""
-        return self.steps[-1]
+    model: str
 
 
 def experts() -> Experts:
     """Count a shape that ships with the lab. Tokens are routed evenly and independently."""
     shape = catalog.shape_of(dummy.config_of(EXPERTS_SHAPE))
     return Experts(
-        name=dummy.SHAPES[EXPERTS_SHAPE].partition(":")[0],
-        params=Quantity(shape.params / 1e9),
-        active_params=Quantity(shape.matmul_params / 1e9),
-        active_share=Quantity(shape.matmul_params / shape.params, "share"),
-        experts=shape.experts,
-        per_token=shape.experts_per_token,
-        steps=tuple(routed(shape, tokens) for tokens in BATCHES),
+        rows=tuple(Row(str(tokens), routed(shape, tokens)) for tokens in BATCHES),
+        figures={
+            "params": Quantity(shape.params / 1e9),  # in billions
+            "active_params": Quantity(shape.matmul_params / 1e9),  # that a token meets
+            "active_share": Quantity(shape.matmul_params / shape.params, "share"),
+            "experts": Quantity(shape.experts),
+            "per_token": Quantity(shape.experts_per_token),
+        },
+        model=dummy.SHAPES[EXPERTS_SHAPE].partition(":")[0],
     )
 
 
-def routed(shape: Shape, tokens: int) -> Routed:
-    needed = theory.experts_needed(shape.experts, shape.experts_per_token, tokens)
+def routed(shape: Shape, tokens: int) -> Figures:
+    """Count what one step over so many tokens reads."""
     read = shape.step_bytes(tokens)
-    return Routed(
-        tokens,
-        needed=Quantity(needed),
-        read=Quantity(read / 1e9, "GB"),
-        share=Quantity(read / shape.weight_bytes, "share"),
-    )
+    return {
+        "tokens": Quantity(tokens),
+        # experts of a layer, that at least one token is expected to need
+        "needed": Quantity(theory.experts_needed(shape.experts, shape.experts_per_token, tokens)),
+        "read": Quantity(read / 1e9, "GB"),
+        "share": Quantity(read / shape.weight_bytes, "share"),  # of all weights
+    }
 
 
 # ---------------------------------------------------------------------------- what training changed
@@ -380,24 +338,13 @@ def compared(ratio: Quantity) -> Compared:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A model on held-out text, and what making it took."""
-
-    perplexity: float
-    ratio: Quantity  # to the perplexity of its reference, paired by passage
-    tokens: int | None  # passed through it; None: nothing was
-    flop: Quantity
-    took: Quantity
-
-
-@dataclass(frozen=True)
 class Bits:
     """A way of rounding each, to so many bits; the reference is the plain fine-tuned model."""
 
     bits: int
-    nearest: Trained
-    gptq: Trained
-    qat: Trained
+    nearest: Figures
+    gptq: Figures
+    qat: Figures
     qat_over_gptq: Quantity  # their ratio of perplexity
     times_as_long: Quantity  # seconds of QAT / of GPTQ
     from_tuned: bool = False  # QAT began at fine-tuned weights; in older runs at the spread ones
@@ -412,8 +359,8 @@ class Bits:
 class Untaught:
     """The layers that were distilled, trained in as many steps on the tokens, without a teacher."""
 
-    last: Trained
-    best: Trained  # after the epoch that is best on the scored text, which favours it
+    last: Figures
+    best: Figures  # after the epoch that is best on the scored text, which favours it
     best_epoch: int
     distilled_over_best: Quantity  # their ratio of perplexity
 
@@ -427,14 +374,8 @@ class Untaught:
 class Training:
     """What minutes of training did, by the study of it."""
 
-    file: Trained  # as it came
-    file_nearest: Trained  # the file rounded to nearest, beside the file
-    spread: Trained  # the file off its grid, beside the file
-    spread_nearest: Trained  # that rounded to nearest, beside that
-    plain: Trained  # that fine-tuned, beside the file
+    models: dict[str, Figures]  # the file, and what was made of it; see `trained`
     bits: tuple[Bits, ...]
-    kept: Trained  # half of the layers, beside the file
-    distilled: Trained
     texts_tokens: int
     scored_tokens: int
     held_out_sha256: str  # its beginning
@@ -453,15 +394,18 @@ def training(run: Context) -> Training | None:
     def over(name: str, to: str) -> Quantity:
         return perplexity_ratio(nats[name], nats[to], sizes)
 
-    def trained(name: str, to: str, made: str = "", flop_a_token: float = 0) -> Trained:
+    def trained(name: str, to: str, made: str = "", flop_a_token: float = 0) -> Figures:
+        """Read a model on held-out text beside its reference, and what making it took."""
         effort = about["efforts"].get(made)
-        return Trained(
-            perplexity(nats[name], sizes),
-            over(name, to).brief if name == to else over(name, to),
-            effort and effort["tokens"],
-            Quantity(effort and flop_a_token * effort["tokens"] / 1e12, "TFLOP", why="not trained"),
-            Quantity(effort and effort["seconds"], "s", why="not trained"),
-        )
+        tokens = effort and effort["tokens"]
+        flop = effort and flop_a_token * tokens / 1e12
+        return {
+            "perplexity": Quantity(perplexity(nats[name], sizes)),
+            "ratio": over(name, to).brief if name == to else over(name, to),
+            "tokens": Quantity.given(tokens, why="not trained"),  # passed through it
+            "flop": Quantity.given(flop, "TFLOP", "not trained"),
+            "took": Quantity.given(effort and effort["seconds"], "s", "not trained"),
+        }
 
     def at(bits: int) -> Bits:
         gptq, from_tuned = f"plain-gptq-{bits}", f"tuned-qat-{bits}" in nats
@@ -474,7 +418,7 @@ def training(run: Context) -> Training | None:
             by_gptq,
             by_qat,
             over(qat, gptq),
-            by_qat.took / by_gptq.took,
+            by_qat["took"] / by_gptq["took"],
             from_tuned,
         )
 
@@ -491,14 +435,16 @@ def training(run: Context) -> Training | None:
         )
 
     return Training(
-        file=trained("file", "file"),
-        file_nearest=trained("file-nearest-4", "file"),
-        spread=trained("spread", "file"),
-        spread_nearest=trained("spread-nearest-4", "spread"),
-        plain=trained("plain", "file", "plain", 6 * params),
+        models={
+            "file": trained("file", "file"),  # as it came
+            "file_nearest": trained("file-nearest-4", "file"),
+            "spread": trained("spread", "file"),  # off its grid
+            "spread_nearest": trained("spread-nearest-4", "spread"),
+            "plain": trained("plain", "file", "plain", 6 * params),  # that, fine-tuned
+            "kept": trained("kept", "file"),  # half of the layers
+            "distilled": trained("distilled", "file", "distilled", 6 * half),
+        },
         bits=tuple(at(int(bits)) for n in nats for bits in re.findall(r"^plain-gptq-(\d)", n)),
-        kept=trained("kept", "file"),
-        distilled=trained("distilled", "file", "distilled", 6 * half),
         texts_tokens=about["calibration_tokens"],
         scored_tokens=sum(sizes),
         held_out_sha256=about["held_out_sha256"][:12],

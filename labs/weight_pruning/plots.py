@@ -41,10 +41,10 @@ def cliff(run: JudgedRun, facts: Facts) -> bool:
 
 def _draw_perplexity(ax: Axes, of: Sparsities, by: Selection, colour: str) -> None:
     name = by.capitalize()
-    ratios = [step.by[by].ratio for step in of.curve]
+    ratios = [step.by[by]["ratio"] for step in of.curve]
     ax.plot(percent(of.curve), values(ratios), "o-", color=colour, ms=4, label=name)
     if pattern := of.at(PATTERN):
-        zeros, ratio = percent([pattern]), values([pattern.by[by].ratio])
+        zeros, ratio = percent([pattern]), values([pattern.by[by]["ratio"]])
         ax.plot(zeros, ratio, "s", color=colour, mfc="white", ms=7, label=f"{name}, 2:4")
     if knee := of.knees[by]:
         ax.axvline(percent([knee.before])[0], color=colour, ls=":", lw=1)
@@ -66,7 +66,7 @@ def _draw_energy(ax: Axes, of: Sparsities) -> None:
     shares = [i / 100 for i in range(5, 76)]
     forecast = [100 * energy_gone(share) for share in shares]
     ax.plot([100 * s for s in shares], forecast, color=GREY, label="forecast: normal weights")
-    gone = values([100 * step.by["magnitude"].energy_gone for step in of.curve[1:]])
+    gone = values([100 * step.by["magnitude"]["energy_gone"] for step in of.curve[1:]])
     ax.plot(percent(of.curve[1:]), gone, "o", color=BLUE, ms=4, label="measured, by magnitude")
 
 

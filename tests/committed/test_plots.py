@@ -54,7 +54,7 @@ def test_a_plot_over_two_figures_shows_their_forecasts(
 
 def test_curves_of_engines_show_the_forecast_of_the_one_that_has_one(committed: Path) -> None:
     assert plots_of("serving-engines")["curves"](_judged(committed, "serving-engines"))
-    assert [text for text in _labels() if "forecast" in text] == 2 * ["vllm, forecast"]
+    assert [text for text in _labels() if "forecast" in text] == 2 * ["vllm-eager, forecast"]
     plt.close("all")
 
 

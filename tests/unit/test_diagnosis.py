@@ -406,14 +406,14 @@ def test_slower_tokens_are_those_that_clients_saw_as_the_claims_compare_them(
     run = judged_run(found)
     told = facts(run)
     (slower,), (not_slower,) = told.slower, told.not_slower
-    assert (slower.injected, not_slower.injected) == ("long context", "large budget")
-    assert slower.tpot.value == pytest.approx(2)
-    assert str(slower.tpot) in told_of(run).answers["IP-6"].brief
+    assert (slower.name, not_slower.name) == ("long context", "large budget")
+    assert slower["tpot"].value == pytest.approx(2)
+    assert str(slower["tpot"]) in told_of(run).answers["IP-6"].brief
     treatment, baseline = (point_of(run, "healthy", name) for name in ("context", "usual"))
-    assert slower.tpot == run.ratio_of(treatment, baseline, "tpot_mean_s")
-    assert not_slower.ttft.value == pytest.approx(0.5)
+    assert slower["tpot"] == run.ratio_of(treatment, baseline, "tpot_mean_s")
+    assert not_slower["ttft"].value == pytest.approx(0.5)
     withheld_there = withheld(found, "healthy/context/concurrent-4")
-    assert [of.injected for of in seen_by_clients(withheld_there)] == ["large budget"]
+    assert [of.name for of in seen_by_clients(withheld_there)] == ["large budget"]
 
 
 def test_coefficients_are_found_again(tmp_path: Path) -> None:

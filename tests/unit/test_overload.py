@@ -17,8 +17,9 @@ from labs.harness.derived.alarms import alarms
 from labs.harness.derived.run_view import JudgedRun
 from labs.harness.spec.lab import Lab, LabError, Point, Variant
 from labs.harness.storage.writing import write_json
-from labs.overload.facts import Limit, admission, best_flags, classes, signals
+from labs.overload.facts import admission, best_flags, classes, signals
 from labs.overload.lab import searched
+from loadtests.plan import QueueLimits
 from tests.unit.builders import CEILINGS, SHAPE, make_lab, make_record, make_workload
 from tests.unit.judged import context, judged_run, played, withheld
 
@@ -144,28 +145,31 @@ def test_goodput_stands_beside_what_was_offered(tmp_path: Path) -> None:
     Rates are multiples of the capacity of the first repeat, not of the mean.
     """
     found = admission(overloaded(tmp_path))
-    half, slow, capped = found.offers
-    assert values(half.offered_per_s, half.late_from_s, half.fluid_late_from_s) == [0.1, None, None]
-    assert values(slow.offered_per_s, slow.late_from_s, slow.fluid_late_from_s) == [0.2, 12.5, 1]
-    assert values(capped.turned_away, capped.late_from_s, slow.gain) == [0.5, None, None]
-    assert capped.gain.value == pytest.approx(1.9 / 0.5)
-    assert found.capacity_per_s.value == 2
-    assert found.window_s.value == 4
+    half, slow, capped = found.rows
+    columns = ("offered_per_s", "late_from_s", "fluid_late_from_s")
+    assert [half[name].value for name in columns] == [0.1, None, None]
+    assert [slow[name].value for name in columns] == [0.2, 12.5, 1]
+    assert values(capped["turned_away"], capped["late_from_s"], slow["gain"]) == [0.5, None, None]
+    assert capped["gain"].value == pytest.approx(1.9 / 0.5)
+    assert found["capacity_per_s"].value == 2
+    assert found["window_s"].value == 4
     assert (found.without, found.limited) == (slow, capped)
 
 
 def test_a_limit_that_the_client_holds_is_called_so(tmp_path: Path) -> None:
     run = overloaded(tmp_path, by_client=True)
-    assert [o.limited_by for o in admission(run).offers] == ["nobody", "nobody", "client"]
-    limits = {tried.variant: tried.limit for tried in best_flags(run).tried}
-    assert limits["capped"] == Limit("requests", 4, by_client=True)
-    assert limits["unbounded"] == Limit()
+    assert admission(run).limited_by == {"unbounded": "nobody", "capped": "client"}
+    limits = {of.variant: (of.limits, of.by_client) for of in best_flags(run).tried}
+    assert limits["capped"] == (QueueLimits(requests=4), True)
+    assert limits["unbounded"] == (QueueLimits(), False)
 
 
 def test_a_class_that_is_served_first_is_told_from_the_other(tmp_path: Path) -> None:
     found = classes(overloaded(tmp_path))
-    assert found.times == 2
-    served = [(c.variant, c.priority, *values(c.in_time, c.ttft_mean_s)) for c in found.classes]
+    assert found["times"].value == 2
+    served = [
+        (c.variant, *values(c["priority"], c["in_time"], c["ttft_mean_s"])) for c in found.rows
+    ]
     assert served == [
         ("priority", 0, 1, 0.5), ("priority", 1, 0, 3), ("unbounded", None, 0.5, 1.75),
     ]  # fmt: skip
@@ -230,7 +234,7 @@ def test_the_best_of_what_was_only_forecast_is_named(tmp_path: Path) -> None:
     write_forecasts(run, searched=grid)
     found = best_flags(run)
     assert (found.goodput.searched, found.throughput.searched) == found.searched
-    assert [(s.variant, s.batch, s.limit.most) for s in found.searched] == [
+    assert [(s.variant, s.batch, s.limits.requests) for s in found.searched] == [
         (None, 4, 8), (None, 8, 16),
     ]  # fmt: skip
 
@@ -244,9 +248,14 @@ def write_forecasts(run: JudgedRun, **forecasts: Any) -> None:
 def test_the_queue_sees_an_overload_coming_and_a_full_batch_does_not(tmp_path: Path) -> None:
     """Two wait from 12.1 s on, where one did at the steady load; one sent at 14 s is too late."""
     found = signals(overloaded(tmp_path))
-    assert {s.name: s.alarms for s in found.signals} == {QUEUE: 2, BATCH: 0, KV: 0, TTFT: 0}
-    (queue,) = found.early
-    assert values(queue.lead_s, found.breach_s) == [pytest.approx(1.9), 14]
+    assert {s.name: s["alarms"].value for s in found.rows} == {
+        QUEUE: 2,
+        BATCH: 0,
+        KV: 0,
+        TTFT: 0,
+    }
+    (queue,) = (signal for signal in found.rows if signal["lead_s"].known)
+    assert values(queue["lead_s"], found["breach_s"]) == [pytest.approx(1.9), 14]
 
 
 def test_alarms_stand_beside_those_in_virtual_time(tmp_path: Path) -> None:

@@ -300,6 +300,8 @@ def test_traffic_is_one_layers_by_the_rule_of_tiled_attention(tmp_path: Path) ->
     inputs, scores = 2048 * (2 * 2 + 2 * 1) * 4 * 2, 2 * 2048**2 * 4
     assert of.untiled_traffic.value == pytest.approx((inputs + 4 * scores) / 1e6)
     assert not unknown.tiled_traffic.known
-    by_the_other = tiled_attention.traffic(run.points[0], 2**20, 2048)
-    assert (of.untiled_traffic, of.tiled_traffic) == by_the_other
+    assert (of.untiled_traffic, of.tiled_traffic) == tuple(
+        tiled_attention.traffic(run.points[0], kernel, 2**20, 2048)
+        for kernel in tiled_attention.KERNELS
+    )
     assert (of.contiguous.value, of.paged.value) == (6, 15)

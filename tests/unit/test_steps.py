@@ -181,13 +181,13 @@ def test_what_the_same_tokens_buy(tmp_path: Path) -> None:
     found = told(tmp_path)
     few = found.few
     missed = (14 * 13 * 12 * 11) / (21 * 20 * 19 * 18)
-    assert few["end"].solved.value == pytest.approx((1 - missed) / 2)
-    assert few["step"].solved.value == pytest.approx(1 / 2)
-    assert few["revision"].solved.value == 1
-    assert few["revisions' vote"].solved.value == pytest.approx(1 / 2)  # a tie of two and two
-    assert 0 < (few["vote"].solved.value or 0) < (1 - missed) / 2
-    assert [few[m].tokens for m in ("vote", "end", "step", "revision")] == [32, 32, 64, 32]
-    assert [few[m].seconds.value for m in ("vote", "step", "revision")] == [0.5, 1, 2]
+    assert few["end"]["solved"].value == pytest.approx((1 - missed) / 2)
+    assert few["step"]["solved"].value == pytest.approx(1 / 2)
+    assert few["revision"]["solved"].value == 1
+    assert few["revisions' vote"]["solved"].value == pytest.approx(1 / 2)  # a tie of two and two
+    assert 0 < (few["vote"]["solved"].value or 0) < (1 - missed) / 2
+    assert [few[m]["tokens"].value for m in ("vote", "end", "step", "revision")] == [32, 32, 64, 32]
+    assert [few[m]["seconds"].value for m in ("vote", "step", "revision")] == [0.5, 1, 2]
     assert (found.waits.value, found.revision_waits.value) == (2, 4)
 
 
@@ -197,10 +197,10 @@ def test_measured_stands_beside_a_forecast_from_the_accuracy_of_steps(tmp_path: 
     assert found.accuracy.value == pytest.approx(49 / 84)
     assert (found.right_ends, found.by_luck) == (7, 0)
     four, _ = found.lengths
-    assert (four.steps, four.tasks, four.samples) == (2, 2, 4)
-    assert four.forecast.by_end.value == pytest.approx(1 - (1 - (49 / 84) ** 2) ** 4)
-    assert four.forecast.by_step.value == pytest.approx((1 - (35 / 84) ** 4) ** 2)
-    assert found.parted.gain.value == max(of.gain.value or 0 for of in found.foreseen) > 0
+    assert [four[name].value for name in ("steps", "tasks", "samples")] == [2, 2, 4]
+    assert four["forecast_by_end"].value == pytest.approx(1 - (1 - (49 / 84) ** 2) ** 4)
+    assert four["forecast_by_step"].value == pytest.approx((1 - (35 / 84) ** 4) ** 2)
+    assert found.parted["gain"].value == max(of["gain"].value or 0 for of in found.foreseen) > 0
 
 
 def test_a_search_is_judged_by_its_end_as_whole_solutions_are() -> None:
@@ -213,8 +213,8 @@ def test_a_search_is_judged_by_its_end_as_whole_solutions_are() -> None:
 
 
 def test_a_check_that_errs_is_worth_less(tmp_path: Path) -> None:
-    found = [e for e in told(tmp_path).erring if e.samples == 4]
-    assert [e.error.value for e in found] == [0, 0.05, 0.1, 0.2]
-    for values in ([e.by_end.value for e in found], [e.by_step.value for e in found]):
+    found = [e for e in told(tmp_path).erring if e["samples"].value == 4]
+    assert [e["error"].value for e in found] == [0, 0.05, 0.1, 0.2]
+    for values in ([e[by].value for e in found] for by in ("by_end", "by_step")):
         assert values == sorted(values, key=lambda v: -(v or 0))
         assert len({*values}) == 4

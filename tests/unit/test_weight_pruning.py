@@ -109,8 +109,8 @@ def test_the_bytes_of_a_step_are_those_of_the_weights_as_they_are_served(
     found = kernels(run)
     assert found
     assert found.pruned_share.value == pytest.approx(value_bytes * 800 / all_bytes)
-    assert found.forms["2:4"].matrices.value == matrix
-    assert found.forms[EIGHT_BITS].matrices.value == 1 / value_bytes
+    assert found.forms["2:4"]["matrices"].value == matrix
+    assert found.forms[EIGHT_BITS]["matrices"].value == 1 / value_bytes
 
 
 def test_pruned_weights_share_the_timing_of_the_model(tmp_path: Path) -> None:
@@ -204,12 +204,12 @@ TIMES: Mapping[str, Values] = {
 def test_what_was_served_has_its_zeros_and_equal_bytes(tmp_path: Path) -> None:
     found = facts(judged_run(context(tmp_path, LAB, TIMES, about=ABOUT))).zeros
     assert found
-    dense, half, pattern, _ = found.variants
-    assert [str(of.zeros) for of in found.variants] == ["–", "50%", "50%", "–"]
-    assert [of.groups_too_full for of in found.variants] == [None, 7, 0, None]
-    assert dense.weights == half.weights == pattern.weights
-    assert half.slower.value == half.many.value == 1
-    assert not dense.slower.known
+    dense, half, pattern, _ = found.rows
+    assert [str(of["zeros"]) for of in found.rows] == ["–", "50%", "50%", "–"]
+    assert [of["groups_too_full"].value for of in found.rows] == [None, 7, 0, None]
+    assert dense["weights"] == half["weights"] == pattern["weights"]
+    assert half["slower"].value == half["many"].value == 1
+    assert not dense["slower"].known
 
 
 def studied(growth: Mapping[int, float] = GROWTH) -> Sparsities:
@@ -220,12 +220,12 @@ def studied(growth: Mapping[int, float] = GROWTH) -> Sparsities:
 
 def test_the_study_has_its_ratios_and_its_forecast() -> None:
     at = {step.pattern: step for step in studied().steps}
-    assert at["0"].by["magnitude"].perplexity == pytest.approx(math.e**2)
+    assert at["0"].by["magnitude"]["perplexity"].value == pytest.approx(math.e**2)
     fifty = at["50"].by["magnitude"]
-    assert fifty.ratio.value == pytest.approx(1.5)
-    assert (fifty.ratio.low or 2) < 1.5 < (fifty.ratio.high or 0)
-    assert fifty.solved == 2
-    assert [str(at["50"].energy_normal), str(fifty.energy_gone)] == ["7.13%", "7.85%"]
+    assert fifty["ratio"].value == pytest.approx(1.5)
+    assert (fifty["ratio"].low or 2) < 1.5 < (fifty["ratio"].high or 0)
+    assert fifty["solved"].value == 2
+    assert [str(at["50"].energy_normal), str(fifty["energy_gone"])] == ["7.13%", "7.85%"]
     assert str(at["2-4"].energy_normal) == "13.2%"
     assert studied().farthest.energy_ratio.value == pytest.approx(1.1)
 
@@ -248,7 +248,7 @@ def test_kernels_are_arithmetic_but_for_what_was_served(tmp_path: Path) -> None:
     assert kernels
     point = next(p for p in found.points if p.load.users == 1)
     read = 2000 + point.context_tokens * SHAPE.kv_bytes_per_token()
-    steps = {name: form.step.value or 0 for name, form in kernels.forms.items()}
+    steps = {name: form["step"].value or 0 for name, form in kernels.forms.items()}
     assert steps["2:4"] == pytest.approx(1 - 1600 / read * 7 / 16)
     assert steps[EIGHT_BITS] < steps["2:4"] < steps["dense"] == 1
     assert kernels.measured.value == 1
@@ -259,40 +259,41 @@ def test_kernels_are_arithmetic_but_for_what_was_served(tmp_path: Path) -> None:
 
 def test_a_mixture_of_experts_reads_few_for_one_token_and_most_for_many(tmp_path: Path) -> None:
     found = facts(judged_run(context(tmp_path, LAB, {}))).experts
-    assert (found.experts, found.per_token) == (128, 8)
-    assert found.one.needed.value == pytest.approx(8)
-    assert 0.05 < (found.one.share.value or 0) < 0.2 < 0.99 < (found.most.share.value or 0) <= 1
-    assert 0.08 < (found.active_share.value or 0) < 0.13
+    one, *_, most = found.rows
+    assert (found["experts"].value, found["per_token"].value) == (128, 8)
+    assert one["needed"].value == pytest.approx(8)
+    assert 0.05 < (one["share"].value or 0) < 0.2 < 0.99 < (most["share"].value or 0) <= 1
+    assert 0.08 < (found["active_share"].value or 0) < 0.13
 
 
 def test_training_is_told_beside_its_reference_with_its_price(tmp_path: Path) -> None:
     found = facts(judged_run(context(tmp_path, LAB, TIMES, about=ABOUT))).training
     assert found
-    (at,) = found.bits
+    (at,), models = found.bits, found.models
     ratios = [
-        of.ratio.value
-        for of in (at.nearest, at.gptq, at.qat, found.distilled, found.spread_nearest)
+        of["ratio"].value
+        for of in (at.nearest, at.gptq, at.qat, models["distilled"], models["spread_nearest"])
     ]
     assert ratios == pytest.approx([1.5, 1.2, 1.1, 3.0, 1.5])
     assert at.qat_over_gptq.value == pytest.approx(1.1 / 1.2)
     assert at.qat_is == "better"
     assert at.from_tuned
     assert at.times_as_long.value == 6
-    assert at.qat.flop.value == pytest.approx(6 * SHAPE.matmul_params * 6000 / 1e12)
-    assert at.gptq.flop.value == pytest.approx(2 * SHAPE.matmul_params * 1000 / 1e12)
+    assert at.qat["flop"].value == pytest.approx(6 * SHAPE.matmul_params * 6000 / 1e12)
+    assert at.gptq["flop"].value == pytest.approx(2 * SHAPE.matmul_params * 1000 / 1e12)
     half = SHAPE.matmul_params - 400
-    assert found.distilled.flop.value == pytest.approx(6 * half * 9000 / 1e12)
-    assert not found.kept.flop.known
+    assert models["distilled"]["flop"].value == pytest.approx(6 * half * 9000 / 1e12)
+    assert not models["kept"]["flop"].known
 
 
 def test_distillation_stands_beside_the_best_epoch_without_a_teacher(tmp_path: Path) -> None:
     found = facts(judged_run(context(tmp_path, LAB, TIMES, about=ABOUT))).training
     assert found
     assert found.untaught
-    assert found.untaught.last.ratio.value == pytest.approx(5.0)
-    assert found.untaught.last.tokens == found.distilled.tokens == 9000
+    assert found.untaught.last["ratio"].value == pytest.approx(5.0)
+    assert found.untaught.last["tokens"] == found.models["distilled"]["tokens"] == Quantity(9000)
     assert found.untaught.best_epoch == 2
-    assert found.untaught.best.ratio.value == pytest.approx(4.0)
+    assert found.untaught.best["ratio"].value == pytest.approx(4.0)
     assert found.untaught.distilled_over_best.value == pytest.approx(3 / 4)
     assert found.untaught.distilled_is == "better"
 
@@ -312,7 +313,7 @@ def test_an_older_study_is_told_with_its_own_qat_and_no_other_training(tmp_path:
     found = facts(judged_run(context(tmp_path, LAB, TIMES, about=about))).training
     assert found
     assert found.untaught is None
-    assert found.bits[0].qat.ratio.value == pytest.approx(1.1)
+    assert found.bits[0].qat["ratio"].value == pytest.approx(1.1)
     assert not found.bits[0].from_tuned
 
 

@@ -9,14 +9,7 @@ import numpy as np
 import scipy
 
 from labs.harness.analysis.quantity import Quantity
-from labs.harness.analysis.verdicts import (
-    CONFIDENCE,
-    TWO_ONE_SIDED,
-    Interval,
-    PredictionOutcome,
-    prediction_outcome,
-)
-from labs.harness.spec.lab import Prediction
+from labs.harness.analysis.verdicts import CONFIDENCE, Interval
 
 
 @dataclass(frozen=True)
@@ -41,10 +34,6 @@ class Estimate:
 
     def quantity(self, unit: str = "1") -> Quantity:
         return Quantity.of(self.interval(), unit)
-
-    def outcome(self, prediction: Prediction | None) -> PredictionOutcome | None:
-        """Says what became of a prediction of the figure."""
-        return prediction_outcome(prediction, self.interval(TWO_ONE_SIDED)) if prediction else None
 
 
 def least_squares(

@@ -18,8 +18,10 @@ from labs.harness.analysis.verdicts import (
     Influences,
     Interval,
     Judgement,
+    PredictionOutcome,
     Sampling,
     over_repeats,
+    prediction_outcome,
 )
 from labs.harness.derived.design import sampling_of
 from labs.harness.spec.lab import Lab, Point
@@ -108,6 +110,20 @@ class Context:
         played = self.predictions.in_virtual_time
         band = played.points.get(point.key, {}).get(metric) if played and point else None
         return Quantity.given(band.value if band else None, METRICS[metric].unit, "not forecast")
+
+    def predicted(self, name: str, unit: str = "1", scale: float = 1) -> Quantity:
+        """Returns what was predicted by arithmetic under this name.
+
+        `scale` is what the prediction has of its own unit in one of the given.
+        """
+        prediction = self.predictions.arithmetic.get(name)
+        value = prediction.value / scale if prediction else None
+        return Quantity.given(value, unit, "nothing was predicted")
+
+    def outcome(self, name: str, measured: Interval | None) -> PredictionOutcome | None:
+        """Says what became of that prediction by a 90% interval; None where there is none."""
+        prediction = self.predictions.arithmetic.get(name)
+        return prediction_outcome(prediction, measured) if prediction else None
 
     def trials(self, *points: Point | None) -> Iterator[Trial]:
         """Reads the trials of points, one after another, that did not fail."""
