@@ -253,6 +253,9 @@ def compared(untiled: KernelTimes, tiled: KernelTimes) -> Effect | None:
 
     # ----------------------------------------------------------------------- keys in several pieces
 
+
+def splits(run: JudgedRun) -> Table | None:
+    """Say what splitting each KV head's keys among all processors changed, from one head on."""
     times = attention_times(run.folder)
     if times is None or not times.splits:
         return None
