@@ -182,6 +182,10 @@ class Setting:
         usd = 1e6 / 3600 / rate if rate else None
         return Quantity.given(usd, why="no throughput was measured")
 
+    @property
+    def has_valid_goodput(self) -> bool:
+        return "goodput" not in self.not_valid
+
     def valid(self, rate: Rate) -> float | None:
         return None if rate in self.not_valid else self.measured[rate].value
 
@@ -238,6 +242,11 @@ class BestFlags:
     batches: dict[Rate, Batches] = field(default_factory=dict)  # none in older runs
     # US dollars at one an hour, by the arithmetic of a long prompt at the machine's ceiling
     usd_per_million_prompt_tokens: Quantity | None = None
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """All of them, those first that were measured."""
+        return self.tried + self.searched
 
     @property
     def is_priced(self) -> bool:

@@ -146,6 +146,13 @@ class Tiling:
     left_out: tuple[tuple[str, int, str], ...]  # kernel, tokens, why
 
     @property
+    def on(self) -> Literal["a GPU", "a core", "cores"]:
+        """What the kernels ran on."""
+        if self.device == "cuda":
+            return "a GPU"
+        return "a core" if self.threads == 1 else "cores"
+
+    @property
     def is_above_bf16_rate(self) -> bool:
         """Whether the kernel with tiles is at the longest length."""
         share = self.longest.kernels["tiled"]["of_bf16_rate"].value if self.longest else None
